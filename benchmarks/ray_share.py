@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,13 +31,13 @@ from cdpo_ray.records import prompt_id
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.session import ray_session
 from cdpo_ray.testbed.scenes import scene_prompts
-from cdpo_ray.training.job import LORA, Optimization, TrainingJob
+from cdpo_ray.training.job import LoraJob, LossJob, Optimization, TrainingJob
 
 FAMILY, MODEL, JUDGES = "stable_diffusion", {"path": "embedded"}, {"clip": {}, "oracle": {}}
 SAMPLING = Sampling(0, 8, num_denoising_steps=10, guidance_scale=1.0, height=None, width=None, images_per_batch=8)
 COMPARED = Sampling(0, 4, num_denoising_steps=10, guidance_scale=1.0, height=None, width=None, images_per_batch=8)
 NUM_STAGES, PAIRS_PER_UPDATE, BETA = 4, 16, 200.0
-LORA_OPTIONS = {"rank": 8, "alpha": 8, "targets": ("to_q", "to_k", "to_v", "to_out.0")}
+LORA_TO_TRAIN = LoraJob(8, 8, ("to_q", "to_k", "to_v", "to_out.0"))
 OPTIMIZATION = Optimization(5e-4, 1e-4, 0.9, 0.999, 1.0, PAIRS_PER_UPDATE, PAIRS_PER_UPDATE, zero_stage=0)
 MAKE_REWARD, MAKE_JUDGES = functools.partial(Scorer, {"clip": {}}), functools.partial(Scorer, JUDGES)
 
@@ -59,7 +59,7 @@ class Route(Protocol):
 
     def generate(self, prompts: list[str], output_dir: Path) -> None: ...
     def train(self, job: TrainingJob, output_dir: Path) -> None: ...
-    def evaluate(self, prompts: list[str], lora_dir: Path, output_dir: Path) -> None: ...
+    def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None: ...
 
 
 class ThroughRay:
@@ -74,6 +74,7 @@ class ThroughRay:
             family=FAMILY,
             model=MODEL,
             sampling=SAMPLING,
+            tuned_dir=None,
             keep_images=True,
             generators=PoolSize(1, 1, 0),
             make_scores=MAKE_REWARD,
@@ -86,14 +87,14 @@ class ThroughRay:
         resources = {"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0}
         train_adapter(job, output_dir, num_updates=1, **resources, max_restarts=0)
 
-    def evaluate(self, prompts: list[str], lora_dir: Path, output_dir: Path) -> None:
+    def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
         from cdpo_ray.evaluation.pool import evaluate_adapter
         from cdpo_ray.generation.pool import PoolSize
 
         evaluate_adapter(
             prompts,
             output_dir,
-            lora_dir=lora_dir,
+            training_dir=training_dir,
             family=FAMILY,
             model=MODEL,
             sampling=COMPARED,
@@ -118,32 +119,50 @@ class Bare:
         from alone import form_group_alone
 
         from cdpo_ray.models import load_model
-        from cdpo_ray.models.lora import attach_lora
         from cdpo_ray.training.batches import SampleBank, StagePairs
-        from cdpo_ray.training.engine import save_adapter, save_training, start_engine
+        from cdpo_ray.training.engine import save_trained, save_training, start_engine
         from cdpo_ray.training.loop import Feed, TrainingState, train_stages
+        from cdpo_ray.training.losses import preference_loss
+        from cdpo_ray.training.policy import make_policy
 
         form_group_alone("cpu")
-        model = load_model(FAMILY, **MODEL, with_decoder=False)
-        empty, _ = model.encode_prompts([""])
-        trainable = attach_lora(model.denoiser, **job.lora, seed=seed_of(job.seed, "lora"))
-        engine = start_engine(model.denoiser.train(), trainable, job.optimization, num_workers=1)
+        model = load_model(FAMILY, **MODEL, for_training=True)
+        seed = seed_of(job.seed, "lora")
+        policy = make_policy(model, job.lora, start_dir=None, reference_is_start=False, seed=seed)
+        engine = start_engine(model.denoiser.train(), policy.trainable, job.optimization, num_workers=1)
         bank = SampleBank.read(Path(job.samples_dir))
-        feed = Feed(bank, empty[0], job.empty_prompt_fraction, job.seed, 0, 1, job.optimization)
-        stages = [StagePairs.read(Path(job.stages_dir), stage, bank) for stage in range(1, job.num_stages + 1)]
+        feed = Feed(
+            bank,
+            model.draw_times,
+            model.empty_conditioning,
+            job.empty_prompt_fraction,
+            job.seed,
+            worker_rank=0,
+            num_workers=1,
+            optimization=job.optimization,
+        )
 
         def save(state: TrainingState) -> None:
             save_training(engine, output_dir / "checkpoint", {"stage": state.stage})
-            save_adapter(engine, model.pipeline_class, output_dir / LORA)
+            save_trained(engine, model, output_dir, lora=True)
 
         train_stages(
-            engine, model, stages, feed, TrainingState(), beta=job.beta, on_update=lambda _: None, on_stage=save
+            engine,
+            model,
+            policy.reference,
+            job.num_stages,
+            lambda stage: StagePairs.read(Path(job.stages_dir), stage, bank),
+            feed,
+            TrainingState(),
+            preference_loss=functools.partial(preference_loss, **asdict(job.loss)),
+            on_update=lambda _: None,
+            on_stage=save,
         )
 
-    def evaluate(self, prompts: list[str], lora_dir: Path, output_dir: Path) -> None:
+    def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
         from cdpo_ray.evaluation.comparison import Comparer
 
-        comparer = Comparer(FAMILY, MODEL, COMPARED, lora_dir=lora_dir, make_scores=MAKE_JUDGES)
+        comparer = Comparer(FAMILY, MODEL, COMPARED, training_dir=training_dir, make_scores=MAKE_JUDGES)
         self._write(comparer, prompts, COMPARED, output_dir / "comparison.parquet")
 
     def _write(self, make: Callable[[pa.Table], pa.Table], prompts: list[str], sampling: Sampling, path: Path) -> None:
@@ -196,11 +215,21 @@ def walk(route: Route, size: Size) -> dict[str, float]:
         timed("generate", route.generate, scene_prompts("train", size.prompts, seed=0), samples)
         draw_stages(samples, stages, size.updates // NUM_STAGES * PAIRS_PER_UPDATE)
         job = TrainingJob(
-            str(samples), str(stages), NUM_STAGES, FAMILY, MODEL, LORA_OPTIONS, BETA, 0.0, False, OPTIMIZATION, seed=0
+            str(samples),
+            str(stages),
+            NUM_STAGES,
+            FAMILY,
+            MODEL,
+            LORA_TO_TRAIN,
+            LossJob("dpo", BETA),
+            0.0,
+            False,
+            OPTIMIZATION,
+            seed=0,
         )
         timed("train", route.train, job, training)
         heldout = scene_prompts("heldout", size.heldout, seed=0)
-        timed("evaluate", route.evaluate, heldout, training / LORA, evaluation)
+        timed("evaluate", route.evaluate, heldout, training, evaluation)
     return seconds
 
 

@@ -6,6 +6,7 @@ and keeps a frozen copy of the net. Drawing timesteps and noise, and reading the
 """
 
 import argparse
+import functools
 import math
 import tempfile
 from collections.abc import Sequence
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from cdpo_ray.models import load_model
-from cdpo_ray.models.lora import attach_lora
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import PairBatch
-from cdpo_ray.training.update import dpo_loss
+from cdpo_ray.training.job import LoraJob
+from cdpo_ray.training.losses import preference_loss
+from cdpo_ray.training.policy import make_policy
+from cdpo_ray.training.update import loss_of_pairs
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 LORA_RANK, LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM, BETA = 8, 5e-4, 1e-4, 1.0, 200.0
@@ -117,21 +120,36 @@ class Ours:
             dtype=options.dtype,
             device=options.device,
             compile=options.compile,
-            with_decoder=False,
+            for_training=True,
         )
         self.denoiser = self.model.denoiser
-        self.trainable = attach_lora(self.denoiser, rank=LORA_RANK, alpha=LORA_RANK, targets=TARGETS, seed=0)
+        lora = LoraJob(LORA_RANK, LORA_RANK, TARGETS)
+        made = make_policy(self.model, lora, start_dir=None, reference_is_start=False, seed=0)
+        self.trainable, self.reference = made.trainable, made.reference
         self.engine = _start_engine(self.denoiser, self.trainable, options) if options.deepspeed else None
         self.policy = self.engine or self.denoiser
         self.optimizer = torch.optim.AdamW(self.trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        embeddings, _ = self.model.encode_prompts(pairs.prompts)
+        conditioning, _ = self.model.encode_prompts(pairs.prompts)
         latents_w, latents_l = latents.chunk(2)
         # As it comes from the bank: moving it to the device is part of the update.
-        self.batch = PairBatch(latents_w.cpu(), latents_l.cpu(), embeddings.cpu(), pairs.timesteps, pairs.noise)
+        self.batch = PairBatch(
+            latents_w.cpu(),
+            latents_l.cpu(),
+            {name: value.cpu() for name, value in conditioning.items()},
+            {"timestep": pairs.timesteps},
+            pairs.noise,
+        )
 
     def update(self) -> Tensor:
         batch = self.batch.to(self.model.device, self.model.dtype)
-        loss, _ = dpo_loss(self.model, self.policy, self.denoiser, batch, beta=BETA)
+        loss, _ = loss_of_pairs(
+            self.model,
+            self.policy,
+            self.reference,
+            self.denoiser,
+            batch,
+            preference_loss=functools.partial(preference_loss, beta=BETA),
+        )
         if self.engine:
             self.engine.backward(loss)
             self.engine.step()

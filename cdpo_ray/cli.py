@@ -9,7 +9,7 @@ from cdpo_ray import __version__
 from cdpo_ray.config import load_config
 from cdpo_ray.errors import CdpoError
 from cdpo_ray.plan import make_plan
-from cdpo_ray.run import read_prompts, run_steps, write_report
+from cdpo_ray.run import read_prompts, run_steps, write_reports
 from cdpo_ray.steps import STEPS
 
 VERBS = {
@@ -59,10 +59,10 @@ def _do(verb: str, config_path: str, overrides: Sequence[str], *, verbose: bool)
     if verb == "check":
         print(make_plan(config, read_prompts(config)))
     elif verb == "report":
-        print(write_report(config, anew=True))
+        print(*write_reports(config, anew=True), sep="\n")
     elif verb == "run":
         run_steps(config, STEPS, verbose=verbose)
-        print(write_report(config))
+        print(*write_reports(config), sep="\n")
     else:
         run_steps(config, [step for step in STEPS if step.verb == verb], verbose=verbose)
     return 0

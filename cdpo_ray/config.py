@@ -68,28 +68,58 @@ class PromptsSection(Section):
         return self
 
 
+Family = Literal["stable_diffusion", "stable_diffusion_xl", "latent_consistency", "stable_diffusion_3", "flux"]
+"""`cdpo_ray.models.FAMILIES` maps each to its class (a test keeps the two alike)."""
+
+GUIDANCE_EMBEDDED = ("latent_consistency", "flux")
+"""Families whose net is told of the guidance."""
+
+
+def _check_weights(path: str, revision: str | None) -> None:
+    if path == "embedded" or Path(path).is_dir():
+        return
+    if not HUB_ID.match(path) or path.startswith(("./", "../")):
+        raise ValueError(f"`path` must be 'embedded', an existing folder or a hub id, got {path!r}: no such folder")
+    if revision is None or not COMMIT.match(revision):
+        raise ValueError(
+            f"`path` {path!r} is no folder here, so it is read as a hub id, which needs `revision`"
+            f" (a full commit of 40 hex digits), got {revision!r}"
+        )
+
+
+class TeacherSection(Section):
+    """The diffusion model that a consistency model was distilled from: a folder, or a hub id with its revision."""
+
+    path: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _can_be_found(self) -> "TeacherSection":
+        _check_weights(self.path, self.revision)
+        return self
+
+
 class ModelSection(Section):
     """The base model: `embedded`, a folder in diffusers layout, or a hub id with its revision."""
 
-    family: Literal["stable_diffusion"] = "stable_diffusion"
+    family: Family = "stable_diffusion"
     path: Annotated[str, Field(min_length=1)]
     revision: str | None = None
+    teacher: TeacherSection | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool = False
 
     @model_validator(mode="after")
     def _can_be_found(self) -> "ModelSection":
-        if self.path == "embedded" or Path(self.path).is_dir():
-            return self
-        if not HUB_ID.match(self.path) or self.path.startswith(("./", "../")):
-            raise ValueError(
-                f"`path` must be 'embedded', an existing folder or a hub id, got {self.path!r}: no such folder"
-            )
-        if self.revision is None or not COMMIT.match(self.revision):
-            raise ValueError(
-                f"`path` {self.path!r} is no folder here, so it is read as a hub id, which needs `revision`"
-                f" (a full commit of 40 hex digits), got {self.revision!r}"
-            )
+        _check_weights(self.path, self.revision)
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_goes_with_consistency(self) -> "ModelSection":
+        if self.teacher and self.family != "latent_consistency":
+            raise ValueError(f"`teacher` belongs to the family 'latent_consistency', got it with {self.family!r}")
+        if self.family == "latent_consistency" and not self.teacher and self.path != "embedded":
+            raise ValueError("`teacher` must name the model that the consistency model was distilled from")
         return self
 
 
@@ -170,7 +200,15 @@ class LoraSection(Section):
 
 
 class TrainingSection(Section):
+    """Staged preference training of a LoRA, or of the whole net (`method` full)."""
+
+    method: Literal["lora", "full"] = "lora"
+    loss: Literal["dpo", "ipo", "hinge", "robust", "sft"] = "dpo"
     beta: Annotated[float, Field(gt=0)]
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    reference: Literal["base", "last_round"] = "base"
+    guidance_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
     learning_rate: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -193,6 +231,20 @@ class TrainingSection(Section):
                 f"`global_batch_size` must be a multiple of `num_workers` x `batch_size_per_worker` = {at_once},"
                 f" got {self.global_batch_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_has_its_options(self) -> "TrainingSection":
+        if self.label_smoothing and self.loss != "robust":
+            raise ValueError(f"`label_smoothing` belongs to `loss` 'robust', got it with {self.loss!r}")
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError("`loss` 'robust' needs `label_smoothing`, the share of labels thought wrong, above 0")
+        if self.sft_weight and self.loss == "sft":
+            raise ValueError("`sft_weight` mixes the chosen's error into another `loss`; 'sft' is that error alone")
+        if self.method == "full" and "lora" in self.model_fields_set:
+            raise ValueError("`lora` must not be given with `method` 'full', which trains the whole net")
+        if self.guidance_range and self.guidance_range[0] > self.guidance_range[1]:
+            raise ValueError(f"`guidance_range` must be [low, high], got {list(self.guidance_range)}")
         return self
 
     @property
@@ -229,6 +281,7 @@ class ResourcesSection(Section):
 
 class Config(Section):
     run: RunSection
+    rounds: Annotated[int, Field(ge=1)] = 1
     prompts: PromptsSection
     model: ModelSection
     generation: GenerationSection
@@ -246,6 +299,17 @@ class Config(Section):
                 f"`curriculum.num_stages` is {self.curriculum.num_stages}, but {num_gaps + 1} images per prompt have"
                 f" only {num_gaps} rank gaps; lower it, or raise `generation.images_per_prompt`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _training_fits_the_model(self) -> "Config":
+        if self.training.guidance_range and self.model.family not in GUIDANCE_EMBEDDED:
+            raise ValueError(
+                f"`training.guidance_range` is for families whose net is told of the guidance"
+                f" ({', '.join(GUIDANCE_EMBEDDED)}), got it with {self.model.family!r}"
+            )
+        if self.training.reference == "last_round" and self.rounds == 1:
+            raise ValueError("`training.reference` 'last_round' needs `rounds` > 1")
         return self
 
     def plain(self) -> dict[str, Any]:

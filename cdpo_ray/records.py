@@ -6,6 +6,7 @@
     prompt            string
     latents           fixed-shape tensor [sample, channel, height, width], what the sampler ended with
     prompt_embedding  fixed-shape tensor [token, channel], what the denoiser was given
+    pooled_embedding  fixed-shape tensor [channel], of families that have one
     num_tokens_cut    int64   tokens of the prompt beyond the text encoder's length
     images            list<binary> PNG a sample; only if `generation.keep_images`
     score_<reward>    list<float64> a sample; only rewards computed with the images
@@ -31,7 +32,7 @@
 import hashlib
 
 SAMPLES, SCORES, STAGES, TRAINING, EVALUATION = "1-samples", "2-scores", "3-stages", "4-training", "5-evaluation"
-LORA_FILE = "lora.safetensors"
+CONDITIONING = ("prompt_embedding", "pooled_embedding")
 
 
 def prompt_id(prompt: str) -> str:

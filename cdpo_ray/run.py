@@ -1,8 +1,9 @@
 """The whole way, step after step; a finished step is skipped."""
 
+import functools
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 
 from cdpo_ray.config import Config
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
+from cdpo_ray.records import TRAINING
 from cdpo_ray.session import ray_session
 from cdpo_ray.steps import STEPS, Context, Step
 from cdpo_ray.store import RunFolder
@@ -33,51 +35,83 @@ def read_prompts(config: Config) -> PromptSplit:
 
 
 def run_steps(config: Config, steps: Iterable[Step], *, verbose: bool = False) -> RunFolder:
-    """Do what of these steps is not done yet; Ray starts when the first of them needs it.
+    """Do what of these steps is not done yet, round after round; Ray starts when the first of them needs it.
+
+    A round begins when the one before has been trained. Returns the folder of the last one walked.
 
     Raises:
         CdpoError: of any kind; what was finished before it stays.
     """
-    context = Context(config, read_prompts(config), RunFolder(Path(config.run.dir) / config.run.name))
+    prompts, steps = read_prompts(config), list(steps)
+    folders = round_folders(config)
     with ExitStack() as stack:
-        stack.enter_context(context.run.locked())
-        ray_started = False
-        for step in steps:
-            settings = step.settings(config)
-            inputs = {folder: context.run.fingerprint(folder) for folder in step.inputs}
-            if context.run.is_complete(step.folder, settings, inputs):
-                log.info("%s: done already", step.verb)
-                continue
-            if not ray_started:
-                stack.enter_context(ray_session(verbose=verbose))
-                ray_started = True
-            log.info("%s ...", step.verb)
-            started = time.monotonic()
-            with context.run.writing(step.folder, settings, inputs, seed=config.run.seed, resumable=step.resumable) as (
-                output_dir,
-                output,
-            ):
-                step.perform(context, output_dir, output)
-            counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)
-            log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)
-            for warning in output.warnings:
-                log.warning("%s: %s", step.verb, warning)
-        (context.run.path / "config.yaml").write_text(
-            yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
-        )
-    return context.run
+        stack.enter_context(RunFolder(_run_dir(config)).locked())
+        start_ray = functools.cache(lambda: stack.enter_context(ray_session(verbose=verbose)))
+        for number, run in enumerate(folders, start=1):
+            previous = folders[number - 2] if number > 1 else None
+            if previous and not previous.has(TRAINING):
+                return previous
+            if len(folders) > 1:
+                log.info("round %d/%d", number, len(folders))
+            run.path.mkdir(exist_ok=True)
+            context = Context(config, prompts, run, number, previous)
+            for step in steps:
+                _perform(step, context, start_ray=start_ray)
+            (run.path / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True))
+    return folders[-1]
 
 
-def write_report(config: Config, *, anew: bool = False) -> Path:
-    """Write `report.html` of a run whose steps are done, unless it is younger than they are; returns its path."""
-    run = RunFolder(Path(config.run.dir) / config.run.name)
+def round_folders(config: Config) -> list[RunFolder]:
+    """Folder of each round: the run's own, or `round-1`, `round-2`, ... within it."""
+    path = _run_dir(config)
+    if config.rounds == 1:
+        return [RunFolder(path)]
+    return [RunFolder(path / f"round-{number}") for number in range(1, config.rounds + 1)]
+
+
+def write_reports(config: Config, *, anew: bool = False) -> list[Path]:
+    """Write `report.html` of each round, unless it is younger than the round's steps; returns their paths.
+
+    Raises:
+        StoreError: a step is not done.
+    """
+    return [_write_report(run, anew) for run in round_folders(config)]
+
+
+def _perform(step: Step, context: Context, *, start_ray: Callable[[], None]) -> None:
+    run, settings = context.run, step.settings(context.config)
+    inputs = {folder: run.fingerprint(folder) for folder in step.inputs}
+    if context.previous and step.continues:
+        inputs["the round before"] = context.previous.fingerprint(TRAINING)
+    if run.is_complete(step.folder, settings, inputs):
+        log.info("%s: done already", step.verb)
+        return
+    start_ray()
+    log.info("%s ...", step.verb)
+    started = time.monotonic()
+    with run.writing(step.folder, settings, inputs, seed=context.config.run.seed, resumable=step.resumable) as (
+        output_dir,
+        output,
+    ):
+        step.perform(context, output_dir, output)
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)
+    log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)
+    for warning in output.warnings:
+        log.warning("%s: %s", step.verb, warning)
+
+
+def _write_report(run: RunFolder, anew: bool) -> Path:
     path = run.path / REPORT
     finished = [run.step(step.folder) / "manifest.json" for step in STEPS]
     if not anew and path.is_file() and path.stat().st_mtime > max(manifest.stat().st_mtime for manifest in finished):
         log.info("report: done already")
         return path
-    from cdpo_ray.evaluation.report import write_report as write
+    from cdpo_ray.evaluation.report import write_report
 
-    write(run.path, path)
+    write_report(run.path, path)
     log.info("report: %s", path)
     return path
+
+
+def _run_dir(config: Config) -> Path:
+    return Path(config.run.dir) / config.run.name

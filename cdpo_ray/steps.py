@@ -21,11 +21,31 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Context:
-    """What every step is given."""
+    """What every step is given.
+
+    Attributes:
+        round: 1-based.
+        run: the round's folder.
+        previous: folder of the round before.
+    """
 
     config: Config
     prompts: PromptSplit
     run: RunFolder
+    round: int = 1
+    previous: RunFolder | None = None
+
+    @property
+    def seed(self) -> int:
+        """What generation, pairs and training draw from; each round has its own."""
+        from cdpo_ray.models.seeds import seed_of
+
+        return self.config.run.seed if self.round == 1 else seed_of(self.config.run.seed, "round", self.round)
+
+    @property
+    def start_dir(self) -> str | None:
+        """What the round before trained."""
+        return str(self.previous.step(TRAINING).resolve()) if self.previous else None
 
 
 @dataclass(frozen=True)
@@ -36,6 +56,7 @@ class Step:
         settings: the configuration's values that its outcome depends on.
         inputs: folders of earlier steps that it reads.
         resumable: goes on with what an interrupted attempt left.
+        continues: reads what the round before trained.
     """
 
     verb: str
@@ -44,6 +65,7 @@ class Step:
     inputs: tuple[str, ...]
     perform: Callable[[Context, Path, StepOutput], None]
     resumable: bool = False
+    continues: bool = False
 
 
 def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
@@ -53,7 +75,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
 
     config = context.config
     rewards = {name: config.rewards.options(name) for name in config.rewards.names}
-    sampling = _sampling(config, config.generation.images_per_prompt)
+    sampling = _sampling(config, config.generation.images_per_prompt, context.seed)
     fused = config.rewards.placement == "fused"
     generate_samples(
         context.prompts.train,
@@ -61,6 +83,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
         family=config.model.family,
         model=_model(config),
         sampling=sampling,
+        tuned_dir=context.start_dir,
         keep_images=config.generation.keep_images,
         generators=_pool(config.resources.generators),
         make_scores=functools.partial(Scorer, rewards) if fused else None,
@@ -139,7 +162,7 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
         min_score_gap=config.curriculum.min_score_gap,
         label_noise=config.curriculum.label_noise,
         max_bad_fraction=config.rewards.max_bad_fraction,
-        seed=config.run.seed,
+        seed=context.seed,
     )
     if output.counts["prompts_without_pairs"]:
         output.warnings.append(
@@ -148,7 +171,7 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 
 def train(context: Context, output_dir: Path, output: StepOutput) -> None:
-    from cdpo_ray.training.job import Optimization, TrainingJob
+    from cdpo_ray.training.job import LoraJob, LossJob, Optimization, TrainingJob
     from cdpo_ray.training.trainer import train_adapter
 
     config, training = context.config, context.config.training
@@ -158,12 +181,10 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         num_stages=config.curriculum.num_stages,
         family=config.model.family,
         model=_model(config),
-        lora={
-            "rank": training.lora.rank,
-            "alpha": training.lora.alpha or training.lora.rank,
-            "targets": training.lora.targets,
-        },
-        beta=training.beta,
+        lora=LoraJob(training.lora.rank, training.lora.alpha or training.lora.rank, training.lora.targets)
+        if training.method == "lora"
+        else None,
+        loss=LossJob(training.loss, training.beta, training.label_smoothing, training.sft_weight),
         empty_prompt_fraction=training.empty_prompt_fraction,
         gradient_checkpointing=training.gradient_checkpointing,
         optimization=Optimization(
@@ -176,7 +197,10 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
             pairs_per_launch=training.pairs_per_launch,
             zero_stage=training.zero_stage,
         ),
-        seed=config.run.seed,
+        seed=context.seed,
+        guidance_range=training.guidance_range,
+        start_dir=context.start_dir,
+        reference_is_start=training.reference == "last_round",
     )
     num_updates = config.curriculum.num_stages * config.curriculum.updates_per_stage
     train_adapter(
@@ -200,10 +224,10 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
     metrics = evaluate_adapter(
         context.prompts.heldout,
         output_dir,
-        lora_dir=context.run.step(TRAINING).resolve() / "lora",
+        training_dir=context.run.step(TRAINING).resolve(),
         family=config.model.family,
         model=_model(config),
-        sampling=_sampling(config, config.evaluation.images_per_prompt),
+        sampling=_sampling(config, config.evaluation.images_per_prompt, config.run.seed),
         judges=config.evaluation.judges,
         make_scores=functools.partial(Scorer, judges),
         generators=_pool(config.resources.generators),
@@ -237,6 +261,7 @@ STEPS = (
         ),
         (),
         generate,
+        continues=True,
     ),
     Step(
         "score",
@@ -270,6 +295,7 @@ STEPS = (
         (SAMPLES, STAGES),
         train,
         resumable=True,
+        continues=True,
     ),
     Step(
         "evaluate",
@@ -295,7 +321,7 @@ def _seed(config: Config) -> dict[str, Any]:
 
 
 def _model(config: Config) -> dict[str, Any]:
-    return config.model.model_dump(exclude={"family"})
+    return config.model.model_dump(exclude={"family"}, exclude_none=True)
 
 
 def _pool(pool: Pool) -> Any:
@@ -304,12 +330,12 @@ def _pool(pool: Pool) -> Any:
     return PoolSize(**pool.model_dump())
 
 
-def _sampling(config: Config, images_per_prompt: int) -> Any:
+def _sampling(config: Config, images_per_prompt: int, seed: int) -> Any:
     from cdpo_ray.generation.generator import Sampling
 
     generation = config.generation
     return Sampling(
-        seed=config.run.seed,
+        seed=seed,
         images_per_prompt=images_per_prompt,
         num_denoising_steps=generation.num_denoising_steps,
         guidance_scale=generation.guidance_scale,

@@ -76,6 +76,10 @@ class RunFolder:
             handle.flush()
             yield
 
+    def has(self, folder: str) -> bool:
+        """Whether the step is finished."""
+        return (self.path / folder / MANIFEST).is_file()
+
     def step(self, folder: str) -> Path:
         """The folder of a finished step.
 
@@ -83,7 +87,7 @@ class RunFolder:
             StoreError: the step has not been done.
         """
         path = self.path / folder
-        if not (path / MANIFEST).is_file():
+        if not self.has(folder):
             raise StoreError(f"{path}: not there, or not finished; run the step that makes it first")
         return path
 
@@ -102,7 +106,7 @@ class RunFolder:
             StoreError: it is there but was made with other settings or inputs, or a file is missing or altered.
         """
         path = self.path / folder
-        if not (path / MANIFEST).is_file():
+        if not self.has(folder):
             return False
         manifest = self.manifest(folder)
         _refuse_difference(path, "made", manifest["settings"], settings)
@@ -175,6 +179,11 @@ class RunFolder:
 def read_shards(folder: Path, columns: Sequence[str]) -> pa.Table:
     """Columns of all Parquet shards of a folder, in the order of their names."""
     return pa.concat_tables(pq.read_table(path, columns=list(columns)) for path in sorted(folder.glob("*.parquet")))
+
+
+def shard_columns(folder: Path) -> list[str]:
+    """Names of the columns of a folder's Parquet shards."""
+    return list(pq.read_schema(min(folder.glob("*.parquet"))).names)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cdpo_ray.config import load_config
-from cdpo_ray.run import run_steps, write_report
+from cdpo_ray.run import run_steps, write_reports
 from cdpo_ray.steps import STEPS
 from cdpo_ray.store import RunFolder
 
@@ -19,7 +19,7 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 def walk(folder: Path, name: str, *overrides: str) -> tuple[RunFolder, dict[str, Any]]:
     config = load_config(QUICKSTART, [f"run.dir={folder}", f"run.name={name}", *overrides])
     run = run_steps(config, STEPS)
-    write_report(config)
+    write_reports(config)
     return run, json.loads((run.step("5-evaluation") / "metrics.json").read_text())["judges"]
 
 

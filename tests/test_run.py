@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from cdpo_ray.config import Config, validate
 from cdpo_ray.errors import CurriculumError, RewardError, StoreError
 from cdpo_ray.models.seeds import noise_at
-from cdpo_ray.run import run_steps, write_report
+from cdpo_ray.run import run_steps, write_reports
 from cdpo_ray.session import ray_session
 from cdpo_ray.steps import STEPS
 from cdpo_ray.store import RunFolder, read_shards
@@ -76,7 +76,7 @@ def steps_until(verb: str) -> list[Any]:
 def finished(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, RunFolder]:
     config = make_config(tiny_sd15, tmp_path_factory.mktemp("runs"))
     run = run_steps(config, STEPS)
-    write_report(config)
+    write_reports(config)
     return config, run
 
 

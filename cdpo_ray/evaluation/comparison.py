@@ -20,23 +20,23 @@ class Comparer:
     """Rows of prompts -> rows with, for ``base`` and ``tuned``: a list of images, scores a judge, and the diversity."""
 
     def __init__(
-        self, family: str, model: dict[str, Any], sampling: Sampling, *, lora_dir: Path, make_scores: MakeScores
+        self, family: str, model: dict[str, Any], sampling: Sampling, *, training_dir: Path, make_scores: MakeScores
     ) -> None:
         self.model = load_model(family, **model)
-        self.model.load_lora(lora_dir)
+        self.model.load_tuned(training_dir)
         self.sampling = sampling
         self.scores = make_scores()
         self.encoders = ThreadPoolExecutor(2)  # PNG encoding off the sampler's path
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         prompts = rows["prompt"].to_pylist()
-        embeddings, _ = self.model.encode_prompts(prompts)
+        conditioning, _ = self.model.encode_prompts(prompts)
         num_images = self.sampling.images_per_prompt
         for arm in ARMS:
-            self.model.enable_lora(arm == "tuned")
+            self.model.use_tuned(arm == "tuned")
             batches, scores = [], []
             pngs: list[Future[bytes]] = []
-            for batch in sample_batches(self.model, prompts, embeddings, self.sampling):
+            for batch in sample_batches(self.model, prompts, conditioning, self.sampling):
                 scores.append(self.scores(batch.images, batch.prompts))
                 batches.append(batch.images.cpu().numpy())
                 pngs.extend(self.encoders.submit(encode_png, image) for image in batches[-1])

@@ -21,7 +21,7 @@ def evaluate_adapter(
     prompts: Sequence[str],
     output_dir: Path,
     *,
-    lora_dir: Path,
+    training_dir: Path,
     family: str,
     model: Mapping[str, Any],
     sampling: Sampling,
@@ -41,7 +41,7 @@ def evaluate_adapter(
         family=family,
         model=dict(model),
         sampling=sampling,
-        lora_dir=lora_dir,
+        training_dir=training_dir,
         make_scores=make_scores,
     )
     compared.set_name("evaluate")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.records import score_column
 
 if TYPE_CHECKING:
-    from cdpo_ray.models.stable_diffusion import StableDiffusion
+    from cdpo_ray.models.family import Conditioning, TextToImageModel
 
 
 class Scores(Protocol):
@@ -55,14 +56,14 @@ class SampleBatch:
 
 
 def sample_batches(
-    model: "StableDiffusion", prompts: Sequence[str], embeddings: Tensor, sampling: Sampling
+    model: "TextToImageModel", prompts: Sequence[str], conditioning: "Conditioning", sampling: Sampling
 ) -> Iterator[SampleBatch]:
     """All images of each prompt, prompt by prompt, in batches.
 
     The noise of an image is a function of (seed, prompt, index) alone.
 
     Args:
-        embeddings: ``[prompt, token, channel]``.
+        conditioning: a row a prompt.
     """
     shape = model.latent_shape(sampling.height, sampling.width)
     wanted = [(row, index) for row in range(len(prompts)) for index in range(sampling.images_per_prompt)]
@@ -71,7 +72,7 @@ def sample_batches(
         rows = [row for row, _ in batch]
         noise = torch.stack([noise_at(shape, sampling.seed, "image", prompts[row], index) for row, index in batch])
         latents = model.sample(
-            embeddings[rows],
+            {name: value[rows] for name, value in conditioning.items()},
             noise,
             num_denoising_steps=sampling.num_denoising_steps,
             guidance_scale=sampling.guidance_scale,
@@ -84,6 +85,7 @@ class Generator:
 
     Args:
         family, model: name in `FAMILIES` and the arguments of its ``load``.
+        tuned_dir: `4-training` of an earlier round, whose model is sampled in place of the base.
         make_scores: builds the judges that score images as they are made; none: no score columns.
         keep_images: add the PNG of each image.
         keep_pixels: add the raw pixels, for a pool of judges behind this one.
@@ -95,11 +97,15 @@ class Generator:
         model: dict[str, Any],
         sampling: Sampling,
         *,
+        tuned_dir: str | None = None,
         make_scores: MakeScores | None = None,
         keep_images: bool = True,
         keep_pixels: bool = False,
     ) -> None:
         self.model = load_model(family, **model)
+        if tuned_dir:
+            self.model.load_tuned(Path(tuned_dir))
+            self.model.use_tuned(True)
         self.sampling = sampling
         self.scores = make_scores() if make_scores else None
         self.keep_images = keep_images
@@ -108,10 +114,10 @@ class Generator:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         prompts = rows["prompt"].to_pylist()
-        embeddings, num_tokens_cut = self.model.encode_prompts(prompts)
+        conditioning, num_tokens_cut = self.model.encode_prompts(prompts)
         latents, pixels, scores = [], [], []
         pngs: list[Future[bytes]] = []
-        for batch in sample_batches(self.model, prompts, embeddings, self.sampling):
+        for batch in sample_batches(self.model, prompts, conditioning, self.sampling):
             if self.scores:
                 scores.append(self.scores(batch.images, batch.prompts))
             latents.append(batch.latents.cpu())
@@ -122,7 +128,8 @@ class Generator:
                 pixels.append(images)
         num_samples = self.sampling.images_per_prompt
         rows = rows.append_column("latents", tensor_column(_storable(torch.cat(latents)), num_samples))
-        rows = rows.append_column("prompt_embedding", tensor_column(_storable(embeddings.cpu())))
+        for name, value in conditioning.items():
+            rows = rows.append_column(name, tensor_column(_storable(value.cpu())))
         rows = rows.append_column("num_tokens_cut", pa.array(num_tokens_cut, pa.int64()))
         if pngs:
             rows = rows.append_column("images", list_column([png.result() for png in pngs], num_samples, pa.binary()))

@@ -73,6 +73,7 @@ def generate_samples(
     family: str,
     model: Mapping[str, Any],
     sampling: Sampling,
+    tuned_dir: str | None,
     keep_images: bool,
     generators: PoolSize,
     make_scores: MakeScores | None,
@@ -81,6 +82,7 @@ def generate_samples(
     """Write `1-samples`: for each prompt all its images, with the scores of the judges that were asked for.
 
     Args:
+        tuned_dir: `4-training` of an earlier round, whose model is sampled in place of the base.
         make_scores: judges built inside each generator (fused).
         score_in_pool: judges in a pool of their own, behind the generators.
     """
@@ -93,6 +95,7 @@ def generate_samples(
         family=family,
         model=dict(model),
         sampling=sampling,
+        tuned_dir=tuned_dir,
         make_scores=make_scores,
         keep_images=keep_images,
         keep_pixels=score_in_pool is not None,

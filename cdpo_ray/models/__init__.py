@@ -1,17 +1,22 @@
 """Text-to-image families: load, encode prompts, sample, decode, noise, predict; LoRA."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from cdpo_ray.models.stable_diffusion import StableDiffusion
+os.environ.setdefault("DIFFUSERS_DISABLE_REMOTE_CODE", "1")  # read when diffusers is imported
 
-FAMILIES = {"stable_diffusion": "cdpo_ray.models.stable_diffusion:StableDiffusion"}
+if TYPE_CHECKING:
+    from cdpo_ray.models.family import TextToImageModel
+
+FAMILIES = {
+    "stable_diffusion": "cdpo_ray.models.stable_diffusion:StableDiffusion",
+}
 """Family of the config -> class, imported when used: diffusers is heavy. A new family is one file and one line here."""
 
 
-def load_model(family: str, **arguments: Any) -> "StableDiffusion":
+def load_model(family: str, **arguments: Any) -> "TextToImageModel":
     """Load a model of a family; arguments and errors are those of its class's ``load``."""
     module, _, name = FAMILIES[family].partition(":")
-    model: StableDiffusion = getattr(importlib.import_module(module), name).load(**arguments)
+    model: TextToImageModel = getattr(importlib.import_module(module), name).load(**arguments)
     return model

@@ -1,4 +1,4 @@
-"""Denoiser -> denoiser with a LoRA: attach, switch off, save where diffusers loads it."""
+"""Denoiser -> denoiser with a LoRA: attach, switch, grow, save where diffusers loads it."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -8,10 +8,15 @@ import torch
 from diffusers import ModelMixin
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
+LORA_DIR = "lora"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 """File name that ``pipe.load_lora_weights(folder)`` looks for."""
+
+POLICY, REFERENCE = "default", "reference"
+"""Names of the adapter that is trained and, where an earlier round is the reference, of that round's."""
 
 
 def attach_lora(
@@ -42,6 +47,27 @@ def attach_lora(
     return trainable
 
 
+@torch.no_grad()
+def continue_from(denoiser: ModelMixin, lora_dir: Path) -> None:
+    """Put the factors that `save_lora` wrote into the LoRA that is attached; types and rank must be alike.
+
+    Raises:
+        ValueError: the file's LoRA has other layers or another rank.
+    """
+    saved = load_file(lora_dir / LORA_WEIGHTS)
+    attached = get_peft_model_state_dict(denoiser)
+    prefix = next(iter(saved)).split(".")[0]
+    if {f"{prefix}.{name}": value.shape for name, value in attached.items()} != {
+        name: value.shape for name, value in saved.items()
+    }:
+        raise ValueError(
+            f"{lora_dir}: its LoRA has other layers or another rank than the one to train;"
+            " keep `training.lora` as it was"
+        )
+    for name, value in attached.items():
+        value.copy_(saved[f"{prefix}.{name}"])
+
+
 @contextlib.contextmanager
 def adapters_off(denoiser: ModelMixin) -> Iterator[None]:
     """Within the block the denoiser is the base model: the reference, without a second copy."""
@@ -52,15 +78,36 @@ def adapters_off(denoiser: ModelMixin) -> Iterator[None]:
         denoiser.enable_adapters()
 
 
-def save_lora(pipeline_class: type, denoiser: ModelMixin, folder: Path) -> None:
+def freeze_as_reference(denoiser: ModelMixin) -> None:
+    """Keep the LoRA as it is now under the name `REFERENCE`, beside the one that is trained."""
+    trained = {name: value.clone() for name, value in get_peft_model_state_dict(denoiser).items()}
+    denoiser.add_adapter(denoiser.peft_config[POLICY], adapter_name=REFERENCE)
+    frozen = get_peft_model_state_dict(denoiser, adapter_name=REFERENCE)
+    with torch.no_grad():
+        for name, value in frozen.items():
+            value.data = trained[name]
+    denoiser.set_adapter(POLICY)
+
+
+@contextlib.contextmanager
+def reference_adapter_on(denoiser: ModelMixin) -> Iterator[None]:
+    """Within the block the denoiser is what `freeze_as_reference` kept."""
+    denoiser.set_adapter(REFERENCE)
+    try:
+        yield
+    finally:
+        denoiser.set_adapter(POLICY)
+
+
+def save_lora(pipeline_class: type, denoiser_name: str, denoiser: ModelMixin, folder: Path) -> None:
     """Write the LoRA, alpha included, as the file that ``pipe.load_lora_weights(folder)`` loads."""
     folder.mkdir(parents=True, exist_ok=True)
-    adapter = denoiser.active_adapters()[0]
+    factors = {name: value.contiguous().cpu() for name, value in get_peft_model_state_dict(denoiser).items()}
     pipeline_class.save_lora_weights(  # type: ignore[attr-defined]
         folder,
-        unet_lora_layers={
-            name: value.contiguous().cpu() for name, value in get_peft_model_state_dict(denoiser).items()
+        **{
+            f"{denoiser_name}_lora_layers": factors,
+            f"{denoiser_name}_lora_adapter_metadata": denoiser.peft_config[POLICY].to_dict(),
         },
-        unet_lora_adapter_metadata=denoiser.peft_config[adapter].to_dict(),
     )
     (folder / LORA_WEIGHTS).chmod(0o644)  # safetensors writes 0600, which shared disks cannot use

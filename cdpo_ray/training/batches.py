@@ -1,8 +1,8 @@
 """Drawn pairs and samples -> batches for the net; what a batch holds depends on its place alone."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -12,64 +12,69 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cdpo_ray.models.family import Conditioning, Times, rows_of
 from cdpo_ray.models.seeds import generator_at
-from cdpo_ray.store import read_shards
-
-NUM_TIMESTEPS = 1000
+from cdpo_ray.records import CONDITIONING
+from cdpo_ray.store import read_shards, shard_columns
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs as the net takes them; timestep and noise are shared by chosen and rejected.
+    """Pairs as the net takes them; times and noise are shared by chosen and rejected.
 
     Attributes:
         latents_w, latents_l: ``[pair, channel, height, width]``, chosen and rejected.
-        embeddings: ``[pair, token, channel]``.
-        timesteps: ``[pair]`` integers, 0 to 999.
+        conditioning: a row a pair.
+        times: ``[pair]`` each: the timestep, and what else the family draws a pair.
         noise: ``[pair, channel, height, width]`` fp32.
     """
 
     latents_w: Tensor
     latents_l: Tensor
-    embeddings: Tensor
-    timesteps: Tensor
+    conditioning: Conditioning
+    times: Times
     noise: Tensor
 
     def to(self, device: str, dtype: torch.dtype) -> Self:
-        """Move to the device; latents and embeddings take ``dtype``, noise stays fp32."""
-        moved = {}
-        for item in fields(self):
-            value: Tensor = getattr(self, item.name)
-            if device != "cpu":
-                value = value.pin_memory().to(device, non_blocking=True)
-            moved[item.name] = value.to(dtype) if item.name in ("latents_w", "latents_l", "embeddings") else value
-        return type(self)(**moved)
+        """Move to the device; latents and conditioning take ``dtype``, times and noise stay as they are."""
+
+        def moved(value: Tensor) -> Tensor:
+            return value if device == "cpu" else value.pin_memory().to(device, non_blocking=True)
+
+        return type(self)(
+            moved(self.latents_w).to(dtype),
+            moved(self.latents_l).to(dtype),
+            {name: moved(value).to(dtype) for name, value in self.conditioning.items()},
+            {name: moved(value) for name, value in self.times.items()},
+            moved(self.noise),
+        )
 
 
 @dataclass(frozen=True)
 class SampleBank:
-    """Latents and prompt embeddings of all samples, in memory; rows are found by prompt index.
+    """Latents and conditioning of all samples, in memory; rows are found by prompt index.
 
     Attributes:
         latents: ``[prompt, sample, channel, height, width]``.
-        embeddings: ``[prompt, token, channel]``.
+        conditioning: a row a prompt.
         row_of_prompt: ``[largest prompt index + 1]``, -1 where there is none.
     """
 
     latents: Tensor
-    embeddings: Tensor
+    conditioning: Conditioning
     row_of_prompt: NDArray[np.int64]
 
     @classmethod
     def read(cls, samples_dir: Path) -> Self:
         """Read `1-samples`; images stay on the disk."""
-        table = read_shards(samples_dir, ["prompt_index", "latents", "prompt_embedding"])
+        conditioning = [name for name in CONDITIONING if name in shard_columns(samples_dir)]
+        table = read_shards(samples_dir, ["prompt_index", "latents", *conditioning])
         indices = table["prompt_index"].to_numpy()
         row_of_prompt = np.full(indices.max() + 1, -1)
         row_of_prompt[indices] = np.arange(len(indices))
-        return cls(_tensor(table["latents"]), _tensor(table["prompt_embedding"]), row_of_prompt)
+        return cls(_tensor(table["latents"]), {name: _tensor(table[name]) for name in conditioning}, row_of_prompt)
 
 
 @dataclass(frozen=True)
@@ -99,29 +104,36 @@ def make_batch(
     draws: range,
     *,
     seed: int,
+    draw_times: Callable[[torch.Generator], Times],
     empty_prompt_fraction: float,
-    empty_embedding: Tensor,
+    empty_conditioning: Conditioning,
 ) -> PairBatch:
-    """The pairs at ``draws`` of a stage, each with its own timestep and noise.
+    """The pairs at ``draws`` of a stage, each with its own times and noise.
 
-    Timestep, noise and whether the prompt is emptied are functions of (seed, stage, draw), so the number of workers,
-    the batch size and a restart change nothing.
+    Times, noise and whether the prompt is emptied are functions of (seed, stage, draw), so the number of workers, the
+    batch size and a restart change nothing.
 
     Args:
-        empty_embedding: ``[token, channel]`` of the empty prompt, for the ``empty_prompt_fraction`` of pairs trained
-            without their prompt.
+        draw_times: of the model's family.
+        empty_conditioning: one row, of the empty prompt, for the ``empty_prompt_fraction`` of pairs trained without
+            their prompt.
     """
     rows, chosen, rejected = pairs.prompt_row[draws], pairs.chosen[draws], pairs.rejected[draws]
-    embeddings = bank.embeddings[rows]
-    timesteps, noise = [], []
+    conditioning = rows_of(bank.conditioning, rows)
+    times, noise = [], []
     for place, draw in enumerate(draws):
         generator = generator_at(seed, "training", pairs.stage, draw)
-        timesteps.append(torch.randint(NUM_TIMESTEPS, (), generator=generator))
+        times.append(draw_times(generator))
         if torch.rand((), generator=generator) < empty_prompt_fraction:
-            embeddings[place] = empty_embedding
+            for name, value in conditioning.items():
+                value[place] = empty_conditioning[name][0]
         noise.append(torch.randn(bank.latents.shape[2:], generator=generator))
     return PairBatch(
-        bank.latents[rows, chosen], bank.latents[rows, rejected], embeddings, torch.stack(timesteps), torch.stack(noise)
+        bank.latents[rows, chosen],
+        bank.latents[rows, rejected],
+        conditioning,
+        {name: torch.stack([drawn[name] for drawn in times]) for name in times[0]},
+        torch.stack(noise),
     )
 
 

@@ -14,10 +14,13 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 
-from cdpo_ray.models.lora import save_lora
+from cdpo_ray.models.family import TextToImageModel
+from cdpo_ray.models.lora import LORA_DIR, save_lora
 from cdpo_ray.training.job import Optimization
 
 TAG = "training"
+MASTERS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""Type of trainable parameters -> section of DeepSpeed's configuration that keeps fp32 copies of them."""
 
 
 def start_engine(
@@ -25,7 +28,8 @@ def start_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """An engine around the denoiser; a process group must be there.
 
-    ZeRO follows memory: a LoRA needs none of it, but all of 0 to 3 give the same update.
+    ZeRO follows memory: a LoRA needs none of it, but all of 0 to 3 give the same update. Trainable parameters of 16
+    bits (a whole net's; a LoRA's are fp32) get fp32 masters.
     """
     # DeepSpeed would probe every compiled operation it knows, then build a shared-memory all-reduce: seconds, and a
     # compiler on the workers' path. Told that there are none, it takes gloo or NCCL at once, with the same result.
@@ -45,6 +49,8 @@ def start_engine(
         "gradient_clipping": optimization.max_grad_norm,
         "steps_per_print": 2**31,
     }
+    if masters := MASTERS.get(trainable[0].dtype):
+        config[masters] = {"enabled": True}
     engine, *_ = deepspeed.initialize(model=denoiser, model_parameters=list(trainable), config=config)
     return engine
 
@@ -62,9 +68,19 @@ def load_training(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, 
     return result
 
 
-def save_adapter(engine: deepspeed.DeepSpeedEngine, pipeline_class: type, folder: Path) -> None:
-    """Write the LoRA whole; every worker takes part (under ZeRO 3 each holds a share), the first writes."""
-    trainable = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+def save_trained(engine: deepspeed.DeepSpeedEngine, model: TextToImageModel, folder: Path, *, lora: bool) -> None:
+    """Write what was trained, whole, as diffusers loads it: the LoRA, or the denoiser.
+
+    Every worker takes part (under ZeRO 3 each holds a share), the first writes.
+    """
+    denoiser = engine.module
+    trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     with deepspeed.zero.GatheredParameters(trainable, enabled=engine.zero_optimization_partition_weights()):
-        if torch.distributed.get_rank() == 0:
-            save_lora(pipeline_class, engine.module, folder)
+        if torch.distributed.get_rank() > 0:
+            return
+        if lora:
+            save_lora(model.pipeline_class, model.denoiser_name, denoiser, folder / LORA_DIR)
+        else:
+            denoiser.save_pretrained(folder / model.denoiser_name, safe_serialization=True)
+            for path in (folder / model.denoiser_name).glob("*.safetensors"):
+                path.chmod(0o644)

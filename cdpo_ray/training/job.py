@@ -3,8 +3,27 @@
 from dataclasses import dataclass
 from typing import Any
 
-RECORDS, LORA = "records.json", "lora"
-"""In every checkpoint beside the optimizer: what was recorded so far, and the adapter."""
+RECORDS, TRAINED = "records.json", "trained"
+"""In every checkpoint beside the optimizer: what was recorded so far, and what was trained, as diffusers loads it."""
+
+
+@dataclass(frozen=True)
+class LoraJob:
+    """The LoRA to train; see `LoraSection` of the config for the bounds."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LossJob:
+    """The loss; see `training.losses.preference_loss`."""
+
+    loss: str
+    beta: float
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -23,16 +42,26 @@ class Optimization:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What each worker needs to know; plain values that travel to it."""
+    """What each worker needs to know; plain values that travel to it.
+
+    Attributes:
+        lora: none trains the whole net.
+        guidance_range: that the net is told of, for families with a guidance embedding; none is the family's own.
+        start_dir: `4-training` of the round before, to go on from.
+        reference_is_start: hold the policy to that round, in place of the base model.
+    """
 
     samples_dir: str
     stages_dir: str
     num_stages: int
     family: str
     model: dict[str, Any]
-    lora: dict[str, Any]
-    beta: float
+    lora: LoraJob | None
+    loss: LossJob
     empty_prompt_fraction: float
     gradient_checkpointing: bool
     optimization: Optimization
     seed: int
+    guidance_range: tuple[float, float] | None = None
+    start_dir: str | None = None
+    reference_is_start: bool = False

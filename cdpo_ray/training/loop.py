@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from cdpo_ray.errors import TrainingError
-from cdpo_ray.models.stable_diffusion import StableDiffusion
+from cdpo_ray.models.family import Conditioning, TextToImageModel, Times
 from cdpo_ray.training.batches import PairBatch, SampleBank, StagePairs, make_batch, prefetched
 from cdpo_ray.training.job import Optimization
-from cdpo_ray.training.update import METRICS, dpo_loss
+from cdpo_ray.training.policy import Reference
+from cdpo_ray.training.update import METRICS, PreferenceLoss, loss_of_pairs
 
 UpdateRecord = dict[str, float]
 
@@ -36,7 +37,8 @@ class Feed:
     """
 
     bank: SampleBank
-    empty_embedding: Tensor
+    draw_times: Callable[[torch.Generator], Times]
+    empty_conditioning: Conditioning
     empty_prompt_fraction: float
     seed: int
     worker_rank: int
@@ -55,25 +57,29 @@ class Feed:
                     pairs,
                     range(draw, draw + size),
                     seed=self.seed,
+                    draw_times=self.draw_times,
                     empty_prompt_fraction=self.empty_prompt_fraction,
-                    empty_embedding=self.empty_embedding,
+                    empty_conditioning=self.empty_conditioning,
                 )
 
 
 def train_stages(
     engine: deepspeed.DeepSpeedEngine,
-    model: StableDiffusion,
-    stages: Sequence[StagePairs],
+    model: TextToImageModel,
+    reference: Reference,
+    num_stages: int,
+    begin_stage: Callable[[int], StagePairs],
     feed: Feed,
     state: TrainingState,
     *,
-    beta: float,
+    preference_loss: PreferenceLoss,
     on_update: Callable[[int], Any],
     on_stage: Callable[[TrainingState], Any],
 ) -> TrainingState:
     """Train stage after stage, easy to hard, from where ``state`` stands.
 
     Args:
+        begin_stage: called with a stage, 1-based, before its first update; gives what it trains on.
         on_update: called with the number of updates done in all, once an update.
         on_stage: called with the new state after each stage.
 
@@ -81,17 +87,20 @@ def train_stages(
         TrainingError: a loss was not finite.
     """
     per_update = engine.gradient_accumulation_steps()
-    for pairs in stages[state.stage - 1 :]:
+    for stage in range(state.stage, num_stages + 1):
+        pairs = begin_stage(stage)
         metrics: list[Tensor] = []
         for number, batch in enumerate(prefetched(feed.launches(pairs)), start=1):
             batch = batch.to(model.device, model.dtype)
-            loss, launch_metrics = dpo_loss(model, engine, engine.module, batch, beta=beta)
+            loss, launch_metrics = loss_of_pairs(
+                model, engine, reference, engine.module, batch, preference_loss=preference_loss
+            )
             engine.backward(loss)
             engine.step()
             metrics.append(launch_metrics)
             if number % per_update == 0:
                 on_update(len(state.records) + number // per_update)
-        state = state.after_stage(_records(pairs.stage, metrics, per_update, first=len(state.records) + 1))
+        state = state.after_stage(_records(stage, metrics, per_update, first=len(state.records) + 1))
         on_stage(state)
     return state
 

@@ -1,4 +1,6 @@
-"""Four errors of a pair -> loss and margin."""
+"""Four errors of a pair -> loss and margin; a line a loss in `LOSSES`."""
+
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,21 +21,17 @@ def kappa(beta: float) -> float:
     return beta / 2
 
 
-def diffusion_dpo_loss(
+def implicit_margin(
     policy_error_w: Tensor, policy_error_l: Tensor, reference_error_w: Tensor, reference_error_l: Tensor, *, beta: float
-) -> tuple[Tensor, Tensor]:
-    """Diffusion-DPO loss and margin of each pair.
+) -> Tensor:
+    """How much better than the reference the policy tells chosen from rejected, ``[pair]``, in nats.
 
-    ``-log sigmoid(margin)``,
-    ``margin = -beta/2 * ((policy_error_w - reference_error_w) - (policy_error_l - reference_error_l))``.
+    ``-beta/2 * ((policy_error_w - reference_error_w) - (policy_error_l - reference_error_l))``.
 
     Args:
-        policy_error_w, policy_error_l: ``[pair]`` fp32, mean squared error of each sample; carry gradients.
+        policy_error_w, policy_error_l: ``[pair]`` fp32, mean error of each sample; carry gradients.
         reference_error_w, reference_error_l: ``[pair]`` fp32, of the frozen net; must not carry gradients.
         beta: KL temperature, dimensionless, > 0; published runs use 2000-5000 with mean errors.
-
-    Returns:
-        Loss ``[pair]`` and margin ``[pair]``; reduce over pairs at the call site.
 
     Raises:
         ValueError: if ``beta`` is not positive.
@@ -41,5 +39,82 @@ def diffusion_dpo_loss(
     Source: arXiv:2311.12908, equation 14; the 1/2 is the released code's, so published betas carry over.
     """
     difference = (policy_error_w - reference_error_w) - (policy_error_l - reference_error_l)
-    margin = -kappa(beta) * difference
-    return -F.logsigmoid(margin), margin
+    return -kappa(beta) * difference
+
+
+def dpo_loss(margin: Tensor) -> Tensor:
+    """``-log sigmoid(margin)``: ``[pair]`` -> ``[pair]``. Source: arXiv:2305.18290, arXiv:2311.12908."""
+    return -F.logsigmoid(margin)
+
+
+def ipo_loss(margin: Tensor) -> Tensor:
+    """``(margin - 1/2)^2``: ``[pair]`` -> ``[pair]``; the margin is drawn to 1/2 and no further.
+
+    With ``margin = beta h``, this is ``beta^2 (h - 1/(2 beta))^2``: the published loss times ``beta^2``, which keeps
+    its gradients in the range of the other losses'. Source: arXiv:2310.12036, equation 17.
+    """
+    return (margin - 0.5) ** 2
+
+
+def hinge_loss(margin: Tensor) -> Tensor:
+    """``max(0, 1 - margin)``: ``[pair]`` -> ``[pair]``. Source: arXiv:2305.10425."""
+    return F.relu(1 - margin)
+
+
+def robust_dpo_loss(margin: Tensor, *, label_smoothing: float) -> Tensor:
+    """DPO's loss, unbiased when a share of the labels is swapped: ``[pair]`` -> ``[pair]``.
+
+    ``((1 - e) * -log sigmoid(margin) - e * -log sigmoid(-margin)) / (1 - 2 e)`` for a share ``e``.
+
+    Raises:
+        ValueError: if ``label_smoothing`` is outside 0 .. 1/2.
+
+    Source: arXiv:2403.00409, equation 12.
+    """
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"`label_smoothing` must be in 0 <= e < 0.5, got {label_smoothing}")
+    kept, swapped = (1 - label_smoothing) * dpo_loss(margin), label_smoothing * dpo_loss(-margin)
+    return (kept - swapped) / (1 - 2 * label_smoothing)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "dpo": dpo_loss,
+    "ipo": ipo_loss,
+    "hinge": hinge_loss,
+    "robust": robust_dpo_loss,
+}
+"""Name in the config -> loss of a margin. ``sft``, the chosen's error alone, has no margin: see `preference_loss`."""
+
+
+def preference_loss(
+    policy_error_w: Tensor,
+    policy_error_l: Tensor,
+    reference_error_w: Tensor,
+    reference_error_l: Tensor,
+    *,
+    beta: float,
+    loss: str = "dpo",
+    label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Loss and margin of each pair.
+
+    Args:
+        policy_error_w, policy_error_l, reference_error_w, reference_error_l, beta: as in `implicit_margin`.
+        loss: a name of `LOSSES`, or ``sft``: supervised fine-tuning on the chosen, the policy's error alone.
+        label_smoothing: of ``robust``, the share of labels thought wrong.
+        sft_weight: adds this multiple of the chosen's error, times kappa so that it stands in the margin's unit;
+            keeps the chosen likely. Source: arXiv:2404.19733 (equation 2, a DPO loss with the chosen's likelihood).
+
+    Returns:
+        Loss ``[pair]`` and margin ``[pair]``; reduce over pairs at the call site.
+
+    Raises:
+        ValueError: if ``beta`` is not positive, or ``label_smoothing`` outside 0 .. 1/2.
+    """
+    margin = implicit_margin(policy_error_w, policy_error_l, reference_error_w, reference_error_l, beta=beta)
+    if loss == "sft":
+        return policy_error_w, margin
+    options = {"label_smoothing": label_smoothing} if loss == "robust" else {}
+    losses = LOSSES[loss](margin, **options)
+    return losses + sft_weight * kappa(beta) * policy_error_w if sft_weight else losses, margin

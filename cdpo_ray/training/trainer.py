@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.store import write_json
-from cdpo_ray.training.job import LORA, RECORDS, TrainingJob
+from cdpo_ray.training.job import RECORDS, TRAINED, TrainingJob
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def train_adapter(
     gpus_per_worker: float,
     max_restarts: int,
 ) -> list[dict[str, float]]:
-    """Write `4-training`: the LoRA, `updates.jsonl` and `stages.json`; returns the means of each stage.
+    """Write `4-training`: the LoRA or the whole net, `updates.jsonl`, `stages.json`; returns the means of each stage.
 
     Started again on the same folder it goes on after the last finished stage.
     """
@@ -74,7 +74,7 @@ def train_adapter(
     if result.checkpoint is None:
         raise TrainingError(f"{output_dir}: training ended without a checkpoint: {result.error}")
     with result.checkpoint.as_directory() as folder:
-        shutil.copytree(Path(folder) / LORA, output_dir / LORA, dirs_exist_ok=True)
+        shutil.copytree(Path(folder) / TRAINED, output_dir, dirs_exist_ok=True)
         records = json.loads((Path(folder) / RECORDS).read_text())
     (output_dir / "updates.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records["updates"]))
     write_json(output_dir / "stages.json", records["stages"])

@@ -1,17 +1,15 @@
 """A batch of pairs -> one launch of the policy and one of the reference, forward and backward."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 
-from cdpo_ray.models.lora import adapters_off
-from cdpo_ray.models.stable_diffusion import StableDiffusion
+from cdpo_ray.models.family import Net, TextToImageModel
 from cdpo_ray.training.batches import PairBatch
-from cdpo_ray.training.losses import diffusion_dpo_loss
+from cdpo_ray.training.policy import Reference
 
 METRICS = (
     "loss",
@@ -23,40 +21,50 @@ METRICS = (
     "reference_error_l",
 )
 
-
-def pair_errors(model: StableDiffusion, denoiser: Callable[..., Any], batch: PairBatch) -> tuple[Tensor, Tensor]:
-    """Errors of chosen and rejected, ``[pair]`` fp32 each, from one launch of the net."""
-    errors = model.errors(
-        denoiser,  # type: ignore[arg-type]
-        torch.cat([batch.latents_w, batch.latents_l]),
-        batch.embeddings.repeat(2, 1, 1),
-        batch.timesteps.repeat(2),
-        batch.noise.repeat(2, 1, 1, 1),
-    )
-    error_w, error_l = errors.chunk(2)
-    return error_w, error_l
+PreferenceLoss = Callable[..., tuple[Tensor, Tensor]]
 
 
-def dpo_loss(
-    model: StableDiffusion, policy: Callable[..., Any], denoiser: ModelMixin, batch: PairBatch, *, beta: float
+def pair_errors(
+    model: TextToImageModel, policy: Net, reference: Reference, denoiser: ModelMixin, batch: PairBatch
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Errors ``[pair]`` fp32: the policy's of chosen and rejected, the reference's of chosen and rejected.
+
+    Chosen and rejected go through a net together, with the same noise, times and conditioning.
+    """
+    mixed = torch.autocast(model.device, dtype=model.dtype, enabled=model.dtype != torch.float32)
+    with mixed, disable_input_dtype_casting(denoiser):  # fp32 LoRA factors under autocast
+        with torch.no_grad(), reference(policy) as frozen:
+            task = model.denoising_task(
+                frozen,
+                torch.cat([batch.latents_w, batch.latents_l]),
+                {name: torch.cat([value, value]) for name, value in batch.conditioning.items()},
+                {name: torch.cat([value, value]) for name, value in batch.times.items()},
+                torch.cat([batch.noise, batch.noise]),
+            )
+            reference_error_w, reference_error_l = model.errors(frozen, task).chunk(2)
+        policy_error_w, policy_error_l = model.errors(policy, task).chunk(2)
+    return policy_error_w, policy_error_l, reference_error_w, reference_error_l
+
+
+def loss_of_pairs(
+    model: TextToImageModel,
+    policy: Net,
+    reference: Reference,
+    denoiser: ModelMixin,
+    batch: PairBatch,
+    *,
+    preference_loss: PreferenceLoss,
 ) -> tuple[Tensor, Tensor]:
     """Mean loss of a batch, and its `METRICS` ``[7]`` as a tensor on the device: nothing waits for the GPU here.
 
     Args:
         policy: what is called to run the net: the net itself, or the engine around it.
-        denoiser: the net, whose adapters are switched off for the reference.
+        denoiser: the net.
+        preference_loss: four errors -> loss and margin, ``[pair]`` each.
     """
-    mixed = torch.autocast(model.device, dtype=model.dtype, enabled=model.dtype != torch.float32)
-    with mixed, disable_input_dtype_casting(denoiser):  # fp32 LoRA factors under autocast
-        with torch.no_grad(), adapters_off(denoiser):
-            reference_error_w, reference_error_l = pair_errors(model, policy, batch)
-        policy_error_w, policy_error_l = pair_errors(model, policy, batch)
-    losses, margins = diffusion_dpo_loss(
-        policy_error_w, policy_error_l, reference_error_w, reference_error_l, beta=beta
-    )
+    errors = pair_errors(model, policy, reference, denoiser, batch)
+    losses, margins = preference_loss(*errors)
     with torch.no_grad():
-        columns = (
-            losses, margins, (margins > 0).float(), policy_error_w, policy_error_l, reference_error_w, reference_error_l
-        )  # fmt: skip
+        columns = (losses, margins, (margins > 0).float(), *errors)
         metrics = torch.stack([column.mean() for column in columns])
     return losses.mean(), metrics

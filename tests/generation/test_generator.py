@@ -47,7 +47,8 @@ class Mirror:
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         return 2, 3, 4
 
-    def sample(self, embeddings: Tensor, noise: Tensor, **given: Any) -> Tensor:
+    def sample(self, conditioning: dict[str, Tensor], noise: Tensor, **given: Any) -> Tensor:
+        embeddings = conditioning["prompt_embedding"]
         assert len(embeddings) == len(noise)
         return noise + embeddings[:, :, :1, None] * 0 + embeddings[:, :1, :1, None]
 
@@ -56,8 +57,8 @@ class Mirror:
 
 
 def mirrored(prompts: Sequence[str], sampling: Sampling) -> tuple[list[str], Tensor]:
-    embeddings = torch.arange(len(prompts)).float()[:, None, None] * 1000 + torch.zeros(1, 1, 1)
-    batches = list(sample_batches(Mirror(), prompts, embeddings, sampling))  # type: ignore[arg-type]
+    conditioning = {"prompt_embedding": torch.arange(len(prompts)).float()[:, None, None] * 1000}
+    batches = list(sample_batches(Mirror(), prompts, conditioning, sampling))  # type: ignore[arg-type]
     assert {len(batch.prompts) for batch in batches[:-1]} <= {sampling.images_per_batch}
     return [prompt for batch in batches for prompt in batch.prompts], torch.cat([batch.latents for batch in batches])
 
@@ -124,9 +125,9 @@ def test_the_images_of_a_prompt_differ(rows: pa.Table) -> None:
 
 def test_the_latents_are_what_the_model_samples_from_the_addressed_noise(generator: Generator, rows: pa.Table) -> None:
     model = generator.model
-    embeddings, _ = model.encode_prompts([PROMPTS[2]] * 2)
+    conditioning, _ = model.encode_prompts([PROMPTS[2]] * 2)
     noise = torch.stack([noise_at((4, 8, 8), 3, "image", PROMPTS[2], index) for index in range(2)])
-    latents = model.sample(embeddings, noise, num_denoising_steps=1, guidance_scale=1.0)
+    latents = model.sample(conditioning, noise, num_denoising_steps=1, guidance_scale=1.0)
     stored = rows["latents"].combine_chunks().to_numpy_ndarray()[2]
     np.testing.assert_allclose(stored, latents.numpy(), rtol=1e-5, atol=1e-5)
 
@@ -183,7 +184,7 @@ def test_columns_are_those_of_the_records_and_plain_parquet_keeps_their_shape(ro
 
 
 def test_the_embedding_stored_is_the_prompts(generator: Generator, rows: pa.Table) -> None:
-    embeddings, _ = generator.model.encode_prompts(PROMPTS)
+    embeddings = generator.model.encode_prompts(PROMPTS)[0]["prompt_embedding"]
     assert np.array_equal(rows["prompt_embedding"].combine_chunks().to_numpy_ndarray(), embeddings.numpy())
 
 

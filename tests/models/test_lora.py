@@ -33,9 +33,9 @@ def change(trainable: list[nn.Parameter], seed: int = 1) -> None:
 
 @torch.no_grad()
 def predict(model: StableDiffusion) -> Tensor:
-    embeddings, _ = model.encode_prompts(["a cat", "a dog"])
+    conditioning, _ = model.encode_prompts(["a cat", "a dog"])
     noisy = noise_at((2, 4, 8, 8), 0, "noisy")
-    return model.denoiser(noisy, torch.tensor([10, 900]), embeddings).sample
+    return model.denoiser(noisy, torch.tensor([10, 900]), conditioning["prompt_embedding"]).sample
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_the_first_factor_is_a_function_of_the_seed_alone(tiny_sd15: Path) -> No
 
 
 def test_attaching_leaves_the_global_random_numbers_alone(tiny_sd15: Path) -> None:
-    model = StableDiffusion.load(str(tiny_sd15), device="cpu", with_decoder=False)
+    model = StableDiffusion.load(str(tiny_sd15), device="cpu", for_training=True)
     torch.manual_seed(5)
     expected = torch.randn(4)
     torch.manual_seed(5)
@@ -115,12 +115,12 @@ def test_a_stock_pipeline_with_the_saved_lora_makes_the_same_images(
     tiny_sd15: Path, tmp_path: Path, rank: int, alpha: float
 ) -> None:
     model, trainable = with_lora(tiny_sd15, rank=rank, alpha=alpha)
-    embeddings, _ = model.encode_prompts(["a cat"])
+    conditioning, _ = model.encode_prompts(["a cat"])
     noise = noise_at((1, 4, 8, 8), 0, "image", "a cat", 0)
-    untrained = model.sample(embeddings, noise, num_denoising_steps=3, guidance_scale=3.0)
+    untrained = model.sample(conditioning, noise, num_denoising_steps=3, guidance_scale=3.0)
     change(trainable)
-    trained = model.sample(embeddings, noise, num_denoising_steps=3, guidance_scale=3.0)
-    save_lora(model.pipeline_class, model.denoiser, tmp_path / "lora")
+    trained = model.sample(conditioning, noise, num_denoising_steps=3, guidance_scale=3.0)
+    save_lora(model.pipeline_class, "unet", model.denoiser, tmp_path / "lora")
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd15, safety_checker=None, requires_safety_checker=False)
     pipeline.load_lora_weights(tmp_path / "lora")
@@ -134,20 +134,20 @@ def test_a_stock_pipeline_with_the_saved_lora_makes_the_same_images(
 def test_a_saved_lora_loads_back_and_can_be_switched(tiny_sd15: Path, tmp_path: Path, base_prediction: Tensor) -> None:
     model, trainable = with_lora(tiny_sd15, alpha=8)
     change(trainable)
-    save_lora(model.pipeline_class, model.denoiser, tmp_path)
+    save_lora(model.pipeline_class, "unet", model.denoiser, tmp_path / "lora")
     fresh = StableDiffusion.load(str(tiny_sd15), device="cpu")
-    fresh.load_lora(tmp_path)
+    fresh.load_tuned(tmp_path)
     torch.testing.assert_close(predict(fresh), predict(model), rtol=1e-5, atol=1e-5)
-    fresh.enable_lora(False)
+    fresh.use_tuned(False)
     assert torch.equal(predict(fresh), base_prediction)
-    fresh.enable_lora(True)
+    fresh.use_tuned(True)
     torch.testing.assert_close(predict(fresh), predict(model), rtol=1e-5, atol=1e-5)
 
 
 def test_the_saved_file_holds_the_weights_as_trained_and_others_may_read_it(tiny_sd15: Path, tmp_path: Path) -> None:
     model, trainable = with_lora(tiny_sd15)
     change(trainable)
-    save_lora(model.pipeline_class, model.denoiser, tmp_path)
+    save_lora(model.pipeline_class, "unet", model.denoiser, tmp_path)
     path = tmp_path / LORA_WEIGHTS
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     saved = load_file(path)

@@ -59,8 +59,8 @@ def test_the_embedded_models_images_are_the_stock_pipelines(embedded: Path, guid
 
 def test_guidance_changes_the_latents(tiny: StableDiffusion) -> None:
     noise = noise_at((1, 4, 8, 8), 0, "image", "x", 0)
-    embeddings, _ = tiny.encode_prompts(["x"])
-    with_it, without = (tiny.sample(embeddings, noise, num_denoising_steps=2, guidance_scale=g) for g in (5.0, 1.0))
+    conditioning, _ = tiny.encode_prompts(["x"])
+    with_it, without = (tiny.sample(conditioning, noise, num_denoising_steps=2, guidance_scale=g) for g in (5.0, 1.0))
     assert not torch.allclose(with_it, without)
 
 
@@ -77,33 +77,39 @@ def test_another_image_size_is_sampled_at_that_size(tiny: StableDiffusion) -> No
 def test_prompts_are_encoded_each_for_itself(tiny: StableDiffusion) -> None:
     together, _ = tiny.encode_prompts(PROMPTS)
     for row, prompt in enumerate(PROMPTS):
-        torch.testing.assert_close(together[row], tiny.encode_prompts([prompt])[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            together["prompt_embedding"][row],
+            tiny.encode_prompts([prompt])[0]["prompt_embedding"][0],
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.parametrize(("length", "cut"), [(0, 0), (75, 0), (76, 1), (100, 25), (10_000, 9925)])
 def test_tokens_beyond_the_encoders_77_are_counted(tiny: StableDiffusion, length: int, cut: int) -> None:
-    embeddings, num_cut = tiny.encode_prompts(["a" * length, "b"])  # a token a letter, with a start and an end
+    conditioning, num_cut = tiny.encode_prompts(["a" * length, "b"])  # a token a letter, with a start and an end
     assert num_cut == [cut, 0]
-    assert embeddings.shape[1] == 77
+    assert conditioning["prompt_embedding"].shape[1] == 77
 
 
 @pytest.mark.parametrize("prompt", ["a 🦊", "nul\x00", "قطة", "../../etc/passwd", "\u2028"])
 def test_strange_prompts_have_finite_embeddings(tiny: StableDiffusion, prompt: str) -> None:
-    assert tiny.encode_prompts([prompt])[0].isfinite().all()
+    assert tiny.encode_prompts([prompt])[0]["prompt_embedding"].isfinite().all()
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_errors_are_those_of_the_unet_under_the_ddpm_scheduler(tiny_sd15: Path, prediction_type: str) -> None:
-    model = StableDiffusion.load(str(tiny_sd15), device="cpu", with_decoder=False)
+    model = StableDiffusion.load(str(tiny_sd15), device="cpu", for_training=True)
     model.prediction_type = prediction_type
     scheduler = DDPMScheduler.from_pretrained(tiny_sd15, subfolder="scheduler")
     timesteps = torch.tensor([0, 400, 999])
     latents, noise = noise_at((3, 4, 8, 8), 0, "latents"), noise_at((3, 4, 8, 8), 0, "noise")
-    embeddings, _ = model.encode_prompts(["x", "y", "z"])
+    conditioning, _ = model.encode_prompts(["x", "y", "z"])
     with torch.no_grad():
-        found = model.errors(model.denoiser, latents, embeddings, timesteps, noise)
+        task = model.denoising_task(model.denoiser, latents, conditioning, {"timestep": timesteps}, noise)
+        found = model.errors(model.denoiser, task)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        output = model.denoiser(noisy, timesteps, embeddings).sample
+        output = model.denoiser(noisy, timesteps, conditioning["prompt_embedding"]).sample
     target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
     expected = ((output.double() - target.double()) ** 2).mean(dim=(1, 2, 3)).float()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
@@ -120,11 +126,11 @@ def test_pixels_outside_the_range_are_clamped_not_wrapped(
 
 
 def test_training_goes_without_the_decoder(tiny_sd15: Path) -> None:
-    assert StableDiffusion.load(str(tiny_sd15), device="cpu", with_decoder=False).pipeline.vae is None
+    assert StableDiffusion.load(str(tiny_sd15), device="cpu", for_training=True).pipeline.vae is None
 
 
 def test_the_type_asked_for_is_that_of_the_weights(tiny_sd15: Path) -> None:
-    model = load_model("stable_diffusion", path=str(tiny_sd15), dtype="bfloat16", device="cpu", with_decoder=False)
+    model = load_model("stable_diffusion", path=str(tiny_sd15), dtype="bfloat16", device="cpu", for_training=True)
     assert {parameter.dtype for parameter in model.denoiser.parameters()} == {torch.bfloat16}
 
 

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ NUM_DRAWS = 40
 def bank() -> SampleBank:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(7, 4, *SHAPE, generator=generator)
-    return SampleBank(latents, torch.rand(7, 5, 6, generator=generator), np.arange(7))
+    return SampleBank(latents, {"prompt_embedding": torch.rand(7, 5, 6, generator=generator)}, np.arange(7))
 
 
 @pytest.fixture
@@ -37,11 +37,25 @@ def pairs() -> StagePairs:
 def batch_of(
     bank: SampleBank, pairs: StagePairs, draws: range = range(NUM_DRAWS), *, seed: int = 0, fraction: float = 0.0
 ) -> PairBatch:
-    return make_batch(bank, pairs, draws, seed=seed, empty_prompt_fraction=fraction, empty_embedding=EMPTY)
+    return make_batch(
+        bank,
+        pairs,
+        draws,
+        seed=seed,
+        draw_times=lambda generator: {"timestep": torch.randint(1000, (), generator=generator)},
+        empty_prompt_fraction=fraction,
+        empty_conditioning={"prompt_embedding": EMPTY[None]},
+    )
 
 
 def columns(batch: PairBatch) -> dict[str, torch.Tensor]:
-    return {item.name: getattr(batch, item.name) for item in fields(batch)}
+    return {
+        "latents_w": batch.latents_w,
+        "latents_l": batch.latents_l,
+        "embeddings": batch.conditioning["prompt_embedding"],
+        "timesteps": batch.times["timestep"],
+        "noise": batch.noise,
+    }
 
 
 def test_chosen_and_rejected_are_the_rows_of_the_stage(bank: SampleBank, pairs: StagePairs) -> None:
@@ -50,7 +64,7 @@ def test_chosen_and_rejected_are_the_rows_of_the_stage(bank: SampleBank, pairs: 
         row, chosen, rejected = int(pairs.prompt_row[draw]), int(pairs.chosen[draw]), int(pairs.rejected[draw])
         assert torch.equal(batch.latents_w[place], bank.latents[row][chosen])
         assert torch.equal(batch.latents_l[place], bank.latents[row][rejected])
-        assert torch.equal(batch.embeddings[place], bank.embeddings[row])
+        assert torch.equal(batch.conditioning["prompt_embedding"][place], bank.conditioning["prompt_embedding"][row])
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 20])
@@ -66,8 +80,8 @@ def test_each_draw_stage_and_seed_has_noise_of_its_own(bank: SampleBank, pairs: 
     batches = [batch_of(bank, pairs), batch_of(bank, replace(pairs, stage=4)), batch_of(bank, pairs, seed=1)]
     noise = torch.cat([batch.noise for batch in batches]).flatten(1)
     assert len(torch.unique(noise, dim=0)) == 3 * NUM_DRAWS
-    assert not torch.equal(batches[0].timesteps, batches[1].timesteps)
-    assert not torch.equal(batches[0].timesteps, batches[2].timesteps)
+    assert not torch.equal(batches[0].times["timestep"], batches[1].times["timestep"])
+    assert not torch.equal(batches[0].times["timestep"], batches[2].times["timestep"])
 
 
 def many(pairs: StagePairs, count: int) -> StagePairs:
@@ -78,9 +92,9 @@ def many(pairs: StagePairs, count: int) -> StagePairs:
 
 def test_timesteps_are_uniform_over_0_to_999_and_noise_is_standard_normal(bank: SampleBank, pairs: StagePairs) -> None:
     batch = batch_of(bank, many(pairs, 4000), range(4000))
-    assert batch.timesteps.dtype == torch.int64
-    assert 0 <= batch.timesteps.min() < 10 and 990 <= batch.timesteps.max() <= 999
-    counts = torch.bincount(batch.timesteps // 100, minlength=10).double()
+    assert batch.times["timestep"].dtype == torch.int64
+    assert 0 <= batch.times["timestep"].min() < 10 and 990 <= batch.times["timestep"].max() <= 999
+    counts = torch.bincount(batch.times["timestep"] // 100, minlength=10).double()
     assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi square of 9 degrees of freedom, 99.9 %
     noise = batch.noise.double()
     assert abs(noise.mean()) < 4 / noise.numel() ** 0.5
@@ -89,21 +103,21 @@ def test_timesteps_are_uniform_over_0_to_999_and_noise_is_standard_normal(bank: 
 
 def test_the_share_without_a_prompt_is_the_one_asked_for(bank: SampleBank, pairs: StagePairs) -> None:
     batch = batch_of(bank, many(pairs, 4000), range(4000), fraction=0.25)
-    emptied = (batch.embeddings == EMPTY).all(dim=(1, 2))
+    emptied = (batch.conditioning["prompt_embedding"] == EMPTY).all(dim=(1, 2))
     assert abs(emptied.double().mean() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
     kept = many(pairs, 4000).prompt_row[~emptied.numpy()]
-    assert torch.equal(batch.embeddings[~emptied], bank.embeddings[kept])
+    assert torch.equal(batch.conditioning["prompt_embedding"][~emptied], bank.conditioning["prompt_embedding"][kept])
 
 
 def test_emptying_prompts_changes_no_timestep_and_no_noise_and_leaves_the_bank_alone(
     bank: SampleBank, pairs: StagePairs
 ) -> None:
-    before = bank.embeddings.clone()
+    before = bank.conditioning["prompt_embedding"].clone()
     never, often = columns(batch_of(bank, pairs)), columns(batch_of(bank, pairs, fraction=0.9))
     assert not torch.equal(never.pop("embeddings"), often.pop("embeddings"))
     for name, values in never.items():
         assert torch.equal(values, often[name]), name
-    assert torch.equal(bank.embeddings, before)
+    assert torch.equal(bank.conditioning["prompt_embedding"], before)
 
 
 def test_moving_a_batch_takes_the_type_for_all_but_noise_and_timesteps(bank: SampleBank, pairs: StagePairs) -> None:
@@ -130,7 +144,9 @@ def test_samples_and_pairs_are_read_by_prompt_index_whatever_the_order_of_the_sh
     pq.write_table(rows.slice(2), tmp_path / "samples-000001.parquet")
     bank = SampleBank.read(tmp_path)
     assert bank.row_of_prompt.tolist() == [1, -1, 2, -1, 0]
-    assert np.array_equal(bank.latents.numpy(), latents) and np.array_equal(bank.embeddings.numpy(), embeddings)
+    assert np.array_equal(bank.latents.numpy(), latents) and np.array_equal(
+        bank.conditioning["prompt_embedding"].numpy(), embeddings
+    )
 
     drawn = {"draw": [2, 0, 1], "prompt_index": [0, 2, 4], "chosen": [1, 2, 3], "rejected": [0, 3, 1]}
     (tmp_path / "stage-2").mkdir()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ from peft.utils import get_peft_model_state_dict
 
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models import load_model
-from cdpo_ray.models.lora import attach_lora
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import load_training, save_training, start_engine
-from cdpo_ray.training.job import Optimization
+from cdpo_ray.training.job import LoraJob, Optimization
 from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
+from cdpo_ray.training.losses import preference_loss
+from cdpo_ray.training.policy import make_policy
 from cdpo_ray.training.update import METRICS
 
 pytestmark = pytest.mark.slow
@@ -47,28 +49,34 @@ class Training:
     """One engine on a tiny net, and what it is fed: two stages of three updates."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = load_model("stable_diffusion", path=str(folder), device="cpu", with_decoder=False)
-        trainable = attach_lora(self.model.denoiser, rank=2, alpha=2, targets=["to_q"], seed=0)
-        self.engine = start_engine(self.model.denoiser, trainable, OPTIMIZATION, num_workers=1)
+        self.model = load_model("stable_diffusion", path=str(folder), device="cpu", for_training=True)
+        lora = LoraJob(2, 2, ("to_q",))
+        self.policy = make_policy(self.model, lora, start_dir=None, reference_is_start=False, seed=0)
+        self.engine = start_engine(self.model.denoiser, self.policy.trainable, OPTIMIZATION, num_workers=1)
         numbers = torch.Generator().manual_seed(0)
         bank = SampleBank(
-            torch.randn(2, 3, 4, 8, 8, generator=numbers), torch.randn(2, 77, 32, generator=numbers), np.arange(2)
+            torch.randn(2, 3, 4, 8, 8, generator=numbers),
+            {"prompt_embedding": torch.randn(2, 77, 32, generator=numbers)},
+            np.arange(2),
         )
-        self.feed = Feed(bank, torch.zeros(77, 32), 0.5, 7, 0, 1, OPTIMIZATION)
+        self.feed = Feed(
+            bank, self.model.draw_times, {"prompt_embedding": torch.zeros(1, 77, 32)}, 0.5, 7, 0, 1, OPTIMIZATION
+        )
         draws = np.random.default_rng(0).integers(0, 2, 6)
         self.stages = [StagePairs(stage, draws, np.zeros(6, int), np.full(6, stage)) for stage in (1, 2)]
         self.num_updates: list[int] = []
 
     def walk(self, state: TrainingState, *, beta: float = 500, stop_after: int | None = None) -> TrainingState:
         states: list[TrainingState] = []
-        stages = self.stages[:stop_after]
         train_stages(
             self.engine,
             self.model,
-            stages,
+            self.policy.reference,
+            stop_after or len(self.stages),
+            lambda stage: self.stages[stage - 1],
             self.feed,
             state,
-            beta=beta,
+            preference_loss=partial(preference_loss, beta=beta),
             on_update=self.num_updates.append,
             on_stage=states.append,
         )

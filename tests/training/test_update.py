@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,46 +10,61 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from cdpo_ray.models.lora import attach_lora
+from cdpo_ray.models.family import rows_of
 from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.models.stable_diffusion import StableDiffusion
 from cdpo_ray.training.batches import PairBatch
-from cdpo_ray.training.update import METRICS, dpo_loss, pair_errors
+from cdpo_ray.training.job import LoraJob
+from cdpo_ray.training.losses import preference_loss
+from cdpo_ray.training.policy import Policy, make_policy
+from cdpo_ray.training.update import METRICS, loss_of_pairs
 
 BETA = 400.0
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 LN2 = torch.tensor(math.log(2)).item()
 
 
-def start(
-    folder: Path, *, dtype: str = "float32", compiled: bool = False
-) -> tuple[StableDiffusion, list[nn.Parameter]]:
+def start(folder: Path, *, dtype: str = "float32", compiled: bool = False) -> tuple[StableDiffusion, Policy]:
     """A model as a training worker sets it up."""
-    model = StableDiffusion.load(str(folder), dtype=dtype, device="cpu", compile=compiled, with_decoder=False)
-    trainable = attach_lora(model.denoiser, rank=4, alpha=8, targets=TARGETS, seed=0)
+    model = StableDiffusion.load(str(folder), dtype=dtype, device="cpu", compile=compiled, for_training=True)
+    policy = make_policy(model, LoraJob(4, 8, TARGETS), start_dir=None, reference_is_start=False, seed=0)
     model.denoiser.train()
-    return model, trainable
+    return model, policy
 
 
 def make_pairs(model: StableDiffusion, count: int = 4) -> PairBatch:
-    embeddings, _ = model.encode_prompts([f"prompt {number}" for number in range(count)])
+    conditioning, _ = model.encode_prompts([f"prompt {number}" for number in range(count)])
     shape = (count, 4, 8, 8)
     batch = PairBatch(
         noise_at(shape, 0, "chosen"),
         noise_at(shape, 0, "rejected"),
-        embeddings,
-        torch.tensor([20, 300, 600, 950])[:count],
+        conditioning,
+        {"timestep": torch.tensor([20, 300, 600, 950])[:count]},
         noise_at(shape, 0, "noise"),
     )
     return batch.to("cpu", model.dtype)
 
 
 def rows(batch: PairBatch, start: int, stop: int) -> PairBatch:
-    return PairBatch(*(getattr(batch, name)[start:stop] for name in batch.__dataclass_fields__))
+    cut = slice(start, stop)
+    return PairBatch(
+        batch.latents_w[cut],
+        batch.latents_l[cut],
+        rows_of(batch.conditioning, cut),
+        rows_of(batch.times, cut),
+        batch.noise[cut],
+    )
 
 
-def loss_and_metrics(model: StableDiffusion, batch: PairBatch) -> tuple[Tensor, dict[str, float]]:
-    loss, metrics = dpo_loss(model, model.denoiser, model.denoiser, batch, beta=BETA)
+def loss_and_metrics(model: StableDiffusion, policy: Policy, batch: PairBatch) -> tuple[Tensor, dict[str, float]]:
+    loss, metrics = loss_of_pairs(
+        model,
+        model.denoiser,
+        policy.reference,
+        model.denoiser,
+        batch,
+        preference_loss=partial(preference_loss, beta=BETA),
+    )
     return loss, dict(zip(METRICS, metrics.tolist(), strict=True))
 
 
@@ -61,34 +77,41 @@ def change(trainable: list[nn.Parameter]) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(tiny_sd15: Path, dtype: str) -> None:
-    model, trainable = start(tiny_sd15, dtype=dtype)
-    loss, metrics = loss_and_metrics(model, make_pairs(model))
+    model, policy = start(tiny_sd15, dtype=dtype)
+    loss, metrics = loss_and_metrics(model, policy, make_pairs(model))
     assert (metrics["margin"], metrics["implicit_accuracy"], loss.item(), metrics["loss"]) == (0.0, 0.0, LN2, LN2)
     assert metrics["policy_error_w"] == metrics["reference_error_w"] != metrics["policy_error_l"]
     loss.backward()
-    gradients = [parameter.grad for parameter in trainable]
+    gradients = [parameter.grad for parameter in policy.trainable]
     assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
     assert any(gradient.abs().max() > 0 for gradient in gradients if gradient is not None)
-    learning = {id(parameter) for parameter in trainable}
+    learning = {id(parameter) for parameter in policy.trainable}
     assert all(parameter.grad is None for parameter in model.denoiser.parameters() if id(parameter) not in learning)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_after_an_update_the_policy_differs_and_the_reference_is_still_the_base(tiny_sd15: Path, dtype: str) -> None:
-    base = StableDiffusion.load(str(tiny_sd15), dtype=dtype, device="cpu", with_decoder=False)
-    model, trainable = start(tiny_sd15, dtype=dtype)
+    base = StableDiffusion.load(str(tiny_sd15), dtype=dtype, device="cpu", for_training=True)
+    model, policy = start(tiny_sd15, dtype=dtype)
     batch = make_pairs(model)
     mixed = torch.autocast("cpu", dtype=model.dtype, enabled=dtype != "float32")
     with torch.no_grad(), mixed:
-        base_w, base_l = (error.mean().item() for error in pair_errors(base, base.denoiser, batch))
+        task = base.denoising_task(
+            base.denoiser,
+            torch.cat([batch.latents_w, batch.latents_l]),
+            rows_of(batch.conditioning, [*range(4)] * 2),
+            rows_of(batch.times, [*range(4)] * 2),
+            torch.cat([batch.noise, batch.noise]),
+        )
+        base_w, base_l = (error.mean().item() for error in base.errors(base.denoiser, task).chunk(2))
     frozen = {name: value.clone() for name, value in model.denoiser.named_parameters() if not value.requires_grad}
-    optimizer = torch.optim.AdamW(trainable, lr=1e-3)
+    optimizer = torch.optim.AdamW(policy.trainable, lr=1e-3)
     for _ in range(2):
         optimizer.zero_grad()
-        loss, _ = loss_and_metrics(model, batch)
+        loss, _ = loss_and_metrics(model, policy, batch)
         loss.backward()
         optimizer.step()
-    after, metrics = loss_and_metrics(model, batch)
+    after, metrics = loss_and_metrics(model, policy, batch)
     assert (metrics["reference_error_w"], metrics["reference_error_l"]) == (base_w, base_l)
     assert metrics["policy_error_w"] != base_w
     assert after.item() < LN2 and metrics["margin"] > 0
@@ -96,20 +119,20 @@ def test_after_an_update_the_policy_differs_and_the_reference_is_still_the_base(
 
 
 def test_loss_and_margin_are_those_of_merged_weights_and_the_scheduler_in_float64(tiny_sd15: Path) -> None:
-    model, trainable = start(tiny_sd15)
-    change(trainable)
+    model, policy = start(tiny_sd15)
+    change(policy.trainable)
     batch = make_pairs(model)
     merged = copy.deepcopy(model.denoiser)
     merged.fuse_lora()
     merged.unload_lora()
-    base = StableDiffusion.load(str(tiny_sd15), device="cpu", with_decoder=False).denoiser.double()
+    base = StableDiffusion.load(str(tiny_sd15), device="cpu", for_training=True).denoiser.double()
     merged = merged.double()
     scheduler = DDPMScheduler.from_pretrained(tiny_sd15, subfolder="scheduler")
 
     @torch.no_grad()
     def error(unet: nn.Module, latents: Tensor) -> Tensor:
-        noisy = scheduler.add_noise(latents.double(), batch.noise.double(), batch.timesteps)
-        output = unet(noisy, batch.timesteps, batch.embeddings.double()).sample
+        noisy = scheduler.add_noise(latents.double(), batch.noise.double(), batch.times["timestep"])
+        output = unet(noisy, batch.times["timestep"], batch.conditioning["prompt_embedding"].double()).sample
         return ((output - batch.noise.double()) ** 2).mean(dim=(1, 2, 3))
 
     errors = {
@@ -127,19 +150,19 @@ def test_loss_and_margin_are_those_of_merged_weights_and_the_scheduler_in_float6
         "loss": torch.log1p(torch.exp(-margin)).mean().item(),
         "implicit_accuracy": (margin > 0).double().mean().item(),
     }
-    loss, metrics = loss_and_metrics(model, batch)
+    loss, metrics = loss_and_metrics(model, policy, batch)
     assert metrics == pytest.approx(expected, rel=1e-4, abs=2e-3)
     assert loss.item() == metrics["loss"]
     assert margin.abs().max() > 0.1
 
 
 def test_swapping_chosen_and_rejected_flips_the_margin(tiny_sd15: Path) -> None:
-    model, trainable = start(tiny_sd15)
-    change(trainable)
+    model, policy = start(tiny_sd15)
+    change(policy.trainable)
     batch = make_pairs(model)
-    swapped = PairBatch(batch.latents_l, batch.latents_w, batch.embeddings, batch.timesteps, batch.noise)
-    _, metrics = loss_and_metrics(model, batch)
-    _, flipped = loss_and_metrics(model, swapped)
+    swapped = PairBatch(batch.latents_l, batch.latents_w, batch.conditioning, batch.times, batch.noise)
+    _, metrics = loss_and_metrics(model, policy, batch)
+    _, flipped = loss_and_metrics(model, policy, swapped)
     assert flipped["margin"] == pytest.approx(-metrics["margin"], abs=1e-3)
     assert abs(metrics["margin"]) > 0.05
     assert flipped["implicit_accuracy"] == 1 - metrics["implicit_accuracy"]
@@ -147,30 +170,30 @@ def test_swapping_chosen_and_rejected_flips_the_margin(tiny_sd15: Path) -> None:
 
 
 def test_gradients_accumulated_over_two_halves_are_those_of_the_whole(tiny_sd15: Path) -> None:
-    model, trainable = start(tiny_sd15)
-    change(trainable)
+    model, policy = start(tiny_sd15)
+    change(policy.trainable)
     batch = make_pairs(model)
-    loss_and_metrics(model, batch)[0].backward()
-    whole = [parameter.grad.clone() for parameter in trainable if parameter.grad is not None]
+    loss_and_metrics(model, policy, batch)[0].backward()
+    whole = [parameter.grad.clone() for parameter in policy.trainable if parameter.grad is not None]
     model.denoiser.zero_grad()
     for part in (rows(batch, 0, 2), rows(batch, 2, 4)):
-        (loss_and_metrics(model, part)[0] / 2).backward()
-    assert len(whole) == len(trainable)
+        (loss_and_metrics(model, policy, part)[0] / 2).backward()
+    assert len(whole) == len(policy.trainable)
     largest = max(gradient.abs().max().item() for gradient in whole)
-    for parameter, gradient in zip(trainable, whole, strict=True):
+    for parameter, gradient in zip(policy.trainable, whole, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5 * largest)
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_sd15: Path) -> None:
     found = []
     for checkpointing in (False, True):
-        model, trainable = start(tiny_sd15)
-        change(trainable)
+        model, policy = start(tiny_sd15)
+        change(policy.trainable)
         if checkpointing:
             model.denoiser.enable_gradient_checkpointing()
-        loss, _ = loss_and_metrics(model, make_pairs(model, 2))
+        loss, _ = loss_and_metrics(model, policy, make_pairs(model, 2))
         loss.backward()
-        found.append((loss.item(), [parameter.grad for parameter in trainable]))
+        found.append((loss.item(), [parameter.grad for parameter in policy.trainable]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
     for plain, recomputed in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6)
@@ -180,11 +203,11 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_sd15: Path) -> None:
 def test_a_compiled_net_gives_the_eager_losses_and_its_reference_is_the_base(tiny_sd15: Path) -> None:
     found = []
     for compiled in (False, True):
-        model, trainable = start(tiny_sd15, compiled=compiled)
+        model, policy = start(tiny_sd15, compiled=compiled)
         batch = make_pairs(model)
-        _, at_first = loss_and_metrics(model, batch)
-        change(trainable)
-        _, after = loss_and_metrics(model, batch)
+        _, at_first = loss_and_metrics(model, policy, batch)
+        change(policy.trainable)
+        _, after = loss_and_metrics(model, policy, batch)
         assert after["reference_error_w"] == at_first["reference_error_w"] != after["policy_error_w"]
         assert at_first["margin"] == pytest.approx(0, abs=BETA * 1e-6)
         found.append(after)

@@ -1,0 +1,259 @@
+"""A text-to-image family: what all of them do alike, and what each must say of itself."""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from cdpo_ray.errors import ModelError
+from cdpo_ray.models.lora import LORA_DIR
+from cdpo_ray.models.noising import squared_error
+
+diffusers_logging.set_verbosity_error()
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
+
+Conditioning = dict[str, Tensor]
+"""What the text encoders made of prompts, a row a prompt (or a sample): ``prompt_embedding [row, token, channel]`` and,
+where the family has one, ``pooled_embedding [row, channel]``."""
+
+Times = dict[str, Tensor]
+"""What else a pair is trained at, a number a row: ``timestep`` and, where the net is told of it, ``guidance``."""
+
+Net = Callable[..., Any]
+"""What is called to run a denoiser: the net itself, or the engine around it."""
+
+
+@dataclass(frozen=True)
+class DenoisingTask:
+    """A question to the net and the right answer, a row a sample.
+
+    Attributes:
+        noisy_latents: ``[sample, channel, height, width]`` in the net's type.
+        times: ``[sample]`` each.
+        conditioning: a row a sample.
+        target: ``[sample, channel, height, width]`` fp32.
+    """
+
+    noisy_latents: Tensor
+    times: Times
+    conditioning: Conditioning
+    target: Tensor
+
+
+def rows_of(values: Mapping[str, Tensor], rows: Any) -> dict[str, Tensor]:
+    """These rows of each tensor: an index, a list or a slice."""
+    return {name: value[rows] for name, value in values.items()}
+
+
+class TextToImageModel(ABC):
+    """A pipeline and what each step of the way needs of it. Latents are scaled as the denoiser sees them."""
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    denoiser_name: ClassVar[str] = "unet"
+    text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    load_options: ClassVar[Mapping[str, Any]] = {}
+    guidance_range: tuple[float, float] | None = None
+    """Guidance that the net is told of in training, where it has an embedding of it; bounds of a uniform draw."""
+
+    def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
+        self.pipeline = pipeline
+        self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
+        self.dtype = dtype
+        self.device = device
+        self._base, self._tuned = self.denoiser, None
+        pipeline.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        compile: bool = False,
+        for_training: bool = False,
+    ) -> Self:
+        """Load from ``embedded``, a folder in diffusers layout, or a hub id at a revision; safetensors only.
+
+        Args:
+            device: ``cuda`` where there is one, by default.
+            compile: compile the denoiser in place; pays on a GPU when the run is long.
+            for_training: without the VAE, which only decoding needs.
+
+        Raises:
+            ModelError: nothing that can be loaded is there.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        torch_dtype: torch.dtype = getattr(torch, dtype)
+        left_out = {"vae": None} if for_training else {}
+        pipeline = cls.load_pipeline(path, revision, torch_dtype, left_out)
+        pipeline.to(device)
+        denoiser = getattr(pipeline, cls.denoiser_name)
+        if device == "cuda" and cls.denoiser_name == "unet":
+            denoiser.to(memory_format=torch.channels_last)
+        if compile:
+            denoiser.compile()
+        return cls(pipeline, dtype=torch_dtype, device=device)
+
+    @classmethod
+    def load_pipeline(cls, path: str, revision: str | None, dtype: torch.dtype, left_out: Mapping[str, None]) -> Any:
+        """The stock pipeline, without the parts ``left_out``.
+
+        Raises:
+            ModelError: nothing that can be loaded is there.
+        """
+        folder = cls.embedded_pipeline() if path == "embedded" else path
+        try:
+            return cls.pipeline_class.from_pretrained(
+                folder, revision=revision, dtype=dtype, use_safetensors=True, **cls.load_options, **left_out
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise cannot_be_loaded("model.path", path, revision, error) from None
+
+    @classmethod
+    def embedded_pipeline(cls) -> Path:
+        """Folder of the embedded world's model of this family.
+
+        Raises:
+            ModelError: the embedded world has none.
+        """
+        raise ModelError(
+            f"`model.path` embedded: the embedded world has no model of the family of {cls.pipeline_class.__name__};"
+            " use `stable_diffusion` or `latent_consistency`, or give a folder or a hub id"
+        )
+
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Channel, height and width of one sample's latents, for an image size in pixels (default: the model's own)."""
+        native, factor = self.denoiser.config.sample_size, self.pipeline.vae_scale_factor
+        return (
+            self.denoiser.config.in_channels,
+            height // factor if height else native,
+            width // factor if width else native,
+        )
+
+    @abstractmethod
+    def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
+        """Conditioning, a row a prompt, and how many tokens of each prompt no text encoder had room for."""
+
+    @functools.cached_property
+    def empty_conditioning(self) -> Conditioning:
+        """Conditioning of the empty prompt, one row; what guidance leads away from."""
+        return self.encode_prompts([""])[0]
+
+    def drop_text_encoders(self) -> None:
+        """Free their memory once all prompts are encoded."""
+        for name in self.text_encoders:
+            setattr(self.pipeline, name, None)
+
+    @torch.no_grad()
+    def sample(
+        self, conditioning: Conditioning, noise: Tensor, *, num_denoising_steps: int, guidance_scale: float
+    ) -> Tensor:
+        """From ``noise`` ``[sample, channel, height, width]`` to clean latents of the same shape, by the pipeline.
+
+        Args:
+            conditioning: a row a sample.
+            guidance_scale: 1 is without guidance. Source: arXiv:2207.12598.
+        """
+        factor = self.pipeline.vae_scale_factor
+        latents: Tensor = self.pipeline(
+            **self.pipeline_arguments(conditioning, guidance_scale),
+            latents=noise.to(self.device, self.dtype),
+            height=noise.shape[-2] * factor,
+            width=noise.shape[-1] * factor,
+            num_inference_steps=num_denoising_steps,
+            guidance_scale=guidance_scale,
+            output_type="latent",
+        ).images
+        return latents
+
+    @abstractmethod
+    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        """What the pipeline is called with in place of prompts."""
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> images, uint8 ``[sample, 3, height, width]``, on the device."""
+        vae = self.pipeline.vae
+        scaled = latents.to(self.device, self.dtype) / vae.config.scaling_factor
+        pixels = vae.decode(scaled + (vae.config.get("shift_factor") or 0)).sample
+        return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    @abstractmethod
+    def draw_times(self, generator: torch.Generator) -> Times:
+        """Timestep (and guidance, if the net is told of it) to train one pair at: scalars from the generator."""
+
+    @abstractmethod
+    def denoising_task(
+        self, reference: Net, latents: Tensor, conditioning: Conditioning, times: Times, noise: Tensor
+    ) -> DenoisingTask:
+        """Noise the latents and say what a right answer is; one task serves policy and reference.
+
+        Args:
+            reference: the frozen net, for families whose target it makes.
+            latents, noise: ``[sample, channel, height, width]``.
+            times: as `draw_times` gives them, ``[sample]`` each.
+        """
+
+    @abstractmethod
+    def predict(self, denoiser: Net, task: DenoisingTask) -> Tensor:
+        """The net's answer, ``[sample, channel, height, width]``."""
+
+    def error(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Distance of an answer from the right one: ``[sample]`` fp32, a mean over channel, height and width."""
+        return squared_error(prediction, target)
+
+    def errors(self, denoiser: Net, task: DenoisingTask) -> Tensor:
+        """Error of each sample under ``denoiser`` (policy or reference): ``[sample]`` fp32."""
+        return self.error(self.predict(denoiser, task), task.target)
+
+    def load_tuned(self, training_dir: Path) -> None:
+        """Add what a training wrote (`4-training`), a LoRA or a whole net; `use_tuned` switches it."""
+        if (training_dir / LORA_DIR).is_dir():
+            self.pipeline.load_lora_weights(str(training_dir / LORA_DIR), use_safetensors=True)
+            return
+        try:
+            self._tuned = (
+                type(self._base)
+                .from_pretrained(
+                    training_dir, subfolder=self.denoiser_name, torch_dtype=self.dtype, use_safetensors=True
+                )
+                .to(self.device)
+            )
+        except OSError as error:
+            raise cannot_be_loaded("trained weights", str(training_dir), None, error) from None
+
+    def use_tuned(self, on: bool) -> None:
+        """Whether `sample` uses what `load_tuned` added."""
+        if self._tuned is None:
+            (self.pipeline.enable_lora if on else self.pipeline.disable_lora)()
+            return
+        self.denoiser = self._tuned if on else self._base
+        setattr(self.pipeline, self.denoiser_name, self.denoiser)
+
+
+def cannot_be_loaded(key: str, path: str, revision: str | None, error: Exception) -> ModelError:
+    """What to tell of weights that are not there or do not load."""
+    reason = str(error).strip().split("\n")[0]
+    stage = (
+        f"; on a machine without the hub, stage it first: `hf download {path} --revision {revision}`"
+        if revision and not Path(path).is_dir()
+        else "; give a folder in diffusers layout with safetensors weights"
+    )
+    return ModelError(f"`{key}` {path} (revision {revision}): cannot be loaded: {reason}{stage}")
+
+
+def uniform_between(bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """A number between the bounds, fp32 scalar."""
+    low, high = bounds
+    return low + (high - low) * torch.rand((), generator=generator)

@@ -1,0 +1,81 @@
+"""Model -> what is trained and what it is measured against."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from cdpo_ray.models.family import Net, TextToImageModel
+from cdpo_ray.models.lora import (
+    LORA_DIR,
+    adapters_off,
+    attach_lora,
+    continue_from,
+    freeze_as_reference,
+    reference_adapter_on,
+)
+from cdpo_ray.training.job import LoraJob
+
+Reference = Callable[[Net], AbstractContextManager[Net]]
+"""Takes what is called to run the policy; within the block, what it gives is the frozen reference."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The net that learns, its trainable parameters, and the reference it is held to."""
+
+    trainable: list[nn.Parameter]
+    reference: Reference
+
+
+def make_policy(
+    model: TextToImageModel, lora: LoraJob | None, *, start_dir: Path | None, reference_is_start: bool, seed: int
+) -> Policy:
+    """Make the model's denoiser a policy, in place.
+
+    Args:
+        lora: the LoRA to train; none trains the whole net, and a frozen copy of it is the reference.
+        start_dir: `4-training` of an earlier round to go on from; none starts from the base model.
+        reference_is_start: hold the policy to what it started from, in place of the base model.
+        seed: of the LoRA's first factor.
+    """
+    return (
+        _lora_policy(model, lora, start_dir, reference_is_start, seed)
+        if lora
+        else _full_policy(model, start_dir, reference_is_start)
+    )
+
+
+def _lora_policy(
+    model: TextToImageModel, lora: LoraJob, start_dir: Path | None, reference_is_start: bool, seed: int
+) -> Policy:
+    denoiser = model.denoiser
+    trainable = attach_lora(denoiser, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
+    frozen = adapters_off
+    if start_dir:
+        continue_from(denoiser, start_dir / LORA_DIR)
+        if reference_is_start:
+            freeze_as_reference(denoiser)
+            frozen = reference_adapter_on
+
+    @contextlib.contextmanager
+    def reference(policy: Net) -> Iterator[Net]:
+        with frozen(denoiser):
+            yield policy
+
+    return Policy(trainable, reference)
+
+
+def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_start: bool) -> Policy:
+    base = model.denoiser
+    if start_dir:
+        model.load_tuned(start_dir)
+        model.use_tuned(True)
+    frozen = copy.deepcopy(model.denoiser) if reference_is_start or not start_dir else base
+    frozen.requires_grad_(False).eval()
+    model.denoiser.requires_grad_(True)
+    return Policy(list(model.denoiser.parameters()), lambda policy: contextlib.nullcontext(frozen))
