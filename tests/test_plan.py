@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cdpo_ray.config import Config, load_config
-from cdpo_ray.plan import make_plan
+from cdpo_ray.plan import make_plan, same_beta_elsewhere
 from cdpo_ray.prompts.sources import PromptSplit
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -69,3 +69,25 @@ def test_a_model_that_is_not_here_leaves_the_disk_open_until_its_size_is_given()
     assert "known once the model is on this machine" in str(make_plan(config(*hub), PROMPTS))
     sized = (*hub, "generation.height=512", "generation.width=512")
     assert f"latents {48 * 4 * 64 * 64 * 4 / 1e6:.3g} MB" in str(make_plan(config(*sized), PROMPTS))
+
+
+def test_published_betas_are_found_again_in_their_own_conventions() -> None:
+    """The same runs as each code writes them: Diffusion-DPO's 5000 is 2500 in diffusers' SD script and in kappa."""
+    diffusion_dpo, diffusers_sd, released, by_sum = same_beta_elsewhere(5000, 4 * 64 * 64)
+    assert diffusion_dpo.endswith("beta 5000")
+    assert diffusers_sd.endswith("beta 2500")
+    assert released.endswith("2.5 times as strong")
+    assert by_sum.endswith("kappa 0.152588 (N = 16,384)")  # 2500 / 16384
+    assert same_beta_elsewhere(2000, None)[2].endswith(" 1 times as strong")  # what the released code always does
+
+
+def test_the_latent_values_of_a_sample_are_those_of_the_embedded_model() -> None:
+    assert "kappa 0.390625 (N = 256)" in str(make_plan(config(), PROMPTS))  # 100 / (4 x 8 x 8)
+
+
+def test_what_is_trained_and_what_it_is_held_to_is_said() -> None:
+    assert "loss dpo, on a LoRA of rank 8, held to the base model" in str(make_plan(config(), PROMPTS))
+    changed = config("rounds=2", "training.reference=last_round", "training.loss=ipo", "training.sft_weight=0.1")
+    plan = str(make_plan(changed, PROMPTS))
+    assert "loss ipo + 0.1 x SFT, on a LoRA of rank 8, held to the round before" in plan
+    assert numbers(line_of(plan, "rounds")) == [2]
