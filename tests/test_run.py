@@ -214,10 +214,7 @@ def embedded_config(embedded: Path, folder: Path, name: str, *, rounds: int = 1,
 @pytest.mark.parametrize(
     ("training", "tolerance"),
     [
-        ({"num_workers": 1}, 1e-5),
         ({"num_workers": 1, "batch_size_per_worker": 2}, 1e-5),
-        ({"num_workers": 2, "zero_stage": 1}, 1e-5),
-        ({"num_workers": 2, "zero_stage": 2}, 1e-5),
         ({"num_workers": 2, "zero_stage": 3}, 5e-5),  # flattens before it adds up
     ],
     ids=lambda value: "-".join(f"{key}-{item}" for key, item in value.items()) if isinstance(value, dict) else "",
@@ -407,19 +404,16 @@ def test_the_whole_net_trained_loads_into_a_stock_pipeline_and_makes_the_images_
     assert not any(row["tuned_image"] == row["base_image"] for row in rows)
 
 
-@pytest.mark.parametrize(
-    "training", [{"num_workers": 1}, {"num_workers": 2, "zero_stage": 2}, {"num_workers": 2, "zero_stage": 3}]
-)
 def test_the_whole_net_does_not_depend_on_workers_or_zero(
-    training: dict[str, Any], trained_whole: tuple[Config, RunFolder], embedded: Path
+    trained_whole: tuple[Config, RunFolder], embedded: Path
 ) -> None:
     _, whole = trained_whole
-    folder = whole.path.parent / "-".join(map(str, training.values()))
+    folder = whole.path.parent / "zero-3"
     folder.mkdir()
     for step in ("1-samples", "2-scores", "3-stages"):
         (folder / step).symlink_to(whole.step(step).resolve())
     config = embedded_config(
-        embedded, folder.parent, folder.name, **{"method": "full", "learning_rate": 1e-5, **training}
+        embedded, folder.parent, folder.name, method="full", learning_rate=1e-5, num_workers=1, zero_stage=3
     )
     run_steps(config, steps_until("train"))
     assert largest_difference(unet(RunFolder(folder)), unet(whole)) < 2e-6
