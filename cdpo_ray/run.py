@@ -1,5 +1,6 @@
 """The whole way, step after step; a finished step is skipped."""
 
+import json
 import logging
 import time
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ import yaml
 
 from cdpo_ray.config import Config
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
+from cdpo_ray.records import STAGES
 from cdpo_ray.session import ray_session
 from cdpo_ray.steps import STEPS, Context, Step
 from cdpo_ray.store import RunFolder
@@ -66,6 +68,17 @@ def run_steps(config: Config, steps: Iterable[Step], *, verbose: bool = False) -
             yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
         )
     return context.run
+
+
+def explain_stages(config: Config) -> str:
+    """What each stage holds, as a table; draws it to `stages.png` of the run, whose path is the last line."""
+    from cdpo_ray.curriculum.explanation import draw_stages, stages_table
+
+    run = RunFolder(Path(config.run.dir) / config.run.name)
+    stages = json.loads((run.step(STAGES) / "stages.json").read_text())
+    path = run.path / "stages.png"
+    draw_stages(stages, path, title=f"{config.run.name}\n{config.curriculum.sentence}")
+    return f"{stages_table(stages)}\n{path}"
 
 
 def write_report(config: Config, *, anew: bool = False) -> Path:
