@@ -77,8 +77,11 @@ def explain_stages(config: Config) -> str:
     run = RunFolder(Path(config.run.dir) / config.run.name)
     stages = json.loads((run.step(STAGES) / "stages.json").read_text())
     path = run.path / "stages.png"
-    draw_stages(stages, path, title=f"{config.run.name}\n{config.curriculum.sentence}")
-    return f"{stages_table(stages)}\n{path}"
+    table, title = stages_table(stages), f"{config.run.name}\n{config.curriculum.sentence}"
+    if config.curriculum.measure == "margin":
+        table += "\nas before the first update; training measures the margins anew at each stage's start"
+    draw_stages(stages, path, title=title)
+    return f"{table}\n{path}"
 
 
 def write_report(config: Config, *, anew: bool = False) -> Path:

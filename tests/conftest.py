@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("untimed", deadline=None)  # a busy machine must fail nothing; benchmarks hold the speed
-settings.load_profile("untimed")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny nets gain nothing by two, and lose a hundredfold on a busy machine
 
 from cdpo_ray.testbed import PIPELINE_DIR
+
+settings.register_profile("untimed", deadline=None)  # a busy machine must fail nothing; benchmarks hold the speed
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

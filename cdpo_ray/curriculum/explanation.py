@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from cdpo_ray.chart_style import BLUE, GREY, STYLE
 from cdpo_ray.curriculum.pairs import PairBatch, PairSet
 
-NUM_BINS = 40
+NUM_BINS = 100
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -50,8 +50,10 @@ def describe_stage(
 
 
 def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
-    """A line a stage: rank gaps, score gaps, candidates, drawn pairs, prompts covered."""
-    rows = [("stage", "levels", "rank gaps", "score gaps", "candidates", "drawn", "distinct", "prompts")]
+    """A line a stage: gaps of its candidates, median score gap of its draws, how many of each, prompts drawn."""
+    rows = [
+        ("stage", "levels", "rank gaps", "score gaps", "median drawn", "candidates", "drawn", "distinct", "prompts")
+    ]
     for stage in stages:
         rows.append(
             (
@@ -59,6 +61,7 @@ def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
                 _span(*stage["levels"]),
                 _span(stage["min_rank_gap"], stage["max_rank_gap"]),
                 _span(stage["min_score_gap"], stage["max_score_gap"]),
+                f"{stage['score_gap_quantiles']['0.5']:.4g}",
                 f"{stage['num_candidate_pairs']:,}",
                 f"{stage['num_drawn_pairs']:,}",
                 f"{stage['num_distinct_pairs']:,}",

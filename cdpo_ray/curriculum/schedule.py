@@ -113,8 +113,10 @@ class Curriculum:
             case "best_against_worst":
                 farthest = np.maximum(self.ranking.num_ranked - 1, 1)
                 return AdmittedPairs(self.ranking, farthest, farthest, min_score_gap=self.schedule.min_score_gap)
-            case _:
+            case "none" | "shuffled":
                 return self.formed
+            case unknown:
+                raise ValueError(f"`order` must be one of those in `Schedule`, got {unknown!r}")
 
     def _draw(self, admitted: PairSet, stage: int, num_draws: int) -> PairBatch:
         accept = None

@@ -17,7 +17,7 @@ def admitted_levels(
         window: levels, >= 1; only with ``sliding_window``.
 
     Raises:
-        ValueError: if there is no such stage.
+        ValueError: if there is no such stage, or a sliding window has no width.
 
     Source: arXiv:2405.13637 (easy to hard, cumulative).
     """
@@ -25,7 +25,9 @@ def admitted_levels(
         raise ValueError(f"`stage` must be in 1..{num_stages}, got {stage}")
     if order not in (*ORDERED, "random"):
         return 1, num_stages
-    width = {"cumulative": stage, "one_stage": 1, "sliding_window": window or stage}[pacing]
+    width = {"cumulative": stage, "one_stage": 1, "sliding_window": window}[pacing]
+    if width is None:
+        raise ValueError("`window` must be given for a sliding window, got None")
     first, last = max(1, stage - width + 1), stage
     return (num_stages + 1 - last, num_stages + 1 - first) if order == "hard_to_easy" else (first, last)
 

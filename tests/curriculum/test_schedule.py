@@ -226,6 +226,11 @@ def test_a_margin_has_no_weights() -> None:
         Curriculum(some_ranking(), schedule, seed=0)
 
 
+def test_an_unknown_order_is_refused() -> None:
+    with pytest.raises(ValueError, match="`order` must be one of those in `Schedule`, got 'backwards'"):
+        plan_stage(some_ranking(), schedule=Schedule(order="backwards"), stage=1, num_draws=1, seed=0)
+
+
 def test_plain_dpo_may_have_more_stages_than_rank_gaps() -> None:
     for order, expected in (("none", 3), ("best_against_worst", 1)):
         schedule = Schedule(num_stages=9, order=order)

@@ -72,6 +72,11 @@ def test_a_level_that_does_not_exist_is_refused(num_levels: int, first: int, las
         admitted_gaps(8, num_levels, first, last)
 
 
+def test_a_sliding_window_without_a_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="`window` must be given for a sliding window, got None"):
+        admitted_levels(1, 5, pacing="sliding_window")
+
+
 @pytest.mark.parametrize("stage", [0, 6])
 def test_a_stage_that_does_not_exist_is_refused(stage: int) -> None:
     with pytest.raises(ValueError, match=rf"`stage` must be in 1\.\.5, got {stage}"):
