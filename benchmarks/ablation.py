@@ -1,8 +1,8 @@
 """What the curriculum does in the embedded world: schedules side by side, at equal updates, seeds and samples.
 
-Every arm trains on the same samples and scores (a pool), for the same number of updates of the same size, and is judged on
-held-out prompts from the same noises. Each run (arm, seed, pool) is a file in ``--out``: the same command goes on where it
-was stopped. Intervals are 95 %, bootstrap over runs and prompts, both drawn anew.
+Every arm trains on the same samples and scores (a pool), for the same number of updates of the same size, and is judged
+on held-out prompts from the same noises. Each run (arm, seed, pool) is a file in ``--out``: the same command goes on
+where it was stopped. Intervals are 95 %, bootstrap over runs and prompts, both drawn anew.
 
     python benchmarks/ablation.py                                # all arms, 4 seeds, one pool
     python benchmarks/ablation.py --arms plain,paper --seeds 8 --pools 2 --updates 1000
@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -209,10 +208,9 @@ def findings(out: Path, arms: Sequence[str], runs: Sequence[tuple[int, int]]) ->
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Markdown, so that it can stand in a document as it is."""
-    print(
-        "| arm | attributes right | to base | to plain | CLIP to base | spread of runs | mean rank gap | chosen's error |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    head = "arm", "attributes right", "to base", "to plain", "CLIP to base", "spread", "mean rank gap", "chosen's error"
+    print(f"| {' | '.join(head)} |")
+    print("|---" * len(head) + "|")
     for row in rows:
         cells = [
             row["name"],

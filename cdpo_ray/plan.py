@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdpo_ray.config import Config
-from cdpo_ray.curriculum.stages import admitted_gaps, count_pairs
+from cdpo_ray.curriculum.stages import ORDERED, admitted_gaps, admitted_levels, count_pairs
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.testbed import PIPELINE_DIR
 
@@ -37,15 +37,27 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
         f" {config.generation.num_denoising_steps} denoising steps, guidance {config.generation.guidance_scale:g}",
         f"  rewards      {', '.join(config.rewards.names)} ({config.rewards.placement}); ranked by"
         f" {config.rewards.ranking_reward}",
-        f"  curriculum   {curriculum.num_stages} stages of {curriculum.updates_per_stage} updates",
+        f"  curriculum   {curriculum.num_stages} stages of {curriculum.updates_per_stage} updates;"
+        f" {curriculum.sentence}",
     ]
-    for stage in range(1, curriculum.num_stages + 1):
-        smallest, largest = admitted_gaps(per_prompt, curriculum.num_stages, stage)
-        candidates = count_pairs(per_prompt, smallest, largest) * len(prompts.train)
-        drawn = curriculum.updates_per_stage * training.global_batch_size
-        lines.append(
-            f"    stage {stage}    rank gaps {smallest} to {largest}: up to {candidates:,} pairs, {drawn:,} drawn"
-        )
+    drawn = curriculum.updates_per_stage * training.global_batch_size
+    # Any other schedule is known once there are scores: `cdpo pairs --explain` tells it then.
+    if (curriculum.measure, curriculum.boundaries) == ("rank_gap", "linear") and curriculum.order in ORDERED:
+        for stage in range(1, curriculum.num_stages + 1):
+            levels = admitted_levels(
+                stage,
+                curriculum.num_stages,
+                order=curriculum.order,
+                pacing=curriculum.pacing,
+                window=curriculum.window,
+            )
+            smallest, largest = admitted_gaps(per_prompt, curriculum.num_stages, *levels)
+            candidates = count_pairs(per_prompt, smallest, largest) * len(prompts.train)
+            lines.append(
+                f"    stage {stage}    rank gaps {smallest} to {largest}: up to {candidates:,} pairs, {drawn:,} drawn"
+            )
+    else:
+        lines.append(f"    a stage    {drawn:,} pairs drawn")
     num_workers, pairs_per_launch = training.num_workers, training.pairs_per_launch
     launches = training.global_batch_size // (num_workers * pairs_per_launch)
     lines += [

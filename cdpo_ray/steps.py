@@ -152,21 +152,21 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.curriculum.dataset import read_scores, write_stages
+    from cdpo_ray.curriculum.schedule import Schedule
 
     config = context.config
     output.counts |= write_stages(
         read_scores(context.run.step(SCORES), config.rewards.ranking_reward),
         output_dir,
-        num_stages=config.curriculum.num_stages,
+        schedule=Schedule(**config.curriculum.model_dump(exclude={"preset", "updates_per_stage"})),
         pairs_per_stage=config.curriculum.updates_per_stage * config.training.global_batch_size,
-        min_score_gap=config.curriculum.min_score_gap,
-        label_noise=config.curriculum.label_noise,
         max_bad_fraction=config.rewards.max_bad_fraction,
         seed=context.seed,
     )
     if output.counts["prompts_without_pairs"]:
         output.warnings.append(
-            f"{output.counts['prompts_without_pairs']} prompts form no pair: all their scores are equal"
+            f"{output.counts['prompts_without_pairs']} prompts form no pair: their scores are equal, or differ by no"
+            " more than `curriculum.min_score_gap`"
         )
 
 

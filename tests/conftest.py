@@ -4,10 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny nets gain nothing by two, and lose a hundredfold on a busy machine
 
 from cdpo_ray.testbed import PIPELINE_DIR
+
+settings.register_profile("untimed", deadline=None)  # a busy machine must fail nothing; benchmarks hold the speed
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,39 @@ def test_the_pairs_of_each_stage_are_those_that_one_can_count(num_ranks: int, nu
         assert numbers(line_of(plan, f"stage {stage} ")) == expected
 
 
+@pytest.mark.parametrize(
+    ("overrides", "gaps"),
+    [
+        (("pacing=one_stage",), [(6, 7), (4, 5), (2, 3), (1, 1)]),
+        (("order=hard_to_easy", "pacing=sliding_window"), [(1, 1), (1, 3), (2, 5), (4, 7)]),
+    ],
+)
+def test_the_gaps_of_a_stage_follow_the_pacing(overrides: tuple[str, ...], gaps: list[tuple[int, int]]) -> None:
+    plan = str(make_plan(config(*(f"curriculum.{each}" for each in overrides)), PROMPTS))
+    lines = [numbers(line_of(plan, f"stage {stage} ")) for stage in range(1, 5)]
+    assert [tuple(line[1:3]) for line in lines] == gaps
+    assert [line[3] for line in lines] == [6 * sum(8 - gap for gap in range(low, high + 1)) for low, high in gaps]
+
+
+@pytest.mark.parametrize("other", ["measure=score_gap", "boundaries=equal_count", "order=random", "order=none"])
+def test_what_only_scores_can_tell_is_not_told_beforehand(other: str) -> None:
+    plan = str(make_plan(config(f"curriculum.{other}"), PROMPTS))
+    assert "rank gaps" not in plan
+    assert numbers(line_of(plan, "a stage")) == [50 * 16]
+
+
+def test_the_schedule_is_told_in_one_line() -> None:
+    assert line_of(str(make_plan(config(), PROMPTS)), "curriculum").split(";", 1)[1] == (
+        " paper: easy_to_hard, cumulative; rank_gap, linear boundaries; uniform draws"
+    )
+    changes = ("preset=plain-dpo", "draws=by_measure", "max_pairs_per_prompt=9", "min_score_gap=0.5", "label_noise=0.5")
+    plan = str(make_plan(config(*(f"curriculum.{change}" for change in changes)), PROMPTS))
+    assert line_of(plan, "curriculum").split(";", 1)[1] == (
+        " plain-dpo: none; rank_gap, linear boundaries; by_measure draws; score gaps above 0.5;"
+        " at most 9 pairs a prompt; 50% of labels swapped"
+    )
+
+
 def test_images_updates_and_launches_are_those_that_one_can_count() -> None:
     plan = str(make_plan(config("training.batch_size_per_worker=4", "training.beta=250"), PROMPTS))
     assert numbers(line_of(plan, "prompts")) == [6, 4, 2, 1]

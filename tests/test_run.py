@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image
 from safetensors.torch import load_file
 
+from cdpo_ray.cli import main
 from cdpo_ray.config import Config, validate
 from cdpo_ray.errors import CurriculumError, RewardError, StoreError
 from cdpo_ray.models import load_model
@@ -128,6 +129,19 @@ def test_stages_are_sorted_by_difficulty_and_hold_what_training_saw(finished: tu
         for prompt, chosen, rejected in zip(table["prompt_index"], table["chosen"], table["rejected"], strict=True):
             assert scores[prompt, chosen] > scores[prompt, rejected]
         assert described[stage - 1]["num_drawn_pairs"] == len(gaps) == 20
+
+
+def test_stages_are_explained_as_they_were_drawn(
+    finished: tuple[Config, RunFolder], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, run = finished
+    assert main(["pairs", str(run.path / "config.yaml"), "--explain"]) == 0
+    head, *stages, picture = capsys.readouterr().out.splitlines()
+    assert head.split()[0] == "stage" and [line.split()[0] for line in stages] == ["1", "2"]
+    described = json.loads((run.step("3-stages") / "stages.json").read_text())
+    for line, stage in zip(stages, described, strict=True):
+        assert str(stage["num_candidate_pairs"]) in line.split() and "20" in line.split()
+    assert picture == str(run.path / "stages.png") and (run.path / "stages.png").stat().st_size > 10_000
 
 
 def test_updates_are_recorded_and_begin_at_ln_2(finished: tuple[Config, RunFolder]) -> None:
