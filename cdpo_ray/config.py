@@ -207,6 +207,7 @@ class CurriculumSection(Section):
     window: Annotated[int, Field(ge=1)] | None = None
     order: Literal["easy_to_hard", "hard_to_easy", "random", "shuffled", "none", "best_against_worst"] = "easy_to_hard"
     draws: Literal["uniform", "by_measure"] = "uniform"
+    num_margin_draws: Annotated[int, Field(ge=1)] | None = None
     num_stages: Annotated[int, Field(ge=1)] = 5
     updates_per_stage: Annotated[int, Field(ge=1)]
     min_score_gap: Annotated[float, Field(ge=0)] = 0.0
@@ -219,13 +220,17 @@ class CurriculumSection(Section):
         if not isinstance(given, dict):
             return given
         filled = PRESETS.get(str(given.get("preset")), {}) | given
-        return {"window": 2} | filled if filled.get("pacing") == "sliding_window" else filled
+        own = {"window": 2} if filled.get("pacing") == "sliding_window" else {}
+        own |= {"num_margin_draws": 4} if filled.get("measure") == "margin" else {}
+        return own | filled
 
     @model_validator(mode="after")
     def _choices_go_together(self) -> "CurriculumSection":
         faults = []
         if self.window is not None and self.pacing != "sliding_window":
             faults.append(f"`window` belongs to `pacing` 'sliding_window', got {self.pacing!r}")
+        if self.num_margin_draws is not None and self.measure != "margin":
+            faults.append(f"`num_margin_draws` belongs to `measure` 'margin', got {self.measure!r}")
         if self.measure == "margin":
             if self.boundaries != "equal_count":
                 faults.append(f"`measure` 'margin' needs `boundaries` 'equal_count', got {self.boundaries!r}")
