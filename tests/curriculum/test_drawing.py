@@ -44,9 +44,9 @@ def test_draws_are_uniform() -> None:
 def test_weighted_draws_follow_the_measure(measure: str) -> None:
     """Within a part of the pairs, so that weights are those of the whole and not of the part."""
     formed = AdmittedPairs(rank_samples(some_scores()))
-    admitted = AdmittedPairs(rank_samples(some_scores()), 1, 4)
+    admitted = AdmittedPairs(rank_samples(some_scores()), 3)
     every = formed_pairs(some_scores())
-    expected = [pair for pair in every if pair[3] <= 4]
+    expected = [pair for pair in every if pair[3] >= 3]
     weights = {
         "rank_gap": [pair[3] for pair in expected],
         "score_gap": [pair[4] for pair in expected],

@@ -188,9 +188,10 @@ def test_the_papers_schedule_draws_the_same_across_versions() -> None:
     assert [pair[:4] for pair in rows(drawn)] == pinned
 
 
-def test_labels_are_swapped_with_their_probability_and_gaps_kept() -> None:
+@pytest.mark.parametrize("order", ["easy_to_hard", "shuffled"])
+def test_labels_are_swapped_with_their_probability_and_gaps_kept(order: str) -> None:
     plain, noisy = (
-        plan_stage(some_ranking(), schedule=Schedule(label_noise=p), stage=3, num_draws=4000, seed=0)[0]
+        plan_stage(some_ranking(), schedule=Schedule(order=order, label_noise=p), stage=3, num_draws=4000, seed=0)[0]
         for p in (0, 0.25)
     )
     swapped = plain.chosen != noisy.chosen
