@@ -433,3 +433,28 @@ def test_the_whole_net_does_not_depend_on_workers_or_zero(
     assert largest_difference(unet(RunFolder(folder)), unet(whole)) < 2e-6
     base = load_file(embedded / "unet" / "diffusion_pytorch_model.safetensors")
     assert largest_difference({name: value.float() for name, value in base.items()}, unet(whole)) > 5e-5
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_with_margin_as_difficulty_each_stage_is_drawn_anew_from_what_the_policy_finds_hard(
+    num_workers: int, trained_embedded: RunFolder, embedded: Path
+) -> None:
+    name = f"margin-{num_workers}"
+    changes = {"measure": "margin", "boundaries": "equal_count", "pacing": "one_stage"}
+    config = embedded_config(embedded, trained_embedded.path.parent, name, num_workers=num_workers)
+    curriculum = {**config.curriculum.model_dump(exclude={"preset", "window", "num_margin_draws"}), **changes}
+    config = validate({**config.plain(), "curriculum": curriculum}, where="test")
+    folder = RunFolder(trained_embedded.path.parent / name)
+    folder.path.mkdir()
+    for step in ("1-samples", "2-scores"):
+        (folder.path / step).symlink_to(trained_embedded.step(step).resolve())
+    run_steps(config, steps_until("train"))
+    planned = json.loads((folder.step("3-stages") / "stages.json").read_text())
+    drawn = [stage["pairs"] for stage in json.loads((folder.step("4-training") / "stages.json").read_text())]
+    assert drawn[0]["drawn_by_rank_gap"] == planned[0]["drawn_by_rank_gap"]  # every margin is still zero
+    assert drawn[1]["drawn_by_rank_gap"] != planned[1]["drawn_by_rank_gap"]
+    assert drawn[1]["num_drawn_pairs"] == planned[1]["num_drawn_pairs"] == 20
+    if num_workers == 2:
+        alone = RunFolder(trained_embedded.path.parent / "margin-1")
+        assert [stage["pairs"] for stage in json.loads((alone.step("4-training") / "stages.json").read_text())] == drawn
+        assert largest_difference(lora(folder), lora(alone)) < 2e-5
