@@ -1,6 +1,8 @@
 """Models that tests share; built when the first test asks, so that tests without torch stay quick."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,18 @@ def embedded() -> Path:
     if not list(PIPELINE_DIR.glob("unet/*.safetensors")):
         pytest.skip(f"no weights in {PIPELINE_DIR}")
     return PIPELINE_DIR
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family -> folder of its real architecture, narrow, with random weights; do not write into it."""
+    import tiny_models
+
+    builders = {
+        "stable_diffusion": tiny_models.build_tiny_sd15,
+        "stable_diffusion_xl": tiny_models.build_tiny_sdxl,
+        "stable_diffusion_3": tiny_models.build_tiny_sd3,
+        "flux": tiny_models.build_tiny_flux,
+    }
+    folder = tmp_path_factory.mktemp("families")
+    return functools.cache(lambda family: builders[family](folder / family))

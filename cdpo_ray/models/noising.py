@@ -40,6 +40,27 @@ def denoising_target(latents: Tensor, noise: Tensor, alpha_bar: Tensor, predicti
     raise ValueError(f"`prediction_type` must be 'epsilon' or 'v_prediction', got {prediction_type!r}")
 
 
+def flow_interpolant(latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    """``(1 - t) x0 + t eps``, the straight path of flow matching.
+
+    Args:
+        latents, noise: ``[sample, channel, height, width]``.
+        time: ``[sample]`` fp32, 0 (data) to 1 (noise).
+
+    Returns:
+        ``[sample, channel, height, width]`` fp32.
+
+    Source: arXiv:2403.03206, equation 13.
+    """
+    time = time.to(latents.device).float()[:, None, None, None]
+    return (1 - time) * latents.float() + time * noise.float()
+
+
+def flow_velocity(latents: Tensor, noise: Tensor) -> Tensor:
+    """``eps - x0``, the velocity along that path: ``[sample, channel, height, width]`` fp32."""
+    return noise.float() - latents.float()
+
+
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared difference over channel, height and width: ``[sample]`` fp32."""
     return torch.mean((prediction.float() - target.float()) ** 2, dim=(1, 2, 3))
