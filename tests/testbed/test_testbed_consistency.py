@@ -12,6 +12,7 @@ from cdpo_ray.testbed.scenes import caption, scene_prompts
 from cdpo_ray.testbed.training.consistency import (
     GUIDANCE_CHANNELS,
     HUBER_WIDTH,
+    MAX_GUIDANCE,
     MIN_GUIDANCE,
     consistency_function,
     ddim_step,
