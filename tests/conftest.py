@@ -40,6 +40,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     builders = {
         "stable_diffusion": tiny_models.build_tiny_sd15,
         "stable_diffusion_xl": tiny_models.build_tiny_sdxl,
+        "latent_consistency": tiny_models.build_tiny_lcm,
         "stable_diffusion_3": tiny_models.build_tiny_sd3,
         "flux": tiny_models.build_tiny_flux,
     }

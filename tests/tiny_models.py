@@ -9,6 +9,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -35,11 +37,9 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
-def build_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Stable Diffusion 1.5 as published (four levels, cross-attention in three, f = 8 VAE), at a tenth of its width."""
-    torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    unet = UNet2DConditionModel(
+def tiny_unet(**config: int) -> UNet2DConditionModel:
+    """Stable Diffusion 1.5's: four levels, cross-attention in three."""
+    return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64, 64, 64),
         layers_per_block=2,
@@ -47,7 +47,15 @@ def build_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=32,
         attention_head_dim=8,
+        **config,
     )
+
+
+def build_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """Stable Diffusion 1.5 as published (four levels, cross-attention in three, f = 8 VAE), at a tenth of its width."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    unet = tiny_unet()
     text = CLIPTextConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -118,6 +126,23 @@ def tiny_vae(channels: int, **config: float) -> AutoencoderKL:
         sample_size=64,
         **config,
     )
+
+
+def build_tiny_lcm(folder: Path) -> Path:
+    """A latent consistency model as published: Stable Diffusion 1.5 with an embedding of the guidance."""
+    torch.manual_seed(3)
+    tokenizer = tiny_tokenizer()
+    LatentConsistencyModelPipeline(
+        vae=tiny_vae(4),
+        text_encoder=CLIPTextModel(tiny_clip_config(tokenizer)),
+        tokenizer=tokenizer,
+        unet=tiny_unet(time_cond_proj_dim=256),
+        scheduler=LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
 
 
 def build_tiny_sdxl(folder: Path) -> Path:

@@ -167,7 +167,7 @@ class TextToImageModel(ABC):
         """
         factor = self.pipeline.vae_scale_factor
         latents: Tensor = self.pipeline(
-            **self.pipeline_arguments(conditioning, guidance_scale),
+            **self.pipeline_arguments(conditioning, noise, guidance_scale),
             latents=self.pipeline_latents(noise.to(self.device, self.dtype)),
             height=noise.shape[-2] * factor,
             width=noise.shape[-1] * factor,
@@ -182,8 +182,8 @@ class TextToImageModel(ABC):
         return noise
 
     @abstractmethod
-    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        """What the pipeline is called with in place of prompts."""
+    def pipeline_arguments(self, conditioning: Conditioning, noise: Tensor, guidance_scale: float) -> dict[str, Any]:
+        """What the pipeline is called with in place of prompts, beside the noise."""
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ class StableDiffusion(TextToImageModel):
     """DDIM sampling; epsilon or v prediction, as the model's own scheduler says."""
 
     pipeline_class = StableDiffusionPipeline
+    scheduler_class: ClassVar = DDIMScheduler
     load_options: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
         super().__init__(pipeline, dtype=dtype, device=device)
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.scheduler = self.scheduler_class.from_config(pipeline.scheduler.config)
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.to(device)
         self.prediction_type = pipeline.scheduler.config.prediction_type
 
@@ -35,7 +36,7 @@ class StableDiffusion(TextToImageModel):
         embeddings, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embedding": embeddings}, tokens_cut(self.pipeline.tokenizer, prompts)
 
-    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
+    def pipeline_arguments(self, conditioning: Conditioning, noise: Tensor, guidance_scale: float) -> dict[str, Any]:
         embeddings = conditioning["prompt_embedding"]
         empty = self.empty_conditioning["prompt_embedding"].expand_as(embeddings) if guidance_scale > 1 else None
         return {"prompt_embeds": embeddings, "negative_prompt_embeds": empty}
