@@ -3,7 +3,14 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from open_clip.tokenizer import bytes_to_unicode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -63,6 +70,23 @@ def build_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def build_tiny_lcm(folder: Path, teacher: Path, *, seed: int = 1) -> Path:
+    """A latent consistency model as published: its teacher's parts, a UNet with a guidance embedding, LCM's sampler."""
+    torch.manual_seed(seed)
+    parts = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None, requires_safety_checker=False)
+    LatentConsistencyModelPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=UNet2DConditionModel.from_config(parts.unet.config, time_cond_proj_dim=256),
+        scheduler=LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "stable_diffusion": "cdpo_ray.models.stable_diffusion:StableDiffusion",
+    "latent_consistency": "cdpo_ray.models.latent_consistency:LatentConsistency",
 }
 """Family of the config -> class, imported when used: diffusers is heavy. A new family is one file and one line here."""
 

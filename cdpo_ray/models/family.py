@@ -173,9 +173,14 @@ class TextToImageModel(ABC):
             width=noise.shape[-1] * factor,
             num_inference_steps=num_denoising_steps,
             guidance_scale=guidance_scale,
+            generator=self.sampler_generators(noise),
             output_type="latent",
         ).images
         return latents
+
+    def sampler_generators(self, noise: Tensor) -> list[torch.Generator] | None:
+        """Of what the sampler adds on its way, a generator a sample; none where it adds nothing."""
+        return None
 
     @abstractmethod
     def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
