@@ -86,12 +86,14 @@ class Setting:
         """``"beta=400 lr=1e-4 easiest=1"``."""
         types = {field.name: field.type for field in fields(cls)}
         given = dict(word.split("=") for word in shlex.split(text))
-        return cls(**{key: bool(int(value)) if types[key] is bool else types[key](value) for key, value in given.items()})
+        return cls(
+            **{key: bool(int(value)) if types[key] is bool else types[key](value) for key, value in given.items()}
+        )
 
     def __str__(self) -> str:
-        changed = [f"{f.name}={getattr(self, f.name):g}" if f.type is float else f"{f.name}={getattr(self, f.name)}"
-                   for f in fields(self) if f.name in ("beta", "lr", "updates", "seed") or getattr(self, f.name) != f.default]  # fmt: skip
-        return " ".join(changed)
+        always = ("beta", "lr", "updates", "seed")
+        shown = [field for field in fields(self) if field.name in always or getattr(self, field.name) != field.default]
+        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in shown)
 
 
 class Searched(LatentConsistency):
@@ -122,7 +124,9 @@ def make_samples(work_dir: Path) -> None:
         return
     path.parent.mkdir(parents=True)
     sampling = Sampling(0, 8, NUM_STEPS, GUIDANCE_SCALE, None, None, images_per_batch=64)
-    make = Generator("latent_consistency", {"path": "embedded"}, sampling, make_scores=functools.partial(Scorer, JUDGES))
+    make = Generator(
+        "latent_consistency", {"path": "embedded"}, sampling, make_scores=functools.partial(Scorer, JUDGES)
+    )
     prompts = scene_prompts("train", NUM_TRAIN, seed=0)
     rows = pa.table({"prompt_index": range(NUM_TRAIN), "prompt_id": map(prompt_id, prompts), "prompt": prompts})
     pq.write_table(make(rows), path)
@@ -214,7 +218,8 @@ def main() -> None:
     make_samples(options.work_dir)
     sampler = LatentConsistency.load("embedded")
     base = judge_heldout(sampler)
-    print("| setting | attr | difference | CLIP difference | margin | chosen's error | seconds |\n|---|---|---|---|---|---|---|")
+    print("| setting | attr | difference | CLIP difference | margin | chosen's error | seconds |")
+    print("|---|---|---|---|---|---|---|")
     for setting in options.setting:
         started = time.perf_counter()
         output_dir = options.work_dir / str(setting).replace(" ", "_")

@@ -74,6 +74,9 @@ Family = Literal["stable_diffusion", "stable_diffusion_xl", "latent_consistency"
 GUIDANCE_EMBEDDED = ("latent_consistency", "flux")
 """Families whose net is told of the guidance."""
 
+CONSISTENCY_TIMESTEPS = 50
+"""That a latent consistency model is distilled and sampled at."""
+
 
 def _check_weights(path: str, revision: str | None) -> None:
     if path == "embedded" or Path(path).is_dir():
@@ -298,6 +301,16 @@ class Config(Section):
             raise ValueError(
                 f"`curriculum.num_stages` is {self.curriculum.num_stages}, but {num_gaps + 1} images per prompt have"
                 f" only {num_gaps} rank gaps; lower it, or raise `generation.images_per_prompt`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _denoising_steps_fit_the_model(self) -> "Config":
+        steps = self.generation.num_denoising_steps
+        if self.model.family == "latent_consistency" and steps > CONSISTENCY_TIMESTEPS:
+            raise ValueError(
+                f"`generation.num_denoising_steps` is {steps}, but a latent consistency model knows only"
+                f" {CONSISTENCY_TIMESTEPS} timesteps; lower it: 1 to 8 are usual"
             )
         return self
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cdpo_ray.models.noising import PredictionType, coefficients
+from cdpo_ray.models.noising import PredictionType, add_noise, coefficients
 
 NUM_TIMESTEPS, GRID_STEP = 1000, 20
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
@@ -63,19 +63,24 @@ def guided(with_prompt: Tensor, without_prompt: Tensor, guidance: Tensor) -> Ten
     return with_prompt + guidance.float()[:, None, None, None] * (with_prompt - without_prompt)
 
 
-def ddim_step(clean_latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """``sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps``: the sampler's deterministic step to the timestep of ``alpha_bar``.
-
-    The same sum as the forward process, of what `clean_and_noise` found in place of drawn noise.
+def ddim_step(
+    noisy_latents: Tensor,
+    prediction: Tensor,
+    alpha_bar: Tensor,
+    next_alpha_bar: Tensor,
+    prediction_type: PredictionType,
+) -> Tensor:
+    """The sampler's deterministic step from one timestep to another: the clean latents and the noise mixed anew.
 
     Args:
-        clean_latents, noise: ``[sample, channel, height, width]`` fp32.
-        alpha_bar: ``[sample]`` fp32, of the timestep to step to.
+        next_alpha_bar: ``[sample]`` fp32, of the timestep to step to; the others as in `clean_and_noise`.
+
+    Returns:
+        ``[sample, channel, height, width]`` fp32.
 
     Source: arXiv:2010.02502, equation 12 with sigma = 0.
     """
-    signal, spread = coefficients(alpha_bar, clean_latents)
-    return signal * clean_latents + spread * noise
+    return add_noise(*clean_and_noise(noisy_latents, prediction, alpha_bar, prediction_type), next_alpha_bar)
 
 
 def boundary_scalings(timestep: Tensor) -> tuple[Tensor, Tensor]:

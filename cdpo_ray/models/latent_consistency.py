@@ -1,7 +1,7 @@
 """The latent consistency family (LCM): few denoising steps, by a net distilled from a Stable Diffusion model."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
@@ -111,12 +111,13 @@ class LatentConsistency(StableDiffusion):
         alpha_bar = self.alphas_cumprod[timestep]
         noisy_latents = add_noise(latents, noise, alpha_bar).to(self.dtype)
         prediction = self._teacher_prediction(noisy_latents, conditioning, times)
-        clean, predicted_noise = clean_and_noise(noisy_latents, prediction, alpha_bar, self.teacher_prediction_type)
         next_timestep = (timestep - self.step_down).clamp(min=0)
         next_alpha_bar = torch.where(
             timestep < self.step_down, self.final_alpha_bar, self.alphas_cumprod[next_timestep]
         )
-        next_latents = ddim_step(clean, predicted_noise, next_alpha_bar).to(self.dtype)
+        next_latents = ddim_step(noisy_latents, prediction, alpha_bar, next_alpha_bar, self.teacher_prediction_type).to(
+            self.dtype
+        )
         target = self._denoised(reference, next_latents, conditioning, {**times, "timestep": next_timestep})
         return DenoisingTask(noisy_latents, times, conditioning, target)
 
@@ -151,7 +152,8 @@ class LatentConsistency(StableDiffusion):
             encoder_hidden_states=torch.cat([told, untold]),
             return_dict=False,
         )[0]
-        return guided(*both.chunk(2), times["guidance"])
+        with_prompt, without_prompt = both.chunk(2)
+        return guided(with_prompt, without_prompt, times["guidance"])
 
 
 def load_teacher(

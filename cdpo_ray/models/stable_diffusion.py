@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, SchedulerMixin, StableDiffusionPipeline
 from torch import Tensor
 
 from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, TextToImageModel, Times
@@ -18,7 +18,7 @@ class StableDiffusion(TextToImageModel):
     """DDIM sampling; epsilon or v prediction, as the model's own scheduler says."""
 
     pipeline_class = StableDiffusionPipeline
-    scheduler_class: ClassVar[type] = DDIMScheduler
+    scheduler_class: ClassVar[type[SchedulerMixin]] = DDIMScheduler
     load_options: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:

@@ -76,7 +76,7 @@ def test_a_step_of_20_timesteps_is_ddims_at_every_place_of_the_grid(
     ddim.set_timesteps(50)
     noisy, prediction = draw(0), draw(1)
     before = torch.cat([ddim.final_alpha_cumprod[None], ddim.alphas_cumprod[GRID[:-1]]])
-    found = ddim_step(*clean_and_noise(noisy, prediction, ALPHA_BAR, prediction_type), before)
+    found = ddim_step(noisy, prediction, ALPHA_BAR, before, prediction_type)
     theirs = [ddim.step(prediction[i], int(GRID[i]), noisy[i], eta=0.0).prev_sample for i in range(len(GRID))]
     torch.testing.assert_close(found, torch.stack(theirs), rtol=1e-5, atol=1e-5)
 
@@ -136,7 +136,10 @@ def test_bfloat16_is_computed_in_fp32() -> None:
     for prediction_type in PREDICTION_TYPES:
         found = clean_and_noise(noisy, prediction, ALPHA_BAR, prediction_type)
         expected = clean_and_noise(noisy.float(), prediction.float(), ALPHA_BAR, prediction_type)
-        assert all(torch.equal(ours, exact) and ours.dtype == torch.float32 for ours, exact in zip(found, expected, strict=True))
+        assert all(
+            torch.equal(ours, exact) and ours.dtype == torch.float32
+            for ours, exact in zip(found, expected, strict=True)
+        )
     assert torch.equal(guided(noisy, prediction, GRID), guided(noisy.float(), prediction.float(), GRID))
     assert torch.equal(pseudo_huber(noisy, prediction), pseudo_huber(noisy.float(), prediction.float()))
 

@@ -51,9 +51,7 @@ def assert_images_are_the_stock_pipelines(
 def test_tiny_lcms_images_are_the_stock_pipelines(
     tiny: LatentConsistency, tiny_lcm: Path, num_denoising_steps: int
 ) -> None:
-    stock = LatentConsistencyModelPipeline.from_pretrained(
-        tiny_lcm, safety_checker=None, requires_safety_checker=False
-    )
+    stock = LatentConsistencyModelPipeline.from_pretrained(tiny_lcm, safety_checker=None, requires_safety_checker=False)
     assert_images_are_the_stock_pipelines(tiny, stock, num_denoising_steps)
 
 

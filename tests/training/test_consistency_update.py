@@ -70,9 +70,7 @@ def change(trainable: list[nn.Parameter]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(
-    tiny_lcm: Path, tiny_sd15: Path, dtype: str
-) -> None:
+def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(tiny_lcm: Path, tiny_sd15: Path, dtype: str) -> None:
     model, policy = start(tiny_lcm, tiny_sd15, dtype=dtype)
     loss, metrics = loss_and_metrics(model, policy, make_pairs(model))
     assert (metrics["margin"], metrics["implicit_accuracy"], loss.item(), metrics["loss"]) == (0.0, 0.0, LN2, LN2)
@@ -85,7 +83,9 @@ def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(
 
 def test_each_of_the_14_kinds_of_layers_has_a_lora(tiny_lcm: Path, tiny_sd15: Path) -> None:
     model, _ = start(tiny_lcm, tiny_sd15)
-    layers = [name.removesuffix(".lora_A.default") for name, _ in model.denoiser.named_modules() if "lora_A.def" in name]
+    layers = [
+        name.removesuffix(".lora_A.default") for name, _ in model.denoiser.named_modules() if "lora_A.def" in name
+    ]
     for kind in ALL_KINDS:
         assert any(name.endswith(f".{kind}") for name in layers), kind
 
