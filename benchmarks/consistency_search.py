@@ -60,7 +60,7 @@ class Setting:
     Attributes:
         stages: of the curriculum, cumulative; the updates are spread over them evenly.
         easiest: only the first stage's pairs, throughout.
-        timesteps: ``grid`` (all 50), ``sampler`` (the two that are sampled at), or one of them.
+        timesteps: ``grid`` (all 50), ``sampler`` (the two that are sampled at), one (``499``) or some (``19-399``).
         gap: grid cells that the teacher steps down.
         normalised: divide errors by the reference's mean error at their timestep.
         labels: pairs by the ``scores``, by ``random`` numbers (the control), or with the worse as ``reversed`` chosen.
@@ -106,7 +106,11 @@ class Searched(LatentConsistency):
         times = super().draw_times(generator)
         if self.setting.timesteps == "grid":
             return times
-        choices = SAMPLER_TIMESTEPS if self.setting.timesteps == "sampler" else (int(self.setting.timesteps),)
+        if self.setting.timesteps == "sampler":
+            choices = SAMPLER_TIMESTEPS
+        else:
+            low, _, high = self.setting.timesteps.partition("-")
+            choices = range(int(low), int(high or low) + 1, GRID_STEP)
         times["timestep"] = torch.tensor(choices)[torch.randint(len(choices), (), generator=generator)]
         return times
 
