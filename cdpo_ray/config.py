@@ -74,6 +74,13 @@ Family = Literal["stable_diffusion", "stable_diffusion_xl", "latent_consistency"
 GUIDANCE_EMBEDDED = ("latent_consistency", "flux")
 """Families whose net is told of the guidance."""
 
+CONSISTENCY_TIMESTEPS = 50
+"""That a latent consistency model is distilled and sampled at."""
+
+
+PATCHED = ("stable_diffusion_3", "flux")
+"""Families whose net takes patches of 2 x 2 latent values, 16 x 16 pixels."""
+
 
 def _check_weights(path: str, revision: str | None) -> None:
     if path == "embedded" or Path(path).is_dir():
@@ -385,6 +392,26 @@ class Config(Section):
                 f"`curriculum.num_stages` is {self.curriculum.num_stages}, but {num_gaps + 1} images per prompt have"
                 f" only {num_gaps} rank gaps; lower it, or raise `generation.images_per_prompt`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _denoising_steps_fit_the_model(self) -> "Config":
+        steps = self.generation.num_denoising_steps
+        if self.model.family == "latent_consistency" and steps > CONSISTENCY_TIMESTEPS:
+            raise ValueError(
+                f"`generation.num_denoising_steps` is {steps}, but a latent consistency model knows only"
+                f" {CONSISTENCY_TIMESTEPS} timesteps; lower it: 1 to 8 are usual"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _image_is_whole_patches(self) -> "Config":
+        for side in ("height", "width"):
+            size = getattr(self.generation, side)
+            if self.model.family in PATCHED and size is not None and size % 16:
+                raise ValueError(
+                    f"`generation.{side}` must be a multiple of 16 for the family {self.model.family!r}, got {size}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -25,6 +25,14 @@ def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a latent consistency model whose teacher would be `tiny_sd15`, random weights; do not write into it."""
+    from tiny_models import build_tiny_lcm
+
+    return build_tiny_lcm(tmp_path_factory.mktemp("models") / "tiny_lcm")
+
+
+@pytest.fixture(scope="session")
 def embedded() -> Path:
     """Folder of the shipped pipeline; skips where its weights are not there."""
     if not list(PIPELINE_DIR.glob("unet/*.safetensors")):

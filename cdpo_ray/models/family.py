@@ -167,12 +167,13 @@ class TextToImageModel(ABC):
         """
         factor = self.pipeline.vae_scale_factor
         latents: Tensor = self.pipeline(
-            **self.pipeline_arguments(conditioning, noise, guidance_scale),
+            **self.pipeline_arguments(conditioning, guidance_scale),
             latents=self.pipeline_latents(noise.to(self.device, self.dtype)),
             height=noise.shape[-2] * factor,
             width=noise.shape[-1] * factor,
             num_inference_steps=num_denoising_steps,
             guidance_scale=guidance_scale,
+            generator=self.sampler_generators(noise),
             output_type="latent",
         ).images
         return latents
@@ -181,9 +182,13 @@ class TextToImageModel(ABC):
         """The noise as the pipeline takes it."""
         return noise
 
+    def sampler_generators(self, noise: Tensor) -> list[torch.Generator] | None:
+        """Of what the sampler adds on its way, a generator a sample; none where it adds nothing."""
+        return None
+
     @abstractmethod
-    def pipeline_arguments(self, conditioning: Conditioning, noise: Tensor, guidance_scale: float) -> dict[str, Any]:
-        """What the pipeline is called with in place of prompts, beside the noise."""
+    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        """What the pipeline is called with in place of prompts."""
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

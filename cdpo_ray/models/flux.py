@@ -46,7 +46,7 @@ class Flux(FlowMatchingModel):
         )
         return unpack(packed, *noise.shape[-2:])
 
-    def pipeline_arguments(self, conditioning: Conditioning, noise: Tensor, guidance_scale: float) -> dict[str, Any]:
+    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
         return {
             "prompt_embeds": conditioning["prompt_embedding"],
             "pooled_prompt_embeds": conditioning["pooled_embedding"],

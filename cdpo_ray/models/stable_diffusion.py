@@ -36,7 +36,7 @@ class StableDiffusion(TextToImageModel):
         embeddings, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embedding": embeddings}, tokens_cut(self.pipeline.tokenizer, prompts)
 
-    def pipeline_arguments(self, conditioning: Conditioning, noise: Tensor, guidance_scale: float) -> dict[str, Any]:
+    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
         embeddings = conditioning["prompt_embedding"]
         empty = self.empty_conditioning["prompt_embedding"].expand_as(embeddings) if guidance_scale > 1 else None
         return {"prompt_embeds": embeddings, "negative_prompt_embeds": empty}

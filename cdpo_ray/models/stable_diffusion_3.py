@@ -34,7 +34,7 @@ class StableDiffusion3(FlowMatchingModel):
         limit = MAX_T5_TOKENS if self.pipeline.tokenizer_3 else None
         return {"prompt_embedding": embeddings, "pooled_embedding": pooled}, tokens_cut(longest_reader, prompts, limit)
 
-    def pipeline_arguments(self, conditioning: Conditioning, noise: Tensor, guidance_scale: float) -> dict[str, Any]:
+    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
         return pooled_arguments(conditioning, self.empty_conditioning if guidance_scale > 1 else None)
 
     def predict(self, denoiser: Net, task: DenoisingTask) -> Tensor:

@@ -36,7 +36,7 @@ class StableDiffusionXL(StableDiffusion):
             return {name: torch.zeros_like(value) for name, value in encoded.items()}
         return encoded
 
-    def pipeline_arguments(self, conditioning: Conditioning, noise: Tensor, guidance_scale: float) -> dict[str, Any]:
+    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
         return pooled_arguments(conditioning, self.empty_conditioning if guidance_scale > 1 else None)
 
     @torch.no_grad()

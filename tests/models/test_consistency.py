@@ -1,4 +1,6 @@
-"""The maths of consistency models against diffusers' schedulers and closed forms in float64."""
+"""The consistency maths, against diffusers' schedulers and float64."""
+
+import math
 
 import numpy as np
 import pytest
@@ -7,121 +9,141 @@ from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMSchedule
 from torch import Tensor
 
 from cdpo_ray.models.consistency import (
-    GRID_STEP,
-    NUM_GRID_CELLS,
     boundary_scalings,
     clean_and_noise,
     consistency_function,
     ddim_step,
+    grid_timesteps,
     guidance_embedding,
     guided,
     pseudo_huber,
 )
-from cdpo_ray.models.noising import PredictionType
-from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.models.noising import PredictionType, add_noise
 
-GRID = torch.arange(NUM_GRID_CELLS) * GRID_STEP + GRID_STEP - 1
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-TYPES: list[PredictionType] = ["epsilon", "v_prediction"]
-SHAPE = (NUM_GRID_CELLS, 4, 3, 5)
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+GRID = torch.arange(19, 1000, 20)
+PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
 
 
-def ddim(prediction_type: str) -> DDIMScheduler:
-    scheduler = DDIMScheduler(
-        **SCHEDULE,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        timestep_spacing="trailing",
-        prediction_type=prediction_type,
-    )
-    scheduler.set_timesteps(NUM_GRID_CELLS)
-    assert scheduler.timesteps.tolist() == GRID.tolist()[::-1]
+def lcm_scheduler(prediction_type: str = "epsilon") -> LCMScheduler:
+    scheduler = LCMScheduler(**BETAS, prediction_type=prediction_type)
+    scheduler.set_timesteps(50)
     return scheduler
 
 
-def test_the_grid_is_the_one_of_the_paper_and_of_diffusers_sampler() -> None:
-    assert (GRID[0].item(), GRID[1].item(), GRID[-1].item()) == (19, 39, 999)
-    sampler = LCMScheduler(**SCHEDULE)
-    for num_steps in (1, 2, 4, 8, 50):
-        sampler.set_timesteps(num_steps)
-        assert set(sampler.timesteps.tolist()) <= set(GRID.tolist())
+def draw(seed: int, count: int = len(GRID)) -> Tensor:
+    return torch.randn(count, 4, 6, 5, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("prediction_type", TYPES)
-def test_a_step_down_the_grid_is_the_ddim_schedulers(prediction_type: PredictionType) -> None:
-    scheduler = ddim(prediction_type)
-    noisy, output = noise_at(SHAPE, 0, "noisy"), noise_at(SHAPE, 0, "output")
-    alphas = scheduler.alphas_cumprod
-    clean, noise = clean_and_noise(noisy, output, alphas[GRID], prediction_type)
-    found = ddim_step(clean, noise, alphas[(GRID - GRID_STEP).clamp(min=0)])
-    for row, timestep in enumerate(GRID.tolist()):
-        step = scheduler.step(output[row : row + 1], timestep, noisy[row : row + 1], eta=0.0)
-        torch.testing.assert_close(clean[row : row + 1], step.pred_original_sample, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found[row : row + 1], step.prev_sample, rtol=1e-4, atol=1e-4)
+ALPHA_BAR = lcm_scheduler().alphas_cumprod[GRID]
 
 
-@pytest.mark.parametrize("prediction_type", TYPES)
-def test_where_the_net_lands_is_what_the_lcm_scheduler_calls_denoised(prediction_type: PredictionType) -> None:
-    scheduler = LCMScheduler(**SCHEDULE, prediction_type=prediction_type)
-    noisy, output = noise_at(SHAPE, 0, "noisy"), noise_at(SHAPE, 0, "output")
-    clean, _ = clean_and_noise(noisy, output, scheduler.alphas_cumprod[GRID], prediction_type)
-    found = consistency_function(noisy, clean, GRID)
-    for row, timestep in enumerate(GRID.tolist()):
-        scheduler.set_timesteps(timesteps=[timestep])
-        expected = scheduler.step(output[row : row + 1], timestep, noisy[row : row + 1]).denoised
-        torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-4, atol=1e-4)
+def test_the_grid_is_what_the_scheduler_samples_at_with_all_of_its_50_steps() -> None:
+    assert grid_timesteps().tolist() == lcm_scheduler().timesteps.tolist()[::-1] == GRID.tolist()
 
 
-def test_scalings_are_the_schedulers_and_the_papers_closed_form() -> None:
-    timesteps = torch.tensor([0, 1, 19, 500, 999])
-    found = boundary_scalings(timesteps)
-    t = timesteps.double() * 10
-    closed = (0.25 / (t**2 + 0.25), t / (t**2 + 0.25).sqrt())
-    theirs = LCMScheduler(**SCHEDULE).get_scalings_for_boundary_condition_discrete(timesteps)
-    for ours, form, scheduler in zip(found, closed, theirs, strict=True):
-        torch.testing.assert_close(ours.double(), form, rtol=1e-6, atol=1e-9)
-        torch.testing.assert_close(ours, scheduler, rtol=1e-6, atol=1e-9)
+def test_scalings_are_the_lcm_schedulers_at_all_timesteps() -> None:
+    timesteps = torch.arange(1000)
+    theirs = lcm_scheduler().get_scalings_for_boundary_condition_discrete(timesteps.double())
+    for ours, expected in zip(boundary_scalings(timesteps), theirs, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=0)
+    assert [scaling[0].item() for scaling in boundary_scalings(timesteps)] == [1.0, 0.0]
 
 
-def test_at_timestep_zero_the_latents_stay_as_they_are() -> None:
-    noisy, clean = noise_at((2, 4, 3, 3), 0, "noisy"), noise_at((2, 4, 3, 3), 0, "clean")
-    assert torch.equal(consistency_function(noisy, clean, torch.zeros(2)), noisy)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_true_prediction_gives_back_the_clean_latents_and_the_noise(prediction_type: PredictionType) -> None:
+    latents, noise = draw(0), draw(1)
+    noisy = add_noise(latents, noise, ALPHA_BAR)
+    velocity = ALPHA_BAR.sqrt()[:, None, None, None] * noise - (1 - ALPHA_BAR).sqrt()[:, None, None, None] * latents
+    prediction = noise if prediction_type == "epsilon" else velocity
+    clean, found_noise = clean_and_noise(noisy, prediction, ALPHA_BAR, prediction_type)
+    torch.testing.assert_close(clean, latents, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found_noise, noise, rtol=0, atol=2e-6)
 
 
-def test_v_and_epsilon_of_the_same_noise_agree() -> None:
-    clean, noise = noise_at(SHAPE, 0, "clean").double(), noise_at(SHAPE, 0, "noise").double()
-    alpha_bar = DDIMScheduler(**SCHEDULE).alphas_cumprod[GRID]
-    signal, spread = (root.double()[:, None, None, None] for root in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
-    noisy, velocity = signal * clean + spread * noise, signal * noise - spread * clean
-    found: dict[str, tuple[Tensor, Tensor]] = {
-        "epsilon": clean_and_noise(noisy, noise, alpha_bar, "epsilon"),
-        "v": clean_and_noise(noisy, velocity, alpha_bar, "v_prediction"),
-    }
-    for x0, eps in found.values():
-        torch.testing.assert_close(x0.double(), clean, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(eps.double(), noise, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_a_step_of_20_timesteps_is_ddims_at_every_place_of_the_grid(
+    prediction_type: PredictionType, set_alpha_to_one: bool
+) -> None:
+    ddim = DDIMScheduler(
+        **BETAS,
+        prediction_type=prediction_type,
+        set_alpha_to_one=set_alpha_to_one,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    ddim.set_timesteps(50)
+    noisy, prediction = draw(0), draw(1)
+    before = torch.cat([ddim.final_alpha_cumprod[None], ddim.alphas_cumprod[GRID[:-1]]])
+    found = ddim_step(noisy, prediction, ALPHA_BAR, before, prediction_type)
+    theirs = [ddim.step(prediction[i], int(GRID[i]), noisy[i], eta=0.0).prev_sample for i in range(len(GRID))]
+    torch.testing.assert_close(found, torch.stack(theirs), rtol=1e-5, atol=1e-5)
 
 
-def test_guidance_w_is_a_pipelines_guidance_scale_less_one() -> None:
-    told, untold = noise_at((3, 2, 2, 2), 0, "told"), noise_at((3, 2, 2, 2), 0, "untold")
-    w = torch.tensor([0.0, 2.0, 7.5])
-    scale = (w + 1)[:, None, None, None]
-    torch.testing.assert_close(guided(told, untold, w), untold + scale * (told - untold), rtol=1e-5, atol=1e-6)
-    assert torch.equal(guided(told, untold, w)[0], told[0])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_consistency_function_is_what_the_lcm_scheduler_calls_denoised(prediction_type: PredictionType) -> None:
+    scheduler, noisy, prediction = lcm_scheduler(prediction_type), draw(0), draw(1)
+    theirs = [scheduler.step(prediction[i], int(GRID[i]), noisy[i]).denoised for i in range(len(GRID))]
+    clean, _ = clean_and_noise(noisy, prediction, ALPHA_BAR, prediction_type)
+    torch.testing.assert_close(consistency_function(noisy, clean, GRID), torch.stack(theirs), rtol=1e-5, atol=1e-5)
 
 
-def test_pseudo_huber_is_its_closed_form() -> None:
-    one, other = noise_at((4, 2, 3, 3), 0, "one"), noise_at((4, 2, 3, 3), 0, "other")
-    other[0] = one[0]
-    other[1] = one[1] + 1e-4
-    difference = (one.numpy().astype(np.float64) - other.numpy().astype(np.float64)) ** 2
-    expected = (np.sqrt(difference + 0.001**2) - 0.001).mean(axis=(1, 2, 3))
-    np.testing.assert_allclose(pseudo_huber(one, other).numpy(), expected, rtol=1e-4, atol=1e-9)
-    assert pseudo_huber(one, other)[0] == 0
+def test_at_timestep_zero_the_consistency_function_is_the_identity_exactly() -> None:
+    assert torch.equal(consistency_function(draw(0, 2), draw(1, 2), torch.zeros(2, dtype=torch.long)), draw(0, 2))
 
 
-@pytest.mark.parametrize("channels", [8, 256])
-def test_the_guidance_embedding_is_the_stock_pipelines(channels: int) -> None:
-    w = torch.tensor([0.0, 2.0, 7.5, 14.0])
-    theirs = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=channels)  # type: ignore[arg-type]
-    torch.testing.assert_close(guidance_embedding(w, channels), theirs, rtol=1e-5, atol=1e-3)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_guiding_the_prediction_guides_the_clean_latents_and_the_noise(prediction_type: PredictionType) -> None:
+    noisy, told, untold = draw(0), draw(1), draw(2)
+    guidance = torch.linspace(0, 15, len(GRID))
+    found = clean_and_noise(noisy, guided(told, untold, guidance), ALPHA_BAR, prediction_type)
+    with_prompt, without = (clean_and_noise(noisy, each, ALPHA_BAR, prediction_type) for each in (told, untold))
+    scale = guidance.double()[:, None, None, None]
+    for ours, a, b in zip(found, with_prompt, without, strict=True):
+        torch.testing.assert_close(ours.double(), a.double() + scale * (a.double() - b.double()), rtol=1e-4, atol=1e-3)
+    assert torch.equal(guided(told, untold, torch.zeros(len(GRID))), told)
+
+
+@pytest.mark.parametrize("num_channels", [256, 32])
+def test_the_guidance_embedding_is_the_pipelines(num_channels: int) -> None:
+    guidance = torch.tensor([0.0, 1.0, 5.0, 7.5, 14.99])
+    theirs = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, guidance, num_channels)
+    assert torch.equal(guidance_embedding(guidance, num_channels), theirs)
+
+
+def test_pseudo_huber_is_the_float64_mean_over_each_sample() -> None:
+    prediction, target = draw(2), draw(3)
+    difference = (prediction.double() - target.double()).numpy()
+    exact = (np.hypot(difference, 0.001) - 0.001).reshape(len(GRID), -1).mean(axis=1)
+    found = pseudo_huber(prediction, target)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), exact, rtol=1e-6)
+
+
+def test_pseudo_huber_is_square_near_zero_and_absolute_far_from_it() -> None:
+    def distance(difference: float) -> float:
+        return pseudo_huber(torch.full((1, 1, 1, 1), difference), torch.zeros(1, 1, 1, 1)).item()
+
+    assert distance(0.0) == 0
+    assert distance(0.001 * 4 / 3) == pytest.approx(0.001 * 2 / 3, rel=1e-3)  # sides 3, 4, 5
+    assert distance(-5.0) == pytest.approx(5 - 0.001, rel=1e-6)
+    assert distance(1e-4) == pytest.approx((math.sqrt(1.01) - 1) * 1e-3, rel=0.02)
+
+
+def test_bfloat16_is_computed_in_fp32() -> None:
+    noisy, prediction = draw(0).bfloat16(), draw(1).bfloat16()
+    for prediction_type in PREDICTION_TYPES:
+        found = clean_and_noise(noisy, prediction, ALPHA_BAR, prediction_type)
+        expected = clean_and_noise(noisy.float(), prediction.float(), ALPHA_BAR, prediction_type)
+        assert all(
+            torch.equal(ours, exact) and ours.dtype == torch.float32
+            for ours, exact in zip(found, expected, strict=True)
+        )
+    assert torch.equal(guided(noisy, prediction, GRID), guided(noisy.float(), prediction.float(), GRID))
+    assert torch.equal(pseudo_huber(noisy, prediction), pseudo_huber(noisy.float(), prediction.float()))
+
+
+def test_a_prediction_of_clean_latents_is_refused() -> None:
+    with pytest.raises(ValueError, match="`prediction_type` must be 'epsilon' or 'v_prediction', got 'sample'"):
+        clean_and_noise(draw(0), draw(1), ALPHA_BAR, "sample")  # type: ignore[arg-type]

@@ -1,176 +1,178 @@
-"""The consistency family: its sampler, its task, and its whole loss against plain diffusers calls in float64."""
+"""The family against the stock pipeline: same noise, same images; and what it draws to train at."""
 
-import copy
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
+from tiny_models import build_tiny_sd15
+from torch import Tensor
 
 from cdpo_ray.errors import ModelError
+from cdpo_ray.models import load_model
 from cdpo_ray.models.latent_consistency import LatentConsistency
-from cdpo_ray.models.seeds import generator_at, noise_at
-from cdpo_ray.testbed import PIPELINE_DIR
+from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.testbed.consistency import load_consistency_pipeline
-from cdpo_ray.training.batches import PairBatch
-from cdpo_ray.training.job import LoraJob
-from cdpo_ray.training.losses import preference_loss
-from cdpo_ray.training.policy import make_policy
-from cdpo_ray.training.update import METRICS, loss_of_pairs
 
-PROMPTS = ["a red circle in the middle", "a blue square on the left"]
-BETA = 400.0
+PROMPTS = ["a red circle", "a blue square on the left and a green cross on the right", ""]
 
 
-def load(folders: Callable[[str], Path], **given: Any) -> LatentConsistency:
-    teacher = {"path": str(folders("stable_diffusion"))}
-    return LatentConsistency.load(str(folders("latent_consistency")), device="cpu", teacher=teacher, **given)
+@pytest.fixture(scope="module")
+def tiny(tiny_lcm: Path) -> LatentConsistency:
+    return LatentConsistency.load(str(tiny_lcm), device="cpu")
 
 
-def batch_of(model: LatentConsistency) -> PairBatch:
-    return PairBatch(
-        noise_at((2, 4, 8, 8), 0, "chosen"),
-        noise_at((2, 4, 8, 8), 0, "rejected"),
-        model.encode_prompts(PROMPTS)[0],
-        {"timestep": torch.tensor([19, 779]), "guidance": torch.tensor([5.5, 12.0])},
-        noise_at((2, 4, 8, 8), 0, "noise"),
-    )
+def draw_noise(model: LatentConsistency) -> Tensor:
+    return torch.stack([noise_at(model.latent_shape(None, None), 0, "image", prompt, 0) for prompt in PROMPTS])
 
 
-def test_one_step_images_are_the_stock_pipelines(tiny_models: Callable[[str], Path]) -> None:
-    model = load(tiny_models)
-    noise = noise_at((2, 4, 8, 8), 0, "image")
-    sampled = model.sample(model.encode_prompts(PROMPTS)[0], noise, num_denoising_steps=1, guidance_scale=8.0)
-    stock = copy.copy(model.pipeline)
-    theirs = stock(PROMPTS, latents=noise, num_inference_steps=1, guidance_scale=8.0, output_type="latent").images
-    torch.testing.assert_close(sampled, theirs, rtol=1e-5, atol=1e-5)
-
-
-def test_images_of_several_steps_do_not_depend_on_the_batch(tiny_models: Callable[[str], Path]) -> None:
-    """The sampler adds noise between its steps: a function of each image's first noise."""
-    model = load(tiny_models)
-    noise = noise_at((3, 4, 8, 8), 0, "image")
-    conditioning, _ = model.encode_prompts([*PROMPTS, "x"])
-    sample = partial(model.sample, num_denoising_steps=4, guidance_scale=8.0)
-    together = sample(conditioning, noise)
-    for row in (2, 0, 1):
-        alone = sample({"prompt_embedding": conditioning["prompt_embedding"][row : row + 1]}, noise[row : row + 1])
-        torch.testing.assert_close(alone[0], together[row], rtol=1e-3, atol=1e-3)
-    assert torch.equal(sample(conditioning, noise), together)
-
-
-def test_the_embedded_model_samples_as_its_stock_pipeline() -> None:
-    model = LatentConsistency.load("embedded", device="cpu")
-    noise = noise_at((2, 4, 8, 8), 0, "image")
-    sampled = model.sample(model.encode_prompts(PROMPTS)[0], noise, num_denoising_steps=1, guidance_scale=3.0)
-    stock = load_consistency_pipeline()
+def assert_images_are_the_stock_pipelines(
+    model: LatentConsistency, stock: LatentConsistencyModelPipeline, num_denoising_steps: int
+) -> None:
     stock.set_progress_bar_config(disable=True)
-    theirs = stock(PROMPTS, latents=noise, num_inference_steps=1, guidance_scale=3.0, output_type="latent").images
-    torch.testing.assert_close(sampled, theirs, rtol=1e-5, atol=1e-5)
+    noise = draw_noise(model)
+    settings = {"num_denoising_steps": num_denoising_steps, "guidance_scale": 3.0}
+    latents = model.sample(model.encode_prompts(PROMPTS)[0], noise, **settings)
+    theirs = stock(
+        PROMPTS,
+        latents=noise,
+        generator=model.sampler_generators(noise),
+        num_inference_steps=num_denoising_steps,
+        guidance_scale=3.0,
+        output_type="pil",
+    ).images
+    ours = model.decode(latents).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(ours, np.stack([np.asarray(image) for image in theirs]))
+    assert not np.array_equal(ours[0], ours[1])
 
 
-def test_training_has_the_teacher_and_no_decoder() -> None:
-    model = LatentConsistency.load("embedded", device="cpu", for_training=True)
-    teacher = UNet2DConditionModel.from_pretrained(PIPELINE_DIR / "unet", dtype=torch.float32)
+@pytest.mark.parametrize("num_denoising_steps", [1, 8])
+def test_tiny_lcms_images_are_the_stock_pipelines(
+    tiny: LatentConsistency, tiny_lcm: Path, num_denoising_steps: int
+) -> None:
+    stock = LatentConsistencyModelPipeline.from_pretrained(tiny_lcm, safety_checker=None, requires_safety_checker=False)
+    assert_images_are_the_stock_pipelines(tiny, stock, num_denoising_steps)
+
+
+def test_the_embedded_models_images_are_the_stock_pipelines(embedded: Path) -> None:
+    model = load_model("latent_consistency", path="embedded", device="cpu")
+    assert_images_are_the_stock_pipelines(model, load_consistency_pipeline(), 2)
+
+
+def test_images_do_not_depend_on_the_batch(tiny: LatentConsistency) -> None:
+    noise, settings = draw_noise(tiny), {"num_denoising_steps": 4, "guidance_scale": 3.0}
+    conditioning = tiny.encode_prompts(PROMPTS)[0]["prompt_embedding"]
+    together = tiny.sample({"prompt_embedding": conditioning}, noise, **settings)
+    for rows in ([0], [2, 1], [1, 1, 0, 2]):
+        others = tiny.sample({"prompt_embedding": conditioning[rows]}, noise[rows], **settings)
+        torch.testing.assert_close(others, together[rows], rtol=1e-4, atol=1e-4)
+    again = tiny.sample({"prompt_embedding": conditioning}, noise, **settings)
+    assert torch.equal(again, together)
+
+
+def test_the_samplers_own_noise_is_a_function_of_the_first_noise(tiny: LatentConsistency) -> None:
+    def own(noise: Tensor) -> Tensor:
+        return torch.stack([torch.randn(8, generator=generator) for generator in tiny.sampler_generators(noise)])
+
+    noise = draw_noise(tiny)
+    assert torch.equal(own(noise), own(noise))
+    assert torch.equal(own(noise[[2, 0]]), own(noise)[[2, 0]])
+    nearly = noise.clone()
+    nearly[0, 0, 0, 0] += 1e-6
+    assert torch.equal(own(nearly)[1:], own(noise)[1:])
+    assert abs(np.corrcoef(torch.cat([own(nearly)[:1], own(noise)]))[np.triu_indices(4, k=1)]).max() < 0.99
+
+
+def test_more_denoising_steps_add_noise_on_the_way(tiny: LatentConsistency, monkeypatch: pytest.MonkeyPatch) -> None:
+    conditioning, noise = tiny.encode_prompts(PROMPTS)[0], draw_noise(tiny)
+
+    def sampled(num_denoising_steps: int) -> Tensor:
+        return tiny.sample(conditioning, noise, num_denoising_steps=num_denoising_steps, guidance_scale=3.0)
+
+    before = {steps: sampled(steps) for steps in (1, 2)}
+    other = [torch.Generator().manual_seed(7) for _ in PROMPTS]
+    monkeypatch.setattr(tiny, "sampler_generators", lambda noise: other)
+    assert torch.equal(sampled(1), before[1])
+    assert not torch.allclose(sampled(2), before[2], atol=0.1)
+
+
+def test_guidance_changes_the_latents(tiny: LatentConsistency) -> None:
+    conditioning, noise = tiny.encode_prompts(PROMPTS)[0], draw_noise(tiny)
+    weak, strong = (tiny.sample(conditioning, noise, num_denoising_steps=1, guidance_scale=g) for g in (1.0, 8.0))
+    assert not torch.allclose(weak, strong, atol=1e-3)
+
+
+def test_times_are_uniform_over_the_grid_and_the_guidance_range(tiny: LatentConsistency) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [tiny.draw_times(generator) for _ in range(5000)]
+    timesteps, counts = np.unique([int(times["timestep"]) for times in drawn], return_counts=True)
+    assert timesteps.tolist() == list(range(19, 1000, 20))
+    assert ((counts - 100) ** 2 / 100).sum() < 49 + 5 * np.sqrt(2 * 49)  # chi-squared of 50 cells
+    guidance = np.array([float(times["guidance"]) for times in drawn])
+    assert 5 <= guidance.min() < 5.02 < 14.98 < guidance.max() <= 15
+    assert abs(guidance.mean() - 10) < 0.2
+
+
+def test_the_teacher_is_loaded_for_training_only_frozen_and_without_the_rest(tiny_lcm: Path, tiny_sd15: Path) -> None:
+    arguments = {"teacher": {"path": str(tiny_sd15)}, "dtype": "bfloat16", "device": "cpu"}
+    assert not hasattr(LatentConsistency.load(str(tiny_lcm), **arguments), "teacher")
+    model = LatentConsistency.load(str(tiny_lcm), for_training=True, **arguments)
     assert model.pipeline.vae is None
-    for ours, theirs in zip(model.teacher.parameters(), teacher.parameters(), strict=True):
-        assert torch.equal(ours, theirs) and not ours.requires_grad
+    assert type(model.pipeline.scheduler) is LCMScheduler
+    weights = UNet2DConditionModel.from_pretrained(tiny_sd15, subfolder="unet", dtype=torch.bfloat16).state_dict()
+    assert model.teacher.state_dict().keys() == weights.keys()
+    for name, value in model.teacher.named_parameters():
+        assert torch.equal(value, weights[name]) and not value.requires_grad, name
 
 
-def test_timesteps_are_uniform_over_the_grid_and_guidance_over_its_range(tiny_models: Callable[[str], Path]) -> None:
-    model = load(tiny_models)
-    drawn = [model.draw_times(generator_at(0, "draw", number)) for number in range(3000)]
-    timesteps = torch.stack([times["timestep"] for times in drawn])
-    counts = torch.bincount((timesteps - 19) // 20, minlength=50).double()
-    assert torch.equal((timesteps - 19) % 20, torch.zeros_like(timesteps))
-    assert len(counts) == 50 and ((counts - 60) ** 2 / 60).sum() < 85.4  # chi square of 49 degrees of freedom, 99.9 %
-    guidance = torch.stack([times["guidance"] for times in drawn])
-    assert 5 <= guidance.min() < 5.1 and 14.9 < guidance.max() <= 15
-    assert abs(guidance.mean() - 10) < 4 * 10 / (12 * 3000) ** 0.5
+def test_the_embedded_models_teacher_is_the_embedded_diffusion_model(embedded: Path) -> None:
+    model = LatentConsistency.load("embedded", device="cpu", for_training=True)
+    weights = UNet2DConditionModel.from_pretrained(embedded, subfolder="unet", dtype=torch.float32).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.teacher.state_dict().items())
+    assert model.pipeline.vae is None
 
 
-def test_a_batch_of_pairs_takes_four_launches(tiny_models: Callable[[str], Path]) -> None:
-    model = load(tiny_models, for_training=True)
-    lora = LoraJob(4, 8, ("to_q",))
-    policy = make_policy(model, lora, start_dir=None, reference_is_start=False, seed=0)
-    launches: list[int] = []
-    for net in (model.denoiser, model.teacher):
-        net.register_forward_pre_hook(lambda net, given: launches.append(len(given[0])))
-    loss_at_beta = partial(preference_loss, beta=BETA)
-    loss_of_pairs(
-        model, model.denoiser, policy.reference, model.denoiser, batch_of(model), preference_loss=loss_at_beta
-    )
-    assert launches == [8, 4, 4, 4]  # teacher with and without prompt, target, reference, policy
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_what_the_teacher_predicts_is_what_its_scheduler_says(
+    tiny_lcm: Path, tmp_path: Path, prediction_type: str
+) -> None:
+    folder = build_tiny_sd15(tmp_path / "teacher", prediction_type=prediction_type)
+    model = LatentConsistency.load(str(tiny_lcm), device="cpu", for_training=True, teacher={"path": str(folder)})
+    assert (model.teacher_prediction_type, model.prediction_type) == (prediction_type, "epsilon")
 
 
-def test_the_whole_loss_is_that_of_plain_diffusers_calls_in_float64(tiny_models: Callable[[str], Path]) -> None:
-    model = load(tiny_models, for_training=True)
-    lora = LoraJob(4, 8, ("to_q", "to_k", "to_v", "to_out.0", "conv1", "time_emb_proj"))
-    policy = make_policy(model, lora, start_dir=None, reference_is_start=False, seed=0)
-    numbers = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.trainable:
-            parameter += 0.05 * torch.randn(parameter.shape, generator=numbers)
-    batch = batch_of(model)
-    merged = copy.deepcopy(model.denoiser)
-    merged.fuse_lora()
-    merged.unload_lora()
-    merged = merged.double()
-    base = load(tiny_models).denoiser.double()
-    teacher = UNet2DConditionModel.from_pretrained(tiny_models("stable_diffusion"), subfolder="unet").double()
-    ddim = DDIMScheduler.from_pretrained(
-        tiny_models("stable_diffusion"), subfolder="scheduler", timestep_spacing="trailing", steps_offset=0
-    )
+def test_a_missing_teacher_is_a_model_error(tiny_lcm: Path, tmp_path: Path) -> None:
+    nowhere = {"path": str(tmp_path / "nowhere")}
+    with pytest.raises(ModelError, match=r"`model\.teacher\.path` .*/nowhere \(revision None\): cannot be loaded: "):
+        LatentConsistency.load(str(tiny_lcm), device="cpu", for_training=True, teacher=nowhere)
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_from_the_last_of_the_grid_the_target_is_ddims_last_step_whatever_the_reference_says(
+    tiny_lcm: Path, tiny_sd15: Path, set_alpha_to_one: bool
+) -> None:
+    loaded = LatentConsistency.load(str(tiny_lcm), device="cpu", for_training=True, teacher={"path": str(tiny_sd15)})
+    config = loaded.pipeline.scheduler.config
+    loaded.pipeline.scheduler = LCMScheduler.from_config(config, set_alpha_to_one=set_alpha_to_one)
+    model = LatentConsistency(loaded.pipeline, dtype=torch.float32, device="cpu")
+    model.teacher, model.teacher_prediction_type = loaded.teacher, loaded.teacher_prediction_type
+    ddim = DDIMScheduler.from_config(config, set_alpha_to_one=set_alpha_to_one, timestep_spacing="trailing")
     ddim.set_timesteps(50)
-    lcm = LCMScheduler.from_pretrained(tiny_models("latent_consistency"), subfolder="scheduler")
-    words = batch.conditioning["prompt_embedding"].double()
-    empty = model.empty_conditioning["prompt_embedding"].double()
+    times = {"timestep": torch.tensor([19] * 3), "guidance": torch.tensor([1.0, 5.0, 14.0])}
+    conditioning, _ = model.encode_prompts(PROMPTS)
+    seen = []
 
-    @torch.no_grad()
-    def landed(net: nn.Module, latents: Tensor, timestep: int, row: int) -> Tensor:
-        told = model.pipeline.get_guidance_scale_embedding(batch.times["guidance"][row : row + 1], 256).double()
-        output = net(latents, timestep, words[row : row + 1], timestep_cond=told).sample
-        c_skip, c_out = lcm.get_scalings_for_boundary_condition_discrete(timestep)
-        alpha = lcm.alphas_cumprod[timestep].double()
-        return c_skip * latents + c_out * (latents - (1 - alpha).sqrt() * output) / alpha.sqrt()
+    def reference(noisy_latents: Tensor, timestep: Tensor, **others: object) -> tuple[Tensor]:
+        seen.append(timestep)
+        return (torch.full_like(noisy_latents, 7.0),)
 
-    @torch.no_grad()
-    def errors(latents: Tensor, row: int) -> tuple[Tensor, Tensor]:
-        timestep, w = int(batch.times["timestep"][row]), batch.times["guidance"][row].double()
-        noise = batch.noise[row : row + 1].double()
-        noisy = ddim.add_noise(latents[row : row + 1].double(), noise, torch.tensor([timestep]))
-        told, untold = (teacher(noisy, timestep, text).sample for text in (words[row : row + 1], empty))
-        step = ddim.step(untold + (w + 1) * (told - untold), timestep, noisy, eta=0.0)
-        target = landed(base, step.prev_sample, max(timestep - 20, 0), row)
-
-        def distance(net: nn.Module) -> Tensor:
-            return (((landed(net, noisy, timestep, row) - target) ** 2 + 1e-6).sqrt() - 1e-3).mean()
-
-        return distance(merged), distance(base)
-
-    margins = []
-    for row in range(2):
-        (policy_w, base_w), (policy_l, base_l) = errors(batch.latents_w, row), errors(batch.latents_l, row)
-        margins.append(-BETA / 2 * ((policy_w - base_w) - (policy_l - base_l)))
-    margin = torch.stack(margins)
-    loss_at_beta = partial(preference_loss, beta=BETA)
-    loss, metrics = loss_of_pairs(
-        model, model.denoiser, policy.reference, model.denoiser, batch, preference_loss=loss_at_beta
+    task = model.denoising_task(reference, draw_noise(model), conditioning, times, draw_noise(model).flip(0))
+    told, untold = (
+        model.teacher(task.noisy_latents, times["timestep"], embeddings).sample
+        for embeddings in (conditioning["prompt_embedding"], model.encode_prompts([""] * 3)[0]["prompt_embedding"])
     )
-    assert metrics[METRICS.index("margin")].item() == pytest.approx(margin.mean().item(), rel=1e-3, abs=5e-3)
-    assert loss.item() == pytest.approx(torch.log1p(torch.exp(-margin)).mean().item(), rel=1e-3, abs=5e-3)
-    assert margin.abs().min() > 0.05
-
-
-def test_a_teacher_that_is_not_there_is_named(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"`model\.teacher` .*/nowhere \(revision None\): cannot be loaded: "):
-        LatentConsistency.load(
-            str(tiny_models("latent_consistency")),
-            device="cpu",
-            for_training=True,
-            teacher={"path": str(tmp_path / "nowhere")},
-        )
+    scale = 1 + times["guidance"][:, None, None, None]  # what pipelines call guidance_scale
+    expected = ddim.step(untold + scale * (told - untold), 19, task.noisy_latents, eta=0.0).prev_sample
+    torch.testing.assert_close(task.target, expected, rtol=1e-4, atol=1e-4)
+    assert [timestep.tolist() for timestep in seen] == [[0, 0, 0]]

@@ -9,6 +9,15 @@ from diffusers import LatentConsistencyModelPipeline, LCMScheduler, UNet2DCondit
 from torch import Tensor
 from tqdm import tqdm
 
+from cdpo_ray.models.consistency import (
+    GRID_STEP,
+    clean_and_noise,
+    consistency_function,
+    ddim_step,
+    grid_timesteps,
+    guided,
+    pseudo_huber,
+)
 from cdpo_ray.testbed.scenes import caption
 from cdpo_ray.testbed.training.autoencoder import save_half
 from cdpo_ray.testbed.training.denoiser import encode_pool, make_scheduler, move_average
@@ -18,10 +27,8 @@ from cdpo_ray.testbed.training.pool import cosine_schedule, draw_pool
 LEARNING_RATE = 5e-4
 BATCH_SIZE = 64
 EMA_DECAY = 0.95
-GRID_STEP = 20  # training steps of the noise schedule between two neighbours of the grid 19, 39, .., 999
 MIN_GUIDANCE, MAX_GUIDANCE = 1.0, 3.0  # w; a pipeline's guidance_scale is w + 1
 GUIDANCE_CHANNELS = 256
-HUBER_WIDTH = 0.001
 
 
 def make_consistency_scheduler() -> LCMScheduler:
@@ -32,7 +39,7 @@ def make_consistency_scheduler() -> LCMScheduler:
         beta_start=teacher.beta_start,
         beta_end=teacher.beta_end,
         beta_schedule=teacher.beta_schedule,
-        original_inference_steps=teacher.num_train_timesteps // GRID_STEP,
+        original_inference_steps=len(grid_timesteps()),
     )
 
 
@@ -43,48 +50,6 @@ def make_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
     guidance_weight = torch.zeros_like(student.time_embedding.cond_proj.weight)
     student.load_state_dict({**teacher.state_dict(), "time_embedding.cond_proj.weight": guidance_weight})
     return student.to(memory_format=torch.channels_last)
-
-
-def clean_latents(
-    noisy_latents: Tensor, noise_prediction: Tensor, timesteps: Tensor, scheduler: LCMScheduler
-) -> Tensor:
-    """``(z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)``; shapes as in `consistency_function`."""
-    alpha_bar = scheduler.alphas_cumprod[timesteps][:, None, None, None]
-    return (noisy_latents - (1 - alpha_bar).sqrt() * noise_prediction) / alpha_bar.sqrt()
-
-
-def consistency_function(
-    noisy_latents: Tensor, noise_prediction: Tensor, timesteps: Tensor, scheduler: LCMScheduler
-) -> Tensor:
-    """``f(z, t) = c_skip z + c_out x0``, which is ``z`` at ``t = 0``.
-
-    Args:
-        noisy_latents, noise_prediction: ``[image, 4, 8, 8]``.
-        timesteps: ``[image]`` integers, 0 to 999.
-
-    Source: arXiv:2310.04378, equation 9.
-    """
-    c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(timesteps[:, None, None, None])
-    return c_skip * noisy_latents + c_out * clean_latents(noisy_latents, noise_prediction, timesteps, scheduler)
-
-
-def ddim_step(
-    noisy_latents: Tensor, noise_prediction: Tensor, timesteps: Tensor, scheduler: LCMScheduler
-) -> tuple[Tensor, Tensor]:
-    """One step of ``GRID_STEP`` down; from the last place of the grid, 19, to latents without any noise at 0.
-
-    Shapes as in `consistency_function`; returns ``z_s`` and ``s``. Source: arXiv:2010.02502, equation 12.
-    """
-    previous = (timesteps - GRID_STEP).clamp(min=0)
-    alpha_bar = torch.where(timesteps < GRID_STEP, scheduler.final_alpha_cumprod, scheduler.alphas_cumprod[previous])
-    alpha_bar = alpha_bar[:, None, None, None]
-    clean = clean_latents(noisy_latents, noise_prediction, timesteps, scheduler)
-    return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise_prediction, previous
-
-
-def pseudo_huber(output: Tensor, target: Tensor) -> Tensor:
-    """``mean(sqrt((a - b)^2 + c^2) - c)``, a scalar. Source: arXiv:2310.14189, section 3.3, a value at a time."""
-    return (((output - target).square() + HUBER_WIDTH**2).sqrt() - HUBER_WIDTH).mean()
 
 
 def train_consistency(weights_dir: Path, *, num_updates: int, num_scenes: int, seed: int) -> None:
@@ -112,26 +77,35 @@ def train_consistency(weights_dir: Path, *, num_updates: int, num_scenes: int, s
         """The teacher's, with and without the caption in one go."""
         both = teacher(noisy_latents.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([embeddings, empty])).sample
         told, untold = both.chunk(2)
-        return told + guidance[:, None, None, None] * (told - untold)
+        return guided(told, untold, guidance)
 
+    def denoised(net: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
+        prediction = net(noisy_latents, timesteps, **conditions).sample
+        alpha_bar = scheduler.alphas_cumprod[timesteps]
+        clean, _ = clean_and_noise(noisy_latents, prediction, alpha_bar, "epsilon")
+        return consistency_function(noisy_latents, clean, timesteps)
+
+    grid = grid_timesteps()
+    alpha_bars = scheduler.alphas_cumprod[grid]
+    alpha_bars_below = torch.cat([scheduler.final_alpha_cumprod[None], alpha_bars[:-1]])
     optimizer = torch.optim.AdamW(student.parameters(), LEARNING_RATE, weight_decay=0.0)
     schedule = cosine_schedule(optimizer, num_updates, num_warmup_updates=20)
     progress = tqdm(range(num_updates), desc="consistency", mininterval=5)
     for update in progress:
         index = torch.randint(num_scenes, (BATCH_SIZE,))
-        timesteps = torch.randint(scheduler.config.original_inference_steps, (BATCH_SIZE,)) * GRID_STEP + GRID_STEP - 1
+        place = torch.randint(len(grid), (BATCH_SIZE,))
+        timesteps, previous = grid[place], (grid[place] - GRID_STEP).clamp(min=0)
         guidance = torch.empty(BATCH_SIZE).uniform_(MIN_GUIDANCE, MAX_GUIDANCE)
         told_guidance = pipeline.get_guidance_scale_embedding(guidance, GUIDANCE_CHANNELS)
         embeddings = encode_captions(pipeline, [captions[i] for i in index])
+        conditions = {"encoder_hidden_states": embeddings, "timestep_cond": told_guidance}
         noisy_latents = scheduler.add_noise(latents[index], torch.randn_like(latents[index]), timesteps)
         noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             noise = guided_noise(noisy_latents, timesteps, embeddings, guidance)
-            less_noisy, previous = ddim_step(noisy_latents, noise, timesteps, scheduler)
-            prediction = average(less_noisy, previous, embeddings, timestep_cond=told_guidance).sample
-            target = consistency_function(less_noisy, prediction, previous, scheduler)
-        prediction = student(noisy_latents, timesteps, embeddings, timestep_cond=told_guidance).sample
-        loss = pseudo_huber(consistency_function(noisy_latents, prediction, timesteps, scheduler), target)
+            less_noisy = ddim_step(noisy_latents, noise, alpha_bars[place], alpha_bars_below[place], "epsilon")
+            target = denoised(average, less_noisy, previous, **conditions)
+        loss = pseudo_huber(denoised(student, noisy_latents, timesteps, **conditions), target).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
