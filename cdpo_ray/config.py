@@ -274,9 +274,33 @@ class CurriculumSection(Section):
 
 
 class LoraSection(Section):
+    """The LoRA; it may begin with a smaller rank, or in a part of the net's blocks, and grow stage by stage.
+
+    It grows in the first round alone: later ones begin with what was trained.
+    """
+
     rank: Annotated[int, Field(ge=1)] = 8
+    initial_rank: Annotated[int, Field(ge=1)] | None = None
+    unfreeze: Literal["at_once", "from_input", "from_output"] = "at_once"
     alpha: Annotated[float, Field(gt=0)] | None = None
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    @model_validator(mode="after")
+    def _grows(self) -> "LoraSection":
+        if self.initial_rank is not None and self.initial_rank > self.rank:
+            raise ValueError(
+                f"`initial_rank` must be at most `rank` = {self.rank}, which it grows to, got {self.initial_rank}"
+            )
+        return self
+
+    @property
+    def growth(self) -> dict[str, Any]:
+        """Keyword arguments of `cdpo_ray.curriculum.capacity.stage_capacities`."""
+        return {"initial_rank": self.initial_rank, "sequential": self.unfreeze != "at_once"}
+
+    @property
+    def grows(self) -> bool:
+        return self.initial_rank not in (None, self.rank) or self.unfreeze != "at_once"
 
 
 class TrainingSection(Section):
@@ -423,6 +447,11 @@ class Config(Section):
             )
         if self.training.reference == "last_round" and self.rounds == 1:
             raise ValueError("`training.reference` 'last_round' needs `rounds` > 1")
+        if self.training.lora.grows and self.curriculum.num_stages == 1:
+            raise ValueError(
+                "`training.lora` grows from stage to stage, but `curriculum.num_stages` is 1; raise it, or leave out"
+                " `initial_rank` and `unfreeze`"
+            )
         return self
 
     def plain(self) -> dict[str, Any]:

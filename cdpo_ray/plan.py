@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdpo_ray.config import Config
+from cdpo_ray.curriculum.capacity import stage_capacities
 from cdpo_ray.curriculum.stages import ORDERED, admitted_gaps, admitted_levels, count_pairs
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.testbed import PIPELINE_DIR
@@ -59,6 +60,8 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
             )
     else:
         lines.append(f"    a stage    {drawn:,} pairs drawn")
+    if training.method == "lora" and training.lora.grows:
+        lines += [f"    stage {stage}    {line}" for stage, line in enumerate(_growth(config), start=1)]
     num_workers, pairs_per_launch = training.num_workers, training.pairs_per_launch
     launches = training.global_batch_size // (num_workers * pairs_per_launch)
     lines += [
@@ -109,6 +112,17 @@ def _num_latent_values(config: Config) -> int | None:
         return None
     height, width, channels, factor = shape
     return channels * (height // factor) * (width // factor)
+
+
+def _growth(config: Config) -> list[str]:
+    """What of the LoRA learns in each stage."""
+    lora = config.training.lora
+    capacities = stage_capacities(lora.rank, config.curriculum.num_stages, **lora.growth)
+    wheres = ["all" if each.block_share == 1 else f"{each.block_share} of the" for each in capacities]
+    later = " (of round 1; all of it later)" if config.rounds > 1 else ""
+    return [
+        f"LoRA of rank {each.rank} in {where} blocks{later}" for each, where in zip(capacities, wheres, strict=True)
+    ]
 
 
 def _disk(config: Config, num_images: int, num_prompts: int) -> str:

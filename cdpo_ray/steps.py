@@ -170,6 +170,7 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 
 def train(context: Context, output_dir: Path, output: StepOutput) -> None:
+    from cdpo_ray.curriculum.capacity import stage_capacities
     from cdpo_ray.training.job import LoraJob, LossJob, OnlineJob, Optimization, TrainingJob
     from cdpo_ray.training.trainer import train_adapter
 
@@ -180,7 +181,13 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         num_stages=config.curriculum.num_stages,
         family=config.model.family,
         model=_model(config),
-        lora=LoraJob(training.lora.rank, training.lora.alpha or training.lora.rank, training.lora.targets)
+        lora=LoraJob(
+            training.lora.rank,
+            training.lora.alpha or training.lora.rank,
+            training.lora.targets,
+            stage_capacities(training.lora.rank, config.curriculum.num_stages, **training.lora.growth),
+            from_output=training.lora.unfreeze == "from_output",
+        )
         if training.method == "lora"
         else None,
         loss=LossJob(training.loss, training.beta, training.label_smoothing, training.sft_weight),

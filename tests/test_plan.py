@@ -74,6 +74,14 @@ def test_the_schedule_is_told_in_one_line() -> None:
     )
 
 
+def test_growing_lora_is_told_stage_by_stage() -> None:
+    growing = ("training.lora.rank=16", "training.lora.initial_rank=6", "training.lora.unfreeze=from_input")
+    plan = str(make_plan(config(*growing), PROMPTS))
+    for stage, growth in enumerate(("6 in 1/4 of the", "9 in 1/2 of the", "12 in 3/4 of the", "16 in all"), start=1):
+        assert f"stage {stage}    LoRA of rank {growth} blocks" in plan
+    assert "in all blocks" not in str(make_plan(config("training.lora.initial_rank=8"), PROMPTS)), "8 is the final rank"
+
+
 def test_images_updates_and_launches_are_those_that_one_can_count() -> None:
     plan = str(make_plan(config("training.batch_size_per_worker=4", "training.beta=250"), PROMPTS))
     assert numbers(line_of(plan, "prompts")) == [6, 4, 2, 1]

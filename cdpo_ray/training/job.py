@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cdpo_ray.curriculum.capacity import Capacity
 from cdpo_ray.curriculum.schedule import Schedule
 
 RECORDS, TRAINED = "records.json", "trained"
@@ -11,11 +12,18 @@ RECORDS, TRAINED = "records.json", "trained"
 
 @dataclass(frozen=True)
 class LoraJob:
-    """The LoRA to train; see `LoraSection` of the config for the bounds."""
+    """The LoRA to train; see `LoraSection` of the config for the bounds.
+
+    Attributes:
+        capacities: how much of it learns in each stage; none: all of it in every stage.
+        from_output: blocks begin to learn in the order from output to input.
+    """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    capacities: tuple[Capacity, ...] = ()
+    from_output: bool = False
 
 
 @dataclass(frozen=True)

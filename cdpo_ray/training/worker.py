@@ -62,6 +62,7 @@ def work(job: TrainingJob, board: Any) -> None:
     descriptions: dict[int, Any] = {}
 
     def begin_stage(stage: int) -> StagePairs:
+        policy.begin_stage(stage)
         if job.online is None:
             return StagePairs.read(Path(job.stages_dir), stage, bank)
         values = sample_values(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cdpo_ray.curriculum.capacity import Capacity
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import generator_at
@@ -26,6 +28,9 @@ from cdpo_ray.training.policy import make_policy
 from cdpo_ray.training.update import METRICS
 
 pytestmark = pytest.mark.slow
+
+LORA = LoraJob(2, 2, ("to_q",))
+GROWING = LoraJob(2, 2, ("to_v",), (Capacity(1, Fraction(1, 2)), Capacity(2, Fraction(1))))
 
 OPTIMIZATION = Optimization(
     learning_rate=1e-3,
@@ -53,9 +58,8 @@ def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 class Training:
     """One engine on a tiny net, and what it is fed: two stages of three updates."""
 
-    def __init__(self, folder: Path, *, worker_rank: int = 0, num_workers: int = 1) -> None:
+    def __init__(self, folder: Path, lora: LoraJob = LORA, *, worker_rank: int = 0, num_workers: int = 1) -> None:
         self.model = load_model("stable_diffusion", path=str(folder), device="cpu", for_training=True)
-        lora = LoraJob(2, 2, ("to_q",))
         self.policy = make_policy(self.model, lora, start_dir=None, reference_is_start=False, seed=0)
         self.engine = start_engine(self.model.denoiser, self.policy.trainable, OPTIMIZATION, num_workers=num_workers)
         numbers = torch.Generator().manual_seed(0)
@@ -85,7 +89,7 @@ class Training:
             self.model,
             self.policy.reference,
             stop_after or len(self.stages),
-            lambda stage: self.stages[stage - 1],
+            self.begin_stage,
             self.feed,
             state,
             preference_loss=partial(preference_loss, beta=beta),
@@ -94,22 +98,41 @@ class Training:
         )
         return states[-1]
 
+    def begin_stage(self, stage: int) -> StagePairs:
+        self.policy.begin_stage(stage)
+        return self.stages[stage - 1]
+
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in get_peft_model_state_dict(self.model.denoiser).items()}
 
 
-def test_training_taken_up_after_a_stage_ends_with_the_very_same_weights(tiny_sd15: Path, tmp_path: Path) -> None:
-    whole = Training(tiny_sd15)
+@pytest.mark.parametrize("lora", [LORA, GROWING], ids=["constant", "growing"])
+def test_training_taken_up_after_a_stage_ends_with_the_very_same_weights(
+    tiny_sd15: Path, tmp_path: Path, lora: LoraJob
+) -> None:
+    whole = Training(tiny_sd15, lora)
     expected = whole.walk(TrainingState())
-    first = Training(tiny_sd15)
+    first = Training(tiny_sd15, lora)
     state = first.walk(TrainingState(), stop_after=1)
     save_training(first.engine, tmp_path, {"state": asdict(state)})
-    second = Training(tiny_sd15)
+    second = Training(tiny_sd15, lora)
     second.walk(TrainingState(), stop_after=1)  # weights and optimizer that the checkpoint must replace
     resumed = second.walk(TrainingState(**load_training(second.engine, tmp_path)["state"]))
     assert resumed == expected
     assert all(torch.equal(value, whole.weights()[name]) for name, value in second.weights().items())
     assert second.num_updates[-1] == 6
+
+
+def test_a_growing_lora_learns_from_stage_to_stage_what_it_is_allowed_to(tiny_sd15: Path) -> None:
+    training = Training(tiny_sd15, GROWING)
+    state = training.walk(TrainingState(), stop_after=1)
+    first = training.weights()
+    training.walk(state)
+    second = training.weights()
+    for name in (name for name in first if "lora_B" in name):
+        assert first[name][:, 1:].abs().max() == 0
+        assert (first[name].abs().max() > 0) == ("up_blocks" not in name)
+        assert second[name].abs().amax(dim=0).min() > 0
 
 
 def test_every_stage_is_served_and_every_update_recorded(tiny_sd15: Path) -> None:

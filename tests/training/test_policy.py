@@ -1,6 +1,7 @@
 """What is trained, what it starts from, and what it is held to."""
 
 import copy
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cdpo_ray.models.lora import save_lora
+from cdpo_ray.curriculum.capacity import Capacity
+from cdpo_ray.models import load_model
+from cdpo_ray.models.lora import LORA_DIR, save_lora
 from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.models.stable_diffusion import StableDiffusion
 from cdpo_ray.training.batches import PairBatch
@@ -192,3 +195,27 @@ def test_a_saved_net_is_sampled_in_place_of_the_base_and_can_be_switched(
     model.use_tuned(False)
     assert torch.equal(sample(), base)
     assert (tuned - base).abs().max() > 1e-2
+
+
+GROWING = LoraJob(2, 2, ("to_v",), (Capacity(1, Fraction(1, 2)), Capacity(2, Fraction(1))))
+
+
+def second_factor_gradients(folder: Path, start_dir: Path | None, save_dir: Path) -> dict[str, torch.Tensor]:
+    """Of stage 1; the LoRA is left in ``save_dir`` as a training would leave it."""
+    model = load_model("stable_diffusion", path=str(folder), device="cpu", for_training=True)
+    policy = make_policy(model, GROWING, start_dir=start_dir, reference_is_start=False, seed=0)
+    policy.begin_stage(1)
+    output = model.denoiser(noise_at((1, 4, 8, 8), 0, "x"), torch.tensor([500]), noise_at((1, 77, 32), 0, "c")).sample
+    output.square().sum().backward()
+    save_lora(model.pipeline_class, model.denoiser_name, model.denoiser, save_dir / LORA_DIR)
+    return {name: value.grad for name, value in model.denoiser.named_parameters() if "lora_B" in name}
+
+
+def test_a_lora_grows_in_its_first_training_and_is_full_grown_in_later_ones(tiny_sd15: Path, tmp_path: Path) -> None:
+    first = second_factor_gradients(tiny_sd15, None, tmp_path / "1")
+    assert all(gradient[:, 1:].abs().max() == 0 for gradient in first.values())
+    assert {name for name, gradient in first.items() if gradient.abs().max() > 0} == {
+        name for name in first if "up_blocks" not in name
+    }
+    later = second_factor_gradients(tiny_sd15, tmp_path / "1", tmp_path / "2")
+    assert all(gradient.abs().amax(dim=0).min() > 0 for gradient in later.values())
