@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cdpo_ray.errors import ConfigError
+from cdpo_ray.records import PERTURBATION
 
 REWARD_NAMES = ("clip", "jpeg_size", "oracle", "oracle_strict")
 """Built-in rewards; `cdpo_ray.rewards.REWARDS` maps each to its class (a test keeps the two alike)."""
@@ -30,7 +31,13 @@ def _known_reward(name: str) -> str:
     return name
 
 
+def _known_ranking(name: str) -> str:
+    return name if name == PERTURBATION else _known_reward(name)
+
+
 RewardName = Annotated[str, AfterValidator(_known_reward)]
+RankingName = Annotated[str, AfterValidator(_known_ranking)]
+"""What can rank training images: a judge of images, or ``perturbation``, which knows how each was made."""
 
 
 class Section(BaseModel):
@@ -165,15 +172,22 @@ class JpegSizeOptions(Section):
     quality: Annotated[int, Field(ge=1, le=100)] = 90
 
 
+class PerturbationOptions(Section):
+    """Images of ever more masked prompts, of which the less masked is the better: a ranking without a judge."""
+
+    max_masked_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+
 class RewardsSection(Section):
     """The judges that score training images; `rank_by` (default: the first) decides the ranking."""
 
-    names: Annotated[tuple[RewardName, ...], Field(min_length=1)]
-    rank_by: RewardName | None = None
+    names: Annotated[tuple[RankingName, ...], Field(min_length=1)]
+    rank_by: RankingName | None = None
     placement: Literal["fused", "pool"] = "fused"
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     clip: ClipOptions = ClipOptions()
     jpeg_size: JpegSizeOptions = JpegSizeOptions()
+    perturbation: PerturbationOptions = PerturbationOptions()
 
     @model_validator(mode="after")
     def _rank_by_is_scored(self) -> "RewardsSection":
@@ -187,9 +201,19 @@ class RewardsSection(Section):
     def ranking_reward(self) -> str:
         return self.rank_by or self.names[0]
 
+    @property
+    def max_masked_fraction(self) -> float | None:
+        """Of the perturbation, where it ranks or scores; none: prompts are used as they are."""
+        return self.perturbation.max_masked_fraction if PERTURBATION in self.names else None
+
+    @property
+    def judges(self) -> dict[str, dict[str, Any]]:
+        """Those that look at images, with the keyword arguments of each one's class."""
+        return {name: self.options(name) for name in self.names if name != PERTURBATION}
+
     def options(self, name: str) -> dict[str, Any]:
         """Keyword arguments of one reward's class."""
-        section = getattr(self, name, None) if name in REWARD_NAMES else None
+        section = getattr(self, name, None) if name in (*REWARD_NAMES, PERTURBATION) else None
         return section.model_dump() if section is not None else {}
 
 

@@ -34,6 +34,7 @@
 import hashlib
 
 SAMPLES, SCORES, STAGES, TRAINING, EVALUATION = "1-samples", "2-scores", "3-stages", "4-training", "5-evaluation"
+PERTURBATION = "perturbation"  # the reward that judges no image: how much of its prompt an image was spared
 CONDITIONING = ("prompt_embedding", "pooled_embedding")
 
 

@@ -7,7 +7,7 @@ neither torch nor ray.
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,10 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.rewards.scorer import Scorer
 
     config = context.config
-    rewards = {name: config.rewards.options(name) for name in config.rewards.names}
+    rewards, judges = {name: config.rewards.options(name) for name in config.rewards.names}, config.rewards.judges
     sampling = _sampling(config, config.generation.images_per_prompt, context.seed)
-    fused = config.rewards.placement == "fused"
+    sampling = replace(sampling, max_masked_fraction=config.rewards.max_masked_fraction)
+    fused = config.rewards.placement == "fused" or not judges
     generate_samples(
         context.prompts.train,
         output_dir,
@@ -86,12 +87,12 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
         tuned_dir=context.start_dir,
         keep_images=config.generation.keep_images,
         generators=_pool(config.resources.generators),
-        make_scores=functools.partial(Scorer, rewards) if fused else None,
+        make_scores=functools.partial(Scorer, judges) if fused else None,
         score_in_pool=None
         if fused
         else functools.partial(
             score_pixels,
-            rewards=rewards,
+            rewards=judges,
             scorers=_pool(config.resources.scorers),
             images_per_batch=sampling.images_per_batch,
             rows_per_call=1,
@@ -272,6 +273,7 @@ STEPS = (
             | {
                 "prompts.train": config.prompts.train.model_dump(),
                 "prompts.heldout.fraction": config.prompts.heldout.fraction,
+                "rewards.perturbation.max_masked_fraction": config.rewards.max_masked_fraction,
             }
         ),
         (),

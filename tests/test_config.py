@@ -426,3 +426,15 @@ def test_no_knob_is_read_by_nobody() -> None:
         if is_property and node.name in used:
             used |= set(words_of(node))
     assert set(knobs(Config)) - used == set()
+
+
+def test_perturbation_ranks_images_but_cannot_judge_them() -> None:
+    rewards = load_config(QUICKSTART, ("rewards.names=[perturbation,clip]",)).rewards
+    assert (rewards.ranking_reward, rewards.max_masked_fraction, list(rewards.judges)) == (
+        "perturbation",
+        0.9,
+        ["clip"],
+    )
+    assert load_config(QUICKSTART).rewards.max_masked_fraction is None
+    (fault,) = refused("evaluation.judges=[perturbation]")
+    assert fault.startswith("`evaluation.judges.0` must be one of 'clip', ")

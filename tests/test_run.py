@@ -458,3 +458,19 @@ def test_with_margin_as_difficulty_each_stage_is_drawn_anew_from_what_the_policy
         alone = RunFolder(trained_embedded.path.parent / "margin-1")
         assert [stage["pairs"] for stage in json.loads((alone.step("4-training") / "stages.json").read_text())] == drawn
         assert largest_difference(lora(folder), lora(alone)) < 2e-5
+
+
+@pytest.mark.parametrize("placement", ["fused", "pool"])
+def test_images_ranked_by_how_much_of_their_prompt_was_masked_need_no_judge(
+    placement: str, tiny_sd15: Path, tmp_path: Path
+) -> None:
+    names = ["perturbation"] if placement == "fused" else ["jpeg_size", "perturbation"]
+    config = make_config(
+        tiny_sd15, tmp_path, rewards__names=names, rewards__rank_by="perturbation", rewards__placement=placement
+    )
+    run = run_steps(config, steps_until("pairs"))
+    assert run.manifest("2-scores")["counts"]["scores_computed_now"] == 0
+    table = pq.read_table(run.step("2-scores") / "scores.parquet")
+    assert table["score_perturbation"].to_pylist() == [pytest.approx(-0.9 * index / 3) for index in range(4)] * 5
+    pairs = pq.read_table(run.step("3-stages") / "stage-2").to_pydict()
+    assert all(chosen < rejected for chosen, rejected in zip(pairs["chosen"], pairs["rejected"], strict=True))
