@@ -43,7 +43,6 @@ from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.policy import make_policy
 
 NUM_TRAIN, NUM_HELDOUT, NUM_STEPS, GUIDANCE_SCALE, PAIRS_PER_UPDATE = 128, 96, 2, 3.0, 16
-GUIDANCE_RANGE = (1.0, 3.0)
 SAMPLER_TIMESTEPS = (999, 499)
 JUDGES = {"clip": {}, "oracle": {}}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -62,6 +61,7 @@ class Setting:
         easiest: only the first stage's pairs, throughout.
         timesteps: ``grid`` (all 50), ``sampler`` (the two that are sampled at), one (``499``) or some (``19-399``).
         gap: grid cells that the teacher steps down.
+        guidance: of the teacher, which the net is told of; ``1-3`` is what it was distilled with.
         normalised: divide errors by the reference's mean error at their timestep.
         labels: pairs by the ``scores``, by ``random`` numbers (the control), or with the worse as ``reversed`` chosen.
     """
@@ -75,6 +75,7 @@ class Setting:
     easiest: bool = False
     timesteps: str = "grid"
     gap: int = 1
+    guidance: str = "1-3"
     normalised: bool = False
     loss: str = "dpo"
     sft: float = 0.0
@@ -159,7 +160,8 @@ def stage_pairs(scores: NDArray, setting: Setting, stage: int) -> StagePairs:
 def train(setting: Setting, work_dir: Path, output_dir: Path) -> dict[str, float]:
     """Train a LoRA into ``output_dir``; means of the last stage."""
     model = Searched.load("embedded", for_training=True)
-    model.setting, model.guidance_range, model.step_down = setting, GUIDANCE_RANGE, setting.gap * GRID_STEP
+    low, high = map(float, setting.guidance.split("-"))
+    model.setting, model.guidance_range, model.step_down = setting, (low, high), setting.gap * GRID_STEP
     bank = SampleBank.read(work_dir / "samples")
     scores = np.array(pq.read_table(work_dir / "samples", columns=["score_clip"])["score_clip"].to_pylist())
     if setting.labels != "scores":
@@ -203,7 +205,7 @@ def reference_errors(model: Searched, bank: SampleBank) -> dict[int, float]:
     conditioning = {name: value[rows].float() for name, value in bank.conditioning.items()}
     latents = bank.latents[rows, 0].float()
     for timestep in range(GRID_STEP - 1, 1000, GRID_STEP):
-        guidance = torch.stack([uniform_between(GUIDANCE_RANGE, generator) for _ in rows])
+        guidance = torch.stack([uniform_between(model.guidance_range, generator) for _ in rows])
         times = {"timestep": torch.full((32,), timestep), "guidance": guidance}
         noise = torch.randn(latents.shape, generator=generator)
         task = model.denoising_task(model.denoiser, latents, conditioning, times, noise)
