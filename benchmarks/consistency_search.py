@@ -24,8 +24,8 @@ from alone import form_group_alone
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdpo_ray.curriculum.drawing import AdmittedPairs, draw_pairs, sort_by_difficulty
 from cdpo_ray.curriculum.ranking import rank_samples
+from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.evaluation.statistics import compare
 from cdpo_ray.generation.generator import Generator, Sampling, sample_batches
 from cdpo_ray.models.consistency import GRID_STEP
@@ -148,13 +148,10 @@ def judge_heldout(model: LatentConsistency) -> dict[str, NDArray]:
 
 def stage_pairs(scores: NDArray, setting: Setting, stage: int) -> StagePairs:
     """The pairs of a stage, as `cdpo pairs` draws them."""
-    admitted = AdmittedPairs.of_stage(
-        rank_samples(scores), num_stages=setting.stages, stage=1 if setting.easiest else stage
-    )
-    num_pairs = setting.updates // setting.stages * PAIRS_PER_UPDATE
-    pairs = sort_by_difficulty(draw_pairs(admitted, num_pairs, seed=setting.seed, stage=stage))
-    order = np.argsort(pairs.draw)
-    return StagePairs(stage, pairs.prompt[order], pairs.chosen[order], pairs.rejected[order])
+    schedule = Schedule(num_stages=setting.stages)
+    curriculum = Curriculum(rank_samples(scores), schedule, seed=seed_of(setting.seed, "pairs", stage))
+    pairs, _ = curriculum.plan(1 if setting.easiest else stage, setting.updates // setting.stages * PAIRS_PER_UPDATE)
+    return StagePairs(stage, pairs.prompt, pairs.chosen, pairs.rejected)
 
 
 def train(setting: Setting, work_dir: Path, output_dir: Path) -> dict[str, float]:
