@@ -74,6 +74,9 @@ Family = Literal["stable_diffusion", "stable_diffusion_xl", "latent_consistency"
 GUIDANCE_EMBEDDED = ("latent_consistency", "flux")
 """Families whose net is told of the guidance."""
 
+PATCHED = ("stable_diffusion_3", "flux")
+"""Families whose net takes patches of 2 x 2 latent values, 16 x 16 pixels."""
+
 
 def _check_weights(path: str, revision: str | None) -> None:
     if path == "embedded" or Path(path).is_dir():
@@ -299,6 +302,16 @@ class Config(Section):
                 f"`curriculum.num_stages` is {self.curriculum.num_stages}, but {num_gaps + 1} images per prompt have"
                 f" only {num_gaps} rank gaps; lower it, or raise `generation.images_per_prompt`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _image_is_whole_patches(self) -> "Config":
+        for side in ("height", "width"):
+            size = getattr(self.generation, side)
+            if self.model.family in PATCHED and size is not None and size % 16:
+                raise ValueError(
+                    f"`generation.{side}` must be a multiple of 16 for the family {self.model.family!r}, got {size}"
+                )
         return self
 
     @model_validator(mode="after")

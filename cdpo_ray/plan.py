@@ -10,6 +10,7 @@ from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.testbed import PIPELINE_DIR
 
 BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
+HUB_LATENT_CHANNELS = {"stable_diffusion_3": 16, "flux": 16}  # of a family's published models; others have 4
 PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawings take less
 
 
@@ -75,12 +76,12 @@ def _shape(config: Config) -> tuple[int, int, int, int] | None:
     height, width = config.generation.height, config.generation.width
     folder = PIPELINE_DIR if config.model.path == "embedded" else Path(config.model.path)
     if not folder.is_dir():
-        return (height, width, 4, 8) if height and width else None
-    unet = json.loads((folder / "unet" / "config.json").read_text())
+        return (height, width, HUB_LATENT_CHANNELS.get(config.model.family, 4), 8) if height and width else None
     vae = json.loads((folder / "vae" / "config.json").read_text())
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    native = unet["sample_size"] * factor
-    return height or native, width or native, unet["in_channels"], factor
+    (denoiser,) = (folder / name / "config.json" for name in ("unet", "transformer") if (folder / name).is_dir())
+    native = json.loads(denoiser.read_text()).get("sample_size", 128) * factor  # FLUX's has none; its pipeline says 128
+    return height or native, width or native, vae["latent_channels"], factor
 
 
 def _bytes(number: float) -> str:

@@ -25,6 +25,9 @@ Conditioning = dict[str, Tensor]
 """What the text encoders made of prompts, a row a prompt (or a sample): ``prompt_embedding [row, token, channel]`` and,
 where the family has one, ``pooled_embedding [row, channel]``."""
 
+PIPELINE_NAMES = {"prompt_embedding": "prompt_embeds", "pooled_embedding": "pooled_prompt_embeds"}
+"""Conditioning -> the argument by which every pipeline takes it; after ``negative_``, what guidance leads away from."""
+
 Times = dict[str, Tensor]
 """What else a pair is trained at, a number a row: ``timestep`` and, where the net is told of it, ``guidance``."""
 
@@ -61,12 +64,16 @@ class TextToImageModel(ABC):
     denoiser_name: ClassVar[str] = "unet"
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     load_options: ClassVar[Mapping[str, Any]] = {}
+    embedded_dir: ClassVar[Path | None] = None
+    """Folder of the embedded world's model of this family, where it has one."""
     guidance_range: tuple[float, float] | None = None
     """Guidance that the net is told of in training, where it has an embedding of it; bounds of a uniform draw."""
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
         self.pipeline = pipeline
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
+        self.latent_channels: int = self.denoiser.config.in_channels
+        self.native_size: int = self.denoiser.config.get("sample_size")
         self.dtype = dtype
         self.device = device
         self._base, self._tuned = self.denoiser, None
@@ -112,7 +119,12 @@ class TextToImageModel(ABC):
         Raises:
             ModelError: nothing that can be loaded is there.
         """
-        folder = cls.embedded_pipeline() if path == "embedded" else path
+        folder = cls.embedded_dir if path == "embedded" else path
+        if folder is None:
+            raise ModelError(
+                f"`model.path` embedded: the embedded world has no model for {cls.pipeline_class.__name__};"
+                " use the family `stable_diffusion` or `latent_consistency`, or give a folder or a hub id"
+            )
         try:
             return cls.pipeline_class.from_pretrained(
                 folder, revision=revision, dtype=dtype, use_safetensors=True, **cls.load_options, **left_out
@@ -120,26 +132,10 @@ class TextToImageModel(ABC):
         except (OSError, ValueError, KeyError) as error:
             raise cannot_be_loaded("model.path", path, revision, error) from None
 
-    @classmethod
-    def embedded_pipeline(cls) -> Path:
-        """Folder of the embedded world's model of this family.
-
-        Raises:
-            ModelError: the embedded world has none.
-        """
-        raise ModelError(
-            f"`model.path` embedded: the embedded world has no model of the family of {cls.pipeline_class.__name__};"
-            " use `stable_diffusion` or `latent_consistency`, or give a folder or a hub id"
-        )
-
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Channel, height and width of one sample's latents, for an image size in pixels (default: the model's own)."""
-        native, factor = self.denoiser.config.sample_size, self.pipeline.vae_scale_factor
-        return (
-            self.denoiser.config.in_channels,
-            height // factor if height else native,
-            width // factor if width else native,
-        )
+        native, factor = self.native_size, self.pipeline.vae_scale_factor
+        return self.latent_channels, height // factor if height else native, width // factor if width else native
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
@@ -165,27 +161,40 @@ class TextToImageModel(ABC):
             conditioning: a row a sample.
             guidance_scale: 1 is without guidance. Source: arXiv:2207.12598.
         """
+        height, width = noise.shape[-2:]
         factor = self.pipeline.vae_scale_factor
         latents: Tensor = self.pipeline(
             **self.pipeline_arguments(conditioning, guidance_scale),
-            latents=noise.to(self.device, self.dtype),
-            height=noise.shape[-2] * factor,
-            width=noise.shape[-1] * factor,
+            latents=self.pack(noise.to(self.device, self.dtype)),
+            height=height * factor,
+            width=width * factor,
             num_inference_steps=num_denoising_steps,
             guidance_scale=guidance_scale,
             output_type="latent",
         ).images
+        return self.unpack(latents, height, width)
+
+    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        """What the pipeline is called with in place of prompts; with guidance, the empty prompt's too."""
+        arguments = {PIPELINE_NAMES[name]: value for name, value in conditioning.items()}
+        if guidance_scale > 1:
+            for name, value in conditioning.items():
+                arguments[f"negative_{PIPELINE_NAMES[name]}"] = self.empty_conditioning[name].expand_as(value)
+        return arguments
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents as the denoiser takes them."""
         return latents
 
-    @abstractmethod
-    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        """What the pipeline is called with in place of prompts."""
+    def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The reverse of `pack`, for latents of ``height`` by ``width``."""
+        return latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> images, uint8 ``[sample, 3, height, width]``, on the device."""
         vae = self.pipeline.vae
-        scaled = latents.to(self.device, self.dtype) / vae.config.scaling_factor
+        scaled = latents.to(self.device, vae.dtype) / vae.config.scaling_factor
         pixels = vae.decode(scaled + (vae.config.get("shift_factor") or 0)).sample
         return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
@@ -251,6 +260,12 @@ def cannot_be_loaded(key: str, path: str, revision: str | None, error: Exception
         else "; give a folder in diffusers layout with safetensors weights"
     )
     return ModelError(f"`{key}` {path} (revision {revision}): cannot be loaded: {reason}{stage}")
+
+
+def tokens_cut(tokenizer: Any, prompts: list[str], limit: int | None = None) -> list[int]:
+    """How many tokens of each prompt are beyond the tokenizer's limit, or another."""
+    lengths = [len(ids) for ids in tokenizer(prompts, truncation=False, verbose=False).input_ids]
+    return [max(0, length - (limit or tokenizer.model_max_length)) for length in lengths]
 
 
 def uniform_between(bounds: tuple[float, float], generator: torch.Generator) -> Tensor:

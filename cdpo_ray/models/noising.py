@@ -40,6 +40,38 @@ def denoising_target(latents: Tensor, noise: Tensor, alpha_bar: Tensor, predicti
     raise ValueError(f"`prediction_type` must be 'epsilon' or 'v_prediction', got {prediction_type!r}")
 
 
+def mix_noise(latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    """``(1 - t) x0 + t eps``, the straight way of a rectified flow at each sample's time.
+
+    Args:
+        latents, noise: ``[sample, channel, height, width]``.
+        time: ``[sample]`` fp32, 0 is clean and 1 is noise.
+
+    Returns:
+        ``[sample, channel, height, width]`` in the type of ``latents``.
+
+    Source: arXiv:2403.03206, equation 13.
+    """
+    time = time.to(latents.device).float()[:, None, None, None]
+    return ((1 - time) * latents.float() + time * noise.float()).to(latents.dtype)
+
+
+def flow_velocity(latents: Tensor, noise: Tensor) -> Tensor:
+    """``eps - x0``: where the way leads at every time, and what the denoiser of a rectified flow should put out.
+
+    Shapes as in `mix_noise`; returns fp32. Source: arXiv:2403.03206, equation 13 and its derivative.
+    """
+    return noise.float() - latents.float()
+
+
+def logit_normal_time(generator: torch.Generator) -> Tensor:
+    """A time in (0, 1) whose logit is standard normal: fp32 scalar, most often half-way.
+
+    Source: arXiv:2403.03206, section 3.1, ``rf/lognorm(0.00, 1.00)``.
+    """
+    return torch.sigmoid(torch.randn((), generator=generator))
+
+
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared difference over channel, height and width: ``[sample]`` fp32."""
     return torch.mean((prediction.float() - target.float()) ** 2, dim=(1, 2, 3))

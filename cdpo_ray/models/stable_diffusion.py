@@ -1,13 +1,12 @@
 """The Stable Diffusion family (SD1.5, SD2.1 and their like): a latent diffusion model with one text encoder."""
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, TextToImageModel, Times
+from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, TextToImageModel, Times, tokens_cut
 from cdpo_ray.models.noising import add_noise, denoising_target
 from cdpo_ray.testbed import PIPELINE_DIR
 
@@ -19,26 +18,19 @@ class StableDiffusion(TextToImageModel):
 
     pipeline_class = StableDiffusionPipeline
     load_options: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    embedded_dir = PIPELINE_DIR
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
         super().__init__(pipeline, dtype=dtype, device=device)
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        # a sampler of another kind may not say that latents, which have no bounds, must not be clipped
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.to(device)
         self.prediction_type = pipeline.scheduler.config.prediction_type
-
-    @classmethod
-    def embedded_pipeline(cls) -> Path:
-        return PIPELINE_DIR
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
         embeddings, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embedding": embeddings}, tokens_cut(self.pipeline.tokenizer, prompts)
-
-    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        embeddings = conditioning["prompt_embedding"]
-        empty = self.empty_conditioning["prompt_embedding"].expand_as(embeddings) if guidance_scale > 1 else None
-        return {"prompt_embeds": embeddings, "negative_prompt_embeds": empty}
 
     def draw_times(self, generator: torch.Generator) -> Times:
         """Uniform over the 1000 timesteps."""
@@ -63,9 +55,3 @@ class StableDiffusion(TextToImageModel):
             return_dict=False,
         )[0]
         return prediction
-
-
-def tokens_cut(tokenizer: Any, prompts: list[str], limit: int | None = None) -> list[int]:
-    """How many tokens of each prompt are beyond the tokenizer's limit, or another."""
-    lengths = [len(ids) for ids in tokenizer(prompts, truncation=False, verbose=False).input_ids]
-    return [max(0, length - (limit or tokenizer.model_max_length)) for length in lengths]
