@@ -1,6 +1,8 @@
 """Models that tests share; built when the first test asks, so that tests without torch stay quick."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,21 @@ def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import build_tiny_sd15
 
     return build_tiny_sd15(tmp_path_factory.mktemp("models") / "tiny_sd15")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family (or `flux_schnell`) -> folder of its real architecture, tiny, random weights; do not write into it."""
+    import tiny_models
+
+    builders = {
+        "stable_diffusion": lambda folder: tiny_sd15,
+        "stable_diffusion_xl": tiny_models.build_tiny_sdxl,
+        "stable_diffusion_3": tiny_models.build_tiny_sd3,
+        "flux": tiny_models.build_tiny_flux,
+        "flux_schnell": functools.partial(tiny_models.build_tiny_flux, guidance_embeds=False),
+    }
+    return functools.cache(lambda name: builders[name](tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The Stable Diffusion family (SD1.5, SD2.1 and their like): a latent diffusion model with one text encoder."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ class StableDiffusion(TextToImageModel):
 
     pipeline_class = StableDiffusionPipeline
     load_options: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    embedded_dir = PIPELINE_DIR
+    embedded_dir: ClassVar[Path | None] = PIPELINE_DIR
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
         super().__init__(pipeline, dtype=dtype, device=device)
