@@ -1,5 +1,6 @@
 """What holds for every family: the stock pipeline's images and predictions, and a LoRA that it loads."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -153,5 +154,8 @@ def test_the_embedded_world_has_no_model_of_these_families(name: str) -> None:
         load_model(name.removesuffix("_schnell"), path="embedded", device="cpu")
 
 
-def test_families_are_those_that_a_config_can_name() -> None:
+def test_families_are_those_that_a_config_can_name_and_each_can_be_imported() -> None:
     assert set(FAMILIES) <= set(get_args(Family))
+    for place in FAMILIES.values():
+        module, _, name = place.partition(":")
+        assert issubclass(getattr(importlib.import_module(module), name), TextToImageModel)

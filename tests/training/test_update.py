@@ -206,10 +206,11 @@ def test_gradients_accumulated_over_two_halves_are_those_of_the_whole(tiny_sd15:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5 * largest)
 
 
-def test_gradient_checkpointing_changes_no_gradient(tiny_sd15: Path) -> None:
+@each_family
+def test_gradient_checkpointing_changes_no_gradient(tiny_folder: TinyFolder, family: str) -> None:
     found = []
     for checkpointing in (False, True):
-        model, policy = start(tiny_sd15)
+        model, policy = start(tiny_folder(family), family)
         change(policy.trainable)
         if checkpointing:
             model.denoiser.enable_gradient_checkpointing()
@@ -222,7 +223,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_sd15: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_3"])
+@pytest.mark.parametrize("family", ["stable_diffusion", "flux"])
 def test_a_compiled_net_gives_the_eager_losses_and_its_reference_is_the_base(
     tiny_folder: TinyFolder, family: str
 ) -> None:
