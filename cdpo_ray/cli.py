@@ -9,7 +9,7 @@ from cdpo_ray import __version__
 from cdpo_ray.config import load_config
 from cdpo_ray.errors import CdpoError
 from cdpo_ray.plan import make_plan
-from cdpo_ray.run import read_prompts, run_steps, write_reports
+from cdpo_ray.run import explain_stages, read_prompts, run_steps, write_reports
 from cdpo_ray.steps import STEPS
 
 VERBS = {
@@ -17,7 +17,7 @@ VERBS = {
     "run": "walk the whole way: all of the below, each skipped if it is done already",
     "generate": "prompts -> samples: many images of each prompt, by the base model",
     "score": "samples -> scores: judge each image",
-    "pairs": "scores -> stages: rank, pair by rank gap, draw what each stage trains on",
+    "pairs": "scores -> stages: rank, pair by difficulty, draw what each stage trains on",
     "train": "stages -> adapter: staged DPO of a LoRA",
     "evaluate": "adapter -> metrics: base against fine-tuned on held-out prompts",
     "report": "metrics -> report.html",
@@ -41,11 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = verbs.add_parser(verb, help=what, description=what)
         command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.beta=100")
+        if verb == "pairs":
+            command.add_argument("--explain", action="store_true", help="print and draw what each stage holds")
+    parser.set_defaults(explain=False)
     asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("cdpo_ray").setLevel(logging.INFO)
     try:
-        return _do(asked.verb, asked.config, asked.overrides, verbose=asked.verbose)
+        _do(asked.verb, asked.config, asked.overrides, verbose=asked.verbose, explain=asked.explain)
+        return 0
     except CdpoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAULT
@@ -54,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _do(verb: str, config_path: str, overrides: Sequence[str], *, verbose: bool) -> int:
+def _do(verb: str, config_path: str, overrides: Sequence[str], *, verbose: bool, explain: bool) -> None:
     config = load_config(config_path, overrides)
     if verb == "check":
         print(make_plan(config, read_prompts(config)))
@@ -65,7 +69,8 @@ def _do(verb: str, config_path: str, overrides: Sequence[str], *, verbose: bool)
         print(*write_reports(config), sep="\n")
     else:
         run_steps(config, [step for step in STEPS if step.verb == verb], verbose=verbose)
-    return 0
+        if explain:
+            print(explain_stages(config))
 
 
 if __name__ == "__main__":

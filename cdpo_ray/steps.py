@@ -157,21 +157,20 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
     output.counts |= write_stages(
         read_scores(context.run.step(SCORES), config.rewards.ranking_reward),
         output_dir,
-        num_stages=config.curriculum.num_stages,
-        pairs_per_stage=config.curriculum.updates_per_stage * config.training.global_batch_size,
-        min_score_gap=config.curriculum.min_score_gap,
-        label_noise=config.curriculum.label_noise,
+        schedule=_schedule(config),
+        pairs_per_stage=_pairs_per_stage(config),
         max_bad_fraction=config.rewards.max_bad_fraction,
         seed=context.seed,
     )
     if output.counts["prompts_without_pairs"]:
         output.warnings.append(
-            f"{output.counts['prompts_without_pairs']} prompts form no pair: all their scores are equal"
+            f"{output.counts['prompts_without_pairs']} prompts form no pair: their scores are equal, or differ by no"
+            " more than `curriculum.min_score_gap`"
         )
 
 
 def train(context: Context, output_dir: Path, output: StepOutput) -> None:
-    from cdpo_ray.training.job import LoraJob, LossJob, Optimization, TrainingJob
+    from cdpo_ray.training.job import LoraJob, LossJob, OnlineJob, Optimization, TrainingJob
     from cdpo_ray.training.trainer import train_adapter
 
     config, training = context.config, context.config.training
@@ -201,6 +200,15 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         guidance_range=training.guidance_range,
         start_dir=context.start_dir,
         reference_is_start=training.reference == "last_round",
+        online=OnlineJob(
+            str(context.run.step(SCORES).resolve()),
+            config.rewards.ranking_reward,
+            _schedule(config),
+            _pairs_per_stage(config),
+            config.curriculum.num_margin_draws,
+        )
+        if config.curriculum.num_margin_draws
+        else None,
     )
     num_updates = config.curriculum.num_stages * config.curriculum.updates_per_stage
     train_adapter(
@@ -292,7 +300,7 @@ STEPS = (
         "train",
         TRAINING,
         lambda config: _section(config, "model", "training") | _seed(config),
-        (SAMPLES, STAGES),
+        (SAMPLES, SCORES, STAGES),
         train,
         resumable=True,
         continues=True,
@@ -318,6 +326,16 @@ def _section(config: Config, *names: str) -> dict[str, Any]:
 
 def _seed(config: Config) -> dict[str, Any]:
     return {"run.seed": config.run.seed}
+
+
+def _schedule(config: Config) -> Any:
+    from cdpo_ray.curriculum.schedule import Schedule
+
+    return Schedule(**config.curriculum.model_dump(exclude={"preset", "updates_per_stage", "num_margin_draws"}))
+
+
+def _pairs_per_stage(config: Config) -> int:
+    return config.curriculum.updates_per_stage * config.training.global_batch_size
 
 
 def _model(config: Config) -> dict[str, Any]:

@@ -6,10 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny nets gain nothing by two, and lose a hundredfold on a busy machine
 
 from cdpo_ray.testbed import PIPELINE_DIR
+
+settings.register_profile("untimed", deadline=None)  # a busy machine must fail nothing; benchmarks hold the speed
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
@@ -21,18 +25,11 @@ def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Family (or `flux_schnell`) -> folder of its real architecture, tiny, random weights; do not write into it."""
-    import tiny_models
+def tiny_lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a latent consistency model whose teacher would be `tiny_sd15`, random weights; do not write into it."""
+    from tiny_models import build_tiny_lcm
 
-    builders = {
-        "stable_diffusion": lambda folder: tiny_sd15,
-        "stable_diffusion_xl": tiny_models.build_tiny_sdxl,
-        "stable_diffusion_3": tiny_models.build_tiny_sd3,
-        "flux": tiny_models.build_tiny_flux,
-        "flux_schnell": functools.partial(tiny_models.build_tiny_flux, guidance_embeds=False),
-    }
-    return functools.cache(lambda name: builders[name](tmp_path_factory.mktemp(name)))
+    return build_tiny_lcm(tmp_path_factory.mktemp("models") / "tiny_lcm")
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +38,19 @@ def embedded() -> Path:
     if not list(PIPELINE_DIR.glob("unet/*.safetensors")):
         pytest.skip(f"no weights in {PIPELINE_DIR}")
     return PIPELINE_DIR
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family -> folder of its real architecture, narrow, with random weights; do not write into it."""
+    import tiny_models
+
+    builders = {
+        "stable_diffusion": tiny_models.build_tiny_sd15,
+        "stable_diffusion_xl": tiny_models.build_tiny_sdxl,
+        "latent_consistency": tiny_models.build_tiny_lcm,
+        "stable_diffusion_3": tiny_models.build_tiny_sd3,
+        "flux": tiny_models.build_tiny_flux,
+    }
+    folder = tmp_path_factory.mktemp("families")
+    return functools.cache(lambda family: builders[family](folder / family))

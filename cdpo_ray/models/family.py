@@ -165,11 +165,12 @@ class TextToImageModel(ABC):
         factor = self.pipeline.vae_scale_factor
         latents: Tensor = self.pipeline(
             **self.pipeline_arguments(conditioning, guidance_scale),
-            latents=self.pack(noise.to(self.device, self.dtype)),
-            height=height * factor,
-            width=width * factor,
+            latents=self.pipeline_latents(noise.to(self.device, self.dtype)),
+            height=noise.shape[-2] * factor,
+            width=noise.shape[-1] * factor,
             num_inference_steps=num_denoising_steps,
             guidance_scale=guidance_scale,
+            generator=self.sampler_generators(noise),
             output_type="latent",
         ).images
         return self.unpack(latents, height, width)
@@ -186,9 +187,17 @@ class TextToImageModel(ABC):
         """Latents as the denoiser takes them."""
         return latents
 
-    def unpack(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """The reverse of `pack`, for latents of ``height`` by ``width``."""
-        return latents
+    def pipeline_latents(self, noise: Tensor) -> Tensor:
+        """The noise as the pipeline takes it."""
+        return noise
+
+    def sampler_generators(self, noise: Tensor) -> list[torch.Generator] | None:
+        """Of what the sampler adds on its way, a generator a sample; none where it adds nothing."""
+        return None
+
+    @abstractmethod
+    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        """What the pipeline is called with in place of prompts."""
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

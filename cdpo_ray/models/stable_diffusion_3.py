@@ -1,34 +1,41 @@
-"""The Stable Diffusion 3 family (SD3, SD3.5): a joint transformer of image and text tokens, three text encoders."""
+"""The SD3 family (SD3, SD3.5): a flow-matching transformer with three text encoders."""
+
+from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, tokens_cut
-from cdpo_ray.models.flow_matching import FlowMatching
+from cdpo_ray.models.family import Conditioning, DenoisingTask, Net
+from cdpo_ray.models.flow_matching import FlowMatchingModel
+from cdpo_ray.models.stable_diffusion import tokens_cut
+from cdpo_ray.models.stable_diffusion_xl import pooled_arguments
 
 MAX_T5_TOKENS = 256
 
 
-class StableDiffusion3(FlowMatching):
-    """Two CLIP encoders of 77 tokens, whose pooled embeddings are one, and T5, whose tokens follow theirs."""
+class StableDiffusion3(FlowMatchingModel):
+    """Euler sampling by the model's own scheduler."""
 
     pipeline_class = StableDiffusion3Pipeline
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
-        """As in the base class; T5, which reads furthest, decides what is cut."""
         embeddings, _, pooled, _ = self.pipeline.encode_prompt(
             prompts,
-            prompt_2=None,
-            prompt_3=None,
+            None,
+            None,
             device=self.device,
             do_classifier_free_guidance=False,
             max_sequence_length=MAX_T5_TOKENS,
         )
-        cut = tokens_cut(self.pipeline.tokenizer_3, prompts, MAX_T5_TOKENS)
-        return {"prompt_embedding": embeddings, "pooled_embedding": pooled}, cut
+        longest_reader = self.pipeline.tokenizer_3 or self.pipeline.tokenizer
+        limit = MAX_T5_TOKENS if self.pipeline.tokenizer_3 else None
+        return {"prompt_embedding": embeddings, "pooled_embedding": pooled}, tokens_cut(longest_reader, prompts, limit)
+
+    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        return pooled_arguments(conditioning, self.empty_conditioning if guidance_scale > 1 else None)
 
     def predict(self, denoiser: Net, task: DenoisingTask) -> Tensor:
         prediction: Tensor = denoiser(

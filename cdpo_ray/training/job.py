@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cdpo_ray.curriculum.schedule import Schedule
+
 RECORDS, TRAINED = "records.json", "trained"
 """In every checkpoint beside the optimizer: what was recorded so far, and what was trained, as diffusers loads it."""
 
@@ -41,6 +43,22 @@ class Optimization:
 
 
 @dataclass(frozen=True)
+class OnlineJob:
+    """A curriculum whose difficulty is the policy's margin: measured, and drawn anew, at each stage's start.
+
+    Attributes:
+        reward: whose scores in ``scores_dir`` rank the samples.
+        num_draws: times and noises a prompt that a margin is averaged over.
+    """
+
+    scores_dir: str
+    reward: str
+    schedule: Schedule
+    pairs_per_stage: int
+    num_draws: int
+
+
+@dataclass(frozen=True)
 class TrainingJob:
     """What each worker needs to know; plain values that travel to it.
 
@@ -49,6 +67,7 @@ class TrainingJob:
         guidance_range: that the net is told of, for families with a guidance embedding; none is the family's own.
         start_dir: `4-training` of the round before, to go on from.
         reference_is_start: hold the policy to that round, in place of the base model.
+        online: none trains on the pairs of ``stages_dir`` as they are.
     """
 
     samples_dir: str
@@ -65,3 +84,4 @@ class TrainingJob:
     guidance_range: tuple[float, float] | None = None
     start_dir: str | None = None
     reference_is_start: bool = False
+    online: OnlineJob | None = None

@@ -78,4 +78,6 @@ def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_s
     frozen = copy.deepcopy(model.denoiser) if reference_is_start or not start_dir else base
     frozen.requires_grad_(False).eval()
     model.denoiser.requires_grad_(True)
+    for parameter in model.denoiser.parameters():
+        parameter.data = parameter.data.clone()  # aligned like the copy's, so that kernels and roundings are the same
     return Policy(list(model.denoiser.parameters()), lambda policy: contextlib.nullcontext(frozen))
