@@ -107,9 +107,9 @@ def test_the_disk_is_what_the_models_latents_and_the_images_take(tiny_sd15: Path
     ],
 )
 def test_every_familys_folder_tells_its_latents(
-    tiny_folder: Callable[[str], Path], family: str, channels: int, side: int, unit: str, size: float
+    tiny_models: Callable[[str], Path], family: str, channels: int, side: int, unit: str, size: float
 ) -> None:
-    plan = str(make_plan(config(f"model.family={family}", f"model.path={tiny_folder(family)}"), PROMPTS))
+    plan = str(make_plan(config(f"model.family={family}", f"model.path={tiny_models(family)}"), PROMPTS))
     latents, images = 48 * channels * side * side * 4, 48 * (8 * side) ** 2 * 1.6
     assert f"latents {latents / size:.3g} {unit}, images up to {images / size:.3g} {unit}" in plan
 

@@ -1,13 +1,12 @@
 """The real architectures at reduced width, with random weights, as folders in diffusers layout."""
 
-import string
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -31,57 +30,12 @@ from transformers import (
 )
 
 
-def tiny_tokenizer(**options: Any) -> CLIPTokenizer:
+def tiny_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer without merges: a token a byte, 77 tokens at the most."""
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77, **options)
-
-
-def tiny_t5_tokenizer() -> T5TokenizerFast:
-    """A T5 tokenizer of single letters."""
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return T5TokenizerFast(vocab=[*special, *((letter, -2.0) for letter in "\u2581" + string.printable.strip())])
-
-
-def tiny_vae(**options: Any) -> AutoencoderKL:
-    """Eight pixels a latent, as in all of these families."""
-    return AutoencoderKL(
-        block_out_channels=(32, 32, 32, 32),
-        layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        sample_size=64,
-        **{"latent_channels": 4} | options,
-    )
-
-
-def tiny_clip(tokenizer: CLIPTokenizer, *, width: int = 32) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        projection_dim=width,
-    )
-
-
-def tiny_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )
-    return T5EncoderModel(config)
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
 def tiny_unet(**config: int) -> UNet2DConditionModel:
@@ -217,7 +171,13 @@ def build_tiny_sdxl(folder: Path) -> Path:
         tokenizer=tokenizer,
         tokenizer_2=tiny_tokenizer(),
         unet=unet,
-        scheduler=sd_scheduler(),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     ).save_pretrained(folder, safe_serialization=True)

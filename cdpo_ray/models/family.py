@@ -72,8 +72,6 @@ class TextToImageModel(ABC):
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
         self.pipeline = pipeline
         self.denoiser: ModelMixin = getattr(pipeline, self.denoiser_name)
-        self.latent_channels: int = self.denoiser.config.in_channels
-        self.native_size: int = self.denoiser.config.get("sample_size")
         self.dtype = dtype
         self.device = device
         self._base, self._tuned = self.denoiser, None
@@ -134,8 +132,12 @@ class TextToImageModel(ABC):
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Channel, height and width of one sample's latents, for an image size in pixels (default: the model's own)."""
-        native, factor = self.native_size, self.pipeline.vae_scale_factor
-        return self.latent_channels, height // factor if height else native, width // factor if width else native
+        native, factor = self.denoiser.config.sample_size, self.pipeline.vae_scale_factor
+        return (
+            self.denoiser.config.in_channels,
+            height // factor if height else native,
+            width // factor if width else native,
+        )
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
@@ -161,7 +163,6 @@ class TextToImageModel(ABC):
             conditioning: a row a sample.
             guidance_scale: 1 is without guidance. Source: arXiv:2207.12598.
         """
-        height, width = noise.shape[-2:]
         factor = self.pipeline.vae_scale_factor
         latents: Tensor = self.pipeline(
             **self.pipeline_arguments(conditioning, guidance_scale),
@@ -173,18 +174,6 @@ class TextToImageModel(ABC):
             generator=self.sampler_generators(noise),
             output_type="latent",
         ).images
-        return self.unpack(latents, height, width)
-
-    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        """What the pipeline is called with in place of prompts; with guidance, the empty prompt's too."""
-        arguments = {PIPELINE_NAMES[name]: value for name, value in conditioning.items()}
-        if guidance_scale > 1:
-            for name, value in conditioning.items():
-                arguments[f"negative_{PIPELINE_NAMES[name]}"] = self.empty_conditioning[name].expand_as(value)
-        return arguments
-
-    def pack(self, latents: Tensor) -> Tensor:
-        """Latents as the denoiser takes them."""
         return latents
 
     def pipeline_latents(self, noise: Tensor) -> Tensor:
@@ -195,9 +184,13 @@ class TextToImageModel(ABC):
         """Of what the sampler adds on its way, a generator a sample; none where it adds nothing."""
         return None
 
-    @abstractmethod
     def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        """What the pipeline is called with in place of prompts."""
+        """What the pipeline is called with in place of prompts; with guidance, the empty prompt's too."""
+        arguments = {PIPELINE_NAMES[name]: value for name, value in conditioning.items()}
+        if guidance_scale > 1:
+            for name, value in conditioning.items():
+                arguments[f"negative_{PIPELINE_NAMES[name]}"] = self.empty_conditioning[name].expand_as(value)
+        return arguments
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -269,12 +262,6 @@ def cannot_be_loaded(key: str, path: str, revision: str | None, error: Exception
         else "; give a folder in diffusers layout with safetensors weights"
     )
     return ModelError(f"`{key}` {path} (revision {revision}): cannot be loaded: {reason}{stage}")
-
-
-def tokens_cut(tokenizer: Any, prompts: list[str], limit: int | None = None) -> list[int]:
-    """How many tokens of each prompt are beyond the tokenizer's limit, or another."""
-    lengths = [len(ids) for ids in tokenizer(prompts, truncation=False, verbose=False).input_ids]
-    return [max(0, length - (limit or tokenizer.model_max_length)) for length in lengths]
 
 
 def uniform_between(bounds: tuple[float, float], generator: torch.Generator) -> Tensor:

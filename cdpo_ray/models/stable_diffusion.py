@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, TextToImageModel, Times, tokens_cut
+from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, TextToImageModel, Times
 from cdpo_ray.models.noising import add_noise, denoising_target
 from cdpo_ray.testbed import PIPELINE_DIR
 
@@ -24,7 +24,8 @@ class StableDiffusion(TextToImageModel):
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
         super().__init__(pipeline, dtype=dtype, device=device)
-        pipeline.scheduler = self.scheduler_class.from_config(pipeline.scheduler.config)
+        # a sampler of another kind may not say that latents, which have no bounds, must not be clipped
+        pipeline.scheduler = self.scheduler_class.from_config(pipeline.scheduler.config, clip_sample=False)
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.to(device)
         self.prediction_type = pipeline.scheduler.config.prediction_type
 
@@ -56,3 +57,9 @@ class StableDiffusion(TextToImageModel):
             return_dict=False,
         )[0]
         return prediction
+
+
+def tokens_cut(tokenizer: Any, prompts: list[str], limit: int | None = None) -> list[int]:
+    """How many tokens of each prompt are beyond the tokenizer's limit, or another."""
+    lengths = [len(ids) for ids in tokenizer(prompts, truncation=False, verbose=False).input_ids]
+    return [max(0, length - (limit or tokenizer.model_max_length)) for length in lengths]

@@ -8,15 +8,15 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from cdpo_ray.models.flux import Flux, pack, patch_places, unpack
+from cdpo_ray.models.flux import Flux, pack, patch_ids, unpack
 from cdpo_ray.models.seeds import generator_at, noise_at
 
-TinyFolder = Callable[[str], Path]
+TinyModels = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_folder: TinyFolder) -> Path:
-    return tiny_folder("flux")
+def folder(tiny_models: TinyModels) -> Path:
+    return tiny_models("flux")
 
 
 def test_packed_latents_are_those_of_the_stock_pipeline_and_unpack_to_themselves() -> None:
@@ -28,8 +28,8 @@ def test_packed_latents_are_those_of_the_stock_pipeline_and_unpack_to_themselves
 
 
 def test_the_places_of_patches_are_those_of_the_stock_pipeline() -> None:
-    expected = FluxPipeline._prepare_latent_image_ids(1, 3, 2, "cpu", torch.float32)
-    assert torch.equal(patch_places(3, 2), expected)
+    expected = FluxPipeline._prepare_latent_image_ids(1, 3, 2, "cpu", torch.int64)
+    assert torch.equal(patch_ids(3, 2), expected)
 
 
 def test_errors_are_those_of_the_velocity_in_float64(folder: Path) -> None:
@@ -67,8 +67,8 @@ def test_the_net_is_told_of_a_guidance_between_the_bounds(folder: Path) -> None:
     assert drawn.mean() == pytest.approx(4, abs=4 * 4 / (12 * 200) ** 0.5)
 
 
-def test_a_net_without_guidance_embedding_is_told_of_none(tiny_folder: TinyFolder) -> None:
-    model = Flux.load(str(tiny_folder("flux_schnell")), device="cpu", for_training=True)
+def test_a_net_without_guidance_embedding_is_told_of_none(tiny_models: TinyModels) -> None:
+    model = Flux.load(str(tiny_models("flux_schnell")), device="cpu", for_training=True)
     assert set(model.draw_times(generator_at(0))) == {"timestep"}
 
 

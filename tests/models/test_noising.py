@@ -8,9 +8,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from cdpo_ray.models.noising import (
     add_noise,
     denoising_target,
+    flow_interpolant,
     flow_velocity,
-    logit_normal_time,
-    mix_noise,
     squared_error,
 )
 
@@ -84,30 +83,20 @@ def test_mixed_latents_are_those_of_the_flow_matching_scheduler() -> None:
     timesteps = scheduler.timesteps[[0, 1, 130, 500, 640, 998, 999]]
     latents, noise = draw(0)[:7], draw(1)[:7]
     expected = scheduler.scale_noise(latents, timesteps, noise)
-    torch.testing.assert_close(mix_noise(latents, noise, timesteps / 1000), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(flow_interpolant(latents, noise, timesteps / 1000), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_flow_begins_at_the_latents_and_ends_at_the_noise_and_its_velocity_is_the_derivative() -> None:
     latents, noise, ones = draw(0).double(), draw(1).double(), torch.ones(len(TIMESTEPS))
-    assert torch.equal(mix_noise(latents, noise, 0 * ones), latents.float().double())
-    assert torch.equal(mix_noise(latents, noise, ones), noise.float().double())
-    early, late = mix_noise(latents, noise, 0.25 * ones), mix_noise(latents, noise, 0.75 * ones)
-    torch.testing.assert_close(flow_velocity(latents, noise).double(), (late - early) / 0.5, rtol=1e-5, atol=1e-5)
+    assert torch.equal(flow_interpolant(latents, noise, 0 * ones), latents.float())
+    assert torch.equal(flow_interpolant(latents, noise, ones), noise.float())
+    early, late = flow_interpolant(latents, noise, 0.25 * ones), flow_interpolant(latents, noise, 0.75 * ones)
+    torch.testing.assert_close(flow_velocity(latents, noise), (late - early) / 0.5, rtol=1e-5, atol=1e-5)
 
 
-def test_half_precision_latents_are_mixed_in_fp32_and_rounded_once() -> None:
+def test_half_precision_latents_are_mixed_in_fp32() -> None:
     latents, noise, time = draw(0).bfloat16(), draw(1), torch.linspace(0, 1, len(TIMESTEPS))
-    exact = (1 - time.double())[:, None, None, None] * latents.double() + time.double()[:, None, None, None] * noise
-    mixed = mix_noise(latents, noise, time)
-    assert mixed.dtype == torch.bfloat16
-    assert (mixed != exact.float().bfloat16()).float().mean() < 1e-2  # ties of rounding alone
+    share = time.double()[:, None, None, None]
+    expected = ((1 - share) * latents.double() + share * noise.double()).float()
+    torch.testing.assert_close(flow_interpolant(latents, noise, time), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(flow_velocity(latents, noise), noise - latents.float())
-
-
-def test_the_logit_of_a_drawn_time_is_standard_normal() -> None:
-    generator = torch.Generator().manual_seed(0)
-    times = torch.stack([logit_normal_time(generator) for _ in range(5000)]).double().sort().values
-    assert times.min() > 0 and times.max() < 1
-    closed_form = torch.special.ndtr(torch.log(times / (1 - times)))
-    empirical = torch.arange(1, 5001) / 5000
-    assert (closed_form - empirical).abs().max() < 1.63 / 5000**0.5  # Kolmogorov-Smirnov at 1 %

@@ -10,12 +10,12 @@ import torch
 from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.models.stable_diffusion_3 import StableDiffusion3
 
-TinyFolder = Callable[[str], Path]
+TinyModels = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_folder: TinyFolder) -> Path:
-    return tiny_folder("stable_diffusion_3")
+def folder(tiny_models: TinyModels) -> Path:
+    return tiny_models("stable_diffusion_3")
 
 
 def test_errors_are_those_of_the_velocity_in_float64(folder: Path) -> None:
@@ -51,4 +51,4 @@ def test_tokens_beyond_the_256_of_t5_are_counted(folder: Path, length: int, cut:
     model = StableDiffusion3.load(str(folder), device="cpu")
     conditioning, num_cut = model.encode_prompts(["a" * length, "b"])  # a token a letter, one before and one after
     assert num_cut == [cut, 0]
-    assert conditioning["prompt_embedding"].shape == (2, 77 + 256, 32)
+    assert conditioning["prompt_embedding"].shape == (2, 77 + 256, 64)

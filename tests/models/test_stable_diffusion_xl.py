@@ -12,12 +12,12 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.models.stable_diffusion_xl import StableDiffusionXL
 
-TinyFolder = Callable[[str], Path]
+TinyModels = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_folder: TinyFolder) -> Path:
-    return tiny_folder("stable_diffusion_xl")
+def folder(tiny_models: TinyModels) -> Path:
+    return tiny_models("stable_diffusion_xl")
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -50,7 +50,7 @@ def test_the_size_the_unet_is_told_is_that_of_the_stock_pipeline(folder: Path) -
     expected = pipeline._get_add_time_ids(
         (64, 48), (0, 0), (64, 48), dtype=torch.float32, text_encoder_projection_dim=32
     )
-    assert torch.equal(model.size_conditioning(torch.zeros(2, 4, 8, 6)).float(), expected.repeat(2, 1))
+    assert torch.equal(model.size_ids(torch.zeros(2, 4, 8, 6)).float(), expected.repeat(2, 1))
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -67,12 +67,11 @@ def test_no_prompt_is_what_the_stock_pipeline_guides_away_from(folder: Path, zer
 def test_tokens_beyond_77_are_counted(folder: Path, length: int, cut: int) -> None:
     conditioning, num_cut = StableDiffusionXL.load(str(folder), device="cpu").encode_prompts(["a" * length, "b"])
     assert num_cut == [cut, 0]
-    assert conditioning["prompt_embedding"].shape == (2, 77, 48)
+    assert conditioning["prompt_embedding"].shape == (2, 77, 64)
 
 
-def test_in_fp16_the_decoder_stays_fp32_and_images_are_the_stock_pipelines(folder: Path) -> None:
+def test_in_fp16_the_decoder_runs_in_fp32_and_images_are_the_stock_pipelines(folder: Path) -> None:
     model = StableDiffusionXL.load(str(folder), dtype="float16", device="cpu")
-    assert (model.denoiser.dtype, model.pipeline.vae.dtype) == (torch.float16, torch.float32)
     latents = (5 * noise_at((1, 4, 8, 8), 0, "latents")).half()
     stock = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float16)
     stock.vae.to(torch.float32)
@@ -80,6 +79,7 @@ def test_in_fp16_the_decoder_stays_fp32_and_images_are_the_stock_pipelines(folde
         decoded = stock.vae.decode(latents.float() / stock.vae.config.scaling_factor).sample
     (image,) = stock.image_processor.postprocess(decoded, output_type="pil")
     assert np.array_equal(model.decode(latents)[0].permute(1, 2, 0).numpy(), np.asarray(image))
+    assert (model.denoiser.dtype, model.pipeline.vae.dtype) == (torch.float16, torch.float32)
 
 
 def test_a_decoder_that_fits_fp16_stays_fp16(folder: Path, tmp_path: Path) -> None:
@@ -87,4 +87,5 @@ def test_a_decoder_that_fits_fp16_stays_fp16(folder: Path, tmp_path: Path) -> No
     pipeline.vae.register_to_config(force_upcast=False)
     pipeline.save_pretrained(tmp_path)
     model = StableDiffusionXL.load(str(tmp_path), dtype="float16", device="cpu")
+    model.decode(torch.zeros(1, 4, 2, 2))
     assert model.pipeline.vae.dtype == torch.float16

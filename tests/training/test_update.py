@@ -30,7 +30,7 @@ LN2 = torch.tensor(math.log(2)).item()
 each_family = pytest.mark.parametrize(
     "family", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "flux_schnell"]
 )
-TinyFolder = Callable[[str], Path]
+TinyModels = Callable[[str], Path]
 
 
 def load(folder: Path, family: str, **options: Any) -> TextToImageModel:
@@ -94,9 +94,9 @@ def change(trainable: list[nn.Parameter]) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @each_family
 def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(
-    tiny_folder: TinyFolder, family: str, dtype: str
+    tiny_models: TinyModels, family: str, dtype: str
 ) -> None:
-    model, policy = start(tiny_folder(family), family, dtype=dtype)
+    model, policy = start(tiny_models(family), family, dtype=dtype)
     loss, metrics = loss_and_metrics(model, policy, make_pairs(model))
     assert (metrics["margin"], metrics["implicit_accuracy"], loss.item(), metrics["loss"]) == (0.0, 0.0, LN2, LN2)
     assert metrics["policy_error_w"] == metrics["reference_error_w"] != metrics["policy_error_l"]
@@ -111,10 +111,10 @@ def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @each_family
 def test_after_an_update_the_policy_differs_and_the_reference_is_still_the_base(
-    tiny_folder: TinyFolder, family: str, dtype: str
+    tiny_models: TinyModels, family: str, dtype: str
 ) -> None:
-    base = load(tiny_folder(family), family, dtype=dtype)
-    model, policy = start(tiny_folder(family), family, dtype=dtype)
+    base = load(tiny_models(family), family, dtype=dtype)
+    model, policy = start(tiny_models(family), family, dtype=dtype)
     batch = make_pairs(model)
     mixed = torch.autocast("cpu", dtype=model.dtype, enabled=dtype != "float32")
     with torch.no_grad(), mixed:
@@ -207,10 +207,10 @@ def test_gradients_accumulated_over_two_halves_are_those_of_the_whole(tiny_sd15:
 
 
 @each_family
-def test_gradient_checkpointing_changes_no_gradient(tiny_folder: TinyFolder, family: str) -> None:
+def test_gradient_checkpointing_changes_no_gradient(tiny_models: TinyModels, family: str) -> None:
     found = []
     for checkpointing in (False, True):
-        model, policy = start(tiny_folder(family), family)
+        model, policy = start(tiny_models(family), family)
         change(policy.trainable)
         if checkpointing:
             model.denoiser.enable_gradient_checkpointing()
@@ -225,11 +225,11 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_folder: TinyFolder, fam
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["stable_diffusion", "flux"])
 def test_a_compiled_net_gives_the_eager_losses_and_its_reference_is_the_base(
-    tiny_folder: TinyFolder, family: str
+    tiny_models: TinyModels, family: str
 ) -> None:
     found = []
     for compiled in (False, True):
-        model, policy = start(tiny_folder(family), family, compiled=compiled)
+        model, policy = start(tiny_models(family), family, compiled=compiled)
         batch = make_pairs(model)
         _, at_first = loss_and_metrics(model, policy, batch)
         change(policy.trainable)
