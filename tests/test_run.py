@@ -264,8 +264,10 @@ def test_a_lora_grows_alike_under_every_zero(trained_embedded: RunFolder, embedd
         grown[zero_stage] = lora(folder)
     for name, value in ((name, value) for name, value in grown[0].items() if "lora_B" in name):
         assert value.abs().amax(dim=0).min() > 1e-5, f"every column of {name} has learnt in the end"
-    assert largest_difference(grown[2], grown[0]) < 1e-5
-    assert largest_difference(grown[3], grown[0]) < 5e-5
+    for zero_stage in (2, 3):
+        differences = torch.cat([(grown[zero_stage][name] - grown[0][name]).abs().flatten() for name in grown[0]])
+        assert differences.max() < 5e-5  # a weight whose gradient is rounding; a step is 5e-4
+        assert (differences < 1e-6).float().mean() > 0.999
     assert largest_difference(grown[0], lora(trained_embedded)) > 1e-3, "which is not what a constant rank gives"
 
 
