@@ -1,31 +1,44 @@
 """Time and memory to rank, admit and draw the pairs of every stage, beside a table that holds every pair.
 
-Both routes draw from the same pairs; the table's are sorted by rank gap once, so that a stage is a prefix of it. Time
-and memory are taken in separate passes, because tracing allocations costs time. Memory is the peak beyond the scores.
+Both routes draw the paper's schedule from the same pairs; the table's are sorted by rank gap once, so that a stage is a
+prefix of it. Other schedules stand below, by arithmetic alone. Time and memory are taken in separate passes, because
+tracing allocations costs time. Memory is the peak beyond the scores.
 """
 
 import argparse
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cdpo_ray.curriculum.drawing import AdmittedPairs, draw_pairs
 from cdpo_ray.curriculum.ranking import rank_samples
+from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.curriculum.stages import admitted_gaps
 
 Route = Callable[[NDArray[np.float64], int, int], list[int]]
 
 
-def by_arithmetic(scores: NDArray[np.float64], num_stages: int, num_draws: int) -> list[int]:
+OTHERS = {
+    "equal count": {"boundaries": "equal_count"},
+    "score gap": {"measure": "score_gap"},
+    "score gap, equal count": {"measure": "score_gap", "boundaries": "equal_count"},
+    "drawn by rank gap": {"draws": "by_measure"},
+    "random order": {"order": "random"},
+    "shuffled order": {"order": "shuffled"},
+    "at most 50 a prompt": {"max_pairs_per_prompt": 50},
+}
+
+
+def by_arithmetic(scores: NDArray[np.float64], num_stages: int, num_draws: int, **changes: str | int) -> list[int]:
     """Draw every stage with the package; the pairs each stage admits."""
-    ranking = rank_samples(scores)
+    curriculum = Curriculum(rank_samples(scores), Schedule(num_stages=num_stages, **changes), seed=0)
     num_pairs = []
     for stage in range(1, num_stages + 1):
-        admitted = AdmittedPairs.of_stage(ranking, num_stages=num_stages, stage=stage)
-        assert len(draw_pairs(admitted, num_draws, seed=0, stage=stage)) == num_draws
+        drawn, admitted = curriculum.plan(stage, num_draws)
+        assert len(drawn) == num_draws
         num_pairs.append(admitted.num_pairs)
     return num_pairs
 
@@ -48,7 +61,7 @@ def by_table(scores: NDArray[np.float64], num_stages: int, num_draws: int) -> li
     generator = np.random.default_rng(0)
     num_pairs = []
     for stage in range(1, num_stages + 1):
-        min_gap, _ = admitted_gaps(num_samples, num_stages, stage)
+        min_gap, _ = admitted_gaps(num_samples, num_stages, 1, stage)
         num_pairs.append(int(np.searchsorted(-rank_gap, -min_gap, side="right")))
         drawn = generator.integers(num_pairs[-1], size=num_draws)
         columns = [column[drawn] for column in (prompt, chosen, rejected, rank_gap, score_gap)]
@@ -86,10 +99,14 @@ def main() -> None:
     assert num_pairs == table_pairs
     print(f"{options.prompts} prompts x {options.images} images, {options.stages} stages x {options.draws:,} draws")
     print("pairs admitted a stage: " + ", ".join(f"{count:,}" for count in num_pairs))
-    print(f"{'route':12} {'seconds':>9} {'peak MB':>9}")
-    print(f"{'arithmetic':12} {seconds:9.3f} {peak:9.1f}")
-    print(f"{'table':12} {table_seconds:9.3f} {table_peak:9.1f}")
-    print(f"{'ratio':12} {table_seconds / seconds:9.1f} {table_peak / peak:9.1f}")
+    print(f"{'route':24} {'seconds':>9} {'peak MB':>9}")
+    print(f"{'arithmetic':24} {seconds:9.3f} {peak:9.1f}")
+    print(f"{'table':24} {table_seconds:9.3f} {table_peak:9.1f}")
+    print(f"{'ratio':24} {table_seconds / seconds:9.1f} {table_peak / peak:9.1f}")
+    for name, changes in OTHERS.items():
+        route = partial(by_arithmetic, **changes)
+        seconds, peak, _ = measure(route, scores, options.stages, options.draws)
+        print(f"{name:24} {seconds:9.3f} {peak:9.1f}")
 
 
 if __name__ == "__main__":

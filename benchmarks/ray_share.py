@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from cdpo_ray.curriculum.drawing import AdmittedPairs, draw_pairs, sort_by_difficulty
+from cdpo_ray.curriculum.drawing import sort_by_difficulty
 from cdpo_ray.curriculum.ranking import rank_samples
+from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.generation.generator import Sampling
 from cdpo_ray.models.seeds import seed_of
 from cdpo_ray.records import prompt_id
@@ -190,9 +191,9 @@ def draw_stages(samples_dir: Path, stages_dir: Path, pairs_per_stage: int) -> No
     """Scores of the samples -> the pairs of each stage; the same plain functions on both routes, so not timed."""
     samples = pq.ParquetDataset(samples_dir).read(["prompt_index", "score_clip"]).sort_by("prompt_index")
     ranking = rank_samples(np.array(samples["score_clip"].to_pylist()))
+    curriculum = Curriculum(ranking, Schedule(num_stages=NUM_STAGES), seed=0)
     for stage in range(1, NUM_STAGES + 1):
-        admitted = AdmittedPairs.of_stage(ranking, num_stages=NUM_STAGES, stage=stage)
-        pairs = sort_by_difficulty(draw_pairs(admitted, pairs_per_stage, seed=0, stage=stage))
+        pairs = sort_by_difficulty(curriculum.plan(stage, pairs_per_stage)[0])
         columns = {"prompt_index": pairs.prompt, "chosen": pairs.chosen, "rejected": pairs.rejected, "draw": pairs.draw}
         (stages_dir / f"stage-{stage}").mkdir(parents=True)
         pq.write_table(pa.table(columns), stages_dir / f"stage-{stage}" / "pairs.parquet")

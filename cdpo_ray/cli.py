@@ -11,7 +11,7 @@ from cdpo_ray.config import load_config
 from cdpo_ray.errors import CdpoError
 from cdpo_ray.export import FORMATS
 from cdpo_ray.plan import make_plan
-from cdpo_ray.run import export_trained, read_prompts, run_steps, write_reports
+from cdpo_ray.run import explain_stages, export_trained, read_prompts, run_steps, write_reports
 from cdpo_ray.steps import STEPS
 
 VERBS = {
@@ -19,7 +19,7 @@ VERBS = {
     "run": "walk the whole way: all of the below, each skipped if it is done already",
     "generate": "prompts -> samples: many images of each prompt, by the base model",
     "score": "samples -> scores: judge each image",
-    "pairs": "scores -> stages: rank, pair by rank gap, draw what each stage trains on",
+    "pairs": "scores -> stages: rank, pair by difficulty, draw what each stage trains on",
     "train": "stages -> adapter: staged DPO of a LoRA",
     "evaluate": "adapter -> metrics: base against fine-tuned on held-out prompts",
     "report": "metrics -> report.html",
@@ -48,9 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = verbs.add_parser(verb, help=what, description=what)
         command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.beta=100")
+        if verb == "pairs":
+            command.add_argument("--explain", action="store_true", help="print and draw what each stage holds")
         if verb == "export":
             command.add_argument("--format", choices=FORMATS, default="diffusers", help=FORMAT_HELP)
             command.add_argument("--out", type=Path, metavar="DIR", help="default: export/<format> of the run")
+    parser.set_defaults(explain=False)
     asked, after_options = parser.parse_known_args(arguments)
     if any(value.startswith("-") or "=" not in value for value in after_options):
         parser.error(f"unrecognized arguments: {' '.join(after_options)}")
@@ -58,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("cdpo_ray").setLevel(logging.INFO)
     try:
-        return _do(asked)
+        _do(asked)
+        return 0
     except CdpoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAULT
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _do(asked: argparse.Namespace) -> int:
+def _do(asked: argparse.Namespace) -> None:
     config, verb = load_config(asked.config, asked.overrides), asked.verb
     if verb == "check":
         print(make_plan(config, read_prompts(config)))
@@ -80,7 +84,8 @@ def _do(asked: argparse.Namespace) -> int:
         print(export_trained(config, asked.format, asked.out))
     else:
         run_steps(config, [step for step in STEPS if step.verb == verb], verbose=asked.verbose)
-    return 0
+        if asked.explain:
+            print(explain_stages(config))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cdpo_ray.errors import ConfigError
+from cdpo_ray.records import PERTURBATION
 
 REWARD_NAMES = ("clip", "jpeg_size", "oracle", "oracle_strict")
 """Built-in rewards; `cdpo_ray.rewards.REWARDS` maps each to its class (a test keeps the two alike)."""
@@ -30,7 +31,13 @@ def _known_reward(name: str) -> str:
     return name
 
 
+def _known_ranking(name: str) -> str:
+    return name if name == PERTURBATION else _known_reward(name)
+
+
 RewardName = Annotated[str, AfterValidator(_known_reward)]
+RankingName = Annotated[str, AfterValidator(_known_ranking)]
+"""What can rank training images: a judge of images, or ``perturbation``, which knows how each was made."""
 
 
 class Section(BaseModel):
@@ -73,6 +80,13 @@ Family = Literal["stable_diffusion", "stable_diffusion_xl", "latent_consistency"
 
 GUIDANCE_EMBEDDED = ("latent_consistency", "flux")
 """Families whose net is told of the guidance."""
+
+CONSISTENCY_TIMESTEPS = 50
+"""That a latent consistency model is distilled and sampled at."""
+
+
+PATCHED = ("stable_diffusion_3", "flux")
+"""Families whose net takes patches of 2 x 2 latent values, 16 x 16 pixels."""
 
 
 def _check_weights(path: str, revision: str | None) -> None:
@@ -158,15 +172,22 @@ class JpegSizeOptions(Section):
     quality: Annotated[int, Field(ge=1, le=100)] = 90
 
 
+class PerturbationOptions(Section):
+    """Images of ever more masked prompts, of which the less masked is the better: a ranking without a judge."""
+
+    max_masked_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+
 class RewardsSection(Section):
     """The judges that score training images; `rank_by` (default: the first) decides the ranking."""
 
-    names: Annotated[tuple[RewardName, ...], Field(min_length=1)]
-    rank_by: RewardName | None = None
+    names: Annotated[tuple[RankingName, ...], Field(min_length=1)]
+    rank_by: RankingName | None = None
     placement: Literal["fused", "pool"] = "fused"
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     clip: ClipOptions = ClipOptions()
     jpeg_size: JpegSizeOptions = JpegSizeOptions()
+    perturbation: PerturbationOptions = PerturbationOptions()
 
     @model_validator(mode="after")
     def _rank_by_is_scored(self) -> "RewardsSection":
@@ -180,23 +201,130 @@ class RewardsSection(Section):
     def ranking_reward(self) -> str:
         return self.rank_by or self.names[0]
 
+    @property
+    def max_masked_fraction(self) -> float | None:
+        """Of the perturbation, where it ranks or scores; none: prompts are used as they are."""
+        return self.perturbation.max_masked_fraction if PERTURBATION in self.names else None
+
+    @property
+    def judges(self) -> dict[str, dict[str, Any]]:
+        """Those that look at images, with the keyword arguments of each one's class."""
+        return {name: self.options(name) for name in self.names if name != PERTURBATION}
+
     def options(self, name: str) -> dict[str, Any]:
         """Keyword arguments of one reward's class."""
-        section = getattr(self, name, None) if name in REWARD_NAMES else None
+        section = getattr(self, name, None) if name in (*REWARD_NAMES, PERTURBATION) else None
         return section.model_dump() if section is not None else {}
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released-code": {"measure": "score_gap", "boundaries": "linear", "num_stages": 5},
+    "plain-dpo": {"order": "none"},
+}
+"""What each preset says where the paper's settings, which are the defaults, are not meant."""
+
+RELEASED_MIN_SCORE_GAPS = {"hpsv2": 0.02, "vlm_alignment": 0.02, "aesthetic": 0.2}
+RELEASED_MIN_SCORE_GAP = 0.1  # of any other reward
+
+
 class CurriculumSection(Section):
+    """What training is shown and when; see `curriculum/schedule.py` for what the words mean."""
+
+    preset: Literal["paper", "released-code", "plain-dpo"] = "paper"
+    measure: Literal["rank_gap", "score_gap", "score_gap_quantile", "margin"] = "rank_gap"
+    boundaries: Literal["linear", "equal_count"] = "linear"
+    pacing: Literal["cumulative", "one_stage", "sliding_window"] = "cumulative"
+    window: Annotated[int, Field(ge=1)] | None = None
+    order: Literal["easy_to_hard", "hard_to_easy", "random", "shuffled", "none", "best_against_worst"] = "easy_to_hard"
+    draws: Literal["uniform", "by_measure"] = "uniform"
+    num_margin_draws: Annotated[int, Field(ge=1)] | None = None
     num_stages: Annotated[int, Field(ge=1)] = 5
     updates_per_stage: Annotated[int, Field(ge=1)]
     min_score_gap: Annotated[float, Field(ge=0)] = 0.0
+    max_pairs_per_prompt: Annotated[int, Field(ge=1)] | None = None
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fills_what_is_not_given(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        filled = PRESETS.get(str(given.get("preset")), {}) | given
+        own = {"window": 2} if filled.get("pacing") == "sliding_window" else {}
+        own |= {"num_margin_draws": 4} if filled.get("measure") == "margin" else {}
+        return own | filled
+
+    @model_validator(mode="after")
+    def _choices_go_together(self) -> "CurriculumSection":
+        faults = []
+        if self.window is not None and self.pacing != "sliding_window":
+            faults.append(f"`window` belongs to `pacing` 'sliding_window', got {self.pacing!r}")
+        if self.num_margin_draws is not None and self.measure != "margin":
+            faults.append(f"`num_margin_draws` belongs to `measure` 'margin', got {self.measure!r}")
+        if self.measure == "margin":
+            if self.boundaries != "equal_count":
+                faults.append(f"`measure` 'margin' needs `boundaries` 'equal_count', got {self.boundaries!r}")
+            if self.draws != "uniform":
+                faults.append("`measure` 'margin' can be negative, so `draws` must be 'uniform', got 'by_measure'")
+            if self.order not in ("easy_to_hard", "hard_to_easy"):
+                faults.append(
+                    "`measure` 'margin' is measured as training goes on, so `order` must be 'easy_to_hard' or"
+                    f" 'hard_to_easy', got {self.order!r}"
+                )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def cuts_by_rank_gap(self) -> bool:
+        """Whether there can be no more stages than rank gaps."""
+        return self.measure == "rank_gap" and self.order not in ("none", "best_against_worst")
+
+    @property
+    def sentence(self) -> str:
+        """What is shown and when, for people."""
+        parts = [f"{self.order}, {self.pacing}" + (f" of {self.window}" if self.window else "")]
+        if self.order in ("none", "best_against_worst"):
+            parts = [self.order]
+        parts += [f"{self.measure}, {self.boundaries} boundaries", f"{self.draws} draws"]
+        if self.min_score_gap:
+            parts.append(f"score gaps above {self.min_score_gap:g}")
+        if self.max_pairs_per_prompt:
+            parts.append(f"at most {self.max_pairs_per_prompt} pairs a prompt")
+        if self.label_noise:
+            parts.append(f"{self.label_noise:.0%} of labels swapped")
+        return f"{self.preset}: " + "; ".join(parts)
 
 
 class LoraSection(Section):
+    """The LoRA; it may begin with a smaller rank, or in a part of the net's blocks, and grow stage by stage.
+
+    It grows in the first round alone: later ones begin with what was trained.
+    """
+
     rank: Annotated[int, Field(ge=1)] = 8
+    initial_rank: Annotated[int, Field(ge=1)] | None = None
+    unfreeze: Literal["at_once", "from_input", "from_output"] = "at_once"
     alpha: Annotated[float, Field(gt=0)] | None = None
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    @model_validator(mode="after")
+    def _grows(self) -> "LoraSection":
+        if self.initial_rank is not None and self.initial_rank > self.rank:
+            raise ValueError(
+                f"`initial_rank` must be at most `rank` = {self.rank}, which it grows to, got {self.initial_rank}"
+            )
+        return self
+
+    @property
+    def growth(self) -> dict[str, Any]:
+        """Keyword arguments of `cdpo_ray.curriculum.capacity.stage_capacities`."""
+        return {"initial_rank": self.initial_rank, "sequential": self.unfreeze != "at_once"}
+
+    @property
+    def grows(self) -> bool:
+        return self.initial_rank not in (None, self.rank) or self.unfreeze != "at_once"
 
 
 class TrainingSection(Section):
@@ -291,14 +419,47 @@ class Config(Section):
     evaluation: EvaluationSection
     resources: ResourcesSection = ResourcesSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _released_code_drops_near_ties_by_reward(cls, given: Any) -> Any:
+        match given:
+            case {"curriculum": {"preset": "released-code"} as curriculum, "rewards": {"rank_by": str(reward)}}:
+                pass
+            case {"curriculum": {"preset": "released-code"} as curriculum, "rewards": {"names": [reward, *_]}}:
+                pass
+            case _:
+                return given
+        min_score_gap = RELEASED_MIN_SCORE_GAPS.get(str(reward), RELEASED_MIN_SCORE_GAP)
+        return given | {"curriculum": {"min_score_gap": min_score_gap} | curriculum}
+
     @model_validator(mode="after")
     def _stages_fit_the_ranks(self) -> "Config":
         num_gaps = self.generation.images_per_prompt - 1
-        if self.curriculum.num_stages > num_gaps:
+        if self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > num_gaps:
             raise ValueError(
                 f"`curriculum.num_stages` is {self.curriculum.num_stages}, but {num_gaps + 1} images per prompt have"
                 f" only {num_gaps} rank gaps; lower it, or raise `generation.images_per_prompt`"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _denoising_steps_fit_the_model(self) -> "Config":
+        steps = self.generation.num_denoising_steps
+        if self.model.family == "latent_consistency" and steps > CONSISTENCY_TIMESTEPS:
+            raise ValueError(
+                f"`generation.num_denoising_steps` is {steps}, but a latent consistency model knows only"
+                f" {CONSISTENCY_TIMESTEPS} timesteps; lower it: 1 to 8 are usual"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _image_is_whole_patches(self) -> "Config":
+        for side in ("height", "width"):
+            size = getattr(self.generation, side)
+            if self.model.family in PATCHED and size is not None and size % 16:
+                raise ValueError(
+                    f"`generation.{side}` must be a multiple of 16 for the family {self.model.family!r}, got {size}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -310,6 +471,11 @@ class Config(Section):
             )
         if self.training.reference == "last_round" and self.rounds == 1:
             raise ValueError("`training.reference` 'last_round' needs `rounds` > 1")
+        if self.training.lora.grows and self.curriculum.num_stages == 1:
+            raise ValueError(
+                "`training.lora` grows from stage to stage, but `curriculum.num_stages` is 1; raise it, or leave out"
+                " `initial_rank` and `unfreeze`"
+            )
         return self
 
     def plain(self) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdpo_ray.config import Config
-from cdpo_ray.curriculum.stages import admitted_gaps, count_pairs
+from cdpo_ray.curriculum.capacity import stage_capacities
+from cdpo_ray.curriculum.stages import ORDERED, admitted_gaps, admitted_levels, count_pairs
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.testbed import PIPELINE_DIR
 
 BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
+HUB_LATENT_CHANNELS = {"stable_diffusion_3": 16, "flux": 16}  # of a family's published models; others have 4
 PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawings take less
 
 
@@ -37,27 +39,90 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
         f" {config.generation.num_denoising_steps} denoising steps, guidance {config.generation.guidance_scale:g}",
         f"  rewards      {', '.join(config.rewards.names)} ({config.rewards.placement}); ranked by"
         f" {config.rewards.ranking_reward}",
-        f"  curriculum   {curriculum.num_stages} stages of {curriculum.updates_per_stage} updates",
+        f"  curriculum   {curriculum.num_stages} stages of {curriculum.updates_per_stage} updates;"
+        f" {curriculum.sentence}",
     ]
-    for stage in range(1, curriculum.num_stages + 1):
-        smallest, largest = admitted_gaps(per_prompt, curriculum.num_stages, stage)
-        candidates = count_pairs(per_prompt, smallest, largest) * len(prompts.train)
-        drawn = curriculum.updates_per_stage * training.global_batch_size
-        lines.append(
-            f"    stage {stage}    rank gaps {smallest} to {largest}: up to {candidates:,} pairs, {drawn:,} drawn"
-        )
+    drawn = curriculum.updates_per_stage * training.global_batch_size
+    # Any other schedule is known once there are scores: `cdpo pairs --explain` tells it then.
+    if (curriculum.measure, curriculum.boundaries) == ("rank_gap", "linear") and curriculum.order in ORDERED:
+        for stage in range(1, curriculum.num_stages + 1):
+            levels = admitted_levels(
+                stage,
+                curriculum.num_stages,
+                order=curriculum.order,
+                pacing=curriculum.pacing,
+                window=curriculum.window,
+            )
+            smallest, largest = admitted_gaps(per_prompt, curriculum.num_stages, *levels)
+            candidates = count_pairs(per_prompt, smallest, largest) * len(prompts.train)
+            lines.append(
+                f"    stage {stage}    rank gaps {smallest} to {largest}: up to {candidates:,} pairs, {drawn:,} drawn"
+            )
+    else:
+        lines.append(f"    a stage    {drawn:,} pairs drawn")
+    if training.method == "lora" and training.lora.grows:
+        lines += [f"    stage {stage}    {line}" for stage, line in enumerate(_growth(config), start=1)]
     num_workers, pairs_per_launch = training.num_workers, training.pairs_per_launch
     launches = training.global_batch_size // (num_workers * pairs_per_launch)
     lines += [
         f"  training     {num_updates:,} updates of {training.global_batch_size} pairs:"
         f" {num_workers} workers x {launches} launches x {pairs_per_launch} pairs; ZeRO {training.zero_stage}",
+        f"               {_method(config)}",
         f"               beta {training.beta:g}, kappa = beta/2 = {training.beta / 2:g}"
-        " (errors are means over latent values)",
+        " (errors are means over latent values); the same elsewhere:",
+        *(f"                 {line}" for line in same_beta_elsewhere(training.beta, _num_latent_values(config))),
         f"  evaluation   {heldout_images:,} images of {len(prompts.heldout)} held-out prompts, judged by"
         f" {', '.join(config.evaluation.judges)}",
         f"  disk         {_disk(config, num_images, len(prompts.train))}",
     ]
+    if config.rounds > 1:
+        lines.append(
+            f"  rounds       {config.rounds}, each of all of the above; the adapter of one generates for the next"
+        )
     return Plan(lines)
+
+
+def same_beta_elsewhere(beta: float, num_latent_values: int | None) -> list[str]:
+    """What this beta is in the conventions of other code, a line each.
+
+    Args:
+        num_latent_values: of one sample, for code that sums errors where ours is their mean; unknown without a model.
+    """
+    kappa = beta / 2
+    by_sum = f"{kappa / num_latent_values:g} (N = {num_latent_values:,})" if num_latent_values else "kappa / N"
+    return [
+        f"Diffusion-DPO, diffusers' SDXL script, flow-matching DPO (kappa = beta/2): beta {beta:g}",
+        f"diffusers' SD script (kappa = beta): beta {kappa:g}",
+        f"released Curriculum-DPO code (kappa is 1000, its beta is not read): {kappa / 1000:g} times as strong",
+        f"errors summed over N latent values: kappa {by_sum}",
+    ]
+
+
+def _method(config: Config) -> str:
+    training = config.training
+    what = f"a LoRA of rank {training.lora.rank}" if training.method == "lora" else "the whole net"
+    held_to = "the base model" if training.reference == "base" else "the round before"
+    extra = f" + {training.sft_weight:g} x SFT" if training.sft_weight else ""
+    return f"loss {training.loss}{extra}, on {what}, held to {held_to}"
+
+
+def _num_latent_values(config: Config) -> int | None:
+    shape = _shape(config)
+    if shape is None:
+        return None
+    height, width, channels, factor = shape
+    return channels * (height // factor) * (width // factor)
+
+
+def _growth(config: Config) -> list[str]:
+    """What of the LoRA learns in each stage."""
+    lora = config.training.lora
+    capacities = stage_capacities(lora.rank, config.curriculum.num_stages, **lora.growth)
+    wheres = ["all" if each.block_share == 1 else f"{each.block_share} of the" for each in capacities]
+    later = " (of round 1; all of it later)" if config.rounds > 1 else ""
+    return [
+        f"LoRA of rank {each.rank} in {where} blocks{later}" for each, where in zip(capacities, wheres, strict=True)
+    ]
 
 
 def _disk(config: Config, num_images: int, num_prompts: int) -> str:
@@ -75,12 +140,12 @@ def _shape(config: Config) -> tuple[int, int, int, int] | None:
     height, width = config.generation.height, config.generation.width
     folder = PIPELINE_DIR if config.model.path == "embedded" else Path(config.model.path)
     if not folder.is_dir():
-        return (height, width, 4, 8) if height and width else None
-    unet = json.loads((folder / "unet" / "config.json").read_text())
+        return (height, width, HUB_LATENT_CHANNELS.get(config.model.family, 4), 8) if height and width else None
     vae = json.loads((folder / "vae" / "config.json").read_text())
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    native = unet["sample_size"] * factor
-    return height or native, width or native, unet["in_channels"], factor
+    (denoiser,) = (folder / name / "config.json" for name in ("unet", "transformer") if (folder / name).is_dir())
+    native = json.loads(denoiser.read_text()).get("sample_size", 128) * factor  # FLUX's has none; its pipeline says 128
+    return height or native, width or native, vae["latent_channels"], factor
 
 
 def _bytes(number: float) -> str:

@@ -19,8 +19,10 @@
     draw              int64   place in the stage's training order
     prompt_index      int64
     chosen, rejected  int64   sample index of the better and of the worse image
-    rank_gap          int64   difficulty: large = easy
+    rank_gap          int64   ranks between the two: large = easy
     score_gap         float64
+3-stages/stages.json           what each stage admits and draws, see `curriculum/explanation.py: describe_stage`
+3-stages/prompts-<k>.parquet   candidates and draws of each prompt
 
 5-evaluation/comparison.parquet   a row a (held-out prompt, image)
     prompt_index, prompt_id, prompt, sample_index
@@ -32,6 +34,7 @@
 import hashlib
 
 SAMPLES, SCORES, STAGES, TRAINING, EVALUATION = "1-samples", "2-scores", "3-stages", "4-training", "5-evaluation"
+PERTURBATION = "perturbation"  # the reward that judges no image: how much of its prompt an image was spared
 CONDITIONING = ("prompt_embedding", "pooled_embedding")
 
 

@@ -1,6 +1,7 @@
 """The whole way, step after step; a finished step is skipped."""
 
 import functools
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ import yaml
 
 from cdpo_ray.config import Config
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
-from cdpo_ray.records import EVALUATION, TRAINING
+from cdpo_ray.records import EVALUATION, STAGES, TRAINING
 from cdpo_ray.session import ray_session
 from cdpo_ray.steps import STEPS, Context, Step, export
 from cdpo_ray.store import RunFolder
@@ -76,6 +77,22 @@ def write_reports(config: Config, *, anew: bool = False) -> list[Path]:
         StoreError: a step is not done.
     """
     return [_write_report(run, anew) for run in round_folders(config)]
+
+
+def explain_stages(config: Config) -> str:
+    """What each stage holds, as a table; draws it to `stages.png` of the run (of each round), the path a line."""
+    from cdpo_ray.curriculum.explanation import draw_stages, stages_table
+
+    told = []
+    for run in round_folders(config):
+        if run.has(STAGES):
+            stages = json.loads((run.step(STAGES) / "stages.json").read_text())
+            path = run.path / "stages.png"
+            draw_stages(stages, path, title=f"{config.run.name}\n{config.curriculum.sentence}")
+            told += [stages_table(stages), str(path)]
+    if config.curriculum.measure == "margin":
+        told.append("as before the first update; training measures the margins anew at each stage's start")
+    return "\n".join(told)
 
 
 def export_trained(config: Config, format_name: str, output_dir: Path | None = None) -> Path:

@@ -8,7 +8,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,10 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.rewards.scorer import Scorer
 
     config = context.config
-    rewards = {name: config.rewards.options(name) for name in config.rewards.names}
+    rewards, judges = {name: config.rewards.options(name) for name in config.rewards.names}, config.rewards.judges
     sampling = _sampling(config, config.generation.images_per_prompt, context.seed)
-    fused = config.rewards.placement == "fused"
+    sampling = replace(sampling, max_masked_fraction=config.rewards.max_masked_fraction)
+    fused = config.rewards.placement == "fused" or not judges
     generate_samples(
         context.prompts.train,
         output_dir,
@@ -87,12 +88,12 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
         tuned_dir=context.start_dir,
         keep_images=config.generation.keep_images,
         generators=_pool(config.resources.generators),
-        make_scores=functools.partial(Scorer, rewards) if fused else None,
+        make_scores=functools.partial(Scorer, judges) if fused else None,
         score_in_pool=None
         if fused
         else functools.partial(
             score_pixels,
-            rewards=rewards,
+            rewards=judges,
             scorers=_pool(config.resources.scorers),
             images_per_batch=sampling.images_per_batch,
             rows_per_call=1,
@@ -158,21 +159,21 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
     output.counts |= write_stages(
         read_scores(context.run.step(SCORES), config.rewards.ranking_reward),
         output_dir,
-        num_stages=config.curriculum.num_stages,
-        pairs_per_stage=config.curriculum.updates_per_stage * config.training.global_batch_size,
-        min_score_gap=config.curriculum.min_score_gap,
-        label_noise=config.curriculum.label_noise,
+        schedule=_schedule(config),
+        pairs_per_stage=_pairs_per_stage(config),
         max_bad_fraction=config.rewards.max_bad_fraction,
         seed=context.seed,
     )
     if output.counts["prompts_without_pairs"]:
         output.warnings.append(
-            f"{output.counts['prompts_without_pairs']} prompts form no pair: all their scores are equal"
+            f"{output.counts['prompts_without_pairs']} prompts form no pair: their scores are equal, or differ by no"
+            " more than `curriculum.min_score_gap`"
         )
 
 
 def train(context: Context, output_dir: Path, output: StepOutput) -> None:
-    from cdpo_ray.training.job import LoraJob, LossJob, Optimization, TrainingJob
+    from cdpo_ray.curriculum.capacity import stage_capacities
+    from cdpo_ray.training.job import LoraJob, LossJob, OnlineJob, Optimization, TrainingJob
     from cdpo_ray.training.trainer import train_adapter
 
     config, training = context.config, context.config.training
@@ -182,7 +183,13 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         num_stages=config.curriculum.num_stages,
         family=config.model.family,
         model=_model(config),
-        lora=LoraJob(training.lora.rank, training.lora.alpha or training.lora.rank, training.lora.targets)
+        lora=LoraJob(
+            training.lora.rank,
+            training.lora.alpha or training.lora.rank,
+            training.lora.targets,
+            stage_capacities(training.lora.rank, config.curriculum.num_stages, **training.lora.growth),
+            from_output=training.lora.unfreeze == "from_output",
+        )
         if training.method == "lora"
         else None,
         loss=LossJob(training.loss, training.beta, training.label_smoothing, training.sft_weight),
@@ -202,6 +209,15 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         guidance_range=training.guidance_range,
         start_dir=context.start_dir,
         reference_is_start=training.reference == "last_round",
+        online=OnlineJob(
+            str(context.run.step(SCORES).resolve()),
+            config.rewards.ranking_reward,
+            _schedule(config),
+            _pairs_per_stage(config),
+            config.curriculum.num_margin_draws,
+        )
+        if config.curriculum.num_margin_draws
+        else None,
     )
     num_updates = config.curriculum.num_stages * config.curriculum.updates_per_stage
     train_adapter(
@@ -278,6 +294,7 @@ STEPS = (
             | {
                 "prompts.train": config.prompts.train.model_dump(),
                 "prompts.heldout.fraction": config.prompts.heldout.fraction,
+                "rewards.perturbation.max_masked_fraction": config.rewards.max_masked_fraction,
             }
         ),
         (),
@@ -313,7 +330,7 @@ STEPS = (
         "train",
         TRAINING,
         lambda config: _section(config, "model", "training") | _seed(config),
-        (SAMPLES, STAGES),
+        (SAMPLES, SCORES, STAGES),
         train,
         resumable=True,
         continues=True,
@@ -339,6 +356,16 @@ def _section(config: Config, *names: str) -> dict[str, Any]:
 
 def _seed(config: Config) -> dict[str, Any]:
     return {"run.seed": config.run.seed}
+
+
+def _schedule(config: Config) -> Any:
+    from cdpo_ray.curriculum.schedule import Schedule
+
+    return Schedule(**config.curriculum.model_dump(exclude={"preset", "updates_per_stage", "num_margin_draws"}))
+
+
+def _pairs_per_stage(config: Config) -> int:
+    return config.curriculum.updates_per_stage * config.training.global_batch_size
 
 
 def _model(config: Config) -> dict[str, Any]:

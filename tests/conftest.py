@@ -1,13 +1,19 @@
 """Models that tests share; built when the first test asks, so that tests without torch stay quick."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny nets gain nothing by two, and lose a hundredfold on a busy machine
 
 from cdpo_ray.testbed import PIPELINE_DIR
+
+settings.register_profile("untimed", deadline=None)  # a busy machine must fail nothing; benchmarks hold the speed
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
@@ -19,8 +25,32 @@ def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a latent consistency model whose teacher would be `tiny_sd15`, random weights; do not write into it."""
+    from tiny_models import build_tiny_lcm
+
+    return build_tiny_lcm(tmp_path_factory.mktemp("models") / "tiny_lcm")
+
+
+@pytest.fixture(scope="session")
 def embedded() -> Path:
     """Folder of the shipped pipeline; skips where its weights are not there."""
     if not list(PIPELINE_DIR.glob("unet/*.safetensors")):
         pytest.skip(f"no weights in {PIPELINE_DIR}")
     return PIPELINE_DIR
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family -> folder of its real architecture, narrow, with random weights; do not write into it."""
+    import tiny_models
+
+    builders = {
+        "stable_diffusion": tiny_models.build_tiny_sd15,
+        "stable_diffusion_xl": tiny_models.build_tiny_sdxl,
+        "latent_consistency": tiny_models.build_tiny_lcm,
+        "stable_diffusion_3": tiny_models.build_tiny_sd3,
+        "flux": tiny_models.build_tiny_flux,
+    }
+    folder = tmp_path_factory.mktemp("families")
+    return functools.cache(lambda family: builders[family](folder / family))

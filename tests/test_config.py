@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 import cdpo_ray
 from cdpo_ray.config import REWARD_NAMES, Config, load_config, parse_yaml, validate
+from cdpo_ray.curriculum.schedule import Schedule
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.rewards import REWARDS
 
@@ -96,12 +97,116 @@ def test_an_empty_list_is_said_to_be_empty_and_a_faulty_item_is_told_once() -> N
     assert len(refused("rewards.names=[nothing_like_it]")) == 1
 
 
+def test_a_consistency_model_has_no_more_denoising_steps_than_its_grid_has_timesteps() -> None:
+    assert refused("model.family=latent_consistency", "generation.num_denoising_steps=51") == [
+        "`generation.num_denoising_steps` is 51, but a latent consistency model knows only 50 timesteps; lower it:"
+        " 1 to 8 are usual"
+    ]
+    load_config(QUICKSTART, ["model.family=latent_consistency", "generation.num_denoising_steps=50"])
+
+
+def test_a_consistency_model_from_elsewhere_names_its_teacher_and_no_other_family_has_one(tmp_path: Path) -> None:
+    assert refused("model.family=latent_consistency", f"model.path={tmp_path}") == [
+        "model: `teacher` must name the model that the consistency model was distilled from"
+    ]
+    assert refused("model.teacher={path: embedded}") == [
+        "model: `teacher` belongs to the family 'latent_consistency', got it with 'stable_diffusion'"
+    ]
+
+
 def test_more_stages_than_rank_gaps_are_refused_with_both_ways_out() -> None:
     assert refused("curriculum.num_stages=9") == [
         "`curriculum.num_stages` is 9, but 8 images per prompt have only 7 rank gaps; lower it,"
         " or raise `generation.images_per_prompt`"
     ]
     assert load_config(QUICKSTART, ["curriculum.num_stages=7"]).curriculum.num_stages == 7
+
+
+def test_other_schedules_may_have_more_stages_than_rank_gaps() -> None:
+    for other in ("measure=score_gap", "order=none", "preset=released-code"):
+        assert load_config(QUICKSTART, [f"curriculum.{other}", "curriculum.num_stages=9"]).curriculum.num_stages == 9
+
+
+def test_the_papers_schedule_is_the_default() -> None:
+    curriculum = load_config(QUICKSTART, ["curriculum.num_stages=5"]).curriculum
+    assert Schedule(**curriculum.model_dump(exclude={"preset", "updates_per_stage", "num_margin_draws"})) == Schedule()
+    assert curriculum.preset == "paper"
+
+
+@pytest.mark.parametrize(
+    ("ranked_by", "min_score_gap"),
+    [("clip", 0.1), ("my:hpsv2", 0.1), ("hpsv2", 0.02), ("vlm_alignment", 0.02), ("aesthetic", 0.2)],
+)
+def test_the_released_codes_preset_fills_what_is_not_given(
+    ranked_by: str, min_score_gap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdpo_ray.config.REWARD_NAMES", (*REWARD_NAMES, "hpsv2", "vlm_alignment", "aesthetic"))
+    preset = ("curriculum={preset: released-code, updates_per_stage: 5}", f"rewards=[{ranked_by}]")
+    config = load_config(QUICKSTART, preset)
+    curriculum = config.curriculum
+    assert (curriculum.measure, curriculum.boundaries, curriculum.pacing) == ("score_gap", "linear", "cumulative")
+    assert (curriculum.order, curriculum.num_stages) == ("easy_to_hard", 5)
+    assert curriculum.min_score_gap == min_score_gap
+    assert config.plain()["curriculum"]["min_score_gap"] == min_score_gap
+    assert Config.model_validate(config.plain()) == config
+    given = load_config(QUICKSTART, [*preset, "curriculum.min_score_gap=0", "curriculum.num_stages=3"]).curriculum
+    assert (given.min_score_gap, given.num_stages, given.measure) == (0, 3, "score_gap")
+
+
+def test_the_released_codes_preset_goes_by_the_reward_that_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdpo_ray.config.REWARD_NAMES", (*REWARD_NAMES, "aesthetic"))
+    ranked = ("rewards=[clip,aesthetic]", "rewards.rank_by=aesthetic", "curriculum.preset=released-code")
+    assert load_config(QUICKSTART, ranked).curriculum.min_score_gap == 0.2
+
+
+def test_plain_dpo_draws_from_all_pairs_in_every_stage() -> None:
+    config = load_config(QUICKSTART, ["curriculum.preset=plain-dpo"])
+    assert config.curriculum.order == "none"
+    assert Config.model_validate(config.plain()) == config
+
+
+def test_a_window_is_two_stages_unless_given_and_belongs_to_its_pacing() -> None:
+    sliding = "curriculum.pacing=sliding_window"
+    config = load_config(QUICKSTART, [sliding])
+    assert config.curriculum.window == 2
+    assert Config.model_validate(config.plain()) == config
+    assert load_config(QUICKSTART, [sliding, "curriculum.window=3"]).curriculum.window == 3
+    assert refused("curriculum.window=3") == [
+        "curriculum: `window` belongs to `pacing` 'sliding_window', got 'cumulative'"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((), "`measure` 'margin' needs `boundaries` 'equal_count', got 'linear'"),
+        (
+            ("boundaries=equal_count", "draws=by_measure"),
+            "`measure` 'margin' can be negative, so `draws` must be 'uniform', got 'by_measure'",
+        ),
+        (
+            ("boundaries=equal_count", "order=shuffled"),
+            "`measure` 'margin' is measured as training goes on, so `order` must be 'easy_to_hard' or 'hard_to_easy',"
+            " got 'shuffled'",
+        ),
+    ],
+)
+def test_a_margin_goes_with_what_can_be_measured_in_training(overrides: tuple[str, ...], message: str) -> None:
+    assert refused("curriculum.measure=margin", *(f"curriculum.{each}" for each in overrides)) == [
+        f"curriculum: {message}"
+    ]
+
+
+def test_a_margin_with_equal_counts_is_taken() -> None:
+    margin = ("curriculum.measure=margin", "curriculum.boundaries=equal_count", "curriculum.order=hard_to_easy")
+    assert load_config(QUICKSTART, margin).curriculum.measure == "margin"
+
+
+def test_an_unknown_preset_is_refused_and_no_section_is_no_mapping() -> None:
+    assert refused("curriculum.preset=papr") == [
+        "`curriculum.preset` must be 'paper', 'released-code' or 'plain-dpo', got 'papr'"
+    ]
+    assert len(refused("curriculum=3")) == 1
 
 
 def test_a_repeated_key_is_refused_with_its_line() -> None:
@@ -321,3 +426,15 @@ def test_no_knob_is_read_by_nobody() -> None:
         if is_property and node.name in used:
             used |= set(words_of(node))
     assert set(knobs(Config)) - used == set()
+
+
+def test_perturbation_ranks_images_but_cannot_judge_them() -> None:
+    rewards = load_config(QUICKSTART, ("rewards.names=[perturbation,clip]",)).rewards
+    assert (rewards.ranking_reward, rewards.max_masked_fraction, list(rewards.judges)) == (
+        "perturbation",
+        0.9,
+        ["clip"],
+    )
+    assert load_config(QUICKSTART).rewards.max_masked_fraction is None
+    (fault,) = refused("evaluation.judges=[perturbation]")
+    assert fault.startswith("`evaluation.judges.0` must be one of 'clip', ")

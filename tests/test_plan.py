@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cdpo_ray.config import Config, load_config
-from cdpo_ray.plan import make_plan
+from cdpo_ray.plan import make_plan, same_beta_elsewhere
 from cdpo_ray.prompts.sources import PromptSplit
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -41,6 +41,47 @@ def test_the_pairs_of_each_stage_are_those_that_one_can_count(num_ranks: int, nu
         assert numbers(line_of(plan, f"stage {stage} ")) == expected
 
 
+@pytest.mark.parametrize(
+    ("overrides", "gaps"),
+    [
+        (("pacing=one_stage",), [(6, 7), (4, 5), (2, 3), (1, 1)]),
+        (("order=hard_to_easy", "pacing=sliding_window"), [(1, 1), (1, 3), (2, 5), (4, 7)]),
+    ],
+)
+def test_the_gaps_of_a_stage_follow_the_pacing(overrides: tuple[str, ...], gaps: list[tuple[int, int]]) -> None:
+    plan = str(make_plan(config(*(f"curriculum.{each}" for each in overrides)), PROMPTS))
+    lines = [numbers(line_of(plan, f"stage {stage} ")) for stage in range(1, 5)]
+    assert [tuple(line[1:3]) for line in lines] == gaps
+    assert [line[3] for line in lines] == [6 * sum(8 - gap for gap in range(low, high + 1)) for low, high in gaps]
+
+
+@pytest.mark.parametrize("other", ["measure=score_gap", "boundaries=equal_count", "order=random", "order=none"])
+def test_what_only_scores_can_tell_is_not_told_beforehand(other: str) -> None:
+    plan = str(make_plan(config(f"curriculum.{other}"), PROMPTS))
+    assert "rank gaps" not in plan
+    assert numbers(line_of(plan, "a stage")) == [50 * 16]
+
+
+def test_the_schedule_is_told_in_one_line() -> None:
+    assert line_of(str(make_plan(config(), PROMPTS)), "curriculum").split(";", 1)[1] == (
+        " paper: easy_to_hard, cumulative; rank_gap, linear boundaries; uniform draws"
+    )
+    changes = ("preset=plain-dpo", "draws=by_measure", "max_pairs_per_prompt=9", "min_score_gap=0.5", "label_noise=0.5")
+    plan = str(make_plan(config(*(f"curriculum.{change}" for change in changes)), PROMPTS))
+    assert line_of(plan, "curriculum").split(";", 1)[1] == (
+        " plain-dpo: none; rank_gap, linear boundaries; by_measure draws; score gaps above 0.5;"
+        " at most 9 pairs a prompt; 50% of labels swapped"
+    )
+
+
+def test_growing_lora_is_told_stage_by_stage() -> None:
+    growing = ("training.lora.rank=16", "training.lora.initial_rank=6", "training.lora.unfreeze=from_input")
+    plan = str(make_plan(config(*growing), PROMPTS))
+    for stage, growth in enumerate(("6 in 1/4 of the", "9 in 1/2 of the", "12 in 3/4 of the", "16 in all"), start=1):
+        assert f"stage {stage}    LoRA of rank {growth} blocks" in plan
+    assert "in all blocks" not in str(make_plan(config("training.lora.initial_rank=8"), PROMPTS)), "8 is the final rank"
+
+
 def test_images_updates_and_launches_are_those_that_one_can_count() -> None:
     plan = str(make_plan(config("training.batch_size_per_worker=4", "training.beta=250"), PROMPTS))
     assert numbers(line_of(plan, "prompts")) == [6, 4, 2, 1]
@@ -69,3 +110,25 @@ def test_a_model_that_is_not_here_leaves_the_disk_open_until_its_size_is_given()
     assert "known once the model is on this machine" in str(make_plan(config(*hub), PROMPTS))
     sized = (*hub, "generation.height=512", "generation.width=512")
     assert f"latents {48 * 4 * 64 * 64 * 4 / 1e6:.3g} MB" in str(make_plan(config(*sized), PROMPTS))
+
+
+def test_published_betas_are_found_again_in_their_own_conventions() -> None:
+    """The same runs as each code writes them: Diffusion-DPO's 5000 is 2500 in diffusers' SD script and in kappa."""
+    diffusion_dpo, diffusers_sd, released, by_sum = same_beta_elsewhere(5000, 4 * 64 * 64)
+    assert diffusion_dpo.endswith("beta 5000")
+    assert diffusers_sd.endswith("beta 2500")
+    assert released.endswith("2.5 times as strong")
+    assert by_sum.endswith("kappa 0.152588 (N = 16,384)")  # 2500 / 16384
+    assert same_beta_elsewhere(2000, None)[2].endswith(" 1 times as strong")  # what the released code always does
+
+
+def test_the_latent_values_of_a_sample_are_those_of_the_embedded_model() -> None:
+    assert "kappa 0.390625 (N = 256)" in str(make_plan(config(), PROMPTS))  # 100 / (4 x 8 x 8)
+
+
+def test_what_is_trained_and_what_it_is_held_to_is_said() -> None:
+    assert "loss dpo, on a LoRA of rank 8, held to the base model" in str(make_plan(config(), PROMPTS))
+    changed = config("rounds=2", "training.reference=last_round", "training.loss=ipo", "training.sft_weight=0.1")
+    plan = str(make_plan(changed, PROMPTS))
+    assert "loss ipo + 0.1 x SFT, on a LoRA of rank 8, held to the round before" in plan
+    assert numbers(line_of(plan, "rounds")) == [2]

@@ -3,9 +3,30 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from open_clip.tokenizer import bytes_to_unicode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
@@ -16,11 +37,9 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
-def build_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Stable Diffusion 1.5 as published (four levels, cross-attention in three, f = 8 VAE), at a tenth of its width."""
-    torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    unet = UNet2DConditionModel(
+def tiny_unet(**config: int) -> UNet2DConditionModel:
+    """Stable Diffusion 1.5's: four levels, cross-attention in three."""
+    return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64, 64, 64),
         layers_per_block=2,
@@ -28,15 +47,15 @@ def build_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=32,
         attention_head_dim=8,
+        **config,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32, 32, 32),
-        layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        sample_size=64,
-    )
+
+
+def build_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """Stable Diffusion 1.5 as published (four levels, cross-attention in three, f = 8 VAE), at a tenth of its width."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    unet = tiny_unet()
     text = CLIPTextConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -48,7 +67,180 @@ def build_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int
         pad_token_id=tokenizer.eos_token_id,
         projection_dim=32,
     )
-    scheduler = DDIMScheduler(
+    StableDiffusionPipeline(
+        vae=tiny_vae(4),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=sd_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    """A Unigram tokenizer without merges: a token a letter."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((letter, -3.0) for letter in letters)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def tiny_clip_config(tokenizer: CLIPTokenizer, *, channels: int = 32, projection: int = 32) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        hidden_size=channels,
+        intermediate_size=2 * channels,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        projection_dim=projection,
+    )
+
+
+def tiny_t5(tokenizer: T5Tokenizer, *, channels: int = 32) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=channels,
+            d_kv=8,
+            d_ff=2 * channels,
+            num_layers=2,
+            num_heads=4,
+            is_encoder_decoder=False,
+        )
+    )
+
+
+def tiny_vae(channels: int, **config: float) -> AutoencoderKL:
+    """Eight pixels a latent."""
+    return AutoencoderKL(
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=channels,
+        sample_size=64,
+        **config,
+    )
+
+
+def build_tiny_lcm(folder: Path) -> Path:
+    """A latent consistency model as published: Stable Diffusion 1.5 with an embedding of the guidance."""
+    torch.manual_seed(3)
+    tokenizer = tiny_tokenizer()
+    LatentConsistencyModelPipeline(
+        vae=tiny_vae(4),
+        text_encoder=CLIPTextModel(tiny_clip_config(tokenizer)),
+        tokenizer=tokenizer,
+        unet=tiny_unet(time_cond_proj_dim=256),
+        scheduler=LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def build_tiny_sdxl(folder: Path) -> Path:
+    """SDXL as published (three levels, cross-attention in two, two text encoders, size embedding), narrow."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 2),
+        cross_attention_dim=64,
+        attention_head_dim=(4, 8, 8),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+    )
+    StableDiffusionXLPipeline(
+        vae=tiny_vae(4, scaling_factor=0.13025),
+        text_encoder=CLIPTextModel(tiny_clip_config(tokenizer)),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_clip_config(tokenizer)),
+        tokenizer=tokenizer,
+        tokenizer_2=tiny_tokenizer(),
+        unet=unet,
+        scheduler=sd_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def build_tiny_sd3(folder: Path) -> Path:
+    """SD3 as published (joint transformer blocks, two CLIP encoders and T5, 16 latent channels), narrow."""
+    torch.manual_seed(0)
+    tokenizer, t5_tokenizer = tiny_tokenizer(), tiny_t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        out_channels=16,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(16, scaling_factor=1.5305, shift_factor=0.0609),
+        text_encoder=CLIPTextModelWithProjection(tiny_clip_config(tokenizer)),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(tiny_clip_config(tokenizer)),
+        tokenizer_2=tiny_tokenizer(),
+        text_encoder_3=tiny_t5(t5_tokenizer, channels=64),
+        tokenizer_3=t5_tokenizer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def build_tiny_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
+    """FLUX.1 as published (joint and single blocks, packed latents, rotary places, guidance embedding), narrow."""
+    torch.manual_seed(0)
+    tokenizer, t5_tokenizer = tiny_tokenizer(), tiny_t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=tiny_vae(16, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=CLIPTextModel(tiny_clip_config(tokenizer)),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_t5(t5_tokenizer),
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def sd_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+    """Stable Diffusion's schedule of noise."""
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -57,14 +249,3 @@ def build_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder, safe_serialization=True)
-    return folder

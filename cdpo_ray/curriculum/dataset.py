@@ -1,19 +1,19 @@
 """Ray Data: the drawn pairs of each stage, written easy to hard."""
 
 import logging
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
-from cdpo_ray.curriculum.drawing import AdmittedPairs, PairBatch, draw_pairs, sort_by_difficulty, swap_labels
-from cdpo_ray.curriculum.ranking import Ranking, rank_samples
-from cdpo_ray.curriculum.stages import admitted_gaps
+from cdpo_ray.curriculum.drawing import sort_by_difficulty
+from cdpo_ray.curriculum.explanation import describe_stage
+from cdpo_ray.curriculum.pairs import PairBatch, PairSet
+from cdpo_ray.curriculum.ranking import rank_samples
+from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.errors import CurriculumError
 from cdpo_ray.generation.pool import write_shards
 from cdpo_ray.records import score_column
@@ -42,10 +42,8 @@ def write_stages(
     table: ScoreTable,
     output_dir: Path,
     *,
-    num_stages: int,
+    schedule: Schedule,
     pairs_per_stage: int,
-    min_score_gap: float,
-    label_noise: float,
     max_bad_fraction: float,
     seed: int,
 ) -> dict[str, int]:
@@ -61,30 +59,29 @@ def write_stages(
             f"{num_bad} of {table.scores.size} scores are not finite, more than `rewards.max_bad_fraction`"
             f" = {max_bad_fraction}; mend the reward"
         )
+    curriculum = Curriculum(ranking, schedule, seed=seed)
+    whole = curriculum.formed.extent
     stages = []
-    for stage in range(1, num_stages + 1):
-        admitted = AdmittedPairs.of_stage(ranking, num_stages=num_stages, stage=stage, min_score_gap=min_score_gap)
-        try:
-            pairs = draw_pairs(admitted, pairs_per_stage, seed=seed, stage=stage)
-        except ValueError as error:
-            raise CurriculumError(str(error)) from None
-        pairs = sort_by_difficulty(swap_labels(pairs, label_noise, seed=seed, stage=stage))
+    for stage in range(1, schedule.num_stages + 1):
+        drawn, admitted = curriculum.plan(stage, pairs_per_stage)
+        pairs = sort_by_difficulty(drawn)
         write_shards(
             ray.data.from_arrow(_rows(pairs, stage, table.prompt_index)), output_dir / f"stage-{stage}", "pairs"
         )
-        stages.append(_describe(stage, num_stages, ranking, admitted, pairs))
+        stages.append(
+            describe_stage(stage, schedule.levels(stage), admitted, pairs, largest_score_gap=whole.max_score_gap)
+        )
         log.info(
             "stage %d/%d: rank gaps %d to %d, %d pairs of %d prompts admitted, %d drawn",
-            stage, num_stages, stages[-1]["min_rank_gap"], stages[-1]["max_rank_gap"],
+            stage, schedule.num_stages, stages[-1]["min_rank_gap"], stages[-1]["max_rank_gap"],
             admitted.num_pairs, admitted.num_prompts, len(pairs),
         )  # fmt: skip
         _write_prompt_counts(pairs, table.prompt_index, admitted, output_dir / f"prompts-{stage}.parquet")
     write_json(output_dir / "stages.json", stages)
-    num_silent = int(np.count_nonzero(admitted.pairs_per_prompt == 0))
     return {
-        "pairs_drawn": num_stages * pairs_per_stage,
+        "pairs_drawn": schedule.num_stages * pairs_per_stage,
         "scores_not_finite": num_bad,
-        "prompts_without_pairs": num_silent,
+        "prompts_without_pairs": int(np.count_nonzero(whole.pairs_per_prompt == 0)),
     }
 
 
@@ -102,22 +99,7 @@ def _rows(pairs: PairBatch, stage: int, prompt_index: np.ndarray) -> pa.Table:
     )
 
 
-def _describe(
-    stage: int, num_stages: int, ranking: Ranking, admitted: AdmittedPairs, pairs: PairBatch
-) -> dict[str, Any]:
-    smallest, largest = admitted_gaps(ranking.num_samples, num_stages, stage)
-    return {
-        "stage": stage,
-        "min_rank_gap": smallest,
-        "max_rank_gap": largest,
-        "num_candidate_pairs": admitted.num_pairs,
-        "num_drawn_pairs": len(pairs),
-        "num_prompts": admitted.num_prompts,
-        "drawn_by_rank_gap": {str(gap): count for gap, count in sorted(Counter(pairs.rank_gap.tolist()).items())},
-    }
-
-
-def _write_prompt_counts(pairs: PairBatch, prompt_index: np.ndarray, admitted: AdmittedPairs, path: Path) -> None:
+def _write_prompt_counts(pairs: PairBatch, prompt_index: np.ndarray, admitted: PairSet, path: Path) -> None:
     drawn = np.bincount(pairs.prompt, minlength=len(prompt_index))
     counts = {"prompt_index": prompt_index, "num_candidate_pairs": admitted.pairs_per_prompt, "num_drawn_pairs": drawn}
     pq.write_table(pa.table(counts), path)

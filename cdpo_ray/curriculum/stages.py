@@ -1,57 +1,75 @@
-"""Number of ranks -> rank gaps of each stage."""
+"""Stage -> the levels of difficulty it admits -> their rank gaps."""
+
+ORDERED = ("easy_to_hard", "hard_to_easy")
+"""Orders whose stages tell pairs apart by their measured difficulty."""
 
 
-def stage_gaps(num_ranks: int, num_stages: int, stage: int) -> tuple[int, int]:
-    """Smallest and largest rank gap that a stage brings in, both inclusive.
+def admitted_levels(
+    stage: int, num_stages: int, *, order: str = "easy_to_hard", pacing: str = "cumulative", window: int | None = None
+) -> tuple[int, int]:
+    """First and last level that a stage draws from, both inclusive; as many levels as stages, level 1 the easiest.
 
-    Stage ``k`` of ``B`` brings the gaps in ``(L_k, R_k]``, ``L_k = (M-1)(B-k)/B``, ``R_k = (M-1)(B-k+1)/B``, for ``M``
-    ranks: the far apart, easy pairs first. Every gap from 1 to ``M-1`` belongs to exactly one stage; no stage is empty.
+    Args:
+        stage: 1 to ``num_stages``.
+        order: ``hard_to_easy`` is ``easy_to_hard`` mirrored, ``random`` walks as ``easy_to_hard`` does; in any other
+            order every stage draws from all levels.
+        pacing: ``cumulative`` adds a level a stage, ``one_stage`` takes one, ``sliding_window`` the last ``window``.
+        window: levels, >= 1; only with ``sliding_window``.
+
+    Raises:
+        ValueError: if there is no such stage, or a sliding window has no width.
+
+    Source: arXiv:2405.13637 (easy to hard, cumulative).
+    """
+    if not 1 <= stage <= num_stages:
+        raise ValueError(f"`stage` must be in 1..{num_stages}, got {stage}")
+    if order not in (*ORDERED, "random"):
+        return 1, num_stages
+    width = {"cumulative": stage, "one_stage": 1, "sliding_window": window}[pacing]
+    if width is None:
+        raise ValueError("`window` must be given for a sliding window, got None")
+    first, last = max(1, stage - width + 1), stage
+    return (num_stages + 1 - last, num_stages + 1 - first) if order == "hard_to_easy" else (first, last)
+
+
+def admitted_gaps(num_ranks: int, num_levels: int, first_level: int, last_level: int) -> tuple[int, int]:
+    """Smallest and largest rank gap of these levels, both inclusive.
+
+    Level ``k`` of ``B`` holds the gaps in ``(L_k, R_k]``, ``L_k = (M-1)(B-k)/B``, ``R_k = (M-1)(B-k+1)/B``, for ``M``
+    ranks: the far apart, easy pairs first. Every gap from 1 to ``M-1`` belongs to exactly one level; no level is empty.
 
     Args:
         num_ranks: ranked images per prompt, ``M``.
-        num_stages: ``B``, 1 to ``M-1``; 5 in the paper.
-        stage: ``k``, 1 to ``B``.
+        num_levels: ``B``, 1 to ``M-1``; 5 in the paper.
+        first_level, last_level: ``1 <= first_level <= last_level <= B``.
 
     Raises:
-        ValueError: if there are more stages than rank gaps, or no such stage.
+        ValueError: if there are more levels than rank gaps, or no such levels.
 
     Source: arXiv:2405.13637.
     """
-    _check(num_ranks, num_stages, stage)
-    return smallest_gap(num_ranks, num_stages, stage), smallest_gap(num_ranks, num_stages, stage - 1) - 1
+    if num_levels < 1:
+        raise ValueError(f"`num_levels` must be >= 1, got {num_levels}")
+    if num_levels > num_ranks - 1:
+        raise ValueError(
+            f"`num_stages` is {num_levels}, but {num_ranks} images per prompt have only {max(num_ranks - 1, 0)} rank "
+            "gaps; lower it, or raise the images per prompt"
+        )
+    if not 1 <= first_level <= last_level <= num_levels:
+        raise ValueError(f"levels must be in 1..{num_levels}, first to last, got {first_level}..{last_level}")
+    return smallest_gap(num_ranks, num_levels, last_level), smallest_gap(num_ranks, num_levels, first_level - 1) - 1
 
 
-def admitted_gaps(num_ranks: int, num_stages: int, stage: int) -> tuple[int, int]:
-    """Smallest and largest rank gap that training at a stage draws from, both inclusive: of stages 1 to ``stage``.
+def smallest_gap(num_ranks: int, num_levels: int, level: int) -> int:
+    """Smallest rank gap in levels 1 to ``level``, ``floor(L_k) + 1``; ``num_ranks``, one past the largest, for level 0.
 
-    Arguments, errors and source as in `stage_gaps`.
+    Unchecked: with more levels than gaps, as for a prompt that lost images, each gap still has one level, and some
+    levels are empty.
     """
-    _check(num_ranks, num_stages, stage)
-    return smallest_gap(num_ranks, num_stages, stage), num_ranks - 1
-
-
-def smallest_gap(num_ranks: int, num_stages: int, stage: int) -> int:
-    """Smallest rank gap in stages 1 to ``stage``, ``floor(L_k) + 1``; ``num_ranks``, one past the largest, for stage 0.
-
-    Unchecked: with more stages than gaps, as for a prompt that lost images, each gap still has one stage, and some
-    stages are empty.
-    """
-    return (num_ranks - 1) * (num_stages - stage) // num_stages + 1
+    return (num_ranks - 1) * (num_levels - level) // num_levels + 1
 
 
 def count_pairs(num_ranks: int, min_gap: int, max_gap: int) -> int:
     """Pairs among ``M`` ranks whose rank gap is in ``min_gap .. max_gap``; ``M - g`` pairs have the gap ``g``."""
     first, last = max(min_gap, 1), min(max_gap, num_ranks - 1)
     return max(last - first + 1, 0) * (2 * num_ranks - first - last) // 2
-
-
-def _check(num_ranks: int, num_stages: int, stage: int) -> None:
-    if num_stages < 1:
-        raise ValueError(f"`num_stages` must be >= 1, got {num_stages}")
-    if num_stages > num_ranks - 1:
-        raise ValueError(
-            f"`num_stages` is {num_stages}, but {num_ranks} images per prompt have only {max(num_ranks - 1, 0)} rank "
-            "gaps; lower it, or raise the images per prompt"
-        )
-    if not 1 <= stage <= num_stages:
-        raise ValueError(f"`stage` must be in 1..{num_stages}, got {stage}")

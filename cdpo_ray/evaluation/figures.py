@@ -14,39 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from cdpo_ray.chart_style import BLUE, GREY, INK, STYLE, VERMILLION
+
 Values = NDArray[np.floating]
 
-# Okabe and Ito's palette, told apart by colour-blind eyes too; base is grey because it is what we measure against.
-BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#767676"
-INK, FAINT = "#333333", "#D9D9D9"
 WIDTH_INCHES = 4.5  # near the width of a phone, so that text keeps its size there
 MAX_POINTS = 2_000  # a raw curve of more points is thinned: the eye sees no more, and the page stays light
-
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "cdpo_ray",  # the same numbers give the same bytes
-    "text.parse_math": False,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.5,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "text.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
 
 
 def training_curves(updates: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -92,7 +92,7 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         grid=image_grid(comparison_path, judges, config["evaluation"]["grid_prompts"]),
         shown_images=min(MAX_IMAGES, metrics["images_per_prompt"]),
         charts={name: Markup(svg) for name, svg in _charts(run_dir, comparison_path, metrics, judges).items()},
-        pair_stages=_json(run_dir / STAGES / "stages.json"),
+        pair_stages=_pair_stages(run_dir),
         trained_stages=_json(run_dir / TRAINING / "stages.json"),
         manifests=manifests,
         total_seconds=sum(manifest["seconds"] for manifest in manifests.values()),
@@ -166,9 +166,16 @@ def differences_by_prompt(comparison_path: Path, judges: Sequence[str]) -> dict[
     return found
 
 
+def _pair_stages(run_dir: Path) -> list[dict[str, Any]]:
+    """What each stage held: as drawn before training, or as training drew it anew by the policy's margins."""
+    planned = _json(run_dir / STAGES / "stages.json")
+    trained = _json(run_dir / TRAINING / "stages.json")
+    return [stage.get("pairs", plan) for stage, plan in zip(trained, planned, strict=True)]
+
+
 def _charts(run_dir: Path, comparison_path: Path, metrics: Mapping[str, Any], judges: Sequence[str]) -> dict[str, str]:
     return figures.training_curves(_json_lines(run_dir / TRAINING / "updates.jsonl")) | {
-        "pairs": figures.pairs_by_rank_gap(_json(run_dir / STAGES / "stages.json")),
+        "pairs": figures.pairs_by_rank_gap(_pair_stages(run_dir)),
         "gains": figures.gains({judge: metrics["judges"][judge] for judge in judges}),
         "differences": figures.difference_histograms(differences_by_prompt(comparison_path, judges)),
     }

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdpo_ray.generation.images import encode_png
+from cdpo_ray.generation.perturbation import masked_positions, masked_shares, perturbed
 from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import noise_at
-from cdpo_ray.records import score_column
+from cdpo_ray.records import PERTURBATION, score_column
 
 if TYPE_CHECKING:
     from cdpo_ray.models.family import Conditioning, TextToImageModel
@@ -35,7 +36,12 @@ class MakeScores(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled; see `GenerationSection` of the config for the bounds."""
+    """How images are sampled; see `GenerationSection` of the config for the bounds.
+
+    Attributes:
+        max_masked_fraction: share of the prompt that is masked for the last image of a prompt, rising from none for the
+            first; none: every image is of the prompt as it is.
+    """
 
     seed: int
     images_per_prompt: int
@@ -44,6 +50,7 @@ class Sampling:
     height: int | None
     width: int | None
     images_per_batch: int
+    max_masked_fraction: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,12 @@ def sample_batches(
         batch = wanted[start : start + sampling.images_per_batch]
         rows = [row for row, _ in batch]
         noise = torch.stack([noise_at(shape, sampling.seed, "image", prompts[row], index) for row, index in batch])
+        asked = {name: value[rows] for name, value in conditioning.items()}
+        if sampling.max_masked_fraction is not None:
+            shares = masked_shares(sampling.images_per_prompt, sampling.max_masked_fraction)
+            asked = _perturbed(model, asked, [(prompts[row], shares[index]) for row, index in batch], sampling.seed)
         latents = model.sample(
-            {name: value[rows] for name, value in conditioning.items()},
+            asked,
             noise,
             num_denoising_steps=sampling.num_denoising_steps,
             guidance_scale=sampling.guidance_scale,
@@ -135,10 +146,23 @@ class Generator:
             rows = rows.append_column("images", list_column([png.result() for png in pngs], num_samples, pa.binary()))
         if pixels:
             rows = rows.append_column("pixels", tensor_column(np.concatenate(pixels), num_samples))
+        if self.sampling.max_masked_fraction is not None:
+            degrees = np.negative(masked_shares(num_samples, self.sampling.max_masked_fraction))
+            column = list_column(np.tile(degrees, len(prompts)), num_samples, pa.float64())
+            rows = rows.append_column(score_column(PERTURBATION), column)
         for name in scores[0] if scores else ():
             values = np.concatenate([batch[name] for batch in scores])
             rows = rows.append_column(score_column(name), list_column(values, num_samples, pa.float64()))
         return rows
+
+
+def _perturbed(
+    model: "TextToImageModel", conditioning: "Conditioning", asked: Sequence[tuple[str, float]], seed: int
+) -> "Conditioning":
+    """The conditioning of each sample, a (prompt, share) each, with that share of the prompt masked."""
+    num_tokens = conditioning["prompt_embedding"].shape[1]
+    masks = torch.stack([masked_positions(num_tokens, share, seed=seed, prompt=prompt) for prompt, share in asked])
+    return perturbed(conditioning, model.empty_conditioning, [share for _, share in asked], masks)
 
 
 def tensor_column(values: NDArray[Any], num_samples: int | None = None) -> pa.Array:

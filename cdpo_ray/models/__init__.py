@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "stable_diffusion": "cdpo_ray.models.stable_diffusion:StableDiffusion",
+    "stable_diffusion_xl": "cdpo_ray.models.stable_diffusion_xl:StableDiffusionXL",
+    "latent_consistency": "cdpo_ray.models.latent_consistency:LatentConsistency",
+    "stable_diffusion_3": "cdpo_ray.models.stable_diffusion_3:StableDiffusion3",
+    "flux": "cdpo_ray.models.flux:Flux",
 }
 """Family of the config -> class, imported when used: diffusers is heavy. A new family is one file and one line here."""
 

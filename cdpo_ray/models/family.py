@@ -168,14 +168,23 @@ class TextToImageModel(ABC):
         factor = self.pipeline.vae_scale_factor
         latents: Tensor = self.pipeline(
             **self.pipeline_arguments(conditioning, guidance_scale),
-            latents=noise.to(self.device, self.dtype),
+            latents=self.pipeline_latents(noise.to(self.device, self.dtype)),
             height=noise.shape[-2] * factor,
             width=noise.shape[-1] * factor,
             num_inference_steps=num_denoising_steps,
             guidance_scale=guidance_scale,
+            generator=self.sampler_generators(noise),
             output_type="latent",
         ).images
         return latents
+
+    def pipeline_latents(self, noise: Tensor) -> Tensor:
+        """The noise as the pipeline takes it."""
+        return noise
+
+    def sampler_generators(self, noise: Tensor) -> list[torch.Generator] | None:
+        """Of what the sampler adds on its way, a generator a sample; none where it adds nothing."""
+        return None
 
     @abstractmethod
     def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
@@ -185,7 +194,7 @@ class TextToImageModel(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> images, uint8 ``[sample, 3, height, width]``, on the device."""
         vae = self.pipeline.vae
-        scaled = latents.to(self.device, self.dtype) / vae.config.scaling_factor
+        scaled = latents.to(self.device, vae.dtype) / vae.config.scaling_factor
         pixels = vae.decode(scaled + (vae.config.get("shift_factor") or 0)).sample
         return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 

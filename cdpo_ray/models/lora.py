@@ -80,12 +80,11 @@ def adapters_off(denoiser: ModelMixin) -> Iterator[None]:
 
 def freeze_as_reference(denoiser: ModelMixin) -> None:
     """Keep the LoRA as it is now under the name `REFERENCE`, beside the one that is trained."""
-    trained = {name: value.clone() for name, value in get_peft_model_state_dict(denoiser).items()}
     denoiser.add_adapter(denoiser.peft_config[POLICY], adapter_name=REFERENCE)
-    frozen = get_peft_model_state_dict(denoiser, adapter_name=REFERENCE)
-    with torch.no_grad():
-        for name, value in frozen.items():
-            value.data = trained[name]
+    parameters = dict(denoiser.named_parameters())
+    for name, parameter in parameters.items():
+        if f".{REFERENCE}." in name:
+            parameter.data = parameters[name.replace(f".{REFERENCE}.", f".{POLICY}.")].detach().clone()
     denoiser.set_adapter(POLICY)
 
 

@@ -20,7 +20,7 @@ def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
     Source: arXiv:2006.11239, equation 4.
     """
-    signal, spread = _coefficients(alpha_bar, latents)
+    signal, spread = coefficients(alpha_bar, latents)
     return (signal * latents.float() + spread * noise.float()).to(latents.dtype)
 
 
@@ -35,9 +35,30 @@ def denoising_target(latents: Tensor, noise: Tensor, alpha_bar: Tensor, predicti
     if prediction_type == "epsilon":
         return noise.float()
     if prediction_type == "v_prediction":
-        signal, spread = _coefficients(alpha_bar, latents)
+        signal, spread = coefficients(alpha_bar, latents)
         return signal * noise.float() - spread * latents.float()
     raise ValueError(f"`prediction_type` must be 'epsilon' or 'v_prediction', got {prediction_type!r}")
+
+
+def flow_interpolant(latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    """``(1 - t) x0 + t eps``, the straight path of flow matching.
+
+    Args:
+        latents, noise: ``[sample, channel, height, width]``.
+        time: ``[sample]`` fp32, 0 (data) to 1 (noise).
+
+    Returns:
+        ``[sample, channel, height, width]`` fp32.
+
+    Source: arXiv:2403.03206, equation 13.
+    """
+    time = time.to(latents.device).float()[:, None, None, None]
+    return (1 - time) * latents.float() + time * noise.float()
+
+
+def flow_velocity(latents: Tensor, noise: Tensor) -> Tensor:
+    """``eps - x0``, the velocity along that path: ``[sample, channel, height, width]`` fp32."""
+    return noise.float() - latents.float()
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -45,6 +66,7 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return torch.mean((prediction.float() - target.float()) ** 2, dim=(1, 2, 3))
 
 
-def _coefficients(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def coefficients(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """``sqrt(alpha_bar)`` and ``sqrt(1 - alpha_bar)``, ``[sample, 1, 1, 1]`` fp32 on the device of ``like``."""
     alpha_bar = alpha_bar.to(like.device).float()[:, None, None, None]
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()

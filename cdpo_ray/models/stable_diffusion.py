@@ -18,11 +18,12 @@ class StableDiffusion(TextToImageModel):
     """DDIM sampling; epsilon or v prediction, as the model's own scheduler says."""
 
     pipeline_class = StableDiffusionPipeline
+    scheduler_class: ClassVar = DDIMScheduler
     load_options: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
         super().__init__(pipeline, dtype=dtype, device=device)
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.scheduler = self.scheduler_class.from_config(pipeline.scheduler.config)
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.to(device)
         self.prediction_type = pipeline.scheduler.config.prediction_type
 

@@ -3,17 +3,27 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cdpo_ray.curriculum.capacity import Capacity
+from cdpo_ray.curriculum.schedule import Schedule
+
 RECORDS, TRAINED = "records.json", "trained"
 """In every checkpoint beside the optimizer: what was recorded so far, and what was trained, as diffusers loads it."""
 
 
 @dataclass(frozen=True)
 class LoraJob:
-    """The LoRA to train; see `LoraSection` of the config for the bounds."""
+    """The LoRA to train; see `LoraSection` of the config for the bounds.
+
+    Attributes:
+        capacities: how much of it learns in each stage; none: all of it in every stage.
+        from_output: blocks begin to learn in the order from output to input.
+    """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    capacities: tuple[Capacity, ...] = ()
+    from_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,22 @@ class Optimization:
 
 
 @dataclass(frozen=True)
+class OnlineJob:
+    """A curriculum whose difficulty is the policy's margin: measured, and drawn anew, at each stage's start.
+
+    Attributes:
+        reward: whose scores in ``scores_dir`` rank the samples.
+        num_draws: times and noises a prompt that a margin is averaged over.
+    """
+
+    scores_dir: str
+    reward: str
+    schedule: Schedule
+    pairs_per_stage: int
+    num_draws: int
+
+
+@dataclass(frozen=True)
 class TrainingJob:
     """What each worker needs to know; plain values that travel to it.
 
@@ -49,6 +75,7 @@ class TrainingJob:
         guidance_range: that the net is told of, for families with a guidance embedding; none is the family's own.
         start_dir: `4-training` of the round before, to go on from.
         reference_is_start: hold the policy to that round, in place of the base model.
+        online: none trains on the pairs of ``stages_dir`` as they are.
     """
 
     samples_dir: str
@@ -65,3 +92,4 @@ class TrainingJob:
     guidance_range: tuple[float, float] | None = None
     start_dir: str | None = None
     reference_is_start: bool = False
+    online: OnlineJob | None = None

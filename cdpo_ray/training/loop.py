@@ -105,7 +105,7 @@ def train_stages(
     return state
 
 
-def summarize(records: Sequence[UpdateRecord], stage: int, pairs_per_update: int) -> dict[str, float]:
+def summarize(records: Sequence[UpdateRecord], stage: int, pairs_per_update: int) -> dict[str, Any]:
     """Means of a stage's updates."""
     mine = [record for record in records if record["stage"] == stage]
     means = {name: sum(record[name] for record in mine) / len(mine) for name in METRICS}

@@ -18,6 +18,7 @@ from cdpo_ray.models.lora import (
     freeze_as_reference,
     reference_adapter_on,
 )
+from cdpo_ray.models.lora_growth import LoraGrowth
 from cdpo_ray.training.job import LoraJob
 
 Reference = Callable[[Net], AbstractContextManager[Net]]
@@ -26,10 +27,15 @@ Reference = Callable[[Net], AbstractContextManager[Net]]
 
 @dataclass(frozen=True)
 class Policy:
-    """The net that learns, its trainable parameters, and the reference it is held to."""
+    """The net that learns, its trainable parameters, and the reference it is held to.
+
+    Attributes:
+        begin_stage: called with a stage, 1-based, before its first update; what learns may grow there.
+    """
 
     trainable: list[nn.Parameter]
     reference: Reference
+    begin_stage: Callable[[int], None] = lambda stage: None
 
 
 def make_policy(
@@ -38,7 +44,8 @@ def make_policy(
     """Make the model's denoiser a policy, in place.
 
     Args:
-        lora: the LoRA to train; none trains the whole net, and a frozen copy of it is the reference.
+        lora: the LoRA to train; none trains the whole net, and a frozen copy of it is the reference. One that goes on
+            from an earlier round is full-grown already.
         start_dir: `4-training` of an earlier round to go on from; none starts from the base model.
         reference_is_start: hold the policy to what it started from, in place of the base model.
         seed: of the LoRA's first factor.
@@ -67,7 +74,15 @@ def _lora_policy(
         with frozen(denoiser):
             yield policy
 
-    return Policy(trainable, reference)
+    if start_dir or len(set(lora.capacities)) <= 1:
+        return Policy(trainable, reference)
+    growth = LoraGrowth(denoiser, from_output=lora.from_output)
+
+    def begin_stage(stage: int) -> None:
+        capacity = lora.capacities[stage - 1]
+        growth.let_learn(capacity.rank, capacity.block_share)
+
+    return Policy(trainable, reference, begin_stage)
 
 
 def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_start: bool) -> Policy:
@@ -78,4 +93,6 @@ def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_s
     frozen = copy.deepcopy(model.denoiser) if reference_is_start or not start_dir else base
     frozen.requires_grad_(False).eval()
     model.denoiser.requires_grad_(True)
+    for parameter in model.denoiser.parameters():
+        parameter.data = parameter.data.clone()  # aligned like the copy's, so that kernels and roundings are the same
     return Policy(list(model.denoiser.parameters()), lambda policy: contextlib.nullcontext(frozen))

@@ -8,16 +8,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray.train
+from numpy.typing import NDArray
 
+from cdpo_ray.curriculum.dataset import read_scores
+from cdpo_ray.curriculum.explanation import describe_stage
+from cdpo_ray.curriculum.ranking import rank_samples
+from cdpo_ray.curriculum.schedule import Curriculum
 from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import seed_of
 from cdpo_ray.store import write_json
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import load_training, save_trained, save_training, start_engine
-from cdpo_ray.training.job import RECORDS, TRAINED, TrainingJob
+from cdpo_ray.training.job import RECORDS, TRAINED, OnlineJob, TrainingJob
 from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
+from cdpo_ray.training.margins import sample_values
 from cdpo_ray.training.policy import make_policy
 
 
@@ -52,6 +59,28 @@ def work(job: TrainingJob, board: Any) -> None:
             saved = load_training(engine, Path(folder))
             state, summaries = TrainingState(**saved["state"]), saved["summaries"]
     started = time.monotonic()
+    descriptions: dict[int, Any] = {}
+
+    def begin_stage(stage: int) -> StagePairs:
+        policy.begin_stage(stage)
+        if job.online is None:
+            return StagePairs.read(Path(job.stages_dir), stage, bank)
+        values = sample_values(
+            model,
+            engine,
+            policy.reference,
+            engine.module,
+            bank,
+            beta=job.loss.beta,
+            num_draws=job.online.num_draws,
+            samples_per_launch=2 * job.optimization.pairs_per_launch,
+            seed=job.seed,
+            stage=stage,
+            worker_rank=rank,
+            num_workers=num_workers,
+        )
+        pairs, descriptions[stage] = redrawn(job.online, bank, values, stage=stage, seed=job.seed)
+        return pairs
 
     def on_update(num_updates: int) -> None:
         if rank == 0:
@@ -59,7 +88,9 @@ def work(job: TrainingJob, board: Any) -> None:
 
     def on_stage(state: TrainingState) -> None:
         nonlocal started
-        summary = summarize(state.records, state.stage - 1, job.optimization.global_batch_size)
+        summary: dict[str, Any] = summarize(state.records, state.stage - 1, job.optimization.global_batch_size)
+        if described := descriptions.get(state.stage - 1):
+            summary["pairs"] = described
         summary["seconds"] = round(time.monotonic() - started, 2)
         summaries.append(summary)
         with tempfile.TemporaryDirectory() as folder:
@@ -76,13 +107,30 @@ def work(job: TrainingJob, board: Any) -> None:
         model,
         policy.reference,
         job.num_stages,
-        lambda stage: StagePairs.read(Path(job.stages_dir), stage, bank),
+        begin_stage,
         feed,
         state,
         preference_loss=functools.partial(preference_loss, **asdict(job.loss)),
         on_update=on_update,
         on_stage=on_stage,
     )
+
+
+def redrawn(
+    online: OnlineJob, bank: SampleBank, values: NDArray[np.float32], *, stage: int, seed: int
+) -> tuple[StagePairs, dict[str, Any]]:
+    """What a stage trains on once the policy's margins are known, and what it holds; every worker finds the same.
+
+    Args:
+        values: ``[prompt, sample]`` by row of the bank.
+    """
+    table = read_scores(Path(online.scores_dir), online.reward)
+    rows = bank.row_of_prompt[table.prompt_index]
+    curriculum = Curriculum(rank_samples(table.scores), online.schedule, seed=seed, values=values[rows])
+    pairs, admitted = curriculum.plan(stage, online.pairs_per_stage)
+    largest = curriculum.formed.extent.max_score_gap
+    described = describe_stage(stage, online.schedule.levels(stage), admitted, pairs, largest_score_gap=largest)
+    return StagePairs(stage, rows[pairs.prompt], pairs.chosen, pairs.rejected), described
 
 
 def _line(summary: Mapping[str, float], num_stages: int) -> str:

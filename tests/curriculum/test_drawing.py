@@ -1,146 +1,98 @@
-"""Pairs drawn by arithmetic, against every pair written out."""
+"""Draws: uniform or weighted, addressed by their number."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from brute_force import chi_square_is_plausible, formed_pairs, rows
 
-from cdpo_ray.curriculum.drawing import AdmittedPairs, PairBatch, draw_pairs, sort_by_difficulty, swap_labels
+from cdpo_ray.curriculum.drawing import draw_pairs, sort_by_difficulty, swap_labels
+from cdpo_ray.curriculum.measures import ACCEPTS
+from cdpo_ray.curriculum.pairs import AdmittedPairs, PairBatch
 from cdpo_ray.curriculum.ranking import rank_samples
-from cdpo_ray.curriculum.stages import count_pairs, smallest_gap
-
-# Tenths, and their neighbours in float64, make differences that rounding decides; NaN and infinity are set aside.
-SCORE = st.one_of(
-    st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.1 + 0.2, 0.7, 0.8, -0.1, 1e16, np.nan, np.inf, -np.inf]),
-    st.floats(-10, 10, width=32),
-)
-SCORES = hnp.arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(2, 9)), elements=SCORE)
-MIN_SCORE_GAP = st.sampled_from([0.0, 0.1, 0.2, 0.7 - 0.1, 0.5])
 
 
-def brute_force(scores: np.ndarray, num_stages: int, stages: range, min_score_gap: float) -> set[tuple]:
-    """(prompt, chosen, rejected, rank gap, score gap) of every pair in these stages, from the definition."""
-    pairs = set()
-    for prompt, row in enumerate(scores.tolist()):
-        ranked = sorted((i for i in range(len(row)) if np.isfinite(row[i])), key=lambda i: (-row[i], i))
-        for rank_w, w in enumerate(ranked):
-            for rank_l in range(rank_w + 1, len(ranked)):
-                gap, score_gap = rank_l - rank_w, row[w] - row[ranked[rank_l]]
-                in_stage = any(
-                    (len(ranked) - 1) * (num_stages - k) < gap * num_stages <= (len(ranked) - 1) * (num_stages - k + 1)
-                    for k in stages
-                )
-                if in_stage and score_gap > min_score_gap:
-                    pairs.add((prompt, w, ranked[rank_l], gap, score_gap))
-    return pairs
-
-
-def rows(pairs: PairBatch) -> list[tuple]:
-    columns = (pairs.prompt, pairs.chosen, pairs.rejected, pairs.rank_gap, pairs.score_gap)
-    return list(zip(*(column.tolist() for column in columns), strict=True))
+def some_scores() -> np.ndarray:
+    scores = np.random.default_rng(0).normal(size=(3, 9))
+    scores[1, :4] = np.nan
+    scores[2, :5] = 0.5
+    return scores
 
 
 def some_pairs(num_draws: int = 4000, *, seed: int = 0) -> PairBatch:
     ranking = rank_samples(np.random.default_rng(3).normal(size=(5, 20)))
-    return draw_pairs(AdmittedPairs.of_stage(ranking, num_stages=4, stage=3), num_draws, seed=seed, stage=3)
+    return draw_pairs(AdmittedPairs(ranking, 5), num_draws, seed=seed, stage=3)
 
 
-@given(SCORES, MIN_SCORE_GAP, st.data())
-def test_admitted_pairs_equal_brute_force(scores: np.ndarray, min_score_gap: float, data: st.DataObject) -> None:
-    num_stages = data.draw(st.integers(1, scores.shape[1] - 1))
-    stage = data.draw(st.integers(1, num_stages))
-    ranking = rank_samples(scores)
-    for cumulative, stages in ((True, range(1, stage + 1)), (False, range(stage, stage + 1))):
-        admitted = AdmittedPairs.of_stage(
-            ranking, num_stages=num_stages, stage=stage, cumulative=cumulative, min_score_gap=min_score_gap
-        )
-        expected = brute_force(scores, num_stages, stages, min_score_gap)
-        found = rows(admitted.all())
-        assert len(found) == len(set(found)) == admitted.num_pairs
-        assert set(found) == expected
-        per_prompt = [sum(pair[0] == prompt for pair in expected) for prompt in range(len(scores))]
-        assert admitted.pairs_per_prompt.tolist() == per_prompt
-        assert admitted.num_prompts == np.count_nonzero(per_prompt)
-
-
-@given(SCORES, st.data())
-def test_the_stages_share_out_every_pair_once(scores: np.ndarray, data: st.DataObject) -> None:
-    num_stages = data.draw(st.integers(1, scores.shape[1] - 1))
-    ranking = rank_samples(scores)
-    single = [
-        AdmittedPairs.of_stage(ranking, num_stages=num_stages, stage=stage, cumulative=False)
-        for stage in range(1, num_stages + 1)
-    ]
-    shared_out = [pair for admitted in single for pair in rows(admitted.all())]
-    assert sorted(shared_out) == sorted(rows(AdmittedPairs(ranking, 1, scores.shape[1]).all()))
-
-
-@given(st.integers(2, 12), st.data())
-def test_distinct_scores_admit_the_closed_form_count(num_samples: int, data: st.DataObject) -> None:
-    scores = np.array(data.draw(st.permutations(range(num_samples))), dtype=np.float64)[None]
-    num_stages = data.draw(st.integers(1, num_samples - 1))
-    stage = data.draw(st.integers(1, num_stages))
-    admitted = AdmittedPairs.of_stage(rank_samples(scores), num_stages=num_stages, stage=stage)
-    assert admitted.num_pairs == count_pairs(num_samples, smallest_gap(num_samples, num_stages, stage), num_samples)
-
-
-@given(SCORES, st.randoms(use_true_random=False))
-def test_a_prompts_pairs_do_not_depend_on_the_other_rows(scores: np.ndarray, random: object) -> None:
-    shuffled = list(range(len(scores)))
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
-    in_order, moved = (AdmittedPairs(rank_samples(table), 1, 4) for table in (scores, scores[shuffled]))
-    pairs = [(shuffled[prompt], *pair) for prompt, *pair in rows(moved.all())]
-    assert sorted(pairs) == sorted(rows(in_order.all()))
-
-
-def test_prompts_with_few_ranks() -> None:
-    scores = np.full((3, 6), np.nan)
-    scores[1, 2], scores[2, 1:4] = 1.0, (3.0, 1.0, 2.0)  # none, one and three ranks
-    stages = [
-        rows(AdmittedPairs.of_stage(rank_samples(scores), num_stages=5, stage=k, cumulative=False).all())
-        for k in range(1, 6)
-    ]
-    assert stages == [[(2, 1, 2, 2, 2.0)], [], [(2, 1, 3, 1, 1.0), (2, 3, 2, 1, 1.0)], [], []]
+def counts_of(drawn: PairBatch, expected: list[tuple]) -> np.ndarray:
+    names, counts = np.unique(drawn.identity(9), return_counts=True)
+    found = dict(zip(names.tolist(), counts.tolist(), strict=True))
+    return np.array(
+        [
+            found.get((prompt * 9 + min(chosen, rejected)) * 9 + max(chosen, rejected), 0)
+            for prompt, chosen, rejected, *_ in expected
+        ]
+    )
 
 
 def test_draws_are_uniform() -> None:
-    scores = np.random.default_rng(0).normal(size=(3, 9))
-    scores[1, :4] = np.nan
-    scores[2, :5] = 0.5
-    admitted = AdmittedPairs.of_stage(rank_samples(scores), num_stages=3, stage=3)
-    num_draws = 1000 * admitted.num_pairs
-    drawn = draw_pairs(admitted, num_draws, seed=1, stage=3)
-    _, counts = np.unique(np.stack([drawn.prompt, drawn.chosen, drawn.rejected]), axis=1, return_counts=True)
-    freedom = admitted.num_pairs - 1
-    chi_square = np.sum((counts - 1000.0) ** 2 / 1000.0)
-    assert len(counts) == admitted.num_pairs > 50
-    assert abs(chi_square - freedom) < 3 * np.sqrt(2 * freedom)
+    admitted, expected = AdmittedPairs(rank_samples(some_scores())), formed_pairs(some_scores())
+    counts = counts_of(draw_pairs(admitted, 1000 * admitted.num_pairs, seed=1, stage=3), expected)
+    assert admitted.num_pairs > 50
+    assert chi_square_is_plausible(counts, np.full(admitted.num_pairs, 1000.0))
 
 
-def test_a_longer_draw_starts_with_the_same_pairs() -> None:
-    short, long = some_pairs(10), some_pairs(1000)
+@pytest.mark.parametrize("measure", ["rank_gap", "score_gap", "score_gap_quantile"])
+def test_weighted_draws_follow_the_measure(measure: str) -> None:
+    """Within a part of the pairs, so that weights are those of the whole and not of the part."""
+    formed = AdmittedPairs(rank_samples(some_scores()))
+    admitted = AdmittedPairs(rank_samples(some_scores()), 3)
+    every = formed_pairs(some_scores())
+    expected = [pair for pair in every if pair[3] >= 3]
+    weights = {
+        "rank_gap": [pair[3] for pair in expected],
+        "score_gap": [pair[4] for pair in expected],
+        "score_gap_quantile": [sum(other[4] <= pair[4] for other in every) for pair in expected],
+    }[measure]
+    num_draws = 1000 * len(expected)
+    drawn = draw_pairs(admitted, num_draws, seed=1, stage=3, accept=ACCEPTS[measure](admitted, formed))
+    assert chi_square_is_plausible(counts_of(drawn, expected), num_draws * np.array(weights) / sum(weights))
+    assert not chi_square_is_plausible(counts_of(drawn, expected), np.full(len(expected), 1000.0))
+
+
+@pytest.mark.parametrize("measure", [None, *ACCEPTS])
+def test_a_longer_draw_starts_with_the_same_pairs(measure: str | None) -> None:
+    admitted = AdmittedPairs(rank_samples(np.random.default_rng(3).normal(size=(5, 20))))
+    accept = ACCEPTS[measure](admitted, admitted) if measure else None
+    none, short, long = (draw_pairs(admitted, count, seed=0, stage=3, accept=accept) for count in (0, 10, 1000))
     assert rows(short) == rows(long)[:10]
     assert long.draw.tolist() == list(range(1000))
-    assert len(some_pairs(0)) == 0
+    assert len(none) == 0
 
 
 def test_seed_and_stage_give_other_draws() -> None:
-    admitted = AdmittedPairs(rank_samples(np.random.default_rng(3).normal(size=(5, 20))), 1, 19)
-    draws = [rows(draw_pairs(admitted, 50, seed=seed, stage=stage)) for seed, stage in ((0, 1), (0, 2), (1, 1), (0, 1))]
-    assert draws[0] == draws[3] and draws[0] != draws[1] and draws[0] != draws[2] and draws[1] != draws[2]
+    admitted = AdmittedPairs(rank_samples(np.random.default_rng(3).normal(size=(5, 20))))
+    for accept in (None, ACCEPTS["rank_gap"](admitted, admitted)):
+        draws = [
+            rows(draw_pairs(admitted, 50, seed=seed, stage=stage, accept=accept))
+            for seed, stage in ((0, 1), (0, 2), (1, 1), (0, 1))
+        ]
+        assert draws[0] == draws[3] and draws[0] != draws[1] and draws[0] != draws[2] and draws[1] != draws[2]
 
 
 def test_draws_stay_the_same_across_versions() -> None:
-    admitted = AdmittedPairs(rank_samples(np.arange(8.0).reshape(2, 4)), 1, 3)
+    admitted = AdmittedPairs(rank_samples(np.arange(8.0).reshape(2, 4)))
     pinned = [(0, 3, 2), (0, 1, 0), (1, 2, 0), (0, 3, 1), (0, 2, 1)]
     assert [pair[:3] for pair in rows(draw_pairs(admitted, 5, seed=7, stage=1))] == pinned
 
 
-def test_the_published_size_is_admitted_without_a_table() -> None:
-    ranking = rank_samples(np.random.default_rng(0).normal(size=(135, 500)))
-    assert AdmittedPairs.of_stage(ranking, num_stages=5, stage=5).num_pairs == 135 * 124_750
-    assert AdmittedPairs.of_stage(ranking, num_stages=5, stage=1).num_pairs == 135 * 5050
+def test_weights_that_one_outlier_holds_alone_are_refused() -> None:
+    scores = np.zeros((400, 300)) + np.arange(300) * 1e-9
+    scores[0, 0] = 1e9
+    admitted = AdmittedPairs(rank_samples(scores), 1, 1)
+    accept = ACCEPTS["score_gap"](admitted, admitted)
+    with pytest.raises(
+        ValueError, match=r"stage 1: \d+ of 20 weighted draws found no pair in 10000 attempts, .*outlying"
+    ):
+        draw_pairs(admitted, 20, seed=0, stage=1, accept=accept)
 
 
 @pytest.mark.parametrize(
@@ -171,31 +123,11 @@ def test_sorted_from_easy_to_hard() -> None:
     assert rows(sort_by_difficulty(pairs)) == [rows(pairs)[index] for index in in_order]
 
 
-@pytest.mark.parametrize(
-    "scores", [np.ones((3, 6)), np.full((3, 6), np.nan), np.zeros((0, 6)), np.linspace(0, 0.05, 6)[None]]
-)
-def test_a_stage_without_pairs_says_why(scores: np.ndarray) -> None:
-    admitted = AdmittedPairs.of_stage(rank_samples(scores), num_stages=5, stage=2, min_score_gap=0.1)
-    assert admitted.num_pairs == admitted.num_prompts == len(admitted.all()) == 0
-    with pytest.raises(
-        ValueError, match=r"stage 2 admits no pair: .* `min_score_gap` is 0\.1, .*; lower `min_score_gap`, or"
-    ):
-        draw_pairs(admitted, 4, seed=0, stage=2)
-
-
 def test_wrong_values_are_refused() -> None:
-    ranking = rank_samples(np.arange(6.0)[None])
-    admitted = AdmittedPairs(ranking, 1, 5)
-    with pytest.raises(ValueError, match="`min_gap` must be >= 1, got 0"):
-        AdmittedPairs(ranking, 0, 5)
-    for min_score_gap in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match="`min_score_gap` must be >= 0, got"):
-            AdmittedPairs(ranking, 1, 5, min_score_gap=min_score_gap)
-    with pytest.raises(ValueError, match="`num_stages` is 6, but 6 images per prompt have only 5 rank gaps"):
-        AdmittedPairs.of_stage(ranking, num_stages=6, stage=1)
-    with pytest.raises(ValueError, match=r"`index` must be in 0\.\.14, got 3\.\.15"):
-        admitted.at(np.array([3, 15]))
+    admitted = AdmittedPairs(rank_samples(np.arange(6.0)[None]))
     with pytest.raises(ValueError, match="`num_draws` must be >= 0, got -1"):
         draw_pairs(admitted, -1, seed=0, stage=1)
+    with pytest.raises(ValueError, match="stage 4 has no pair to draw from"):
+        draw_pairs(AdmittedPairs(rank_samples(np.zeros((2, 3)))), 1, seed=0, stage=4)
     with pytest.raises(ValueError, match=r"`probability` must be in 0\.\.1, got 1.5"):
         swap_labels(admitted.all(), 1.5, seed=0, stage=1)

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from cdpo_ray.errors import ModelError
-from cdpo_ray.models import FAMILIES, load_model
+from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.models.stable_diffusion import StableDiffusion
 
@@ -132,10 +132,6 @@ def test_training_goes_without_the_decoder(tiny_sd15: Path) -> None:
 def test_the_type_asked_for_is_that_of_the_weights(tiny_sd15: Path) -> None:
     model = load_model("stable_diffusion", path=str(tiny_sd15), dtype="bfloat16", device="cpu", for_training=True)
     assert {parameter.dtype for parameter in model.denoiser.parameters()} == {torch.bfloat16}
-
-
-def test_each_family_can_be_imported() -> None:
-    assert {"stable_diffusion": f"{StableDiffusion.__module__}:{StableDiffusion.__name__}"} == FAMILIES
 
 
 def test_a_missing_folder_is_a_model_error(tmp_path: Path) -> None:

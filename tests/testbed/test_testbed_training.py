@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cdpo_ray.testbed.clip import load_clip
+from cdpo_ray.testbed.consistency import load_consistency_pipeline
 from cdpo_ray.testbed.scenes import all_scenes, is_heldout, parse_caption
 from cdpo_ray.testbed.training.__main__ import main
 from cdpo_ray.testbed.training.contrasts import CONTRASTS, train_contrasts
@@ -80,12 +81,17 @@ def test_binned_errors_of_all_timesteps_come_to_weigh_the_same() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # starts four processes, each of which loads torch and diffusers
 def test_the_training_runs_from_nothing_to_loadable_weights_and_their_card(tmp_path: Path) -> None:
-    few = ["--autoencoder-updates=2", "--dual-encoder-updates=2", "--denoiser-updates=2"]
+    few = ["--autoencoder-updates=2", "--dual-encoder-updates=2", "--denoiser-updates=2", "--consistency-updates=2"]
     small = ["--num-scenes=64", "--num-eval-prompts=2", "--num-eval-scenes=10"]
     main(["--out", str(tmp_path), *few, *small])
     assert "| denoiser | 0 | 2 | 128 |" in (tmp_path / "README.md").read_text()
-    assert str(tmp_path) not in (tmp_path / "pipeline" / "vae" / "config.json").read_text()
+    assert "| consistency | 0 | 2 | 128 |" in (tmp_path / "README.md").read_text()
+    for model_dir in (tmp_path / "pipeline" / "vae", tmp_path / "consistency" / "unet"):
+        assert str(tmp_path) not in (model_dir / "config.json").read_text()
     images = generate(load_pipeline(tmp_path / "pipeline"), [PROMPT], guidance_scale=1.0, seed=0)
+    assert images.shape == (1, 3, 32, 32)
+    distilled = load_consistency_pipeline(pipeline_dir=tmp_path / "pipeline", consistency_dir=tmp_path / "consistency")
+    images = generate(distilled, [PROMPT], guidance_scale=3.0, seed=0, num_denoising_steps=2)
     assert images.shape == (1, 3, 32, 32)
     model, tokenizer, *_ = load_clip(tmp_path / "clip")
     assert model.encode_text(tokenizer([PROMPT])).shape == (1, 128)

@@ -1,17 +1,24 @@
 """The staged loop with a real DeepSpeed engine, one worker, no Ray."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from cdpo_ray.curriculum.capacity import Capacity
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models import load_model
+from cdpo_ray.models.seeds import generator_at
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import load_training, save_training, start_engine
 from cdpo_ray.training.job import LoraJob, Optimization
@@ -21,6 +28,9 @@ from cdpo_ray.training.policy import make_policy
 from cdpo_ray.training.update import METRICS
 
 pytestmark = pytest.mark.slow
+
+LORA = LoraJob(2, 2, ("to_q",))
+GROWING = LoraJob(2, 2, ("to_v",), (Capacity(1, Fraction(1, 2)), Capacity(2, Fraction(1))))
 
 OPTIMIZATION = Optimization(
     learning_rate=1e-3,
@@ -48,11 +58,10 @@ def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 class Training:
     """One engine on a tiny net, and what it is fed: two stages of three updates."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, lora: LoraJob = LORA, *, worker_rank: int = 0, num_workers: int = 1) -> None:
         self.model = load_model("stable_diffusion", path=str(folder), device="cpu", for_training=True)
-        lora = LoraJob(2, 2, ("to_q",))
         self.policy = make_policy(self.model, lora, start_dir=None, reference_is_start=False, seed=0)
-        self.engine = start_engine(self.model.denoiser, self.policy.trainable, OPTIMIZATION, num_workers=1)
+        self.engine = start_engine(self.model.denoiser, self.policy.trainable, OPTIMIZATION, num_workers=num_workers)
         numbers = torch.Generator().manual_seed(0)
         bank = SampleBank(
             torch.randn(2, 3, 4, 8, 8, generator=numbers),
@@ -60,7 +69,14 @@ class Training:
             np.arange(2),
         )
         self.feed = Feed(
-            bank, self.model.draw_times, {"prompt_embedding": torch.zeros(1, 77, 32)}, 0.5, 7, 0, 1, OPTIMIZATION
+            bank,
+            self.model.draw_times,
+            {"prompt_embedding": torch.zeros(1, 77, 32)},
+            0.5,
+            7,
+            worker_rank,
+            num_workers,
+            OPTIMIZATION,
         )
         draws = np.random.default_rng(0).integers(0, 2, 6)
         self.stages = [StagePairs(stage, draws, np.zeros(6, int), np.full(6, stage)) for stage in (1, 2)]
@@ -73,7 +89,7 @@ class Training:
             self.model,
             self.policy.reference,
             stop_after or len(self.stages),
-            lambda stage: self.stages[stage - 1],
+            self.begin_stage,
             self.feed,
             state,
             preference_loss=partial(preference_loss, beta=beta),
@@ -82,22 +98,41 @@ class Training:
         )
         return states[-1]
 
+    def begin_stage(self, stage: int) -> StagePairs:
+        self.policy.begin_stage(stage)
+        return self.stages[stage - 1]
+
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in get_peft_model_state_dict(self.model.denoiser).items()}
 
 
-def test_training_taken_up_after_a_stage_ends_with_the_very_same_weights(tiny_sd15: Path, tmp_path: Path) -> None:
-    whole = Training(tiny_sd15)
+@pytest.mark.parametrize("lora", [LORA, GROWING], ids=["constant", "growing"])
+def test_training_taken_up_after_a_stage_ends_with_the_very_same_weights(
+    tiny_sd15: Path, tmp_path: Path, lora: LoraJob
+) -> None:
+    whole = Training(tiny_sd15, lora)
     expected = whole.walk(TrainingState())
-    first = Training(tiny_sd15)
+    first = Training(tiny_sd15, lora)
     state = first.walk(TrainingState(), stop_after=1)
     save_training(first.engine, tmp_path, {"state": asdict(state)})
-    second = Training(tiny_sd15)
+    second = Training(tiny_sd15, lora)
     second.walk(TrainingState(), stop_after=1)  # weights and optimizer that the checkpoint must replace
     resumed = second.walk(TrainingState(**load_training(second.engine, tmp_path)["state"]))
     assert resumed == expected
     assert all(torch.equal(value, whole.weights()[name]) for name, value in second.weights().items())
     assert second.num_updates[-1] == 6
+
+
+def test_a_growing_lora_learns_from_stage_to_stage_what_it_is_allowed_to(tiny_sd15: Path) -> None:
+    training = Training(tiny_sd15, GROWING)
+    state = training.walk(TrainingState(), stop_after=1)
+    first = training.weights()
+    training.walk(state)
+    second = training.weights()
+    for name in (name for name in first if "lora_B" in name):
+        assert first[name][:, 1:].abs().max() == 0
+        assert (first[name].abs().max() > 0) == ("up_blocks" not in name)
+        assert second[name].abs().amax(dim=0).min() > 0
 
 
 def test_every_stage_is_served_and_every_update_recorded(tiny_sd15: Path) -> None:
@@ -132,3 +167,38 @@ def test_loss_that_is_not_finite_stops_and_names_the_update(tiny_sd15: Path) -> 
     training.feed.bank.latents[:, 2] = float("nan")  # what stage 2 rejects
     with pytest.raises(TrainingError, match=r"update 4 \(stage 2\) is not finite"):
         training.walk(TrainingState())
+
+
+def walk_as_one_of_two(rank: int, folder: Path, model_dir: Path) -> None:
+    """Train in a group of two; write the noise of every launch, as it is used, beside the number of updates done."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    training = Training(model_dir, worker_rank=rank, num_workers=2)
+    used: list[Tensor] = []
+    pose = training.model.denoising_task
+
+    def posed(*given: Any) -> Any:
+        used.append(given[-1][0])
+        return pose(*given)
+
+    training.model.denoising_task = posed  # type: ignore[method-assign]
+    training.walk(TrainingState())
+    assert training.num_updates == [1, 2, 3, 4, 5, 6]
+    save_file({str(launch): noise.contiguous() for launch, noise in enumerate(used)}, folder / f"{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def test_with_two_workers_and_prefetching_each_is_served_its_draws_of_the_same_stage_at_every_update(
+    tiny_sd15: Path, tmp_path: Path
+) -> None:
+    torch.multiprocessing.spawn(walk_as_one_of_two, (tmp_path, tiny_sd15), nprocs=2)  # type: ignore[attr-defined]
+    for rank in (0, 1):
+        used = load_file(tmp_path / f"{rank}.safetensors")
+        assert len(used) == 6
+        for update in range(6):
+            stage, draw = 1 + update // 3, 2 * (update % 3) + rank
+            generator = generator_at(7, "training", stage, draw)
+            torch.randint(1000, (), generator=generator)  # the timestep
+            torch.rand((), generator=generator)  # whether the prompt is emptied
+            assert torch.equal(used[str(update)], torch.randn(4, 8, 8, generator=generator)), (rank, update)

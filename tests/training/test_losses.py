@@ -1,13 +1,16 @@
-"""The Diffusion-DPO loss against its closed form in float64."""
+"""Each loss against its closed form in float64."""
 
 import math
+from collections.abc import Callable
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from cdpo_ray.training.losses import kappa, preference_loss
+from cdpo_ray.config import TrainingSection
+from cdpo_ray.training.losses import LOSSES, kappa, preference_loss
 
 
 def errors(seed: int, pairs: int = 64) -> list[Tensor]:
@@ -75,3 +78,85 @@ def test_a_beta_that_is_not_positive_is_refused(beta: float) -> None:
 
 def test_kappa_is_half_of_beta() -> None:
     assert kappa(5000) == 2500
+
+
+def margins(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+GRID = margins([-30.0, -3.0, -0.5, 0.0, 0.25, 0.5, 1.0, 4.0, 30.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("dpo", {}, lambda m: math.log1p(math.exp(-m)) if m > -20 else -m),
+        ("ipo", {}, lambda m: m * m - m + 0.25),
+        ("hinge", {}, lambda m: 1 - m if m < 1 else 0.0),
+        (
+            "robust",
+            {"label_smoothing": 0.2},
+            lambda m: (0.8 * math.log1p(math.exp(-m)) - 0.2 * math.log1p(math.exp(m))) / 0.6,
+        ),
+    ],
+)
+def test_each_loss_is_its_closed_form(name: str, options: dict[str, float], expected: Callable[[float], float]) -> None:
+    zero = torch.zeros_like(GRID)
+    loss, margin = preference_loss(-GRID, zero, zero, zero, beta=2, loss=name, **options)  # kappa 1: the margin is GRID
+    assert torch.equal(margin, GRID)
+    assert loss.tolist() == pytest.approx([expected(m) for m in GRID.tolist()], rel=1e-9, abs=1e-9)
+
+
+def test_ipos_published_form_is_the_loss_over_beta_squared() -> None:
+    """``(h - 1/(2 beta))^2`` with the log-ratio difference ``h``, half the errors' difference."""
+    given, beta = errors(3), 40.0
+    policy_w, policy_l, reference_w, reference_l = (error.double() for error in given)
+    h = -((policy_w - reference_w) - (policy_l - reference_l)) / 2
+    published = (h - 1 / (2 * beta)) ** 2
+    loss, _ = preference_loss(*(error.double() for error in given), beta=beta, loss="ipo")
+    torch.testing.assert_close(loss / beta**2, published, rtol=1e-9, atol=1e-12)
+
+
+def test_the_robust_loss_is_dpos_in_expectation_over_swapped_labels() -> None:
+    """With a share of labels swapped, its mean is what DPO's would be on the true ones: it is unbiased."""
+    share, zero = 0.3, torch.zeros_like(GRID)
+    given = (-GRID, zero, zero, zero)
+    swapped = (zero, -GRID, zero, zero)
+    smoothing = {"beta": 2, "loss": "robust", "label_smoothing": share}
+    mean = (1 - share) * preference_loss(*given, **smoothing)[0] + share * preference_loss(*swapped, **smoothing)[0]
+    torch.testing.assert_close(mean, preference_loss(*given, beta=2)[0], rtol=1e-9, atol=1e-9)
+
+
+def test_sft_is_the_chosens_error_alone_and_keeps_the_margin_to_look_at() -> None:
+    given = errors(4)
+    loss, margin = preference_loss(*given, beta=7, loss="sft")
+    assert torch.equal(loss, given[0])
+    assert torch.equal(margin, preference_loss(*given, beta=7)[1])
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "hinge"])
+def test_an_sft_mix_adds_kappa_times_the_chosens_error(name: str) -> None:
+    given = errors(5)
+    alone, mixed = (preference_loss(*given, beta=30, loss=name, sft_weight=weight)[0] for weight in (0.0, 0.1))
+    torch.testing.assert_close(mixed - alone, 0.1 * 15 * given[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "hinge", "robust"])
+def test_every_loss_first_pulls_the_chosens_error_down_and_pushes_the_rejecteds_up(name: str) -> None:
+    error_w, error_l, *_ = errors(1)
+    policy_w, policy_l = error_w.clone().requires_grad_(), error_l.clone().requires_grad_()
+    options = {"label_smoothing": 0.1} if name == "robust" else {}
+    preference_loss(policy_w, policy_l, error_w, error_l, beta=100, loss=name, **options)[0].sum().backward()
+    slope = {"dpo": 25.0, "ipo": 50.0, "hinge": 50.0, "robust": 31.25}[name]  # kappa 50 times -d loss/d margin at 0
+    torch.testing.assert_close(policy_w.grad, torch.full((64,), slope))
+    torch.testing.assert_close(policy_l.grad, torch.full((64,), -slope))
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.5, 0.7])
+def test_a_label_smoothing_that_leaves_no_majority_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=rf"`label_smoothing` must be in 0 <= e < 0.5, got {share}"):
+        preference_loss(*errors(0), beta=1, loss="robust", label_smoothing=share)
+
+
+def test_the_losses_of_the_config_are_those_that_exist() -> None:
+    assert {*LOSSES, "sft"} == set(get_args(TrainingSection.model_fields["loss"].annotation))

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from cdpo_ray.testbed.training.autoencoder import train_autoencoder
 from cdpo_ray.testbed.training.card import write_card
+from cdpo_ray.testbed.training.consistency import train_consistency
 from cdpo_ray.testbed.training.denoiser import train_denoiser
 from cdpo_ray.testbed.training.dual_encoder import train_dual_encoder
 from cdpo_ray.testbed.training.measure import NUM_SCENES, measure
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Autoencoder and dual encoder side by side, then the denoiser in two processes: never more than two at a time."""
+    """Autoencoder and dual encoder side by side, then the denoiser in two processes, then its consistency model."""
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     common = {"num_scenes": options.num_scenes, "seed": options.seed}
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         for part in parts:
             part.result()
     train_denoiser(options.out, num_updates=options.denoiser_updates, **common)
+    train_consistency(options.out, num_updates=options.consistency_updates, **common)
     measure(options.out, num_prompts=options.num_eval_prompts, num_scenes=options.num_eval_scenes)
     write_card(options.out)
 
@@ -32,11 +34,12 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The defaults are those of the weights in the repository; lower them for a smoke test."""
     parser = argparse.ArgumentParser(prog="python -m cdpo_ray.testbed.training", description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write pipeline/, clip/ and README.md to")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the weights and README.md to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencoder-updates", type=int, default=1800)
     parser.add_argument("--dual-encoder-updates", type=int, default=1500)
     parser.add_argument("--denoiser-updates", type=int, default=2000)
+    parser.add_argument("--consistency-updates", type=int, default=225)
     parser.add_argument("--num-scenes", type=int, default=24000, help="scenes to draw for each part's training")
     parser.add_argument("--num-eval-prompts", type=int, default=96)
     parser.add_argument("--num-eval-scenes", type=int, default=NUM_SCENES)

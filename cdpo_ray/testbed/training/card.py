@@ -4,17 +4,26 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.testbed.scenes import all_scenes, is_heldout
+from cdpo_ray.testbed.training.consistency import MAX_GUIDANCE, MIN_GUIDANCE
 from cdpo_ray.testbed.training.figures import load_figures
-from cdpo_ray.testbed.training.measure import EVALUATION_SEED, NUM_DENOISING_STEPS
+from cdpo_ray.testbed.training.measure import (
+    CONSISTENCY_SAMPLERS,
+    EVALUATION_SEED,
+    NUM_DENOISING_STEPS,
+)
 
+PARTS = ("autoencoder", "denoiser", "consistency", "dual_encoder")
 CARD = """# Weights of the testbed
 
-A latent diffusion pipeline and a dual encoder for captioned 32x32 scenes, trained from scratch for tests and
-experiments of this project. They know nothing but that world: coloured shapes at named places on plain backgrounds.
-Trained, measured and described by the parts of `cdpo_ray.testbed.training`; `python -m cdpo_ray.testbed.training
---out DIR` runs them all again.
+A latent diffusion pipeline, a consistency model distilled from it and a dual encoder for captioned 32x32 scenes,
+trained from scratch for tests and experiments of this project. They know nothing but that world: coloured shapes at
+named places on plain backgrounds. Trained, measured and described by the parts of `cdpo_ray.testbed.training`;
+`python -m cdpo_ray.testbed.training --out DIR` runs them all again.
 
 - `pipeline/`: loads with `diffusers.StableDiffusionPipeline.from_pretrained`; fp16, {pipeline_megabytes:.1f} MB.
+- `consistency/`: loads with `cdpo_ray.testbed.consistency.load_consistency_pipeline` as a
+  `diffusers.LatentConsistencyModelPipeline`, with the autoencoder and the text encoder of `pipeline/`; distilled for a
+  `guidance_scale` from {min_guidance_scale:g} to {max_guidance_scale:g}; fp16, {consistency_megabytes:.1f} MB.
 - `clip/`: loads with `cdpo_ray.testbed.clip.load_clip` (open_clip); fp16, {clip_megabytes:.1f} MB.
 - `figures/`: the numbers of this card.
 
@@ -46,6 +55,13 @@ that hold. Chance: the same images judged by another's prompt.
 |---|---|---|---|
 {pipeline_rows}
 
+Consistency model: the same prompts and first noises, by the scheduler it comes with. Rows that differ in the guidance
+alone show how far it heeds it.
+
+| | strict | attr | soft |
+|---|---|---|---|
+{consistency_rows}
+
 Dual encoder: share of true renders whose own caption scores above one that is wrong in one respect (chance: 50 %).
 
 | wrong in | right choices |
@@ -58,9 +74,12 @@ def write_card(weights_dir: Path) -> None:
     """Write ``README.md`` from the saved figures."""
     measured = load_figures(weights_dir, "measured")
     heldout = [is_heldout(scene) for scene in all_scenes()]
-    trained = {part: load_figures(weights_dir, part) for part in ("autoencoder", "denoiser", "dual_encoder")}
+    trained = {part: load_figures(weights_dir, part) for part in PARTS}
     text = CARD.format(
         pipeline_megabytes=folder_bytes(weights_dir / "pipeline") / 1e6,
+        min_guidance_scale=MIN_GUIDANCE + 1,
+        max_guidance_scale=MAX_GUIDANCE + 1,
+        consistency_megabytes=folder_bytes(weights_dir / "consistency") / 1e6,
         clip_megabytes=folder_bytes(weights_dir / "clip") / 1e6,
         num_captions=len(heldout),
         num_heldout=sum(heldout),
@@ -80,6 +99,12 @@ def write_card(weights_dir: Path) -> None:
                 ("guidance 3", "guidance_3"),
                 ("chance, guidance 3", "chance_3"),
             )
+        ),
+        consistency_rows="\n".join(
+            _score_row(
+                f"steps {steps}, guidance {scale:g}", measured["consistency"][f"steps_{steps}_guidance_{scale:g}"]
+            )
+            for steps, scale in CONSISTENCY_SAMPLERS
         ),
         clip_rows="\n".join(f"| {name} | {share:.1%} |" for name, share in measured["clip"].items()),
     )

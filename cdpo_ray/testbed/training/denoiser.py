@@ -108,9 +108,8 @@ def encode_pool(pool: Pool, vae: AutoencoderKL) -> Tensor:
 
 
 @torch.no_grad()
-def move_average(average: Iterable[Tensor], current: Iterable[Tensor], update: int) -> None:
-    """Exponential moving average of the weights, with a shorter memory at the start."""
-    decay = min(EMA_DECAY, (1 + update) / (10 + update))
+def move_average(average: Iterable[Tensor], current: Iterable[Tensor], decay: float) -> None:
+    """Exponential moving average of the weights, in place."""
     torch._foreach_lerp_(list(average), list(current), 1 - decay)
 
 
@@ -176,7 +175,8 @@ def _train_worker(
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        move_average(average.parameters(), denoiser.parameters(), update)
+        decay = min(EMA_DECAY, (1 + update) / (10 + update))  # a shorter memory at the start
+        move_average(average.parameters(), denoiser.parameters(), decay)
         if update % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
         if worker_rank == 0 and (update + 1) % save_every == 0:

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, LatentConsistencyModelPipeline, StableDiffusionPipeline
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cdpo_ray.testbed.clip import load_clip, to_pixels
+from cdpo_ray.testbed.consistency import load_consistency_pipeline
 from cdpo_ray.testbed.oracle import judge
 from cdpo_ray.testbed.scenes import Scene, caption, render, sample_scene, scene_prompts
 from cdpo_ray.testbed.training.contrasts import CONTRASTS
@@ -20,6 +21,7 @@ IMAGES_PER_PROMPT = 4
 PROMPTS_PER_BATCH = 32
 NUM_DENOISING_STEPS = 10
 GUIDANCE_SCALES = (1.0, 3.0)  # one is none
+CONSISTENCY_SAMPLERS = ((1, 3.0), (2, 2.0), (2, 3.0), (2, 4.0), (4, 3.0), (8, 3.0))  # denoising steps, guidance scale
 EVALUATION_SEED = 1000
 
 Images = NDArray[np.uint8]
@@ -45,16 +47,23 @@ def load_pipeline(pipeline_dir: Path) -> StableDiffusionPipeline:
 
 
 def generate(
-    pipeline: StableDiffusionPipeline, prompts: list[str], *, guidance_scale: float, seed: int
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    *,
+    guidance_scale: float,
+    seed: int,
+    num_denoising_steps: int = NUM_DENOISING_STEPS,
 ) -> NDArray[np.uint8]:
-    """One image a prompt, ``[prompt, 3, 32, 32]``, by ``NUM_DENOISING_STEPS`` DDIM steps from noises of ``seed``."""
-    noises = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    """One image a prompt, ``[prompt, 3, 32, 32]``, by the pipeline's own scheduler from noises of ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    noises = torch.randn(len(prompts), 4, 8, 8, generator=generator)
     batches = range(0, len(prompts), PROMPTS_PER_BATCH)
     images = [
         pipeline(
             prompts[start : start + PROMPTS_PER_BATCH],
-            num_inference_steps=NUM_DENOISING_STEPS,
+            num_inference_steps=num_denoising_steps,
             guidance_scale=guidance_scale,
+            generator=generator,
             latents=noises[start : start + PROMPTS_PER_BATCH],
             output_type="np",
         ).images
@@ -89,6 +98,16 @@ def measure_pipeline(pipeline: StableDiffusionPipeline, num_prompts: int) -> dic
     return figures
 
 
+def measure_consistency(pipeline: LatentConsistencyModelPipeline, num_prompts: int) -> dict[str, Any]:
+    """Mean oracle scores of each sampler, on the prompts of `measure_pipeline`."""
+    prompts = scene_prompts("heldout", num_prompts, EVALUATION_SEED) * IMAGES_PER_PROMPT
+    figures = {}
+    for steps, scale in CONSISTENCY_SAMPLERS:
+        images = generate(pipeline, prompts, guidance_scale=scale, seed=EVALUATION_SEED, num_denoising_steps=steps)
+        figures[f"steps_{steps}_guidance_{scale:g}"] = _means(judge(images, prompts))
+    return figures
+
+
 @torch.no_grad()
 def measure_clip(clip_dir: Path, scenes: list[Scene], images: Images, seed: int) -> dict[str, float]:
     """Share of renders whose own caption scores above one that is wrong in a single respect, for each respect."""
@@ -114,10 +133,15 @@ def measure(weights_dir: Path, *, num_prompts: int, num_scenes: int = NUM_SCENES
     torch.set_num_threads(1)
     torch.manual_seed(EVALUATION_SEED)
     pipeline = load_pipeline(weights_dir / "pipeline")
+    consistency_pipeline = load_consistency_pipeline(
+        pipeline_dir=weights_dir / "pipeline", consistency_dir=weights_dir / "consistency"
+    )
+    consistency_pipeline.set_progress_bar_config(disable=True)
     scenes, images = heldout_renders(num_scenes, EVALUATION_SEED)
     figures = {
         "autoencoder": measure_autoencoder(pipeline.vae, scenes, images),
         "pipeline": measure_pipeline(pipeline, num_prompts),
+        "consistency": measure_consistency(consistency_pipeline, num_prompts),
         "clip": measure_clip(weights_dir / "clip", scenes, images, EVALUATION_SEED),
     }
     save_figures(weights_dir, "measured", figures)

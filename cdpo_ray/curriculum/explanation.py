@@ -1,0 +1,113 @@
+"""Stages -> what each holds, in numbers, as a table and as a picture."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from cdpo_ray.chart_style import BLUE, GREY, STYLE
+from cdpo_ray.curriculum.pairs import PairBatch, PairSet
+
+NUM_BINS = 100
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def describe_stage(
+    stage: int, levels: tuple[int, int], admitted: PairSet, drawn: PairBatch, *, largest_score_gap: float
+) -> dict[str, Any]:
+    """What a stage admits and draws, as plain values.
+
+    Args:
+        levels: first and last level of difficulty it draws from.
+        largest_score_gap: of any pair of the run, so that all stages share their bins.
+    """
+    extent = admitted.extent
+    counts, edges = np.histogram(drawn.score_gap, NUM_BINS, (0, largest_score_gap))
+    return {
+        "stage": stage,
+        "levels": list(levels),
+        "min_rank_gap": extent.min_rank_gap,
+        "max_rank_gap": extent.max_rank_gap,
+        "min_score_gap": extent.min_score_gap,
+        "max_score_gap": extent.max_score_gap,
+        "num_candidate_pairs": admitted.num_pairs,
+        "num_drawn_pairs": len(drawn),
+        "num_distinct_pairs": len(np.unique(drawn.identity(admitted.ranking.num_samples))),
+        "num_prompts": admitted.num_prompts,
+        "num_prompts_drawn": len(np.unique(drawn.prompt)),
+        "num_prompts_of_run": len(extent.pairs_per_prompt),
+        "drawn_by_rank_gap": {str(gap): count for gap, count in sorted(Counter(drawn.rank_gap.tolist()).items())},
+        "score_gap_quantiles": dict(zip(map(str, QUANTILES), np.quantile(drawn.score_gap, QUANTILES), strict=True)),
+        "score_gap_edges": edges.tolist(),
+        "drawn_by_score_gap": counts.tolist(),
+    }
+
+
+def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
+    """A line a stage: gaps of its candidates, median score gap of its draws, how many of each, prompts drawn."""
+    rows = [
+        ("stage", "levels", "rank gaps", "score gaps", "median drawn", "candidates", "drawn", "distinct", "prompts")
+    ]
+    for stage in stages:
+        rows.append(
+            (
+                str(stage["stage"]),
+                _span(*stage["levels"]),
+                _span(stage["min_rank_gap"], stage["max_rank_gap"]),
+                _span(stage["min_score_gap"], stage["max_score_gap"]),
+                f"{stage['score_gap_quantiles']['0.5']:.4g}",
+                f"{stage['num_candidate_pairs']:,}",
+                f"{stage['num_drawn_pairs']:,}",
+                f"{stage['num_distinct_pairs']:,}",
+                f"{stage['num_prompts_drawn']:,} of {stage['num_prompts_of_run']:,}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def draw_stages(stages: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """A row of two charts a stage: drawn pairs by rank gap and by score gap, over what the stage admits; easy left."""
+    last_gap = max(stage["max_rank_gap"] for stage in stages)
+    rank_edges = np.arange(0.5, last_gap + 1.5)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.5, 1.1 + 1.05 * len(stages)), layout="constrained")
+        grid = figure.subplots(len(stages), 2, sharex="col", sharey="col", squeeze=False)
+        for (by_rank, by_score), stage in zip(grid, stages, strict=True):
+            counts = [stage["drawn_by_rank_gap"].get(str(gap), 0) for gap in range(1, last_gap + 1)]
+            _strip(by_rank, counts, rank_edges, stage["min_rank_gap"] - 0.5, stage["max_rank_gap"] + 0.5)
+            edges = np.array(stage["score_gap_edges"])
+            _strip(by_score, stage["drawn_by_score_gap"], edges, stage["min_score_gap"], stage["max_score_gap"])
+            by_rank.set_ylabel(f"stage {stage['stage']}", rotation=0, ha="right", va="center", weight="bold")
+            by_score.annotate(
+                f"{stage['num_candidate_pairs']:,} candidates\n{stage['num_drawn_pairs']:,} drawn,"
+                f" {stage['num_distinct_pairs']:,} distinct\n"
+                f"{stage['num_prompts_drawn']:,} of {stage['num_prompts_of_run']:,} prompts",
+                (1.02, 0.5), xycoords="axes fraction", va="center", fontsize=8, color=GREY,
+            )  # fmt: skip
+        by_rank.set_xlim(rank_edges[-1], rank_edges[0])
+        by_rank.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        by_rank.set_xlabel("rank gap (easy → hard)")
+        by_score.set_xlim(edges[-1], edges[0])
+        by_score.set_xlabel("score gap (easy → hard)")
+        grid[0, 0].set_title("drawn pairs by rank gap; shaded: admitted")
+        grid[0, 1].set_title("drawn pairs by score gap; shaded: admitted")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        figure.savefig(path, dpi=160)
+
+
+def _strip(axes: Axes, counts: Sequence[int], edges: Any, low: float, high: float) -> None:
+    axes.axvspan(low, high, color=BLUE, alpha=0.1, lw=0)
+    axes.stairs(counts, edges, fill=True, color=BLUE)
+    axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+    axes.grid(visible=False, axis="x")
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"

@@ -1,0 +1,143 @@
+"""Predictions of a diffusion model -> what its latent consistency model should say, and how far it is from that."""
+
+import torch
+from torch import Tensor
+
+from cdpo_ray.models.noising import PredictionType, add_noise, coefficients
+
+NUM_TIMESTEPS, GRID_STEP = 1000, 20
+SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
+HUBER_WIDTH = 0.001
+
+
+def grid_timesteps() -> Tensor:
+    """The 50 timesteps 19, 39, .., 999 that a latent consistency model is distilled and sampled at, ``[50]``.
+
+    Source: arXiv:2310.04378, section 4.3 (skipping k = 20 timesteps).
+    """
+    return torch.arange(GRID_STEP - 1, NUM_TIMESTEPS, GRID_STEP)
+
+
+def clean_and_noise(
+    noisy_latents: Tensor, prediction: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
+) -> tuple[Tensor, Tensor]:
+    """Split noisy latents into the clean latents and the noise that a prediction makes of them.
+
+    Args:
+        noisy_latents, prediction: ``[sample, channel, height, width]``.
+        alpha_bar: ``[sample]`` fp32, of the timestep of ``noisy_latents``; above 0 for a predicted noise.
+
+    Returns:
+        ``x0`` and ``eps``, fp32, with ``sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps = noisy_latents``.
+
+    Raises:
+        ValueError: for a prediction type other than noise and v.
+
+    Source: arXiv:2006.11239, equation 4 (epsilon); arXiv:2202.00512, section 4 (v).
+    """
+    signal, spread = coefficients(alpha_bar, noisy_latents)
+    noisy_latents, prediction = noisy_latents.float(), prediction.float()
+    if prediction_type == "epsilon":
+        return (noisy_latents - spread * prediction) / signal, prediction
+    if prediction_type == "v_prediction":
+        return signal * noisy_latents - spread * prediction, signal * prediction + spread * noisy_latents
+    raise ValueError(f"`prediction_type` must be 'epsilon' or 'v_prediction', got {prediction_type!r}")
+
+
+def guided(with_prompt: Tensor, without_prompt: Tensor, guidance: Tensor) -> Tensor:
+    """``a + w (a - b)``: a prediction led away from the one without prompt.
+
+    Clean latents and noise are affine in the prediction, so guiding it guides both. A pipeline's ``guidance_scale`` is
+    ``w + 1``.
+
+    Args:
+        with_prompt, without_prompt: ``[sample, channel, height, width]``.
+        guidance: ``w``, ``[sample]``; 0 is none.
+
+    Returns:
+        fp32, of the same shape.
+
+    Source: arXiv:2310.04378, equation 14; arXiv:2207.12598.
+    """
+    with_prompt, without_prompt = with_prompt.float(), without_prompt.float()
+    return with_prompt + guidance.float()[:, None, None, None] * (with_prompt - without_prompt)
+
+
+def ddim_step(
+    noisy_latents: Tensor,
+    prediction: Tensor,
+    alpha_bar: Tensor,
+    next_alpha_bar: Tensor,
+    prediction_type: PredictionType,
+) -> Tensor:
+    """The sampler's deterministic step from one timestep to another: the clean latents and the noise mixed anew.
+
+    Args:
+        next_alpha_bar: ``[sample]`` fp32, of the timestep to step to; the others as in `clean_and_noise`.
+
+    Returns:
+        ``[sample, channel, height, width]`` fp32.
+
+    Source: arXiv:2010.02502, equation 12 with sigma = 0.
+    """
+    return add_noise(*clean_and_noise(noisy_latents, prediction, alpha_bar, prediction_type), next_alpha_bar)
+
+
+def boundary_scalings(timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """``c_skip = 0.25 / ((10 t)^2 + 0.25)`` and ``c_out = 10 t / sqrt((10 t)^2 + 0.25)``: 1 and 0 at ``t = 0``.
+
+    Args:
+        timestep: ``[sample]``, 0 to 999.
+
+    Returns:
+        ``[sample]`` fp32 each.
+
+    Source: arXiv:2310.04378, section 4.1 and the scaled timestep of its released code.
+    """
+    scaled = timestep.float() * TIMESTEP_SCALING
+    squared = scaled**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / squared, scaled / squared.sqrt()
+
+
+def consistency_function(noisy_latents: Tensor, clean_latents: Tensor, timestep: Tensor) -> Tensor:
+    """``f(z, t) = c_skip z + c_out x0``, which at ``t = 0`` is ``z``.
+
+    Args:
+        noisy_latents, clean_latents: ``[sample, channel, height, width]``; ``z`` and what the net makes of it.
+        timestep: ``[sample]``, 0 to 999.
+
+    Returns:
+        fp32, of the same shape.
+
+    Source: arXiv:2310.04378, equation 9.
+    """
+    c_skip, c_out = (scaling[:, None, None, None] for scaling in boundary_scalings(timestep))
+    return c_skip * noisy_latents.float() + c_out * clean_latents.float()
+
+
+def guidance_embedding(guidance: Tensor, num_channels: int) -> Tensor:
+    """Sines and cosines of ``1000 w`` at falling frequencies, by which the net is told of the guidance.
+
+    Args:
+        guidance: ``w``, ``[sample]``.
+        num_channels: even; 256 in published models.
+
+    Returns:
+        ``[sample, num_channels]`` fp32.
+
+    Source: arXiv:2310.04378, section 4.2; arXiv:1706.03762, section 3.5.
+    """
+    half = num_channels // 2
+    step = torch.log(torch.tensor(10000.0)) / (half - 1)
+    frequencies = torch.exp(torch.arange(half) * -step).to(guidance.device)
+    angles = (1000 * guidance.float())[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def pseudo_huber(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over channel, height and width of ``sqrt((a - b)^2 + c^2) - c``, ``c = 0.001``: ``[sample]`` fp32.
+
+    Source: arXiv:2310.14189, section 3.3, a value at a time as in the released distillation.
+    """
+    squares = (prediction.float() - target.float()) ** 2
+    return torch.mean((squares + HUBER_WIDTH**2).sqrt() - HUBER_WIDTH, dim=(1, 2, 3))

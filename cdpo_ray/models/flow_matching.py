@@ -1,0 +1,26 @@
+"""What the flow-matching families share: straight paths from data to noise, and their velocity as the target."""
+
+import torch
+from torch import Tensor
+
+from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, TextToImageModel, Times
+from cdpo_ray.models.noising import flow_interpolant, flow_velocity
+
+NUM_TIMESTEPS = 1000
+"""What the nets' time of 0..1 is multiplied by, as they were trained."""
+
+
+class FlowMatchingModel(TextToImageModel):
+    """A transformer trained by flow matching; `times` hold ``timestep``, 0 (data) to 1000 (noise), fp32."""
+
+    denoiser_name = "transformer"
+
+    def draw_times(self, generator: torch.Generator) -> Times:
+        """Logit-normal: the sigmoid of a standard normal number. Source: arXiv:2403.03206, section 3.1."""
+        return {"timestep": NUM_TIMESTEPS * torch.sigmoid(torch.randn((), generator=generator))}
+
+    def denoising_task(
+        self, reference: Net, latents: Tensor, conditioning: Conditioning, times: Times, noise: Tensor
+    ) -> DenoisingTask:
+        noisy_latents = flow_interpolant(latents, noise, times["timestep"] / NUM_TIMESTEPS)
+        return DenoisingTask(noisy_latents.to(self.dtype), times, conditioning, flow_velocity(latents, noise))

@@ -1,0 +1,175 @@
+"""The latent consistency family (LCM): few denoising steps, by a net distilled from a Stable Diffusion model."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from cdpo_ray.models.consistency import (
+    GRID_STEP,
+    clean_and_noise,
+    consistency_function,
+    ddim_step,
+    grid_timesteps,
+    guidance_embedding,
+    guided,
+    pseudo_huber,
+)
+from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, Times, cannot_be_loaded, uniform_between
+from cdpo_ray.models.noising import PredictionType, add_noise
+from cdpo_ray.models.seeds import generator_at
+from cdpo_ray.models.stable_diffusion import StableDiffusion
+from cdpo_ray.testbed import PIPELINE_DIR
+from cdpo_ray.testbed.consistency import load_consistency_pipeline
+
+
+class LatentConsistency(StableDiffusion):
+    """Trained to agree with the frozen reference one step of its teacher further on.
+
+    Four launches a batch of pairs: teacher, reference on the teacher's step, reference, policy.
+
+    Source: arXiv:2310.04378; arXiv:2405.13637 for preferences.
+    """
+
+    pipeline_class = LatentConsistencyModelPipeline
+    scheduler_class = LCMScheduler
+    guidance_range = (5.0, 15.0)
+    step_down: int = GRID_STEP
+    teacher: UNet2DConditionModel
+    teacher_prediction_type: PredictionType
+
+    def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
+        super().__init__(pipeline, dtype=dtype, device=device)
+        self.final_alpha_bar: Tensor = pipeline.scheduler.final_alpha_cumprod.to(device)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        teacher: Mapping[str, str] | None = None,
+        compile: bool = False,
+        for_training: bool = False,
+        **options: Any,
+    ) -> Self:
+        """As `TextToImageModel.load`.
+
+        Args:
+            teacher: ``path`` (``embedded``, a folder or a hub id) and ``revision`` of the Stable Diffusion model that
+                this one was distilled from; the embedded one by default. Its UNet is loaded for training only.
+        """
+        model = super().load(path, compile=compile, for_training=for_training, **options)
+        if for_training:
+            model.teacher, model.teacher_prediction_type = load_teacher(
+                **teacher or {"path": "embedded"}, dtype=model.dtype
+            )
+            model.teacher.to(model.device)
+            if model.device == "cuda":
+                model.teacher.to(memory_format=torch.channels_last)
+            if compile:
+                model.teacher.compile()
+        return model
+
+    @classmethod
+    def load_pipeline(cls, path: str, revision: str | None, dtype: torch.dtype, left_out: Mapping[str, None]) -> Any:
+        if path != "embedded":
+            return super().load_pipeline(path, revision, dtype, left_out)
+        pipeline = load_consistency_pipeline(dtype)
+        for name in left_out:
+            setattr(pipeline, name, None)
+        return pipeline
+
+    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        return {"prompt_embeds": conditioning["prompt_embedding"]}  # the net is told of the guidance by the pipeline
+
+    def sampler_generators(self, noise: Tensor) -> list[torch.Generator]:
+        """Seeded by each sample's first noise, so that an image stays a function of that noise alone.
+
+        The sampler adds fresh noise at every denoising step but the last.
+        """
+        return [generator_at("sampler", one.numpy().tobytes().hex()) for one in noise.float().cpu()]
+
+    def draw_times(self, generator: torch.Generator) -> Times:
+        """A timestep of the grid, and a guidance ``w``; a pipeline's ``guidance_scale`` is ``w + 1``."""
+        grid = grid_timesteps()
+        return {
+            "timestep": grid[torch.randint(len(grid), (), generator=generator)],
+            "guidance": uniform_between(self.guidance_range, generator),
+        }
+
+    def denoising_task(
+        self, reference: Net, latents: Tensor, conditioning: Conditioning, times: Times, noise: Tensor
+    ) -> DenoisingTask:
+        """The right answer is the reference's own, one step of the guided teacher further down.
+
+        From the last timestep of the grid, 19, the teacher steps to 0 and to the scheduler's ``final_alpha_cumprod``,
+        as DDIM does; there the consistency function is the identity, so the teacher's clean latents are the target.
+        """
+        timestep = times["timestep"]
+        alpha_bar = self.alphas_cumprod[timestep]
+        noisy_latents = add_noise(latents, noise, alpha_bar).to(self.dtype)
+        prediction = self._teacher_prediction(noisy_latents, conditioning, times)
+        next_timestep = (timestep - self.step_down).clamp(min=0)
+        next_alpha_bar = torch.where(
+            timestep < self.step_down, self.final_alpha_bar, self.alphas_cumprod[next_timestep]
+        )
+        next_latents = ddim_step(noisy_latents, prediction, alpha_bar, next_alpha_bar, self.teacher_prediction_type).to(
+            self.dtype
+        )
+        target = self._denoised(reference, next_latents, conditioning, {**times, "timestep": next_timestep})
+        return DenoisingTask(noisy_latents, times, conditioning, target)
+
+    def predict(self, denoiser: Net, task: DenoisingTask) -> Tensor:
+        return self._denoised(denoiser, task.noisy_latents, task.conditioning, task.times)
+
+    def error(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return pseudo_huber(prediction, target)
+
+    def _denoised(self, denoiser: Net, noisy_latents: Tensor, conditioning: Conditioning, times: Times) -> Tensor:
+        """The consistency function, fp32."""
+        timestep = times["timestep"]
+        told = guidance_embedding(times["guidance"], self.denoiser.config.time_cond_proj_dim)
+        prediction = denoiser(
+            noisy_latents,
+            timestep,
+            encoder_hidden_states=conditioning["prompt_embedding"],
+            timestep_cond=told.to(self.dtype),
+            return_dict=False,
+        )[0]
+        clean, _ = clean_and_noise(noisy_latents, prediction, self.alphas_cumprod[timestep], self.prediction_type)
+        return consistency_function(noisy_latents, clean, timestep)
+
+    @torch.no_grad()
+    def _teacher_prediction(self, noisy_latents: Tensor, conditioning: Conditioning, times: Times) -> Tensor:
+        """With and without the prompt in one launch, guided: fp32."""
+        told = conditioning["prompt_embedding"]
+        untold = self.empty_conditioning["prompt_embedding"].to(told.dtype).expand_as(told)
+        both = self.teacher(
+            torch.cat([noisy_latents, noisy_latents]),
+            torch.cat([times["timestep"], times["timestep"]]),
+            encoder_hidden_states=torch.cat([told, untold]),
+            return_dict=False,
+        )[0]
+        with_prompt, without_prompt = both.chunk(2)
+        return guided(with_prompt, without_prompt, times["guidance"])
+
+
+def load_teacher(
+    path: str, revision: str | None = None, *, dtype: torch.dtype
+) -> tuple[UNet2DConditionModel, PredictionType]:
+    """The frozen UNet of a Stable Diffusion model, and what it predicts.
+
+    Raises:
+        ModelError: nothing that can be loaded is there.
+    """
+    folder = PIPELINE_DIR if path == "embedded" else path
+    try:
+        unet = UNet2DConditionModel.from_pretrained(
+            folder, subfolder="unet", revision=revision, dtype=dtype, use_safetensors=True
+        )
+        scheduler = DDIMScheduler.load_config(folder, subfolder="scheduler", revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_be_loaded("model.teacher.path", path, revision, error) from None
+    return unet.requires_grad_(False).eval(), scheduler.get("prediction_type", "epsilon")

@@ -1,0 +1,48 @@
+"""The SD3 family (SD3, SD3.5): a flow-matching transformer with three text encoders."""
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from cdpo_ray.models.family import Conditioning, DenoisingTask, Net
+from cdpo_ray.models.flow_matching import FlowMatchingModel
+from cdpo_ray.models.stable_diffusion import tokens_cut
+from cdpo_ray.models.stable_diffusion_xl import pooled_arguments
+
+MAX_T5_TOKENS = 256
+
+
+class StableDiffusion3(FlowMatchingModel):
+    """Euler sampling by the model's own scheduler."""
+
+    pipeline_class = StableDiffusion3Pipeline
+    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
+        embeddings, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=MAX_T5_TOKENS,
+        )
+        longest_reader = self.pipeline.tokenizer_3 or self.pipeline.tokenizer
+        limit = MAX_T5_TOKENS if self.pipeline.tokenizer_3 else None
+        return {"prompt_embedding": embeddings, "pooled_embedding": pooled}, tokens_cut(longest_reader, prompts, limit)
+
+    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        return pooled_arguments(conditioning, self.empty_conditioning if guidance_scale > 1 else None)
+
+    def predict(self, denoiser: Net, task: DenoisingTask) -> Tensor:
+        prediction: Tensor = denoiser(
+            hidden_states=task.noisy_latents,
+            timestep=task.times["timestep"],
+            encoder_hidden_states=task.conditioning["prompt_embedding"],
+            pooled_projections=task.conditioning["pooled_embedding"],
+            return_dict=False,
+        )[0]
+        return prediction

@@ -1,0 +1,82 @@
+"""The SDXL family: a latent diffusion model with two text encoders, told of the image's size."""
+
+import functools
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from cdpo_ray.models.family import Conditioning, DenoisingTask, Net
+from cdpo_ray.models.stable_diffusion import StableDiffusion, tokens_cut
+
+
+class StableDiffusionXL(StableDiffusion):
+    """DDIM sampling, as Stable Diffusion; the net also sees a pooled embedding and the image's size."""
+
+    pipeline_class = StableDiffusionXLPipeline
+    text_encoders = ("text_encoder", "text_encoder_2")
+    load_options: ClassVar = {"add_watermarker": False}
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
+        embeddings, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, device=self.device, do_classifier_free_guidance=False
+        )
+        # Both encoders read the same words with the same limit.
+        return {"prompt_embedding": embeddings, "pooled_embedding": pooled}, tokens_cut(
+            self.pipeline.tokenizer, prompts
+        )
+
+    @functools.cached_property
+    def empty_conditioning(self) -> Conditioning:
+        """Of the empty prompt, as the model's own pipeline has it: zeros, where its configuration says so."""
+        encoded, _ = self.encode_prompts([""])
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            return {name: torch.zeros_like(value) for name, value in encoded.items()}
+        return encoded
+
+    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
+        return pooled_arguments(conditioning, self.empty_conditioning if guidance_scale > 1 else None)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """As in every family; a decoder that overflows in 16-bit floats runs in fp32."""
+        vae = self.pipeline.vae
+        if self.dtype == torch.float16 and vae.config.force_upcast:
+            vae.float()
+        return super().decode(latents)
+
+    def predict(self, denoiser: Net, task: DenoisingTask) -> Tensor:
+        prediction: Tensor = denoiser(
+            task.noisy_latents,
+            task.times["timestep"],
+            encoder_hidden_states=task.conditioning["prompt_embedding"],
+            added_cond_kwargs={
+                "text_embeds": task.conditioning["pooled_embedding"],
+                "time_ids": self.size_ids(task.noisy_latents),
+            },
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def size_ids(self, latents: Tensor) -> Tensor:
+        """``[sample, 6]``: the image's own size, uncropped, for which it was made. Source: arXiv:2307.01952."""
+        height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[-2:])
+        ids = torch.tensor([height, width, 0, 0, height, width], device=latents.device, dtype=latents.dtype)
+        return ids.expand(len(latents), -1)
+
+
+def pooled_arguments(conditioning: Conditioning, empty: Conditioning | None) -> dict[str, Any]:
+    """What a pipeline with pooled embeddings takes in place of prompts.
+
+    Args:
+        empty: one row, what guidance leads away from; none without guidance.
+    """
+    embeddings, pooled = conditioning["prompt_embedding"], conditioning["pooled_embedding"]
+    return {
+        "prompt_embeds": embeddings,
+        "pooled_prompt_embeds": pooled,
+        "negative_prompt_embeds": empty["prompt_embedding"].expand_as(embeddings) if empty else None,
+        "negative_pooled_prompt_embeds": empty["pooled_embedding"].expand_as(pooled) if empty else None,
+    }
