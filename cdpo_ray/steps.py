@@ -278,6 +278,7 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
         round=context.round,
         num_prompts=len(context.prompts.train),
         num_heldout=len(context.prompts.heldout),
+        curriculum=config.curriculum.sentence,
         training=run.manifest(TRAINING),
         metrics=json.loads((run.step(EVALUATION) / "metrics.json").read_text()) if run.has(EVALUATION) else None,
     )

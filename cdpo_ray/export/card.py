@@ -27,6 +27,7 @@ class RunFacts:
         settings: the whole configuration, as plain values.
         round: of how many, 1-based.
         num_prompts, num_heldout: prompts trained on, and judged on.
+        curriculum: what is shown and when, in words.
         training: manifest of `4-training`.
         metrics: content of `metrics.json`; none if the run was not evaluated.
     """
@@ -36,6 +37,7 @@ class RunFacts:
     round: int
     num_prompts: int
     num_heldout: int
+    curriculum: str
     training: Mapping[str, Any]
     metrics: Mapping[str, Any] | None
 
@@ -58,6 +60,7 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         is_lora=is_lora,
         denoiser_name=denoiser_name,
         model=settings["model"],
+        base_name="cdpo_ray:embedded" if settings["model"]["path"] == "embedded" else settings["model"]["path"],
         base=Markup(_loading_base(settings["model"])),
         call=Markup(_call(settings["generation"])),
         kohya_file=Markup(f"{facts.name}.safetensors"),

@@ -34,7 +34,7 @@ def card_of(
         "seed": 3,
         "created": "2026-01-01T00:00:00+00:00",
     }
-    facts = RunFacts("tuned", config.plain(), round_, 6, 4, training, metrics)
+    facts = RunFacts("tuned", config.plain(), round_, 6, 4, config.curriculum.sentence, training, metrics)
     return model_card(facts, format_name, denoiser_name)
 
 
@@ -110,6 +110,7 @@ def test_settings_are_resolved_and_kappa_is_half_of_beta() -> None:
     assert rows["rewards.jpeg_size.quality"] == ["55"]
     assert "beta 500, kappa = beta/2 = 250" in card
     assert "15 updates on 30 pairs" in card
+    assert "\npaper: easy\\_to\\_hard, cumulative; rank\\_gap, linear boundaries; uniform draws" in card
     assert "6 prompts of scenes, 4 images of each made and scored; 4 prompts of scenes were held out." in card
     assert "Scored by clip, jpeg\\_size; ranked by jpeg\\_size." in card
     assert "rewards.jpeg_size.quality" not in rows_of(card_of()), "a reward that was not used has no settings"
