@@ -58,11 +58,11 @@ class Setting:
 
     Attributes:
         stages: of the curriculum, cumulative; the updates are spread over them evenly.
-        easiest: only the first stage's pairs, throughout.
+        easiest: 1 takes the first stage's pairs throughout.
         timesteps: ``grid`` (all 50), ``sampler`` (the two that are sampled at), one (``499``) or some (``19-399``).
         gap: grid cells that the teacher steps down.
         guidance: of the teacher, which the net is told of; ``1-3`` is what it was distilled with.
-        normalised: divide errors by the reference's mean error at their timestep.
+        normalised: 1 divides errors by the reference's mean error at their timestep.
         labels: pairs by the ``scores``, by ``random`` numbers (the control), or with the worse as ``reversed`` chosen.
     """
 
@@ -72,11 +72,11 @@ class Setting:
     rank: int = 8
     lora: str = "attention"
     stages: int = 4
-    easiest: bool = False
+    easiest: int = 0
     timesteps: str = "grid"
     gap: int = 1
     guidance: str = "1-3"
-    normalised: bool = False
+    normalised: int = 0
     loss: str = "dpo"
     sft: float = 0.0
     labels: str = "scores"
@@ -84,12 +84,10 @@ class Setting:
 
     @classmethod
     def parse(cls, text: str) -> "Setting":
-        """``"beta=400 lr=1e-4 easiest=1"``."""
+        """``"beta=400 lr=1e-4 easiest=1"``; what is not said is the default."""
         types = {field.name: field.type for field in fields(cls)}
         given = dict(word.split("=") for word in shlex.split(text))
-        return cls(
-            **{key: bool(int(value)) if types[key] is bool else types[key](value) for key, value in given.items()}
-        )
+        return cls(**{key: types[key](value) for key, value in given.items()})
 
     def __str__(self) -> str:
         always = ("beta", "lr", "updates", "seed")

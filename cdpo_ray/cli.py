@@ -53,7 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verb == "export":
             command.add_argument("--format", choices=FORMATS, default="diffusers", help=FORMAT_HELP)
             command.add_argument("--out", type=Path, metavar="DIR", help="default: export/<format> of the run")
-    parser.set_defaults(explain=False)
     asked, after_options = parser.parse_known_args(arguments)
     if any(value.startswith("-") or "=" not in value for value in after_options):
         parser.error(f"unrecognized arguments: {' '.join(after_options)}")
@@ -84,7 +83,7 @@ def _do(asked: argparse.Namespace) -> None:
         print(export_trained(config, asked.format, asked.out))
     else:
         run_steps(config, [step for step in STEPS if step.verb == verb], verbose=asked.verbose)
-        if asked.explain:
+        if verb == "pairs" and asked.explain:
             print(explain_stages(config))
 
 

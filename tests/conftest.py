@@ -42,7 +42,7 @@ def embedded() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Family -> folder of its real architecture, narrow, with random weights; do not write into it."""
+    """Family (or `flux_schnell`) -> folder of its real architecture, narrow, random weights; do not write into it."""
     import tiny_models
 
     builders = {
@@ -51,6 +51,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         "latent_consistency": tiny_models.build_tiny_lcm,
         "stable_diffusion_3": tiny_models.build_tiny_sd3,
         "flux": tiny_models.build_tiny_flux,
+        "flux_schnell": functools.partial(tiny_models.build_tiny_flux, guidance_embeds=False),
     }
     folder = tmp_path_factory.mktemp("families")
     return functools.cache(lambda family: builders[family](folder / family))

@@ -36,6 +36,16 @@ def test_every_shipped_config_loads_from_the_repository_root(path: Path, monkeyp
     assert load_config(path).run.name
 
 
+@pytest.mark.parametrize("family", ["stable_diffusion_3", "flux"])
+def test_images_of_families_with_patches_are_whole_patches(family: str) -> None:
+    fits = ("model.family=" + family, f"model.path={PACKAGE}", "generation.height=1040")
+    assert load_config(QUICKSTART, fits).generation.height == 1040
+    assert refused(*fits, "generation.width=1032") == [
+        f"`generation.width` must be a multiple of 16 for the family '{family}', got 1032"
+    ]
+    assert load_config(QUICKSTART, ("generation.width=1032",)).generation.width == 1032
+
+
 def test_all_faults_are_told_at_once_in_the_words_of_the_design(tmp_path: Path) -> None:
     values = parse_yaml(QUICKSTART.read_text(), where="quickstart")
     del values["run"]["name"], values["evaluation"]["judges"]

@@ -72,7 +72,7 @@ def test_a_family_walks_the_whole_way_and_its_lora_makes_the_judged_images_in_th
     run: RunFolder = run_steps(config, STEPS)
     stock = DiffusionPipeline.from_pretrained(model["path"], dtype=torch.float32)
     if family == "stable_diffusion_xl":
-        stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+        stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config, clip_sample=False)
     stock.set_progress_bar_config(disable=True)
     rows = pq.read_table(run.step("5-evaluation") / "comparison.parquet").to_pylist()
     shape = (LATENT_CHANNELS[family], 8, 8)

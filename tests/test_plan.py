@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -103,6 +104,29 @@ def test_the_disk_is_what_the_models_latents_and_the_images_take(tiny_sd15: Path
     larger = f"model.path={tiny_sd15}", "generation.height=128", "generation.width=64", "generation.keep_images=false"
     plan = str(make_plan(config(*larger), PROMPTS))
     assert f"latents {48 * 4 * 16 * 8 * 4 / 1000:.3g} KB, images up to 0 B" in plan
+
+
+@pytest.mark.parametrize(
+    ("family", "channels", "side", "unit", "size"),
+    [
+        ("stable_diffusion_xl", 4, 8, "KB", 1e3),
+        ("stable_diffusion_3", 16, 8, "KB", 1e3),
+        ("flux", 16, 128, "MB", 1e6),
+    ],
+)
+def test_every_familys_folder_tells_its_latents(
+    tiny_models: Callable[[str], Path], family: str, channels: int, side: int, unit: str, size: float
+) -> None:
+    plan = str(make_plan(config(f"model.family={family}", f"model.path={tiny_models(family)}"), PROMPTS))
+    latents, images = 48 * channels * side * side * 4, 48 * (8 * side) ** 2 * 1.6
+    assert f"latents {latents / size:.3g} {unit}, images up to {images / size:.3g} {unit}" in plan
+
+
+def test_a_hub_model_of_16_latent_channels_is_counted_so() -> None:
+    hub = ("model.path=someone/some-model", "model.revision='0123456789abcdef0123456789abcdef01234567'")
+    for family, channels in (("stable_diffusion_xl", 4), ("stable_diffusion_3", 16), ("flux", 16)):
+        sized = (*hub, f"model.family={family}", "generation.height=1024", "generation.width=512")
+        assert f"latents {48 * channels * 128 * 64 * 4 / 1e6:.3g} MB" in str(make_plan(config(*sized), PROMPTS))
 
 
 def test_a_model_that_is_not_here_leaves_the_disk_open_until_its_size_is_given() -> None:

@@ -25,6 +25,9 @@ Conditioning = dict[str, Tensor]
 """What the text encoders made of prompts, a row a prompt (or a sample): ``prompt_embedding [row, token, channel]`` and,
 where the family has one, ``pooled_embedding [row, channel]``."""
 
+PIPELINE_NAMES = {"prompt_embedding": "prompt_embeds", "pooled_embedding": "pooled_prompt_embeds"}
+"""Conditioning -> the argument by which every pipeline takes it; after ``negative_``, what guidance leads away from."""
+
 Times = dict[str, Tensor]
 """What else a pair is trained at, a number a row: ``timestep`` and, where the net is told of it, ``guidance``."""
 
@@ -61,6 +64,8 @@ class TextToImageModel(ABC):
     denoiser_name: ClassVar[str] = "unet"
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     load_options: ClassVar[Mapping[str, Any]] = {}
+    embedded_dir: ClassVar[Path | None] = None
+    """Folder of the embedded world's model of this family, where it has one."""
     guidance_range: tuple[float, float] | None = None
     """Guidance that the net is told of in training, where it has an embedding of it; bounds of a uniform draw."""
 
@@ -112,25 +117,18 @@ class TextToImageModel(ABC):
         Raises:
             ModelError: nothing that can be loaded is there.
         """
-        folder = cls.embedded_pipeline() if path == "embedded" else path
+        folder = cls.embedded_dir if path == "embedded" else path
+        if folder is None:
+            raise ModelError(
+                f"`model.path` embedded: the embedded world has no model for {cls.pipeline_class.__name__};"
+                " use the family `stable_diffusion` or `latent_consistency`, or give a folder or a hub id"
+            )
         try:
             return cls.pipeline_class.from_pretrained(
                 folder, revision=revision, dtype=dtype, use_safetensors=True, **cls.load_options, **left_out
             )
         except (OSError, ValueError, KeyError) as error:
             raise cannot_be_loaded("model.path", path, revision, error) from None
-
-    @classmethod
-    def embedded_pipeline(cls) -> Path:
-        """Folder of the embedded world's model of this family.
-
-        Raises:
-            ModelError: the embedded world has none.
-        """
-        raise ModelError(
-            f"`model.path` embedded: the embedded world has no model of the family of {cls.pipeline_class.__name__};"
-            " use `stable_diffusion` or `latent_consistency`, or give a folder or a hub id"
-        )
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Channel, height and width of one sample's latents, for an image size in pixels (default: the model's own)."""
@@ -186,9 +184,13 @@ class TextToImageModel(ABC):
         """Of what the sampler adds on its way, a generator a sample; none where it adds nothing."""
         return None
 
-    @abstractmethod
     def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        """What the pipeline is called with in place of prompts."""
+        """What the pipeline is called with in place of prompts; with guidance, the empty prompt's too."""
+        arguments = {PIPELINE_NAMES[name]: value for name, value in conditioning.items()}
+        if guidance_scale > 1:
+            for name, value in conditioning.items():
+                arguments[f"negative_{PIPELINE_NAMES[name]}"] = self.empty_conditioning[name].expand_as(value)
+        return arguments
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

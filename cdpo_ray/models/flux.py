@@ -47,10 +47,7 @@ class Flux(FlowMatchingModel):
         return unpack(packed, *noise.shape[-2:])
 
     def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        return {
-            "prompt_embeds": conditioning["prompt_embedding"],
-            "pooled_prompt_embeds": conditioning["pooled_embedding"],
-        }
+        return super().pipeline_arguments(conditioning, guidance_scale=1)
 
     def pipeline_latents(self, noise: Tensor) -> Tensor:
         return pack(noise)

@@ -37,6 +37,7 @@ class LatentConsistency(StableDiffusion):
     scheduler_class = LCMScheduler
     guidance_range = (5.0, 15.0)
     step_down: int = GRID_STEP
+    """Timesteps between a question and where the teacher's step ends; published: one place of the grid."""
     teacher: UNet2DConditionModel
     teacher_prediction_type: PredictionType
 

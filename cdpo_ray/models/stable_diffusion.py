@@ -20,26 +20,19 @@ class StableDiffusion(TextToImageModel):
     pipeline_class = StableDiffusionPipeline
     scheduler_class: ClassVar = DDIMScheduler
     load_options: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    embedded_dir: ClassVar[Path | None] = PIPELINE_DIR
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
         super().__init__(pipeline, dtype=dtype, device=device)
-        pipeline.scheduler = self.scheduler_class.from_config(pipeline.scheduler.config)
+        # a sampler of another kind may not say that latents, which have no bounds, must not be clipped
+        pipeline.scheduler = self.scheduler_class.from_config(pipeline.scheduler.config, clip_sample=False)
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.to(device)
         self.prediction_type = pipeline.scheduler.config.prediction_type
-
-    @classmethod
-    def embedded_pipeline(cls) -> Path:
-        return PIPELINE_DIR
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
         embeddings, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embedding": embeddings}, tokens_cut(self.pipeline.tokenizer, prompts)
-
-    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        embeddings = conditioning["prompt_embedding"]
-        empty = self.empty_conditioning["prompt_embedding"].expand_as(embeddings) if guidance_scale > 1 else None
-        return {"prompt_embeds": embeddings, "negative_prompt_embeds": empty}
 
     def draw_times(self, generator: torch.Generator) -> Times:
         """Uniform over the 1000 timesteps."""

@@ -1,7 +1,5 @@
 """The SD3 family (SD3, SD3.5): a flow-matching transformer with three text encoders."""
 
-from typing import Any
-
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
@@ -9,7 +7,6 @@ from torch import Tensor
 from cdpo_ray.models.family import Conditioning, DenoisingTask, Net
 from cdpo_ray.models.flow_matching import FlowMatchingModel
 from cdpo_ray.models.stable_diffusion import tokens_cut
-from cdpo_ray.models.stable_diffusion_xl import pooled_arguments
 
 MAX_T5_TOKENS = 256
 
@@ -33,9 +30,6 @@ class StableDiffusion3(FlowMatchingModel):
         longest_reader = self.pipeline.tokenizer_3 or self.pipeline.tokenizer
         limit = MAX_T5_TOKENS if self.pipeline.tokenizer_3 else None
         return {"prompt_embedding": embeddings, "pooled_embedding": pooled}, tokens_cut(longest_reader, prompts, limit)
-
-    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        return pooled_arguments(conditioning, self.empty_conditioning if guidance_scale > 1 else None)
 
     def predict(self, denoiser: Net, task: DenoisingTask) -> Tensor:
         prediction: Tensor = denoiser(

@@ -1,7 +1,7 @@
 """The SDXL family: a latent diffusion model with two text encoders, told of the image's size."""
 
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -17,6 +17,7 @@ class StableDiffusionXL(StableDiffusion):
     pipeline_class = StableDiffusionXLPipeline
     text_encoders = ("text_encoder", "text_encoder_2")
     load_options: ClassVar = {"add_watermarker": False}
+    embedded_dir = None
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
@@ -35,9 +36,6 @@ class StableDiffusionXL(StableDiffusion):
         if self.pipeline.config.force_zeros_for_empty_prompt:
             return {name: torch.zeros_like(value) for name, value in encoded.items()}
         return encoded
-
-    def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        return pooled_arguments(conditioning, self.empty_conditioning if guidance_scale > 1 else None)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -65,18 +63,3 @@ class StableDiffusionXL(StableDiffusion):
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[-2:])
         ids = torch.tensor([height, width, 0, 0, height, width], device=latents.device, dtype=latents.dtype)
         return ids.expand(len(latents), -1)
-
-
-def pooled_arguments(conditioning: Conditioning, empty: Conditioning | None) -> dict[str, Any]:
-    """What a pipeline with pooled embeddings takes in place of prompts.
-
-    Args:
-        empty: one row, what guidance leads away from; none without guidance.
-    """
-    embeddings, pooled = conditioning["prompt_embedding"], conditioning["pooled_embedding"]
-    return {
-        "prompt_embeds": embeddings,
-        "pooled_prompt_embeds": pooled,
-        "negative_prompt_embeds": empty["prompt_embedding"].expand_as(embeddings) if empty else None,
-        "negative_pooled_prompt_embeds": empty["pooled_embedding"].expand_as(pooled) if empty else None,
-    }

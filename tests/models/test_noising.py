@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from cdpo_ray.models.noising import add_noise, denoising_target, squared_error
+from cdpo_ray.models.noising import (
+    add_noise,
+    denoising_target,
+    flow_interpolant,
+    flow_velocity,
+    squared_error,
+)
 
 SCHEDULER = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 TIMESTEPS = torch.tensor([0, 1, 19, 250, 500, 750, 998, 999])
@@ -70,3 +76,27 @@ def test_velocity_errors_are_epsilon_errors_over_alpha_bar() -> None:
     in_epsilon = squared_error(guess, denoising_target(latents, noise, ALPHA_BAR, "epsilon"))
     in_velocity = squared_error(velocity, denoising_target(latents, noise, ALPHA_BAR, "v_prediction"))
     torch.testing.assert_close(in_velocity, in_epsilon / ALPHA_BAR, rtol=1e-4, atol=0)
+
+
+def test_mixed_latents_are_those_of_the_flow_matching_scheduler() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    timesteps = scheduler.timesteps[[0, 1, 130, 500, 640, 998, 999]]
+    latents, noise = draw(0)[:7], draw(1)[:7]
+    expected = scheduler.scale_noise(latents, timesteps, noise)
+    torch.testing.assert_close(flow_interpolant(latents, noise, timesteps / 1000), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_flow_begins_at_the_latents_and_ends_at_the_noise_and_its_velocity_is_the_derivative() -> None:
+    latents, noise, ones = draw(0).double(), draw(1).double(), torch.ones(len(TIMESTEPS))
+    assert torch.equal(flow_interpolant(latents, noise, 0 * ones), latents.float())
+    assert torch.equal(flow_interpolant(latents, noise, ones), noise.float())
+    early, late = flow_interpolant(latents, noise, 0.25 * ones), flow_interpolant(latents, noise, 0.75 * ones)
+    torch.testing.assert_close(flow_velocity(latents, noise), (late - early) / 0.5, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_latents_are_mixed_in_fp32() -> None:
+    latents, noise, time = draw(0).bfloat16(), draw(1), torch.linspace(0, 1, len(TIMESTEPS))
+    share = time.double()[:, None, None, None]
+    expected = ((1 - share) * latents.double() + share * noise.double()).float()
+    torch.testing.assert_close(flow_interpolant(latents, noise, time), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(flow_velocity(latents, noise), noise - latents.float())

@@ -2,16 +2,19 @@
 
 import copy
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from cdpo_ray.models.family import rows_of
-from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.models import load_model
+from cdpo_ray.models.family import TextToImageModel, rows_of
+from cdpo_ray.models.seeds import generator_at, noise_at
 from cdpo_ray.models.stable_diffusion import StableDiffusion
 from cdpo_ray.training.batches import PairBatch
 from cdpo_ray.training.job import LoraJob
@@ -20,26 +23,39 @@ from cdpo_ray.training.policy import Policy, make_policy
 from cdpo_ray.training.update import METRICS, loss_of_pairs
 
 BETA = 400.0
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 LN2 = torch.tensor(math.log(2)).item()
 
 
-def start(folder: Path, *, dtype: str = "float32", compiled: bool = False) -> tuple[StableDiffusion, Policy]:
+each_family = pytest.mark.parametrize(
+    "family", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "flux_schnell"]
+)
+TinyModels = Callable[[str], Path]
+
+
+def load(folder: Path, family: str, **options: Any) -> TextToImageModel:
+    return load_model(family.removesuffix("_schnell"), path=str(folder), device="cpu", for_training=True, **options)
+
+
+def start(
+    folder: Path, family: str = "stable_diffusion", *, dtype: str = "float32", compiled: bool = False
+) -> tuple[TextToImageModel, Policy]:
     """A model as a training worker sets it up."""
-    model = StableDiffusion.load(str(folder), dtype=dtype, device="cpu", compile=compiled, for_training=True)
+    model = load(folder, family, dtype=dtype, compile=compiled)
     policy = make_policy(model, LoraJob(4, 8, TARGETS), start_dir=None, reference_is_start=False, seed=0)
     model.denoiser.train()
     return model, policy
 
 
-def make_pairs(model: StableDiffusion, count: int = 4) -> PairBatch:
+def make_pairs(model: TextToImageModel, count: int = 4) -> PairBatch:
     conditioning, _ = model.encode_prompts([f"prompt {number}" for number in range(count)])
-    shape = (count, 4, 8, 8)
+    shape = (count, *model.latent_shape(64, 64))
+    times = [model.draw_times(generator_at(0, "times", number)) for number in range(count)]
     batch = PairBatch(
         noise_at(shape, 0, "chosen"),
         noise_at(shape, 0, "rejected"),
         conditioning,
-        {"timestep": torch.tensor([20, 300, 600, 950])[:count]},
+        {name: torch.stack([drawn[name] for drawn in times]) for name in times[0]},
         noise_at(shape, 0, "noise"),
     )
     return batch.to("cpu", model.dtype)
@@ -56,7 +72,7 @@ def rows(batch: PairBatch, start: int, stop: int) -> PairBatch:
     )
 
 
-def loss_and_metrics(model: StableDiffusion, policy: Policy, batch: PairBatch) -> tuple[Tensor, dict[str, float]]:
+def loss_and_metrics(model: TextToImageModel, policy: Policy, batch: PairBatch) -> tuple[Tensor, dict[str, float]]:
     loss, metrics = loss_of_pairs(
         model,
         model.denoiser,
@@ -76,8 +92,11 @@ def change(trainable: list[nn.Parameter]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(tiny_sd15: Path, dtype: str) -> None:
-    model, policy = start(tiny_sd15, dtype=dtype)
+@each_family
+def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(
+    tiny_models: TinyModels, family: str, dtype: str
+) -> None:
+    model, policy = start(tiny_models(family), family, dtype=dtype)
     loss, metrics = loss_and_metrics(model, policy, make_pairs(model))
     assert (metrics["margin"], metrics["implicit_accuracy"], loss.item(), metrics["loss"]) == (0.0, 0.0, LN2, LN2)
     assert metrics["policy_error_w"] == metrics["reference_error_w"] != metrics["policy_error_l"]
@@ -90,9 +109,12 @@ def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(tiny_sd15: Pa
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_after_an_update_the_policy_differs_and_the_reference_is_still_the_base(tiny_sd15: Path, dtype: str) -> None:
-    base = StableDiffusion.load(str(tiny_sd15), dtype=dtype, device="cpu", for_training=True)
-    model, policy = start(tiny_sd15, dtype=dtype)
+@each_family
+def test_after_an_update_the_policy_differs_and_the_reference_is_still_the_base(
+    tiny_models: TinyModels, family: str, dtype: str
+) -> None:
+    base = load(tiny_models(family), family, dtype=dtype)
+    model, policy = start(tiny_models(family), family, dtype=dtype)
     batch = make_pairs(model)
     mixed = torch.autocast("cpu", dtype=model.dtype, enabled=dtype != "float32")
     with torch.no_grad(), mixed:
@@ -184,10 +206,11 @@ def test_gradients_accumulated_over_two_halves_are_those_of_the_whole(tiny_sd15:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5 * largest)
 
 
-def test_gradient_checkpointing_changes_no_gradient(tiny_sd15: Path) -> None:
+@each_family
+def test_gradient_checkpointing_changes_no_gradient(tiny_models: TinyModels, family: str) -> None:
     found = []
     for checkpointing in (False, True):
-        model, policy = start(tiny_sd15)
+        model, policy = start(tiny_models(family), family)
         change(policy.trainable)
         if checkpointing:
             model.denoiser.enable_gradient_checkpointing()
@@ -200,10 +223,13 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_sd15: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_net_gives_the_eager_losses_and_its_reference_is_the_base(tiny_sd15: Path) -> None:
+@pytest.mark.parametrize("family", ["stable_diffusion", "flux"])
+def test_a_compiled_net_gives_the_eager_losses_and_its_reference_is_the_base(
+    tiny_models: TinyModels, family: str
+) -> None:
     found = []
     for compiled in (False, True):
-        model, policy = start(tiny_sd15, compiled=compiled)
+        model, policy = start(tiny_models(family), family, compiled=compiled)
         batch = make_pairs(model)
         _, at_first = loss_and_metrics(model, policy, batch)
         change(policy.trainable)

@@ -1,0 +1,91 @@
+"""SDXL's own: what the UNet is told of the size, the prompt that is no prompt, a VAE too large for fp16."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+
+from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.models.stable_diffusion_xl import StableDiffusionXL
+
+TinyModels = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_models: TinyModels) -> Path:
+    return tiny_models("stable_diffusion_xl")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_errors_are_those_of_the_unet_under_the_ddpm_scheduler_in_float64(folder: Path, prediction_type: str) -> None:
+    model = StableDiffusionXL.load(str(folder), device="cpu", for_training=True)
+    model.prediction_type = prediction_type
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    timesteps = torch.tensor([0, 400, 999])
+    latents, noise = noise_at((3, 4, 8, 6), 0, "latents").double(), noise_at((3, 4, 8, 6), 0, "noise").double()
+    conditioning, _ = model.encode_prompts(["x", "y", "z"])
+    unet = copy.deepcopy(model.denoiser).double()
+    size = torch.tensor([[64.0, 48, 0, 0, 64, 48]]).double().repeat(3, 1)
+    with torch.no_grad():
+        task = model.denoising_task(model.denoiser, latents.float(), conditioning, {"timestep": timesteps}, noise)
+        found = model.errors(model.denoiser, task)
+        output = unet(
+            scheduler.add_noise(latents, noise, timesteps),
+            timesteps,
+            encoder_hidden_states=conditioning["prompt_embedding"].double(),
+            added_cond_kwargs={"text_embeds": conditioning["pooled_embedding"].double(), "time_ids": size},
+        ).sample
+    target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
+    expected = ((output - target) ** 2).mean(dim=(1, 2, 3)).float()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+def test_the_size_the_unet_is_told_is_that_of_the_stock_pipeline(folder: Path) -> None:
+    model = StableDiffusionXL.load(str(folder), device="cpu", for_training=True)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    expected = pipeline._get_add_time_ids(
+        (64, 48), (0, 0), (64, 48), dtype=torch.float32, text_encoder_projection_dim=32
+    )
+    assert torch.equal(model.size_ids(torch.zeros(2, 4, 8, 6)).float(), expected.repeat(2, 1))
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_no_prompt_is_what_the_stock_pipeline_guides_away_from(folder: Path, zeros: bool) -> None:
+    model = StableDiffusionXL.load(str(folder), device="cpu")
+    model.pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+    _, negative, _, negative_pooled = model.pipeline.encode_prompt("x", device="cpu")
+    assert torch.equal(model.empty_conditioning["prompt_embedding"], negative)
+    assert torch.equal(model.empty_conditioning["pooled_embedding"], negative_pooled)
+    assert (negative.abs().max() == 0) == zeros
+
+
+@pytest.mark.parametrize(("length", "cut"), [(75, 0), (76, 1), (100, 25)])
+def test_tokens_beyond_77_are_counted(folder: Path, length: int, cut: int) -> None:
+    conditioning, num_cut = StableDiffusionXL.load(str(folder), device="cpu").encode_prompts(["a" * length, "b"])
+    assert num_cut == [cut, 0]
+    assert conditioning["prompt_embedding"].shape == (2, 77, 64)
+
+
+def test_in_fp16_the_decoder_runs_in_fp32_and_images_are_the_stock_pipelines(folder: Path) -> None:
+    model = StableDiffusionXL.load(str(folder), dtype="float16", device="cpu")
+    latents = (5 * noise_at((1, 4, 8, 8), 0, "latents")).half()
+    stock = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float16)
+    stock.vae.to(torch.float32)
+    with torch.no_grad():
+        decoded = stock.vae.decode(latents.float() / stock.vae.config.scaling_factor).sample
+    (image,) = stock.image_processor.postprocess(decoded, output_type="pil")
+    assert np.array_equal(model.decode(latents)[0].permute(1, 2, 0).numpy(), np.asarray(image))
+    assert (model.denoiser.dtype, model.pipeline.vae.dtype) == (torch.float16, torch.float32)
+
+
+def test_a_decoder_that_fits_fp16_stays_fp16(folder: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipeline.vae.register_to_config(force_upcast=False)
+    pipeline.save_pretrained(tmp_path)
+    model = StableDiffusionXL.load(str(tmp_path), dtype="float16", device="cpu")
+    model.decode(torch.zeros(1, 4, 2, 2))
+    assert model.pipeline.vae.dtype == torch.float16
