@@ -60,7 +60,9 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         is_lora=is_lora,
         denoiser_name=denoiser_name,
         model=settings["model"],
-        base_name="cdpo_ray:embedded" if settings["model"]["path"] == "embedded" else settings["model"]["path"],
+        base_name="the embedded model of cdpo_ray"
+        if settings["model"]["path"] == "embedded"
+        else settings["model"]["path"],
         base=Markup(_loading_base(settings["model"])),
         call=Markup(_call(settings["generation"])),
         kohya_file=Markup(f"{facts.name}.safetensors"),
