@@ -225,6 +225,15 @@ def embedded_config(embedded: Path, folder: Path, name: str, *, rounds: int = 1,
     )
 
 
+def beginning_as(run: RunFolder, name: str, *steps: str) -> RunFolder:
+    """A run beside another, which finds these of its steps done."""
+    folder = RunFolder(run.path.parent / name)
+    folder.path.mkdir()
+    for step in steps:
+        (folder.path / step).symlink_to(run.step(step).resolve())
+    return folder
+
+
 @pytest.mark.parametrize(
     ("training", "tolerance"),
     [
@@ -238,13 +247,26 @@ def test_adapter_does_not_depend_on_workers_accumulation_or_zero(
 ) -> None:
     """The same samples and pairs, ten updates in fp32."""
     name = "-".join(map(str, training.values()))
-    folder = RunFolder(trained_embedded.path.parent / name)
-    folder.path.mkdir()
-    for step in ("1-samples", "2-scores", "3-stages"):
-        (folder.path / step).symlink_to(trained_embedded.step(step).resolve())
+    folder = beginning_as(trained_embedded, name, "1-samples", "2-scores", "3-stages")
     run_steps(embedded_config(embedded, folder.path.parent, name, **training), steps_until("train"))
     assert largest_difference(lora(folder), lora(trained_embedded)) < tolerance
     assert max(float(value.abs().max()) for key, value in lora(folder).items() if "lora_B" in key) > 1e-3
+
+
+@pytest.mark.slow
+def test_a_lora_grows_alike_under_every_zero(trained_embedded: RunFolder, embedded: Path) -> None:
+    growing = {"rank": 4, "alpha": 8, "initial_rank": 2, "unfreeze": "from_input"}
+    grown = {}
+    for zero_stage in (0, 2, 3):
+        folder = beginning_as(trained_embedded, f"growing-{zero_stage}", "1-samples", "2-scores", "3-stages")
+        training = {"lora": growing, "num_workers": 2, "zero_stage": zero_stage}
+        run_steps(embedded_config(embedded, folder.path.parent, folder.path.name, **training), steps_until("train"))
+        grown[zero_stage] = lora(folder)
+    for name, value in ((name, value) for name, value in grown[0].items() if "lora_B" in name):
+        assert value.abs().amax(dim=0).min() > 1e-5, f"every column of {name} has learnt in the end"
+    assert largest_difference(grown[2], grown[0]) < 1e-5
+    assert largest_difference(grown[3], grown[0]) < 5e-5
+    assert largest_difference(grown[0], lora(trained_embedded)) > 1e-3, "which is not what a constant rank gives"
 
 
 def test_scores_do_not_depend_on_where_judges_stand(
@@ -422,15 +444,12 @@ def test_the_whole_net_does_not_depend_on_workers_or_zero(
     trained_whole: tuple[Config, RunFolder], embedded: Path
 ) -> None:
     _, whole = trained_whole
-    folder = whole.path.parent / "zero-3"
-    folder.mkdir()
-    for step in ("1-samples", "2-scores", "3-stages"):
-        (folder / step).symlink_to(whole.step(step).resolve())
+    folder = beginning_as(whole, "zero-3", "1-samples", "2-scores", "3-stages")
     config = embedded_config(
-        embedded, folder.parent, folder.name, method="full", learning_rate=1e-5, num_workers=1, zero_stage=3
+        embedded, folder.path.parent, "zero-3", method="full", learning_rate=1e-5, num_workers=1, zero_stage=3
     )
     run_steps(config, steps_until("train"))
-    assert largest_difference(unet(RunFolder(folder)), unet(whole)) < 2e-6
+    assert largest_difference(unet(folder), unet(whole)) < 2e-6
     base = load_file(embedded / "unet" / "diffusion_pytorch_model.safetensors")
     assert largest_difference({name: value.float() for name, value in base.items()}, unet(whole)) > 5e-5
 
@@ -444,10 +463,7 @@ def test_with_margin_as_difficulty_each_stage_is_drawn_anew_from_what_the_policy
     config = embedded_config(embedded, trained_embedded.path.parent, name, num_workers=num_workers)
     curriculum = {**config.curriculum.model_dump(exclude={"preset", "window", "num_margin_draws"}), **changes}
     config = validate({**config.plain(), "curriculum": curriculum}, where="test")
-    folder = RunFolder(trained_embedded.path.parent / name)
-    folder.path.mkdir()
-    for step in ("1-samples", "2-scores"):
-        (folder.path / step).symlink_to(trained_embedded.step(step).resolve())
+    folder = beginning_as(trained_embedded, name, "1-samples", "2-scores")
     run_steps(config, steps_until("train"))
     planned = json.loads((folder.step("3-stages") / "stages.json").read_text())
     drawn = [stage["pairs"] for stage in json.loads((folder.step("4-training") / "stages.json").read_text())]
@@ -471,6 +487,6 @@ def test_images_ranked_by_how_much_of_their_prompt_was_masked_need_no_judge(
     run = run_steps(config, steps_until("pairs"))
     assert run.manifest("2-scores")["counts"]["scores_computed_now"] == 0
     table = pq.read_table(run.step("2-scores") / "scores.parquet")
-    assert table["score_perturbation"].to_pylist() == [pytest.approx(-0.9 * index / 3) for index in range(4)] * 5
+    assert table["score_perturbation"].to_pylist() == [0, -23 / 77, -46 / 77, -69 / 77] * 5
     pairs = pq.read_table(run.step("3-stages") / "stage-2").to_pydict()
     assert all(chosen < rejected for chosen, rejected in zip(pairs["chosen"], pairs["rejected"], strict=True))

@@ -80,7 +80,8 @@ def sample_batches(
         noise = torch.stack([noise_at(shape, sampling.seed, "image", prompts[row], index) for row, index in batch])
         asked = {name: value[rows] for name, value in conditioning.items()}
         if sampling.max_masked_fraction is not None:
-            shares = masked_shares(sampling.images_per_prompt, sampling.max_masked_fraction)
+            num_tokens = conditioning["prompt_embedding"].shape[1]
+            shares = masked_shares(sampling.images_per_prompt, sampling.max_masked_fraction, num_tokens)
             asked = _perturbed(model, asked, [(prompts[row], shares[index]) for row, index in batch], sampling.seed)
         latents = model.sample(
             asked,
@@ -147,8 +148,9 @@ class Generator:
         if pixels:
             rows = rows.append_column("pixels", tensor_column(np.concatenate(pixels), num_samples))
         if self.sampling.max_masked_fraction is not None:
-            degrees = np.negative(masked_shares(num_samples, self.sampling.max_masked_fraction))
-            column = list_column(np.tile(degrees, len(prompts)), num_samples, pa.float64())
+            num_tokens = conditioning["prompt_embedding"].shape[1]
+            spared = np.negative(masked_shares(num_samples, self.sampling.max_masked_fraction, num_tokens))
+            column = list_column(np.tile(spared, len(prompts)), num_samples, pa.float64())
             rows = rows.append_column(score_column(PERTURBATION), column)
         for name in scores[0] if scores else ():
             values = np.concatenate([batch[name] for batch in scores])

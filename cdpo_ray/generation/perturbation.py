@@ -7,12 +7,15 @@ from cdpo_ray.models.family import Conditioning
 from cdpo_ray.models.seeds import generator_at
 
 
-def masked_shares(num_samples: int, max_masked_fraction: float) -> list[float]:
+def masked_shares(num_samples: int, max_masked_fraction: float, num_tokens: int) -> list[float]:
     """Share of the prompt that is masked for sample 0, 1, ...: evenly from 0, the clean prompt, to the largest.
+
+    Rounded to whole positions: where samples outnumber them, those with the same mask have the same share, a tie.
 
     Source: arXiv:2602.13055 (prompts perturbed to rising degrees); the even steps are chosen here.
     """
-    return [max_masked_fraction * index / max(num_samples - 1, 1) for index in range(num_samples)]
+    largest = max_masked_fraction * num_tokens
+    return [round(largest * index / max(num_samples - 1, 1)) / num_tokens for index in range(num_samples)]
 
 
 def masked_positions(num_tokens: int, share: float, *, seed: int, prompt: str) -> Tensor:

@@ -13,14 +13,21 @@ from cdpo_ray.generation.perturbation import masked_positions, masked_shares, pe
 
 
 def test_shares_rise_evenly_from_the_clean_prompt_to_the_largest() -> None:
-    assert masked_shares(5, 0.8) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
-    assert masked_shares(1, 0.8) == [0]
+    assert masked_shares(5, 0.8, 10) == [0, 0.2, 0.4, 0.6, 0.8]
+    assert masked_shares(1, 0.8, 10) == [0]
+
+
+def test_samples_with_the_same_mask_have_the_same_share() -> None:
+    shares = masked_shares(500, 0.9, 77)
+    sizes = [int(masked_positions(77, share, seed=0, prompt="a cat").sum()) for share in shares]
+    assert shares == [size / 77 for size in sizes] == sorted(shares)
+    assert sizes[0] == 0 and sizes[-1] == 69 and set(sizes) == set(range(70))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 77])
 def test_masks_are_nested_and_of_the_size_asked_for(num_tokens: int) -> None:
-    masks = [masked_positions(num_tokens, share, seed=0, prompt="a cat") for share in masked_shares(9, 1.0)]
-    assert [int(mask.sum()) for mask in masks] == [round(share * num_tokens) for share in masked_shares(9, 1.0)]
+    masks = [masked_positions(num_tokens, share, seed=0, prompt="a cat") for share in masked_shares(9, 1.0, num_tokens)]
+    assert [int(mask.sum()) for mask in masks] == [round(index / 8 * num_tokens) for index in range(9)]
     assert not masks[0].any() and masks[-1].all()
     assert all((smaller <= larger).all() for smaller, larger in itertools.pairwise(masks))
 
@@ -51,7 +58,7 @@ def test_the_first_image_is_the_clean_prompts_the_others_are_not_and_the_scores_
     plain = Sampling(3, 3, 2, 1.0, None, None, images_per_batch=2)
     masking = Sampling(3, 3, 2, 1.0, None, None, images_per_batch=2, max_masked_fraction=0.8)
     clean, masked = (Generator(family, model, sampling)(rows) for sampling in (plain, masking))
-    assert masked["score_perturbation"].to_pylist() == [pytest.approx([0, -0.4, -0.8])] * 2
+    assert masked["score_perturbation"].to_pylist() == [[0, -31 / 77, -62 / 77]] * 2
     assert "score_perturbation" not in clean.column_names
     for row in range(2):
         same = [
