@@ -297,7 +297,8 @@ def main() -> None:
     rows = findings(out, arms, runs)
     print_table(rows)
     (out / "findings.json").write_text(json.dumps(rows, indent=1))
-    title = f"attributes right: {size.updates} updates, {len(runs)} runs an arm, {size.heldout} held-out prompts x {size.heldout_images}"
+    judged = f"{size.heldout} held-out prompts x {size.heldout_images}"
+    title = f"attributes right: {size.updates} updates, {len(runs)} runs an arm, {judged}"
     draw(rows, out / "ablation.png", title=title)
     print(f"{len(tasks)} runs in {(time.perf_counter() - started) / 60:.1f} min; {out / 'ablation.png'}")
 
