@@ -114,7 +114,7 @@ def run_arm(arm: str, seed: int, pool_dir: Path, size: Size, output: Path) -> fl
     if schedule:
         result |= train(model, arm, schedule, seed, pool_dir, size)
     prompts = scene_prompts("heldout", size.heldout, HELDOUT_SEED)
-    sampling = Sampling(HELDOUT_SEED, size.heldout_images, 10, 1.0, None, None, images_per_batch=8)
+    sampling = Sampling(HELDOUT_SEED, size.heldout_images, 10, 1.0, None, None, images_per_batch=32)
     scorer = Scorer({judge: {} for judge in JUDGES})
     conditioning, _ = model.encode_prompts(prompts)
     scores = [scorer(batch.images, batch.prompts) for batch in sample_batches(model, prompts, conditioning, sampling)]
@@ -238,7 +238,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
                     colour = BLUE if low > 0 else VERMILLION if high < 0 else GREY
                     reach = [[mean - low], [high - mean]]
                     side.errorbar(mean, height, xerr=reach, fmt="o", color=colour, capsize=3, markersize=5, lw=1.6)
-            side.set_title(f"attributes right, difference to the {name}, 95 %")
+            side.set_title(f"difference to {name}, 95 %")
             side.grid(visible=False, axis="y")
         axes[0].set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
@@ -297,7 +297,8 @@ def main() -> None:
     rows = findings(out, arms, runs)
     print_table(rows)
     (out / "findings.json").write_text(json.dumps(rows, indent=1))
-    title = f"{size.updates} updates, {len(runs)} runs an arm, {size.heldout} held-out prompts x {size.heldout_images}"
+    judged = f"{size.heldout} held-out prompts x {size.heldout_images}"
+    title = f"attributes right: {size.updates} updates, {len(runs)} runs an arm, {judged}"
     draw(rows, out / "ablation.png", title=title)
     print(f"{len(tasks)} runs in {(time.perf_counter() - started) / 60:.1f} min; {out / 'ablation.png'}")
 

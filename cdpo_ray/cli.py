@@ -4,12 +4,14 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from cdpo_ray import __version__
 from cdpo_ray.config import load_config
 from cdpo_ray.errors import CdpoError
+from cdpo_ray.export import FORMATS
 from cdpo_ray.plan import make_plan
-from cdpo_ray.run import explain_stages, read_prompts, run_steps, write_reports
+from cdpo_ray.run import explain_stages, export_trained, read_prompts, run_steps, write_reports
 from cdpo_ray.steps import STEPS
 
 VERBS = {
@@ -21,7 +23,12 @@ VERBS = {
     "train": "stages -> adapter: staged DPO of a LoRA",
     "evaluate": "adapter -> metrics: base against fine-tuned on held-out prompts",
     "report": "metrics -> report.html",
+    "export": "adapter -> files that other tools load, with a model card",
 }
+FORMAT_HELP = (
+    "diffusers (default): the LoRA for load_lora_weights; kohya: the LoRA for ComfyUI and AUTOMATIC1111;"
+    " merged: a whole pipeline folder, the only one for training.method=full"
+)
 EXIT_FAULT = 2
 EXIT_INTERRUPTED = 130
 
@@ -43,12 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.beta=100")
         if verb == "pairs":
             command.add_argument("--explain", action="store_true", help="print and draw what each stage holds")
-    parser.set_defaults(explain=False)
-    asked = parser.parse_args(arguments)
+        if verb == "export":
+            command.add_argument("--format", choices=FORMATS, default="diffusers", help=FORMAT_HELP)
+            command.add_argument("--out", type=Path, metavar="DIR", help="default: export/<format> of the run")
+    asked, after_options = parser.parse_known_args(arguments)
+    if any(value.startswith("-") or "=" not in value for value in after_options):
+        parser.error(f"unrecognized arguments: {' '.join(after_options)}")
+    asked.overrides += after_options  # argparse ends `key=value ...` at the first option
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("cdpo_ray").setLevel(logging.INFO)
     try:
-        _do(asked.verb, asked.config, asked.overrides, verbose=asked.verbose, explain=asked.explain)
+        _do(asked)
         return 0
     except CdpoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -58,18 +70,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _do(verb: str, config_path: str, overrides: Sequence[str], *, verbose: bool, explain: bool) -> None:
-    config = load_config(config_path, overrides)
+def _do(asked: argparse.Namespace) -> None:
+    config, verb = load_config(asked.config, asked.overrides), asked.verb
     if verb == "check":
         print(make_plan(config, read_prompts(config)))
     elif verb == "report":
         print(*write_reports(config, anew=True), sep="\n")
     elif verb == "run":
-        run_steps(config, STEPS, verbose=verbose)
+        run_steps(config, STEPS, verbose=asked.verbose)
         print(*write_reports(config), sep="\n")
+    elif verb == "export":
+        print(export_trained(config, asked.format, asked.out))
     else:
-        run_steps(config, [step for step in STEPS if step.verb == verb], verbose=verbose)
-        if explain:
+        run_steps(config, [step for step in STEPS if step.verb == verb], verbose=asked.verbose)
+        if verb == "pairs" and asked.explain:
             print(explain_stages(config))
 
 

@@ -29,5 +29,9 @@ class TrainingError(CdpoError):
     """Training could not start or go on."""
 
 
+class ExportError(CdpoError):
+    """What was trained cannot be written in the format asked for, or where it was asked for."""
+
+
 class StoreError(CdpoError):
     """A run folder is missing, damaged, in use, or was made with another configuration."""

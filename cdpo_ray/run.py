@@ -12,9 +12,9 @@ import yaml
 
 from cdpo_ray.config import Config
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
-from cdpo_ray.records import STAGES, TRAINING
+from cdpo_ray.records import EVALUATION, STAGES, TRAINING
 from cdpo_ray.session import ray_session
-from cdpo_ray.steps import STEPS, Context, Step
+from cdpo_ray.steps import STEPS, Context, Step, export
 from cdpo_ray.store import RunFolder
 
 log = logging.getLogger(__name__)
@@ -95,11 +95,39 @@ def explain_stages(config: Config) -> str:
     return "\n".join(told)
 
 
+def export_trained(config: Config, format_name: str, output_dir: Path | None = None) -> Path:
+    """Write what the last round trained as other tools read it, with a model card; needs no Ray.
+
+    Args:
+        format_name: of `cdpo_ray.export.FORMATS`.
+        output_dir: `export/<format>` of the run by default.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StoreError: a step up to training is not done, or one was made with another configuration or is damaged.
+        ExportError: the format cannot hold what was trained, or the folder cannot be made.
+        ModelError: the base model is needed and cannot be loaded.
+    """
+    folders = round_folders(config)
+    run, previous = folders[-1], folders[-2] if len(folders) > 1 else None
+    context = Context(config, read_prompts(config), run, len(folders), previous)
+    for step in STEPS:
+        if step.folder == EVALUATION and not run.has(EVALUATION):
+            log.warning("export: not evaluated; the model card will say so")
+            continue
+        run.refuse_difference(step.folder, step.settings(config), _inputs(step, context))
+        if step.folder in (TRAINING, EVALUATION):  # the others are not read; they may be very large
+            run.refuse_damage(step.folder)
+    output_dir = output_dir or _run_dir(config) / "export" / format_name
+    export(context, format_name, output_dir)
+    return output_dir
+
+
 def _perform(step: Step, context: Context, *, start_ray: Callable[[], None]) -> None:
     run, settings = context.run, step.settings(context.config)
-    inputs = {folder: run.fingerprint(folder) for folder in step.inputs}
-    if context.previous and step.continues:
-        inputs["the round before"] = context.previous.fingerprint(TRAINING)
+    inputs = _inputs(step, context)
     if run.is_complete(step.folder, settings, inputs):
         log.info("%s: done already", step.verb)
         return
@@ -115,6 +143,14 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], None]) -> 
     log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)
     for warning in output.warnings:
         log.warning("%s: %s", step.verb, warning)
+
+
+def _inputs(step: Step, context: Context) -> dict[str, str]:
+    """Fingerprints of what a step reads."""
+    inputs = {folder: context.run.fingerprint(folder) for folder in step.inputs}
+    if context.previous and step.continues:
+        inputs["the round before"] = context.previous.fingerprint(TRAINING)
+    return inputs
 
 
 def _write_report(run: RunFolder, anew: bool) -> Path:

@@ -5,6 +5,7 @@ neither torch nor ray.
 """
 
 import functools
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -261,6 +262,27 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         "prompts": len(context.prompts.heldout),
         "images": 2 * len(context.prompts.heldout) * config.evaluation.images_per_prompt,
     }
+
+
+def export(context: Context, format_name: str, output_dir: Path) -> None:
+    from cdpo_ray.export.card import RunFacts, model_card
+    from cdpo_ray.export.folder import write_export
+    from cdpo_ray.export.formats import Trained
+
+    config, run = context.config, context.run
+    name = config.run.name
+    trained = Trained(name, run.step(TRAINING).resolve(), config.model.family, _model(config))
+    facts = RunFacts(
+        name=name,
+        settings=config.plain(),
+        round=context.round,
+        num_prompts=len(context.prompts.train),
+        num_heldout=len(context.prompts.heldout),
+        curriculum=config.curriculum.sentence,
+        training=run.manifest(TRAINING),
+        metrics=json.loads((run.step(EVALUATION) / "metrics.json").read_text()) if run.has(EVALUATION) else None,
+    )
+    write_export(format_name, trained, model_card(facts, format_name, trained.denoiser_name), output_dir)
 
 
 STEPS = (

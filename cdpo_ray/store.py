@@ -105,20 +105,36 @@ class RunFolder:
         Raises:
             StoreError: it is there but was made with other settings or inputs, or a file is missing or altered.
         """
-        path = self.path / folder
         if not self.has(folder):
             return False
-        manifest = self.manifest(folder)
+        self.refuse_difference(folder, settings, inputs)
+        self.refuse_damage(folder)
+        return True
+
+    def refuse_difference(self, folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+        """Compare what a finished step was made from; reads its manifest alone.
+
+        Raises:
+            StoreError: the step has not been done, or was made with other settings or inputs.
+        """
+        path, manifest = self.path / folder, self.manifest(folder)
         _refuse_difference(path, "made", manifest["settings"], settings)
         for name, fingerprint in inputs.items():
             if manifest["inputs"].get(name) != fingerprint:
                 raise StoreError(f"{path} was made from another {name}; delete {path} to make it anew")
-        for name, expected in manifest["files"].items():
+
+    def refuse_damage(self, folder: str) -> None:
+        """Read every file of a finished step and compare it with the manifest.
+
+        Raises:
+            StoreError: the step has not been done, or a file is missing or altered.
+        """
+        path = self.path / folder
+        for name, expected in self.manifest(folder)["files"].items():
             if not (path / name).is_file():
                 raise StoreError(f"{path / name}: is missing; delete {path} to make it anew")
             if _describe(path / name) != expected:
                 raise StoreError(f"{path / name}: was altered (its SHA-256 differs); delete {path} to make it anew")
-        return True
 
     def fingerprint(self, folder: str) -> str:
         return str(self.manifest(folder)["fingerprint"])
@@ -203,7 +219,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _refuse_difference(path: Path, verb: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    before, after = _flat(then), _flat(now)
+    before, after = flat(then), flat(now)
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     if changed:
         difference = "; ".join(f"`{key}` = {before.get(key)}, config says {after.get(key)}" for key in changed)
@@ -212,11 +228,12 @@ def _refuse_difference(path: Path, verb: str, then: Mapping[str, Any], now: Mapp
         )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> one, with keys as they are written on the command line: ``training.lora.rank``."""
+    result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
+            result.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            result[f"{prefix}{key}"] = value
+    return result

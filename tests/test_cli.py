@@ -53,7 +53,7 @@ def test_help_lists_the_verbs_in_the_datas_order(capsys: pytest.CaptureFixture[s
     text = capsys.readouterr().out
     places = [text.index(f"\n    {verb} ") for verb in VERBS]
     assert places == sorted(places)
-    assert list(VERBS) == ["check", "run", *(step.verb for step in STEPS), "report"]
+    assert list(VERBS) == ["check", "run", *(step.verb for step in STEPS), "report", "export"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["dance", "x.yaml"], ["run"]])

@@ -254,20 +254,17 @@ def test_adapter_does_not_depend_on_workers_accumulation_or_zero(
 
 
 @pytest.mark.slow
-def test_a_lora_grows_alike_under_every_zero(trained_embedded: RunFolder, embedded: Path) -> None:
+def test_a_lora_grows_alike_with_and_without_zero(trained_embedded: RunFolder, embedded: Path) -> None:
     growing = {"rank": 4, "alpha": 8, "initial_rank": 2, "unfreeze": "from_input"}
     grown = {}
-    for zero_stage in (0, 2, 3):
+    for zero_stage in (0, 3):
         folder = beginning_as(trained_embedded, f"growing-{zero_stage}", "1-samples", "2-scores", "3-stages")
         training = {"lora": growing, "num_workers": 2, "zero_stage": zero_stage}
         run_steps(embedded_config(embedded, folder.path.parent, folder.path.name, **training), steps_until("train"))
         grown[zero_stage] = lora(folder)
     for name, value in ((name, value) for name, value in grown[0].items() if "lora_B" in name):
         assert value.abs().amax(dim=0).min() > 1e-5, f"every column of {name} has learnt in the end"
-    for zero_stage in (2, 3):
-        differences = torch.cat([(grown[zero_stage][name] - grown[0][name]).abs().flatten() for name in grown[0]])
-        assert differences.max() < 5e-5  # a weight whose gradient is rounding; a step is 5e-4
-        assert (differences < 1e-6).float().mean() > 0.999
+    assert largest_difference(grown[3], grown[0]) < 5e-5
     assert largest_difference(grown[0], lora(trained_embedded)) > 1e-3, "which is not what a constant rank gives"
 
 

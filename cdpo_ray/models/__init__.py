@@ -19,8 +19,13 @@ FAMILIES = {
 """Family of the config -> class, imported when used: diffusers is heavy. A new family is one file and one line here."""
 
 
+def model_class(family: str) -> "type[TextToImageModel]":
+    """The class of a family."""
+    module, _, name = FAMILIES[family].partition(":")
+    found: type[TextToImageModel] = getattr(importlib.import_module(module), name)
+    return found
+
+
 def load_model(family: str, **arguments: Any) -> "TextToImageModel":
     """Load a model of a family; arguments and errors are those of its class's ``load``."""
-    module, _, name = FAMILIES[family].partition(":")
-    model: TextToImageModel = getattr(importlib.import_module(module), name).load(**arguments)
-    return model
+    return model_class(family).load(**arguments)

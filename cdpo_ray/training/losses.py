@@ -69,7 +69,7 @@ def robust_dpo_loss(margin: Tensor, *, label_smoothing: float) -> Tensor:
     Raises:
         ValueError: if ``label_smoothing`` is outside 0 .. 1/2.
 
-    Source: arXiv:2403.00409, equation 12.
+    Source: arXiv:2403.00409.
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"`label_smoothing` must be in 0 <= e < 0.5, got {label_smoothing}")
@@ -104,7 +104,7 @@ def preference_loss(
         loss: a name of `LOSSES`, or ``sft``: supervised fine-tuning on the chosen, the policy's error alone.
         label_smoothing: of ``robust``, the share of labels thought wrong.
         sft_weight: adds this multiple of the chosen's error, times kappa so that it stands in the margin's unit;
-            keeps the chosen likely. Source: arXiv:2404.19733 (equation 2, a DPO loss with the chosen's likelihood).
+            keeps the chosen likely. Source: arXiv:2404.19733 (a DPO loss with the chosen's likelihood).
 
     Returns:
         Loss ``[pair]`` and margin ``[pair]``; reduce over pairs at the call site.

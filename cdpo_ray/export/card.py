@@ -1,0 +1,161 @@
+"""What a run did and found -> the model card beside an export."""
+
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from cdpo_ray.config import HUB_ID
+from cdpo_ray.evaluation.report import find, signs_of_reward_hacking
+from cdpo_ray.store import flat
+
+ACTIVE = re.compile(r"[\\`*_\[\]|~$]")
+"""What changes the meaning of Markdown within a line; HTML's own letters are escaped apart."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a card tells of a run.
+
+    Attributes:
+        settings: the whole configuration, as plain values.
+        round: of how many, 1-based.
+        num_prompts, num_heldout: prompts trained on, and judged on.
+        curriculum: what is shown and when, in words.
+        training: manifest of `4-training`.
+        metrics: content of `metrics.json`; none if the run was not evaluated.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    round: int
+    num_prompts: int
+    num_heldout: int
+    curriculum: str
+    training: Mapping[str, Any]
+    metrics: Mapping[str, Any] | None
+
+
+def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
+    """The card in Markdown, with the front matter that the hub reads; the licence is left to the user.
+
+    Text from elsewhere (names, paths) is escaped, so that it cannot become markup.
+
+    Args:
+        format_name: of `cdpo_ray.export.FORMATS`.
+        denoiser_name: `unet` or `transformer`, which decides who reads a kohya file.
+    """
+    settings, is_lora = facts.settings, facts.settings["training"]["method"] == "lora"
+    findings = find(facts.metrics, settings["rewards"]) if facts.metrics else []
+    return _template().render(
+        front_matter=Markup(front_matter(settings["model"], format_name, is_lora=is_lora)),
+        facts=facts,
+        format=format_name,
+        is_lora=is_lora,
+        denoiser_name=denoiser_name,
+        model=settings["model"],
+        base_name="the embedded model of cdpo_ray"
+        if settings["model"]["path"] == "embedded"
+        else settings["model"]["path"],
+        base=Markup(_loading_base(settings["model"])),
+        call=Markup(_call(settings["generation"])),
+        kohya_file=Markup(f"{facts.name}.safetensors"),
+        ranking=settings["rewards"]["rank_by"] or settings["rewards"]["names"][0],
+        making=_table({"generation": settings["generation"], "rewards": _reward_settings(settings["rewards"])}),
+        curriculum=_table({"curriculum": settings["curriculum"]}),
+        training=_table({"training": _training_settings(settings["training"])}),
+        findings=findings,
+        hacking=signs_of_reward_hacking(findings),
+    )
+
+
+def front_matter(model: Mapping[str, Any], format_name: str, *, is_lora: bool) -> str:
+    """YAML that the hub reads: what the card's model is, and what it was made from where that is on the hub."""
+    base = {
+        "base_model": model["path"],
+        "base_model_revision": model["revision"],
+        "base_model_relation": "finetune" if format_name == "merged" else "adapter",
+    }
+    about = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers", *(["lora"] if is_lora else []), "dpo", "curriculum-dpo", "cdpo_ray"],
+    }
+    on_hub = HUB_ID.match(model["path"]) and not Path(model["path"]).is_dir()
+    return yaml.safe_dump(base | about if on_hub else about, sort_keys=False, allow_unicode=True)
+
+
+def escaped(value: Any) -> str:
+    """Text as it stands, whatever HTML or Markdown would make of it, on one line."""
+    if isinstance(value, Markup):
+        return str(value)
+    text = html.escape(" ".join(_text(value).split()), quote=False)
+    return ACTIVE.sub(r"\\\g<0>", text)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def _table(settings: Mapping[str, Any]) -> Markup:
+    rows = [f"| {escaped(key)} | {escaped(value)} |" for key, value in flat(settings).items()]
+    return Markup("\n".join(["| setting | value |", "|---|---|", *rows]))
+
+
+def _reward_settings(rewards: Mapping[str, Any]) -> dict[str, Any]:
+    """Every value, but of the built-in rewards only those in use."""
+    return {key: value for key, value in rewards.items() if not isinstance(value, Mapping) or key in rewards["names"]}
+
+
+def _training_settings(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Every value, the LoRA's alpha resolved; without the LoRA's where the whole net was trained."""
+    lora = training["lora"]
+    resolved = {"lora": lora | {"alpha": lora["alpha"] or lora["rank"]}} if training["method"] == "lora" else {}
+    return {key: value for key, value in training.items() if key != "lora"} | resolved
+
+
+def _loading_base(model: Mapping[str, Any]) -> str:
+    if model["path"] == "embedded":
+        return (
+            "from cdpo_ray.models import load_model\n\n"
+            f'pipe = load_model({model["family"]!r}, path="embedded").pipeline'
+        )
+    revision = f", revision={model['revision']!r}" if model["revision"] else ""
+    return (
+        "import torch\nfrom diffusers import DiffusionPipeline\n\n"
+        f"pipe = DiffusionPipeline.from_pretrained({model['path']!r}{revision}, dtype=torch.{model['dtype']})"
+    )
+
+
+def _call(generation: Mapping[str, Any]) -> str:
+    """The pipeline's call with what the run sampled with."""
+    sizes = "".join(f", {side}={generation[side]}" for side in ("height", "width") if generation[side])
+    return (
+        f'image = pipe("a prompt", num_inference_steps={generation["num_denoising_steps"]},'
+        f" guidance_scale={generation['guidance_scale']}{sizes}).images[0]"
+    )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        finalize=escaped,
+        autoescape=False,  # `finalize` escapes for Markdown and HTML both
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("card.md.jinja")

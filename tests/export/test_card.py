@@ -1,0 +1,172 @@
+"""The model card: what the hub reads, the figures, the settings, and code that runs."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from finished_runs import config_of, judged
+
+from cdpo_ray.export.card import RunFacts, escaped, model_card
+
+HUB = {"path": "somebody/some-model", "revision": "0123456789abcdef0123456789abcdef01234567"}
+METRICS = {
+    "judges": {"clip": judged(0.812, 0.845), "oracle": judged(0.812, 0.779)},
+    "num_prompts": 4,
+    "images_per_prompt": 2,
+}
+
+
+def card_of(
+    format_name: str = "diffusers",
+    *,
+    metrics: dict[str, Any] | None = METRICS,
+    denoiser_name: str = "unet",
+    round_: int = 1,
+    model: dict[str, Any] = HUB,
+    **sections: Any,
+) -> str:
+    config = config_of(Path("runs"), "embedded", model=model, **sections)
+    training = {
+        "versions": {"cdpo_ray": "1.2.3", "torch": "2.10"},
+        "counts": {"updates": 15, "pairs": 30},
+        "seed": 3,
+        "created": "2026-01-01T00:00:00+00:00",
+    }
+    facts = RunFacts("tuned", config.plain(), round_, 6, 4, config.curriculum.sentence, training, metrics)
+    return model_card(facts, format_name, denoiser_name)
+
+
+def front_matter_of(card: str) -> dict[str, Any]:
+    _, text, _ = card.split("---\n", 2)
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
+def rows_of(card: str) -> dict[str, list[str]]:
+    """First cell of each table row -> the others, with Markdown's escapes undone."""
+    rows = [line.strip("| \n").split(" | ") for line in card.splitlines() if line.startswith("| ")]
+    return {row[0].replace("\\", ""): [cell.replace("\\", "") for cell in row[1:]] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("format_name", "relation"), [("diffusers", "adapter"), ("kohya", "adapter"), ("merged", "finetune")]
+)
+def test_the_hub_reads_the_base_its_revision_and_what_this_is_to_it(format_name: str, relation: str) -> None:
+    card = card_of(format_name)
+    assert card.startswith("---\n")
+    assert front_matter_of(card) == {
+        "base_model": HUB["path"],
+        "base_model_revision": HUB["revision"],
+        "base_model_relation": relation,
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers", "lora", "dpo", "curriculum-dpo", "cdpo_ray"],
+    }
+
+
+def test_a_base_that_is_not_on_the_hub_is_not_named_to_it(tmp_path: Path) -> None:
+    for path in ("embedded", str(tmp_path)):
+        assert not any(key.startswith("base_model") for key in front_matter_of(card_of(model={"path": path})))
+
+
+def test_a_whole_net_is_not_tagged_as_a_lora() -> None:
+    card = card_of("merged", training={"method": "full"})
+    assert "lora" not in front_matter_of(card)["tags"]
+    assert not any("lora" in setting for setting in rows_of(card))
+
+
+def test_the_figures_are_those_of_the_metrics_and_a_fall_beside_the_reward_is_told() -> None:
+    card = card_of()
+    rows = rows_of(card)
+    assert rows["clip"] == [
+        "trained on", "0.812", "0.845", "+0.033", "[+0.028, +0.038]", "71 %", "[66, 76] %", "1", "improved",
+    ]  # fmt: skip
+    assert rows["oracle"] == [
+        "held out", "0.812", "0.779", "−0.033", "[−0.038, −0.028]", "71 %", "[66, 76] %", "1", "got worse",
+    ]  # fmt: skip
+    assert "On 4 prompts held out from training, 2 images each" in card
+    assert "**Signs of reward hacking**: the reward that was trained on rose significantly, while oracle fell" in card
+
+
+def test_a_run_that_was_not_evaluated_says_so_in_place_of_figures() -> None:
+    card = card_of(metrics=None)
+    assert "\nNot evaluated: " in card
+    assert "win rate" not in card
+
+
+def test_settings_are_resolved_and_kappa_is_half_of_beta() -> None:
+    card = card_of(
+        training={"beta": 500, "lora": {"rank": 16}},
+        curriculum={"num_stages": 2, "min_score_gap": 0.25},
+        rewards={"names": ["clip", "jpeg_size"], "rank_by": "jpeg_size", "jpeg_size": {"quality": 55}},
+    )
+    rows = rows_of(card)
+    assert rows["training.lora.rank"] == rows["training.lora.alpha"] == ["16"]
+    assert rows["curriculum.min_score_gap"] == ["0.25"]
+    assert rows["curriculum.num_stages"] == ["2"]
+    assert rows["curriculum.label_noise"] == ["0"], "defaults too"
+    assert rows["rewards.jpeg_size.quality"] == ["55"]
+    assert "beta 500, kappa = beta/2 = 250" in card
+    assert "15 updates on 30 pairs" in card
+    assert "\npaper: easy\\_to\\_hard, cumulative; rank\\_gap, linear boundaries; uniform draws" in card
+    assert "6 prompts of scenes, 4 images of each made and scored; 4 prompts of scenes were held out." in card
+    assert "Scored by clip, jpeg\\_size; ranked by jpeg\\_size." in card
+    assert "rewards.jpeg_size.quality" not in rows_of(card_of()), "a reward that was not used has no settings"
+
+
+def test_every_setting_of_the_curriculum_and_of_training_is_told() -> None:
+    plain = config_of(Path("runs"), "embedded").plain()
+    settings = {f"curriculum.{key}" for key in plain["curriculum"]} | {f"training.{key}" for key in plain["training"]}
+    settings = settings - {"training.lora"} | {f"training.lora.{key}" for key in plain["training"]["lora"]}
+    assert settings <= set(rows_of(card_of()))
+
+
+def test_of_several_rounds_the_card_says_which() -> None:
+    assert "Round 2 of 2;" in card_of(rounds=2, round_=2)
+    assert "Round" not in card_of()
+
+
+def test_seed_and_versions_are_told() -> None:
+    assert card_of().endswith("Seed 3, 2026-01-01T00:00:00+00:00.\ncdpo\\_ray 1.2.3, torch 2.10.\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("[here](https://example.org)", "\\[here\\](https://example.org)"),
+        ("a|b`c`*d*_e_~f~$g$", "a\\|b\\`c\\`\\*d\\*\\_e\\_\\~f\\~\\$g\\$"),
+        ("two\n\n# lines\r\n---", "two # lines ---"),
+        ("C:\\x", "C:\\\\x"),
+        (None, "–"),
+        (5000.0, "5000"),
+        (1e-5, "1e-05"),
+        (["a_b", 2], "a\\_b, 2"),
+    ],
+)
+def test_text_from_elsewhere_stays_text(text: Any, safe: str) -> None:
+    assert escaped(text) == safe
+
+
+def test_a_prompt_file_named_like_markup_stays_within_its_line() -> None:
+    source = "x\n# owned <img src=1 onerror=alert(1)> | [a](b).txt"
+    card = card_of(prompts={"train": {"source": source}})
+    assert "6 prompts of x # owned &lt;img src=1 onerror=alert(1)&gt; \\| \\[a\\](b).txt, 4 images" in card
+    assert "<img" not in card
+
+
+def test_code_of_a_card_is_python_and_pins_the_revision() -> None:
+    for format_name in ("diffusers", "kohya", "merged"):
+        (code,) = re.findall(r"```python\n(.*?)```", card_of(format_name, model=HUB | {"dtype": "bfloat16"}), re.DOTALL)
+        compile(code, "card", "exec")
+        assert "dtype=torch.bfloat16" in code
+        assert "num_inference_steps=3, guidance_scale=3.0" in code
+        assert (f"from_pretrained({HUB['path']!r}, revision={HUB['revision']!r}" in code) == (format_name != "merged")
+
+
+def test_a_kohya_file_of_a_transformer_is_said_to_be_for_comfyui_alone() -> None:
+    card = card_of("kohya", denoiser_name="transformer")
+    assert "`tuned.safetensors` goes to `models/loras` of ComfyUI. Diffusers does not read" in card
+    assert "```python" not in card

@@ -1,0 +1,193 @@
+"""`cdpo export`: a finished run -> a folder with its card, whole or not at all, without Ray."""
+
+import contextlib
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from finished_runs import change, config_of, judged, policy_of, save_policy, write_run
+
+from cdpo_ray.cli import main
+from cdpo_ray.config import Config
+from cdpo_ray.export import FORMATS
+from cdpo_ray.models import load_model
+from cdpo_ray.models.family import TextToImageModel
+from cdpo_ray.models.lora import LORA_WEIGHTS
+from cdpo_ray.models.seeds import noise_at
+
+FILES = {
+    "diffusers": {"README.md", "pytorch_lora_weights.safetensors"},
+    "kohya": {"README.md", "tuned.safetensors"},
+    "merged": {
+        "README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae",
+    },
+}  # fmt: skip
+
+
+def finished(
+    tmp_path: Path, model_dir: Path | str, *, evaluated: bool = True, rounds: int = 1
+) -> tuple[str, list[TextToImageModel]]:
+    """A run whose rounds differ in what they trained, and in CLIP's mean: 0.6, 0.7, ...; path of its configuration."""
+    config = config_of(tmp_path / "runs", model_dir, training={"lora": {"rank": 4, "alpha": 8}}, rounds=rounds)
+    policies = [policy_of(config, seed=number) for number in range(1, rounds + 1)]
+    write_run(
+        config,
+        lambda number, folder: save_policy(policies[number - 1], folder),
+        (lambda number: {"judges": {"clip": judged(0.5, 0.5 + number / 10)}, "num_prompts": 4, "images_per_prompt": 2})
+        if evaluated
+        else None,
+    )
+    return written(config, tmp_path), policies
+
+
+def written(config: Config, folder: Path) -> str:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    return str(path)
+
+
+@pytest.mark.parametrize("format_name", list(FORMATS))
+def test_the_verb_says_where_it_wrote_and_the_cards_code_run_there_makes_the_policys_images(
+    tiny_sd15: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    format_name: str,
+) -> None:
+    config, (policy,) = finished(tmp_path, tiny_sd15)
+    assert main(["export", config, "--format", format_name]) == 0
+    folder = tmp_path / "runs" / "tuned" / "export" / format_name
+    assert capsys.readouterr().out == f"{folder}\n"
+    assert {path.name for path in folder.iterdir()} == FILES[format_name]
+    assert [path.name for path in folder.parent.iterdir()] == [format_name], "nothing is left beside"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*.safetensors")} == {0o644}
+
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    found: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        exec(code, found)
+    assert found["image"].size == (64, 64)
+    pipeline = found["pipe"]
+    pipeline.scheduler = policy.pipeline.scheduler
+    noise = noise_at((1, 4, 8, 8), 0, "noise")
+    sampler = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "latent"}
+    made = pipeline("a cat", latents=noise, **sampler).images
+    torch.testing.assert_close(made, sampled(policy, noise), rtol=1e-4, atol=1e-4)
+    policy.denoiser.disable_adapters()
+    assert (sampled(policy, noise) - made).abs().max() > 0.02, "training must have changed the model"
+
+
+def sampled(policy: TextToImageModel, noise: torch.Tensor) -> torch.Tensor:
+    conditioning, _ = policy.encode_prompts(["a cat"])
+    return policy.sample(conditioning, noise, num_denoising_steps=3, guidance_scale=1.0)
+
+
+def test_the_embedded_model_is_found_by_the_cards_code(tmp_path: Path, embedded: Path) -> None:
+    config, _ = finished(tmp_path, "embedded", evaluated=False)
+    assert main(["export", config]) == 0
+    folder = tmp_path / "runs" / "tuned" / "export" / "diffusers"
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    found: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        exec(code, found)
+    assert found["image"].size == (32, 32)
+    assert found["pipe"].get_list_adapters() == {"unet": ["default_0"]}
+
+
+def test_of_several_rounds_the_last_is_exported_with_its_own_figures(tiny_sd15: Path, tmp_path: Path) -> None:
+    config, _ = finished(tmp_path, tiny_sd15, rounds=2)
+    assert main(["export", config, "--out", str(tmp_path / "out")]) == 0
+    first, second = (
+        (tmp_path / f"runs/tuned/round-{number}/4-training/lora" / LORA_WEIGHTS).read_bytes() for number in (1, 2)
+    )
+    assert (tmp_path / "out" / LORA_WEIGHTS).read_bytes() == second != first
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Round 2 of 2;" in card
+    assert "| clip | trained on | 0.50 | 0.70 | +0.20 |" in card
+
+
+def test_a_whole_net_is_exported_merged_and_otherwise_refused(
+    tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tmp_path / "runs", tiny_sd15, training={"method": "full"})
+    policy = load_model("stable_diffusion", path=str(tiny_sd15), device="cpu")
+    change(list(policy.denoiser.parameters()), size=0.02)
+    write_run(config, lambda number, folder: policy.denoiser.save_pretrained(folder / "unet"))
+    path = written(config, tmp_path)
+    assert main(["export", path, "--format", "kohya"]) == 2
+    assert "ExportError: `--format` kohya: " in capsys.readouterr().err
+    assert not list((tmp_path / "runs" / "tuned" / "export").iterdir()), "nothing is left of the attempt"
+    assert main(["export", path, "--format", "merged"]) == 0
+    assert "its denoiser trained anew" in (tmp_path / "runs/tuned/export/merged/README.md").read_text()
+
+
+def test_values_after_an_option_count_and_others_than_the_runs_are_refused(
+    tmp_path: Path, embedded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = finished(tmp_path, "embedded")
+    assert main(["export", config, "--format", "kohya", "training.beta=7"]) == 2
+    assert re.search(
+        r"StoreError: .*4-training was made with `training.beta` = 500.0, config says 7", capsys.readouterr().err
+    )
+    assert main(["export", config, "curriculum.label_noise=0.5"]) == 2
+    assert re.search(r"3-stages was made with `curriculum.label_noise` = 0.0, config", capsys.readouterr().err)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["export", config, "--format", "kohya", "--fromat", "merged"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["export", config, "--format", "onnx"])
+
+
+def test_a_run_that_is_not_trained_is_told_what_to_do(
+    tmp_path: Path, embedded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = written(config_of(tmp_path / "runs", "embedded"), tmp_path)
+    assert main(["export", config]) == 2
+    told = capsys.readouterr().err
+    assert re.search(r"StoreError: .*: not there, or not finished; run the step that makes it first", told)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_is_there_is_left_alone(
+    tmp_path: Path, embedded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = finished(tmp_path, "embedded")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    assert main(["export", config, "--out", str(mine)]) == 2
+    assert f"ExportError: {mine}: is there already; delete it, or give another folder by `--out`\n" in (
+        capsys.readouterr().err
+    )
+    assert not list(mine.iterdir())
+    (tmp_path / "file").touch()
+    assert main(["export", config, "--out", str(tmp_path / "file" / "out")]) == 2
+    assert re.search(r"ExportError: .*/file/out: cannot be written: .*; give another", capsys.readouterr().err)
+
+
+def test_a_lora_that_was_altered_after_training_is_not_exported(
+    tmp_path: Path, embedded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = finished(tmp_path, "embedded")
+    (file,) = (tmp_path / "runs/tuned/4-training").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert main(["export", config]) == 2
+    assert "was altered (its SHA-256 differs)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ray_is_not_needed(tmp_path: Path, embedded: Path) -> None:
+    config, _ = finished(tmp_path, "embedded", evaluated=False)
+    code = (
+        "import sys; sys.modules['ray'] = None\n"  # an import of it fails
+        "from cdpo_ray.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, "export", config, "--format", "kohya"], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert "export: not evaluated; the model card will say so" in found.stderr

@@ -1,0 +1,96 @@
+"""Run folders as they lie after a run, without the run: the real steps' manifests around what a test puts in."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cdpo_ray.config import Config, validate
+from cdpo_ray.models import load_model
+from cdpo_ray.models.family import TextToImageModel
+from cdpo_ray.models.lora import LORA_DIR, attach_lora, save_lora
+from cdpo_ray.records import EVALUATION, TRAINING
+from cdpo_ray.run import round_folders
+from cdpo_ray.steps import STEPS
+
+
+def config_of(runs_dir: Path, model_dir: Path | str, **sections: dict[str, Any]) -> Config:
+    """A small configuration; ``sections`` are laid over its own, key by key."""
+    values: dict[str, Any] = {
+        "run": {"name": "tuned", "dir": str(runs_dir), "seed": 3},
+        "prompts": {"train": {"source": "scenes", "count": 6}, "heldout": {"source": "scenes", "count": 4}},
+        "model": {"path": str(model_dir)},
+        "generation": {"images_per_prompt": 4, "num_denoising_steps": 3, "guidance_scale": 3.0},
+        "rewards": {"names": ["clip"]},
+        "curriculum": {"num_stages": 3, "updates_per_stage": 5},
+        "training": {"beta": 500, "learning_rate": 1e-4, "global_batch_size": 2},
+        "evaluation": {"judges": ["clip", "oracle"]},
+    }
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
+    return validate(values, where="test")
+
+
+def judged(base: float, tuned: float, *, within: float = 0.005) -> dict[str, Any]:
+    """What `metrics.json` says of one judge, made by hand."""
+    difference = tuned - base
+    return {
+        "base": {"mean": base, "low": base - 0.01, "high": base + 0.01},
+        "tuned": {"mean": tuned, "low": tuned - 0.01, "high": tuned + 0.01},
+        "difference": {"mean": difference, "low": difference - within, "high": difference + within},
+        "win_rate": {"mean": 0.71, "low": 0.66, "high": 0.76},
+        "num_missing": 1,
+    }
+
+
+def write_run(
+    config: Config, train: Callable[[int, Path], None], metrics: Callable[[int], dict[str, Any]] | None = None
+) -> None:
+    """Finish every step of every round.
+
+    Args:
+        train: writes what a round (1-based) trained into the folder given.
+        metrics: content of a round's `metrics.json`; none leaves the run without evaluation.
+    """
+    trained_before: dict[str, str] = {}
+    for number, run in enumerate(round_folders(config), start=1):
+        run.path.mkdir(parents=True)
+        for step in STEPS:
+            if step.folder == EVALUATION and metrics is None:
+                continue
+            inputs = {name: run.fingerprint(name) for name in step.inputs} | (trained_before if step.continues else {})
+            settings = step.settings(config)
+            with run.writing(step.folder, settings, inputs, seed=config.run.seed, resumable=False) as (folder, output):
+                if step.folder == TRAINING:
+                    output.counts |= {"updates": 15, "pairs": 30}
+                    train(number, folder)
+                if step.folder == EVALUATION and metrics:
+                    (folder / "metrics.json").write_text(json.dumps(metrics(number)))
+        trained_before = {"the round before": run.fingerprint(TRAINING)}
+
+
+def change(parameters: list[nn.Parameter], seed: int = 1, size: float = 0.05) -> None:
+    """As if trained; much more, and attention is so sharp that rounding shows in the images."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += size * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def policy_of(config: Config, *, seed: int = 1) -> TextToImageModel:
+    """The base model with a LoRA that has changed it."""
+    lora = config.training.lora
+    model = load_model(
+        config.model.family, path=config.model.path, revision=None, dtype=config.model.dtype, device="cpu"
+    )
+    change(
+        attach_lora(model.denoiser, rank=lora.rank, alpha=lora.alpha or lora.rank, targets=lora.targets, seed=0), seed
+    )
+    return model
+
+
+def save_policy(model: TextToImageModel, folder: Path) -> None:
+    save_lora(model.pipeline_class, model.denoiser_name, model.denoiser, folder / LORA_DIR)
