@@ -2,6 +2,7 @@
 
 import functools
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny nets gain nothing by two, and lose a hundredfold on a busy machine
+# Ray reads its mode of access when it is first imported, by whichever test that is: the same for all of them.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 from cdpo_ray.testbed import PIPELINE_DIR
 
