@@ -86,7 +86,8 @@ def test_images_of_any_size_are_prepared_as_open_clip_prepares_them_with_pil(
     theirs = torch.stack([transform(pil(image)) for image in images])
     ours = tiny.preprocess(images)
     assert ours.shape == theirs.shape
-    in_levels = (ours - theirs).abs() * tiny.std * 255  # PIL rounds to whole levels after each direction
+    levels = 255 * torch.tensor(tiny.std)[:, None, None]
+    in_levels = (ours - theirs).abs() * levels  # PIL rounds to whole levels after each direction
     assert in_levels.max() <= 1.5
     prompts = ["a cat", "a dog", "a cat"]
     np.testing.assert_allclose(tiny(images, prompts), independent_scores(tiny, theirs, prompts), rtol=0, atol=5e-3)

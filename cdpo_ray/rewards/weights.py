@@ -1,0 +1,93 @@
+"""Published weights -> files on this machine: pinned, and never a pickle that runs code."""
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cdpo_ray.errors import RewardError
+
+CONVERTED_DIR = Path(HF_HOME) / "cdpo_ray"
+"""Where foreign pickles lie once they are converted, by the SHA-256 of what they were."""
+
+
+def hub_file(checkpoint: str, filename: str, revision: str | None, *, key: str) -> Path:
+    """A file that is here, or a file of a hub id at a revision.
+
+    Args:
+        checkpoint: path of a local file, or a hub id.
+        filename: of the file within the hub id.
+        key: of the configuration, to name in errors.
+
+    Raises:
+        RewardError: it is not here and cannot be fetched.
+    """
+    if Path(checkpoint).is_file():
+        return Path(checkpoint)
+    try:
+        return Path(hf_hub_download(checkpoint, filename, revision=revision))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise _not_here(checkpoint, filename, revision, key, error) from None
+
+
+def hub_folder(checkpoint: str, revision: str | None, *, key: str) -> Path:
+    """A folder that is here, or that of a hub id at a revision, without its pickles.
+
+    Raises:
+        RewardError: it is not here and cannot be fetched.
+    """
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    try:
+        wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise _not_here(checkpoint, "", revision, key, error) from None
+
+
+def converted(path: Path, sha256: str, *, key: str) -> dict[str, Tensor]:
+    """Tensors of a foreign ``torch.save`` file, checked against its SHA-256, then read without running its code.
+
+    Converted once to safetensors in `CONVERTED_DIR`; later calls read that.
+
+    Args:
+        sha256: of the file, 64 hex digits.
+        key: of the configuration, to name in errors.
+
+    Raises:
+        RewardError: the file is another one, or holds more than tensors.
+    """
+    with path.open("rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != sha256:
+        raise RewardError(
+            f"`{key}` {path}: SHA-256 must be {sha256}, got {found}; it is another file, or was damaged: fetch it anew"
+        )
+    safe = CONVERTED_DIR / f"{sha256}.safetensors"
+    if not safe.is_file():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise RewardError(f"`{key}` {path}: holds more than tensors, and was not run: {reason}") from None
+        tensors = content.get("state_dict", content)
+        CONVERTED_DIR.mkdir(parents=True, exist_ok=True)
+        aside = safe.with_name(f"{safe.name}.{os.getpid()}.tmp")  # several actors may convert at once
+        save_file({name: value.contiguous() for name, value in tensors.items()}, aside)
+        aside.replace(safe)
+    return load_file(safe)
+
+
+def _not_here(checkpoint: str, filename: str, revision: str | None, key: str, error: Exception) -> RewardError:
+    reason = str(error).strip().split("\n")[0]
+    stage = " ".join(filter(None, ["hf download", checkpoint, filename, "--revision", revision]))
+    return RewardError(
+        f"`{key}` {checkpoint} (revision {revision}): cannot be fetched: {reason}; stage it first: `{stage}`"
+    )
