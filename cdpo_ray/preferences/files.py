@@ -279,7 +279,7 @@ def _values(chunk: Chunk, source: Source, *, images: bool) -> Iterator[tuple[int
         yield 1, _ranked_folder(path)
     elif path.suffix == ".parquet":
         file = _open_parquet(path, source)
-        columns = _wanted(source, images=images)
+        columns = _wanted(source, images=images) + _has_label(source, file)
         at_once = ROWS_AT_ONCE if images else None
         batches = file.iter_batches(
             **({"batch_size": at_once} if at_once else {}), row_groups=[chunk.start], columns=columns
@@ -378,7 +378,14 @@ def _wanted(source: Source, *, images: bool) -> list[str]:
     assert columns is not None, "a ranked folder is no table"
     wanted = [columns.prompt, *(columns.labels or ()), *(columns.images if images else ())]
     wanted += {"label": (), "score": columns.scores, "rank": columns.ranks}[source.difficulty]
-    return [source.column(name) for name in [*wanted, *([columns.has_label] if columns.has_label else [])]]
+    return [source.column(name) for name in wanted]
+
+
+def _has_label(source: Source, file: pq.ParquetFile) -> list[str]:
+    """The column that says whether anybody judged, where the file has it."""
+    columns = FORMATS[source.format]
+    name = source.column(columns.has_label) if columns and columns.has_label else None
+    return [name] if name and name in file.schema_arrow.names else []
 
 
 def _open_parquet(path: Path, source: Source) -> pq.ParquetFile:
