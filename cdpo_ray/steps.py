@@ -141,8 +141,8 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
     if len(set_aside) > preferences.max_bad_fraction * found.num_rows * found.num_samples:
         raise PreferenceError(
             f"`preferences.path` {source.path}: {len(set_aside)} images of {found.num_rows} rows cannot be used, more"
-            f" than `preferences.max_bad_fraction` = {preferences.max_bad_fraction}; `cdpo import --check` names each; the"
-            f" first: {json.loads(set_aside[0])['reason']}"
+            f" than `preferences.max_bad_fraction` = {preferences.max_bad_fraction}; `cdpo import --check` names each;"
+            f" the first: {json.loads(set_aside[0])['reason']}"
         )
     made = read_shards(output_dir, ["num_tokens_cut", "num_images_cut"])
     output.counts |= {
