@@ -11,8 +11,9 @@
     images            list<binary> PNG a sample; only if `generation.keep_images`
     score_<reward>    list<float64> a sample; only rewards computed with the images
 
-2-scores/scores.parquet        a row a sample, in prompt and sample order
+2-scores/<reward>.parquet      a row a sample, in prompt and sample order
     prompt_index, prompt_id, sample_index, score_<reward> float64 (higher is better)
+2-scores/second/<reward>.parquet   the same of the first `rewards.noise_prompts` prompts, scored once more
 
 3-stages/stage-<k>/*.parquet   a row a drawn pair, easy to hard; training takes them by `draw`, easy and hard mixed
     stage             int64   1-based
@@ -21,6 +22,7 @@
     chosen, rejected  int64   sample index of the better and of the worse image
     rank_gap          int64   ranks between the two: large = easy
     score_gap         float64
+    within_noise      bool    score_gap is not above the noise of score gaps; null where it was not measured
 3-stages/stages.json           what each stage admits and draws, see `curriculum/explanation.py: describe_stage`
 3-stages/prompts-<k>.parquet   candidates and draws of each prompt
 
@@ -41,6 +43,11 @@ CONDITIONING = ("prompt_embedding", "pooled_embedding")
 def prompt_id(prompt: str) -> str:
     """Name of a prompt: 16 hex digits, the same everywhere and always."""
     return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def score_file(reward: str, *, second: bool = False) -> str:
+    """Where in `2-scores` a reward's scores are, or its second scores."""
+    return f"second/{reward}.parquet" if second else f"{reward}.parquet"
 
 
 def score_column(reward: str) -> str:

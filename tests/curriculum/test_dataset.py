@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cdpo_ray.curriculum.dataset import read_scores
+from cdpo_ray.curriculum.combination import RankingRule
+from cdpo_ray.curriculum.dataset import read_ranking_scores
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Schedule, plan_stage
 
@@ -18,8 +19,8 @@ def test_pairs_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
     drawn = []
     for name, order in (("in_order", np.arange(24)), ("mixed", random.permutation(24))):
         (tmp_path / name).mkdir()
-        pq.write_table(table.take(order), tmp_path / name / "scores.parquet")
-        read = read_scores(tmp_path / name, "clip")
+        pq.write_table(table.take(order), tmp_path / name / "clip.parquet")
+        read = read_ranking_scores(tmp_path / name, RankingRule("clip", {"clip": 1.0}))
         assert read.prompt_index.tolist() == [3, 4, 8, 11]
         pairs, _ = plan_stage(rank_samples(read.scores), schedule=Schedule(), stage=4, num_draws=100, seed=0)
         columns = read.prompt_index[pairs.prompt], pairs.chosen, pairs.rejected, pairs.rank_gap

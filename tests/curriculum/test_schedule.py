@@ -206,7 +206,7 @@ def test_labels_are_swapped_with_their_probability_and_gaps_kept(order: str) -> 
 def test_scores_that_form_no_pair_are_told_with_the_reason(scores: np.ndarray, order: str) -> None:
     schedule = Schedule(order=order, min_score_gap=0.1)
     with pytest.raises(
-        CurriculumError, match=r"stage 2 admits no pair: .* `min_score_gap` is 0\.1, .*; lower `min_score_gap`, or"
+        CurriculumError, match=r"stage 2 admits no pair: .* pairs form above 0\.1, .*; lower `min_score_gap` or"
     ):
         plan_stage(rank_samples(scores), schedule=schedule, stage=2, num_draws=4, seed=0)
 

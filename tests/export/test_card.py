@@ -34,7 +34,17 @@ def card_of(
         "seed": 3,
         "created": "2026-01-01T00:00:00+00:00",
     }
-    facts = RunFacts("tuned", config.plain(), round_, 6, 4, config.curriculum.sentence, training, metrics)
+    facts = RunFacts(
+        "tuned",
+        config.plain(),
+        round_,
+        6,
+        4,
+        config.rewards.ranking_sentence,
+        config.curriculum.sentence,
+        training,
+        metrics,
+    )
     return model_card(facts, format_name, denoiser_name)
 
 
