@@ -283,25 +283,48 @@ def test_scores_do_not_depend_on_where_judges_stand(
 
 
 def test_another_reward_is_scored_without_generating_even_if_no_image_was_kept(tiny_sd15: Path, tmp_path: Path) -> None:
-    config = make_config(tiny_sd15, tmp_path, generation__keep_images=False)
-    run = run_steps(config, steps_until("score"))
+    def config_of(*names: str, **rewards: Any) -> Config:
+        rewards = {"names": [*names], **rewards}
+        return make_config(tiny_sd15, tmp_path, generation__keep_images=False, rewards=rewards)
+
+    run = run_steps(config_of("jpeg_size"), steps_until("pairs"))
     assert "images" not in pq.read_schema(next(run.step("1-samples").glob("*.parquet"))).names
-    made = run.manifest("1-samples")["created"]
+    made = {step: run.fingerprint(step) for step in ("1-samples", "3-stages")}
     first = scores_of(run, "jpeg_size")
-    (run.path / "2-scores").rename(tmp_path / "earlier")
-    again = make_config(
-        tiny_sd15,
-        tmp_path,
-        generation__keep_images=False,
-        rewards__names=["jpeg_size"],
-        rewards__jpeg_size={"quality": 50},
-    )
-    run_steps(again, steps_until("score"))
-    assert run.manifest("1-samples")["created"] == made
-    assert run.manifest("2-scores")["counts"]["scores_computed_now"] == 20
-    second = scores_of(run, "jpeg_size")
-    assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.5
-    assert not np.array_equal(first, second)
+    more = config_of("jpeg_size", "own_rewards:noisy", noise_prompts=3)
+    run_steps(more, [step for step in STEPS if step.verb == "score"])
+    assert run.manifest("2-scores")["counts"]["scores_computed_now"] == 20 + 2 * 3 * 4
+    run_steps(config_of("jpeg_size"), steps_until("pairs"))
+    assert {step: run.fingerprint(step) for step in made} == made
+    assert (scores_of(run, "jpeg_size") == first).all()
+    noise = run.manifest("2-scores")["details"]
+    assert noise["noise_jpeg_size"] == 0
+    assert 0.4e-3 < noise["noise_own_rewards:noisy"] < 2e-3  # a thousandth, as 12 differences tell it
+    with pytest.raises(StoreError, match=r"2-scores was made with `rewards.jpeg_size.quality` = 90, config says 50"):
+        run_steps(config_of("jpeg_size", jpeg_size={"quality": 50}), steps_until("score"))
+
+
+def test_pairs_within_the_noise_of_the_reward_are_marked_or_dropped_and_its_run_gives_its_images_to_others(
+    finished: tuple[Config, RunFolder], tiny_sd15: Path, tmp_path: Path
+) -> None:
+    config, source = finished
+    noisy = "own_rewards:noisy"
+    changes = {"rewards": {"names": ["jpeg_size", noisy], "rank_by": noisy, "noise_prompts": 5}}
+    config = make_config(tiny_sd15, tmp_path, run__samples_from=str(source.path), **changes)
+    run = run_steps(config, steps_until("pairs"))
+    assert pngs(run) == pngs(source)
+    assert run.manifest("2-scores")["counts"]["scores_computed_now"] == 20 + 2 * 20  # the first of jpeg_size were there
+    marked = [pair for stage in pairs(run) for pair in zip(stage["score_gap"], stage["within_noise"], strict=True)]
+    noise = json.loads((run.step("3-stages") / "stages.json").read_text())[0]["gap_noise"]
+    assert all(within == (gap <= noise) for gap, within in marked)
+    assert run.manifest("3-stages")["counts"]["pairs_drawn_within_noise"] == sum(within for _, within in marked)
+    smallest = max(gap for gap, _ in marked) / 2
+    without = beginning_as(run, "without", "1-samples", "2-scores")
+    curriculum = {"min_gap_in_noise": smallest / noise, "num_stages": 1, "updates_per_stage": 5}
+    run_steps(make_config(tiny_sd15, tmp_path, "without", curriculum=curriculum, **changes), steps_until("pairs"))
+    (drawn,) = pairs(without)
+    assert min(drawn["score_gap"]) > smallest
+    assert without.manifest("3-stages")["counts"]["pairs_dropped_as_noise"] > 0
 
 
 def test_changed_setting_is_refused_with_the_difference(finished: tuple[Config, RunFolder], tiny_sd15: Path) -> None:

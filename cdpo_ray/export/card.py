@@ -119,7 +119,7 @@ def _table(settings: Mapping[str, Any]) -> Markup:
 def _reward_settings(rewards: Mapping[str, Any]) -> dict[str, Any]:
     """Every value, but of the built-in rewards only those in use."""
     used = ("weights", *rewards["names"])
-    return {key: value for key, value in rewards.items() if not isinstance(value, Mapping) or key in used}
+    return {key: value for key, value in rewards.items() if not isinstance(value, Mapping) or (value and key in used)}
 
 
 def _training_settings(training: Mapping[str, Any]) -> dict[str, Any]:

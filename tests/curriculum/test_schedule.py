@@ -211,6 +211,29 @@ def test_scores_that_form_no_pair_are_told_with_the_reason(scores: np.ndarray, o
         plan_stage(rank_samples(scores), schedule=schedule, stage=2, num_draws=4, seed=0)
 
 
+@given(SCORES, SCHEDULES, st.floats(0.5, 4), st.sampled_from([0.0, 0.05, 0.25, 2.0]))
+def test_pairs_form_above_the_larger_of_the_smallest_gap_and_the_noise(
+    scores: np.ndarray, schedule: Schedule, min_gap_in_noise: float, gap_noise: float
+) -> None:
+    schedule = replace(schedule, num_stages=1)
+    by_noise = replace(schedule, min_gap_in_noise=min_gap_in_noise)
+    above = max(schedule.min_score_gap, min_gap_in_noise * gap_noise)
+    formed = Curriculum(rank_samples(scores), by_noise, seed=0, gap_noise=gap_noise).formed
+    assert rows(formed.all()) == formed_pairs(scores, above)
+    stages = []
+    for asked, noise in ((by_noise, gap_noise), (replace(schedule, min_score_gap=above), None)):
+        try:
+            stages.append(rows(Curriculum(rank_samples(scores), asked, seed=0, gap_noise=noise).plan(1, 9)[0]))
+        except CurriculumError as error:
+            stages.append(str(error))
+    assert stages[0] == stages[1]
+
+
+def test_a_smallest_gap_in_noise_needs_the_noise() -> None:
+    with pytest.raises(ValueError, match="`min_gap_in_noise` needs `gap_noise`, got None; score some prompts twice"):
+        Curriculum(some_ranking(), Schedule(min_gap_in_noise=2.0), seed=0)
+
+
 def test_a_level_that_holds_nothing_is_told_with_the_reason() -> None:
     scores = np.array([[0.0, 1.0, 10.0]])  # gaps 1, 9 and 10: nothing between 2.5 and 7.5
     schedule = Schedule(num_stages=4, measure="score_gap", pacing="one_stage")
