@@ -220,7 +220,8 @@ def _describe_scores(reward: str, second: bool, context: Context, output_dir: Pa
     _, scores = read_scores(first_path, reward)
     if second:
         _, again = read_scores(output_dir / score_file(reward, second=True), reward)
-        output.details[f"noise_{reward}"] = noise = score_noise(scores[: len(again)], again)
+        noise = score_noise(scores[: len(again)], again)
+        output.details[f"noise_{reward}"] = noise if np.isfinite(noise) else None
         log.info("score: `%s` scored %d prompts twice: its noise is %.4g", reward, len(again), noise)
         return
     num_bad = scores.size - int(np.isfinite(scores).sum())
