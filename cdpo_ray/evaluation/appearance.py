@@ -45,7 +45,7 @@ def edge_density(images: Images) -> Values:
 
     Source: the operator of I. Sobel and G. Feldman (1968); luma of ITU-R BT.601.
     """
-    luma = np.tensordot(np.float32(LUMA) / 255, images, axes=(0, 1))
+    luma = images.transpose(0, 2, 3, 1) @ (np.array(LUMA, np.float32) / 255)
     across = luma[:, :, 2:] - luma[:, :, :-2]
     down = luma[:, 2:] - luma[:, :-2]
     horizontal = (across[:, :-2] + 2 * across[:, 1:-1] + across[:, 2:]) / 4

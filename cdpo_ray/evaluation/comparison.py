@@ -25,7 +25,7 @@ class Comparer:
     Args:
         family, model: name in `FAMILIES` and the arguments of its ``load``.
         training_dir: `4-training`, whose model is compared with the base.
-        num_margin_draws: of times and noise, for the implicit value of each of the base model's images; 0 leaves it out.
+        num_margin_draws: of times and noise, for the implicit value of each of the base's images; 0 leaves it out.
         guidance_range: that the net was told of in training; none is the family's own.
     """
 

@@ -76,7 +76,7 @@ def spoken_share(interval: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def significant_change(comparison: Mapping[str, Any]) -> int:
-    """-1, 0 or 1: lower, no significant change, higher; significant when the 95 % interval of the difference excludes 0."""
+    """-1, 0 or 1: lower, none, higher; significant when the 95 % interval of the difference excludes 0."""
     difference = comparison["difference"]
     return int(difference["low"] > 0) - int(difference["high"] < 0)
 

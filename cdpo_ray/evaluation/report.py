@@ -1,7 +1,5 @@
 """Run folder -> one self-contained page."""
 
-import base64
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from markupsafe import Markup
 from numpy.typing import NDArray
-from PIL import Image
 
 from cdpo_ray.errors import StoreError
 from cdpo_ray.evaluation import figures
@@ -29,7 +25,7 @@ from cdpo_ray.evaluation.page import (
     spoken_share,
     write_page,
 )
-from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, TRAINING, ARMS, score_column
+from cdpo_ray.records import ARMS, EVALUATION, SAMPLES, SCORES, STAGES, TRAINING, score_column
 from cdpo_ray.store import RunFolder
 
 STEPS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
@@ -81,7 +77,7 @@ class Finding:
     @property
     def large(self) -> bool:
         """Whether its whole interval lies beyond `LARGE_CHANGE`."""
-        return bool(self.relative) and max(self.relative["low"], -self.relative["high"]) > LARGE_CHANGE
+        return self.relative is not None and max(self.relative["low"], -self.relative["high"]) > LARGE_CHANGE
 
     @property
     def sentence(self) -> str:
@@ -171,7 +167,9 @@ def signs_of_reward_hacking(findings: Sequence[Finding]) -> list[Finding]:
     return [] if [finding.name for finding in signs] == [DIVERSITY] and "held out" in rose else signs
 
 
-def agreement_matrix(agreement: Sequence[Mapping[str, Any]], judges: Sequence[str]) -> list[list[dict[str, str] | None]]:
+def agreement_matrix(
+    agreement: Sequence[Mapping[str, Any]], judges: Sequence[str]
+) -> list[list[dict[str, str] | None]]:
     """``[judge][judge]`` rank correlation on the images of `base` and `tuned`, as text; none where it was not measured.
 
     Args:

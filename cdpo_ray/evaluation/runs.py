@@ -164,9 +164,7 @@ def refuse_incomparable(one: EvaluatedRun, other: EvaluatedRun) -> None:
     """
     common = [f"rewards.{judge}." for judge in one.judges if judge in other.judges]
     keys = [
-        key
-        for key in sorted({*one.settings, *other.settings})
-        if key in COMPARABLE_BY or key.startswith(tuple(common))
+        key for key in sorted({*one.settings, *other.settings}) if key in COMPARABLE_BY or key.startswith(tuple(common))
     ]
     differences = [
         f"`{key}` is {one.settings.get(key)} and {other.settings.get(key)}"

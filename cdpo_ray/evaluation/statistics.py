@@ -61,7 +61,9 @@ def bootstrap_mean(values: Scores, *, num_resamples: int, seed: int, confidence:
     drawn_at_once = max(1, 2**20 // len(values))  # bounds the memory
     means = np.concatenate(
         [
-            values[rng.integers(len(values), size=(min(drawn_at_once, num_resamples - start), len(values)))].mean(axis=1)
+            values[rng.integers(len(values), size=(min(drawn_at_once, num_resamples - start), len(values)))].mean(
+                axis=1
+            )
             for start in range(0, num_resamples, drawn_at_once)
         ]
     )
