@@ -448,3 +448,9 @@ def test_perturbation_ranks_images_but_cannot_judge_them() -> None:
     assert load_config(QUICKSTART).rewards.max_masked_fraction is None
     (fault,) = refused("evaluation.judges=[perturbation]")
     assert fault.startswith("`evaluation.judges.0` must be one of 'clip', ")
+
+
+def test_the_runs_own_rewards_judge_held_out_images_too() -> None:
+    config = load_config(QUICKSTART, ("rewards=[perturbation,clip,jpeg_size]", "rewards.jpeg_size.quality=40"))
+    assert list(config.evaluation_judges) == ["clip", "jpeg_size", "oracle", "oracle_strict"]
+    assert config.evaluation_judges["jpeg_size"] == {"quality": 40}
