@@ -369,7 +369,7 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.rewards.scorer import Scorer
 
     config = context.config
-    judges = {name: config.rewards.options(name) for name in config.evaluation.judges}
+    judges = config.evaluation_judges
     metrics = evaluate_adapter(
         context.prompts.heldout,
         output_dir,
@@ -377,8 +377,10 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         family=config.model.family,
         model=_model(config),
         sampling=_sampling(config, config.evaluation.images_per_prompt, config.run.seed),
-        judges=config.evaluation.judges,
+        judges=list(judges),
         make_scores=functools.partial(Scorer, judges),
+        num_margin_draws=config.evaluation.num_margin_draws,
+        guidance_range=config.training.guidance_range,
         generators=_pool(config.resources.generators),
         num_resamples=config.evaluation.num_bootstrap_resamples,
         seed=config.run.seed,
@@ -478,9 +480,10 @@ STEPS = (
         "evaluate",
         EVALUATION,
         lambda config: (
-            _section(config, "prompts", "model", "generation", "evaluation")
+            _section(config, "prompts", "model", "generation")
+            | {"evaluation": config.plain()["evaluation"] | {"judges": list(config.evaluation_judges)}}
             | _seed(config)
-            | {f"rewards.{name}": config.rewards.options(name) for name in config.evaluation.judges}
+            | {f"rewards.{name}": options for name, options in config.evaluation_judges.items()}
         ),
         (TRAINING,),
         evaluate,

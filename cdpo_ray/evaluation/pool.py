@@ -9,11 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from cdpo_ray.evaluation.comparison import ARMS, Comparer
-from cdpo_ray.evaluation.statistics import compare
+from cdpo_ray.evaluation.comparison import Comparer
+from cdpo_ray.evaluation.metrics import measure
 from cdpo_ray.generation.generator import MakeScores, Sampling
 from cdpo_ray.generation.pool import PoolSize, in_pool, prompt_rows
-from cdpo_ray.records import score_column
 from cdpo_ray.store import write_json
 
 
@@ -27,6 +26,8 @@ def evaluate_adapter(
     sampling: Sampling,
     judges: Sequence[str],
     make_scores: MakeScores,
+    num_margin_draws: int,
+    guidance_range: tuple[float, float] | None,
     generators: PoolSize,
     num_resamples: int,
     seed: int,
@@ -43,11 +44,13 @@ def evaluate_adapter(
         sampling=sampling,
         training_dir=training_dir,
         make_scores=make_scores,
+        num_margin_draws=num_margin_draws,
+        guidance_range=guidance_range,
     )
     compared.set_name("evaluate")
     rows = pa.concat_tables(ray.get(compared.to_arrow_refs())).sort_by("prompt_index")
     pq.write_table(_row_per_image(rows, sampling.images_per_prompt), output_dir / "comparison.parquet")
-    metrics = _measure(rows, judges, num_resamples=num_resamples, seed=seed)
+    metrics = measure(rows, judges, num_resamples=num_resamples, seed=seed)
     metrics |= {"num_prompts": len(prompts), "images_per_prompt": sampling.images_per_prompt}
     write_json(output_dir / "metrics.json", metrics)
     return metrics
@@ -62,19 +65,3 @@ def _row_per_image(rows: pa.Table, num_images: int) -> pa.Table:
     for name in lists:
         repeated = repeated.append_column(name, rows[name].combine_chunks().flatten())
     return repeated
-
-
-def _measure(rows: pa.Table, judges: Sequence[str], *, num_resamples: int, seed: int) -> dict[str, Any]:
-    def scores(arm: str, judge: str) -> np.ndarray:
-        return np.array(rows[f"{arm}_{score_column(judge)}"].to_pylist(), dtype=float)
-
-    def diversity(arm: str) -> np.ndarray:
-        return np.array(rows[f"{arm}_diversity"].to_pylist(), dtype=float)[:, None]
-
-    def compared(base: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
-        return compare(base, tuned, num_resamples=num_resamples, seed=seed).to_dict()
-
-    measured: dict[str, Any] = {"judges": {judge: compared(*(scores(arm, judge) for arm in ARMS)) for judge in judges}}
-    if np.isfinite(diversity("base")).all():
-        measured["diversity"] = compared(*(diversity(arm) for arm in ARMS))
-    return measured
