@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 import ray
 
 from cdpo_ray.evaluation.comparison import Comparer
+from cdpo_ray.evaluation.labelled import LabelledSamples, Valuer, label_accuracy, only_held_out
 from cdpo_ray.evaluation.metrics import measure
 from cdpo_ray.generation.generator import MakeScores, Sampling
 from cdpo_ray.generation.pool import PoolSize, in_pool, prompt_rows
-from cdpo_ray.store import write_json
+from cdpo_ray.records import CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
+from cdpo_ray.store import shard_schema, write_json
 
 
 def evaluate_adapter(
@@ -31,8 +33,13 @@ def evaluate_adapter(
     generators: PoolSize,
     num_resamples: int,
     seed: int,
+    labelled: LabelledSamples | None = None,
 ) -> dict[str, Any]:
-    """Write `5-evaluation`: the images and scores of both models, and what follows from them; returns the latter."""
+    """Write `5-evaluation`: the images and scores of both models, and what follows from them; returns the latter.
+
+    Args:
+        labelled: images that people judged, some of prompts held out.
+    """
     rows_per_call = max(1, sampling.images_per_batch // sampling.images_per_prompt)
     compared = in_pool(
         prompt_rows(prompts, rows_per_call),
@@ -52,8 +59,41 @@ def evaluate_adapter(
     pq.write_table(_row_per_image(rows, sampling.images_per_prompt), output_dir / "comparison.parquet")
     metrics = measure(rows, judges, num_resamples=num_resamples, seed=seed)
     metrics |= {"num_prompts": len(prompts), "images_per_prompt": sampling.images_per_prompt}
+    if labelled and num_margin_draws:
+        valued = _valued(
+            labelled,
+            generators,
+            family=family,
+            model=dict(model),
+            training_dir=training_dir,
+            num_margin_draws=num_margin_draws,
+            guidance_range=guidance_range,
+            seed=sampling.seed,
+        )
+        metrics["labels"] = label_accuracy(valued, labelled.rewards, num_resamples=num_resamples, seed=seed)
     write_json(output_dir / "metrics.json", metrics)
     return metrics
+
+
+def _valued(labelled: LabelledSamples, generators: PoolSize, **arguments: Any) -> pa.Table:
+    schema = shard_schema(labelled.samples_dir)
+    kept = [name for name in map(score_column, (LABEL, *labelled.rewards)) if name in schema.names]
+    read = ["prompt", "latents", *(name for name in CONDITIONING if name in schema.names), *kept]
+    rows = ray.data.read_parquet(str(labelled.samples_dir), columns=read, file_extensions=["parquet"])
+    rows = rows.map_batches(
+        only_held_out, fn_kwargs={"fraction": labelled.heldout_fraction}, batch_size=None, batch_format="pyarrow"
+    )
+    rows_per_call = max(1, labelled.samples_per_launch // schema.field("latents").type.shape[0])
+    valued = in_pool(
+        rows,
+        Valuer,
+        generators,
+        rows_per_call=rows_per_call,
+        samples_per_launch=labelled.samples_per_launch,
+        **arguments,
+    )
+    valued.set_name("evaluate labels")
+    return pa.concat_tables(ray.get(valued.select_columns([*kept, IMPLICIT_VALUE]).to_arrow_refs()))
 
 
 def _row_per_image(rows: pa.Table, num_images: int) -> pa.Table:

@@ -119,6 +119,7 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         trained_on=trained_on(config["rewards"]),
         agreement=agreement_matrix(metrics.get("agreement", []), judges),
         accuracy=[_accuracy(metrics, judge) for judge in judges],
+        label_accuracy={name: spoken_share(found) for name, found in metrics.get("labels", {}).items() if found},
         grid=image_grid(comparison_path, judges, config["evaluation"]["grid_prompts"]),
         shown_images=min(MAX_IMAGES, metrics["images_per_prompt"]),
         charts={name: Markup(svg) for name, svg in _charts(run_dir, comparison_path, metrics, judges).items()},

@@ -87,6 +87,11 @@ def is_held_out(prompt: str, fraction: float) -> bool:
     return int.from_bytes(digest) / 2**64 < fraction
 
 
+def held_out(prompts: Sequence[str], fraction: float | None) -> list[bool]:
+    """Which prompts fall into the held-out share; none where there is no fraction."""
+    return [fraction is not None and is_held_out(prompt, fraction) for prompt in prompts]
+
+
 def read_prompts(source: str, split: str, count: int | None, seed: int) -> tuple[list[str], int, int]:
     """Distinct prompts of a source, and how many lines were doubled and empty."""
     if source == "scenes":
