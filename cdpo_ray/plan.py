@@ -33,8 +33,9 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
     heldout_images = 2 * len(prompts.heldout) * config.evaluation.images_per_prompt
     lines = [
         f"run {config.run.name} in {Path(config.run.dir) / config.run.name}",
-        f"  prompts      {len(prompts.train)} to train on, {len(prompts.heldout)} held out"
-        f" ({prompts.num_doubled} doubled and {prompts.num_empty} empty lines left out)",
+        f"  prompts      {len(prompts.train):,} to train on, {len(prompts.heldout):,} held out"
+        f" (of {prompts.num_read:,}: {prompts.num_doubled:,} doubled, {prompts.num_empty:,} empty,"
+        f" {prompts.num_beyond_count:,} beyond `count` left out)",
         f"  generation   {num_images:,} images ({per_prompt} a prompt),"
         f" {config.generation.num_denoising_steps} denoising steps, guidance {config.generation.guidance_scale:g}",
         f"  rewards      {', '.join(config.rewards.names)} ({config.rewards.placement}); ranked by"

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from cdpo_ray.config import Config
-from cdpo_ray.prompts.sources import PromptSplit, split_prompts
+from cdpo_ray.prompts.sources import PromptSplit, Source, split_prompts
 from cdpo_ray.records import EVALUATION, STAGES, TRAINING
 from cdpo_ray.session import ray_session
 from cdpo_ray.steps import STEPS, Context, Step, export
@@ -23,16 +23,8 @@ REPORT = "report.html"
 
 def read_prompts(config: Config) -> PromptSplit:
     """The prompts that a configuration names."""
-    train, heldout = config.prompts.train, config.prompts.heldout
-    assert train.source is not None, "checked by the config"
-    return split_prompts(
-        train_source=train.source,
-        train_count=train.count,
-        heldout_source=heldout.source,
-        heldout_count=heldout.count,
-        heldout_fraction=heldout.fraction,
-        seed=config.run.seed,
-    )
+    train, heldout = (Source(**side.model_dump()) for side in (config.prompts.train, config.prompts.heldout))
+    return split_prompts(train, heldout, seed=config.run.seed)
 
 
 def run_steps(config: Config, steps: Iterable[Step], *, verbose: bool = False) -> RunFolder:
