@@ -11,10 +11,11 @@ from pathlib import Path
 import yaml
 
 from cdpo_ray.config import Config
-from cdpo_ray.prompts.sources import PromptSplit, Source, split_prompts
-from cdpo_ray.records import EVALUATION, STAGES, TRAINING
+from cdpo_ray.preferences.files import scan
+from cdpo_ray.prompts.sources import PromptSplit, split_prompts
+from cdpo_ray.records import EVALUATION, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.session import ray_session
-from cdpo_ray.steps import STEPS, Context, Step, export
+from cdpo_ray.steps import Context, Step, export, preference_frame, preference_source, prompt_source, steps_of
 from cdpo_ray.store import RunFolder
 
 log = logging.getLogger(__name__)
@@ -23,8 +24,11 @@ REPORT = "report.html"
 
 def read_prompts(config: Config) -> PromptSplit:
     """The prompts that a configuration names."""
-    train, heldout = (Source(**side.model_dump()) for side in (config.prompts.train, config.prompts.heldout))
-    return split_prompts(train, heldout, seed=config.run.seed)
+    return split_prompts(
+        prompt_source(config.prompts.train) if config.prompts.train else scan(preference_source(config)).prompts,
+        prompt_source(config.prompts.heldout),
+        seed=config.run.seed,
+    )
 
 
 def run_steps(config: Config, steps: Iterable[Step], *, verbose: bool = False) -> RunFolder:
@@ -71,6 +75,21 @@ def write_reports(config: Config, *, anew: bool = False) -> list[Path]:
     return [_write_report(run, anew) for run in round_folders(config)]
 
 
+def find_preference_faults(config: Config, *, verbose: bool = False) -> list[str]:
+    """All that is wrong with a set of preferences, by file and row; every image is opened, nothing is written.
+
+    Raises:
+        PreferenceError: there is no such set, or it lacks a column.
+    """
+    source = preference_source(config)
+    found = scan(source)
+    with ray_session(verbose=verbose):
+        from cdpo_ray.preferences.pool import find_faults
+
+        in_images = find_faults(found.chunks, source=source, frame=preference_frame(config))
+    return list(dict.fromkeys([*map(str, found.faults), *in_images]))
+
+
 def explain_stages(config: Config) -> str:
     """What each stage holds, as a table; draws it to `stages.png` of the run (of each round), the path a line."""
     from cdpo_ray.curriculum.explanation import draw_stages, stages_table
@@ -105,7 +124,7 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
     folders = round_folders(config)
     run, previous = folders[-1], folders[-2] if len(folders) > 1 else None
     context = Context(config, read_prompts(config), run, len(folders), previous)
-    for step in STEPS:
+    for step in steps_of(config):
         if step.folder == EVALUATION and not run.has(EVALUATION):
             log.warning("export: not evaluated; the model card will say so")
             continue
@@ -147,7 +166,7 @@ def _inputs(step: Step, context: Context) -> dict[str, str]:
 
 def _write_report(run: RunFolder, anew: bool) -> Path:
     path = run.path / REPORT
-    finished = [run.step(step.folder) / "manifest.json" for step in STEPS]
+    finished = [run.step(folder) / "manifest.json" for folder in STEP_FOLDERS]
     if not anew and path.is_file() and path.stat().st_mtime > max(manifest.stat().st_mtime for manifest in finished):
         log.info("report: done already")
         return path

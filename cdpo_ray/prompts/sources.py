@@ -3,6 +3,7 @@
 import hashlib
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,17 +72,21 @@ class PromptList:
     num_empty: int = 0
 
 
-def split_prompts(train: Source, heldout: Source, *, seed: int) -> PromptSplit:
+def split_prompts(train: Source | Sequence[str], heldout: Source, *, seed: int) -> PromptSplit:
     """The prompts to train on and the prompts to judge on.
 
     Args:
+        train: a source, or prompts that came with preferences.
         seed: draws the prompts of `scenes`.
 
     Raises:
         PromptError: a source is missing, broken or empty, too short, or a prompt is on both sides, be it with other
             case, spaces or punctuation.
     """
-    found = read_prompts(train, "train", seed)
+    if isinstance(train, Source):
+        found, train_count = read_prompts(train, "train", seed), train.count
+    else:
+        found, train_count = _without_doubles(train), None
     judged = read_prompts(heldout, "heldout", seed) if heldout.source else PromptList([], 0)
     train_side, heldout_side = found.prompts, judged.prompts
     if heldout.fraction is not None:
@@ -89,7 +94,7 @@ def split_prompts(train: Source, heldout: Source, *, seed: int) -> PromptSplit:
         train_side = [prompt for prompt in found.prompts if prompt not in share]
         heldout_side = [prompt for prompt in found.prompts if prompt in share][: heldout.count]
     _refuse_shared(train_side, heldout_side)
-    wanted = {"train": (train_side, train.count if heldout.source else None), "heldout": (heldout_side, heldout.count)}
+    wanted = {"train": (train_side, train_count if heldout.source else None), "heldout": (heldout_side, heldout.count)}
     for side, (prompts, count) in wanted.items():
         if len(prompts) < (count or 1):
             raise PromptError(
@@ -134,11 +139,25 @@ def read_prompts(source: Source, side: str, seed: int) -> PromptList:
         return PromptList(scenes, len(scenes))
     built_in = PROMPT_SETS.get(source.source)
     prompts = [prompt.strip() for prompt in (built_in() if built_in else _read_file(source, side))]
-    kept = [prompt for prompt in prompts if prompt]
-    distinct = list(dict.fromkeys(kept))
-    if not distinct:
+    found = _without_doubles([prompt for prompt in prompts if prompt])
+    if not found.prompts:
         raise PromptError(f"`prompts.{side}.source` {source.source}: has no prompts; write one prompt a line")
-    return PromptList(distinct[: source.count], len(prompts), len(kept) - len(distinct), len(prompts) - len(kept))
+    return PromptList(
+        found.prompts[: source.count], len(prompts), found.num_doubled, num_empty=len(prompts) - found.num_read
+    )
+
+
+def _without_doubles(prompts: Sequence[str]) -> PromptList:
+    distinct = list(dict.fromkeys(prompts))
+    return PromptList(distinct, len(prompts), len(prompts) - len(distinct))
+
+
+def content_sha256(source: Source) -> str | None:
+    """Of a file here, to tell whether it has changed since; none where the name, or the revision, says it already."""
+    if source.source is None or source.source in BUILT_IN or source.file is not None:
+        return None
+    with Path(source.source).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _read_file(source: Source, side: str) -> list[str]:

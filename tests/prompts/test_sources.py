@@ -19,6 +19,7 @@ from cdpo_ray.prompts.sources import (
     PromptList,
     PromptSplit,
     Source,
+    content_sha256,
     is_held_out,
     read_prompts,
     split_prompts,
@@ -257,6 +258,21 @@ def test_what_is_read_is_trained_on_or_held_out_or_counted_as_left_out(tmp_path:
     assert (found.train, found.heldout) == (["a", "b"], ["v", "w", "x"])
     assert (found.num_read, found.num_doubled, found.num_empty) == (14, 2, 2)
     assert found.num_beyond_count == len("cde") + len("yz")
+
+
+def test_prompts_that_come_with_preferences_are_split_like_those_of_a_source(tmp_path: Path) -> None:
+    prompts = ["one", "two", "one", *(f"prompt {number}" for number in range(50))]
+    expected = split(write(tmp_path / "p.txt", prompts), heldout_fraction=0.3)
+    assert split_prompts(prompts, Source(fraction=0.3), seed=0) == expected
+    assert expected.num_doubled == 1
+
+
+def test_the_content_of_a_file_is_told_by_its_bytes_and_of_what_is_pinned_by_name_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"abc")
+    nist = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert content_sha256(Source(str(tmp_path / "p.txt"))) == nist
+    for pinned in (Source("animals"), Source("some/prompts", "a.csv", COMMIT), Source(fraction=0.5)):
+        assert content_sha256(pinned) is None
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
