@@ -61,6 +61,8 @@ def read_csv(handle: BinaryIO, column: str) -> Entries:
     for place, record in _csv_records(handle):
         if isinstance(record, PromptError):
             yield place, record
+            if header is None:
+                return
         elif header is None:
             header = [name.strip() for name in record]
             if header.count(column) != 1:
@@ -71,7 +73,7 @@ def read_csv(handle: BinaryIO, column: str) -> Entries:
             reason = f"has {len(record)} fields, but the header {len(header)}; quote a text that holds commas"
             yield place, PromptError(reason)
         else:
-            yield place, undecoded("".join(record)) or record[header.index(column)]
+            yield place, record[header.index(column)]
 
 
 def read_jsonl(handle: BinaryIO, column: str) -> Entries:
@@ -107,7 +109,7 @@ def _csv_records(handle: BinaryIO) -> Iterator[tuple[str, list[str] | PromptErro
             continue
         if record is None:
             return
-        yield place, record
+        yield place, undecoded("".join(record)) or record
 
 
 def _json_prompt(line: str, column: str) -> str | PromptError:

@@ -1,16 +1,21 @@
 """Files of prompts: what is whole is read as it is, what is broken is named with its place, all of it at once."""
 
+import csv
+import io
 import json
 import pickle
+import re
 import struct
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cdpo_ray.errors import PromptError
-from cdpo_ray.prompts.files import FORMATS, read_file
+from cdpo_ray.prompts.files import FORMATS, read_csv, read_file
 from cdpo_ray.prompts.parquet import ROWS_AT_ONCE
 
 
@@ -54,9 +59,17 @@ def test_fault_21_every_line_that_is_not_utf8_is_named(tmp_path: Path, name: str
     ]
 
 
-def test_fault_21_utf16_is_refused(tmp_path: Path) -> None:
-    assert faults_of(saved(tmp_path / "p.txt", "a cat\n".encode("utf-16"))) == [
+@pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl"])
+def test_fault_21_utf16_is_refused(tmp_path: Path, name: str) -> None:
+    assert faults_of(saved(tmp_path / name, "prompt\n".encode("utf-16")))[0] == (
         "1: is not UTF-8 (byte 0xff); save the file as UTF-8"
+    )
+
+
+def test_fault_21_a_csv_header_that_cannot_be_read_is_told_alone(tmp_path: Path) -> None:
+    """What comes below it is no header, and no prompts are without one."""
+    assert faults_of(saved(tmp_path / "p.csv", 'id,"pro"mpt\n1,a cat\n')) == [
+        "1: is not CSV: ',' expected after '\"'; double the quotes in a quoted text, and close it"
     ]
 
 
@@ -113,6 +126,19 @@ def test_quoted_csv_fields_may_hold_commas_quotes_and_line_ends(tmp_path: Path) 
         "",
         '6" pipe',
     ]
+
+
+@given(st.lists(st.text(alphabet='ab,"\n\r \x00é🦊', max_size=8), max_size=6))
+def test_what_a_csv_writer_writes_is_read_back_with_the_line_that_each_record_begins_on(prompts: list[str]) -> None:
+    written, starts = io.StringIO(newline=""), []
+    writer = csv.writer(written)
+    writer.writerow(["id", "prompt"])
+    for prompt in prompts:
+        starts.append(str(len(re.findall(r"\r\n|\r|\n", written.getvalue())) + 1))
+        writer.writerow([1, prompt])
+    found = list(read_csv(io.BytesIO(written.getvalue().encode()), "prompt"))
+    assert [place for place, _ in found] == starts
+    assert [str(prompt).strip() for _, prompt in found] == [prompt.strip() for prompt in prompts]
 
 
 def test_fault_21_a_broken_csv_line_is_named_by_the_line_that_its_record_begins_on(tmp_path: Path) -> None:
