@@ -19,28 +19,49 @@ REWARD_NAMES = ("clip", "jpeg_size", "oracle", "oracle_strict")
 """Built-in rewards; `cdpo_ray.rewards.REWARDS` maps each to its class (a test keeps the two alike)."""
 
 JUDGE_NO_IMAGE = (PERTURBATION, PREFERENCE)
-"""What can rank images beside the rewards: how each was made, or what people said of it."""
+"""What scores images without looking at them: by how each was made, or by what people said of it."""
+
+COMBINATIONS = ("weighted_sum", "mean_rank", "pareto")
+"""Ways to rank by several rewards; `cdpo_ray.curriculum.combination` maps each to its function."""
 
 OWN_REWARD = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
 
-def _known_reward(name: str) -> str:
-    if name not in REWARD_NAMES and not OWN_REWARD.match(name):
-        near = difflib.get_close_matches(name, REWARD_NAMES, n=1)
+def _known_reward(name: str, *others: str) -> str:
+    known = (*REWARD_NAMES, *others)
+    if name not in known and not OWN_REWARD.match(name):
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"must be one of {', '.join(map(repr, REWARD_NAMES))} or 'module:function'{hint}")
+        raise ValueError(f"must be one of {', '.join(map(repr, known))} or 'module:function'{hint}")
     return name
 
 
-def _known_ranking(name: str) -> str:
+def _known_score(name: str) -> str:
     return name if name in JUDGE_NO_IMAGE else _known_reward(name)
 
 
+def _known_ranking(name: str) -> str:
+    return _known_reward(name, *JUDGE_NO_IMAGE, *COMBINATIONS)
+
+
 RewardName = Annotated[str, AfterValidator(_known_reward)]
+ScoreName = Annotated[str, AfterValidator(_known_score)]
+"""What can score training images: a judge of images, or one of `JUDGE_NO_IMAGE`."""
 RankingName = Annotated[str, AfterValidator(_known_ranking)]
-"""What can rank training images: a judge of images, or one of `JUDGE_NO_IMAGE`."""
+
+
+def ranking_weights(rewards: Mapping[str, Any]) -> dict[str, float]:
+    """The rewards that rank training images, each with its weight (1, but for ``weighted_sum``).
+
+    Args:
+        rewards: `RewardsSection` as plain values.
+    """
+    names, rank_by, weights = rewards["names"], rewards["rank_by"], rewards.get("weights", {})
+    if rank_by not in COMBINATIONS:
+        return {rank_by or names[0]: 1.0}
+    return {name: weights.get(name, 1.0) for name in names if weights.get(name, 1.0)}
 
 
 class Section(BaseModel):
@@ -48,10 +69,11 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """Where a run lives and what seeds it."""
+    """Where a run lives, what seeds it, and the run whose images it takes in place of making its own."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)]
     dir: str = "runs"
+    samples_from: Annotated[str, Field(min_length=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
@@ -219,10 +241,12 @@ class PerturbationOptions(Section):
 
 
 class RewardsSection(Section):
-    """The judges that score training images; `rank_by` (default: the first) decides the ranking."""
+    """The judges that score training images; `rank_by` decides the ranking: the first, another, or a combination."""
 
-    names: Annotated[tuple[RankingName, ...], Field(min_length=1)]
+    names: Annotated[tuple[ScoreName, ...], Field(min_length=1)]
     rank_by: RankingName | None = None
+    weights: dict[str, float] = {}
+    noise_prompts: Annotated[int, Field(ge=0)] = 0
     placement: Literal["fused", "pool"] = "fused"
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     clip: ClipOptions = ClipOptions()
@@ -233,13 +257,38 @@ class RewardsSection(Section):
     def _rank_by_is_scored(self) -> "RewardsSection":
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"`names` must not repeat a reward, got {list(self.names)}")
-        if self.rank_by is not None and self.rank_by not in self.names:
-            raise ValueError(f"`rank_by` must be one of `names` {list(self.names)}, got {self.rank_by!r}")
+        if self.rank_by not in (None, *COMBINATIONS, *self.names):
+            raise ValueError(
+                f"`rank_by` must be one of `names` {list(self.names)}, or {', '.join(map(repr, COMBINATIONS))},"
+                f" got {self.rank_by!r}"
+            )
+        if self.weights and self.rank_by != "weighted_sum":
+            raise ValueError(f"`weights` belong to `rank_by` 'weighted_sum', got {self.rank_by!r}")
+        if unknown := sorted({*self.weights} - {*self.names}):
+            raise ValueError(f"`weights` must be of `names` {list(self.names)}, got {unknown}")
+        if self.rank_by in COMBINATIONS and len(self.ranking_weights) < 2:
+            raise ValueError(
+                f"`rank_by` {self.rank_by!r} needs two rewards with a say, got {list(self.ranking_weights)}; name more"
+            )
         return self
 
     @property
     def ranking_reward(self) -> str:
+        """What ranks: a reward, or a combination."""
         return self.rank_by or self.names[0]
+
+    @property
+    def ranking_weights(self) -> dict[str, float]:
+        return ranking_weights(dict(self))
+
+    @property
+    def ranking_sentence(self) -> str:
+        """What ranks, for people."""
+        if self.rank_by not in COMBINATIONS:
+            return self.ranking_reward
+        weighted = self.rank_by == "weighted_sum"
+        parts = [f"{weight:g} {name}" if weighted else name for name, weight in self.ranking_weights.items()]
+        return f"{self.rank_by} of {', '.join(parts)}"
 
     @property
     def max_masked_fraction(self) -> float | None:
@@ -282,6 +331,7 @@ class CurriculumSection(Section):
     num_stages: Annotated[int, Field(ge=1)] = 5
     updates_per_stage: Annotated[int, Field(ge=1)]
     min_score_gap: Annotated[float, Field(ge=0)] = 0.0
+    min_gap_in_noise: Annotated[float, Field(gt=0)] | None = None
     max_pairs_per_prompt: Annotated[int, Field(ge=1)] | None = None
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
 
@@ -330,6 +380,8 @@ class CurriculumSection(Section):
         parts += [f"{self.measure}, {self.boundaries} boundaries", f"{self.draws} draws"]
         if self.min_score_gap:
             parts.append(f"score gaps above {self.min_score_gap:g}")
+        if self.min_gap_in_noise:
+            parts.append(f"score gaps above {self.min_gap_in_noise:g} x their noise")
         if self.max_pairs_per_prompt:
             parts.append(f"at most {self.max_pairs_per_prompt} pairs a prompt")
         if self.label_noise:
@@ -470,6 +522,8 @@ class Config(Section):
                 pass
             case _:
                 return given
+        if reward in COMBINATIONS:  # which that code does not have
+            return given
         min_score_gap = RELEASED_MIN_SCORE_GAPS.get(str(reward), RELEASED_MIN_SCORE_GAP)
         return given | {"curriculum": {"min_score_gap": min_score_gap} | curriculum}
 
@@ -499,6 +553,20 @@ class Config(Section):
                 )
         if faults:
             raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
+    def _noise_is_measured(self) -> "Config":
+        if self.curriculum.min_gap_in_noise and not self.rewards.noise_prompts:
+            raise ValueError("`curriculum.min_gap_in_noise` needs `rewards.noise_prompts`, prompts to score twice")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_are_taken_once(self) -> "Config":
+        if self.run.samples_from and self.rounds > 1:
+            raise ValueError(
+                f"`run.samples_from` gives the images of one round, but `rounds` is {self.rounds}; leave one out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -36,6 +36,8 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
         samples = f"  preferences  {preferences.path} ({preferences.format}), difficulty by {preferences.difficulty}"
     num_updates = curriculum.num_stages * curriculum.updates_per_stage
     heldout_images = 2 * len(prompts.heldout) * config.evaluation.images_per_prompt
+    noise_prompts = min(config.rewards.noise_prompts, len(prompts.train))
+    noise = f"; {noise_prompts} prompts scored twice for the rewards' noise" if noise_prompts else ""
     lines = [
         f"run {config.run.name} in {Path(config.run.dir) / config.run.name}",
         f"  prompts      {len(prompts.train):,} to train on, {len(prompts.heldout):,} held out"
@@ -43,7 +45,7 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
         f" {prompts.num_beyond_count:,} beyond `count` left out)",
         samples,
         f"  rewards      {', '.join(config.rewards.names)} ({config.rewards.placement}); ranked by"
-        f" {config.rewards.ranking_reward}",
+        f" {config.rewards.ranking_sentence}{noise}",
         f"  curriculum   {curriculum.num_stages} stages of {curriculum.updates_per_stage} updates;"
         f" {curriculum.sentence}",
     ]

@@ -9,13 +9,15 @@
     pooled_embedding  fixed-shape tensor [channel], of families that have one
     num_tokens_cut    int64   tokens of the prompt beyond the text encoder's length
     latents_std       as latents; only of imported images: the posterior's standard deviation (`latents` is its mean)
-    label             list<float64> a sample, higher is preferred; only of imported images
+    score_label       list<float64> a sample, higher is preferred; only of imported images, NaN where there is none
     num_images_cut    int64   of imported images, those that did not have the shape that is trained at
     images            list<binary> PNG a sample; only if `generation.keep_images`
     score_<reward>    list<float64> a sample; only rewards computed with the images
 
-2-scores/scores.parquet        a row a sample, in prompt and sample order
+2-scores/<reward>.parquet      a row a sample, in prompt and sample order
     prompt_index, prompt_id, sample_index, score_<reward> float64 (higher is better)
+2-scores/label.parquet         as a reward's, of imported images that may be trained on: no prompt held out is there
+2-scores/second/<reward>.parquet   the same of the first `rewards.noise_prompts` prompts, scored once more
 
 3-stages/stage-<k>/*.parquet   a row a drawn pair, easy to hard; training takes them by `draw`, easy and hard mixed
     stage             int64   1-based
@@ -24,6 +26,7 @@
     chosen, rejected  int64   sample index of the better and of the worse image
     rank_gap          int64   ranks between the two: large = easy
     score_gap         float64
+    within_noise      bool    score_gap is not above the noise of score gaps; null where it was not measured
 3-stages/stages.json           what each stage admits and draws, see `curriculum/explanation.py: describe_stage`
 3-stages/prompts-<k>.parquet   candidates and draws of each prompt
 
@@ -39,7 +42,7 @@ import hashlib
 SAMPLES, SCORES, STAGES, TRAINING, EVALUATION = "1-samples", "2-scores", "3-stages", "4-training", "5-evaluation"
 STEP_FOLDERS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 PREFERENCE = "preference"  # the reward that judges no image: what people said, or the ranks or scores that came with it
-LABEL = "label"
+LABEL = "label"  # kept as a reward's scores are, though it does not rank: who was preferred
 PERTURBATION = "perturbation"  # the reward that judges no image: how much of its prompt an image was spared
 CONDITIONING = ("prompt_embedding", "pooled_embedding")
 
@@ -47,6 +50,11 @@ CONDITIONING = ("prompt_embedding", "pooled_embedding")
 def prompt_id(prompt: str) -> str:
     """Name of a prompt: 16 hex digits, the same everywhere and always."""
     return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def score_file(reward: str, *, second: bool = False) -> str:
+    """Where in `2-scores` a reward's scores are, or its second scores."""
+    return f"second/{reward}.parquet" if second else f"{reward}.parquet"
 
 
 def score_column(reward: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from cdpo_ray.config import Config
+from cdpo_ray.errors import StoreError
 from cdpo_ray.preferences.files import scan
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
 from cdpo_ray.records import EVALUATION, STAGES, STEP_FOLDERS, TRAINING
@@ -54,7 +55,9 @@ def run_steps(config: Config, steps: Iterable[Step], *, verbose: bool = False) -
             context = Context(config, prompts, run, number, previous)
             for step in steps:
                 _perform(step, context, start_ray=start_ray)
-            (run.path / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True))
+            if _made_by(config, run, previous):
+                plain = yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
+                (run.path / "config.yaml").write_text(plain)
     return folders[-1]
 
 
@@ -128,7 +131,9 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
         if step.folder == EVALUATION and not run.has(EVALUATION):
             log.warning("export: not evaluated; the model card will say so")
             continue
-        run.refuse_difference(step.folder, step.settings(config), _inputs(step, context))
+        run.refuse_difference(
+            step.folder, step.settings(config), step.fingerprints(config, run, previous), grows=step.grows
+        )
         if step.folder in (TRAINING, EVALUATION):  # the others are not read; they may be very large
             run.refuse_damage(step.folder)
     output_dir = output_dir or _run_dir(config) / "export" / format_name
@@ -138,17 +143,21 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
 
 def _perform(step: Step, context: Context, *, start_ray: Callable[[], None]) -> None:
     run, settings = context.run, step.settings(context.config)
-    inputs = _inputs(step, context)
-    if run.is_complete(step.folder, settings, inputs):
+    inputs = step.fingerprints(context.config, run, context.previous)
+    if run.is_complete(step.folder, settings, inputs, grows=step.grows):
         log.info("%s: done already", step.verb)
         return
     start_ray()
     log.info("%s ...", step.verb)
     started = time.monotonic()
-    with run.writing(step.folder, settings, inputs, seed=context.config.run.seed, resumable=step.resumable) as (
-        output_dir,
-        output,
-    ):
+    with run.writing(
+        step.folder,
+        settings,
+        inputs,
+        seed=context.config.run.seed,
+        resumable=step.resumable,
+        grows=step.grows,
+    ) as (output_dir, output):
         step.perform(context, output_dir, output)
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)
     log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)
@@ -156,12 +165,17 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], None]) -> 
         log.warning("%s: %s", step.verb, warning)
 
 
-def _inputs(step: Step, context: Context) -> dict[str, str]:
-    """Fingerprints of what a step reads."""
-    inputs = {folder: context.run.fingerprint(folder) for folder in step.inputs}
-    if context.previous and step.continues:
-        inputs["the round before"] = context.previous.fingerprint(TRAINING)
-    return inputs
+def _made_by(config: Config, run: RunFolder, previous: RunFolder | None) -> bool:
+    """Whether every finished step is as this configuration makes it: more scores may rank anew what is there."""
+    for step in steps_of(config):
+        if run.has(step.folder):
+            try:
+                inputs = step.fingerprints(config, run, previous)
+                run.refuse_difference(step.folder, step.settings(config), inputs, grows=step.grows)
+            except StoreError as error:
+                log.warning("config.yaml stays as it was: %s", error)
+                return False
+    return True
 
 
 def _write_report(run: RunFolder, anew: bool) -> Path:

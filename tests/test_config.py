@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 import cdpo_ray
-from cdpo_ray.config import REWARD_NAMES, Config, load_config, parse_yaml, validate
+from cdpo_ray.config import COMBINATIONS, REWARD_NAMES, Config, load_config, parse_yaml, validate
 from cdpo_ray.curriculum.schedule import Schedule
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.rewards import REWARDS
@@ -169,6 +169,55 @@ def test_the_released_codes_preset_goes_by_the_reward_that_ranks(monkeypatch: py
     assert load_config(QUICKSTART, ranked).curriculum.min_score_gap == 0.2
 
 
+def test_the_released_codes_preset_knows_no_near_tie_of_combined_scores() -> None:
+    ranked = ("rewards=[clip,jpeg_size]", "rewards.rank_by=pareto", "curriculum.preset=released-code")
+    assert load_config(QUICKSTART, ranked).curriculum.min_score_gap == 0
+
+
+@pytest.mark.parametrize("rank_by", COMBINATIONS)
+def test_every_reward_with_a_weight_has_a_say_in_a_combination(rank_by: str) -> None:
+    ranked = ["rewards=[clip,jpeg_size,oracle]", f"rewards.rank_by={rank_by}"]
+    assert load_config(QUICKSTART, ranked).rewards.ranking_weights == {"clip": 1, "jpeg_size": 1, "oracle": 1}
+    weights = "rewards.weights={jpeg_size: -0.2, oracle: 0}"
+    if rank_by == "weighted_sum":
+        rewards = load_config(QUICKSTART, [*ranked, weights]).rewards
+        assert rewards.ranking_weights == {"clip": 1, "jpeg_size": -0.2}
+        assert rewards.ranking_sentence == "weighted_sum of 1 clip, -0.2 jpeg_size"
+    else:
+        assert refused(*ranked, weights) == [f"rewards: `weights` belong to `rank_by` 'weighted_sum', got '{rank_by}'"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (
+            ("rewards.rank_by=pareto",),
+            "rewards: `rank_by` 'pareto' needs two rewards with a say, got ['clip']; name more",
+        ),
+        (
+            ("rewards=[clip,jpeg_size]", "rewards.rank_by=weighted_sum", "rewards.weights={oracle: 1}"),
+            "rewards: `weights` must be of `names` ['clip', 'jpeg_size'], got ['oracle']",
+        ),
+        (
+            ("curriculum.min_gap_in_noise=2",),
+            "`curriculum.min_gap_in_noise` needs `rewards.noise_prompts`, prompts to score twice",
+        ),
+        (
+            ("run.samples_from=runs/other", "rounds=2"),
+            "`run.samples_from` gives the images of one round, but `rounds` is 2; leave one out",
+        ),
+    ],
+)
+def test_what_a_ranking_lacks_is_told(overrides: tuple[str, ...], fault: str) -> None:
+    assert refused(*overrides) == [fault]
+
+
+def test_a_misspelt_ranking_is_told_what_there_is() -> None:
+    (fault,) = refused("rewards.rank_by=paretto")
+    assert "'oracle_strict', 'perturbation', 'preference', 'weighted_sum', 'mean_rank', 'pareto' or" in fault
+    assert fault.endswith("did you mean 'pareto'?, got 'paretto'")
+
+
 def test_plain_dpo_draws_from_all_pairs_in_every_stage() -> None:
     config = load_config(QUICKSTART, ["curriculum.preset=plain-dpo"])
     assert config.curriculum.order == "none"
@@ -289,7 +338,7 @@ def test_the_short_form_of_rewards_sets_their_names() -> None:
 def test_the_first_reward_ranks_unless_another_is_named() -> None:
     assert load_config(QUICKSTART, ["rewards=[jpeg_size,clip]"]).rewards.ranking_reward == "jpeg_size"
     assert refused("rewards.rank_by=oracle") == [
-        "rewards: `rank_by` must be one of `names` ['clip'], got 'oracle'",
+        "rewards: `rank_by` must be one of `names` ['clip'], or 'weighted_sum', 'mean_rank', 'pareto', got 'oracle'",
     ]
     assert refused("rewards=[clip,clip]") == ["rewards: `names` must not repeat a reward, got ['clip', 'clip']"]
 

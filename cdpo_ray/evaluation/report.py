@@ -18,6 +18,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
+from cdpo_ray.config import ranking_weights
 from cdpo_ray.errors import StoreError
 from cdpo_ray.evaluation import figures
 from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, TRAINING, score_column
@@ -110,10 +111,10 @@ def find(metrics: Mapping[str, Any], rewards: Mapping[str, Any]) -> list[Finding
 
     Args:
         metrics: content of `metrics.json`.
-        rewards: `names` and `rank_by` of the configuration.
+        rewards: `names`, `rank_by` and `weights` of the configuration.
     """
-    ranking = rewards["rank_by"] or rewards["names"][0]
-    roles = dict.fromkeys(rewards["names"], "scored, did not rank") | {ranking: "trained on"}
+    roles = dict.fromkeys(rewards["names"], "scored, did not rank")
+    roles |= dict.fromkeys(ranking_weights(rewards), "trained on")
     order = ["trained on", "scored, did not rank", "held out"]
     found = [_finding(name, roles.get(name, "held out"), judge) for name, judge in metrics["judges"].items()]
     found.sort(key=lambda finding: order.index(finding.role))

@@ -173,6 +173,15 @@ def test_only_the_reward_that_ranks_counts_as_trained_on() -> None:
     assert found[0].name == "jpeg_size"
 
 
+def test_all_rewards_that_have_a_say_in_a_combination_count_as_trained_on() -> None:
+    roles = {"clip": "trained on", "oracle": "scored, did not rank", "jpeg_size": "trained on"}
+    weighted = {"names": [*roles], "rank_by": "weighted_sum", "weights": {"jpeg_size": -0.2, "oracle": 0.0}}
+    found = findings(weighted, **dict.fromkeys(roles, BETTER))
+    assert {finding.name: finding.role for finding in found} == roles
+    agreed = findings({"names": [*roles], "rank_by": "pareto", "weights": {}}, **dict.fromkeys(roles, BETTER))
+    assert {finding.role for finding in agreed} == {"trained on"}
+
+
 @pytest.mark.parametrize(
     ("judges", "fallen"),
     [

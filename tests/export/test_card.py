@@ -34,7 +34,17 @@ def card_of(
         "seed": 3,
         "created": "2026-01-01T00:00:00+00:00",
     }
-    facts = RunFacts("tuned", config.plain(), round_, 6, 4, config.curriculum.sentence, training, metrics)
+    facts = RunFacts(
+        "tuned",
+        config.plain(),
+        round_,
+        6,
+        4,
+        config.rewards.ranking_sentence,
+        config.curriculum.sentence,
+        training,
+        metrics,
+    )
     return model_card(facts, format_name, denoiser_name)
 
 
@@ -94,6 +104,14 @@ def test_a_run_that_was_not_evaluated_says_so_in_place_of_figures() -> None:
     card = card_of(metrics=None)
     assert "\nNot evaluated: " in card
     assert "win rate" not in card
+
+
+def test_a_ranking_by_several_rewards_is_told_with_its_weights() -> None:
+    rewards = {"names": ["clip", "jpeg_size"], "rank_by": "weighted_sum", "weights": {"jpeg_size": -0.2}}
+    card = card_of(rewards=rewards)
+    assert "ranked by weighted\\_sum of 1 clip, -0.2 jpeg\\_size." in card
+    assert rows_of(card)["rewards.weights.jpeg_size"] == ["-0.2"]
+    assert "rewards.weights" not in rows_of(card_of())
 
 
 def test_settings_are_resolved_and_kappa_is_half_of_beta() -> None:
