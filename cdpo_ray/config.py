@@ -78,11 +78,30 @@ class RunSection(Section):
 
 
 class PromptSource(Section):
-    """A built-in set (`scenes`, `animals`) or a text file with one prompt a line."""
+    """A built-in set, a file by its ending, or a ``file`` of a hub data set at its ``revision``.
+
+    Built-in are `scenes`, `animals` and `animal_photos`. Files are text with one prompt a line, or CSV, JSONL and
+    Parquet with a ``column`` of prompts.
+    """
 
     source: str | None = None
+    file: str | None = None
+    revision: str | None = None
+    column: str = "prompt"
     count: Annotated[int, Field(ge=1)] | None = None
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _hub_file_is_pinned(self) -> "PromptSource":
+        if self.file is None and self.revision is None:
+            return self
+        if self.source is None or not HUB_ID.match(self.source):
+            raise ValueError(f"`file` and `revision` are of a hub data set, but `source` is no hub id: {self.source!r}")
+        if self.file is None or ".." in Path(self.file).parts:
+            raise ValueError(f"`file` must name a file within the hub data set, got {self.file!r}")
+        if self.revision is None or not COMMIT.match(self.revision):
+            raise ValueError(f"`revision` must be a commit of 40 hex digits for a hub id, got {self.revision!r}")
+        return self
 
 
 class PromptsSection(Section):

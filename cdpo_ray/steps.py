@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cdpo_ray.config import JUDGE_NO_IMAGE, Config, Pool
+from cdpo_ray.config import JUDGE_NO_IMAGE, Config, Pool, PromptSource
 from cdpo_ray.errors import ConfigError, PreferenceError, StoreError
 from cdpo_ray.preferences.files import Source, fingerprint
+from cdpo_ray.prompts import sources
 from cdpo_ray.prompts.sources import PromptSplit, held_out
 from cdpo_ray.records import (
     EVALUATION,
@@ -494,6 +495,7 @@ STEPS = (
             | {"evaluation": config.plain()["evaluation"] | {"judges": list(config.evaluation_judges)}}
             | _seed(config)
             | {f"rewards.{name}": options for name, options in config.evaluation_judges.items()}
+            | {"prompts.heldout.sha256": _prompts_sha256(config.prompts.heldout)}
         ),
         (TRAINING,),
         evaluate,
@@ -535,6 +537,7 @@ def _sample_settings(config: Config) -> dict[str, Any]:
         | _seed(config)
         | {
             "prompts.train": config.prompts.train.model_dump() if config.prompts.train else None,
+            "prompts.train.sha256": _prompts_sha256(config.prompts.train),
             "prompts.heldout.fraction": config.prompts.heldout.fraction,
             "rewards.perturbation.max_masked_fraction": config.rewards.max_masked_fraction,
         }
@@ -583,6 +586,14 @@ def _ranking_rule(config: Config) -> Any:
 def _section(config: Config, *names: str) -> dict[str, Any]:
     plain = config.plain()
     return {name: plain[name] for name in names}
+
+
+def prompt_source(section: PromptSource) -> sources.Source:
+    return sources.Source(**section.model_dump())
+
+
+def _prompts_sha256(section: PromptSource | None) -> str | None:
+    return sources.content_sha256(prompt_source(section)) if section else None
 
 
 def _seed(config: Config) -> dict[str, Any]:

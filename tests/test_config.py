@@ -416,6 +416,33 @@ def test_both_sides_of_the_prompts_must_be_said(overrides: tuple[str, ...], mess
     assert fault.startswith(f"prompts: {message}")
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("file: a.csv", "`revision` must be a commit of 40 hex digits for a hub id, got None"),
+        ("file: a.csv, revision: main", "`revision` must be a commit of 40 hex digits for a hub id, got 'main'"),
+        (f"revision: {'0f' * 20}", "`file` must name a file within the hub data set, got None"),
+        (f"file: ../a.csv, revision: {'0f' * 20}", "`file` must name a file within the hub data set, got '../a.csv'"),
+    ],
+)
+def test_a_hub_data_set_is_pinned_and_its_file_within_it(keys: str, message: str) -> None:
+    assert refused(f"prompts.train={{source: some/prompts, {keys}}}") == [f"prompts.train: {message}"]
+
+
+def test_a_pinned_hub_data_set_is_taken_and_no_other_source_has_a_revision() -> None:
+    pinned = f"file: data/a.csv, revision: {'0f' * 20}"
+    train = load_config(QUICKSTART, [f"prompts.train={{source: some/prompts, {pinned}}}"]).prompts.train
+    assert (train.source, train.file, train.revision, train.column) == (
+        "some/prompts",
+        "data/a.csv",
+        "0f" * 20,
+        "prompt",
+    )
+    assert refused(f"prompts.train={{source: prompts.csv, {pinned}}}") == [
+        "prompts.train: `file` and `revision` are of a hub data set, but `source` is no hub id: 'prompts.csv'"
+    ]
+
+
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-flag", "a b"])
 def test_a_run_name_cannot_leave_its_folder(name: str) -> None:
     (fault,) = refused(f"run.name='{name}'")
