@@ -15,12 +15,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.records import PERTURBATION
 
-REWARD_NAMES = ("clip", "jpeg_size", "oracle", "oracle_strict")
+REWARD_NAMES = ("clip", "imagereward", "jpeg_size", "oracle", "oracle_strict", "vlm_alignment")
 """Built-in rewards; `cdpo_ray.rewards.REWARDS` maps each to its class (a test keeps the two alike)."""
 
 OWN_REWARD = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
+SHA256 = re.compile(r"^[0-9a-f]{64}$")
 
 
 def _known_reward(name: str) -> str:
@@ -168,6 +169,84 @@ class ClipOptions(Section):
         return self
 
 
+class WeightsOptions(Section):
+    """Options of a reward whose weights are fetched; what they lack matters when the reward is used."""
+
+    def faults(self) -> list[str]:
+        """What the reward cannot do without, a line each."""
+        raise NotImplementedError
+
+    def _weights_faults(self, *keys: str) -> list[str]:
+        """Of files or folders named by these keys; each that is a hub id has its revision beside it."""
+        faults = []
+        for key in keys:
+            path = getattr(self, key)
+            revision_key = "revision" if key == "checkpoint" else f"{key}_revision"
+            revision = getattr(self, revision_key)
+            if path is None:
+                faults.append(f"`{key}` must be a file or folder here, or a hub id")
+            elif Path(path).exists():
+                continue
+            elif not HUB_ID.match(path) or path.startswith(("./", "../")):
+                faults.append(f"`{key}` must exist here or be a hub id, got {path!r}")
+            elif revision is None or not COMMIT.match(revision):
+                faults.append(
+                    f"`{revision_key}` must be a commit of the hub id {path} (40 hex digits; the hub lists them under"
+                    f" Files, History), got {revision!r}"
+                )
+        return faults
+
+
+class ImageRewardOptions(WeightsOptions):
+    """The released checkpoint and BERT's vocabulary, each a file here or in a hub id."""
+
+    checkpoint: str = "zai-org/ImageReward"
+    revision: str | None = None
+    sha256: str | None = None
+    vocabulary: str = "google-bert/bert-base-uncased"
+    vocabulary_revision: str | None = None
+
+    def faults(self) -> list[str]:
+        faults = self._weights_faults("checkpoint", "vocabulary")
+        if self.sha256 is None or not SHA256.match(self.sha256):
+            faults.append(
+                "`sha256` must be that of ImageReward.pt (64 hex digits; the hub shows it on the file's page,"
+                f" `sha256sum` tells a local file's), got {self.sha256!r}"
+            )
+        return faults
+
+
+class EndpointSection(Section):
+    """An OpenAI-compatible server; `token_variable` names the environment variable that holds its token."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^@\s?#]+$")]
+    model: Annotated[str, Field(min_length=1)]
+    token_variable: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    timeout_seconds: Annotated[float, Field(gt=0)] = 60
+    max_retries: Annotated[int, Field(ge=0, le=20)] = 4
+    num_concurrent_requests: Annotated[int, Field(ge=1, le=64)] = 4
+
+
+class VlmAlignmentOptions(WeightsOptions):
+    """Who captions (`captioner`: a folder or hub id run here; or `endpoint`), and who compares caption and prompt."""
+
+    captioner: str | None = None
+    captioner_revision: str | None = None
+    endpoint: EndpointSection | None = None
+    instruction: Annotated[str, Field(min_length=1)] = "Describe this image in one sentence."
+    max_caption_tokens: Annotated[int, Field(ge=1, le=1000)] = 64
+    sentence_encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    sentence_encoder_revision: str | None = None
+
+    def faults(self) -> list[str]:
+        if (self.captioner is None) == (self.endpoint is None):
+            return [
+                "either `captioner` (a folder or a hub id) or `endpoint` must be given",
+                *self._weights_faults("sentence_encoder"),
+            ]
+        return self._weights_faults(*(["captioner"] if self.captioner else []), "sentence_encoder")
+
+
 class JpegSizeOptions(Section):
     quality: Annotated[int, Field(ge=1, le=100)] = 90
 
@@ -186,7 +265,9 @@ class RewardsSection(Section):
     placement: Literal["fused", "pool"] = "fused"
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     clip: ClipOptions = ClipOptions()
+    imagereward: ImageRewardOptions = ImageRewardOptions()
     jpeg_size: JpegSizeOptions = JpegSizeOptions()
+    vlm_alignment: VlmAlignmentOptions = VlmAlignmentOptions()
     perturbation: PerturbationOptions = PerturbationOptions()
 
     @model_validator(mode="after")
@@ -431,6 +512,20 @@ class Config(Section):
                 return given
         min_score_gap = RELEASED_MIN_SCORE_GAPS.get(str(reward), RELEASED_MIN_SCORE_GAP)
         return given | {"curriculum": {"min_score_gap": min_score_gap} | curriculum}
+
+    @model_validator(mode="after")
+    def _used_rewards_are_told_enough(self) -> "Config":
+        used = dict.fromkeys((*self.rewards.names, *self.evaluation.judges))
+        options = {name: getattr(self.rewards, name, None) for name in used if name in REWARD_NAMES}
+        faults = [
+            f"rewards.{name}: {fault}"
+            for name, section in options.items()
+            if isinstance(section, WeightsOptions)
+            for fault in section.faults()
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
 
     @model_validator(mode="after")
     def _stages_fit_the_ranks(self) -> "Config":

@@ -65,8 +65,7 @@ def test_all_faults_are_told_at_once_in_the_words_of_the_design(tmp_path: Path) 
         "  `evaluation.judges` is missing",
         "  `generation.images_per_prompt` must be >= 2, got 1",
         "  `generation.height` must be a multiple of 8, got 30",
-        "  `rewards.names.0` must be one of 'clip', 'jpeg_size', 'oracle', 'oracle_strict' or 'module:function',"
-        " got 'pickscor'",
+        f"  `rewards.names.0` must be one of {', '.join(map(repr, REWARD_NAMES))} or 'module:function', got 'pickscor'",
         "  `model.dtype` must be 'float32', 'bfloat16' or 'float16', got 'float8'",
         "  `training.beta` must be > 0, got 0",
         "  unknown key `training.bta`; did you mean `training.beta`?",
@@ -151,7 +150,11 @@ def test_the_released_codes_preset_fills_what_is_not_given(
     ranked_by: str, min_score_gap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cdpo_ray.config.REWARD_NAMES", (*REWARD_NAMES, "hpsv2", "vlm_alignment", "aesthetic"))
-    preset = ("curriculum={preset: released-code, updates_per_stage: 5}", f"rewards=[{ranked_by}]")
+    preset = [
+        "curriculum={preset: released-code, updates_per_stage: 5}",
+        f"rewards=[{ranked_by}]",
+        "rewards.vlm_alignment={captioner: ., sentence_encoder: .}",
+    ]
     config = load_config(QUICKSTART, preset)
     curriculum = config.curriculum
     assert (curriculum.measure, curriculum.boundaries, curriculum.pacing) == ("score_gap", "linear", "cumulative")
@@ -340,6 +343,57 @@ def test_a_clip_checkpoint_must_be_a_file_or_a_pinned_hub_id(tmp_path: Path) -> 
     (tmp_path / "clip.pt").touch()
     there = ("rewards.clip.architecture=ViT-B-32", f"rewards.clip.checkpoint={tmp_path / 'clip.pt'}")
     assert load_config(QUICKSTART, there).rewards.clip.architecture == "ViT-B-32"
+
+
+def test_imagereward_says_what_it_lacks_only_where_it_is_used(tmp_path: Path) -> None:
+    hub = "rewards.imagereward: `{}` must be a commit of the hub id {} (40 hex digits; the hub lists them under Files, "
+    (fault,) = refused("rewards=[clip,imagereward]")
+    assert fault.split("; rewards.") == [
+        hub.format("revision", "zai-org/ImageReward") + "History), got None",
+        hub.format("vocabulary_revision", "google-bert/bert-base-uncased").removeprefix("rewards.")
+        + "History), got None",
+        "imagereward: `sha256` must be that of ImageReward.pt (64 hex digits; the hub shows it on the file's page,"
+        " `sha256sum` tells a local file's), got None",
+    ]
+    assert refused("evaluation.judges=[imagereward]") == [fault]
+    (tmp_path / "vocab.txt").touch()
+    given = (
+        "rewards=[imagereward]",
+        f"rewards.imagereward={{revision: {'a' * 40}, sha256: {'b' * 64}, vocabulary: {tmp_path / 'vocab.txt'}}}",
+    )
+    assert load_config(QUICKSTART, given).rewards.options("imagereward") == {
+        "checkpoint": "zai-org/ImageReward",
+        "revision": "a" * 40,
+        "sha256": "b" * 64,
+        "vocabulary": str(tmp_path / "vocab.txt"),
+        "vocabulary_revision": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ("sentence_encoder: .", "either `captioner` (a folder or a hub id) or `endpoint` must be given"),
+        (
+            "sentence_encoder: ., captioner: ., endpoint: {url: 'http://a/v1', model: m}",
+            "either `captioner` (a folder or a hub id) or `endpoint` must be given",
+        ),
+        ("sentence_encoder: ., captioner: ./nowhere", "`captioner` must exist here or be a hub id, got './nowhere'"),
+        ("sentence_encoder: ., captioner: some/one, captioner_revision: main", "`captioner_revision` must be a commit"),
+        ("captioner: .", "`sentence_encoder_revision` must be a commit of the hub id sentence-transformers/"),
+    ],
+)
+def test_vlm_alignment_needs_one_captioner_and_pinned_weights_where_it_is_used(options: str, fault: str) -> None:
+    given = f"rewards.vlm_alignment={{{options}}}"
+    (found,) = refused("rewards=[vlm_alignment]", given)
+    assert found.startswith(f"rewards.vlm_alignment: {fault}")
+    assert load_config(QUICKSTART, [given]).rewards.names == ("clip",)
+
+
+@pytest.mark.parametrize("url", ["ftp://a/v1", "a/v1", "http://me:secret@a/v1", "http://a/v1?key=secret"])
+def test_an_endpoint_is_a_plain_url_without_a_secret_in_it(url: str) -> None:
+    (fault,) = refused(f"rewards.vlm_alignment.endpoint={{url: '{url}', model: m}}")
+    assert fault.startswith("`rewards.vlm_alignment.endpoint.url` must ")
 
 
 def test_a_global_batch_that_does_not_divide_is_refused() -> None:

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -114,8 +113,10 @@ class BlipWithHead(nn.Module):
             add_pooling_layer=False,
         )
         shapes = {number: weights[f"mlp.layers.{number}.weight"].shape for number in HEAD_LAYERS}
-        layers = OrderedDict((number, nn.Linear(inputs, outputs)) for number, (outputs, inputs) in shapes.items())
-        self.mlp = nn.ModuleDict({"layers": nn.Sequential(layers)})
+        layers = nn.Sequential()
+        for number, (outputs, inputs) in shapes.items():
+            layers.add_module(number, nn.Linear(inputs, outputs))
+        self.mlp = nn.ModuleDict({"layers": layers})
 
     def forward(self, pixels: Tensor, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Images ``[image, 3, size, size]`` and tokens ``[image, token]`` -> what the head says, ``[image]``."""
