@@ -21,7 +21,7 @@ REWARD_NAMES = ("clip", "imagereward", "jpeg_size", "oracle", "oracle_strict", "
 OWN_REWARD = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
-SHA256 = re.compile(r"^[0-9a-f]{64}$")
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _known_reward(name: str) -> str:
@@ -148,6 +148,16 @@ class GenerationSection(Section):
     keep_images: bool = True
 
 
+def _check_pinned(place: str, revision: str | None, *, key: str, revision_key: str, kind: str) -> None:
+    """A file or folder (`kind`) that is here, or a hub id at a commit; the keys are named in errors."""
+    if Path(place).is_file() if kind == "file" else Path(place).is_dir():
+        return
+    if not HUB_ID.match(place):
+        raise ValueError(f"`{key}` must be an existing {kind} or a hub id, got {place!r}")
+    if revision is None or not COMMIT.match(revision):
+        raise ValueError(f"`{revision_key}` must be a commit of 40 hex digits for a hub id, got {revision!r}")
+
+
 class ClipOptions(Section):
     """An open_clip model: `embedded`, or an architecture with a checkpoint (a file, or a hub id with its revision)."""
 
@@ -169,51 +179,22 @@ class ClipOptions(Section):
         return self
 
 
-class WeightsOptions(Section):
-    """Options of a reward whose weights are fetched; what they lack matters when the reward is used."""
-
-    def faults(self) -> list[str]:
-        """What the reward cannot do without, a line each."""
-        raise NotImplementedError
-
-    def _weights_faults(self, *keys: str) -> list[str]:
-        """Of files or folders named by these keys; each that is a hub id has its revision beside it."""
-        faults = []
-        for key in keys:
-            path = getattr(self, key)
-            revision_key = "revision" if key == "checkpoint" else f"{key}_revision"
-            revision = getattr(self, revision_key)
-            if path is None:
-                faults.append(f"`{key}` must be a file or folder here, or a hub id")
-            elif Path(path).exists():
-                continue
-            elif not HUB_ID.match(path) or path.startswith(("./", "../")):
-                faults.append(f"`{key}` must exist here or be a hub id, got {path!r}")
-            elif revision is None or not COMMIT.match(revision):
-                faults.append(
-                    f"`{revision_key}` must be a commit of the hub id {path} (40 hex digits; the hub lists them under"
-                    f" Files, History), got {revision!r}"
-                )
-        return faults
-
-
-class ImageRewardOptions(WeightsOptions):
-    """The released checkpoint and BERT's vocabulary, each a file here or in a hub id."""
+class ImageRewardOptions(Section):
+    """The released checkpoint and BERT's vocabulary, each a file or its hub id."""
 
     checkpoint: str = "zai-org/ImageReward"
-    revision: str | None = None
-    sha256: str | None = None
+    revision: str | None = "5736be03b2652728fb87788c9797b0570450ab72"
+    sha256: Sha256 | None = None
     vocabulary: str = "google-bert/bert-base-uncased"
-    vocabulary_revision: str | None = None
+    vocabulary_revision: str | None = "86b5e0934494bd15c9632b12f734a8a67f723594"
 
-    def faults(self) -> list[str]:
-        faults = self._weights_faults("checkpoint", "vocabulary")
-        if self.sha256 is None or not SHA256.match(self.sha256):
-            faults.append(
-                "`sha256` must be that of ImageReward.pt (64 hex digits; the hub shows it on the file's page,"
-                f" `sha256sum` tells a local file's), got {self.sha256!r}"
-            )
-        return faults
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "ImageRewardOptions":
+        _check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="file")
+        _check_pinned(
+            self.vocabulary, self.vocabulary_revision, key="vocabulary", revision_key="vocabulary_revision", kind="file"
+        )
+        return self
 
 
 class EndpointSection(Section):
@@ -227,7 +208,7 @@ class EndpointSection(Section):
     num_concurrent_requests: Annotated[int, Field(ge=1, le=64)] = 4
 
 
-class VlmAlignmentOptions(WeightsOptions):
+class VlmAlignmentOptions(Section):
     """Who captions (`captioner`: a folder or hub id run here; or `endpoint`), and who compares caption and prompt."""
 
     captioner: str | None = None
@@ -236,15 +217,18 @@ class VlmAlignmentOptions(WeightsOptions):
     instruction: Annotated[str, Field(min_length=1)] = "Describe this image in one sentence."
     max_caption_tokens: Annotated[int, Field(ge=1, le=1000)] = 64
     sentence_encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
-    sentence_encoder_revision: str | None = None
+    sentence_encoder_revision: str | None = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 
-    def faults(self) -> list[str]:
-        if (self.captioner is None) == (self.endpoint is None):
-            return [
-                "either `captioner` (a folder or a hub id) or `endpoint` must be given",
-                *self._weights_faults("sentence_encoder"),
-            ]
-        return self._weights_faults(*(["captioner"] if self.captioner else []), "sentence_encoder")
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "VlmAlignmentOptions":
+        if self.captioner and self.endpoint:
+            raise ValueError("`captioner` and `endpoint` are two ways to the same: one of them must be left out")
+        models = {"sentence_encoder": (self.sentence_encoder, self.sentence_encoder_revision)}
+        if self.captioner:
+            models["captioner"] = (self.captioner, self.captioner_revision)
+        for key, (place, revision) in models.items():
+            _check_pinned(place, revision, key=key, revision_key=f"{key}_revision", kind="folder")
+        return self
 
 
 class JpegSizeOptions(Section):
@@ -515,14 +499,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _used_rewards_are_told_enough(self) -> "Config":
-        used = dict.fromkeys((*self.rewards.names, *self.evaluation.judges))
-        options = {name: getattr(self.rewards, name, None) for name in used if name in REWARD_NAMES}
-        faults = [
-            f"rewards.{name}: {fault}"
-            for name, section in options.items()
-            if isinstance(section, WeightsOptions)
-            for fault in section.faults()
-        ]
+        used, faults = {*self.rewards.names, *self.evaluation.judges}, []
+        if "imagereward" in used and self.rewards.imagereward.sha256 is None:
+            faults.append(
+                "`rewards.imagereward.sha256` must be that of ImageReward.pt: the hub shows it on the file's page, and"
+                " `sha256sum` tells it of a file"
+            )
+        if "vlm_alignment" in used and not (
+            self.rewards.vlm_alignment.captioner or self.rewards.vlm_alignment.endpoint
+        ):
+            faults.append("`rewards.vlm_alignment` must have a `captioner` (a folder or a hub id), or an `endpoint`")
         if faults:
             raise ValueError("; ".join(faults))
         return self

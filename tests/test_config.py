@@ -346,48 +346,44 @@ def test_a_clip_checkpoint_must_be_a_file_or_a_pinned_hub_id(tmp_path: Path) -> 
 
 
 def test_imagereward_says_what_it_lacks_only_where_it_is_used(tmp_path: Path) -> None:
-    hub = "rewards.imagereward: `{}` must be a commit of the hub id {} (40 hex digits; the hub lists them under Files, "
-    (fault,) = refused("rewards=[clip,imagereward]")
-    assert fault.split("; rewards.") == [
-        hub.format("revision", "zai-org/ImageReward") + "History), got None",
-        hub.format("vocabulary_revision", "google-bert/bert-base-uncased").removeprefix("rewards.")
-        + "History), got None",
-        "imagereward: `sha256` must be that of ImageReward.pt (64 hex digits; the hub shows it on the file's page,"
-        " `sha256sum` tells a local file's), got None",
-    ]
-    assert refused("evaluation.judges=[imagereward]") == [fault]
-    (tmp_path / "vocab.txt").touch()
-    given = (
-        "rewards=[imagereward]",
-        f"rewards.imagereward={{revision: {'a' * 40}, sha256: {'b' * 64}, vocabulary: {tmp_path / 'vocab.txt'}}}",
+    fault = (
+        "`rewards.imagereward.sha256` must be that of ImageReward.pt: the hub shows it on the file's page, and"
+        " `sha256sum` tells it of a file"
     )
-    assert load_config(QUICKSTART, given).rewards.options("imagereward") == {
+    assert refused("rewards=[clip,imagereward]") == refused("evaluation.judges=[imagereward]") == [fault]
+    (tmp_path / "vocab.txt").touch()
+    options = f"{{sha256: {'b' * 64}, vocabulary: {tmp_path / 'vocab.txt'}, vocabulary_revision: null}}"
+    given = load_config(QUICKSTART, ["rewards=[imagereward]", f"rewards.imagereward={options}"]).rewards
+    assert given.options("imagereward") == {
         "checkpoint": "zai-org/ImageReward",
-        "revision": "a" * 40,
+        "revision": "5736be03b2652728fb87788c9797b0570450ab72",
         "sha256": "b" * 64,
         "vocabulary": str(tmp_path / "vocab.txt"),
         "vocabulary_revision": None,
     }
 
 
+def test_vlm_alignment_needs_a_captioner_only_where_it_is_used() -> None:
+    assert refused("rewards=[vlm_alignment]") == [
+        "`rewards.vlm_alignment` must have a `captioner` (a folder or a hub id), or an `endpoint`"
+    ]
+    endpoint = "rewards.vlm_alignment.endpoint={url: 'http://localhost:8000/v1', model: a-vlm}"
+    given = load_config(QUICKSTART, ["rewards=[vlm_alignment]", endpoint]).rewards.options("vlm_alignment")
+    assert given["endpoint"]["timeout_seconds"] == 60 and given["captioner"] is None
+
+
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ("sentence_encoder: .", "either `captioner` (a folder or a hub id) or `endpoint` must be given"),
-        (
-            "sentence_encoder: ., captioner: ., endpoint: {url: 'http://a/v1', model: m}",
-            "either `captioner` (a folder or a hub id) or `endpoint` must be given",
-        ),
-        ("sentence_encoder: ., captioner: ./nowhere", "`captioner` must exist here or be a hub id, got './nowhere'"),
-        ("sentence_encoder: ., captioner: some/one, captioner_revision: main", "`captioner_revision` must be a commit"),
-        ("captioner: .", "`sentence_encoder_revision` must be a commit of the hub id sentence-transformers/"),
+        ("captioner: ., endpoint: {url: 'http://a/v1', model: m}", "`captioner` and `endpoint` are two ways"),
+        ("captioner: ./nowhere/at/all", "`captioner` must be an existing folder or a hub id, got './nowhere/at/all'"),
+        ("captioner: some/one, captioner_revision: main", "`captioner_revision` must be a commit of 40 hex digits"),
+        ("sentence_encoder_revision: null", "`sentence_encoder_revision` must be a commit of 40 hex digits"),
     ],
 )
-def test_vlm_alignment_needs_one_captioner_and_pinned_weights_where_it_is_used(options: str, fault: str) -> None:
-    given = f"rewards.vlm_alignment={{{options}}}"
-    (found,) = refused("rewards=[vlm_alignment]", given)
+def test_the_models_of_vlm_alignment_are_here_or_pinned(options: str, fault: str) -> None:
+    (found,) = refused(f"rewards.vlm_alignment={{{options}}}")
     assert found.startswith(f"rewards.vlm_alignment: {fault}")
-    assert load_config(QUICKSTART, [given]).rewards.names == ("clip",)
 
 
 @pytest.mark.parametrize("url", ["ftp://a/v1", "a/v1", "http://me:secret@a/v1", "http://a/v1?key=secret"])

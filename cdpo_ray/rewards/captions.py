@@ -67,10 +67,17 @@ class LocalCaptioner:
     def _inputs(self, pictures: Sequence[Image.Image]) -> Any:
         if self.processor.chat_template is None:
             return self.processor(images=list(pictures), return_tensors="pt")
-        question = {"type": "text", "text": self.instruction}
-        chats = [[{"role": "user", "content": [{"type": "image", "image": it}, question]}] for it in pictures]
-        return self.processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+        question = [{"type": "image"}, {"type": "text", "text": self.instruction}]
+        chat: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        begun = bool(self.processor.tokenizer.bos_token) and chat.startswith(self.processor.tokenizer.bos_token)
+        return self.processor(
+            text=[chat] * len(pictures),
+            images=[[picture] for picture in pictures],
+            add_special_tokens=not begun,  # a sentence begins once
+            padding=True,
+            return_tensors="pt",
         )
 
 

@@ -49,7 +49,7 @@ def hub_folder(checkpoint: str, revision: str | None, *, key: str) -> Path:
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     try:
-        wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        wanted = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
         return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise _not_here(checkpoint, "", revision, key, error) from None
