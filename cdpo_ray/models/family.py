@@ -1,6 +1,7 @@
 """A text-to-image family: what all of them do alike, and what each must say of itself."""
 
 import functools
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -124,6 +125,7 @@ class TextToImageModel(ABC):
                 " use the family `stable_diffusion` or `latent_consistency`, or give a folder or a hub id"
             )
         try:
+            _refuse_own_code(Path(folder))
             return cls.pipeline_class.from_pretrained(
                 folder, revision=revision, dtype=dtype, use_safetensors=True, **cls.load_options, **left_out
             )
@@ -251,6 +253,23 @@ class TextToImageModel(ABC):
             return
         self.denoiser = self._tuned if on else self._base
         setattr(self.pipeline, self.denoiser_name, self.denoiser)
+
+
+def _refuse_own_code(folder: Path) -> None:
+    """Name the code that a local folder's index asks for; diffusers would refuse it too, without saying which.
+
+    Raises:
+        ModelError: there is such code.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return
+    named = [value[0] for value in json.loads(index.read_text()).values() if isinstance(value, list) and value]
+    for code in sorted(path for path in folder.rglob("*.py") if path.stem in named):
+        raise ModelError(
+            f"`model.path` {folder}: its model_index.json asks for its own code, {code.relative_to(folder)}, which is"
+            " not run; give a folder whose parts are classes of diffusers and transformers"
+        )
 
 
 def cannot_be_loaded(key: str, path: str, revision: str | None, error: Exception) -> ModelError:
