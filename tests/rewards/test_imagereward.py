@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from cdpo_ray.errors import RewardError
 from cdpo_ray.rewards import weights as reward_weights
-from cdpo_ray.rewards.imagereward import ImageReward
+from cdpo_ray.rewards.imagereward import BlipWithHead, ImageReward, original_name
 
 WORDS = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "the", "cat", "dog", "##s", "play", "##ing", "ch", "##ess", "."
@@ -24,44 +25,63 @@ VISION, TEXT, SIZE, PATCH = 128, 64, 32, 8
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def released_shapes() -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight, as BLIP's and ImageReward's own modules name them, here narrow and shallow."""
+@dataclass(frozen=True)
+class Sizes:
+    vision: int = VISION
+    vision_inner: int = 96
+    vision_depth: int = 2
+    image: int = SIZE
+    patch: int = PATCH
+    text: int = TEXT
+    text_inner: int = 80
+    text_depth: int = 2
+    words: int = len(WORDS) + 2
+    places: int = 40
+    shared: int = 16
+    head: tuple[int, ...] = (24, 16, 12, 8, 1)
+
+
+PUBLISHED = Sizes(1024, 4096, 24, 224, 16, 768, 3072, 12, 30524, 512, 256, (1024, 128, 64, 16, 1))
+
+
+def released_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight, as BLIP's and ImageReward's own modules name them."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def layer(name: str, outputs: int, *inputs: int) -> None:
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, *inputs), (outputs,)
 
     vision, text = "blip.visual_encoder", "blip.text_encoder"
-    shapes[f"{vision}.cls_token"] = (1, 1, VISION)
-    shapes[f"{vision}.pos_embed"] = (1, (SIZE // PATCH) ** 2 + 1, VISION)
-    layer(f"{vision}.patch_embed.proj", VISION, 3, PATCH, PATCH)
-    layer(f"{vision}.norm", VISION)
-    for number in range(2):
+    shapes[f"{vision}.cls_token"] = (1, 1, sizes.vision)
+    shapes[f"{vision}.pos_embed"] = (1, (sizes.image // sizes.patch) ** 2 + 1, sizes.vision)
+    layer(f"{vision}.patch_embed.proj", sizes.vision, 3, sizes.patch, sizes.patch)
+    layer(f"{vision}.norm", sizes.vision)
+    for number in range(sizes.vision_depth):
         block = f"{vision}.blocks.{number}"
-        layer(f"{block}.norm1", VISION)
-        layer(f"{block}.norm2", VISION)
-        layer(f"{block}.attn.qkv", 3 * VISION, VISION)
-        layer(f"{block}.attn.proj", VISION, VISION)
-        layer(f"{block}.mlp.fc1", 96, VISION)
-        layer(f"{block}.mlp.fc2", VISION, 96)
-    shapes[f"{text}.embeddings.word_embeddings.weight"] = (len(WORDS) + 2, TEXT)
-    shapes[f"{text}.embeddings.position_embeddings.weight"] = (40, TEXT)
-    layer(f"{text}.embeddings.LayerNorm", TEXT)
-    for number in range(2):
+        layer(f"{block}.norm1", sizes.vision)
+        layer(f"{block}.norm2", sizes.vision)
+        layer(f"{block}.attn.qkv", 3 * sizes.vision, sizes.vision)
+        layer(f"{block}.attn.proj", sizes.vision, sizes.vision)
+        layer(f"{block}.mlp.fc1", sizes.vision_inner, sizes.vision)
+        layer(f"{block}.mlp.fc2", sizes.vision, sizes.vision_inner)
+    shapes[f"{text}.embeddings.word_embeddings.weight"] = (sizes.words, sizes.text)
+    shapes[f"{text}.embeddings.position_embeddings.weight"] = (sizes.places, sizes.text)
+    layer(f"{text}.embeddings.LayerNorm", sizes.text)
+    for number in range(sizes.text_depth):
         block = f"{text}.encoder.layer.{number}"
-        for attention, width in (("attention", TEXT), ("crossattention", VISION)):
-            layer(f"{block}.{attention}.self.query", TEXT, TEXT)
-            layer(f"{block}.{attention}.self.key", TEXT, width)
-            layer(f"{block}.{attention}.self.value", TEXT, width)
-            layer(f"{block}.{attention}.output.dense", TEXT, TEXT)
-            layer(f"{block}.{attention}.output.LayerNorm", TEXT)
-        layer(f"{block}.intermediate.dense", 80, TEXT)
-        layer(f"{block}.output.dense", TEXT, 80)
-        layer(f"{block}.output.LayerNorm", TEXT)
-    layer("blip.vision_proj", 16, VISION)
-    layer("blip.text_proj", 16, TEXT)
-    widths = (TEXT, 24, 16, 12, 8, 1)
-    for number, inputs, outputs in zip((0, 2, 4, 6, 7), widths, widths[1:], strict=False):
+        for attention, width in (("attention", sizes.text), ("crossattention", sizes.vision)):
+            layer(f"{block}.{attention}.self.query", sizes.text, sizes.text)
+            layer(f"{block}.{attention}.self.key", sizes.text, width)
+            layer(f"{block}.{attention}.self.value", sizes.text, width)
+            layer(f"{block}.{attention}.output.dense", sizes.text, sizes.text)
+            layer(f"{block}.{attention}.output.LayerNorm", sizes.text)
+        layer(f"{block}.intermediate.dense", sizes.text_inner, sizes.text)
+        layer(f"{block}.output.dense", sizes.text, sizes.text_inner)
+        layer(f"{block}.output.LayerNorm", sizes.text)
+    layer("blip.vision_proj", sizes.shared, sizes.vision)
+    layer("blip.text_proj", sizes.shared, sizes.text)
+    widths = (sizes.text, *sizes.head)
+    for number, inputs, outputs in zip((0, 2, 4, 6, 7), widths, sizes.head, strict=False):
         layer(f"mlp.layers.{number}", outputs, inputs)
     return shapes
 
@@ -69,7 +89,9 @@ def released_shapes() -> dict[str, tuple[int, ...]]:
 def random_weights() -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(0)
     scale = {1: 0.3, 2: 0.15, 3: 0.5, 4: 0.05}
-    found = {name: torch.randn(shape, generator=draw) * scale[len(shape)] for name, shape in released_shapes().items()}
+    found = {
+        name: torch.randn(shape, generator=draw) * scale[len(shape)] for name, shape in released_shapes(Sizes()).items()
+    }
     for name in found:
         if re.search(r"(norm\d?|LayerNorm)\.weight$", name):
             found[name] += 1
@@ -225,6 +247,21 @@ def test_a_large_image_is_reduced_and_cropped_as_pil_does_it(reward: ImageReward
     cropped = torch.from_numpy(np.asarray(small)[:, 10:42].copy()).permute(2, 0, 1)
     expected = ByHand(random_weights()).score(prepared(cropped), PROMPTS["Cats"])
     assert reward(image[None], ["Cats"])[0] == pytest.approx(expected, abs=5e-3)
+
+
+def test_the_published_files_shapes_make_the_published_model() -> None:
+    with torch.device("meta"):
+        weights = {name: torch.empty(shape) for name, shape in released_shapes(PUBLISHED).items()}
+        model = BlipWithHead(weights)
+    # the file has 1,786,880,927 bytes, as others who fetch it state; the rest is the archive's index
+    assert 0 < 1_786_880_927 - 4 * sum(weight.numel() for weight in weights.values()) < 500_000
+    assert {original_name(name): weight.shape for name, weight in model.state_dict().items()} == {
+        name: weight.shape
+        for name, weight in weights.items()
+        if not name.startswith(("blip.vision_proj", "blip.text_proj"))
+    }
+    vision, text = model.visual_encoder.config, model.text_encoder.config
+    assert (vision.num_attention_heads, vision.image_size, text.num_attention_heads) == (16, 224, 12)
 
 
 @pytest.mark.parametrize(
