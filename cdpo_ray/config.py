@@ -474,8 +474,11 @@ class TrainingSection(Section):
 
 
 class EvaluationSection(Section):
+    """Base against fine-tuned on held-out prompts; the rewards of the run judge too, named in ``judges`` or not."""
+
     images_per_prompt: Annotated[int, Field(ge=1)] = 4
     judges: Annotated[tuple[RewardName, ...], Field(min_length=1)]
+    num_margin_draws: Annotated[int, Field(ge=0)] = 4
     num_bootstrap_resamples: Annotated[int, Field(ge=100)] = 10_000
     grid_prompts: Annotated[int, Field(ge=0)] = 12
 
@@ -616,6 +619,11 @@ class Config(Section):
                 " `initial_rank` and `unfreeze`"
             )
         return self
+
+    @property
+    def evaluation_judges(self) -> dict[str, dict[str, Any]]:
+        """All that judge held-out images, the run's own rewards first, with the keyword arguments of each's class."""
+        return self.rewards.judges | {name: self.rewards.options(name) for name in self.evaluation.judges}
 
     def plain(self) -> dict[str, Any]:
         """The whole configuration, defaults included, as plain YAML-able values."""

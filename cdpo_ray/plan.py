@@ -79,7 +79,7 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
         " (errors are means over latent values); the same elsewhere:",
         *(f"                 {line}" for line in same_beta_elsewhere(training.beta, _num_latent_values(config))),
         f"  evaluation   {heldout_images:,} images of {len(prompts.heldout)} held-out prompts, judged by"
-        f" {', '.join(config.evaluation.judges)}",
+        f" {', '.join(config.evaluation_judges)}",
         f"  disk         {_disk(config, num_images, len(prompts.train))}",
     ]
     if config.rounds > 1:

@@ -34,7 +34,15 @@
     prompt_index, prompt_id, prompt, sample_index
     base_image, tuned_image                 PNG bytes, made from the same noise
     base_score_<judge>, tuned_score_<judge> float64
-5-evaluation/diversity: in metrics.json, root-mean-square pixel distance between images of a prompt, 0..1
+    base_<measure>, tuned_<measure> float64 how the image looks: saturation and edge_density 0..1, jpeg_kilobytes
+    implicit_value    float32  how much the fine-tuned model favours the base's image, in units of the training error;
+                      only if `evaluation.num_margin_draws`
+5-evaluation/metrics.json
+    judges            a comparison of base and tuned a judge
+    diversity         the same of the root-mean-square pixel distance between images of a prompt, 0..1
+    appearance        the same a measure of how images look
+    agreement         of every two judges: rank correlation within a prompt, -1..1, on the images of each model
+    preference_accuracy  a judge: share of pairs of the base's images that the implicit value orders like it
 """
 
 import hashlib
@@ -44,6 +52,8 @@ STEP_FOLDERS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 PREFERENCE = "preference"  # the reward that judges no image: what people said, or the ranks or scores that came with it
 LABEL = "label"  # kept as a reward's scores are, though it does not rank: who was preferred
 PERTURBATION = "perturbation"  # the reward that judges no image: how much of its prompt an image was spared
+ARMS = ("base", "tuned")
+IMPLICIT_VALUE = "implicit_value"
 CONDITIONING = ("prompt_embedding", "pooled_embedding")
 
 

@@ -93,6 +93,25 @@ def find_preference_faults(config: Config, *, verbose: bool = False) -> list[str
     return list(dict.fromkeys([*map(str, found.faults), *in_images]))
 
 
+def compare_runs(run_dirs: list[Path], output_dir: Path | None = None) -> str:
+    """Compare what finished runs trained, on the held-out images that they kept; needs no Ray.
+
+    Args:
+        output_dir: of `compare.html` and `compare.json`; the folder that the first run lies in by default.
+
+    Returns:
+        A table, a row a run, and the path of the page.
+
+    Raises:
+        CdpoError: a run is not evaluated, two cannot be compared, or a judge that one lacks cannot score.
+    """
+    from cdpo_ray.evaluation import runs
+
+    output_dir = output_dir or run_dirs[0].parent
+    found = runs.compare_runs(run_dirs, output_dir)
+    return f"{runs.table_of(found)}\n{output_dir / 'compare.html'}"
+
+
 def explain_stages(config: Config) -> str:
     """What each stage holds, as a table; draws it to `stages.png` of the run (of each round), the path a line."""
     from cdpo_ray.curriculum.explanation import draw_stages, stages_table

@@ -7,7 +7,7 @@ neither torch nor ray.
 import functools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from cdpo_ray.config import JUDGE_NO_IMAGE, Config, Pool, PromptSource
 from cdpo_ray.errors import ConfigError, PreferenceError, StoreError
 from cdpo_ray.preferences.files import Source, fingerprint
 from cdpo_ray.prompts import sources
-from cdpo_ray.prompts.sources import PromptSplit, is_held_out
+from cdpo_ray.prompts.sources import PromptSplit, held_out
 from cdpo_ray.records import (
     EVALUATION,
     LABEL,
@@ -223,7 +223,8 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
             rows = read_shards(samples_dir, ["prompt_index", "prompt_id", "prompt", score_column(reward)])
             rows = rows.sort_by("prompt_index")
             if reward == LABEL:
-                rows = rows.filter([not held_out for held_out in _held_out(rows["prompt"].to_pylist(), config)])
+                unseen = held_out(rows["prompt"].to_pylist(), config.prompts.heldout.fraction)
+                rows = rows.filter([not held for held in unseen])
             write_scores(rows[: rewards.noise_prompts] if second else rows, reward, path)
         else:
             missing[second].append(reward)
@@ -366,11 +367,12 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 
 def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
+    from cdpo_ray.evaluation.labelled import LabelledSamples
     from cdpo_ray.evaluation.pool import evaluate_adapter
     from cdpo_ray.rewards.scorer import Scorer
 
     config = context.config
-    judges = {name: config.rewards.options(name) for name in config.evaluation.judges}
+    judges = config.evaluation_judges
     metrics = evaluate_adapter(
         context.prompts.heldout,
         output_dir,
@@ -378,11 +380,21 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         family=config.model.family,
         model=_model(config),
         sampling=_sampling(config, config.evaluation.images_per_prompt, config.run.seed),
-        judges=config.evaluation.judges,
+        judges=list(judges),
         make_scores=functools.partial(Scorer, judges),
+        num_margin_draws=config.evaluation.num_margin_draws,
+        guidance_range=config.training.guidance_range,
         generators=_pool(config.resources.generators),
         num_resamples=config.evaluation.num_bootstrap_resamples,
         seed=config.run.seed,
+        labelled=LabelledSamples(
+            context.run.step(SAMPLES),
+            fraction,
+            tuple(config.rewards.judges),
+            config.generation.images_per_batch,
+        )
+        if config.preferences and (fraction := config.prompts.heldout.fraction)
+        else None,
     )
     for judge, found in metrics["judges"].items():
         base, tuned, difference = found["base"], found["tuned"], found["difference"]
@@ -479,10 +491,11 @@ STEPS = (
         "evaluate",
         EVALUATION,
         lambda config: (
-            _section(config, "prompts", "model", "generation", "evaluation")
+            _section(config, "prompts", "model", "generation")
+            | {"evaluation": config.plain()["evaluation"] | {"judges": list(config.evaluation_judges)}}
             | _seed(config)
+            | {f"rewards.{name}": options for name, options in config.evaluation_judges.items()}
             | {"prompts.heldout.sha256": _prompts_sha256(config.prompts.heldout)}
-            | {f"rewards.{name}": config.rewards.options(name) for name in config.evaluation.judges}
         ),
         (TRAINING,),
         evaluate,
@@ -550,12 +563,6 @@ def _score_parts(config: Config) -> dict[str, tuple[str, bool]]:
     if config.preferences:
         parts[LABEL] = (LABEL, False)
     return parts | {f"rewards.noise_prompts.{name}": (name, True) for name in rewards.names if rewards.noise_prompts}
-
-
-def _held_out(prompts: Sequence[str], config: Config) -> list[bool]:
-    """Which prompts of imported rows may not be trained on; a held-out source has none of them."""
-    fraction = config.prompts.heldout.fraction
-    return [fraction is not None and is_held_out(prompt, fraction) for prompt in prompts]
 
 
 def _ranking_files(config: Config) -> list[str]:

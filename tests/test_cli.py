@@ -56,16 +56,24 @@ def test_help_lists_the_verbs_in_the_datas_order(capsys: pytest.CaptureFixture[s
     places = [text.index(f"\n    {verb} ") for verb in VERBS]
     assert places == sorted(places)
     generate, *others = (step.verb for step in STEPS)
-    assert list(VERBS) == ["check", "run", generate, IMPORT.verb, *others, "report", "export"]
+    assert list(VERBS) == ["check", "run", generate, IMPORT.verb, *others, "report", "export", "compare"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["dance", "x.yaml"], ["run"]])
+@pytest.mark.parametrize("arguments", [[], ["dance", "x.yaml"], ["run"], ["compare", "runs/one"]])
 def test_a_command_that_is_none_exits_with_2_and_usage(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
         main(arguments)
     assert capsys.readouterr().err.startswith("usage: cdpo")
+
+
+def test_compare_takes_run_folders_around_its_options_and_says_which_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", f"{tmp_path}/one", "--out", str(tmp_path), f"{tmp_path}/two"]) == 2
+    assert capsys.readouterr().err.startswith(f"StoreError: {tmp_path}/one/5-evaluation: not there, or not finished")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_prompts_that_changed_since_they_were_used_are_refused(

@@ -559,3 +559,9 @@ def test_preferences_take_the_place_of_training_prompts_and_of_generated_images(
 )
 def test_what_does_not_go_with_preferences_is_refused(overrides: tuple[str, ...], fault: str) -> None:
     assert any(fault in found for found in refused(*overrides))
+
+
+def test_the_runs_own_rewards_judge_held_out_images_too() -> None:
+    config = load_config(QUICKSTART, ("rewards=[perturbation,clip,jpeg_size]", "rewards.jpeg_size.quality=40"))
+    assert list(config.evaluation_judges) == ["clip", "jpeg_size", "oracle", "oracle_strict"]
+    assert config.evaluation_judges["jpeg_size"] == {"quality": 40}

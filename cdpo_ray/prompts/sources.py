@@ -116,6 +116,11 @@ def is_held_out(prompt: str, fraction: float) -> bool:
     return int.from_bytes(digest) / 2**64 < fraction
 
 
+def held_out(prompts: Sequence[str], fraction: float | None) -> list[bool]:
+    """Which prompts fall into the held-out share; none where there is no fraction."""
+    return [fraction is not None and is_held_out(prompt, fraction) for prompt in prompts]
+
+
 def wording(prompt: str) -> str:
     """The words of a prompt, whatever their case, spaces and punctuation; all of it where there are no words."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", prompt).casefold())) or prompt
