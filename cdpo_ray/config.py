@@ -112,7 +112,7 @@ class PromptsSection(Section):
     @model_validator(mode="after")
     def _heldout_is_named(self) -> "PromptsSection":
         if self.train and self.train.source is None:
-            raise ValueError("`train.source` must name a prompt set or a text file")
+            raise ValueError("`train.source` must name a prompt set, a file or a hub data set")
         if self.train and self.train.fraction is not None:
             raise ValueError("`fraction` belongs to `heldout`: the share of the training source that is held out")
         if (self.heldout.source is None) == (self.heldout.fraction is None):

@@ -455,7 +455,7 @@ def test_pairs_per_launch_is_the_share_of_a_worker_unless_it_is_given() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("prompts.train={count: 3}",), "`train.source` must name a prompt set or a text file"),
+        (("prompts.train={count: 3}",), "`train.source` must name a prompt set, a file or a hub data set"),
         (("prompts.heldout={count: 3}",), "`heldout` must have either `source` or `fraction`"),
         (("prompts.heldout={source: scenes, fraction: 0.5}",), "`heldout` must have either `source` or `fraction`"),
         (("prompts.train={source: scenes, fraction: 0.5}",), "`fraction` belongs to `heldout`"),

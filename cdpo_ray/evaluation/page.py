@@ -15,6 +15,9 @@ from cdpo_ray.errors import StoreError
 MAX_PIXELS = 256  # larger images are shrunk, so that the page stays of a size that opens
 PIXELATED_BELOW = 128  # smaller images are enlarged without blur, which would hide what the model made
 
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"}
+"""U+2400 and on, in place of what HTML forbids and a terminal obeys; a prompt may hold any of it."""
+
 
 def write_page(path: Path, template: str, **values: Any) -> None:
     """Fill in a template of this folder and write the page, whole or not at all; it needs no other file, no network."""
@@ -26,7 +29,8 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         lstrip_blocks=True,
     )
     aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(environment.get_template(template).render(**values), encoding="utf-8")
+    page = environment.get_template(template).render(**values).translate(CONTROL_PICTURES)
+    aside.write_text(page, encoding="utf-8")
     aside.replace(path)
 
 

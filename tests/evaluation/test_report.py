@@ -23,7 +23,13 @@ from cdpo_ray.evaluation.report import (
 )
 from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, TRAINING
 
-PROMPTS = ["a red circle", "<script>alert('owned')</script>", "../../etc/passwd", '" onerror="alert(1)', "{{ 7*7 }}"]
+PROMPTS = [
+    "a red circle",
+    "<script>alert('owned')</script>",
+    "../../etc/passwd\x00\x1b[31m",
+    '" onerror="alert(1)',
+    "{{ 7*7 }}",
+]
 NUM_IMAGES = 2
 BETTER = {"mean": 0.033, "low": 0.028, "high": 0.038}
 WORSE = {"mean": -0.033, "low": -0.038, "high": -0.028}
@@ -250,7 +256,8 @@ def test_page_has_a_headline_and_a_role_for_each_judge(page: str) -> None:
 def test_hostile_text_stays_text(page: str) -> None:
     assert "<script" not in page and "&lt;script&gt;alert(&#39;owned&#39;)&lt;/script&gt;" in page
     assert 'onerror="' not in page and "onerror=&#34;alert(1)" in page
-    assert "3 prompts &lt;b&gt;cut&lt;/b&gt;" in page and "../../etc/passwd" in page
+    assert "3 prompts &lt;b&gt;cut&lt;/b&gt;" in page and "../../etc/passwd␀␛[31m" in page
+    assert not set(page) & {"\x00", "\x1b"}
 
 
 def test_report_is_the_only_file_that_is_written(tmp_path: Path) -> None:
