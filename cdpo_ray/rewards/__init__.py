@@ -6,6 +6,9 @@ scores ``[image]``; higher is better. A reward's file is imported when it is use
 
 REWARDS = {
     "clip": "cdpo_ray.rewards.clip:ClipReward",
+    "hpsv2": "cdpo_ray.rewards.hpsv2:HpsV2Reward",
+    "pickscore": "cdpo_ray.rewards.pickscore:PickScoreReward",
+    "aesthetic": "cdpo_ray.rewards.aesthetic:AestheticReward",
     "jpeg_size": "cdpo_ray.rewards.jpeg_size:JpegSizeReward",
     "oracle": "cdpo_ray.rewards.oracle:OracleReward",
     "oracle_strict": "cdpo_ray.rewards.oracle:StrictOracleReward",
