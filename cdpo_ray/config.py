@@ -15,7 +15,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.records import PERTURBATION, PREFERENCE
 
-REWARD_NAMES = ("clip", "imagereward", "jpeg_size", "oracle", "oracle_strict", "vlm_alignment")
+REWARD_NAMES = (
+    "clip",
+    "hpsv2",
+    "imagereward",
+    "pickscore",
+    "aesthetic",
+    "vlm_alignment",
+    "jpeg_size",
+    "oracle",
+    "oracle_strict",
+)
 """Built-in rewards; `cdpo_ray.rewards.REWARDS` maps each to its class (a test keeps the two alike)."""
 
 JUDGE_NO_IMAGE = (PERTURBATION, PREFERENCE)
@@ -226,6 +236,7 @@ class ClipOptions(Section):
     architecture: str = "embedded"
     checkpoint: str | None = None
     revision: str | None = None
+    scale: Literal["cosine", "logit"] = "cosine"
 
     @model_validator(mode="after")
     def _checkpoint_goes_with_architecture(self) -> "ClipOptions":
@@ -233,11 +244,54 @@ class ClipOptions(Section):
             return self
         if self.checkpoint is None:
             raise ValueError("`checkpoint` must be a file or a hub id when `architecture` is not 'embedded'")
-        if not Path(self.checkpoint).is_file():
-            if not HUB_ID.match(self.checkpoint):
-                raise ValueError(f"`checkpoint` must be an existing file or a hub id, got {self.checkpoint!r}")
-            if self.revision is None or not COMMIT.match(self.revision):
-                raise ValueError(f"`revision` must be a commit of 40 hex digits for a hub id, got {self.revision!r}")
+        _check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="file")
+        return self
+
+
+class HpsV2Options(Section):
+    """HPS v2.1: the released file or its hub id."""
+
+    architecture: str = "ViT-H-14"
+    checkpoint: str = "xswu/HPSv2"
+    revision: str | None = "697403c78157020a1ae59d23f111aa58ced35b0a"
+    sha256: Sha256 = "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "HpsV2Options":
+        _check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="file")
+        return self
+
+
+class PickScoreOptions(Section):
+    """PickScore: its model, and whose tokenizer and image settings it goes with; folders or hub ids."""
+
+    checkpoint: str = "yuvalkirstain/PickScore_v1"
+    revision: str | None = "a4e4367c6dfa7288a00c550414478f865b875800"
+    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    processor_revision: str | None = "1c2b8495b28150b8a4922ee1c8edee224c284c0c"
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "PickScoreOptions":
+        _check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="folder")
+        _check_pinned(
+            self.processor, self.processor_revision, key="processor", revision_key="processor_revision", kind="folder"
+        )
+        return self
+
+
+class AestheticOptions(Section):
+    """LAION's aesthetic predictor: the head, a file that no hub has under a name of its authors, on CLIP."""
+
+    head: str | None = None
+    head_sha256: Sha256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+    checkpoint: str = "openai/clip-vit-large-patch14"
+    revision: str | None = "32bd64288804d66eefd0ccbe215aa642df71cc41"
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "AestheticOptions":
+        if self.head is not None and not Path(self.head).is_file():
+            raise ValueError(f"`head` must be an existing file, got {self.head!r}")
+        _check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="folder")
         return self
 
 
@@ -313,9 +367,12 @@ class RewardsSection(Section):
     placement: Literal["fused", "pool"] = "fused"
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     clip: ClipOptions = ClipOptions()
+    hpsv2: HpsV2Options = HpsV2Options()
     imagereward: ImageRewardOptions = ImageRewardOptions()
-    jpeg_size: JpegSizeOptions = JpegSizeOptions()
+    pickscore: PickScoreOptions = PickScoreOptions()
+    aesthetic: AestheticOptions = AestheticOptions()
     vlm_alignment: VlmAlignmentOptions = VlmAlignmentOptions()
+    jpeg_size: JpegSizeOptions = JpegSizeOptions()
     perturbation: PerturbationOptions = PerturbationOptions()
 
     @model_validator(mode="after")
@@ -624,8 +681,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _used_rewards_are_told_enough(self) -> "Config":
+    def _rewards_have_what_they_need(self) -> "Config":
         used, faults = {*self.rewards.names, *self.evaluation.judges}, []
+        if "aesthetic" in used and self.rewards.aesthetic.head is None:
+            faults.append(
+                "`rewards.aesthetic.head` is missing: the path of sac+logos+ava1-l14-linearMSE.pth, a file of"
+                " github.com/christophschuhmann/improved-aesthetic-predictor"
+            )
         if "imagereward" in used and self.rewards.imagereward.sha256 is None:
             faults.append(
                 "`rewards.imagereward.sha256` must be that of ImageReward.pt: the hub shows it on the file's page, and"
@@ -809,7 +871,8 @@ def _speak(fault: Any) -> Iterable[str]:
         if isinstance(got, dict):
             yield f"{where}: {message}" if where else message
         else:
-            yield f"`{where}` {message}, got {got!r}"
+            what, separator, hint = message.partition("; ")
+            yield f"`{where}` {what}, got {got!r}{separator}{hint}"
     elif kind == "too_short":
         yield f"`{where}` must not be empty"
     else:
@@ -820,6 +883,7 @@ def _speak(fault: Any) -> Iterable[str]:
             "less_than_equal": "be <= {le}",
             "multiple_of": "be a multiple of {multiple_of}",
             "literal_error": "be {expected}",
+            "string_pattern_mismatch": "match {pattern}",
         }.get(kind)
         wish = limit.format(**context) if limit else fault["msg"].removeprefix("Input should ")
         yield f"`{where}` must {wish}, got {got!r}"

@@ -65,7 +65,8 @@ def test_all_faults_are_told_at_once_in_the_words_of_the_design(tmp_path: Path) 
         "  `evaluation.judges` is missing",
         "  `generation.images_per_prompt` must be >= 2, got 1",
         "  `generation.height` must be a multiple of 8, got 30",
-        f"  `rewards.names.0` must be one of {', '.join(map(repr, REWARD_NAMES))} or 'module:function', got 'pickscor'",
+        f"  `rewards.names.0` must be one of {', '.join(map(repr, REWARD_NAMES))} or 'module:function', got 'pickscor';"
+        " did you mean 'pickscore'?",
         "  `model.dtype` must be 'float32', 'bfloat16' or 'float16', got 'float8'",
         "  `training.beta` must be > 0, got 0",
         "  unknown key `training.bta`; did you mean `training.beta`?",
@@ -146,13 +147,11 @@ def test_the_papers_schedule_is_the_default() -> None:
     ("ranked_by", "min_score_gap"),
     [("clip", 0.1), ("my:hpsv2", 0.1), ("hpsv2", 0.02), ("vlm_alignment", 0.02), ("aesthetic", 0.2)],
 )
-def test_the_released_codes_preset_fills_what_is_not_given(
-    ranked_by: str, min_score_gap: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cdpo_ray.config.REWARD_NAMES", (*REWARD_NAMES, "hpsv2", "vlm_alignment", "aesthetic"))
+def test_the_released_codes_preset_fills_what_is_not_given(ranked_by: str, min_score_gap: float) -> None:
     preset = [
         "curriculum={preset: released-code, updates_per_stage: 5}",
         f"rewards=[{ranked_by}]",
+        f"rewards.aesthetic.head={QUICKSTART}",
         "rewards.vlm_alignment={captioner: ., sentence_encoder: .}",
     ]
     config = load_config(QUICKSTART, preset)
@@ -166,10 +165,9 @@ def test_the_released_codes_preset_fills_what_is_not_given(
     assert (given.min_score_gap, given.num_stages, given.measure) == (0, 3, "score_gap")
 
 
-def test_the_released_codes_preset_goes_by_the_reward_that_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdpo_ray.config.REWARD_NAMES", (*REWARD_NAMES, "aesthetic"))
-    ranked = ("rewards=[clip,aesthetic]", "rewards.rank_by=aesthetic", "curriculum.preset=released-code")
-    assert load_config(QUICKSTART, ranked).curriculum.min_score_gap == 0.2
+def test_the_released_codes_preset_goes_by_the_reward_that_ranks() -> None:
+    ranked = ("rewards=[clip,hpsv2]", "rewards.rank_by=hpsv2", "curriculum.preset=released-code")
+    assert load_config(QUICKSTART, ranked).curriculum.min_score_gap == 0.02
 
 
 def test_the_released_codes_preset_knows_no_near_tie_of_combined_scores() -> None:
@@ -218,7 +216,7 @@ def test_what_a_ranking_lacks_is_told(overrides: tuple[str, ...], fault: str) ->
 def test_a_misspelt_ranking_is_told_what_there_is() -> None:
     (fault,) = refused("rewards.rank_by=paretto")
     assert "'perturbation', 'preference', 'weighted_sum', 'mean_rank', 'pareto' or" in fault
-    assert fault.endswith("did you mean 'pareto'?, got 'paretto'")
+    assert fault.endswith("got 'paretto'; did you mean 'pareto'?")
 
 
 def test_plain_dpo_draws_from_all_pairs_in_every_stage() -> None:
@@ -441,6 +439,47 @@ def test_an_endpoint_is_a_plain_url_without_a_secret_in_it(url: str) -> None:
     assert fault.startswith("`rewards.vlm_alignment.endpoint.url` must ")
 
 
+@pytest.mark.parametrize(
+    ("reward", "key", "kind"),
+    [
+        ("hpsv2", "checkpoint", "file"),
+        ("pickscore", "checkpoint", "folder"),
+        ("pickscore", "processor", "folder"),
+        ("aesthetic", "checkpoint", "folder"),
+        ("imagereward", "checkpoint", "file"),
+        ("imagereward", "vocabulary", "file"),
+    ],
+)
+def test_published_weights_are_a_pinned_hub_id_or_lie_here(reward: str, key: str, kind: str, tmp_path: Path) -> None:
+    revision_key = "revision" if key == "checkpoint" else f"{key}_revision"
+    where = f"rewards.{reward}"
+    here = tmp_path if kind == "folder" else tmp_path / "weights.pt"
+    (tmp_path / "weights.pt").touch()
+    load_config(QUICKSTART, (f"{where}.{key}={here}", f"{where}.{revision_key}=null"))
+    assert refused(f"{where}.{revision_key}=main") == [
+        f"{where}: `{revision_key}` must be a commit of 40 hex digits for a hub id, got 'main'"
+    ]
+    assert refused(f"{where}.{key}=/nowhere/at/all") == [
+        f"{where}: `{key}` must be an existing {kind} or a hub id, got '/nowhere/at/all'"
+    ]
+
+
+@pytest.mark.parametrize("key", ["hpsv2.sha256", "aesthetic.head_sha256", "imagereward.sha256"])
+def test_a_checksum_is_64_hex_digits(key: str) -> None:
+    assert refused(f"rewards.{key}={'A' * 64}") == [f"`rewards.{key}` must match ^[0-9a-f]{{64}}$, got '{'A' * 64}'"]
+
+
+@pytest.mark.parametrize("use", ["rewards=[aesthetic]", "evaluation.judges=[aesthetic]"])
+def test_what_a_reward_lacks_is_a_fault_where_it_is_used(use: str, tmp_path: Path) -> None:
+    (fault,) = refused(use)
+    assert fault.startswith("`rewards.aesthetic.head` is missing: the path of sac+logos+ava1-l14-linearMSE.pth, ")
+    (tmp_path / "head.pth").touch()
+    assert load_config(QUICKSTART, (use, f"rewards.aesthetic.head={tmp_path / 'head.pth'}"))
+    assert refused("rewards.aesthetic.head=/nowhere/head.pth") == [
+        "rewards.aesthetic: `head` must be an existing file, got '/nowhere/head.pth'"
+    ]
+
+
 def test_a_global_batch_that_does_not_divide_is_refused() -> None:
     assert refused("training.batch_size_per_worker=3") == [
         "training: `global_batch_size` must be a multiple of `num_workers` x `batch_size_per_worker` = 6, got 16"
@@ -513,7 +552,12 @@ def test_the_plain_form_gives_the_same_config_back() -> None:
 def test_each_reward_is_given_its_own_options_and_an_own_function_none() -> None:
     rewards = load_config(QUICKSTART, ["rewards.jpeg_size.quality=50"]).rewards
     assert rewards.options("jpeg_size") == {"quality": 50}
-    assert rewards.options("clip") == {"architecture": "embedded", "checkpoint": None, "revision": None}
+    assert rewards.options("clip") == {
+        "architecture": "embedded",
+        "checkpoint": None,
+        "revision": None,
+        "scale": "cosine",
+    }
     assert rewards.options("oracle") == {}
     assert rewards.options("names:clip") == {}
 

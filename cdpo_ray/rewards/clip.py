@@ -2,15 +2,15 @@
 
 import pickle
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cdpo_ray.errors import RewardError
+from cdpo_ray.rewards.agreement import cosines
 from cdpo_ray.rewards.pixels import centre_crop, normalized
 from cdpo_ray.rewards.weights import hub_file
 from cdpo_ray.testbed.clip import load_clip
@@ -25,10 +25,15 @@ class ClipReward:
         architecture: ``embedded``, or one of `open_clip.list_models`.
         checkpoint: a local file (safetensors, or a pickle read with ``weights_only``), or a hub id.
         revision: commit of the hub id.
+        scale: ``cosine``, or ``logit``: times the scale that the model learned, up to 100.
     """
 
     def __init__(
-        self, architecture: str = "embedded", checkpoint: str | None = None, revision: str | None = None
+        self,
+        architecture: str = "embedded",
+        checkpoint: str | None = None,
+        revision: str | None = None,
+        scale: Literal["cosine", "logit"] = "cosine",
     ) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any
@@ -41,23 +46,30 @@ class ClipReward:
             self.image_size = size[0] if isinstance(size, tuple) else size
             self.mean, self.std = model.visual.image_mean, model.visual.image_std
         self.model = model.eval().to(self.device)
+        self.scale = self.model.logit_scale.exp().item() if scale == "logit" else 1
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
-        distinct = list(dict.fromkeys(prompts))  # a batch is mostly one prompt many times
-        texts = F.normalize(self.model.encode_text(self.tokenizer(distinct).to(self.device)), dim=-1)
-        features = F.normalize(self.model.encode_image(self.preprocess(images)), dim=-1)
-        return (features * texts[[distinct.index(prompt) for prompt in prompts]]).sum(-1).double().cpu().numpy()
+        scores = cosines(self.model.encode_image(self.preprocess(images)), prompts, self._embed)
+        return (self.scale * scores.double()).cpu().numpy()
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resize the shorter side, crop the centre, normalise: uint8 -> fp32 ``[image, 3, size, size]``."""
         return normalized(centre_crop(images.to(self.device), self.image_size), self.mean, self.std)
 
+    def _embed(self, prompts: list[str]) -> Tensor:
+        return self.model.encode_text(self.tokenizer(prompts).to(self.device))
+
+
+def check_architecture(architecture: str, *, key: str) -> None:
+    """Raises RewardError if open_clip knows no such model; `key` of the configuration is named."""
+    if architecture not in open_clip.list_models():
+        raise RewardError(f"`{key}` must be a name that open_clip knows, got {architecture!r}")
+
 
 def _load(architecture: str, checkpoint: str | None, revision: str | None) -> torch.nn.Module:
     assert checkpoint is not None, "config: an architecture goes with a checkpoint"
-    if architecture not in open_clip.list_models():
-        raise RewardError(f"`rewards.clip.architecture` must be a name that open_clip knows, got {architecture!r}")
+    check_architecture(architecture, key="rewards.clip.architecture")
     path = hub_file(checkpoint, HUB_WEIGHTS, revision, key="rewards.clip.checkpoint")
     try:
         return open_clip.create_model(architecture, pretrained=str(path))

@@ -21,6 +21,20 @@ def centre_crop(images: Tensor, size: int) -> Tensor:
     return pixels[..., top : top + size, left : left + size]
 
 
+def letterbox(images: Tensor, size: int) -> Tensor:
+    """Resize the longer side (bicubic), pad with black on both sides: uint8 -> fp32 ``[image, 3, size, size]``.
+
+    Values pass 0 to 1 by a little at sharp edges, as they do where a net was trained on images resized as floats.
+    """
+    pixels = images.float() / 255
+    longest = max(pixels.shape[-2:])
+    height, width = (max(1, round(side * size / longest)) for side in pixels.shape[-2:])
+    if longest != size:
+        pixels = F.interpolate(pixels, size=[height, width], mode="bicubic", antialias=True, align_corners=False)
+    top, left = (size - height) // 2, (size - width) // 2
+    return F.pad(pixels, (left, size - width - left, top, size - height - top))
+
+
 def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Each channel minus its mean, over its standard deviation."""
     return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]

@@ -20,6 +20,9 @@ from cdpo_ray.hub import FETCH_ERRORS, how_to_stage
 CONVERTED_DIR = Path(HF_HOME) / "cdpo_ray"
 """Where foreign pickles lie once they are converted, by the SHA-256 of what they were."""
 
+MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.safetensors")
+"""What a model's folder needs: all but pickles and code."""
+
 
 def hub_file(checkpoint: str, filename: str, revision: str | None, *, key: str) -> Path:
     """A file that is here, or a file of a hub id at a revision.
@@ -37,11 +40,16 @@ def hub_file(checkpoint: str, filename: str, revision: str | None, *, key: str) 
     try:
         return Path(hf_hub_download(checkpoint, filename, revision=revision))
     except FETCH_ERRORS as error:
-        raise _not_here(checkpoint, filename, revision, key, error) from None
+        raise RewardError(how_to_stage(checkpoint, filename, revision, error, key=key)) from None
 
 
-def hub_folder(checkpoint: str, revision: str | None, *, key: str) -> Path:
-    """A folder that is here, or that of a hub id at a revision, without its pickles.
+def hub_folder(checkpoint: str, revision: str | None, *, key: str, files: Sequence[str] = MODEL_FILES) -> Path:
+    """A folder that is here, or that of a hub id at a revision.
+
+    Args:
+        checkpoint: path of a local folder, or a hub id.
+        files: patterns of the hub id's files to fetch.
+        key: of the configuration, to name in errors.
 
     Raises:
         RewardError: it is not here and cannot be fetched.
@@ -49,10 +57,10 @@ def hub_folder(checkpoint: str, revision: str | None, *, key: str) -> Path:
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     try:
-        wanted = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
-        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=list(files)))
     except FETCH_ERRORS as error:
-        raise _not_here(checkpoint, "", revision, key, error) from None
+        included = " ".join(f'--include "{pattern}"' for pattern in files)
+        raise RewardError(how_to_stage(checkpoint, included, revision, error, key=key)) from None
 
 
 def from_folder(kind: Any, folder: Path, *, key: str, **options: Any) -> Any:
@@ -64,8 +72,7 @@ def from_folder(kind: Any, folder: Path, *, key: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise RewardError(f"`{key}` {folder}: is no {kind.__name__}: {reason}") from None
+        raise RewardError(f"`{key}` {folder}: is no {kind.__name__}: {_first_line(error)}") from None
 
 
 def model_from_folder(
@@ -109,18 +116,26 @@ def converted(path: Path, sha256: str, *, key: str) -> dict[str, Tensor]:
         )
     safe = CONVERTED_DIR / f"{sha256}.safetensors"
     if not safe.is_file():
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise RewardError(f"`{key}` {path}: holds more than tensors, and was not run: {reason}") from None
-        tensors = content.get("state_dict", content)
+        tensors = _read_pickle(path, key)
         CONVERTED_DIR.mkdir(parents=True, exist_ok=True)
         aside = safe.with_name(f"{safe.name}.{os.getpid()}.tmp")  # several actors may convert at once
-        save_file({name: value.contiguous() for name, value in tensors.items()}, aside)
+        save_file(tensors, aside)
+        aside.chmod(0o644)  # others may share the folder
         aside.replace(safe)
     return load_file(safe)
 
 
-def _not_here(checkpoint: str, filename: str, revision: str | None, key: str, error: Exception) -> RewardError:
-    return RewardError(how_to_stage(checkpoint, filename, revision, error, key=key))
+def _read_pickle(path: Path, key: str) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise RewardError(f"`{key}` {path}: holds more than tensors, and was not run: {_first_line(error)}") from None
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise RewardError(f"`{key}` {path}: must hold tensors by name, got {type(tensors).__name__} of other things")
+    # each on its own: safetensors takes no views of one memory
+    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -295,9 +295,7 @@ def test_a_hub_file_is_read_where_it_was_staged_and_otherwise_told_how_to_stage(
         assert (found.stdout, found.stderr) == ("['a cat', 'a dog']\n", "")
     else:
         told = found.stderr.splitlines()[-1]
-        assert told.startswith(
-            f"cdpo_ray.errors.PromptError: `prompts.train.source` some/prompts (revision {COMMIT}): cannot be fetched: "
-        )
-        assert told.endswith(
-            f"; stage it first: `hf download --repo-type dataset some/prompts data/train.parquet --revision {COMMIT}`"
-        )
+        where = f"`prompts.train.source` some/prompts (revision {COMMIT})"
+        assert told.startswith(f"cdpo_ray.errors.PromptError: {where}: is not on this machine")
+        stage = f"`hf download --repo-type dataset some/prompts data/train.parquet --revision {COMMIT}`"
+        assert told.endswith(f"; stage it with {stage}, after which HF_HUB_OFFLINE=1 may be set")

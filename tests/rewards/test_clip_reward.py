@@ -1,15 +1,13 @@
 """The CLIP reward against open_clip's own preprocessing and PIL."""
 
-import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from reward_models import TINY_OPEN_CLIP as TINY
+from reward_models import MakesFolder, pil, smooth_images, tiny_open_clip
 from torch import Tensor
 
 from cdpo_ray.errors import RewardError
@@ -18,33 +16,12 @@ from cdpo_ray.testbed import CLIP_DIR
 from cdpo_ray.testbed.clip import load_clip
 from cdpo_ray.testbed.scenes import caption, render, sample_scene
 
-TINY = "tiny-of-a-test"
-TINY_CONFIG = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-
-
-def smooth_images(count: int, height: int, width: int) -> Tensor:
-    """Photographs' kind of detail: noise, enlarged."""
-    coarse = torch.rand(count, 3, 5, 6, generator=torch.Generator().manual_seed(height))
-    return (torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear") * 255).to(torch.uint8)
-
-
-def pil(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
-
 
 @pytest.fixture(scope="module")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random ViT that open_clip knows by name, as a checkpoint file."""
     folder = tmp_path_factory.mktemp("clip")
-    (folder / f"{TINY}.json").write_text(json.dumps(TINY_CONFIG))
-    open_clip.add_model_config(folder / f"{TINY}.json")
-    torch.manual_seed(0)
-    model = open_clip.create_model(TINY)
-    torch.save(model.state_dict(), folder / "weights.pt")
+    torch.save(tiny_open_clip(folder).state_dict(), folder / "weights.pt")
     return folder / "weights.pt"
 
 
@@ -101,6 +78,16 @@ def test_each_image_is_scored_with_its_own_prompt(tiny: ClipReward) -> None:
     assert len(set(together.round(5))) == 4
 
 
+def test_the_logit_scale_multiplies_the_cosine_as_open_clips_own_logits_do(tiny_checkpoint: Path) -> None:
+    images, prompts = smooth_images(3, 32, 32), ["a cat", "a dog", "an ant"]
+    reward = ClipReward(TINY, str(tiny_checkpoint), scale="logit")
+    tokens = open_clip.get_tokenizer(TINY)(prompts)
+    with torch.no_grad():
+        logits, _ = reward.model.get_logits(reward.preprocess(images), tokens)
+    np.testing.assert_allclose(reward(images, prompts), logits.diagonal().numpy(), rtol=1e-5)
+    np.testing.assert_allclose(reward.scale, 1 / 0.07, rtol=1e-6)  # where open_clip starts to learn it
+
+
 def test_the_checkpoints_weights_are_those_of_the_model(tiny: ClipReward, tiny_checkpoint: Path) -> None:
     saved = torch.load(tiny_checkpoint, weights_only=True)
     assert all(torch.equal(value, saved[name]) for name, value in tiny.model.state_dict().items())
@@ -121,11 +108,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_path(tiny_checkpoint: P
 
 
 def test_a_checkpoint_that_runs_code_is_refused_and_does_not_run(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple:
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
+    torch.save({"state_dict": MakesFolder(tmp_path / "ran")}, tmp_path / "evil.pt")
     with pytest.raises(RewardError, match=rf"`rewards\.clip\.checkpoint` .*/evil\.pt: does not load into {TINY}: "):
         ClipReward(TINY, str(tmp_path / "evil.pt"))
     assert not (tmp_path / "ran").exists()

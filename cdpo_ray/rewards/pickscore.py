@@ -1,0 +1,50 @@
+"""Images -> what people prefer, by PickScore: CLIP trained further on their choices."""
+
+from collections.abc import Sequence
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from cdpo_ray.errors import RewardError
+from cdpo_ray.rewards.agreement import cosines
+from cdpo_ray.rewards.weights import from_folder, hub_folder, model_from_folder
+
+
+class PickScoreReward:
+    """Cosine of image and prompt embeddings times the learned logit scale, about 15 to 25. Source: arXiv:2305.01569.
+
+    Args:
+        checkpoint: a folder in transformers' layout, or a hub id.
+        revision: commit of the hub id.
+        processor: folder or hub id of tokenizer and image settings, which the released scorer takes from elsewhere.
+        processor_revision: commit of that hub id.
+    """
+
+    def __init__(self, checkpoint: str, revision: str | None, processor: str, processor_revision: str | None) -> None:
+        key, processor_key = "rewards.pickscore.checkpoint", "rewards.pickscore.processor"
+        folder = hub_folder(checkpoint, revision, key=key)
+        settings = hub_folder(processor, processor_revision, key=processor_key, files=("*.json", "*.txt"))
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.image_processor = from_folder(CLIPImageProcessor, settings, key=processor_key)
+        self.tokenizer = from_folder(CLIPTokenizer, settings, key=processor_key)
+        self.model = model_from_folder(CLIPModel, folder, key=key).eval().to(self.device)
+        num_embedded = self.model.config.text_config.vocab_size
+        if len(self.tokenizer) != num_embedded:
+            raise RewardError(
+                f"`{processor_key}` {settings}: must know {num_embedded} tokens, as the checkpoint does,"
+                f" got {len(self.tokenizer)}"
+            )
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
+        pixels = self.image_processor(images.to(self.device), return_tensors="pt").pixel_values
+        features = self.model.get_image_features(pixels).pooler_output
+        scores = self.model.logit_scale.exp() * cosines(features, prompts, self._embed)
+        return scores.double().cpu().numpy()
+
+    def _embed(self, prompts: list[str]) -> Tensor:
+        max_length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        return self.model.get_text_features(**tokens.to(self.device)).pooler_output

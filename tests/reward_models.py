@@ -1,0 +1,95 @@
+"""Images, and published rewards' checkpoints in their very format, tiny and with random weights."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.tokenizer import bytes_to_unicode
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+TINY_OPEN_CLIP = "tiny-of-a-test"
+TINY_OPEN_CLIP_CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def smooth_images(count: int, height: int, width: int) -> Tensor:
+    """Photographs' kind of detail: noise, enlarged."""
+    coarse = torch.rand(count, 3, 5, 6, generator=torch.Generator().manual_seed(height))
+    return (torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear") * 255).to(torch.uint8)
+
+
+def pil(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def tiny_open_clip(folder: Path) -> open_clip.CLIP:
+    """A random ViT that open_clip knows by the name `TINY_OPEN_CLIP`."""
+    (folder / f"{TINY_OPEN_CLIP}.json").write_text(json.dumps(TINY_OPEN_CLIP_CONFIG))
+    open_clip.add_model_config(folder / f"{TINY_OPEN_CLIP}.json")
+    torch.manual_seed(0)
+    return open_clip.create_model(TINY_OPEN_CLIP).eval()
+
+
+def build_tiny_clip(folder: Path) -> Path:
+    """Folder of a random CLIP in transformers' layout, with the image settings and the tokenizer of a processor.
+
+    The tokenizer's files are those of the hub's CLIPs: `vocab.json`, `merges.txt`; a token a byte, and two merges.
+    """
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
+    config = CLIPConfig(
+        text_config={
+            "vocab_size": len(tokens),
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 20,
+            "bos_token_id": 0,  # these three are wrong in the published ones too
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        projection_dim=12,
+    )
+    torch.manual_seed(0)
+    model = CLIPModel(config)
+    with torch.no_grad():
+        for weight in model.parameters():  # as they are drawn, all images are alike to the net
+            weight.add_(0.1 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **special}))
+    return folder
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class MakesFolder:
+    """Unpickled by a reader that runs what it reads, it makes a folder."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.mark),)
