@@ -17,7 +17,6 @@ from cdpo_ray.errors import StoreError
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.records import (
     EVALUATION,
-    PERTURBATION,
     SAMPLES,
     SCORES,
     STAGES,
@@ -167,7 +166,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
         if there.get(part) == settings[part]:
             path.parent.mkdir(exist_ok=True)
             link(other_dir / score_file(reward, second=second), path)
-        elif with_images.get(reward) == rewards.options(reward) and (reward == PERTURBATION or not second):
+        elif with_images.get(reward) == rewards.options(reward) and (reward not in rewards.judges or not second):
             rows = read_shards(samples_dir, ["prompt_index", "prompt_id", score_column(reward)])
             rows = rows.sort_by("prompt_index")
             write_scores(rows[: rewards.noise_prompts] if second else rows, reward, path)
