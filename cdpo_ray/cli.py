@@ -8,16 +8,24 @@ from pathlib import Path
 
 from cdpo_ray import __version__
 from cdpo_ray.config import load_config
-from cdpo_ray.errors import CdpoError
+from cdpo_ray.errors import CdpoError, ConfigError, PreferenceError
 from cdpo_ray.export import FORMATS
 from cdpo_ray.plan import make_plan
-from cdpo_ray.run import explain_stages, export_trained, read_prompts, run_steps, write_reports
-from cdpo_ray.steps import STEPS
+from cdpo_ray.run import (
+    explain_stages,
+    export_trained,
+    find_preference_faults,
+    read_prompts,
+    run_steps,
+    write_reports,
+)
+from cdpo_ray.steps import steps_of
 
 VERBS = {
     "check": "say what a run will make, or what is wrong with the config; needs no GPU, torch or ray",
     "run": "walk the whole way: all of the below, each skipped if it is done already",
     "generate": "prompts -> samples: many images of each prompt, by the base model",
+    "import": "preferences that people have -> samples: images encoded once, labels kept",
     "score": "samples -> scores: judge each image",
     "pairs": "scores -> stages: rank, pair by difficulty, draw what each stage trains on",
     "train": "stages -> adapter: staged DPO of a LoRA",
@@ -50,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.beta=100")
         if verb == "pairs":
             command.add_argument("--explain", action="store_true", help="print and draw what each stage holds")
+        if verb == "import":
+            command.add_argument("--check", action="store_true", help="only say which rows and images cannot be used")
         if verb == "export":
             command.add_argument("--format", choices=FORMATS, default="diffusers", help=FORMAT_HELP)
             command.add_argument("--out", type=Path, metavar="DIR", help="default: export/<format> of the run")
@@ -77,12 +87,20 @@ def _do(asked: argparse.Namespace) -> None:
     elif verb == "report":
         print(*write_reports(config, anew=True), sep="\n")
     elif verb == "run":
-        run_steps(config, STEPS, verbose=asked.verbose)
+        run_steps(config, steps_of(config), verbose=asked.verbose)
         print(*write_reports(config), sep="\n")
     elif verb == "export":
         print(export_trained(config, asked.format, asked.out))
+    elif verb in ("generate", "import") and verb != steps_of(config)[0].verb:
+        raise ConfigError(f"{asked.config}: its images are not made by `cdpo {verb}`: `{steps_of(config)[0].verb}` is")
+    elif verb == "import" and asked.check:
+        faults = find_preference_faults(config, verbose=asked.verbose)
+        print(*faults, sep="\n", end="\n" * bool(faults))
+        if faults:
+            raise PreferenceError(f"{len(faults)} faults")
+        print("no faults")
     else:
-        run_steps(config, [step for step in STEPS if step.verb == verb], verbose=asked.verbose)
+        run_steps(config, [step for step in steps_of(config) if step.verb == verb], verbose=asked.verbose)
         if verb == "pairs" and asked.explain:
             print(explain_stages(config))
 

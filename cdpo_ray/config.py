@@ -13,13 +13,16 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cdpo_ray.errors import ConfigError
-from cdpo_ray.records import PERTURBATION
+from cdpo_ray.records import PERTURBATION, PREFERENCE
 
 REWARD_NAMES = ("clip", "jpeg_size", "oracle", "oracle_strict")
 """Built-in rewards; `cdpo_ray.rewards.REWARDS` maps each to its class (a test keeps the two alike)."""
 
 COMBINATIONS = ("weighted_sum", "mean_rank", "pareto")
 """Ways to rank by several rewards; `cdpo_ray.curriculum.combination` maps each to its function."""
+
+JUDGE_NO_IMAGE = (PERTURBATION, PREFERENCE)
+"""What can rank images beside the rewards: how each was made, or what people said of it."""
 
 OWN_REWARD = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -36,16 +39,16 @@ def _known_reward(name: str, *others: str) -> str:
 
 
 def _known_score(name: str) -> str:
-    return name if name == PERTURBATION else _known_reward(name)
+    return name if name in JUDGE_NO_IMAGE else _known_reward(name)
 
 
 def _known_ranking(name: str) -> str:
-    return _known_reward(name, PERTURBATION, *COMBINATIONS)
+    return _known_reward(name, *JUDGE_NO_IMAGE, *COMBINATIONS)
 
 
 RewardName = Annotated[str, AfterValidator(_known_reward)]
 ScoreName = Annotated[str, AfterValidator(_known_score)]
-"""What can score training images: a judge of images, or ``perturbation``, which knows how each was made."""
+"""What can score training images: a judge of images, or one of `JUDGE_NO_IMAGE`."""
 RankingName = Annotated[str, AfterValidator(_known_ranking)]
 
 
@@ -83,17 +86,35 @@ class PromptSource(Section):
 
 
 class PromptsSection(Section):
-    train: PromptSource
+    train: PromptSource | None = None
     heldout: PromptSource
 
     @model_validator(mode="after")
     def _heldout_is_named(self) -> "PromptsSection":
-        if self.train.source is None:
+        if self.train and self.train.source is None:
             raise ValueError("`train.source` must name a prompt set or a text file")
-        if self.train.fraction is not None:
+        if self.train and self.train.fraction is not None:
             raise ValueError("`fraction` belongs to `heldout`: the share of the training source that is held out")
         if (self.heldout.source is None) == (self.heldout.fraction is None):
             raise ValueError("`heldout` must have either `source` or `fraction` (of the training source)")
+        return self
+
+
+class PreferencesSection(Section):
+    """Preferences that people have, trained on in place of generated images; see `preferences/files.py` for formats."""
+
+    path: Annotated[str, Field(min_length=1)]
+    format: Literal["pickapic", "pairs", "ranked_folders"]
+    columns: dict[str, str] = {}
+    difficulty: Literal["label", "score", "rank"] = "label"
+    max_image_bytes: Annotated[int, Field(ge=1)] = 50_000_000
+    max_image_pixels: Annotated[int, Field(ge=1)] = 50_000_000
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @model_validator(mode="after")
+    def _columns_are_known(self) -> "PreferencesSection":
+        if self.format == "ranked_folders" and (self.columns or self.difficulty != "label"):
+            raise ValueError("`columns` and `difficulty` belong to tables; folders are ranked by their images' names")
         return self
 
 
@@ -160,7 +181,7 @@ class ModelSection(Section):
 
 
 class GenerationSection(Section):
-    images_per_prompt: Annotated[int, Field(ge=2)]
+    images_per_prompt: Annotated[int, Field(ge=2)] = 2
     num_denoising_steps: Annotated[int, Field(ge=1, le=1000)]
     guidance_scale: Annotated[float, Field(ge=1)]
     height: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
@@ -258,7 +279,7 @@ class RewardsSection(Section):
     @property
     def judges(self) -> dict[str, dict[str, Any]]:
         """Those that look at images, with the keyword arguments of each one's class."""
-        return {name: self.options(name) for name in self.names if name != PERTURBATION}
+        return {name: self.options(name) for name in self.names if name not in JUDGE_NO_IMAGE}
 
     def options(self, name: str) -> dict[str, Any]:
         """Keyword arguments of one reward's class."""
@@ -463,6 +484,7 @@ class Config(Section):
     run: RunSection
     rounds: Annotated[int, Field(ge=1)] = 1
     prompts: PromptsSection
+    preferences: PreferencesSection | None = None
     model: ModelSection
     generation: GenerationSection
     rewards: RewardsSection
@@ -501,7 +523,37 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _samples_come_from_somewhere(self) -> "Config":
+        generated, named = "images_per_prompt" in self.generation.model_fields_set, PREFERENCE in self.rewards.names
+        if not self.preferences:
+            faults = ["`prompts.train` is missing"] if not self.prompts.train else []
+            faults += ["`generation.images_per_prompt` is missing"] if not generated else []
+            faults += ["`rewards.names` 'preference' needs a section `preferences`"] if named else []
+        else:
+            given = {
+                "prompts.train": bool(self.prompts.train),
+                "rewards.names 'perturbation'": PERTURBATION in self.rewards.names,
+                "rounds": self.rounds > 1,
+            }
+            faults = [f"`{key}` must not be given with `preferences`" for key, wrong in given.items() if wrong]
+            if self.preferences.format == "ranked_folders":
+                if self.rewards.ranking_reward != PREFERENCE:
+                    faults.append(
+                        "`rewards.rank_by` must be 'preference' for ranked folders: their ranks are the labels"
+                    )
+            elif self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > 1:
+                faults.append(
+                    "`curriculum.measure` must not be 'rank_gap' for pairs, which have a rank gap of 1 alone; choose"
+                    " 'score_gap_quantile', 'score_gap' or 'margin', or `order` 'none'"
+                )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
     def _stages_fit_the_ranks(self) -> "Config":
+        if self.preferences:
+            return self  # known when the files have been read
         num_gaps = self.generation.images_per_prompt - 1
         if self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > num_gaps:
             raise ValueError(

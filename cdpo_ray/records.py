@@ -8,6 +8,9 @@
     prompt_embedding  fixed-shape tensor [token, channel], what the denoiser was given
     pooled_embedding  fixed-shape tensor [channel], of families that have one
     num_tokens_cut    int64   tokens of the prompt beyond the text encoder's length
+    latents_std       as latents; only of imported images: the posterior's standard deviation (`latents` is its mean)
+    label             list<float64> a sample, higher is preferred; only of imported images
+    num_images_cut    int64   of imported images, those that did not have the shape that is trained at
     images            list<binary> PNG a sample; only if `generation.keep_images`
     score_<reward>    list<float64> a sample; only rewards computed with the images
 
@@ -36,6 +39,9 @@
 import hashlib
 
 SAMPLES, SCORES, STAGES, TRAINING, EVALUATION = "1-samples", "2-scores", "3-stages", "4-training", "5-evaluation"
+STEP_FOLDERS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
+PREFERENCE = "preference"  # the reward that judges no image: what people said, or the ranks or scores that came with it
+LABEL = "label"
 PERTURBATION = "perturbation"  # the reward that judges no image: how much of its prompt an image was spared
 CONDITIONING = ("prompt_embedding", "pooled_embedding")
 

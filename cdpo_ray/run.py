@@ -12,10 +12,11 @@ import yaml
 
 from cdpo_ray.config import Config
 from cdpo_ray.errors import StoreError
+from cdpo_ray.preferences.files import scan
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
-from cdpo_ray.records import EVALUATION, STAGES, TRAINING
+from cdpo_ray.records import EVALUATION, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.session import ray_session
-from cdpo_ray.steps import STEPS, Context, Step, export
+from cdpo_ray.steps import Context, Step, export, preference_frame, preference_source, steps_of
 from cdpo_ray.store import RunFolder
 
 log = logging.getLogger(__name__)
@@ -25,10 +26,11 @@ REPORT = "report.html"
 def read_prompts(config: Config) -> PromptSplit:
     """The prompts that a configuration names."""
     train, heldout = config.prompts.train, config.prompts.heldout
-    assert train.source is not None, "checked by the config"
+    judged = scan(preference_source(config)).prompts if config.preferences else None
     return split_prompts(
-        train_source=train.source,
-        train_count=train.count,
+        train=judged,
+        train_source=train.source if train else None,
+        train_count=train.count if train else None,
         heldout_source=heldout.source,
         heldout_count=heldout.count,
         heldout_fraction=heldout.fraction,
@@ -82,6 +84,21 @@ def write_reports(config: Config, *, anew: bool = False) -> list[Path]:
     return [_write_report(run, anew) for run in round_folders(config)]
 
 
+def find_preference_faults(config: Config, *, verbose: bool = False) -> list[str]:
+    """All that is wrong with a set of preferences, by file and row; every image is opened, nothing is written.
+
+    Raises:
+        PreferenceError: there is no such set, or it lacks a column.
+    """
+    source = preference_source(config)
+    found = scan(source)
+    with ray_session(verbose=verbose):
+        from cdpo_ray.preferences.pool import find_faults
+
+        in_images = find_faults(found.chunks, source=source, frame=preference_frame(config))
+    return list(dict.fromkeys([*map(str, found.faults), *in_images]))
+
+
 def explain_stages(config: Config) -> str:
     """What each stage holds, as a table; draws it to `stages.png` of the run (of each round), the path a line."""
     from cdpo_ray.curriculum.explanation import draw_stages, stages_table
@@ -116,7 +133,7 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
     folders = round_folders(config)
     run, previous = folders[-1], folders[-2] if len(folders) > 1 else None
     context = Context(config, read_prompts(config), run, len(folders), previous)
-    for step in STEPS:
+    for step in steps_of(config):
         if step.folder == EVALUATION and not run.has(EVALUATION):
             log.warning("export: not evaluated; the model card will say so")
             continue
@@ -156,7 +173,7 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], None]) -> 
 
 def _made_by(config: Config, run: RunFolder, previous: RunFolder | None) -> bool:
     """Whether every finished step is as this configuration makes it: more scores may rank anew what is there."""
-    for step in STEPS:
+    for step in steps_of(config):
         if run.has(step.folder):
             try:
                 inputs = step.fingerprints(config, run, previous)
@@ -169,7 +186,7 @@ def _made_by(config: Config, run: RunFolder, previous: RunFolder | None) -> bool
 
 def _write_report(run: RunFolder, anew: bool) -> Path:
     path = run.path / REPORT
-    finished = [run.step(step.folder) / "manifest.json" for step in STEPS]
+    finished = [run.step(folder) / "manifest.json" for folder in STEP_FOLDERS]
     if not anew and path.is_file() and path.stat().st_mtime > max(manifest.stat().st_mtime for manifest in finished):
         log.info("report: done already")
         return path

@@ -13,17 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.config import Config, Pool
-from cdpo_ray.errors import StoreError
+from cdpo_ray.errors import ConfigError, PreferenceError, StoreError
+from cdpo_ray.preferences.files import Source, fingerprint
 from cdpo_ray.prompts.sources import PromptSplit
-from cdpo_ray.records import (
-    EVALUATION,
-    SAMPLES,
-    SCORES,
-    STAGES,
-    TRAINING,
-    score_column,
-    score_file,
-)
+from cdpo_ray.records import EVALUATION, PREFERENCE, SAMPLES, SCORES, STAGES, TRAINING, score_column, score_file
 from cdpo_ray.store import RunFolder, StepOutput, differences, link, read_shards
 
 log = logging.getLogger(__name__)
@@ -137,10 +130,61 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     assert len(cut) == len(context.prompts.train), "every prompt gives one row"
 
 
+def import_preferences(context: Context, output_dir: Path, output: StepOutput) -> None:
+    if context.config.run.samples_from:
+        _take_samples(RunFolder(Path(context.config.run.samples_from)), context, output_dir, output)
+        return
+    from cdpo_ray.preferences.files import scan
+    from cdpo_ray.preferences.pool import SET_ASIDE, import_samples
+    from cdpo_ray.rewards.scorer import Scorer
+
+    config, source = context.config, preference_source(context.config)
+    preferences = config.preferences
+    assert preferences is not None, "the step of a config with preferences"
+    found = scan(source)
+    found.refuse_faults()
+    judges = config.rewards.judges
+    import_samples(
+        found.chunks,
+        output_dir,
+        source=source,
+        frame=preference_frame(config),
+        num_samples=found.num_samples,
+        family=config.model.family,
+        model=_model(config),
+        images_per_batch=config.generation.images_per_batch,
+        keep_images=config.generation.keep_images,
+        make_scores=functools.partial(Scorer, judges) if judges else None,
+        encoders=_pool(config.resources.generators),
+    )
+    set_aside = (output_dir / f"{SET_ASIDE}.jsonl").read_text().splitlines()
+    if len(set_aside) > preferences.max_bad_fraction * found.num_rows * found.num_samples:
+        raise PreferenceError(
+            f"`preferences.path` {source.path}: {len(set_aside)} images of {found.num_rows} rows cannot be used, more"
+            f" than `preferences.max_bad_fraction` = {preferences.max_bad_fraction}; `cdpo import --check` names each;"
+            f" the first: {json.loads(set_aside[0])['reason']}"
+        )
+    made = read_shards(output_dir, ["num_tokens_cut", "num_images_cut"])
+    output.counts |= {
+        "rows": found.num_rows,
+        "rows_imported": made.num_rows,
+        "rows_tied": found.num_tied,
+        "rows_unlabelled": found.num_unlabelled,
+        "images_set_aside": len(set_aside),
+        "images_cut": int(made["num_images_cut"].to_numpy().sum()),
+        "prompts_cut": int((made["num_tokens_cut"].to_numpy() > 0).sum()),
+    }
+    output.details["rewards"] = {name: config.rewards.options(name) for name in (PREFERENCE, *judges)}
+    if set_aside:
+        output.warnings.append(f"{len(set_aside)} images cannot be used; {SET_ASIDE}.jsonl says which and why")
+    if output.counts["prompts_cut"]:
+        output.warnings.append(f"{output.counts['prompts_cut']} prompts are longer than the text encoder reads")
+
+
 def _take_samples(other: RunFolder, context: Context, output_dir: Path, output: StepOutput) -> None:
     """The images of another run, once it is sure that this run's own would be the same."""
     manifest, where = other.manifest(SAMPLES), f"`run.samples_from`: {other.path / SAMPLES}"
-    if changed := differences(manifest["settings"], _sample_settings(context.config)):
+    if changed := differences(manifest["settings"], steps_of(context.config)[0].settings(context.config)):
         raise StoreError(f"{where} was made with {changed}; restore the value, or leave out `run.samples_from`")
     if manifest["inputs"]:
         raise StoreError(f"{where} is of a later round, not of the base model; name the folder of a first round")
@@ -190,8 +234,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
             )
             for name in names:
                 write_scores(scored, name, output_dir / score_file(name, second=second))
-            num_images = scored.num_rows * config.generation.images_per_prompt
-            output.counts["scores_computed_now"] += num_images * len(names)
+                output.counts["scores_computed_now"] += len(scored[score_column(name)].combine_chunks().flatten())
     for part in output.parts:
         _describe_scores(*parts[part], context, output_dir, output)
 
@@ -364,11 +407,32 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
     write_export(format_name, trained, model_card(facts, format_name, trained.denoiser_name), output_dir)
 
 
+IMPORT = Step(
+    "import",
+    SAMPLES,
+    lambda config: (
+        _section(config, "model", "preferences")
+        | {
+            "preferences.files": fingerprint(preference_source(config)),
+            "generation": config.generation.model_dump(include={"height", "width", "keep_images"}),
+        }
+    ),
+    (),
+    import_preferences,
+)
 STEPS = (
     Step(
         "generate",
         SAMPLES,
-        lambda config: _sample_settings(config),
+        lambda config: (
+            _section(config, "model", "generation")
+            | _seed(config)
+            | {
+                "prompts.train": config.prompts.train.model_dump() if config.prompts.train else None,
+                "prompts.heldout.fraction": config.prompts.heldout.fraction,
+                "rewards.perturbation.max_masked_fraction": config.rewards.max_masked_fraction,
+            }
+        ),
         (),
         generate,
         continues=True,
@@ -421,16 +485,32 @@ STEPS = (
 )
 
 
-def _sample_settings(config: Config) -> dict[str, Any]:
-    return (
-        _section(config, "model", "generation")
-        | _seed(config)
-        | {
-            "prompts.train": config.prompts.train.model_dump(),
-            "prompts.heldout.fraction": config.prompts.heldout.fraction,
-            "rewards.perturbation.max_masked_fraction": config.rewards.max_masked_fraction,
-        }
-    )
+def steps_of(config: Config) -> tuple[Step, ...]:
+    """The steps of a configuration's way: images are generated, or imported with preferences."""
+    return (IMPORT, *STEPS[1:]) if config.preferences else STEPS
+
+
+def preference_source(config: Config) -> Source:
+    """Where the preferences of a configuration lie."""
+    assert config.preferences is not None, "asked of a config with preferences"
+    return Source(**config.preferences.model_dump(include={"path", "format", "columns", "difficulty"}))
+
+
+def preference_frame(config: Config) -> Any:
+    """What imported images are made to fit.
+
+    Raises:
+        ConfigError: the size is not given and cannot be known.
+    """
+    from cdpo_ray.models.sizes import sizes_of
+    from cdpo_ray.preferences.images import Frame
+
+    generation, preferences = config.generation, config.preferences
+    assert preferences is not None, "asked of a config with preferences"
+    sizes = sizes_of(config.model.family, config.model.path, generation.height, generation.width)
+    if sizes is None:
+        raise ConfigError("`generation.height` and `generation.width` must be given to import images for a hub model")
+    return Frame(sizes.height, sizes.width, preferences.max_image_bytes, preferences.max_image_pixels)
 
 
 def _score_settings(config: Config) -> dict[str, Any]:

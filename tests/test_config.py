@@ -214,7 +214,7 @@ def test_what_a_ranking_lacks_is_told(overrides: tuple[str, ...], fault: str) ->
 
 def test_a_misspelt_ranking_is_told_what_there_is() -> None:
     (fault,) = refused("rewards.rank_by=paretto")
-    assert "'oracle_strict', 'perturbation', 'weighted_sum', 'mean_rank', 'pareto' or" in fault
+    assert "'weighted_sum', 'mean_rank', 'pareto' or" in fault
     assert fault.endswith("did you mean 'pareto'?, got 'paretto'")
 
 
@@ -497,3 +497,38 @@ def test_perturbation_ranks_images_but_cannot_judge_them() -> None:
     assert load_config(QUICKSTART).rewards.max_masked_fraction is None
     (fault,) = refused("evaluation.judges=[perturbation]")
     assert fault.startswith("`evaluation.judges.0` must be one of 'clip', ")
+
+
+JUDGED = ("prompts.train=null", "preferences={path: set.parquet, format: pickapic}")
+
+
+def test_preferences_take_the_place_of_training_prompts_and_of_generated_images() -> None:
+    pairs = (*JUDGED, "curriculum.measure=score_gap_quantile")
+    config = load_config(QUICKSTART, (*pairs, "rewards.names=[preference,clip]", "rewards.rank_by=clip"))
+    assert (config.rewards.ranking_reward, list(config.rewards.judges)) == ("clip", ["clip"])
+    assert validate(yaml.safe_load(yaml.safe_dump(config.plain())), where="plain") == config
+    assert load_config(QUICKSTART, (*JUDGED, "curriculum.order=none")).preferences is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (JUDGED[:1], "`prompts.train` is missing"),
+        (JUDGED[1:], "`prompts.train` must not be given with `preferences`"),
+        (JUDGED, "`curriculum.measure` must not be 'rank_gap' for pairs, which have a rank gap of 1 alone; choose"),
+        ((*JUDGED, "rounds=2"), "`rounds` must not be given with `preferences`"),
+        ((*JUDGED, "rewards=[perturbation]"), "`rewards.names 'perturbation'` must not be given with `preferences`"),
+        (("rewards=[preference]",), "`rewards.names` 'preference' needs a section `preferences`"),
+        ((*JUDGED, "preferences.format=ranked_folders"), "`rewards.rank_by` must be 'preference' for ranked folders"),
+        (
+            (*JUDGED, "preferences.format=ranked_folders", "preferences.difficulty=score"),
+            "preferences: `columns` and `difficulty` belong to tables; folders are ranked by their images' names",
+        ),
+        (
+            (*JUDGED, "preferences.format=pickapick"),
+            "`preferences.format` must be 'pickapic', 'pairs' or 'ranked_folders'",
+        ),
+    ],
+)
+def test_what_does_not_go_with_preferences_is_refused(overrides: tuple[str, ...], fault: str) -> None:
+    assert any(fault in found for found in refused(*overrides))

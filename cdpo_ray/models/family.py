@@ -200,6 +200,17 @@ class TextToImageModel(ABC):
         pixels = vae.decode(scaled + (vae.config.get("shift_factor") or 0)).sample
         return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, uint8 ``[sample, 3, height, width]`` -> mean and standard deviation of their latents, on the device.
+
+        What `decode` turns back; a training draw is ``mean + std * noise``.
+        """
+        vae = self.pipeline.vae
+        posterior = vae.encode((images.to(self.device).float() / 127.5 - 1).to(vae.dtype)).latent_dist
+        factor = vae.config.scaling_factor
+        return (posterior.mean - (vae.config.get("shift_factor") or 0)) * factor, posterior.std * factor
+
     @abstractmethod
     def draw_times(self, generator: torch.Generator) -> Times:
         """Timestep (and guidance, if the net is told of it) to train one pair at: scalars from the generator."""

@@ -1,6 +1,7 @@
 """Prompt source -> training and held-out prompts."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +29,13 @@ class PromptSplit:
 
 def split_prompts(
     *,
-    train_source: str,
+    train_source: str | None,
     train_count: int | None,
     heldout_source: str | None,
     heldout_count: int | None,
     heldout_fraction: float | None,
     seed: int,
+    train: Sequence[str] | None = None,
 ) -> PromptSplit:
     """The prompts to train on and the prompts to judge on.
 
@@ -43,11 +45,17 @@ def split_prompts(
         heldout_fraction: in place of a source: the share of the training source held out, chosen by hash, so that a
             prompt stays on its side when the file grows.
         seed: draws the prompts of `scenes`.
+        train: in place of a source: prompts that came with preferences.
 
     Raises:
         PromptError: a source is missing, broken or empty, too short, or a prompt is on both sides.
     """
-    train, doubled, empty = read_prompts(train_source, "train", train_count, seed)
+    if train is not None:
+        distinct = list(dict.fromkeys(train))
+        train, doubled, empty = distinct, len(train) - len(distinct), 0
+    else:
+        assert train_source is not None, "config: `train` has a source, or there are preferences"
+        train, doubled, empty = read_prompts(train_source, "train", train_count, seed)
     if heldout_source is None:
         assert heldout_fraction is not None, "config: `heldout` has a source or a fraction"
         heldout = [prompt for prompt in train if is_held_out(prompt, heldout_fraction)][:heldout_count]
