@@ -18,11 +18,11 @@ from cdpo_ray.records import PERTURBATION, PREFERENCE
 REWARD_NAMES = ("clip", "jpeg_size", "oracle", "oracle_strict")
 """Built-in rewards; `cdpo_ray.rewards.REWARDS` maps each to its class (a test keeps the two alike)."""
 
+JUDGE_NO_IMAGE = (PERTURBATION, PREFERENCE)
+"""What scores images without looking at them: by how each was made, or by what people said of it."""
+
 COMBINATIONS = ("weighted_sum", "mean_rank", "pareto")
 """Ways to rank by several rewards; `cdpo_ray.curriculum.combination` maps each to its function."""
-
-JUDGE_NO_IMAGE = (PERTURBATION, PREFERENCE)
-"""What can rank images beside the rewards: how each was made, or what people said of it."""
 
 OWN_REWARD = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -78,11 +78,30 @@ class RunSection(Section):
 
 
 class PromptSource(Section):
-    """A built-in set (`scenes`, `animals`) or a text file with one prompt a line."""
+    """A built-in set, a file by its ending, or a ``file`` of a hub data set at its ``revision``.
+
+    Built-in are `scenes`, `animals` and `animal_photos`. Files are text with one prompt a line, or CSV, JSONL and
+    Parquet with a ``column`` of prompts.
+    """
 
     source: str | None = None
+    file: str | None = None
+    revision: str | None = None
+    column: str = "prompt"
     count: Annotated[int, Field(ge=1)] | None = None
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _hub_file_is_pinned(self) -> "PromptSource":
+        if self.file is None and self.revision is None:
+            return self
+        if self.source is None or not HUB_ID.match(self.source):
+            raise ValueError(f"`file` and `revision` are of a hub data set, but `source` is no hub id: {self.source!r}")
+        if self.file is None or ".." in Path(self.file).parts:
+            raise ValueError(f"`file` must name a file within the hub data set, got {self.file!r}")
+        if self.revision is None or not COMMIT.match(self.revision):
+            raise ValueError(f"`revision` must be a commit of 40 hex digits for a hub id, got {self.revision!r}")
+        return self
 
 
 class PromptsSection(Section):
@@ -455,8 +474,11 @@ class TrainingSection(Section):
 
 
 class EvaluationSection(Section):
+    """Base against fine-tuned on held-out prompts; the rewards of the run judge too, named in ``judges`` or not."""
+
     images_per_prompt: Annotated[int, Field(ge=1)] = 4
     judges: Annotated[tuple[RewardName, ...], Field(min_length=1)]
+    num_margin_draws: Annotated[int, Field(ge=0)] = 4
     num_bootstrap_resamples: Annotated[int, Field(ge=100)] = 10_000
     grid_prompts: Annotated[int, Field(ge=0)] = 12
 
@@ -509,20 +531,6 @@ class Config(Section):
         return given | {"curriculum": {"min_score_gap": min_score_gap} | curriculum}
 
     @model_validator(mode="after")
-    def _noise_is_measured(self) -> "Config":
-        if self.curriculum.min_gap_in_noise and not self.rewards.noise_prompts:
-            raise ValueError("`curriculum.min_gap_in_noise` needs `rewards.noise_prompts`, prompts to score twice")
-        return self
-
-    @model_validator(mode="after")
-    def _samples_are_taken_once(self) -> "Config":
-        if self.run.samples_from and self.rounds > 1:
-            raise ValueError(
-                f"`run.samples_from` gives the images of one round, but `rounds` is {self.rounds}; leave one out"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _samples_come_from_somewhere(self) -> "Config":
         generated, named = "images_per_prompt" in self.generation.model_fields_set, PREFERENCE in self.rewards.names
         if not self.preferences:
@@ -548,6 +556,20 @@ class Config(Section):
                 )
         if faults:
             raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
+    def _noise_is_measured(self) -> "Config":
+        if self.curriculum.min_gap_in_noise and not self.rewards.noise_prompts:
+            raise ValueError("`curriculum.min_gap_in_noise` needs `rewards.noise_prompts`, prompts to score twice")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_are_taken_once(self) -> "Config":
+        if self.run.samples_from and self.rounds > 1:
+            raise ValueError(
+                f"`run.samples_from` gives the images of one round, but `rounds` is {self.rounds}; leave one out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -597,6 +619,11 @@ class Config(Section):
                 " `initial_rank` and `unfreeze`"
             )
         return self
+
+    @property
+    def evaluation_judges(self) -> dict[str, dict[str, Any]]:
+        """All that judge held-out images, the run's own rewards first, with the keyword arguments of each's class."""
+        return self.rewards.judges | {name: self.rewards.options(name) for name in self.evaluation.judges}
 
     def plain(self) -> dict[str, Any]:
         """The whole configuration, defaults included, as plain YAML-able values."""

@@ -40,8 +40,9 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
     noise = f"; {noise_prompts} prompts scored twice for the rewards' noise" if noise_prompts else ""
     lines = [
         f"run {config.run.name} in {Path(config.run.dir) / config.run.name}",
-        f"  prompts      {len(prompts.train)} to train on, {len(prompts.heldout)} held out"
-        f" ({prompts.num_doubled} doubled and {prompts.num_empty} empty lines left out)",
+        f"  prompts      {len(prompts.train):,} to train on, {len(prompts.heldout):,} held out"
+        f" (of {prompts.num_read:,}: {prompts.num_doubled:,} doubled, {prompts.num_empty:,} empty,"
+        f" {prompts.num_beyond_count:,} beyond `count` left out)",
         samples,
         f"  rewards      {', '.join(config.rewards.names)} ({config.rewards.placement}); ranked by"
         f" {config.rewards.ranking_sentence}{noise}",
@@ -78,7 +79,7 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
         " (errors are means over latent values); the same elsewhere:",
         *(f"                 {line}" for line in same_beta_elsewhere(training.beta, _num_latent_values(config))),
         f"  evaluation   {heldout_images:,} images of {len(prompts.heldout)} held-out prompts, judged by"
-        f" {', '.join(config.evaluation.judges)}",
+        f" {', '.join(config.evaluation_judges)}",
         f"  disk         {_disk(config, num_images, len(prompts.train))}",
     ]
     if config.rounds > 1:

@@ -9,13 +9,14 @@
     pooled_embedding  fixed-shape tensor [channel], of families that have one
     num_tokens_cut    int64   tokens of the prompt beyond the text encoder's length
     latents_std       as latents; only of imported images: the posterior's standard deviation (`latents` is its mean)
-    label             list<float64> a sample, higher is preferred; only of imported images
+    score_label       list<float64> a sample, higher is preferred; only of imported images, NaN where there is none
     num_images_cut    int64   of imported images, those that did not have the shape that is trained at
     images            list<binary> PNG a sample; only if `generation.keep_images`
     score_<reward>    list<float64> a sample; only rewards computed with the images
 
 2-scores/<reward>.parquet      a row a sample, in prompt and sample order
     prompt_index, prompt_id, sample_index, score_<reward> float64 (higher is better)
+2-scores/label.parquet         as a reward's, of imported images that may be trained on: no prompt held out is there
 2-scores/second/<reward>.parquet   the same of the first `rewards.noise_prompts` prompts, scored once more
 
 3-stages/stage-<k>/*.parquet   a row a drawn pair, easy to hard; training takes them by `draw`, easy and hard mixed
@@ -33,7 +34,15 @@
     prompt_index, prompt_id, prompt, sample_index
     base_image, tuned_image                 PNG bytes, made from the same noise
     base_score_<judge>, tuned_score_<judge> float64
-5-evaluation/diversity: in metrics.json, root-mean-square pixel distance between images of a prompt, 0..1
+    base_<measure>, tuned_<measure> float64 how the image looks: saturation and edge_density 0..1, jpeg_kilobytes
+    implicit_value    float32  how much the fine-tuned model favours the base's image, in units of the training error;
+                      only if `evaluation.num_margin_draws`
+5-evaluation/metrics.json
+    judges            a comparison of base and tuned a judge
+    diversity         the same of the root-mean-square pixel distance between images of a prompt, 0..1
+    appearance        the same a measure of how images look
+    agreement         of every two judges: rank correlation within a prompt, -1..1, on the images of each model
+    preference_accuracy  a judge: share of pairs of the base's images that the implicit value orders like it
 """
 
 import hashlib
@@ -41,8 +50,10 @@ import hashlib
 SAMPLES, SCORES, STAGES, TRAINING, EVALUATION = "1-samples", "2-scores", "3-stages", "4-training", "5-evaluation"
 STEP_FOLDERS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 PREFERENCE = "preference"  # the reward that judges no image: what people said, or the ranks or scores that came with it
-LABEL = "label"
+LABEL = "label"  # kept as a reward's scores are, though it does not rank: who was preferred
 PERTURBATION = "perturbation"  # the reward that judges no image: how much of its prompt an image was spared
+ARMS = ("base", "tuned")
+IMPLICIT_VALUE = "implicit_value"
 CONDITIONING = ("prompt_embedding", "pooled_embedding")
 
 

@@ -16,7 +16,7 @@ from cdpo_ray.preferences.files import scan
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
 from cdpo_ray.records import EVALUATION, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.session import ray_session
-from cdpo_ray.steps import Context, Step, export, preference_frame, preference_source, steps_of
+from cdpo_ray.steps import Context, Step, export, preference_frame, preference_source, prompt_source, steps_of
 from cdpo_ray.store import RunFolder
 
 log = logging.getLogger(__name__)
@@ -25,15 +25,9 @@ REPORT = "report.html"
 
 def read_prompts(config: Config) -> PromptSplit:
     """The prompts that a configuration names."""
-    train, heldout = config.prompts.train, config.prompts.heldout
-    judged = scan(preference_source(config)).prompts if config.preferences else None
     return split_prompts(
-        train=judged,
-        train_source=train.source if train else None,
-        train_count=train.count if train else None,
-        heldout_source=heldout.source,
-        heldout_count=heldout.count,
-        heldout_fraction=heldout.fraction,
+        prompt_source(config.prompts.train) if config.prompts.train else scan(preference_source(config)).prompts,
+        prompt_source(config.prompts.heldout),
         seed=config.run.seed,
     )
 
@@ -97,6 +91,25 @@ def find_preference_faults(config: Config, *, verbose: bool = False) -> list[str
 
         in_images = find_faults(found.chunks, source=source, frame=preference_frame(config))
     return list(dict.fromkeys([*map(str, found.faults), *in_images]))
+
+
+def compare_runs(run_dirs: list[Path], output_dir: Path | None = None) -> str:
+    """Compare what finished runs trained, on the held-out images that they kept; needs no Ray.
+
+    Args:
+        output_dir: of `compare.html` and `compare.json`; the folder that the first run lies in by default.
+
+    Returns:
+        A table, a row a run, and the path of the page.
+
+    Raises:
+        CdpoError: a run is not evaluated, two cannot be compared, or a judge that one lacks cannot score.
+    """
+    from cdpo_ray.evaluation import runs
+
+    output_dir = output_dir or run_dirs[0].parent
+    found = runs.compare_runs(run_dirs, output_dir)
+    return f"{runs.table_of(found)}\n{output_dir / 'compare.html'}"
 
 
 def explain_stages(config: Config) -> str:

@@ -12,12 +12,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cdpo_ray.config import Config, Pool
+from cdpo_ray.config import JUDGE_NO_IMAGE, Config, Pool, PromptSource
 from cdpo_ray.errors import ConfigError, PreferenceError, StoreError
 from cdpo_ray.preferences.files import Source, fingerprint
-from cdpo_ray.prompts.sources import PromptSplit
-from cdpo_ray.records import EVALUATION, PREFERENCE, SAMPLES, SCORES, STAGES, TRAINING, score_column, score_file
-from cdpo_ray.store import RunFolder, StepOutput, differences, link, read_shards
+from cdpo_ray.prompts import sources
+from cdpo_ray.prompts.sources import PromptSplit, held_out
+from cdpo_ray.records import (
+    EVALUATION,
+    LABEL,
+    PREFERENCE,
+    SAMPLES,
+    SCORES,
+    STAGES,
+    TRAINING,
+    score_column,
+    score_file,
+)
+from cdpo_ray.store import RunFolder, StepOutput, differences, link, read_shards, shard_schema
 
 log = logging.getLogger(__name__)
 
@@ -131,9 +142,6 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 
 def import_preferences(context: Context, output_dir: Path, output: StepOutput) -> None:
-    if context.config.run.samples_from:
-        _take_samples(RunFolder(Path(context.config.run.samples_from)), context, output_dir, output)
-        return
     from cdpo_ray.preferences.files import scan
     from cdpo_ray.preferences.pool import SET_ASIDE, import_samples
     from cdpo_ray.rewards.scorer import Scorer
@@ -174,7 +182,7 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
         "images_cut": int(made["num_images_cut"].to_numpy().sum()),
         "prompts_cut": int((made["num_tokens_cut"].to_numpy() > 0).sum()),
     }
-    output.details["rewards"] = {name: config.rewards.options(name) for name in (PREFERENCE, *judges)}
+    output.details["rewards"] = {name: config.rewards.options(name) for name in (PREFERENCE, LABEL, *judges)}
     if set_aside:
         output.warnings.append(f"{len(set_aside)} images cannot be used; {SET_ASIDE}.jsonl says which and why")
     if output.counts["prompts_cut"]:
@@ -184,7 +192,7 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
 def _take_samples(other: RunFolder, context: Context, output_dir: Path, output: StepOutput) -> None:
     """The images of another run, once it is sure that this run's own would be the same."""
     manifest, where = other.manifest(SAMPLES), f"`run.samples_from`: {other.path / SAMPLES}"
-    if changed := differences(manifest["settings"], steps_of(context.config)[0].settings(context.config)):
+    if changed := differences(manifest["settings"], _sample_settings(context.config)):
         raise StoreError(f"{where} was made with {changed}; restore the value, or leave out `run.samples_from`")
     if manifest["inputs"]:
         raise StoreError(f"{where} is of a later round, not of the base model; name the folder of a first round")
@@ -203,6 +211,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
     rewards, settings, parts = config.rewards, _score_settings(config), _score_parts(config)
     with_images = context.run.manifest(SAMPLES)["details"]["rewards"]
     other_dir, there = _scores_elsewhere(context)
+    num_samples = shard_schema(samples_dir).field("latents").type.shape[0]
     missing: dict[bool, list[str]] = {False: [], True: []}
     for part in output.parts:
         reward, second = parts[part]
@@ -210,9 +219,12 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
         if there.get(part) == settings[part]:
             path.parent.mkdir(exist_ok=True)
             link(other_dir / score_file(reward, second=second), path)
-        elif with_images.get(reward) == rewards.options(reward) and (reward not in rewards.judges or not second):
-            rows = read_shards(samples_dir, ["prompt_index", "prompt_id", score_column(reward)])
+        elif with_images.get(reward) == rewards.options(reward) and (reward in JUDGE_NO_IMAGE or not second):
+            rows = read_shards(samples_dir, ["prompt_index", "prompt_id", "prompt", score_column(reward)])
             rows = rows.sort_by("prompt_index")
+            if reward == LABEL:
+                unseen = held_out(rows["prompt"].to_pylist(), config.prompts.heldout.fraction)
+                rows = rows.filter([not held for held in unseen])
             write_scores(rows[: rewards.noise_prompts] if second else rows, reward, path)
         else:
             missing[second].append(reward)
@@ -226,7 +238,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
                 rewards={name: rewards.options(name) for name in names},
                 scorers=_pool(config.resources.scorers),
                 images_per_batch=config.generation.images_per_batch,
-                images_per_prompt=config.generation.images_per_prompt,
+                images_per_prompt=num_samples,
                 keep_images=config.generation.keep_images,
                 family=config.model.family,
                 model=_model(config),
@@ -234,7 +246,8 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
             )
             for name in names:
                 write_scores(scored, name, output_dir / score_file(name, second=second))
-                output.counts["scores_computed_now"] += len(scored[score_column(name)].combine_chunks().flatten())
+            num_images = scored.num_rows * num_samples
+            output.counts["scores_computed_now"] += num_images * len(names)
     for part in output.parts:
         _describe_scores(*parts[part], context, output_dir, output)
 
@@ -354,11 +367,12 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 
 def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
+    from cdpo_ray.evaluation.labelled import LabelledSamples
     from cdpo_ray.evaluation.pool import evaluate_adapter
     from cdpo_ray.rewards.scorer import Scorer
 
     config = context.config
-    judges = {name: config.rewards.options(name) for name in config.evaluation.judges}
+    judges = config.evaluation_judges
     metrics = evaluate_adapter(
         context.prompts.heldout,
         output_dir,
@@ -366,11 +380,21 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         family=config.model.family,
         model=_model(config),
         sampling=_sampling(config, config.evaluation.images_per_prompt, config.run.seed),
-        judges=config.evaluation.judges,
+        judges=list(judges),
         make_scores=functools.partial(Scorer, judges),
+        num_margin_draws=config.evaluation.num_margin_draws,
+        guidance_range=config.training.guidance_range,
         generators=_pool(config.resources.generators),
         num_resamples=config.evaluation.num_bootstrap_resamples,
         seed=config.run.seed,
+        labelled=LabelledSamples(
+            context.run.step(SAMPLES),
+            fraction,
+            tuple(config.rewards.judges),
+            config.generation.images_per_batch,
+        )
+        if config.preferences and (fraction := config.prompts.heldout.fraction)
+        else None,
     )
     for judge, found in metrics["judges"].items():
         base, tuned, difference = found["base"], found["tuned"], found["difference"]
@@ -424,15 +448,7 @@ STEPS = (
     Step(
         "generate",
         SAMPLES,
-        lambda config: (
-            _section(config, "model", "generation")
-            | _seed(config)
-            | {
-                "prompts.train": config.prompts.train.model_dump() if config.prompts.train else None,
-                "prompts.heldout.fraction": config.prompts.heldout.fraction,
-                "rewards.perturbation.max_masked_fraction": config.rewards.max_masked_fraction,
-            }
-        ),
+        lambda config: _sample_settings(config),
         (),
         generate,
         continues=True,
@@ -475,9 +491,11 @@ STEPS = (
         "evaluate",
         EVALUATION,
         lambda config: (
-            _section(config, "prompts", "model", "generation", "evaluation")
+            _section(config, "prompts", "model", "generation")
+            | {"evaluation": config.plain()["evaluation"] | {"judges": list(config.evaluation_judges)}}
             | _seed(config)
-            | {f"rewards.{name}": config.rewards.options(name) for name in config.evaluation.judges}
+            | {f"rewards.{name}": options for name, options in config.evaluation_judges.items()}
+            | {"prompts.heldout.sha256": _prompts_sha256(config.prompts.heldout)}
         ),
         (TRAINING,),
         evaluate,
@@ -513,37 +531,69 @@ def preference_frame(config: Config) -> Any:
     return Frame(sizes.height, sizes.width, preferences.max_image_bytes, preferences.max_image_pixels)
 
 
+def _sample_settings(config: Config) -> dict[str, Any]:
+    return (
+        _section(config, "model", "generation")
+        | _seed(config)
+        | {
+            "prompts.train": config.prompts.train.model_dump() if config.prompts.train else None,
+            "prompts.train.sha256": _prompts_sha256(config.prompts.train),
+            "prompts.heldout.fraction": config.prompts.heldout.fraction,
+            "rewards.perturbation.max_masked_fraction": config.rewards.max_masked_fraction,
+        }
+    )
+
+
 def _score_settings(config: Config) -> dict[str, Any]:
     """What each file of the step was made with: a reward's scores, and its second scores."""
     rewards = config.rewards
-    return {
+    settings = {
         part: rewards.noise_prompts if second else rewards.options(reward)
         for part, (reward, second) in _score_parts(config).items()
     }
+    if config.preferences:
+        settings[LABEL] = {"prompts.heldout.fraction": config.prompts.heldout.fraction}
+    return settings
 
 
 def _score_parts(config: Config) -> dict[str, tuple[str, bool]]:
     """By its setting, the reward and whether it is its second scores."""
     rewards = config.rewards
     parts = {f"rewards.{name}": (name, False) for name in rewards.names}
+    if config.preferences:
+        parts[LABEL] = (LABEL, False)
     return parts | {f"rewards.noise_prompts.{name}": (name, True) for name in rewards.names if rewards.noise_prompts}
 
 
 def _ranking_files(config: Config) -> list[str]:
     scorings = (False, True) if config.rewards.noise_prompts else (False,)
-    return [score_file(name, second=second) for second in scorings for name in config.rewards.ranking_weights]
+    files = [score_file(name, second=second) for second in scorings for name in config.rewards.ranking_weights]
+    return [*files, score_file(LABEL)] if config.preferences else files
 
 
 def _ranking_rule(config: Config) -> Any:
     from cdpo_ray.curriculum.combination import RankingRule
 
     rewards = config.rewards
-    return RankingRule(rewards.ranking_reward, rewards.ranking_weights, with_noise=rewards.noise_prompts > 0)
+    return RankingRule(
+        rewards.ranking_reward,
+        rewards.ranking_weights,
+        with_noise=rewards.noise_prompts > 0,
+        with_labels=config.preferences is not None,
+    )
 
 
 def _section(config: Config, *names: str) -> dict[str, Any]:
     plain = config.plain()
     return {name: plain[name] for name in names}
+
+
+def prompt_source(section: PromptSource) -> sources.Source:
+    return sources.Source(**section.model_dump())
+
+
+def _prompts_sha256(section: PromptSource | None) -> str | None:
+    return sources.content_sha256(prompt_source(section)) if section else None
 
 
 def _seed(config: Config) -> dict[str, Any]:

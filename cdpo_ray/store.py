@@ -255,9 +255,9 @@ def read_shards(folder: Path, columns: Sequence[str]) -> pa.Table:
     return pa.concat_tables(pq.read_table(path, columns=list(columns)) for path in sorted(folder.glob("*.parquet")))
 
 
-def shard_columns(folder: Path) -> list[str]:
-    """Names of the columns of a folder's Parquet shards."""
-    return list(pq.read_schema(min(folder.glob("*.parquet"))).names)
+def shard_schema(folder: Path) -> pa.Schema:
+    """Columns of a folder's Parquet shards."""
+    return pq.read_schema(min(folder.glob("*.parquet")))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -214,7 +214,7 @@ def test_what_a_ranking_lacks_is_told(overrides: tuple[str, ...], fault: str) ->
 
 def test_a_misspelt_ranking_is_told_what_there_is() -> None:
     (fault,) = refused("rewards.rank_by=paretto")
-    assert "'weighted_sum', 'mean_rank', 'pareto' or" in fault
+    assert "'oracle_strict', 'perturbation', 'preference', 'weighted_sum', 'mean_rank', 'pareto' or" in fault
     assert fault.endswith("did you mean 'pareto'?, got 'paretto'")
 
 
@@ -416,6 +416,33 @@ def test_both_sides_of_the_prompts_must_be_said(overrides: tuple[str, ...], mess
     assert fault.startswith(f"prompts: {message}")
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("file: a.csv", "`revision` must be a commit of 40 hex digits for a hub id, got None"),
+        ("file: a.csv, revision: main", "`revision` must be a commit of 40 hex digits for a hub id, got 'main'"),
+        (f"revision: {'0f' * 20}", "`file` must name a file within the hub data set, got None"),
+        (f"file: ../a.csv, revision: {'0f' * 20}", "`file` must name a file within the hub data set, got '../a.csv'"),
+    ],
+)
+def test_a_hub_data_set_is_pinned_and_its_file_within_it(keys: str, message: str) -> None:
+    assert refused(f"prompts.train={{source: some/prompts, {keys}}}") == [f"prompts.train: {message}"]
+
+
+def test_a_pinned_hub_data_set_is_taken_and_no_other_source_has_a_revision() -> None:
+    pinned = f"file: data/a.csv, revision: {'0f' * 20}"
+    train = load_config(QUICKSTART, [f"prompts.train={{source: some/prompts, {pinned}}}"]).prompts.train
+    assert (train.source, train.file, train.revision, train.column) == (
+        "some/prompts",
+        "data/a.csv",
+        "0f" * 20,
+        "prompt",
+    )
+    assert refused(f"prompts.train={{source: prompts.csv, {pinned}}}") == [
+        "prompts.train: `file` and `revision` are of a hub data set, but `source` is no hub id: 'prompts.csv'"
+    ]
+
+
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-flag", "a b"])
 def test_a_run_name_cannot_leave_its_folder(name: str) -> None:
     (fault,) = refused(f"run.name='{name}'")
@@ -532,3 +559,9 @@ def test_preferences_take_the_place_of_training_prompts_and_of_generated_images(
 )
 def test_what_does_not_go_with_preferences_is_refused(overrides: tuple[str, ...], fault: str) -> None:
     assert any(fault in found for found in refused(*overrides))
+
+
+def test_the_runs_own_rewards_judge_held_out_images_too() -> None:
+    config = load_config(QUICKSTART, ("rewards=[perturbation,clip,jpeg_size]", "rewards.jpeg_size.quality=40"))
+    assert list(config.evaluation_judges) == ["clip", "jpeg_size", "oracle", "oracle_strict"]
+    assert config.evaluation_judges["jpeg_size"] == {"quality": 40}

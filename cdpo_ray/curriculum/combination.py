@@ -18,6 +18,7 @@ class RankingRule:
         rank_by: a key of `COMBINATIONS`, or the one reward.
         weights: reward -> its weight, of those that have a say; only ``weighted_sum`` looks at the numbers.
         with_noise: whether the rewards have scored some prompts twice.
+        with_labels: whether people judged the samples, so that only what agrees with them forms pairs.
 
     Source: arXiv:2405.13637 ranks by one reward; the combinations have their own.
     """
@@ -25,6 +26,7 @@ class RankingRule:
     rank_by: str
     weights: Mapping[str, float]
     with_noise: bool = False
+    with_labels: bool = False
 
     def combine(self, scores: ArrayLike) -> NDArray[np.float64]:
         """The scores that rank, prompt by prompt.

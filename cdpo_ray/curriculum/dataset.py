@@ -13,13 +13,14 @@ import ray.data
 from cdpo_ray.curriculum.combination import RankingRule
 from cdpo_ray.curriculum.drawing import sort_by_difficulty
 from cdpo_ray.curriculum.explanation import describe_stage
+from cdpo_ray.curriculum.labels import where_labels_agree
 from cdpo_ray.curriculum.noise import gap_noise
 from cdpo_ray.curriculum.pairs import AdmittedPairs, PairBatch, PairSet
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.errors import CurriculumError
 from cdpo_ray.generation.pool import write_shards
-from cdpo_ray.records import score_file
+from cdpo_ray.records import LABEL, score_file
 from cdpo_ray.rewards.score_table import read_scores
 from cdpo_ray.store import write_json
 
@@ -28,11 +29,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores that rank: ``prompt_index [prompt]``, ``scores [prompt, sample]``; the noise of their gaps if known."""
+    """Scores that rank.
+
+    Attributes:
+        prompt_index: ``[prompt]``.
+        scores: ``[prompt, sample]``; NaN is set aside.
+        gap_noise: of the scores, if it is known.
+        num_excused: NaNs that no reward is to blame for: there is no image, or its label and its score disagree.
+        num_disagreeing: prompts whose scores are not in the order of their labels.
+    """
 
     prompt_index: np.ndarray
     scores: np.ndarray
     gap_noise: float | None = None
+    num_excused: int = 0
+    num_disagreeing: int = 0
 
 
 def read_ranking_scores(scores_dir: Path, rule: RankingRule) -> ScoreTable:
@@ -43,16 +54,35 @@ def read_ranking_scores(scores_dir: Path, rule: RankingRule) -> ScoreTable:
     """
     prompt_index, scores = _read(scores_dir, rule.weights)
     table = ScoreTable(prompt_index, rule.combine(scores))
-    if not rule.with_noise:
-        return table
+    if rule.with_noise:
+        table = _with_noise(table, scores_dir, rule)
+    return _where_labelled(table, *read_scores(scores_dir / score_file(LABEL), LABEL)) if rule.with_labels else table
+
+
+def _with_noise(table: ScoreTable, scores_dir: Path, rule: RankingRule) -> ScoreTable:
     scored_twice, second = _read(scores_dir, rule.weights, second=True)
-    noise = gap_noise(table.scores[np.searchsorted(prompt_index, scored_twice)], rule.combine(second))
+    noise = gap_noise(table.scores[np.searchsorted(table.prompt_index, scored_twice)], rule.combine(second))
     if np.isnan(noise):
         raise CurriculumError(
             f"{scores_dir}: no prompt has two samples with finite scores in both scorings, so the noise is unknown;"
             " raise `rewards.noise_prompts`, or mend the reward"
         )
     return replace(table, gap_noise=noise)
+
+
+def _where_labelled(table: ScoreTable, labelled: np.ndarray, labels: np.ndarray) -> ScoreTable:
+    """The prompts that people judged and that may be trained on; of pairs, only what agrees with the label ranks."""
+    scores = table.scores[np.searchsorted(table.prompt_index, labelled)]
+    scores = np.where(np.isfinite(labels), scores, np.nan)
+    agreeing = where_labels_agree(scores, labels) if scores.shape[1] == 2 else scores
+    disagrees = np.isfinite(scores).all(axis=1) & ~np.isfinite(agreeing).all(axis=1)
+    return replace(
+        table,
+        prompt_index=labelled,
+        scores=agreeing,
+        num_excused=int((~np.isfinite(agreeing) & (np.isfinite(scores) | ~np.isfinite(labels))).sum()),
+        num_disagreeing=int((disagrees & np.isfinite(labels).all(axis=1)).sum()),
+    )
 
 
 def write_stages(
@@ -70,7 +100,7 @@ def write_stages(
         CurriculumError: too many scores are not finite, or a stage has no pair.
     """
     ranking = rank_samples(table.scores)
-    num_bad = int(ranking.num_set_aside.sum())
+    num_bad = int(ranking.num_set_aside.sum()) - table.num_excused
     if num_bad > max_bad_fraction * table.scores.size:
         raise CurriculumError(
             f"{num_bad} of {table.scores.size} scores are not finite, more than `rewards.max_bad_fraction`"
@@ -103,6 +133,7 @@ def write_stages(
     counts = {
         "pairs_drawn": schedule.num_stages * pairs_per_stage,
         "scores_not_finite": num_bad,
+        "pairs_disagreeing_with_label": table.num_disagreeing,
         "prompts_without_pairs": int(np.count_nonzero(whole.pairs_per_prompt == 0)),
     }
     if table.gap_noise is not None:

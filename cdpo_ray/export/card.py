@@ -73,7 +73,7 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         curriculum=_table({"curriculum": settings["curriculum"]}),
         training=_table({"training": _training_settings(settings["training"])}),
         findings=findings,
-        hacking=signs_of_reward_hacking(findings),
+        hacking=[f"{sign.name} {sign.verdict}" for sign in signs_of_reward_hacking(findings)],
     )
 
 

@@ -1,8 +1,9 @@
 """A text-to-image family: what all of them do alike, and what each must say of itself."""
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -87,20 +88,22 @@ class TextToImageModel(ABC):
         device: str | None = None,
         compile: bool = False,
         for_training: bool = False,
+        keep_vae: bool = False,
     ) -> Self:
         """Load from ``embedded``, a folder in diffusers layout, or a hub id at a revision; safetensors only.
 
         Args:
             device: ``cuda`` where there is one, by default.
             compile: compile the denoiser in place; pays on a GPU when the run is long.
-            for_training: without the VAE, which only decoding needs.
+            for_training: with what makes denoising tasks, and without the VAE, which only decoding needs.
+            keep_vae: for training and decoding both.
 
         Raises:
             ModelError: nothing that can be loaded is there.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         torch_dtype: torch.dtype = getattr(torch, dtype)
-        left_out = {"vae": None} if for_training else {}
+        left_out = {"vae": None} if for_training and not keep_vae else {}
         pipeline = cls.load_pipeline(path, revision, torch_dtype, left_out)
         pipeline.to(device)
         denoiser = getattr(pipeline, cls.denoiser_name)
@@ -262,6 +265,15 @@ class TextToImageModel(ABC):
             return
         self.denoiser = self._tuned if on else self._base
         setattr(self.pipeline, self.denoiser_name, self.denoiser)
+
+    @contextlib.contextmanager
+    def base_of(self, tuned: Net) -> Iterator[Net]:
+        """Within the block, the base model of what `load_tuned` added and `use_tuned` switched on: its reference."""
+        self.use_tuned(False)
+        try:
+            yield self.denoiser
+        finally:
+            self.use_tuned(True)
 
 
 def cannot_be_loaded(key: str, path: str, revision: str | None, error: Exception) -> ModelError:

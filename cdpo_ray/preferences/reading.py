@@ -90,7 +90,7 @@ def _table(
             "prompt_index": pa.array(index, pa.int64()),
             "prompt_id": [prompt_id(prompt) for prompt in prompts],
             "prompt": list(prompts),
-            LABEL: list_column(np.concatenate(labels), num_samples, pa.float64()),
+            score_column(LABEL): list_column(np.concatenate(labels), num_samples, pa.float64()),
             score_column(PREFERENCE): list_column(np.concatenate(scores), num_samples, pa.float64()),
             "num_images_cut": pa.array(num_cut, pa.int64()),
             "pixels": tensor_column(np.stack(pixels)),

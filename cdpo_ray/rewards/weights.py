@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.constants import HF_HOME
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cdpo_ray.errors import RewardError
+from cdpo_ray.hub import FETCH_ERRORS, how_to_stage
 
 CONVERTED_DIR = Path(HF_HOME) / "cdpo_ray"
 """Where foreign pickles lie once they are converted, by the SHA-256 of what they were."""
@@ -33,7 +33,7 @@ def hub_file(checkpoint: str, filename: str, revision: str | None, *, key: str) 
         return Path(checkpoint)
     try:
         return Path(hf_hub_download(checkpoint, filename, revision=revision))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except FETCH_ERRORS as error:
         raise _not_here(checkpoint, filename, revision, key, error) from None
 
 
@@ -48,7 +48,7 @@ def hub_folder(checkpoint: str, revision: str | None, *, key: str) -> Path:
     try:
         wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
         return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except FETCH_ERRORS as error:
         raise _not_here(checkpoint, "", revision, key, error) from None
 
 
@@ -86,8 +86,4 @@ def converted(path: Path, sha256: str, *, key: str) -> dict[str, Tensor]:
 
 
 def _not_here(checkpoint: str, filename: str, revision: str | None, key: str, error: Exception) -> RewardError:
-    reason = str(error).strip().split("\n")[0]
-    stage = " ".join(filter(None, ["hf download", checkpoint, filename, "--revision", revision]))
-    return RewardError(
-        f"`{key}` {checkpoint} (revision {revision}): cannot be fetched: {reason}; stage it first: `{stage}`"
-    )
+    return RewardError(how_to_stage(checkpoint, filename, revision, error, key=key))

@@ -15,7 +15,7 @@ from torch import Tensor
 from cdpo_ray.models.family import Conditioning, Times, rows_of
 from cdpo_ray.models.seeds import generator_at
 from cdpo_ray.records import CONDITIONING
-from cdpo_ray.store import read_shards, shard_columns
+from cdpo_ray.store import read_shards, shard_schema
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class SampleBank:
     @classmethod
     def read(cls, samples_dir: Path) -> Self:
         """Read `1-samples`; images stay on the disk."""
-        there = shard_columns(samples_dir)
+        there = shard_schema(samples_dir).names
         conditioning, spread = ([name for name in names if name in there] for names in (CONDITIONING, ["latents_std"]))
         table = read_shards(samples_dir, ["prompt_index", "latents", *spread, *conditioning])
         indices = table["prompt_index"].to_numpy()

@@ -97,7 +97,10 @@ def test_the_figures_are_those_of_the_metrics_and_a_fall_beside_the_reward_is_to
         "held out", "0.812", "0.779", "−0.033", "[−0.038, −0.028]", "71 %", "[66, 76] %", "1", "got worse",
     ]  # fmt: skip
     assert "On 4 prompts held out from training, 2 images each" in card
-    assert "**Signs of reward hacking**: the reward that was trained on rose significantly, while oracle fell" in card
+    assert (
+        "**Signs of reward hacking**: the reward that was trained on rose significantly, while oracle got worse."
+        in card
+    )
 
 
 def test_a_run_that_was_not_evaluated_says_so_in_place_of_figures() -> None:

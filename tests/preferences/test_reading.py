@@ -58,7 +58,7 @@ def test_pixels_labels_and_scores_are_those_of_the_file(tmp_path: Path) -> None:
         )
         assert table["prompt"][place].as_py() == judged.prompt
         assert (
-            table["label"][place].as_py()
+            table["score_label"][place].as_py()
             == table["score_preference"][place].as_py()
             == [float(first), float(not first)]
         )
