@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.records import PERTURBATION, PREFERENCE
 
-REWARD_NAMES = ("clip", "jpeg_size", "oracle", "oracle_strict")
+REWARD_NAMES = ("clip", "imagereward", "jpeg_size", "oracle", "oracle_strict", "vlm_alignment")
 """Built-in rewards; `cdpo_ray.rewards.REWARDS` maps each to its class (a test keeps the two alike)."""
 
 JUDGE_NO_IMAGE = (PERTURBATION, PREFERENCE)
@@ -27,6 +27,7 @@ COMBINATIONS = ("weighted_sum", "mean_rank", "pareto")
 OWN_REWARD = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _known_reward(name: str, *others: str) -> str:
@@ -209,6 +210,16 @@ class GenerationSection(Section):
     keep_images: bool = True
 
 
+def _check_pinned(place: str, revision: str | None, *, key: str, revision_key: str, kind: str) -> None:
+    """A file or folder (`kind`) that is here, or a hub id at a commit; the keys are named in errors."""
+    if Path(place).is_file() if kind == "file" else Path(place).is_dir():
+        return
+    if not HUB_ID.match(place):
+        raise ValueError(f"`{key}` must be an existing {kind} or a hub id, got {place!r}")
+    if revision is None or not COMMIT.match(revision):
+        raise ValueError(f"`{revision_key}` must be a commit of 40 hex digits for a hub id, got {revision!r}")
+
+
 class ClipOptions(Section):
     """An open_clip model: `embedded`, or an architecture with a checkpoint (a file, or a hub id with its revision)."""
 
@@ -227,6 +238,58 @@ class ClipOptions(Section):
                 raise ValueError(f"`checkpoint` must be an existing file or a hub id, got {self.checkpoint!r}")
             if self.revision is None or not COMMIT.match(self.revision):
                 raise ValueError(f"`revision` must be a commit of 40 hex digits for a hub id, got {self.revision!r}")
+        return self
+
+
+class ImageRewardOptions(Section):
+    """The released checkpoint and BERT's vocabulary, each a file or its hub id."""
+
+    checkpoint: str = "zai-org/ImageReward"
+    revision: str | None = "5736be03b2652728fb87788c9797b0570450ab72"
+    sha256: Sha256 | None = None
+    vocabulary: str = "google-bert/bert-base-uncased"
+    vocabulary_revision: str | None = "86b5e0934494bd15c9632b12f734a8a67f723594"
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "ImageRewardOptions":
+        _check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="file")
+        _check_pinned(
+            self.vocabulary, self.vocabulary_revision, key="vocabulary", revision_key="vocabulary_revision", kind="file"
+        )
+        return self
+
+
+class EndpointSection(Section):
+    """An OpenAI-compatible server; `token_variable` names the environment variable that holds its token."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^@\s?#]+$")]
+    model: Annotated[str, Field(min_length=1)]
+    token_variable: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    timeout_seconds: Annotated[float, Field(gt=0)] = 60
+    max_retries: Annotated[int, Field(ge=0, le=20)] = 4
+    num_concurrent_requests: Annotated[int, Field(ge=1, le=64)] = 4
+
+
+class VlmAlignmentOptions(Section):
+    """Who captions (`captioner`: a folder or hub id run here; or `endpoint`), and who compares caption and prompt."""
+
+    captioner: str | None = None
+    captioner_revision: str | None = None
+    endpoint: EndpointSection | None = None
+    instruction: Annotated[str, Field(min_length=1)] = "Describe this image in one sentence."
+    max_caption_tokens: Annotated[int, Field(ge=1, le=1000)] = 64
+    sentence_encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    sentence_encoder_revision: str | None = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "VlmAlignmentOptions":
+        if self.captioner and self.endpoint:
+            raise ValueError("`captioner` and `endpoint` are two ways to the same: one of them must be left out")
+        models = {"sentence_encoder": (self.sentence_encoder, self.sentence_encoder_revision)}
+        if self.captioner:
+            models["captioner"] = (self.captioner, self.captioner_revision)
+        for key, (place, revision) in models.items():
+            _check_pinned(place, revision, key=key, revision_key=f"{key}_revision", kind="folder")
         return self
 
 
@@ -250,7 +313,9 @@ class RewardsSection(Section):
     placement: Literal["fused", "pool"] = "fused"
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     clip: ClipOptions = ClipOptions()
+    imagereward: ImageRewardOptions = ImageRewardOptions()
     jpeg_size: JpegSizeOptions = JpegSizeOptions()
+    vlm_alignment: VlmAlignmentOptions = VlmAlignmentOptions()
     perturbation: PerturbationOptions = PerturbationOptions()
 
     @model_validator(mode="after")
@@ -555,6 +620,22 @@ class Config(Section):
                     "`curriculum.measure` must not be 'rank_gap' for pairs, which have a rank gap of 1 alone; choose"
                     " 'score_gap_quantile', 'score_gap' or 'margin', or `order` 'none'"
                 )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
+    def _used_rewards_are_told_enough(self) -> "Config":
+        used, faults = {*self.rewards.names, *self.evaluation.judges}, []
+        if "imagereward" in used and self.rewards.imagereward.sha256 is None:
+            faults.append(
+                "`rewards.imagereward.sha256` must be that of ImageReward.pt: the hub shows it on the file's page, and"
+                " `sha256sum` tells it of a file"
+            )
+        if "vlm_alignment" in used and not (
+            self.rewards.vlm_alignment.captioner or self.rewards.vlm_alignment.endpoint
+        ):
+            faults.append("`rewards.vlm_alignment` must have a `captioner` (a folder or a hub id), or an `endpoint`")
         if faults:
             raise ValueError("; ".join(faults))
         return self

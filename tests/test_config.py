@@ -65,8 +65,7 @@ def test_all_faults_are_told_at_once_in_the_words_of_the_design(tmp_path: Path) 
         "  `evaluation.judges` is missing",
         "  `generation.images_per_prompt` must be >= 2, got 1",
         "  `generation.height` must be a multiple of 8, got 30",
-        "  `rewards.names.0` must be one of 'clip', 'jpeg_size', 'oracle', 'oracle_strict' or 'module:function',"
-        " got 'pickscor'",
+        f"  `rewards.names.0` must be one of {', '.join(map(repr, REWARD_NAMES))} or 'module:function', got 'pickscor'",
         "  `model.dtype` must be 'float32', 'bfloat16' or 'float16', got 'float8'",
         "  `training.beta` must be > 0, got 0",
         "  unknown key `training.bta`; did you mean `training.beta`?",
@@ -151,7 +150,11 @@ def test_the_released_codes_preset_fills_what_is_not_given(
     ranked_by: str, min_score_gap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cdpo_ray.config.REWARD_NAMES", (*REWARD_NAMES, "hpsv2", "vlm_alignment", "aesthetic"))
-    preset = ("curriculum={preset: released-code, updates_per_stage: 5}", f"rewards=[{ranked_by}]")
+    preset = [
+        "curriculum={preset: released-code, updates_per_stage: 5}",
+        f"rewards=[{ranked_by}]",
+        "rewards.vlm_alignment={captioner: ., sentence_encoder: .}",
+    ]
     config = load_config(QUICKSTART, preset)
     curriculum = config.curriculum
     assert (curriculum.measure, curriculum.boundaries, curriculum.pacing) == ("score_gap", "linear", "cumulative")
@@ -214,7 +217,7 @@ def test_what_a_ranking_lacks_is_told(overrides: tuple[str, ...], fault: str) ->
 
 def test_a_misspelt_ranking_is_told_what_there_is() -> None:
     (fault,) = refused("rewards.rank_by=paretto")
-    assert "'oracle_strict', 'perturbation', 'preference', 'weighted_sum', 'mean_rank', 'pareto' or" in fault
+    assert "'perturbation', 'preference', 'weighted_sum', 'mean_rank', 'pareto' or" in fault
     assert fault.endswith("did you mean 'pareto'?, got 'paretto'")
 
 
@@ -389,6 +392,53 @@ def test_a_clip_checkpoint_must_be_a_file_or_a_pinned_hub_id(tmp_path: Path) -> 
     (tmp_path / "clip.pt").touch()
     there = ("rewards.clip.architecture=ViT-B-32", f"rewards.clip.checkpoint={tmp_path / 'clip.pt'}")
     assert load_config(QUICKSTART, there).rewards.clip.architecture == "ViT-B-32"
+
+
+def test_imagereward_says_what_it_lacks_only_where_it_is_used(tmp_path: Path) -> None:
+    fault = (
+        "`rewards.imagereward.sha256` must be that of ImageReward.pt: the hub shows it on the file's page, and"
+        " `sha256sum` tells it of a file"
+    )
+    assert refused("rewards=[clip,imagereward]") == refused("evaluation.judges=[imagereward]") == [fault]
+    (tmp_path / "vocab.txt").touch()
+    options = f"{{sha256: {'b' * 64}, vocabulary: {tmp_path / 'vocab.txt'}, vocabulary_revision: null}}"
+    given = load_config(QUICKSTART, ["rewards=[imagereward]", f"rewards.imagereward={options}"]).rewards
+    assert given.options("imagereward") == {
+        "checkpoint": "zai-org/ImageReward",
+        "revision": "5736be03b2652728fb87788c9797b0570450ab72",
+        "sha256": "b" * 64,
+        "vocabulary": str(tmp_path / "vocab.txt"),
+        "vocabulary_revision": None,
+    }
+
+
+def test_vlm_alignment_needs_a_captioner_only_where_it_is_used() -> None:
+    assert refused("rewards=[vlm_alignment]") == [
+        "`rewards.vlm_alignment` must have a `captioner` (a folder or a hub id), or an `endpoint`"
+    ]
+    endpoint = "rewards.vlm_alignment.endpoint={url: 'http://localhost:8000/v1', model: a-vlm}"
+    given = load_config(QUICKSTART, ["rewards=[vlm_alignment]", endpoint]).rewards.options("vlm_alignment")
+    assert given["endpoint"]["timeout_seconds"] == 60 and given["captioner"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ("captioner: ., endpoint: {url: 'http://a/v1', model: m}", "`captioner` and `endpoint` are two ways"),
+        ("captioner: ./nowhere/at/all", "`captioner` must be an existing folder or a hub id, got './nowhere/at/all'"),
+        ("captioner: some/one, captioner_revision: main", "`captioner_revision` must be a commit of 40 hex digits"),
+        ("sentence_encoder_revision: null", "`sentence_encoder_revision` must be a commit of 40 hex digits"),
+    ],
+)
+def test_the_models_of_vlm_alignment_are_here_or_pinned(options: str, fault: str) -> None:
+    (found,) = refused(f"rewards.vlm_alignment={{{options}}}")
+    assert found.startswith(f"rewards.vlm_alignment: {fault}")
+
+
+@pytest.mark.parametrize("url", ["ftp://a/v1", "a/v1", "http://me:secret@a/v1", "http://a/v1?key=secret"])
+def test_an_endpoint_is_a_plain_url_without_a_secret_in_it(url: str) -> None:
+    (fault,) = refused(f"rewards.vlm_alignment.endpoint={{url: '{url}', model: m}}")
+    assert fault.startswith("`rewards.vlm_alignment.endpoint.url` must ")
 
 
 def test_a_global_batch_that_does_not_divide_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ class TextToImageModel(ABC):
                 " use the family `stable_diffusion` or `latent_consistency`, or give a folder or a hub id"
             )
         try:
+            _refuse_own_code(Path(folder))
             return cls.pipeline_class.from_pretrained(
                 folder, revision=revision, dtype=dtype, use_safetensors=True, **cls.load_options, **left_out
             )
@@ -274,6 +276,23 @@ class TextToImageModel(ABC):
             yield self.denoiser
         finally:
             self.use_tuned(True)
+
+
+def _refuse_own_code(folder: Path) -> None:
+    """Name the code that a local folder's index asks for; diffusers would refuse it too, without saying which.
+
+    Raises:
+        ModelError: there is such code.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return
+    named = [value[0] for value in json.loads(index.read_text()).values() if isinstance(value, list) and value]
+    for code in sorted(path for path in folder.rglob("*.py") if path.stem in named):
+        raise ModelError(
+            f"`model.path` {folder}: its model_index.json asks for its own code, {code.relative_to(folder)}, which is"
+            " not run; give a folder whose parts are classes of diffusers and transformers"
+        )
 
 
 def cannot_be_loaded(key: str, path: str, revision: str | None, error: Exception) -> ModelError:

@@ -6,7 +6,9 @@ scores ``[image]``; higher is better. A reward's file is imported when it is use
 
 REWARDS = {
     "clip": "cdpo_ray.rewards.clip:ClipReward",
+    "imagereward": "cdpo_ray.rewards.imagereward:ImageReward",
     "jpeg_size": "cdpo_ray.rewards.jpeg_size:JpegSizeReward",
     "oracle": "cdpo_ray.rewards.oracle:OracleReward",
     "oracle_strict": "cdpo_ray.rewards.oracle:StrictOracleReward",
+    "vlm_alignment": "cdpo_ray.rewards.vlm_alignment:VlmAlignmentReward",
 }

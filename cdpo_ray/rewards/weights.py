@@ -3,11 +3,14 @@
 import hashlib
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,10 +49,44 @@ def hub_folder(checkpoint: str, revision: str | None, *, key: str) -> Path:
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     try:
-        wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        wanted = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
         return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=wanted))
     except FETCH_ERRORS as error:
         raise _not_here(checkpoint, "", revision, key, error) from None
+
+
+def from_folder(kind: Any, folder: Path, *, key: str, **options: Any) -> Any:
+    """What a class of transformers reads from a folder; code that lies in it is not run.
+
+    Raises:
+        RewardError: the folder does not hold it whole, or holds one that needs its own code.
+    """
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise RewardError(f"`{key}` {folder}: is no {kind.__name__}: {reason}") from None
+
+
+def model_from_folder(
+    kind: Any, folder: Path, *, key: str, dtype: torch.dtype | str = torch.float32, unread: Sequence[str] = ()
+) -> Any:
+    """A model of transformers from a folder's safetensors.
+
+    Args:
+        unread: beginnings of the names of weights that may be missing: what they compute is not used.
+
+    Raises:
+        RewardError: the folder does not hold it whole; transformers would draw what is missing at random.
+    """
+    model, found = from_folder(kind, folder, key=key, use_safetensors=True, dtype=dtype, output_loading_info=True)
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(tuple(unread)))
+    if missing:
+        raise RewardError(
+            f"`{key}` {folder}: lacks {len(missing)} weights of {kind.__name__}, the first {missing[0]!r};"
+            " it is of another kind, or was damaged"
+        )
+    return model
 
 
 def converted(path: Path, sha256: str, *, key: str) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Rewards behind one call: whoever fails is named."""
 
+import pkgutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,7 +113,12 @@ def test_a_reward_that_is_not_there_is_named_with_where_it_may_lie(name: str, re
         load_reward(name, {})
 
 
-@pytest.mark.parametrize("name", [name for name in REWARDS if name != "clip"])
-def test_each_builtin_reward_is_called_by_its_name(name: str) -> None:
+@pytest.mark.parametrize("name", REWARDS)
+def test_each_builtin_reward_is_a_class(name: str) -> None:
+    assert isinstance(pkgutil.resolve_name(REWARDS[name]), type)
+
+
+@pytest.mark.parametrize("name", ["jpeg_size", "oracle", "oracle_strict"])
+def test_a_builtin_reward_that_needs_no_weights_is_made_by_its_name(name: str) -> None:
     reward = load_reward(name, {})
     assert f"{type(reward).__module__}:{type(reward).__name__}" == REWARDS[name]
