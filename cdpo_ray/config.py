@@ -664,6 +664,7 @@ class Config(Section):
                 "prompts.train": bool(self.prompts.train),
                 "rewards.names 'perturbation'": PERTURBATION in self.rewards.names,
                 "rounds": self.rounds > 1,
+                "run.samples_from": self.run.samples_from is not None,
             }
             faults = [f"`{key}` must not be given with `preferences`" for key, wrong in given.items() if wrong]
             if self.preferences.format == "ranked_folders":

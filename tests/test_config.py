@@ -638,6 +638,7 @@ def test_preferences_take_the_place_of_training_prompts_and_of_generated_images(
         (JUDGED[1:], "`prompts.train` must not be given with `preferences`"),
         (JUDGED, "`curriculum.measure` must not be 'rank_gap' for pairs, which have a rank gap of 1 alone; choose"),
         ((*JUDGED, "rounds=2"), "`rounds` must not be given with `preferences`"),
+        ((*JUDGED, "run.samples_from=runs/other"), "`run.samples_from` must not be given with `preferences`"),
         ((*JUDGED, "rewards=[perturbation]"), "`rewards.names 'perturbation'` must not be given with `preferences`"),
         (("rewards=[preference]",), "`rewards.names` 'preference' needs a section `preferences`"),
         ((*JUDGED, "preferences.format=ranked_folders"), "`rewards.rank_by` must be 'preference' for ranked folders"),

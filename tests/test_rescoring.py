@@ -11,6 +11,7 @@ from finished_runs import config_of
 
 from cdpo_ray.config import Config
 from cdpo_ray.errors import StoreError
+from cdpo_ray.generation.generator import tensor_column
 from cdpo_ray.records import SAMPLES, SCORES, score_column, score_file
 from cdpo_ray.rewards.score_table import read_scores, write_scores
 from cdpo_ray.run import round_folders
@@ -51,7 +52,9 @@ def source(tmp_path: Path) -> RunFolder:
     config = config_in(tmp_path, "source", rewards={"names": ["clip", "jpeg_size"], "noise_prompts": 2})
     run = RunFolder(tmp_path / "source")
     run.path.mkdir()
-    samples = pa.table({"prompt_index": np.arange(6), "prompt_id": ["an id"] * 6, "score_clip": SCORE_LISTS.tolist()})
+    samples = pa.table({"prompt_index": np.arange(6), "prompt_id": ["an id"] * 6, "prompt": ["a prompt"] * 6})
+    samples = samples.append_column("latents", tensor_column(np.zeros((6, 4, 1, 1, 1), np.float32)))
+    samples = samples.append_column("score_clip", pa.array(SCORE_LISTS.tolist()))
     with run.writing(SAMPLES, step_of(SAMPLES).settings(config), {}, seed=3, resumable=False) as (path, output):
         for shard in range(2):
             pq.write_table(samples[3 * shard : 3 * shard + 3], path / f"samples-{shard}.parquet")

@@ -282,7 +282,9 @@ def test_scores_do_not_depend_on_where_judges_stand(
     assert pngs(pool) == pngs(finished[1])
 
 
-def test_another_reward_is_scored_without_generating_even_if_no_image_was_kept(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_another_reward_joins_a_run_and_ranks_another_without_generating_even_if_no_image_was_kept(
+    tiny_sd15: Path, tmp_path: Path
+) -> None:
     def config_of(*names: str, **rewards: Any) -> Config:
         rewards = {"names": [*names], **rewards}
         return make_config(tiny_sd15, tmp_path, generation__keep_images=False, rewards=rewards)
@@ -303,28 +305,18 @@ def test_another_reward_is_scored_without_generating_even_if_no_image_was_kept(t
     with pytest.raises(StoreError, match=r"2-scores was made with `rewards.jpeg_size.quality` = 90, config says 50"):
         run_steps(config_of("jpeg_size", jpeg_size={"quality": 50}), steps_until("score"))
 
-
-def test_pairs_within_the_noise_of_the_reward_are_marked_or_dropped_and_its_run_gives_its_images_to_others(
-    finished: tuple[Config, RunFolder], tiny_sd15: Path, tmp_path: Path
-) -> None:
-    config, source = finished
-    noisy = "own_rewards:noisy"
-    changes = {"rewards": {"names": ["jpeg_size", noisy], "rank_by": noisy, "noise_prompts": 5}}
-    config = make_config(tiny_sd15, tmp_path, run__samples_from=str(source.path), **changes)
-    run = run_steps(config, steps_until("pairs"))
-    assert pngs(run) == pngs(source)
-    assert run.manifest("2-scores")["counts"]["scores_computed_now"] == 20 + 2 * 20  # the first of jpeg_size were there
-    marked = [pair for stage in pairs(run) for pair in zip(stage["score_gap"], stage["within_noise"], strict=True)]
-    noise = json.loads((run.step("3-stages") / "stages.json").read_text())[0]["gap_noise"]
-    assert all(within == (gap <= noise) for gap, within in marked)
-    assert run.manifest("3-stages")["counts"]["pairs_drawn_within_noise"] == sum(within for _, within in marked)
-    smallest = max(gap for gap, _ in marked) / 2
-    without = beginning_as(run, "without", "1-samples", "2-scores")
-    curriculum = {"min_gap_in_noise": smallest / noise, "num_stages": 1, "updates_per_stage": 5}
-    run_steps(make_config(tiny_sd15, tmp_path, "without", curriculum=curriculum, **changes), steps_until("pairs"))
-    (drawn,) = pairs(without)
-    assert min(drawn["score_gap"]) > smallest
-    assert without.manifest("3-stages")["counts"]["pairs_dropped_as_noise"] > 0
+    changes = {
+        "rewards": {**more.rewards.model_dump(), "rank_by": "own_rewards:noisy"},
+        "generation__keep_images": False,
+    }
+    other = make_config(tiny_sd15, tmp_path, "other", run__samples_from=str(run.path), **changes)
+    reranked = run_steps(other, steps_until("pairs"))
+    assert reranked.fingerprint("1-samples") == made["1-samples"]
+    assert reranked.manifest("2-scores")["counts"]["scores_computed_now"] == 0
+    marked = [pair for stage in pairs(reranked) for pair in zip(stage["score_gap"], stage["within_noise"], strict=True)]
+    (gap_noise,) = {stage["gap_noise"] for stage in json.loads((reranked.step("3-stages") / "stages.json").read_text())}
+    assert gap_noise > 0 and all(within == (gap <= gap_noise) for gap, within in marked)
+    assert reranked.manifest("3-stages")["counts"]["pairs_drawn_within_noise"] == sum(within for _, within in marked)
 
 
 def test_changed_setting_is_refused_with_the_difference(finished: tuple[Config, RunFolder], tiny_sd15: Path) -> None:

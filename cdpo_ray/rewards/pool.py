@@ -10,7 +10,7 @@ from ray.data import Dataset
 
 from cdpo_ray.generation.pool import PoolSize, in_pool
 from cdpo_ray.records import score_column
-from cdpo_ray.rewards.scorer import PixelReader, PixelScorer
+from cdpo_ray.rewards.scorer import PixelScorer, SampleScorer
 
 Rewards = Mapping[str, Mapping[str, Any]]
 
@@ -50,17 +50,15 @@ def rescore(
     if num_prompts is not None:
         rows = rows.limit(num_prompts)
     rows = rows.repartition(target_num_rows_per_block=rows_per_call)
-    pixels = in_pool(
+    scored = in_pool(
         rows,
-        PixelReader,
+        SampleScorer,
         scorers,
         rows_per_call=rows_per_call,
         family=family,
         model=dict(model),
+        rewards=rewards,
         images_per_batch=images_per_batch,
-    )
-    scored = score_pixels(
-        pixels, rewards=rewards, scorers=scorers, images_per_batch=images_per_batch, rows_per_call=rows_per_call
     )
     scored.set_name("score")
     wanted = ["prompt_index", "prompt_id", *(score_column(name) for name in rewards)]
