@@ -166,7 +166,8 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
         encoders=_pool(config.resources.generators),
     )
     set_aside = (output_dir / f"{SET_ASIDE}.jsonl").read_text().splitlines()
-    if len(set_aside) > preferences.max_bad_fraction * found.num_rows * found.num_samples:
+    too_many = len(set_aside) > preferences.max_bad_fraction * found.num_rows * found.num_samples
+    if too_many or not any(output_dir.glob("*.parquet")):
         raise PreferenceError(
             f"`preferences.path` {source.path}: {len(set_aside)} images of {found.num_rows} rows cannot be used, more"
             f" than `preferences.max_bad_fraction` = {preferences.max_bad_fraction}; `cdpo import --check` names each;"
