@@ -8,23 +8,44 @@ from pathlib import Path
 
 from cdpo_ray import __version__
 from cdpo_ray.config import load_config
-from cdpo_ray.errors import CdpoError
+from cdpo_ray.errors import CdpoError, ConfigError, PreferenceError
 from cdpo_ray.export import FORMATS
 from cdpo_ray.plan import make_plan
-from cdpo_ray.run import explain_stages, export_trained, read_prompts, run_steps, write_reports
-from cdpo_ray.steps import STEPS
+from cdpo_ray.run import (
+    compare_runs,
+    explain_stages,
+    export_trained,
+    find_preference_faults,
+    read_prompts,
+    run_steps,
+    write_reports,
+)
+from cdpo_ray.steps import steps_of
 
 VERBS = {
     "check": "say what a run will make, or what is wrong with the config; needs no GPU, torch or ray",
     "run": "walk the whole way: all of the below, each skipped if it is done already",
     "generate": "prompts -> samples: many images of each prompt, by the base model",
+    "import": "preferences that people have -> samples: images encoded once, labels kept",
     "score": "samples -> scores: judge each image",
     "pairs": "scores -> stages: rank, pair by difficulty, draw what each stage trains on",
     "train": "stages -> adapter: staged DPO of a LoRA",
     "evaluate": "adapter -> metrics: base against fine-tuned on held-out prompts",
     "report": "metrics -> report.html",
     "export": "adapter -> files that other tools load, with a model card",
+    "compare": "metrics of several runs -> compare.html: what each trained, judged by all their judges",
 }
+COMPARE_HELP = """\
+Compare what several runs trained, on the held-out images that their evaluations kept; nothing is generated.
+
+The runs must have been put to the same test: model, seed, sampling, held-out prompts and images per prompt. A judge
+that only some of them had scores the others' images now. compare.html shows
+  - a row a run (what its pairs were ranked by), a column a judge: mean score, and its difference to the base model
+  - for each judge, how often one run's image is better than another's from the same noise
+  - how the looks of the images changed: diversity, saturation, edges, compressed size
+  - how often each run's implicit reward agrees with each judge on held-out images
+  - the first images of all runs side by side
+and compare.json holds its numbers. Intervals are at 95 %, over prompts."""
 FORMAT_HELP = (
     "diffusers (default): the LoRA for load_lora_weights; kohya: the LoRA for ComfyUI and AUTOMATIC1111;"
     " merged: a whole pipeline folder, the only one for training.method=full"
@@ -45,18 +66,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-v", "--verbose", action="store_true", help="show what Ray and its workers print")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, what in VERBS.items():
-        command = verbs.add_parser(verb, help=what, description=what)
+        command = verbs.add_parser(
+            verb,
+            help=what,
+            description=COMPARE_HELP if verb == "compare" else what,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if verb == "compare":
+            command.add_argument("runs", nargs="+", metavar="RUN", help="two or more finished runs, as runs/<name>")
+            command.add_argument("--out", type=Path, metavar="DIR", help="default: the folder that the first run is in")
+            continue
         command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.beta=100")
         if verb == "pairs":
             command.add_argument("--explain", action="store_true", help="print and draw what each stage holds")
+        if verb == "import":
+            command.add_argument("--check", action="store_true", help="only say which rows and images cannot be used")
         if verb == "export":
             command.add_argument("--format", choices=FORMATS, default="diffusers", help=FORMAT_HELP)
             command.add_argument("--out", type=Path, metavar="DIR", help="default: export/<format> of the run")
     asked, after_options = parser.parse_known_args(arguments)
-    if any(value.startswith("-") or "=" not in value for value in after_options):
+    comparing = asked.verb == "compare"
+    if any(value.startswith("-") or not (comparing or "=" in value) for value in after_options):
         parser.error(f"unrecognized arguments: {' '.join(after_options)}")
-    asked.overrides += after_options  # argparse ends `key=value ...` at the first option
+    # argparse ends `key=value ...`, or `RUN ...`, at the first option
+    (asked.runs if comparing else asked.overrides).extend(after_options)
+    if comparing and len(asked.runs) < 2:
+        parser.error(f"compare: needs two runs or more, got {asked.runs}")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("cdpo_ray").setLevel(logging.INFO)
     try:
@@ -71,18 +107,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _do(asked: argparse.Namespace) -> None:
+    if asked.verb == "compare":
+        print(compare_runs([Path(run) for run in asked.runs], asked.out))
+        return
     config, verb = load_config(asked.config, asked.overrides), asked.verb
     if verb == "check":
         print(make_plan(config, read_prompts(config)))
     elif verb == "report":
         print(*write_reports(config, anew=True), sep="\n")
     elif verb == "run":
-        run_steps(config, STEPS, verbose=asked.verbose)
+        run_steps(config, steps_of(config), verbose=asked.verbose)
         print(*write_reports(config), sep="\n")
     elif verb == "export":
         print(export_trained(config, asked.format, asked.out))
+    elif verb in ("generate", "import") and verb != steps_of(config)[0].verb:
+        raise ConfigError(f"{asked.config}: its images are not made by `cdpo {verb}`: `{steps_of(config)[0].verb}` is")
+    elif verb == "import" and asked.check:
+        faults = find_preference_faults(config, verbose=asked.verbose)
+        print(*faults, sep="\n", end="\n" * bool(faults))
+        if faults:
+            raise PreferenceError(f"{len(faults)} faults")
+        print("no faults")
     else:
-        run_steps(config, [step for step in STEPS if step.verb == verb], verbose=asked.verbose)
+        run_steps(config, [step for step in steps_of(config) if step.verb == verb], verbose=asked.verbose)
         if verb == "pairs" and asked.explain:
             print(explain_stages(config))
 

@@ -13,10 +13,26 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cdpo_ray.errors import ConfigError
-from cdpo_ray.records import PERTURBATION
+from cdpo_ray.records import PERTURBATION, PREFERENCE
 
-REWARD_NAMES = ("clip", "hpsv2", "pickscore", "aesthetic", "jpeg_size", "oracle", "oracle_strict")
+REWARD_NAMES = (
+    "clip",
+    "hpsv2",
+    "imagereward",
+    "pickscore",
+    "aesthetic",
+    "vlm_alignment",
+    "jpeg_size",
+    "oracle",
+    "oracle_strict",
+)
 """Built-in rewards; `cdpo_ray.rewards.REWARDS` maps each to its class (a test keeps the two alike)."""
+
+JUDGE_NO_IMAGE = (PERTURBATION, PREFERENCE)
+"""What scores images without looking at them: by how each was made, or by what people said of it."""
+
+COMBINATIONS = ("weighted_sum", "mean_rank", "pareto")
+"""Ways to rank by several rewards; `cdpo_ray.curriculum.combination` maps each to its function."""
 
 OWN_REWARD = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -24,21 +40,39 @@ COMMIT = re.compile(r"^[0-9a-f]{40}$")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def _known_reward(name: str) -> str:
-    if name not in REWARD_NAMES and not OWN_REWARD.match(name):
-        near = difflib.get_close_matches(name, REWARD_NAMES, n=1)
+def _known_reward(name: str, *others: str) -> str:
+    known = (*REWARD_NAMES, *others)
+    if name not in known and not OWN_REWARD.match(name):
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"must be one of {', '.join(map(repr, REWARD_NAMES))} or 'module:function'{hint}")
+        raise ValueError(f"must be one of {', '.join(map(repr, known))} or 'module:function'{hint}")
     return name
 
 
+def _known_score(name: str) -> str:
+    return name if name in JUDGE_NO_IMAGE else _known_reward(name)
+
+
 def _known_ranking(name: str) -> str:
-    return name if name == PERTURBATION else _known_reward(name)
+    return _known_reward(name, *JUDGE_NO_IMAGE, *COMBINATIONS)
 
 
 RewardName = Annotated[str, AfterValidator(_known_reward)]
+ScoreName = Annotated[str, AfterValidator(_known_score)]
+"""What can score training images: a judge of images, or one of `JUDGE_NO_IMAGE`."""
 RankingName = Annotated[str, AfterValidator(_known_ranking)]
-"""What can rank training images: a judge of images, or ``perturbation``, which knows how each was made."""
+
+
+def ranking_weights(rewards: Mapping[str, Any]) -> dict[str, float]:
+    """The rewards that rank training images, each with its weight (1, but for ``weighted_sum``).
+
+    Args:
+        rewards: `RewardsSection` as plain values.
+    """
+    names, rank_by, weights = rewards["names"], rewards["rank_by"], rewards.get("weights", {})
+    if rank_by not in COMBINATIONS:
+        return {rank_by or names[0]: 1.0}
+    return {name: weights.get(name, 1.0) for name in names if weights.get(name, 1.0)}
 
 
 class Section(BaseModel):
@@ -46,33 +80,71 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """Where a run lives and what seeds it."""
+    """Where a run lives, what seeds it, and the run whose images it takes in place of making its own."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)]
     dir: str = "runs"
+    samples_from: Annotated[str, Field(min_length=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class PromptSource(Section):
-    """A built-in set (`scenes`, `animals`) or a text file with one prompt a line."""
+    """A built-in set, a file by its ending, or a ``file`` of a hub data set at its ``revision``.
+
+    Built-in are `scenes`, `animals` and `animal_photos`. Files are text with one prompt a line, or CSV, JSONL and
+    Parquet with a ``column`` of prompts.
+    """
 
     source: str | None = None
+    file: str | None = None
+    revision: str | None = None
+    column: str = "prompt"
     count: Annotated[int, Field(ge=1)] | None = None
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
 
+    @model_validator(mode="after")
+    def _hub_file_is_pinned(self) -> "PromptSource":
+        if self.file is None and self.revision is None:
+            return self
+        if self.source is None or not HUB_ID.match(self.source):
+            raise ValueError(f"`file` and `revision` are of a hub data set, but `source` is no hub id: {self.source!r}")
+        if self.file is None or ".." in Path(self.file).parts:
+            raise ValueError(f"`file` must name a file within the hub data set, got {self.file!r}")
+        if self.revision is None or not COMMIT.match(self.revision):
+            raise ValueError(f"`revision` must be a commit of 40 hex digits for a hub id, got {self.revision!r}")
+        return self
+
 
 class PromptsSection(Section):
-    train: PromptSource
+    train: PromptSource | None = None
     heldout: PromptSource
 
     @model_validator(mode="after")
     def _heldout_is_named(self) -> "PromptsSection":
-        if self.train.source is None:
-            raise ValueError("`train.source` must name a prompt set or a text file")
-        if self.train.fraction is not None:
+        if self.train and self.train.source is None:
+            raise ValueError("`train.source` must name a prompt set, a file or a hub data set")
+        if self.train and self.train.fraction is not None:
             raise ValueError("`fraction` belongs to `heldout`: the share of the training source that is held out")
         if (self.heldout.source is None) == (self.heldout.fraction is None):
             raise ValueError("`heldout` must have either `source` or `fraction` (of the training source)")
+        return self
+
+
+class PreferencesSection(Section):
+    """Preferences that people have, trained on in place of generated images; see `preferences/files.py` for formats."""
+
+    path: Annotated[str, Field(min_length=1)]
+    format: Literal["pickapic", "pairs", "ranked_folders"]
+    columns: dict[str, str] = {}
+    difficulty: Literal["label", "score", "rank"] = "label"
+    max_image_bytes: Annotated[int, Field(ge=1)] = 50_000_000
+    max_image_pixels: Annotated[int, Field(ge=1)] = 50_000_000
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @model_validator(mode="after")
+    def _columns_are_known(self) -> "PreferencesSection":
+        if self.format == "ranked_folders" and (self.columns or self.difficulty != "label"):
+            raise ValueError("`columns` and `difficulty` belong to tables; folders are ranked by their images' names")
         return self
 
 
@@ -139,7 +211,7 @@ class ModelSection(Section):
 
 
 class GenerationSection(Section):
-    images_per_prompt: Annotated[int, Field(ge=2)]
+    images_per_prompt: Annotated[int, Field(ge=2)] = 2
     num_denoising_steps: Annotated[int, Field(ge=1, le=1000)]
     guidance_scale: Annotated[float, Field(ge=1)]
     height: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
@@ -223,6 +295,58 @@ class AestheticOptions(Section):
         return self
 
 
+class ImageRewardOptions(Section):
+    """The released checkpoint and BERT's vocabulary, each a file or its hub id."""
+
+    checkpoint: str = "zai-org/ImageReward"
+    revision: str | None = "5736be03b2652728fb87788c9797b0570450ab72"
+    sha256: Sha256 | None = None
+    vocabulary: str = "google-bert/bert-base-uncased"
+    vocabulary_revision: str | None = "86b5e0934494bd15c9632b12f734a8a67f723594"
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "ImageRewardOptions":
+        _check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="file")
+        _check_pinned(
+            self.vocabulary, self.vocabulary_revision, key="vocabulary", revision_key="vocabulary_revision", kind="file"
+        )
+        return self
+
+
+class EndpointSection(Section):
+    """An OpenAI-compatible server; `token_variable` names the environment variable that holds its token."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^@\s?#]+$")]
+    model: Annotated[str, Field(min_length=1)]
+    token_variable: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    timeout_seconds: Annotated[float, Field(gt=0)] = 60
+    max_retries: Annotated[int, Field(ge=0, le=20)] = 4
+    num_concurrent_requests: Annotated[int, Field(ge=1, le=64)] = 4
+
+
+class VlmAlignmentOptions(Section):
+    """Who captions (`captioner`: a folder or hub id run here; or `endpoint`), and who compares caption and prompt."""
+
+    captioner: str | None = None
+    captioner_revision: str | None = None
+    endpoint: EndpointSection | None = None
+    instruction: Annotated[str, Field(min_length=1)] = "Describe this image in one sentence."
+    max_caption_tokens: Annotated[int, Field(ge=1, le=1000)] = 64
+    sentence_encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    sentence_encoder_revision: str | None = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "VlmAlignmentOptions":
+        if self.captioner and self.endpoint:
+            raise ValueError("`captioner` and `endpoint` are two ways to the same: one of them must be left out")
+        models = {"sentence_encoder": (self.sentence_encoder, self.sentence_encoder_revision)}
+        if self.captioner:
+            models["captioner"] = (self.captioner, self.captioner_revision)
+        for key, (place, revision) in models.items():
+            _check_pinned(place, revision, key=key, revision_key=f"{key}_revision", kind="folder")
+        return self
+
+
 class JpegSizeOptions(Section):
     quality: Annotated[int, Field(ge=1, le=100)] = 90
 
@@ -234,16 +358,20 @@ class PerturbationOptions(Section):
 
 
 class RewardsSection(Section):
-    """The judges that score training images; `rank_by` (default: the first) decides the ranking."""
+    """The judges that score training images; `rank_by` decides the ranking: the first, another, or a combination."""
 
-    names: Annotated[tuple[RankingName, ...], Field(min_length=1)]
+    names: Annotated[tuple[ScoreName, ...], Field(min_length=1)]
     rank_by: RankingName | None = None
+    weights: dict[str, float] = {}
+    noise_prompts: Annotated[int, Field(ge=0)] = 0
     placement: Literal["fused", "pool"] = "fused"
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     clip: ClipOptions = ClipOptions()
     hpsv2: HpsV2Options = HpsV2Options()
+    imagereward: ImageRewardOptions = ImageRewardOptions()
     pickscore: PickScoreOptions = PickScoreOptions()
     aesthetic: AestheticOptions = AestheticOptions()
+    vlm_alignment: VlmAlignmentOptions = VlmAlignmentOptions()
     jpeg_size: JpegSizeOptions = JpegSizeOptions()
     perturbation: PerturbationOptions = PerturbationOptions()
 
@@ -251,13 +379,38 @@ class RewardsSection(Section):
     def _rank_by_is_scored(self) -> "RewardsSection":
         if len(set(self.names)) != len(self.names):
             raise ValueError(f"`names` must not repeat a reward, got {list(self.names)}")
-        if self.rank_by is not None and self.rank_by not in self.names:
-            raise ValueError(f"`rank_by` must be one of `names` {list(self.names)}, got {self.rank_by!r}")
+        if self.rank_by not in (None, *COMBINATIONS, *self.names):
+            raise ValueError(
+                f"`rank_by` must be one of `names` {list(self.names)}, or {', '.join(map(repr, COMBINATIONS))},"
+                f" got {self.rank_by!r}"
+            )
+        if self.weights and self.rank_by != "weighted_sum":
+            raise ValueError(f"`weights` belong to `rank_by` 'weighted_sum', got {self.rank_by!r}")
+        if unknown := sorted({*self.weights} - {*self.names}):
+            raise ValueError(f"`weights` must be of `names` {list(self.names)}, got {unknown}")
+        if self.rank_by in COMBINATIONS and len(self.ranking_weights) < 2:
+            raise ValueError(
+                f"`rank_by` {self.rank_by!r} needs two rewards with a say, got {list(self.ranking_weights)}; name more"
+            )
         return self
 
     @property
     def ranking_reward(self) -> str:
+        """What ranks: a reward, or a combination."""
         return self.rank_by or self.names[0]
+
+    @property
+    def ranking_weights(self) -> dict[str, float]:
+        return ranking_weights(dict(self))
+
+    @property
+    def ranking_sentence(self) -> str:
+        """What ranks, for people."""
+        if self.rank_by not in COMBINATIONS:
+            return self.ranking_reward
+        weighted = self.rank_by == "weighted_sum"
+        parts = [f"{weight:g} {name}" if weighted else name for name, weight in self.ranking_weights.items()]
+        return f"{self.rank_by} of {', '.join(parts)}"
 
     @property
     def max_masked_fraction(self) -> float | None:
@@ -267,7 +420,7 @@ class RewardsSection(Section):
     @property
     def judges(self) -> dict[str, dict[str, Any]]:
         """Those that look at images, with the keyword arguments of each one's class."""
-        return {name: self.options(name) for name in self.names if name != PERTURBATION}
+        return {name: self.options(name) for name in self.names if name not in JUDGE_NO_IMAGE}
 
     def options(self, name: str) -> dict[str, Any]:
         """Keyword arguments of one reward's class."""
@@ -300,6 +453,7 @@ class CurriculumSection(Section):
     num_stages: Annotated[int, Field(ge=1)] = 5
     updates_per_stage: Annotated[int, Field(ge=1)]
     min_score_gap: Annotated[float, Field(ge=0)] = 0.0
+    min_gap_in_noise: Annotated[float, Field(gt=0)] | None = None
     max_pairs_per_prompt: Annotated[int, Field(ge=1)] | None = None
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
 
@@ -348,6 +502,8 @@ class CurriculumSection(Section):
         parts += [f"{self.measure}, {self.boundaries} boundaries", f"{self.draws} draws"]
         if self.min_score_gap:
             parts.append(f"score gaps above {self.min_score_gap:g}")
+        if self.min_gap_in_noise:
+            parts.append(f"score gaps above {self.min_gap_in_noise:g} x their noise")
         if self.max_pairs_per_prompt:
             parts.append(f"at most {self.max_pairs_per_prompt} pairs a prompt")
         if self.label_noise:
@@ -440,8 +596,11 @@ class TrainingSection(Section):
 
 
 class EvaluationSection(Section):
+    """Base against fine-tuned on held-out prompts; the rewards of the run judge too, named in ``judges`` or not."""
+
     images_per_prompt: Annotated[int, Field(ge=1)] = 4
     judges: Annotated[tuple[RewardName, ...], Field(min_length=1)]
+    num_margin_draws: Annotated[int, Field(ge=0)] = 4
     num_bootstrap_resamples: Annotated[int, Field(ge=100)] = 10_000
     grid_prompts: Annotated[int, Field(ge=0)] = 12
 
@@ -469,6 +628,7 @@ class Config(Section):
     run: RunSection
     rounds: Annotated[int, Field(ge=1)] = 1
     prompts: PromptsSection
+    preferences: PreferencesSection | None = None
     model: ModelSection
     generation: GenerationSection
     rewards: RewardsSection
@@ -487,20 +647,79 @@ class Config(Section):
                 pass
             case _:
                 return given
+        if reward in COMBINATIONS:  # which that code does not have
+            return given
         min_score_gap = RELEASED_MIN_SCORE_GAPS.get(str(reward), RELEASED_MIN_SCORE_GAP)
         return given | {"curriculum": {"min_score_gap": min_score_gap} | curriculum}
 
     @model_validator(mode="after")
+    def _samples_come_from_somewhere(self) -> "Config":
+        generated, named = "images_per_prompt" in self.generation.model_fields_set, PREFERENCE in self.rewards.names
+        if not self.preferences:
+            faults = ["`prompts.train` is missing"] if not self.prompts.train else []
+            faults += ["`generation.images_per_prompt` is missing"] if not generated else []
+            faults += ["`rewards.names` 'preference' needs a section `preferences`"] if named else []
+        else:
+            given = {
+                "prompts.train": bool(self.prompts.train),
+                "rewards.names 'perturbation'": PERTURBATION in self.rewards.names,
+                "rounds": self.rounds > 1,
+                "run.samples_from": self.run.samples_from is not None,
+            }
+            faults = [f"`{key}` must not be given with `preferences`" for key, wrong in given.items() if wrong]
+            if self.preferences.format == "ranked_folders":
+                if self.rewards.ranking_reward != PREFERENCE:
+                    faults.append(
+                        "`rewards.rank_by` must be 'preference' for ranked folders: their ranks are the labels"
+                    )
+            elif self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > 1:
+                faults.append(
+                    "`curriculum.measure` must not be 'rank_gap' for pairs, which have a rank gap of 1 alone; choose"
+                    " 'score_gap_quantile', 'score_gap' or 'margin', or `order` 'none'"
+                )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
     def _rewards_have_what_they_need(self) -> "Config":
-        if "aesthetic" in {*self.rewards.names, *self.evaluation.judges} and self.rewards.aesthetic.head is None:
-            raise ValueError(
+        used, faults = {*self.rewards.names, *self.evaluation.judges}, []
+        if "aesthetic" in used and self.rewards.aesthetic.head is None:
+            faults.append(
                 "`rewards.aesthetic.head` is missing: the path of sac+logos+ava1-l14-linearMSE.pth, a file of"
                 " github.com/christophschuhmann/improved-aesthetic-predictor"
+            )
+        if "imagereward" in used and self.rewards.imagereward.sha256 is None:
+            faults.append(
+                "`rewards.imagereward.sha256` must be that of ImageReward.pt: the hub shows it on the file's page, and"
+                " `sha256sum` tells it of a file"
+            )
+        if "vlm_alignment" in used and not (
+            self.rewards.vlm_alignment.captioner or self.rewards.vlm_alignment.endpoint
+        ):
+            faults.append("`rewards.vlm_alignment` must have a `captioner` (a folder or a hub id), or an `endpoint`")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
+    def _noise_is_measured(self) -> "Config":
+        if self.curriculum.min_gap_in_noise and not self.rewards.noise_prompts:
+            raise ValueError("`curriculum.min_gap_in_noise` needs `rewards.noise_prompts`, prompts to score twice")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_are_taken_once(self) -> "Config":
+        if self.run.samples_from and self.rounds > 1:
+            raise ValueError(
+                f"`run.samples_from` gives the images of one round, but `rounds` is {self.rounds}; leave one out"
             )
         return self
 
     @model_validator(mode="after")
     def _stages_fit_the_ranks(self) -> "Config":
+        if self.preferences:
+            return self  # known when the files have been read
         num_gaps = self.generation.images_per_prompt - 1
         if self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > num_gaps:
             raise ValueError(
@@ -544,6 +763,11 @@ class Config(Section):
                 " `initial_rank` and `unfreeze`"
             )
         return self
+
+    @property
+    def evaluation_judges(self) -> dict[str, dict[str, Any]]:
+        """All that judge held-out images, the run's own rewards first, with the keyword arguments of each's class."""
+        return self.rewards.judges | {name: self.rewards.options(name) for name in self.evaluation.judges}
 
     def plain(self) -> dict[str, Any]:
         """The whole configuration, defaults included, as plain YAML-able values."""

@@ -21,6 +21,10 @@ class RewardError(CdpoError):
     """A reward cannot be loaded, or failed on a batch of images."""
 
 
+class PreferenceError(CdpoError):
+    """A set of preferences is missing or broken."""
+
+
 class CurriculumError(CdpoError):
     """The scores do not yield the pairs that the curriculum asks for."""
 

@@ -1,17 +1,15 @@
 """Config -> what a run will make and need, before it is paid; needs neither torch nor ray."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from cdpo_ray.config import Config
 from cdpo_ray.curriculum.capacity import stage_capacities
 from cdpo_ray.curriculum.stages import ORDERED, admitted_gaps, admitted_levels, count_pairs
+from cdpo_ray.models.sizes import Sizes, sizes_of
 from cdpo_ray.prompts.sources import PromptSplit
-from cdpo_ray.testbed import PIPELINE_DIR
 
 BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
-HUB_LATENT_CHANNELS = {"stable_diffusion_3": 16, "flux": 16}  # of a family's published models; others have 4
 PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawings take less
 
 
@@ -29,16 +27,25 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
     """What `cdpo run` would do with this configuration."""
     per_prompt, curriculum, training = config.generation.images_per_prompt, config.curriculum, config.training
     num_images = len(prompts.train) * per_prompt
+    samples = (
+        f"  generation   {num_images:,} images ({per_prompt} a prompt),"
+        f" {config.generation.num_denoising_steps} denoising steps, guidance {config.generation.guidance_scale:g}"
+    )
+    if preferences := config.preferences:
+        num_images = per_prompt * (len(prompts.train) + prompts.num_doubled)
+        samples = f"  preferences  {preferences.path} ({preferences.format}), difficulty by {preferences.difficulty}"
     num_updates = curriculum.num_stages * curriculum.updates_per_stage
     heldout_images = 2 * len(prompts.heldout) * config.evaluation.images_per_prompt
+    noise_prompts = min(config.rewards.noise_prompts, len(prompts.train))
+    noise = f"; {noise_prompts} prompts scored twice for the rewards' noise" if noise_prompts else ""
     lines = [
         f"run {config.run.name} in {Path(config.run.dir) / config.run.name}",
-        f"  prompts      {len(prompts.train)} to train on, {len(prompts.heldout)} held out"
-        f" ({prompts.num_doubled} doubled and {prompts.num_empty} empty lines left out)",
-        f"  generation   {num_images:,} images ({per_prompt} a prompt),"
-        f" {config.generation.num_denoising_steps} denoising steps, guidance {config.generation.guidance_scale:g}",
+        f"  prompts      {len(prompts.train):,} to train on, {len(prompts.heldout):,} held out"
+        f" (of {prompts.num_read:,}: {prompts.num_doubled:,} doubled, {prompts.num_empty:,} empty,"
+        f" {prompts.num_beyond_count:,} beyond `count` left out)",
+        samples,
         f"  rewards      {', '.join(config.rewards.names)} ({config.rewards.placement}); ranked by"
-        f" {config.rewards.ranking_reward}",
+        f" {config.rewards.ranking_sentence}{noise}",
         f"  curriculum   {curriculum.num_stages} stages of {curriculum.updates_per_stage} updates;"
         f" {curriculum.sentence}",
     ]
@@ -72,7 +79,7 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
         " (errors are means over latent values); the same elsewhere:",
         *(f"                 {line}" for line in same_beta_elsewhere(training.beta, _num_latent_values(config))),
         f"  evaluation   {heldout_images:,} images of {len(prompts.heldout)} held-out prompts, judged by"
-        f" {', '.join(config.evaluation.judges)}",
+        f" {', '.join(config.evaluation_judges)}",
         f"  disk         {_disk(config, num_images, len(prompts.train))}",
     ]
     if config.rounds > 1:
@@ -107,11 +114,8 @@ def _method(config: Config) -> str:
 
 
 def _num_latent_values(config: Config) -> int | None:
-    shape = _shape(config)
-    if shape is None:
-        return None
-    height, width, channels, factor = shape
-    return channels * (height // factor) * (width // factor)
+    sizes = _sizes(config)
+    return sizes.num_latent_values if sizes else None
 
 
 def _growth(config: Config) -> list[str]:
@@ -126,26 +130,17 @@ def _growth(config: Config) -> list[str]:
 
 
 def _disk(config: Config, num_images: int, num_prompts: int) -> str:
-    shape = _shape(config)
-    if shape is None:
+    sizes = _sizes(config)
+    if sizes is None:
         return "known once the model is on this machine, or with `generation.height` and `generation.width`"
-    height, width, channels, factor = shape
-    latents = num_images * channels * (height // factor) * (width // factor) * BYTES_OF[config.model.dtype]
-    images = num_images * height * width * PNG_BYTES_PER_PIXEL if config.generation.keep_images else 0
+    latents = num_images * sizes.num_latent_values * BYTES_OF[config.model.dtype]
+    images = num_images * sizes.height * sizes.width * PNG_BYTES_PER_PIXEL if config.generation.keep_images else 0
     return f"latents {_bytes(latents)}, images up to {_bytes(images)}"
 
 
-def _shape(config: Config) -> tuple[int, int, int, int] | None:
-    """Image height and width, latent channels, and pixels a latent: of the model's folder, or usual for a hub id."""
-    height, width = config.generation.height, config.generation.width
-    folder = PIPELINE_DIR if config.model.path == "embedded" else Path(config.model.path)
-    if not folder.is_dir():
-        return (height, width, HUB_LATENT_CHANNELS.get(config.model.family, 4), 8) if height and width else None
-    vae = json.loads((folder / "vae" / "config.json").read_text())
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    (denoiser,) = (folder / name / "config.json" for name in ("unet", "transformer") if (folder / name).is_dir())
-    native = json.loads(denoiser.read_text()).get("sample_size", 128) * factor  # FLUX's has none; its pipeline says 128
-    return height or native, width or native, vae["latent_channels"], factor
+def _sizes(config: Config) -> Sizes | None:
+    generation = config.generation
+    return sizes_of(config.model.family, config.model.path, generation.height, generation.width)
 
 
 def _bytes(number: float) -> str:

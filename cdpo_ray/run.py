@@ -11,10 +11,12 @@ from pathlib import Path
 import yaml
 
 from cdpo_ray.config import Config
+from cdpo_ray.errors import StoreError
+from cdpo_ray.preferences.files import scan
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
-from cdpo_ray.records import EVALUATION, STAGES, TRAINING
+from cdpo_ray.records import EVALUATION, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.session import ray_session
-from cdpo_ray.steps import STEPS, Context, Step, export
+from cdpo_ray.steps import Context, Step, export, preference_frame, preference_source, prompt_source, steps_of
 from cdpo_ray.store import RunFolder
 
 log = logging.getLogger(__name__)
@@ -23,14 +25,9 @@ REPORT = "report.html"
 
 def read_prompts(config: Config) -> PromptSplit:
     """The prompts that a configuration names."""
-    train, heldout = config.prompts.train, config.prompts.heldout
-    assert train.source is not None, "checked by the config"
     return split_prompts(
-        train_source=train.source,
-        train_count=train.count,
-        heldout_source=heldout.source,
-        heldout_count=heldout.count,
-        heldout_fraction=heldout.fraction,
+        prompt_source(config.prompts.train) if config.prompts.train else scan(preference_source(config)).prompts,
+        prompt_source(config.prompts.heldout),
         seed=config.run.seed,
     )
 
@@ -58,7 +55,9 @@ def run_steps(config: Config, steps: Iterable[Step], *, verbose: bool = False) -
             context = Context(config, prompts, run, number, previous)
             for step in steps:
                 _perform(step, context, start_ray=start_ray)
-            (run.path / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True))
+            if _made_by(config, run, previous):
+                plain = yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
+                (run.path / "config.yaml").write_text(plain)
     return folders[-1]
 
 
@@ -77,6 +76,40 @@ def write_reports(config: Config, *, anew: bool = False) -> list[Path]:
         StoreError: a step is not done.
     """
     return [_write_report(run, anew) for run in round_folders(config)]
+
+
+def find_preference_faults(config: Config, *, verbose: bool = False) -> list[str]:
+    """All that is wrong with a set of preferences, by file and row; every image is opened, nothing is written.
+
+    Raises:
+        PreferenceError: there is no such set, or it lacks a column.
+    """
+    source = preference_source(config)
+    found = scan(source)
+    with ray_session(verbose=verbose):
+        from cdpo_ray.preferences.pool import find_faults
+
+        in_images = find_faults(found.chunks, source=source, frame=preference_frame(config))
+    return list(dict.fromkeys([*map(str, found.faults), *in_images]))
+
+
+def compare_runs(run_dirs: list[Path], output_dir: Path | None = None) -> str:
+    """Compare what finished runs trained, on the held-out images that they kept; needs no Ray.
+
+    Args:
+        output_dir: of `compare.html` and `compare.json`; the folder that the first run lies in by default.
+
+    Returns:
+        A table, a row a run, and the path of the page.
+
+    Raises:
+        CdpoError: a run is not evaluated, two cannot be compared, or a judge that one lacks cannot score.
+    """
+    from cdpo_ray.evaluation import runs
+
+    output_dir = output_dir or run_dirs[0].parent
+    found = runs.compare_runs(run_dirs, output_dir)
+    return f"{runs.table_of(found)}\n{output_dir / 'compare.html'}"
 
 
 def explain_stages(config: Config) -> str:
@@ -113,11 +146,13 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
     folders = round_folders(config)
     run, previous = folders[-1], folders[-2] if len(folders) > 1 else None
     context = Context(config, read_prompts(config), run, len(folders), previous)
-    for step in STEPS:
+    for step in steps_of(config):
         if step.folder == EVALUATION and not run.has(EVALUATION):
             log.warning("export: not evaluated; the model card will say so")
             continue
-        run.refuse_difference(step.folder, step.settings(config), _inputs(step, context))
+        run.refuse_difference(
+            step.folder, step.settings(config), step.fingerprints(config, run, previous), grows=step.grows
+        )
         if step.folder in (TRAINING, EVALUATION):  # the others are not read; they may be very large
             run.refuse_damage(step.folder)
     output_dir = output_dir or _run_dir(config) / "export" / format_name
@@ -127,17 +162,21 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
 
 def _perform(step: Step, context: Context, *, start_ray: Callable[[], None]) -> None:
     run, settings = context.run, step.settings(context.config)
-    inputs = _inputs(step, context)
-    if run.is_complete(step.folder, settings, inputs):
+    inputs = step.fingerprints(context.config, run, context.previous)
+    if run.is_complete(step.folder, settings, inputs, grows=step.grows):
         log.info("%s: done already", step.verb)
         return
     start_ray()
     log.info("%s ...", step.verb)
     started = time.monotonic()
-    with run.writing(step.folder, settings, inputs, seed=context.config.run.seed, resumable=step.resumable) as (
-        output_dir,
-        output,
-    ):
+    with run.writing(
+        step.folder,
+        settings,
+        inputs,
+        seed=context.config.run.seed,
+        resumable=step.resumable,
+        grows=step.grows,
+    ) as (output_dir, output):
         step.perform(context, output_dir, output)
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)
     log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)
@@ -145,17 +184,22 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], None]) -> 
         log.warning("%s: %s", step.verb, warning)
 
 
-def _inputs(step: Step, context: Context) -> dict[str, str]:
-    """Fingerprints of what a step reads."""
-    inputs = {folder: context.run.fingerprint(folder) for folder in step.inputs}
-    if context.previous and step.continues:
-        inputs["the round before"] = context.previous.fingerprint(TRAINING)
-    return inputs
+def _made_by(config: Config, run: RunFolder, previous: RunFolder | None) -> bool:
+    """Whether every finished step is as this configuration makes it: more scores may rank anew what is there."""
+    for step in steps_of(config):
+        if run.has(step.folder):
+            try:
+                inputs = step.fingerprints(config, run, previous)
+                run.refuse_difference(step.folder, step.settings(config), inputs, grows=step.grows)
+            except StoreError as error:
+                log.warning("config.yaml stays as it was: %s", error)
+                return False
+    return True
 
 
 def _write_report(run: RunFolder, anew: bool) -> Path:
     path = run.path / REPORT
-    finished = [run.step(step.folder) / "manifest.json" for step in STEPS]
+    finished = [run.step(folder) / "manifest.json" for folder in STEP_FOLDERS]
     if not anew and path.is_file() and path.stat().st_mtime > max(manifest.stat().st_mtime for manifest in finished):
         log.info("report: done already")
         return path

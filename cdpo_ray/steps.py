@@ -12,10 +12,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cdpo_ray.config import Config, Pool
-from cdpo_ray.prompts.sources import PromptSplit
-from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, TRAINING, score_column
-from cdpo_ray.store import RunFolder, StepOutput, read_shards
+from cdpo_ray.config import JUDGE_NO_IMAGE, Config, Pool, PromptSource
+from cdpo_ray.errors import ConfigError, PreferenceError, StoreError
+from cdpo_ray.preferences.files import Source, fingerprint
+from cdpo_ray.prompts import sources
+from cdpo_ray.prompts.sources import PromptSplit, held_out
+from cdpo_ray.records import (
+    EVALUATION,
+    LABEL,
+    PREFERENCE,
+    SAMPLES,
+    SCORES,
+    STAGES,
+    TRAINING,
+    score_column,
+    score_file,
+)
+from cdpo_ray.store import RunFolder, StepOutput, differences, link, read_shards, shard_schema
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +71,7 @@ class Step:
         inputs: folders of earlier steps that it reads.
         resumable: goes on with what an interrupted attempt left.
         continues: reads what the round before trained.
+        grows: each setting is a part of its own, which can be added when others are done.
     """
 
     verb: str
@@ -67,9 +81,25 @@ class Step:
     perform: Callable[[Context, Path, StepOutput], None]
     resumable: bool = False
     continues: bool = False
+    grows: bool = False
+
+    def fingerprints(self, config: Config, run: RunFolder, previous: RunFolder | None = None) -> dict[str, str]:
+        """What tells the files that it reads from others; of the scores it reads only those that rank.
+
+        Raises:
+            StoreError: a step before is not done, or has not scored what ranks.
+        """
+        read = {SCORES: _ranking_files(config)}
+        found = {folder: run.fingerprint(folder, read.get(folder)) for folder in self.inputs}
+        if previous and self.continues:
+            found["the round before"] = previous.fingerprint(TRAINING)
+        return found
 
 
 def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
+    if context.config.run.samples_from:
+        _take_samples(RunFolder(Path(context.config.run.samples_from)), context, output_dir, output)
+        return
     from cdpo_ray.generation.pool import generate_samples
     from cdpo_ray.rewards.pool import score_pixels
     from cdpo_ray.rewards.scorer import Scorer
@@ -111,53 +141,158 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     assert len(cut) == len(context.prompts.train), "every prompt gives one row"
 
 
+def import_preferences(context: Context, output_dir: Path, output: StepOutput) -> None:
+    from cdpo_ray.preferences.files import scan
+    from cdpo_ray.preferences.pool import SET_ASIDE, import_samples
+    from cdpo_ray.rewards.scorer import Scorer
+
+    config, source = context.config, preference_source(context.config)
+    preferences = config.preferences
+    assert preferences is not None, "the step of a config with preferences"
+    found = scan(source)
+    found.refuse_faults()
+    judges = config.rewards.judges
+    import_samples(
+        found.chunks,
+        output_dir,
+        source=source,
+        frame=preference_frame(config),
+        num_samples=found.num_samples,
+        family=config.model.family,
+        model=_model(config),
+        images_per_batch=config.generation.images_per_batch,
+        keep_images=config.generation.keep_images,
+        make_scores=functools.partial(Scorer, judges) if judges else None,
+        encoders=_pool(config.resources.generators),
+    )
+    set_aside = (output_dir / f"{SET_ASIDE}.jsonl").read_text().splitlines()
+    too_many = len(set_aside) > preferences.max_bad_fraction * found.num_rows * found.num_samples
+    if too_many or not any(output_dir.glob("*.parquet")):
+        raise PreferenceError(
+            f"`preferences.path` {source.path}: {len(set_aside)} images of {found.num_rows} rows cannot be used, more"
+            f" than `preferences.max_bad_fraction` = {preferences.max_bad_fraction}; `cdpo import --check` names each;"
+            f" the first: {json.loads(set_aside[0])['reason']}"
+        )
+    made = read_shards(output_dir, ["num_tokens_cut", "num_images_cut"])
+    output.counts |= {
+        "rows": found.num_rows,
+        "rows_imported": made.num_rows,
+        "rows_tied": found.num_tied,
+        "rows_unlabelled": found.num_unlabelled,
+        "images_set_aside": len(set_aside),
+        "images_cut": int(made["num_images_cut"].to_numpy().sum()),
+        "prompts_cut": int((made["num_tokens_cut"].to_numpy() > 0).sum()),
+    }
+    output.details["rewards"] = {name: config.rewards.options(name) for name in (PREFERENCE, LABEL, *judges)}
+    if set_aside:
+        output.warnings.append(f"{len(set_aside)} images cannot be used; {SET_ASIDE}.jsonl says which and why")
+    if output.counts["prompts_cut"]:
+        output.warnings.append(f"{output.counts['prompts_cut']} prompts are longer than the text encoder reads")
+
+
+def _take_samples(other: RunFolder, context: Context, output_dir: Path, output: StepOutput) -> None:
+    """The images of another run, once it is sure that this run's own would be the same."""
+    manifest, where = other.manifest(SAMPLES), f"`run.samples_from`: {other.path / SAMPLES}"
+    if changed := differences(manifest["settings"], _sample_settings(context.config)):
+        raise StoreError(f"{where} was made with {changed}; restore the value, or leave out `run.samples_from`")
+    if manifest["inputs"]:
+        raise StoreError(f"{where} is of a later round, not of the base model; name the folder of a first round")
+    other.refuse_damage(SAMPLES)
+    for name in manifest["files"]:
+        link(other.path / SAMPLES / name, output_dir / name)
+    output.counts |= manifest["counts"]
+    output.warnings += manifest["warnings"]
+    output.details |= manifest["details"] | {"taken_from": str(other.path)}
+
+
 def score(context: Context, output_dir: Path, output: StepOutput) -> None:
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from cdpo_ray.rewards.score_table import write_scores
 
     config, samples_dir = context.config, context.run.step(SAMPLES)
-    rewards = {name: config.rewards.options(name) for name in config.rewards.names}
-    made = context.run.manifest(SAMPLES)["details"]["rewards"]
-    at_hand = [name for name in rewards if made.get(name) == rewards[name]]
-    columns = ["prompt_index", "prompt_id", *map(score_column, at_hand)]
-    rows = read_shards(samples_dir, columns).sort_by("prompt_index")
-    missing = {name: options for name, options in rewards.items() if name not in at_hand}
-    num_samples = config.generation.images_per_prompt
-    if missing:
-        from cdpo_ray.rewards.pool import rescore
+    rewards, settings, parts = config.rewards, _score_settings(config), _score_parts(config)
+    with_images = context.run.manifest(SAMPLES)["details"]["rewards"]
+    other_dir, there = _scores_elsewhere(context)
+    num_samples = shard_schema(samples_dir).field("latents").type.shape[0]
+    missing: dict[bool, list[str]] = {False: [], True: []}
+    for part in output.parts:
+        reward, second = parts[part]
+        path = output_dir / score_file(reward, second=second)
+        if there.get(part) == settings[part]:
+            path.parent.mkdir(exist_ok=True)
+            link(other_dir / score_file(reward, second=second), path)
+        elif with_images.get(reward) == rewards.options(reward) and (reward in JUDGE_NO_IMAGE or not second):
+            rows = read_shards(samples_dir, ["prompt_index", "prompt_id", "prompt", score_column(reward)])
+            rows = rows.sort_by("prompt_index")
+            if reward == LABEL:
+                unseen = held_out(rows["prompt"].to_pylist(), config.prompts.heldout.fraction)
+                rows = rows.filter([not held for held in unseen])
+            write_scores(rows[: rewards.noise_prompts] if second else rows, reward, path)
+        else:
+            missing[second].append(reward)
+    output.counts |= {"scores": 0, "scores_computed_now": 0}
+    for second, names in missing.items():
+        if names:
+            from cdpo_ray.rewards.pool import rescore
 
-        scored = rescore(
-            samples_dir,
-            rewards=missing,
-            scorers=_pool(config.resources.scorers),
-            images_per_batch=config.generation.images_per_batch,
-            images_per_prompt=num_samples,
-            keep_images=config.generation.keep_images,
-            family=config.model.family,
-            model=_model(config),
-        )
-        for name in missing:
-            rows = rows.append_column(score_column(name), scored[score_column(name)])
-    table = rows.select(["prompt_index", "prompt_id"]).take(np.repeat(np.arange(rows.num_rows), num_samples))
-    table = table.append_column("sample_index", pa.array(np.tile(np.arange(num_samples), rows.num_rows)))
-    for name in rewards:
-        scores = rows[score_column(name)].combine_chunks().flatten()
-        table = table.append_column(score_column(name), scores)
-        num_bad = len(scores) - int(np.isfinite(scores.to_numpy(zero_copy_only=False)).sum())
-        output.counts[f"not_finite_{name}"] = num_bad
-        if num_bad:
-            output.warnings.append(f"{num_bad} of {len(scores)} scores of `{name}` are not finite; they form no pairs")
-    pq.write_table(table, output_dir / "scores.parquet")
-    output.counts |= {"scores": table.num_rows * len(rewards), "scores_computed_now": table.num_rows * len(missing)}
+            scored = rescore(
+                samples_dir,
+                rewards={name: rewards.options(name) for name in names},
+                scorers=_pool(config.resources.scorers),
+                images_per_batch=config.generation.images_per_batch,
+                images_per_prompt=num_samples,
+                keep_images=config.generation.keep_images,
+                family=config.model.family,
+                model=_model(config),
+                num_prompts=rewards.noise_prompts if second else None,
+            )
+            for name in names:
+                write_scores(scored, name, output_dir / score_file(name, second=second))
+            num_images = scored.num_rows * num_samples
+            output.counts["scores_computed_now"] += num_images * len(names)
+    for part in output.parts:
+        _describe_scores(*parts[part], context, output_dir, output)
+
+
+def _scores_elsewhere(context: Context) -> tuple[Path, dict[str, Any]]:
+    """Where the run that gave the images keeps their scores, and with what settings it made them."""
+    other = RunFolder(Path(context.config.run.samples_from or ""))
+    if context.config.run.samples_from and other.has(SCORES):
+        other.refuse_damage(SCORES)
+        manifest = other.manifest(SCORES)
+        if manifest["inputs"] == {SAMPLES: context.run.fingerprint(SAMPLES)}:
+            return other.step(SCORES), manifest["settings"]
+    return other.path, {}
+
+
+def _describe_scores(reward: str, second: bool, context: Context, output_dir: Path, output: StepOutput) -> None:
+    import numpy as np
+
+    from cdpo_ray.curriculum.noise import score_noise
+    from cdpo_ray.rewards.score_table import read_scores
+
+    first_path = output_dir / score_file(reward)
+    if not first_path.is_file():  # made before; this is its second scoring
+        first_path = context.run.step(SCORES) / score_file(reward)
+    _, scores = read_scores(first_path, reward)
+    if second:
+        _, again = read_scores(output_dir / score_file(reward, second=True), reward)
+        noise = score_noise(scores[: len(again)], again)
+        output.details[f"noise_{reward}"] = noise if np.isfinite(noise) else None
+        log.info("score: `%s` scored %d prompts twice: its noise is %.4g", reward, len(again), noise)
+        return
+    num_bad = scores.size - int(np.isfinite(scores).sum())
+    output.counts["scores"] += scores.size
+    output.counts[f"not_finite_{reward}"] = num_bad
+    if num_bad:
+        output.warnings.append(f"{num_bad} of {scores.size} scores of `{reward}` are not finite; they form no pairs")
 
 
 def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
-    from cdpo_ray.curriculum.dataset import read_scores, write_stages
+    from cdpo_ray.curriculum.dataset import read_ranking_scores, write_stages
 
     config = context.config
     output.counts |= write_stages(
-        read_scores(context.run.step(SCORES), config.rewards.ranking_reward),
+        read_ranking_scores(context.run.step(SCORES), _ranking_rule(config)),
         output_dir,
         schedule=_schedule(config),
         pairs_per_stage=_pairs_per_stage(config),
@@ -167,7 +302,7 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
     if output.counts["prompts_without_pairs"]:
         output.warnings.append(
             f"{output.counts['prompts_without_pairs']} prompts form no pair: their scores are equal, or differ by no"
-            " more than `curriculum.min_score_gap`"
+            " more than `curriculum.min_score_gap` or `curriculum.min_gap_in_noise` allows"
         )
 
 
@@ -211,7 +346,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         reference_is_start=training.reference == "last_round",
         online=OnlineJob(
             str(context.run.step(SCORES).resolve()),
-            config.rewards.ranking_reward,
+            _ranking_rule(config),
             _schedule(config),
             _pairs_per_stage(config),
             config.curriculum.num_margin_draws,
@@ -233,11 +368,12 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 
 def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
+    from cdpo_ray.evaluation.labelled import LabelledSamples
     from cdpo_ray.evaluation.pool import evaluate_adapter
     from cdpo_ray.rewards.scorer import Scorer
 
     config = context.config
-    judges = {name: config.rewards.options(name) for name in config.evaluation.judges}
+    judges = config.evaluation_judges
     metrics = evaluate_adapter(
         context.prompts.heldout,
         output_dir,
@@ -245,11 +381,21 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         family=config.model.family,
         model=_model(config),
         sampling=_sampling(config, config.evaluation.images_per_prompt, config.run.seed),
-        judges=config.evaluation.judges,
+        judges=list(judges),
         make_scores=functools.partial(Scorer, judges),
+        num_margin_draws=config.evaluation.num_margin_draws,
+        guidance_range=config.training.guidance_range,
         generators=_pool(config.resources.generators),
         num_resamples=config.evaluation.num_bootstrap_resamples,
         seed=config.run.seed,
+        labelled=LabelledSamples(
+            context.run.step(SAMPLES),
+            fraction,
+            tuple(config.rewards.judges),
+            config.generation.images_per_batch,
+        )
+        if config.preferences and (fraction := config.prompts.heldout.fraction)
+        else None,
     )
     for judge, found in metrics["judges"].items():
         base, tuned, difference = found["base"], found["tuned"], found["difference"]
@@ -278,6 +424,7 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
         round=context.round,
         num_prompts=len(context.prompts.train),
         num_heldout=len(context.prompts.heldout),
+        ranking=config.rewards.ranking_sentence,
         curriculum=config.curriculum.sentence,
         training=run.manifest(TRAINING),
         metrics=json.loads((run.step(EVALUATION) / "metrics.json").read_text()) if run.has(EVALUATION) else None,
@@ -285,19 +432,24 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
     write_export(format_name, trained, model_card(facts, format_name, trained.denoiser_name), output_dir)
 
 
+IMPORT = Step(
+    "import",
+    SAMPLES,
+    lambda config: (
+        _section(config, "model", "preferences")
+        | {
+            "preferences.files": fingerprint(preference_source(config)),
+            "generation": config.generation.model_dump(include={"height", "width", "keep_images"}),
+        }
+    ),
+    (),
+    import_preferences,
+)
 STEPS = (
     Step(
         "generate",
         SAMPLES,
-        lambda config: (
-            _section(config, "model", "generation")
-            | _seed(config)
-            | {
-                "prompts.train": config.prompts.train.model_dump(),
-                "prompts.heldout.fraction": config.prompts.heldout.fraction,
-                "rewards.perturbation.max_masked_fraction": config.rewards.max_masked_fraction,
-            }
-        ),
+        lambda config: _sample_settings(config),
         (),
         generate,
         continues=True,
@@ -305,12 +457,10 @@ STEPS = (
     Step(
         "score",
         SCORES,
-        lambda config: {
-            "rewards": {"names": list(config.rewards.names)}
-            | {name: config.rewards.options(name) for name in config.rewards.names}
-        },
+        lambda config: _score_settings(config),
         (SAMPLES,),
         score,
+        grows=True,
     ),
     Step(
         "pairs",
@@ -320,6 +470,8 @@ STEPS = (
             | _seed(config)
             | {
                 "rewards.rank_by": config.rewards.ranking_reward,
+                "rewards.weights": config.rewards.ranking_weights,
+                "rewards.noise_prompts": config.rewards.noise_prompts,
                 "rewards.max_bad_fraction": config.rewards.max_bad_fraction,
                 "training.global_batch_size": config.training.global_batch_size,
             }
@@ -340,9 +492,11 @@ STEPS = (
         "evaluate",
         EVALUATION,
         lambda config: (
-            _section(config, "prompts", "model", "generation", "evaluation")
+            _section(config, "prompts", "model", "generation")
+            | {"evaluation": config.plain()["evaluation"] | {"judges": list(config.evaluation_judges)}}
             | _seed(config)
-            | {f"rewards.{name}": config.rewards.options(name) for name in config.evaluation.judges}
+            | {f"rewards.{name}": options for name, options in config.evaluation_judges.items()}
+            | {"prompts.heldout.sha256": _prompts_sha256(config.prompts.heldout)}
         ),
         (TRAINING,),
         evaluate,
@@ -350,9 +504,97 @@ STEPS = (
 )
 
 
+def steps_of(config: Config) -> tuple[Step, ...]:
+    """The steps of a configuration's way: images are generated, or imported with preferences."""
+    return (IMPORT, *STEPS[1:]) if config.preferences else STEPS
+
+
+def preference_source(config: Config) -> Source:
+    """Where the preferences of a configuration lie."""
+    assert config.preferences is not None, "asked of a config with preferences"
+    return Source(**config.preferences.model_dump(include={"path", "format", "columns", "difficulty"}))
+
+
+def preference_frame(config: Config) -> Any:
+    """What imported images are made to fit.
+
+    Raises:
+        ConfigError: the size is not given and cannot be known.
+    """
+    from cdpo_ray.models.sizes import sizes_of
+    from cdpo_ray.preferences.images import Frame
+
+    generation, preferences = config.generation, config.preferences
+    assert preferences is not None, "asked of a config with preferences"
+    sizes = sizes_of(config.model.family, config.model.path, generation.height, generation.width)
+    if sizes is None:
+        raise ConfigError("`generation.height` and `generation.width` must be given to import images for a hub model")
+    return Frame(sizes.height, sizes.width, preferences.max_image_bytes, preferences.max_image_pixels)
+
+
+def _sample_settings(config: Config) -> dict[str, Any]:
+    return (
+        _section(config, "model", "generation")
+        | _seed(config)
+        | {
+            "prompts.train": config.prompts.train.model_dump() if config.prompts.train else None,
+            "prompts.train.sha256": _prompts_sha256(config.prompts.train),
+            "prompts.heldout.fraction": config.prompts.heldout.fraction,
+            "rewards.perturbation.max_masked_fraction": config.rewards.max_masked_fraction,
+        }
+    )
+
+
+def _score_settings(config: Config) -> dict[str, Any]:
+    """What each file of the step was made with: a reward's scores, and its second scores."""
+    rewards = config.rewards
+    settings = {
+        part: rewards.noise_prompts if second else rewards.options(reward)
+        for part, (reward, second) in _score_parts(config).items()
+    }
+    if config.preferences:
+        settings[LABEL] = {"prompts.heldout.fraction": config.prompts.heldout.fraction}
+    return settings
+
+
+def _score_parts(config: Config) -> dict[str, tuple[str, bool]]:
+    """By its setting, the reward and whether it is its second scores."""
+    rewards = config.rewards
+    parts = {f"rewards.{name}": (name, False) for name in rewards.names}
+    if config.preferences:
+        parts[LABEL] = (LABEL, False)
+    return parts | {f"rewards.noise_prompts.{name}": (name, True) for name in rewards.names if rewards.noise_prompts}
+
+
+def _ranking_files(config: Config) -> list[str]:
+    scorings = (False, True) if config.rewards.noise_prompts else (False,)
+    files = [score_file(name, second=second) for second in scorings for name in config.rewards.ranking_weights]
+    return [*files, score_file(LABEL)] if config.preferences else files
+
+
+def _ranking_rule(config: Config) -> Any:
+    from cdpo_ray.curriculum.combination import RankingRule
+
+    rewards = config.rewards
+    return RankingRule(
+        rewards.ranking_reward,
+        rewards.ranking_weights,
+        with_noise=rewards.noise_prompts > 0,
+        with_labels=config.preferences is not None,
+    )
+
+
 def _section(config: Config, *names: str) -> dict[str, Any]:
     plain = config.plain()
     return {name: plain[name] for name in names}
+
+
+def prompt_source(section: PromptSource) -> sources.Source:
+    return sources.Source(**section.model_dump())
+
+
+def _prompts_sha256(section: PromptSource | None) -> str | None:
+    return sources.content_sha256(prompt_source(section)) if section else None
 
 
 def _seed(config: Config) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from cdpo_ray.errors import StoreError
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"  # beside unfinished work: what it was begun with
+HOW_TO_MEND = "delete the folder, restore the value, or choose another `run.name`"
 VERSIONS_KEPT = (
     "cdpo_ray",
     "torch",
@@ -37,8 +38,13 @@ VERSIONS_KEPT = (
 
 @dataclass
 class StepOutput:
-    """What a step hands to its manifest beside its files."""
+    """What a step hands to its manifest beside its files.
 
+    Attributes:
+        parts: which of its settings it is to work for: all, or those that were added to a step that grows.
+    """
+
+    parts: Sequence[str] = ()
     counts: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
@@ -99,26 +105,40 @@ class RunFolder:
             raise StoreError(f"{path}: is damaged ({error}); delete {path.parent} to make it anew") from None
         return result
 
-    def is_complete(self, folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+    def is_complete(
+        self, folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str], *, grows: bool = False
+    ) -> bool:
         """Whether the step is there, whole, and made from these settings and inputs.
+
+        Args:
+            grows: it may hold more than these settings ask for, and is not complete if it holds less.
 
         Raises:
             StoreError: it is there but was made with other settings or inputs, or a file is missing or altered.
         """
         if not self.has(folder):
             return False
-        self.refuse_difference(folder, settings, inputs)
+        made = self.manifest(folder)["settings"]
+        there = {name: value for name, value in settings.items() if not grows or name in made}
+        self.refuse_difference(folder, there, inputs, grows=grows)
         self.refuse_damage(folder)
-        return True
+        return len(there) == len(settings)
 
-    def refuse_difference(self, folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    def refuse_difference(
+        self, folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str], *, grows: bool = False
+    ) -> None:
         """Compare what a finished step was made from; reads its manifest alone.
+
+        Args:
+            grows: it may hold more than these settings ask for.
 
         Raises:
             StoreError: the step has not been done, or was made with other settings or inputs.
         """
         path, manifest = self.path / folder, self.manifest(folder)
-        _refuse_difference(path, "made", manifest["settings"], settings)
+        made = {name: value for name, value in manifest["settings"].items() if not grows or name in settings}
+        if changed := differences(made, settings):
+            raise StoreError(f"{path} was made with {changed}; {HOW_TO_MEND}")
         for name, fingerprint in inputs.items():
             if manifest["inputs"].get(name) != fingerprint:
                 raise StoreError(f"{path} was made from another {name}; delete {path} to make it anew")
@@ -136,21 +156,40 @@ class RunFolder:
             if _describe(path / name) != expected:
                 raise StoreError(f"{path / name}: was altered (its SHA-256 differs); delete {path} to make it anew")
 
-    def fingerprint(self, folder: str) -> str:
-        return str(self.manifest(folder)["fingerprint"])
+    def fingerprint(self, folder: str, files: Sequence[str] | None = None) -> str:
+        """What tells a finished step's files, or some of them, from others of the same names.
+
+        Raises:
+            StoreError: the step has not been done, or has no such file.
+        """
+        manifest = self.manifest(folder)
+        if files is None:
+            return str(manifest["fingerprint"])
+        if missing := [name for name in files if name not in manifest["files"]]:
+            raise StoreError(f"{self.path / folder}: has no {', '.join(missing)}; run the step that makes it first")
+        return _fingerprint({name: manifest["files"][name] for name in files})
 
     @contextlib.contextmanager
     def writing(
-        self, folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str], *, seed: int, resumable: bool
+        self,
+        folder: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        *,
+        seed: int,
+        resumable: bool,
+        grows: bool = False,
     ) -> Iterator[tuple[Path, StepOutput]]:
         """Write a step aside; when the block ends well, describe every file in the manifest and put it in place.
 
-        What an earlier attempt left is thrown away, unless the step is ``resumable`` and was begun alike.
+        What an earlier attempt left is thrown away, unless the step is ``resumable`` and was begun alike. What is
+        written of a finished step that ``grows`` joins its files, none of which may change.
 
         Raises:
             StoreError: a folder without manifest is in its place, or it was begun with other settings or inputs.
         """
-        if (self.path / folder).exists():  # the last rename would fail, when all the work is done
+        finished = self.manifest(folder) if grows and self.has(folder) else None
+        if (self.path / folder).exists() and not finished:  # the last rename would fail, when all the work is done
             raise StoreError(f"{self.path / folder}: is there without its {MANIFEST}; delete it to make it anew")
         aside = self.path / f"{folder}.partial"
         begun_with = {"settings": dict(settings), "inputs": dict(inputs)}
@@ -158,7 +197,8 @@ class RunFolder:
             begun = aside / SETTINGS
             if resumable and begun.is_file():
                 earlier = json.loads(begun.read_text())
-                _refuse_difference(aside, "begun", earlier["settings"], settings)
+                if changed := differences(earlier["settings"], settings):
+                    raise StoreError(f"{aside} was begun with {changed}; {HOW_TO_MEND}")
                 if earlier["inputs"] != inputs:
                     raise StoreError(f"{aside} was begun from other inputs; delete it to begin anew")
             else:
@@ -166,7 +206,7 @@ class RunFolder:
         aside.mkdir(exist_ok=True)
         (aside / SETTINGS).write_text(json.dumps(begun_with))
         started = time.monotonic()
-        output = StepOutput()
+        output = StepOutput(parts=[name for name in settings if not finished or name not in finished["settings"]])
         yield aside, output
         (aside / SETTINGS).unlink()
         files = {str(path.relative_to(aside)): _describe(path) for path in sorted(aside.rglob("*")) if path.is_file()}
@@ -174,7 +214,7 @@ class RunFolder:
             "step": folder,
             **begun_with,
             "files": files,
-            "fingerprint": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
+            "fingerprint": _fingerprint(files),
             "counts": output.counts,
             "warnings": output.warnings,
             "details": output.details,
@@ -188,8 +228,26 @@ class RunFolder:
             "seconds": round(time.monotonic() - started, 2),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        write_json(aside / MANIFEST, manifest)
-        aside.rename(self.path / folder)
+        if finished:
+            self._add(folder, aside, finished, manifest)
+        else:
+            write_json(aside / MANIFEST, manifest)
+            aside.rename(self.path / folder)
+
+    def _add(self, folder: str, aside: Path, finished: dict[str, Any], added: dict[str, Any]) -> None:
+        """Move files into a finished step; they count once the manifest, written last, names them."""
+        assert not set(added["files"]) & set(finished["files"]), "a file of a finished step never changes"
+        for name in added["files"]:
+            (self.path / folder / name).parent.mkdir(exist_ok=True)
+            (aside / name).replace(self.path / folder / name)
+        whole = finished | {key: finished[key] | added[key] for key in ("settings", "files", "details")}
+        whole["fingerprint"] = _fingerprint(whole["files"])
+        whole["warnings"] = finished["warnings"] + added["warnings"]
+        counts, more = finished["counts"], added["counts"]
+        whole["counts"] = {name: counts.get(name, 0) + more.get(name, 0) for name in counts | more}
+        whole["seconds"] = finished["seconds"] + added["seconds"]
+        write_json(self.path / folder / MANIFEST, whole)
+        shutil.rmtree(aside)
 
 
 def read_shards(folder: Path, columns: Sequence[str]) -> pa.Table:
@@ -197,9 +255,9 @@ def read_shards(folder: Path, columns: Sequence[str]) -> pa.Table:
     return pa.concat_tables(pq.read_table(path, columns=list(columns)) for path in sorted(folder.glob("*.parquet")))
 
 
-def shard_columns(folder: Path) -> list[str]:
-    """Names of the columns of a folder's Parquet shards."""
-    return list(pq.read_schema(min(folder.glob("*.parquet"))).names)
+def shard_schema(folder: Path) -> pa.Schema:
+    """Columns of a folder's Parquet shards."""
+    return pq.read_schema(min(folder.glob("*.parquet")))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -218,21 +276,30 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _refuse_difference(path: Path, verb: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def link(source: Path, target: Path) -> None:
+    """The same file in a second place, without a second copy where the disk allows."""
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one that knows no links
+        shutil.copyfile(source, target)
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between the settings that something was made with and those of a config; empty if nothing does."""
     before, after = flat(then), flat(now)
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    if changed:
-        difference = "; ".join(f"`{key}` = {before.get(key)}, config says {after.get(key)}" for key in changed)
-        raise StoreError(
-            f"{path} was {verb} with {difference}; delete the folder, restore the value, or choose another `run.name`"
-        )
+    return "; ".join(f"`{key}` = {before.get(key)}, config says {after.get(key)}" for key in changed)
+
+
+def _fingerprint(files: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings -> one, with keys as they are written on the command line: ``training.lora.rank``."""
     result: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             result.update(flat(value, f"{prefix}{key}."))
         else:
             result[f"{prefix}{key}"] = value

@@ -12,7 +12,7 @@ from cdpo_ray.config import Config, validate
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, attach_lora, save_lora
-from cdpo_ray.records import EVALUATION, TRAINING
+from cdpo_ray.records import EVALUATION, SCORES, TRAINING, score_file
 from cdpo_ray.run import round_folders
 from cdpo_ray.steps import STEPS
 
@@ -55,21 +55,24 @@ def write_run(
         train: writes what a round (1-based) trained into the folder given.
         metrics: content of a round's `metrics.json`; none leaves the run without evaluation.
     """
-    trained_before: dict[str, str] = {}
+    previous = None
     for number, run in enumerate(round_folders(config), start=1):
         run.path.mkdir(parents=True)
         for step in STEPS:
             if step.folder == EVALUATION and metrics is None:
                 continue
-            inputs = {name: run.fingerprint(name) for name in step.inputs} | (trained_before if step.continues else {})
+            inputs = step.fingerprints(config, run, previous)
             settings = step.settings(config)
             with run.writing(step.folder, settings, inputs, seed=config.run.seed, resumable=False) as (folder, output):
+                if step.folder == SCORES:
+                    for reward in config.rewards.names:
+                        (folder / score_file(reward)).touch()
                 if step.folder == TRAINING:
                     output.counts |= {"updates": 15, "pairs": 30}
                     train(number, folder)
                 if step.folder == EVALUATION and metrics:
                     (folder / "metrics.json").write_text(json.dumps(metrics(number)))
-        trained_before = {"the round before": run.fingerprint(TRAINING)}
+        previous = run
 
 
 def change(parameters: list[nn.Parameter], seed: int = 1, size: float = 0.05) -> None:

@@ -14,6 +14,11 @@ def broken(images: Tensor, prompts: Sequence[str]) -> np.ndarray:
     raise KeyError("no such thing")
 
 
+def noisy(images: Tensor, prompts: Sequence[str]) -> np.ndarray:
+    """Brightness as a judge sees it who never says the same twice, by a thousandth of the scale."""
+    return images.double().mean(dim=(1, 2, 3)).numpy() / 255 + np.random.default_rng().normal(0, 1e-3, len(prompts))
+
+
 def sometimes_missing(images: Tensor, prompts: Sequence[str]) -> np.ndarray:
     """The first image of each prompt has no score."""
     scores = images.float().mean(dim=(1, 2, 3)).numpy().astype(float)

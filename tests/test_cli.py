@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from finished_runs import config_of, write_run
 
 from cdpo_ray.cli import VERBS, main
-from cdpo_ray.steps import STEPS
+from cdpo_ray.steps import IMPORT, STEPS
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
@@ -53,16 +55,52 @@ def test_help_lists_the_verbs_in_the_datas_order(capsys: pytest.CaptureFixture[s
     text = capsys.readouterr().out
     places = [text.index(f"\n    {verb} ") for verb in VERBS]
     assert places == sorted(places)
-    assert list(VERBS) == ["check", "run", *(step.verb for step in STEPS), "report", "export"]
+    generate, *others = (step.verb for step in STEPS)
+    assert list(VERBS) == ["check", "run", generate, IMPORT.verb, *others, "report", "export", "compare"]
 
 
-@pytest.mark.parametrize("arguments", [[], ["dance", "x.yaml"], ["run"]])
+@pytest.mark.parametrize("arguments", [[], ["dance", "x.yaml"], ["run"], ["compare", "runs/one"]])
 def test_a_command_that_is_none_exits_with_2_and_usage(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
         main(arguments)
     assert capsys.readouterr().err.startswith("usage: cdpo")
+
+
+def test_compare_takes_run_folders_around_its_options_and_says_which_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", f"{tmp_path}/one", "--out", str(tmp_path), f"{tmp_path}/two"]) == 2
+    assert capsys.readouterr().err.startswith(f"StoreError: {tmp_path}/one/5-evaluation: not there, or not finished")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_that_changed_since_they_were_used_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"train": tmp_path / "train.txt", "heldout": tmp_path / "heldout.txt"}
+    for path, lines in zip(files.values(), ("a cat\na dog\n", "a cow\n"), strict=True):
+        path.write_text(lines)
+    config = config_of(
+        tmp_path / "runs",
+        "embedded",
+        prompts={side: {"source": str(path)} for side, path in files.items()},
+        run={"name": "kept", "dir": str(tmp_path / "runs")},
+    )
+    write_run(config, lambda number, folder: None, lambda number: {})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    for verb, side, folder in (("evaluate", "heldout", "5-evaluation"), ("generate", "train", "1-samples")):
+        assert main([verb, str(tmp_path / "config.yaml")]) == 0
+        with files[side].open("a") as handle:
+            handle.write("a bird\n" if side == "train" else "a fish\n")
+        capsys.readouterr()
+        assert main([verb, str(tmp_path / "config.yaml")]) == 2
+        assert (
+            capsys.readouterr()
+            .err.split("\n")[-2]
+            .startswith(f"StoreError: {tmp_path}/runs/kept/{folder} was made with `prompts.{side}.sha256` = ")
+        )
 
 
 def test_steps_read_only_what_earlier_steps_wrote() -> None:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 import cdpo_ray
-from cdpo_ray.config import REWARD_NAMES, Config, load_config, parse_yaml, validate
+from cdpo_ray.config import COMBINATIONS, REWARD_NAMES, Config, load_config, parse_yaml, validate
 from cdpo_ray.curriculum.schedule import Schedule
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.rewards import REWARDS
@@ -65,8 +65,8 @@ def test_all_faults_are_told_at_once_in_the_words_of_the_design(tmp_path: Path) 
         "  `evaluation.judges` is missing",
         "  `generation.images_per_prompt` must be >= 2, got 1",
         "  `generation.height` must be a multiple of 8, got 30",
-        "  `rewards.names.0` must be one of 'clip', 'hpsv2', 'pickscore', 'aesthetic', 'jpeg_size', 'oracle',"
-        " 'oracle_strict' or 'module:function', got 'pickscor'; did you mean 'pickscore'?",
+        f"  `rewards.names.0` must be one of {', '.join(map(repr, REWARD_NAMES))} or 'module:function', got 'pickscor';"
+        " did you mean 'pickscore'?",
         "  `model.dtype` must be 'float32', 'bfloat16' or 'float16', got 'float8'",
         "  `training.beta` must be > 0, got 0",
         "  unknown key `training.bta`; did you mean `training.beta`?",
@@ -147,15 +147,13 @@ def test_the_papers_schedule_is_the_default() -> None:
     ("ranked_by", "min_score_gap"),
     [("clip", 0.1), ("my:hpsv2", 0.1), ("hpsv2", 0.02), ("vlm_alignment", 0.02), ("aesthetic", 0.2)],
 )
-def test_the_released_codes_preset_fills_what_is_not_given(
-    ranked_by: str, min_score_gap: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cdpo_ray.config.REWARD_NAMES", (*REWARD_NAMES, "vlm_alignment"))
-    preset = (
+def test_the_released_codes_preset_fills_what_is_not_given(ranked_by: str, min_score_gap: float) -> None:
+    preset = [
         "curriculum={preset: released-code, updates_per_stage: 5}",
         f"rewards=[{ranked_by}]",
         f"rewards.aesthetic.head={QUICKSTART}",
-    )
+        "rewards.vlm_alignment={captioner: ., sentence_encoder: .}",
+    ]
     config = load_config(QUICKSTART, preset)
     curriculum = config.curriculum
     assert (curriculum.measure, curriculum.boundaries, curriculum.pacing) == ("score_gap", "linear", "cumulative")
@@ -170,6 +168,55 @@ def test_the_released_codes_preset_fills_what_is_not_given(
 def test_the_released_codes_preset_goes_by_the_reward_that_ranks() -> None:
     ranked = ("rewards=[clip,hpsv2]", "rewards.rank_by=hpsv2", "curriculum.preset=released-code")
     assert load_config(QUICKSTART, ranked).curriculum.min_score_gap == 0.02
+
+
+def test_the_released_codes_preset_knows_no_near_tie_of_combined_scores() -> None:
+    ranked = ("rewards=[clip,jpeg_size]", "rewards.rank_by=pareto", "curriculum.preset=released-code")
+    assert load_config(QUICKSTART, ranked).curriculum.min_score_gap == 0
+
+
+@pytest.mark.parametrize("rank_by", COMBINATIONS)
+def test_every_reward_with_a_weight_has_a_say_in_a_combination(rank_by: str) -> None:
+    ranked = ["rewards=[clip,jpeg_size,oracle]", f"rewards.rank_by={rank_by}"]
+    assert load_config(QUICKSTART, ranked).rewards.ranking_weights == {"clip": 1, "jpeg_size": 1, "oracle": 1}
+    weights = "rewards.weights={jpeg_size: -0.2, oracle: 0}"
+    if rank_by == "weighted_sum":
+        rewards = load_config(QUICKSTART, [*ranked, weights]).rewards
+        assert rewards.ranking_weights == {"clip": 1, "jpeg_size": -0.2}
+        assert rewards.ranking_sentence == "weighted_sum of 1 clip, -0.2 jpeg_size"
+    else:
+        assert refused(*ranked, weights) == [f"rewards: `weights` belong to `rank_by` 'weighted_sum', got '{rank_by}'"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (
+            ("rewards.rank_by=pareto",),
+            "rewards: `rank_by` 'pareto' needs two rewards with a say, got ['clip']; name more",
+        ),
+        (
+            ("rewards=[clip,jpeg_size]", "rewards.rank_by=weighted_sum", "rewards.weights={oracle: 1}"),
+            "rewards: `weights` must be of `names` ['clip', 'jpeg_size'], got ['oracle']",
+        ),
+        (
+            ("curriculum.min_gap_in_noise=2",),
+            "`curriculum.min_gap_in_noise` needs `rewards.noise_prompts`, prompts to score twice",
+        ),
+        (
+            ("run.samples_from=runs/other", "rounds=2"),
+            "`run.samples_from` gives the images of one round, but `rounds` is 2; leave one out",
+        ),
+    ],
+)
+def test_what_a_ranking_lacks_is_told(overrides: tuple[str, ...], fault: str) -> None:
+    assert refused(*overrides) == [fault]
+
+
+def test_a_misspelt_ranking_is_told_what_there_is() -> None:
+    (fault,) = refused("rewards.rank_by=paretto")
+    assert "'perturbation', 'preference', 'weighted_sum', 'mean_rank', 'pareto' or" in fault
+    assert fault.endswith("got 'paretto'; did you mean 'pareto'?")
 
 
 def test_plain_dpo_draws_from_all_pairs_in_every_stage() -> None:
@@ -292,7 +339,7 @@ def test_the_short_form_of_rewards_sets_their_names() -> None:
 def test_the_first_reward_ranks_unless_another_is_named() -> None:
     assert load_config(QUICKSTART, ["rewards=[jpeg_size,clip]"]).rewards.ranking_reward == "jpeg_size"
     assert refused("rewards.rank_by=oracle") == [
-        "rewards: `rank_by` must be one of `names` ['clip'], got 'oracle'",
+        "rewards: `rank_by` must be one of `names` ['clip'], or 'weighted_sum', 'mean_rank', 'pareto', got 'oracle'",
     ]
     assert refused("rewards=[clip,clip]") == ["rewards: `names` must not repeat a reward, got ['clip', 'clip']"]
 
@@ -345,6 +392,53 @@ def test_a_clip_checkpoint_must_be_a_file_or_a_pinned_hub_id(tmp_path: Path) -> 
     assert load_config(QUICKSTART, there).rewards.clip.architecture == "ViT-B-32"
 
 
+def test_imagereward_says_what_it_lacks_only_where_it_is_used(tmp_path: Path) -> None:
+    fault = (
+        "`rewards.imagereward.sha256` must be that of ImageReward.pt: the hub shows it on the file's page, and"
+        " `sha256sum` tells it of a file"
+    )
+    assert refused("rewards=[clip,imagereward]") == refused("evaluation.judges=[imagereward]") == [fault]
+    (tmp_path / "vocab.txt").touch()
+    options = f"{{sha256: {'b' * 64}, vocabulary: {tmp_path / 'vocab.txt'}, vocabulary_revision: null}}"
+    given = load_config(QUICKSTART, ["rewards=[imagereward]", f"rewards.imagereward={options}"]).rewards
+    assert given.options("imagereward") == {
+        "checkpoint": "zai-org/ImageReward",
+        "revision": "5736be03b2652728fb87788c9797b0570450ab72",
+        "sha256": "b" * 64,
+        "vocabulary": str(tmp_path / "vocab.txt"),
+        "vocabulary_revision": None,
+    }
+
+
+def test_vlm_alignment_needs_a_captioner_only_where_it_is_used() -> None:
+    assert refused("rewards=[vlm_alignment]") == [
+        "`rewards.vlm_alignment` must have a `captioner` (a folder or a hub id), or an `endpoint`"
+    ]
+    endpoint = "rewards.vlm_alignment.endpoint={url: 'http://localhost:8000/v1', model: a-vlm}"
+    given = load_config(QUICKSTART, ["rewards=[vlm_alignment]", endpoint]).rewards.options("vlm_alignment")
+    assert given["endpoint"]["timeout_seconds"] == 60 and given["captioner"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ("captioner: ., endpoint: {url: 'http://a/v1', model: m}", "`captioner` and `endpoint` are two ways"),
+        ("captioner: ./nowhere/at/all", "`captioner` must be an existing folder or a hub id, got './nowhere/at/all'"),
+        ("captioner: some/one, captioner_revision: main", "`captioner_revision` must be a commit of 40 hex digits"),
+        ("sentence_encoder_revision: null", "`sentence_encoder_revision` must be a commit of 40 hex digits"),
+    ],
+)
+def test_the_models_of_vlm_alignment_are_here_or_pinned(options: str, fault: str) -> None:
+    (found,) = refused(f"rewards.vlm_alignment={{{options}}}")
+    assert found.startswith(f"rewards.vlm_alignment: {fault}")
+
+
+@pytest.mark.parametrize("url", ["ftp://a/v1", "a/v1", "http://me:secret@a/v1", "http://a/v1?key=secret"])
+def test_an_endpoint_is_a_plain_url_without_a_secret_in_it(url: str) -> None:
+    (fault,) = refused(f"rewards.vlm_alignment.endpoint={{url: '{url}', model: m}}")
+    assert fault.startswith("`rewards.vlm_alignment.endpoint.url` must ")
+
+
 @pytest.mark.parametrize(
     ("reward", "key", "kind"),
     [
@@ -352,10 +446,12 @@ def test_a_clip_checkpoint_must_be_a_file_or_a_pinned_hub_id(tmp_path: Path) -> 
         ("pickscore", "checkpoint", "folder"),
         ("pickscore", "processor", "folder"),
         ("aesthetic", "checkpoint", "folder"),
+        ("imagereward", "checkpoint", "file"),
+        ("imagereward", "vocabulary", "file"),
     ],
 )
 def test_published_weights_are_a_pinned_hub_id_or_lie_here(reward: str, key: str, kind: str, tmp_path: Path) -> None:
-    revision_key = {"checkpoint": "revision", "processor": "processor_revision"}[key]
+    revision_key = "revision" if key == "checkpoint" else f"{key}_revision"
     where = f"rewards.{reward}"
     here = tmp_path if kind == "folder" else tmp_path / "weights.pt"
     (tmp_path / "weights.pt").touch()
@@ -368,7 +464,7 @@ def test_published_weights_are_a_pinned_hub_id_or_lie_here(reward: str, key: str
     ]
 
 
-@pytest.mark.parametrize("key", ["hpsv2.sha256", "aesthetic.head_sha256"])
+@pytest.mark.parametrize("key", ["hpsv2.sha256", "aesthetic.head_sha256", "imagereward.sha256"])
 def test_a_checksum_is_64_hex_digits(key: str) -> None:
     assert refused(f"rewards.{key}={'A' * 64}") == [f"`rewards.{key}` must match ^[0-9a-f]{{64}}$, got '{'A' * 64}'"]
 
@@ -398,7 +494,7 @@ def test_pairs_per_launch_is_the_share_of_a_worker_unless_it_is_given() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("prompts.train={count: 3}",), "`train.source` must name a prompt set or a text file"),
+        (("prompts.train={count: 3}",), "`train.source` must name a prompt set, a file or a hub data set"),
         (("prompts.heldout={count: 3}",), "`heldout` must have either `source` or `fraction`"),
         (("prompts.heldout={source: scenes, fraction: 0.5}",), "`heldout` must have either `source` or `fraction`"),
         (("prompts.train={source: scenes, fraction: 0.5}",), "`fraction` belongs to `heldout`"),
@@ -407,6 +503,33 @@ def test_pairs_per_launch_is_the_share_of_a_worker_unless_it_is_given() -> None:
 def test_both_sides_of_the_prompts_must_be_said(overrides: tuple[str, ...], message: str) -> None:
     (fault,) = refused(*overrides)
     assert fault.startswith(f"prompts: {message}")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("file: a.csv", "`revision` must be a commit of 40 hex digits for a hub id, got None"),
+        ("file: a.csv, revision: main", "`revision` must be a commit of 40 hex digits for a hub id, got 'main'"),
+        (f"revision: {'0f' * 20}", "`file` must name a file within the hub data set, got None"),
+        (f"file: ../a.csv, revision: {'0f' * 20}", "`file` must name a file within the hub data set, got '../a.csv'"),
+    ],
+)
+def test_a_hub_data_set_is_pinned_and_its_file_within_it(keys: str, message: str) -> None:
+    assert refused(f"prompts.train={{source: some/prompts, {keys}}}") == [f"prompts.train: {message}"]
+
+
+def test_a_pinned_hub_data_set_is_taken_and_no_other_source_has_a_revision() -> None:
+    pinned = f"file: data/a.csv, revision: {'0f' * 20}"
+    train = load_config(QUICKSTART, [f"prompts.train={{source: some/prompts, {pinned}}}"]).prompts.train
+    assert (train.source, train.file, train.revision, train.column) == (
+        "some/prompts",
+        "data/a.csv",
+        "0f" * 20,
+        "prompt",
+    )
+    assert refused(f"prompts.train={{source: prompts.csv, {pinned}}}") == [
+        "prompts.train: `file` and `revision` are of a hub data set, but `source` is no hub id: 'prompts.csv'"
+    ]
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-flag", "a b"])
@@ -495,3 +618,45 @@ def test_perturbation_ranks_images_but_cannot_judge_them() -> None:
     assert load_config(QUICKSTART).rewards.max_masked_fraction is None
     (fault,) = refused("evaluation.judges=[perturbation]")
     assert fault.startswith("`evaluation.judges.0` must be one of 'clip', ")
+
+
+JUDGED = ("prompts.train=null", "preferences={path: set.parquet, format: pickapic}")
+
+
+def test_preferences_take_the_place_of_training_prompts_and_of_generated_images() -> None:
+    pairs = (*JUDGED, "curriculum.measure=score_gap_quantile")
+    config = load_config(QUICKSTART, (*pairs, "rewards.names=[preference,clip]", "rewards.rank_by=clip"))
+    assert (config.rewards.ranking_reward, list(config.rewards.judges)) == ("clip", ["clip"])
+    assert validate(yaml.safe_load(yaml.safe_dump(config.plain())), where="plain") == config
+    assert load_config(QUICKSTART, (*JUDGED, "curriculum.order=none")).preferences is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (JUDGED[:1], "`prompts.train` is missing"),
+        (JUDGED[1:], "`prompts.train` must not be given with `preferences`"),
+        (JUDGED, "`curriculum.measure` must not be 'rank_gap' for pairs, which have a rank gap of 1 alone; choose"),
+        ((*JUDGED, "rounds=2"), "`rounds` must not be given with `preferences`"),
+        ((*JUDGED, "run.samples_from=runs/other"), "`run.samples_from` must not be given with `preferences`"),
+        ((*JUDGED, "rewards=[perturbation]"), "`rewards.names 'perturbation'` must not be given with `preferences`"),
+        (("rewards=[preference]",), "`rewards.names` 'preference' needs a section `preferences`"),
+        ((*JUDGED, "preferences.format=ranked_folders"), "`rewards.rank_by` must be 'preference' for ranked folders"),
+        (
+            (*JUDGED, "preferences.format=ranked_folders", "preferences.difficulty=score"),
+            "preferences: `columns` and `difficulty` belong to tables; folders are ranked by their images' names",
+        ),
+        (
+            (*JUDGED, "preferences.format=pickapick"),
+            "`preferences.format` must be 'pickapic', 'pairs' or 'ranked_folders'",
+        ),
+    ],
+)
+def test_what_does_not_go_with_preferences_is_refused(overrides: tuple[str, ...], fault: str) -> None:
+    assert any(fault in found for found in refused(*overrides))
+
+
+def test_the_runs_own_rewards_judge_held_out_images_too() -> None:
+    config = load_config(QUICKSTART, ("rewards=[perturbation,clip,jpeg_size]", "rewards.jpeg_size.quality=40"))
+    assert list(config.evaluation_judges) == ["clip", "jpeg_size", "oracle", "oracle_strict"]
+    assert config.evaluation_judges["jpeg_size"] == {"quality": 40}

@@ -75,6 +75,8 @@ def test_a_family_walks_the_whole_way_and_its_lora_makes_the_judged_images_in_th
         stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config, clip_sample=False)
     stock.set_progress_bar_config(disable=True)
     rows = pq.read_table(run.step("5-evaluation") / "comparison.parquet").to_pylist()
+    implicit = [row["implicit_value"] for row in rows]
+    assert np.isfinite(implicit).all() and len(set(implicit)) == len(rows)
     shape = (LATENT_CHANNELS[family], 8, 8)
     noise = torch.stack([noise_at(shape, 3, "image", row["prompt"], row["sample_index"]) for row in rows])
     latents = FluxPipeline._pack_latents(noise, *noise.shape) if family == "flux" else noise

@@ -13,7 +13,7 @@ from cdpo_ray.plan import make_plan, same_beta_elsewhere
 from cdpo_ray.prompts.sources import PromptSplit
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-PROMPTS = PromptSplit([f"t{i}" for i in range(6)], [f"h{i}" for i in range(4)], num_doubled=2, num_empty=1)
+PROMPTS = PromptSplit([f"t{i}" for i in range(6)], [f"h{i}" for i in range(4)], 17, num_doubled=2, num_empty=1)
 
 
 def config(*overrides: str) -> Config:
@@ -85,7 +85,7 @@ def test_growing_lora_is_told_stage_by_stage() -> None:
 
 def test_images_updates_and_launches_are_those_that_one_can_count() -> None:
     plan = str(make_plan(config("training.batch_size_per_worker=4", "training.beta=250"), PROMPTS))
-    assert numbers(line_of(plan, "prompts")) == [6, 4, 2, 1]
+    assert numbers(line_of(plan, "prompts")) == [6, 4, 17, 2, 1, 17 - 6 - 4 - 2 - 1]
     assert numbers(line_of(plan, "generation"))[:3] == [6 * 8, 8, 10]
     updates, batch, workers, launches, pairs, zero = numbers(line_of(plan, "training"))
     assert (updates, batch, workers, pairs, zero) == (4 * 50, 16, 2, 4, 0)

@@ -22,6 +22,8 @@ from cdpo_ray.config import Config, validate
 from cdpo_ray.errors import CurriculumError, RewardError, StoreError
 from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import noise_at, seed_of
+from cdpo_ray.records import score_file
+from cdpo_ray.rewards.score_table import read_scores
 from cdpo_ray.run import round_folders, run_steps, write_reports
 from cdpo_ray.session import ray_session
 from cdpo_ray.steps import STEPS
@@ -93,6 +95,10 @@ def pngs(run: RunFolder) -> list[list[bytes]]:
     return read_shards(run.step("1-samples"), ["images"])["images"].to_pylist()
 
 
+def scores_of(run: RunFolder, reward: str) -> np.ndarray:
+    return read_scores(run.step("2-scores") / score_file(reward), reward)[1]
+
+
 def pairs(run: RunFolder) -> list[dict[str, list[Any]]]:
     return [pq.read_table(path).to_pydict() for path in sorted(run.step("3-stages").glob("stage-*/*.parquet"))]
 
@@ -109,8 +115,7 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 def test_every_step_leaves_a_manifest_that_is_true(finished: tuple[Config, RunFolder]) -> None:
     config, run = finished
     for step in STEPS:
-        inputs = {folder: run.fingerprint(folder) for folder in step.inputs}
-        assert run.is_complete(step.folder, step.settings(config), inputs)
+        assert run.is_complete(step.folder, step.settings(config), step.fingerprints(config, run))
     assert run.manifest("1-samples")["counts"]["images"] == 20
     assert run.manifest("4-training")["counts"] == {"updates": 10, "pairs": 40}
     assert (run.path / "report.html").stat().st_size > 10_000
@@ -118,7 +123,7 @@ def test_every_step_leaves_a_manifest_that_is_true(finished: tuple[Config, RunFo
 
 def test_stages_are_sorted_by_difficulty_and_hold_what_training_saw(finished: tuple[Config, RunFolder]) -> None:
     _, run = finished
-    scores = pq.read_table(run.step("2-scores") / "scores.parquet")["score_jpeg_size"].to_numpy().reshape(5, 4)
+    scores = scores_of(run, "jpeg_size")
     described = json.loads((run.step("3-stages") / "stages.json").read_text())
     for stage, smallest in ((1, 2), (2, 1)):
         table = pq.read_table(run.step("3-stages") / f"stage-{stage}").to_pydict()
@@ -271,32 +276,47 @@ def test_a_lora_grows_alike_with_and_without_zero(trained_embedded: RunFolder, e
 def test_scores_do_not_depend_on_where_judges_stand(
     finished: tuple[Config, RunFolder], tiny_sd15: Path, tmp_path: Path
 ) -> None:
-    expected = pq.read_table(finished[1].step("2-scores") / "scores.parquet")
+    expected = pq.read_table(finished[1].step("2-scores") / "jpeg_size.parquet")
     pool = run_steps(make_config(tiny_sd15, tmp_path, "pool", rewards__placement="pool"), steps_until("score"))
-    assert pq.read_table(pool.step("2-scores") / "scores.parquet").equals(expected)
+    assert pq.read_table(pool.step("2-scores") / "jpeg_size.parquet").equals(expected)
     assert pngs(pool) == pngs(finished[1])
 
 
-def test_another_reward_is_scored_without_generating_even_if_no_image_was_kept(tiny_sd15: Path, tmp_path: Path) -> None:
-    config = make_config(tiny_sd15, tmp_path, generation__keep_images=False)
-    run = run_steps(config, steps_until("score"))
+def test_another_reward_joins_a_run_and_ranks_another_without_generating_even_if_no_image_was_kept(
+    tiny_sd15: Path, tmp_path: Path
+) -> None:
+    def config_of(*names: str, **rewards: Any) -> Config:
+        rewards = {"names": [*names], **rewards}
+        return make_config(tiny_sd15, tmp_path, generation__keep_images=False, rewards=rewards)
+
+    run = run_steps(config_of("jpeg_size"), steps_until("pairs"))
     assert "images" not in pq.read_schema(next(run.step("1-samples").glob("*.parquet"))).names
-    made = run.manifest("1-samples")["created"]
-    first = pq.read_table(run.step("2-scores") / "scores.parquet")["score_jpeg_size"]
-    (run.path / "2-scores").rename(tmp_path / "earlier")
-    again = make_config(
-        tiny_sd15,
-        tmp_path,
-        generation__keep_images=False,
-        rewards__names=["jpeg_size"],
-        rewards__jpeg_size={"quality": 50},
-    )
-    run_steps(again, steps_until("score"))
-    assert run.manifest("1-samples")["created"] == made
-    assert run.manifest("2-scores")["counts"]["scores_computed_now"] == 20
-    second = pq.read_table(run.step("2-scores") / "scores.parquet")["score_jpeg_size"]
-    assert np.corrcoef(first.to_numpy(), second.to_numpy())[0, 1] > 0.5
-    assert not np.array_equal(first, second)
+    made = {step: run.fingerprint(step) for step in ("1-samples", "3-stages")}
+    first = scores_of(run, "jpeg_size")
+    more = config_of("jpeg_size", "own_rewards:noisy", noise_prompts=3)
+    run_steps(more, [step for step in STEPS if step.verb == "score"])
+    assert run.manifest("2-scores")["counts"]["scores_computed_now"] == 20 + 2 * 3 * 4
+    run_steps(config_of("jpeg_size"), steps_until("pairs"))
+    assert {step: run.fingerprint(step) for step in made} == made
+    assert (scores_of(run, "jpeg_size") == first).all()
+    noise = run.manifest("2-scores")["details"]
+    assert noise["noise_jpeg_size"] == 0
+    assert 0.4e-3 < noise["noise_own_rewards:noisy"] < 2e-3  # a thousandth, as 12 differences tell it
+    with pytest.raises(StoreError, match=r"2-scores was made with `rewards.jpeg_size.quality` = 90, config says 50"):
+        run_steps(config_of("jpeg_size", jpeg_size={"quality": 50}), steps_until("score"))
+
+    changes = {
+        "rewards": {**more.rewards.model_dump(), "rank_by": "own_rewards:noisy"},
+        "generation__keep_images": False,
+    }
+    other = make_config(tiny_sd15, tmp_path, "other", run__samples_from=str(run.path), **changes)
+    reranked = run_steps(other, steps_until("pairs"))
+    assert reranked.fingerprint("1-samples") == made["1-samples"]
+    assert reranked.manifest("2-scores")["counts"]["scores_computed_now"] == 0
+    marked = [pair for stage in pairs(reranked) for pair in zip(stage["score_gap"], stage["within_noise"], strict=True)]
+    (gap_noise,) = {stage["gap_noise"] for stage in json.loads((reranked.step("3-stages") / "stages.json").read_text())}
+    assert gap_noise > 0 and all(within == (gap <= gap_noise) for gap, within in marked)
+    assert reranked.manifest("3-stages")["counts"]["pairs_drawn_within_noise"] == sum(within for _, within in marked)
 
 
 def test_changed_setting_is_refused_with_the_difference(finished: tuple[Config, RunFolder], tiny_sd15: Path) -> None:
@@ -485,7 +505,6 @@ def test_images_ranked_by_how_much_of_their_prompt_was_masked_need_no_judge(
     )
     run = run_steps(config, steps_until("pairs"))
     assert run.manifest("2-scores")["counts"]["scores_computed_now"] == 0
-    table = pq.read_table(run.step("2-scores") / "scores.parquet")
-    assert table["score_perturbation"].to_pylist() == [0, -23 / 77, -46 / 77, -69 / 77] * 5
+    assert scores_of(run, "perturbation").tolist() == [[0, -23 / 77, -46 / 77, -69 / 77]] * 5
     pairs = pq.read_table(run.step("3-stages") / "stage-2").to_pydict()
     assert all(chosen < rejected for chosen, rejected in zip(pairs["chosen"], pairs["rejected"], strict=True))

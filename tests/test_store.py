@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cdpo_ray.errors import StoreError
-from cdpo_ray.store import MANIFEST, RunFolder, read_shards, write_json
+from cdpo_ray.store import MANIFEST, RunFolder, link, read_shards, write_json
 
 STEP = "1-samples"
 SETTINGS = {"model": {"path": "embedded", "dtype": "float32"}, "run.seed": 0}
@@ -252,6 +252,83 @@ def test_a_folder_that_cannot_be_written_is_a_store_error(tmp_path: Path, place:
         RunFolder(tmp_path / place).locked(),
     ):
         pytest.fail("there is no such folder")
+
+
+GROWN = {"clip": {"size": 8}, "oracle": {}}
+
+
+def score(run: RunFolder, settings: dict = GROWN) -> list[str]:
+    """Write a file for each part that is not there yet; returns which those were."""
+    with run.writing(STEP, settings, {"in": "1"}, seed=0, resumable=False, grows=True) as (folder, output):
+        for part in output.parts:
+            (folder / "inner").mkdir(exist_ok=True)
+            (folder / "inner" / part).write_text(f"{part} {settings[part]}")
+        output.counts["scores"] = len(output.parts)
+        output.details |= dict.fromkeys(output.parts, 1)
+    return list(output.parts)
+
+
+def is_done(run: RunFolder, settings: dict = GROWN) -> bool:
+    return run.is_complete(STEP, settings, {"in": "1"}, grows=True)
+
+
+def test_a_step_that_grows_makes_what_it_lacks_and_leaves_what_it_has(run: RunFolder) -> None:
+    clip = {"clip": {"size": 8}}
+    assert score(run, clip) == ["clip"]
+    before = run.fingerprint(STEP, ["inner/clip"])
+    written = (run.path / STEP / "inner" / "clip").stat()
+    assert is_done(run, clip) and not is_done(run)
+    assert score(run) == ["oracle"]
+    assert is_done(run) and is_done(run, clip) and is_done(run, {"oracle": {}})
+    assert run.fingerprint(STEP, ["inner/clip"]) == before != run.fingerprint(STEP)
+    assert (run.path / STEP / "inner" / "clip").stat() == written
+    manifest = run.manifest(STEP)
+    assert (manifest["counts"], manifest["details"]) == ({"scores": 2}, {"clip": 1, "oracle": 1})
+    assert sorted(path.name for path in run.path.iterdir()) == [STEP]
+
+
+def test_a_part_that_was_made_otherwise_is_refused_and_one_that_was_never_made_is_a_difference(run: RunFolder) -> None:
+    score(run, {"clip": {"size": 8}})
+    with pytest.raises(StoreError, match=r"was made with `clip\.size` = 8, config says 9"):
+        is_done(run, {"clip": {"size": 9}, "oracle": {}})
+    with pytest.raises(StoreError, match=r"was made with `oracle` = None, config says \{\}"):
+        run.refuse_difference(STEP, GROWN, {"in": "1"}, grows=True)
+    with pytest.raises(StoreError, match=r"1-samples: has no inner/oracle; run the step that makes it first"):
+        run.fingerprint(STEP, ["inner/clip", "inner/oracle"])
+
+
+def test_a_stop_before_the_manifest_leaves_a_grown_step_as_it_was(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score(run, {"clip": {"size": 8}})
+    before = run.manifest(STEP)
+
+    def stop(path: Path, value: object) -> None:
+        raise OSError("stopped here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cdpo_ray.store.write_json", stop)
+        with pytest.raises(OSError, match="stopped here"):
+            score(run)
+    assert (run.path / STEP / "inner" / "oracle").is_file()
+    assert run.manifest(STEP) == before
+    assert is_done(run, {"clip": {"size": 8}}) and not is_done(run)
+    assert score(run) == ["oracle"] and is_done(run)
+
+
+def test_a_linked_file_is_the_same_file_and_a_copy_where_links_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one").write_text("text")
+    link(tmp_path / "one", tmp_path / "linked")
+    assert (tmp_path / "linked").samefile(tmp_path / "one")
+
+    def another_disk(source: Path, target: Path) -> None:
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", another_disk)
+    link(tmp_path / "one", tmp_path / "copied")
+    assert (tmp_path / "copied").read_text() == "text" and not (tmp_path / "copied").samefile(tmp_path / "one")
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

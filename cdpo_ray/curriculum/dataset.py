@@ -1,7 +1,8 @@
-"""Ray Data: the drawn pairs of each stage, written easy to hard."""
+"""Ray Data: scores -> the drawn pairs of each stage, written easy to hard."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
+from cdpo_ray.curriculum.combination import RankingRule
 from cdpo_ray.curriculum.drawing import sort_by_difficulty
 from cdpo_ray.curriculum.explanation import describe_stage
-from cdpo_ray.curriculum.pairs import PairBatch, PairSet
+from cdpo_ray.curriculum.labels import where_labels_agree
+from cdpo_ray.curriculum.noise import gap_noise
+from cdpo_ray.curriculum.pairs import AdmittedPairs, PairBatch, PairSet
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.errors import CurriculumError
 from cdpo_ray.generation.pool import write_shards
-from cdpo_ray.records import score_column
+from cdpo_ray.records import LABEL, score_file
+from cdpo_ray.rewards.score_table import read_scores
 from cdpo_ray.store import write_json
 
 log = logging.getLogger(__name__)
@@ -24,18 +29,60 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores of the ranking reward: ``prompt_index [prompt]``, ``scores [prompt, sample]``."""
+    """Scores that rank.
+
+    Attributes:
+        prompt_index: ``[prompt]``.
+        scores: ``[prompt, sample]``; NaN is set aside.
+        gap_noise: of the scores, if it is known.
+        num_excused: NaNs that no reward is to blame for: there is no image, or its label and its score disagree.
+        num_disagreeing: prompts whose scores are not in the order of their labels.
+    """
 
     prompt_index: np.ndarray
     scores: np.ndarray
+    gap_noise: float | None = None
+    num_excused: int = 0
+    num_disagreeing: int = 0
 
 
-def read_scores(scores_dir: Path, reward: str) -> ScoreTable:
-    """Read `2-scores`, in prompt order."""
-    table = pq.read_table(scores_dir / "scores.parquet", columns=["prompt_index", "sample_index", score_column(reward)])
-    table = table.sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
-    prompt_index = np.unique(table["prompt_index"].to_numpy())
-    return ScoreTable(prompt_index, table[score_column(reward)].to_numpy().reshape(len(prompt_index), -1))
+def read_ranking_scores(scores_dir: Path, rule: RankingRule) -> ScoreTable:
+    """Read what `2-scores` holds of the rewards that rank, in prompt order, and combine it.
+
+    Raises:
+        CurriculumError: the noise is asked for, and no prompt has two samples that were scored twice.
+    """
+    prompt_index, scores = _read(scores_dir, rule.weights)
+    table = ScoreTable(prompt_index, rule.combine(scores))
+    if rule.with_noise:
+        table = _with_noise(table, scores_dir, rule)
+    return _where_labelled(table, *read_scores(scores_dir / score_file(LABEL), LABEL)) if rule.with_labels else table
+
+
+def _with_noise(table: ScoreTable, scores_dir: Path, rule: RankingRule) -> ScoreTable:
+    scored_twice, second = _read(scores_dir, rule.weights, second=True)
+    noise = gap_noise(table.scores[np.searchsorted(table.prompt_index, scored_twice)], rule.combine(second))
+    if np.isnan(noise):
+        raise CurriculumError(
+            f"{scores_dir}: no prompt has two samples with finite scores in both scorings, so the noise is unknown;"
+            " raise `rewards.noise_prompts`, or mend the reward"
+        )
+    return replace(table, gap_noise=noise)
+
+
+def _where_labelled(table: ScoreTable, labelled: np.ndarray, labels: np.ndarray) -> ScoreTable:
+    """The prompts that people judged and that may be trained on; of pairs, only what agrees with the label ranks."""
+    scores = table.scores[np.searchsorted(table.prompt_index, labelled)]
+    scores = np.where(np.isfinite(labels), scores, np.nan)
+    agreeing = where_labels_agree(scores, labels) if scores.shape[1] == 2 else scores
+    disagrees = np.isfinite(scores).all(axis=1) & ~np.isfinite(agreeing).all(axis=1)
+    return replace(
+        table,
+        prompt_index=labelled,
+        scores=agreeing,
+        num_excused=int((~np.isfinite(agreeing) & (np.isfinite(scores) | ~np.isfinite(labels))).sum()),
+        num_disagreeing=int((disagrees & np.isfinite(labels).all(axis=1)).sum()),
+    )
 
 
 def write_stages(
@@ -53,23 +100,28 @@ def write_stages(
         CurriculumError: too many scores are not finite, or a stage has no pair.
     """
     ranking = rank_samples(table.scores)
-    num_bad = int(ranking.num_set_aside.sum())
+    num_bad = int(ranking.num_set_aside.sum()) - table.num_excused
     if num_bad > max_bad_fraction * table.scores.size:
         raise CurriculumError(
             f"{num_bad} of {table.scores.size} scores are not finite, more than `rewards.max_bad_fraction`"
             f" = {max_bad_fraction}; mend the reward"
         )
-    curriculum = Curriculum(ranking, schedule, seed=seed)
+    curriculum = Curriculum(ranking, schedule, seed=seed, gap_noise=table.gap_noise)
     whole = curriculum.formed.extent
     stages = []
     for stage in range(1, schedule.num_stages + 1):
         drawn, admitted = curriculum.plan(stage, pairs_per_stage)
         pairs = sort_by_difficulty(drawn)
-        write_shards(
-            ray.data.from_arrow(_rows(pairs, stage, table.prompt_index)), output_dir / f"stage-{stage}", "pairs"
-        )
+        write_shards(ray.data.from_arrow(_rows(pairs, stage, table)), output_dir / f"stage-{stage}", "pairs")
         stages.append(
-            describe_stage(stage, schedule.levels(stage), admitted, pairs, largest_score_gap=whole.max_score_gap)
+            describe_stage(
+                stage,
+                schedule.levels(stage),
+                admitted,
+                pairs,
+                largest_score_gap=whole.max_score_gap,
+                gap_noise=table.gap_noise,
+            )
         )
         log.info(
             "stage %d/%d: rank gaps %d to %d, %d pairs of %d prompts admitted, %d drawn",
@@ -78,23 +130,37 @@ def write_stages(
         )  # fmt: skip
         _write_prompt_counts(pairs, table.prompt_index, admitted, output_dir / f"prompts-{stage}.parquet")
     write_json(output_dir / "stages.json", stages)
-    return {
+    counts = {
         "pairs_drawn": schedule.num_stages * pairs_per_stage,
         "scores_not_finite": num_bad,
+        "pairs_disagreeing_with_label": table.num_disagreeing,
         "prompts_without_pairs": int(np.count_nonzero(whole.pairs_per_prompt == 0)),
     }
+    if table.gap_noise is not None:
+        all_pairs = AdmittedPairs(ranking, min_score_gap=schedule.min_score_gap)
+        counts["pairs_drawn_within_noise"] = sum(stage["num_drawn_within_noise"] for stage in stages)
+        counts["pairs_dropped_as_noise"] = all_pairs.num_pairs - curriculum.formed.num_pairs
+    return counts
 
 
-def _rows(pairs: PairBatch, stage: int, prompt_index: np.ndarray) -> pa.Table:
+def _read(scores_dir: Path, rewards: Iterable[str], *, second: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """``[prompt]`` prompt indices and ``[prompt, sample, reward]`` scores."""
+    found = [read_scores(scores_dir / score_file(name, second=second), name) for name in rewards]
+    return found[0][0], np.stack([scores for _, scores in found], axis=2)
+
+
+def _rows(pairs: PairBatch, stage: int, table: ScoreTable) -> pa.Table:
+    within_noise = pa.nulls(len(pairs), pa.bool_()) if table.gap_noise is None else pairs.score_gap <= table.gap_noise
     return pa.table(
         {
             "stage": np.full(len(pairs), stage),
             "draw": pairs.draw,
-            "prompt_index": prompt_index[pairs.prompt],
+            "prompt_index": table.prompt_index[pairs.prompt],
             "chosen": pairs.chosen,
             "rejected": pairs.rejected,
             "rank_gap": pairs.rank_gap,
             "score_gap": pairs.score_gap,
+            "within_noise": within_noise,
         }
     )
 

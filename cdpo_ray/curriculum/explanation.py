@@ -19,13 +19,20 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def describe_stage(
-    stage: int, levels: tuple[int, int], admitted: PairSet, drawn: PairBatch, *, largest_score_gap: float
+    stage: int,
+    levels: tuple[int, int],
+    admitted: PairSet,
+    drawn: PairBatch,
+    *,
+    largest_score_gap: float,
+    gap_noise: float | None,
 ) -> dict[str, Any]:
     """What a stage admits and draws, as plain values.
 
     Args:
         levels: first and last level of difficulty it draws from.
         largest_score_gap: of any pair of the run, so that all stages share their bins.
+        gap_noise: of the scores that rank; none: not known, and so is how many pairs are within it.
     """
     extent = admitted.extent
     counts, edges = np.histogram(drawn.score_gap, NUM_BINS, (0, largest_score_gap))
@@ -39,6 +46,8 @@ def describe_stage(
         "num_candidate_pairs": admitted.num_pairs,
         "num_drawn_pairs": len(drawn),
         "num_distinct_pairs": len(np.unique(drawn.identity(admitted.ranking.num_samples))),
+        "gap_noise": gap_noise,
+        "num_drawn_within_noise": None if gap_noise is None else int((drawn.score_gap <= gap_noise).sum()),
         "num_prompts": admitted.num_prompts,
         "num_prompts_drawn": len(np.unique(drawn.prompt)),
         "num_prompts_of_run": len(extent.pairs_per_prompt),
@@ -50,13 +59,15 @@ def describe_stage(
 
 
 def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
-    """A line a stage: gaps of its candidates, median score gap of its draws, how many of each, prompts drawn."""
-    rows = [
-        ("stage", "levels", "rank gaps", "score gaps", "median drawn", "candidates", "drawn", "distinct", "prompts")
-    ]
+    """A line a stage: gaps of its candidates, median score gap of its draws, how many of each, prompts drawn.
+
+    Where the noise was measured, also how many of the drawn pairs are within it.
+    """
+    head = ("stage", "levels", "rank gaps", "score gaps", "median drawn", "candidates", "drawn", "distinct", "prompts")
+    rows = [[*head]]
     for stage in stages:
         rows.append(
-            (
+            [
                 str(stage["stage"]),
                 _span(*stage["levels"]),
                 _span(stage["min_rank_gap"], stage["max_rank_gap"]),
@@ -66,8 +77,12 @@ def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
                 f"{stage['num_drawn_pairs']:,}",
                 f"{stage['num_distinct_pairs']:,}",
                 f"{stage['num_prompts_drawn']:,} of {stage['num_prompts_of_run']:,}",
-            )
+            ]
         )
+    if stages and (noise := stages[0]["gap_noise"]) is not None:
+        rows[0].append(f"within noise {noise:.4g}")
+        for row, stage in zip(rows[1:], stages, strict=True):
+            row.append(f"{stage['num_drawn_within_noise']:,}")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 

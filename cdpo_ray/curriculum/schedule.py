@@ -28,6 +28,7 @@ class Schedule:
             stage draws from all pairs; ``best_against_worst``: every stage draws from one pair a prompt.
         draws: ``uniform``, or in proportion to the measure, ``by_measure``.
         min_score_gap: pairs form above it, in the reward's unit.
+        min_gap_in_noise: pairs form above this many times the noise of score gaps; None: noise does not matter.
         max_pairs_per_prompt: candidates of a prompt in a stage; None: all.
         label_noise: share of drawn pairs whose labels are swapped.
 
@@ -42,6 +43,7 @@ class Schedule:
     order: str = "easy_to_hard"
     draws: str = "uniform"
     min_score_gap: float = 0.0
+    min_gap_in_noise: float | None = None
     max_pairs_per_prompt: int | None = None
     label_noise: float = 0.0
 
@@ -59,19 +61,32 @@ class Curriculum:
         seed: address of all that is random.
         values: ``[prompt, sample]``, by sample index: each sample's value under the policy, of which ``margin`` takes
             differences; None: all equal, as before the first update.
+        gap_noise: of the ranking's score gaps, see `curriculum.noise`; None: not known.
 
     Raises:
-        ValueError: if the measure cannot cut this ranking, or weigh its pairs, as the schedule asks.
+        ValueError: if the measure cannot cut this ranking, or weigh its pairs, as the schedule asks, or the schedule
+            asks for a noise that is not known.
 
     Attributes:
         formed: every pair that can be formed.
     """
 
     def __init__(
-        self, ranking: Ranking, schedule: Schedule, *, seed: int, values: NDArray[np.floating] | None = None
+        self,
+        ranking: Ranking,
+        schedule: Schedule,
+        *,
+        seed: int,
+        values: NDArray[np.floating] | None = None,
+        gap_noise: float | None = None,
     ) -> None:
         if schedule.draws == "by_measure" and schedule.measure not in ACCEPTS:
             raise ValueError(f"draws `by_measure` need one of {', '.join(ACCEPTS)}, got {schedule.measure!r}")
+        if schedule.min_gap_in_noise is not None:
+            if gap_noise is None:
+                raise ValueError("`min_gap_in_noise` needs `gap_noise`, got None; score some prompts twice")
+            above = max(schedule.min_score_gap, schedule.min_gap_in_noise * gap_noise)
+            schedule = replace(schedule, min_score_gap=above, min_gap_in_noise=None)
         self.ranking, self.schedule, self.seed = ranking, schedule, seed
         self.formed = AdmittedPairs(ranking, min_score_gap=schedule.min_score_gap)
         if schedule.order in (*ORDERED, "random"):
@@ -146,8 +161,8 @@ class Curriculum:
         spread = np.fmax.reduce(scores[:, 0] - np.fmin.reduce(scores, axis=1), initial=0.0)
         return (
             f"stage {stage} admits no pair: the scores of a prompt differ by at most {spread:g} in {len(scores)}"
-            f" prompts, `min_score_gap` is {schedule.min_score_gap:g}, and {num_set_aside} scores are not finite;"
-            " lower `min_score_gap`, or check the reward if the scores are all equal or not finite"
+            f" prompts, pairs form above {schedule.min_score_gap:g}, and {num_set_aside} scores are not finite;"
+            " lower `min_score_gap` or `min_gap_in_noise`, or check the reward if scores are all equal or not finite"
         )
 
 
@@ -159,9 +174,10 @@ def plan_stage(
     num_draws: int,
     seed: int,
     values: NDArray[np.floating] | None = None,
+    gap_noise: float | None = None,
 ) -> tuple[PairBatch, PairSet]:
     """The pairs that a stage trains on, in training order, and its candidates; arguments and errors of `Curriculum`.
 
     A function of its arguments alone, so all workers that call it alike hold the same stage.
     """
-    return Curriculum(ranking, schedule, seed=seed, values=values).plan(stage, num_draws)
+    return Curriculum(ranking, schedule, seed=seed, values=values, gap_noise=gap_noise).plan(stage, num_draws)

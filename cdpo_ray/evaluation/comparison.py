@@ -6,25 +6,45 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
+from torch import Tensor
 
+from cdpo_ray.evaluation.appearance import APPEARANCE
+from cdpo_ray.evaluation.implicit import implicit_values
 from cdpo_ray.evaluation.statistics import pairwise_rms_distance
 from cdpo_ray.generation.generator import MakeScores, Sampling, list_column, sample_batches
 from cdpo_ray.generation.images import encode_png
 from cdpo_ray.models import load_model
-from cdpo_ray.records import score_column
-
-ARMS = ("base", "tuned")
+from cdpo_ray.models.family import Conditioning
+from cdpo_ray.records import ARMS, IMPLICIT_VALUE, score_column
 
 
 class Comparer:
-    """Rows of prompts -> rows with, for ``base`` and ``tuned``: a list of images, scores a judge, and the diversity."""
+    """Rows of prompts -> rows of `5-evaluation` (`records`), a list of images each; a plain class that a pool wraps.
+
+    Args:
+        family, model: name in `FAMILIES` and the arguments of its ``load``.
+        training_dir: `4-training`, whose model is compared with the base.
+        num_margin_draws: of times and noise, for the implicit value of each of the base's images; 0 leaves it out.
+        guidance_range: that the net was told of in training; none is the family's own.
+    """
 
     def __init__(
-        self, family: str, model: dict[str, Any], sampling: Sampling, *, training_dir: Path, make_scores: MakeScores
+        self,
+        family: str,
+        model: dict[str, Any],
+        sampling: Sampling,
+        *,
+        training_dir: Path,
+        make_scores: MakeScores,
+        num_margin_draws: int,
+        guidance_range: tuple[float, float] | None,
     ) -> None:
-        self.model = load_model(family, **model)
+        self.model = load_model(family, **model, for_training=num_margin_draws > 0, keep_vae=True)
+        self.model.guidance_range = guidance_range or self.model.guidance_range
         self.model.load_tuned(training_dir)
         self.sampling = sampling
+        self.num_margin_draws = num_margin_draws
         self.scores = make_scores()
         self.encoders = ThreadPoolExecutor(2)  # PNG encoding off the sampler's path
 
@@ -34,19 +54,36 @@ class Comparer:
         num_images = self.sampling.images_per_prompt
         for arm in ARMS:
             self.model.use_tuned(arm == "tuned")
-            batches, scores = [], []
+            batches, latents, scores = [], [], []
             pngs: list[Future[bytes]] = []
             for batch in sample_batches(self.model, prompts, conditioning, self.sampling):
                 scores.append(self.scores(batch.images, batch.prompts))
+                latents.append(batch.latents)
                 batches.append(batch.images.cpu().numpy())
                 pngs.extend(self.encoders.submit(encode_png, image) for image in batches[-1])
             images = np.concatenate(batches)
             encoded = list_column([png.result() for png in pngs], num_images, pa.binary())
             rows = rows.append_column(f"{arm}_image", encoded)
-            for judge in scores[0]:
-                values = np.concatenate([batch[judge] for batch in scores])
-                rows = rows.append_column(f"{arm}_{score_column(judge)}", list_column(values, num_images, pa.float64()))
+            columns = {score_column(judge): np.concatenate([batch[judge] for batch in scores]) for judge in scores[0]}
+            columns |= {name: measure(images) for name, measure in APPEARANCE.items()}
+            for name, values in columns.items():
+                rows = rows.append_column(f"{arm}_{name}", list_column(values, num_images, pa.float64()))
             per_prompt = images.reshape(len(prompts), num_images, *images.shape[1:])
             diversity = [pairwise_rms_distance(few) if num_images > 1 else None for few in per_prompt]
             rows = rows.append_column(f"{arm}_diversity", pa.array(diversity, pa.float64()))
+            if arm == "base" and self.num_margin_draws:
+                values = self._implicit_values(prompts, conditioning, torch.cat(latents))
+                rows = rows.append_column(IMPLICIT_VALUE, list_column(values, num_images, pa.float32()))
         return rows
+
+    def _implicit_values(self, prompts: list[str], conditioning: Conditioning, latents: Tensor) -> Any:
+        num_images = self.sampling.images_per_prompt
+        return implicit_values(
+            self.model,
+            latents,
+            {name: value.repeat_interleave(num_images, dim=0) for name, value in conditioning.items()},
+            [prompt for prompt in prompts for _ in range(num_images)],
+            num_draws=self.num_margin_draws,
+            samples_per_launch=self.sampling.images_per_batch,
+            seed=self.sampling.seed,
+        )

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from cdpo_ray.evaluation.comparison import ARMS, Comparer
-from cdpo_ray.evaluation.statistics import compare
+from cdpo_ray.evaluation.comparison import Comparer
+from cdpo_ray.evaluation.labelled import LabelledSamples, Valuer, label_accuracy, only_held_out
+from cdpo_ray.evaluation.metrics import measure
 from cdpo_ray.generation.generator import MakeScores, Sampling
 from cdpo_ray.generation.pool import PoolSize, in_pool, prompt_rows
-from cdpo_ray.records import score_column
-from cdpo_ray.store import write_json
+from cdpo_ray.records import CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
+from cdpo_ray.store import shard_schema, write_json
 
 
 def evaluate_adapter(
@@ -27,11 +28,18 @@ def evaluate_adapter(
     sampling: Sampling,
     judges: Sequence[str],
     make_scores: MakeScores,
+    num_margin_draws: int,
+    guidance_range: tuple[float, float] | None,
     generators: PoolSize,
     num_resamples: int,
     seed: int,
+    labelled: LabelledSamples | None = None,
 ) -> dict[str, Any]:
-    """Write `5-evaluation`: the images and scores of both models, and what follows from them; returns the latter."""
+    """Write `5-evaluation`: the images and scores of both models, and what follows from them; returns the latter.
+
+    Args:
+        labelled: images that people judged, some of prompts held out.
+    """
     rows_per_call = max(1, sampling.images_per_batch // sampling.images_per_prompt)
     compared = in_pool(
         prompt_rows(prompts, rows_per_call),
@@ -43,14 +51,49 @@ def evaluate_adapter(
         sampling=sampling,
         training_dir=training_dir,
         make_scores=make_scores,
+        num_margin_draws=num_margin_draws,
+        guidance_range=guidance_range,
     )
     compared.set_name("evaluate")
     rows = pa.concat_tables(ray.get(compared.to_arrow_refs())).sort_by("prompt_index")
     pq.write_table(_row_per_image(rows, sampling.images_per_prompt), output_dir / "comparison.parquet")
-    metrics = _measure(rows, judges, num_resamples=num_resamples, seed=seed)
+    metrics = measure(rows, judges, num_resamples=num_resamples, seed=seed)
     metrics |= {"num_prompts": len(prompts), "images_per_prompt": sampling.images_per_prompt}
+    if labelled and num_margin_draws:
+        valued = _valued(
+            labelled,
+            generators,
+            family=family,
+            model=dict(model),
+            training_dir=training_dir,
+            num_margin_draws=num_margin_draws,
+            guidance_range=guidance_range,
+            seed=sampling.seed,
+        )
+        metrics["labels"] = label_accuracy(valued, labelled.rewards, num_resamples=num_resamples, seed=seed)
     write_json(output_dir / "metrics.json", metrics)
     return metrics
+
+
+def _valued(labelled: LabelledSamples, generators: PoolSize, **arguments: Any) -> pa.Table:
+    schema = shard_schema(labelled.samples_dir)
+    kept = [name for name in map(score_column, (LABEL, *labelled.rewards)) if name in schema.names]
+    read = ["prompt", "latents", *(name for name in CONDITIONING if name in schema.names), *kept]
+    rows = ray.data.read_parquet(str(labelled.samples_dir), columns=read, file_extensions=["parquet"])
+    rows = rows.map_batches(
+        only_held_out, fn_kwargs={"fraction": labelled.heldout_fraction}, batch_size=None, batch_format="pyarrow"
+    )
+    rows_per_call = max(1, labelled.samples_per_launch // schema.field("latents").type.shape[0])
+    valued = in_pool(
+        rows,
+        Valuer,
+        generators,
+        rows_per_call=rows_per_call,
+        samples_per_launch=labelled.samples_per_launch,
+        **arguments,
+    )
+    valued.set_name("evaluate labels")
+    return pa.concat_tables(ray.get(valued.select_columns([*kept, IMPLICIT_VALUE]).to_arrow_refs()))
 
 
 def _row_per_image(rows: pa.Table, num_images: int) -> pa.Table:
@@ -62,19 +105,3 @@ def _row_per_image(rows: pa.Table, num_images: int) -> pa.Table:
     for name in lists:
         repeated = repeated.append_column(name, rows[name].combine_chunks().flatten())
     return repeated
-
-
-def _measure(rows: pa.Table, judges: Sequence[str], *, num_resamples: int, seed: int) -> dict[str, Any]:
-    def scores(arm: str, judge: str) -> np.ndarray:
-        return np.array(rows[f"{arm}_{score_column(judge)}"].to_pylist(), dtype=float)
-
-    def diversity(arm: str) -> np.ndarray:
-        return np.array(rows[f"{arm}_diversity"].to_pylist(), dtype=float)[:, None]
-
-    def compared(base: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
-        return compare(base, tuned, num_resamples=num_resamples, seed=seed).to_dict()
-
-    measured: dict[str, Any] = {"judges": {judge: compared(*(scores(arm, judge) for arm in ARMS)) for judge in judges}}
-    if np.isfinite(diversity("base")).all():
-        measured["diversity"] = compared(*(diversity(arm) for arm in ARMS))
-    return measured

@@ -1,7 +1,5 @@
 """Run folder -> one self-contained page."""
 
-import base64
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,39 +7,51 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from markupsafe import Markup
 from numpy.typing import NDArray
-from PIL import Image
 
+from cdpo_ray.config import ranking_weights
 from cdpo_ray.errors import StoreError
 from cdpo_ray.evaluation import figures
-from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, TRAINING, score_column
+from cdpo_ray.evaluation.page import (
+    inlined,
+    number,
+    relative_change,
+    significant_change,
+    spoken_difference,
+    spoken_share,
+    write_page,
+)
+from cdpo_ray.records import ARMS, EVALUATION, SAMPLES, SCORES, STAGES, TRAINING, score_column
 from cdpo_ray.store import RunFolder
 
 STEPS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
-ARMS = ("base", "tuned")
 CONFIG = "config.yaml"
-DIVERSITY = "diversity"
+DIVERSITY, APPEARANCE = "diversity", "appearance"
 MAX_IMAGES = 6  # shown of a prompt and model; more would be too small to compare
-MAX_PIXELS = 256  # larger images are shrunk, so that the page stays of a size that opens
-PIXELATED_BELOW = 128  # smaller images are enlarged without blur, which would hide what the model made
+LARGE_CHANGE = 0.05
+"""Share of the base's mean beyond which the whole interval of a change of appearance must lie to be a sign of hacking.
+
+Measured on the quickstart: trained on `clip`, a gain that the held-out `oracle` confirms, no interval of saturation,
+edge density or JPEG size reached 3 %; trained on `jpeg_size`, while `oracle` fell, edge density rose by 9 to 16 %.
+"""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one judge says of base against fine-tuned.
+    """What one judge, or one measure of appearance, says of base against fine-tuned.
 
     Attributes:
-        name: the judge, or `diversity`.
+        name: the judge, `diversity`, or a measure of appearance.
         role: `trained on`: ranked the pairs; `scored, did not rank`: seen at training, without a say; `held out`;
-            `no judge`: diversity.
-        change: -1, 0 or 1: worse, no significant change, better; significant when the 95 % interval excludes 0.
+            `appearance`: no judge, neither direction is better.
+        change: -1, 0 or 1: lower, no significant change, higher; significant when the 95 % interval excludes 0.
         values: base, tuned, difference, interval (of the difference), win_rate and win_rate_interval, as text.
+        relative: of appearance, the difference and its interval as shares of the base's mean.
     """
 
     name: str
@@ -49,16 +59,31 @@ class Finding:
     change: int
     values: Mapping[str, str]
     num_missing: int
+    relative: Mapping[str, float] | None = None
 
     @property
     def verdict(self) -> str:
-        fell, rose = ("fell", "rose") if self.name == DIVERSITY else ("got worse", "improved")
-        return {-1: fell, 0: "no significant change", 1: rose}[self.change]
+        lower, higher = ("fell", "rose") if self.role == APPEARANCE else ("got worse", "improved")
+        by = f" by {abs(100 * self.relative['mean']):.1f} %" if self.change and self.relative else ""
+        return {-1: lower, 0: "no significant change", 1: higher}[self.change] + by
+
+    @property
+    def per_cent(self) -> dict[str, str]:
+        """The relative change and its interval, as text."""
+        if self.relative is None:
+            return {"mean": "–", "interval": "–"}
+        mean, low, high = (number(100 * self.relative[end], 1, "+") for end in ("mean", "low", "high"))
+        return {"mean": f"{mean} %", "interval": f"[{low}, {high}] %"}
+
+    @property
+    def large(self) -> bool:
+        """Whether its whole interval lies beyond `LARGE_CHANGE`."""
+        return self.relative is not None and max(self.relative["low"], -self.relative["high"]) > LARGE_CHANGE
 
     @property
     def sentence(self) -> str:
         values = self.values
-        wins = f", win rate {values['win_rate']}" if self.name != DIVERSITY else ""
+        wins = f", win rate {values['win_rate']}" if self.role != APPEARANCE else ""
         return (
             f"{self.name} {values['base']} → {values['tuned']}, {values['difference']} {values['interval']}{wins}:"
             f" {self.verdict}"
@@ -77,69 +102,95 @@ def write_report(run_dir: Path, output_path: Path) -> None:
     """
     run = RunFolder(run_dir)
     manifests = {step: run.manifest(step) for step in STEPS}
-    config_text = _text(run_dir / CONFIG)
-    config = yaml.safe_load(config_text)
-    metrics = _json(run_dir / EVALUATION / "metrics.json")
+    config = read_config(run_dir)
+    metrics = read_json(run_dir / EVALUATION / "metrics.json")
     findings = find(metrics, config["rewards"])
-    judges = [finding.name for finding in findings if finding.name in metrics["judges"]]
+    judges = [finding.name for finding in findings if finding.role != APPEARANCE]
     comparison_path = run_dir / EVALUATION / "comparison.parquet"
-    page = _template().render(
+    write_page(
+        output_path,
+        "report.html.jinja",
         name=run_dir.resolve().name,
         created=manifests[EVALUATION]["created"],
         metrics=metrics,
-        findings=findings,
+        judged=[finding for finding in findings if finding.role != APPEARANCE],
+        looks=[finding for finding in findings if finding.role == APPEARANCE],
         hacking=signs_of_reward_hacking(findings),
+        trained_on=trained_on(config["rewards"]),
+        agreement=agreement_matrix(metrics.get("agreement", []), judges),
+        accuracy=[_accuracy(metrics, judge) for judge in judges],
+        label_accuracy={name: spoken_share(found) for name, found in metrics.get("labels", {}).items() if found},
         grid=image_grid(comparison_path, judges, config["evaluation"]["grid_prompts"]),
         shown_images=min(MAX_IMAGES, metrics["images_per_prompt"]),
         charts={name: Markup(svg) for name, svg in _charts(run_dir, comparison_path, metrics, judges).items()},
         pair_stages=_pair_stages(run_dir),
-        trained_stages=_json(run_dir / TRAINING / "stages.json"),
+        trained_stages=read_json(run_dir / TRAINING / "stages.json"),
         manifests=manifests,
         total_seconds=sum(manifest["seconds"] for manifest in manifests.values()),
         versions=_merged(manifests.values(), "versions"),
         machine=_merged(manifests.values(), "machine"),
-        config=config_text,
+        config=_text(run_dir / CONFIG),
     )
-    aside = output_path.with_name(f"{output_path.name}.tmp")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(output_path)
+
+
+def trained_on(rewards: Mapping[str, Any]) -> str:
+    """What ranked the pairs, by `names` and `rank_by` of the configuration."""
+    ranking: str = rewards["rank_by"] or rewards["names"][0]
+    return ranking
 
 
 def find(metrics: Mapping[str, Any], rewards: Mapping[str, Any]) -> list[Finding]:
-    """Metrics -> a finding a judge, those trained on first, diversity last.
+    """Metrics -> a finding a judge, those trained on first, then diversity and what else there is of appearance.
 
     Args:
         metrics: content of `metrics.json`.
-        rewards: `names` and `rank_by` of the configuration.
+        rewards: `names`, `rank_by` and `weights` of the configuration.
     """
-    ranking = rewards["rank_by"] or rewards["names"][0]
-    roles = dict.fromkeys(rewards["names"], "scored, did not rank") | {ranking: "trained on"}
+    roles = dict.fromkeys(rewards["names"], "scored, did not rank")
+    roles |= dict.fromkeys(ranking_weights(rewards), "trained on")
     order = ["trained on", "scored, did not rank", "held out"]
     found = [_finding(name, roles.get(name, "held out"), judge) for name, judge in metrics["judges"].items()]
     found.sort(key=lambda finding: order.index(finding.role))
-    if DIVERSITY in metrics:
-        found.append(_finding(DIVERSITY, "no judge", metrics[DIVERSITY]))
-    return found
+    diversity = {DIVERSITY: metrics[DIVERSITY]} if DIVERSITY in metrics else {}
+    looks = diversity | metrics.get(APPEARANCE, {})
+    return found + [_finding(name, APPEARANCE, comparison) for name, comparison in looks.items()]
 
 
-def signs_of_reward_hacking(findings: Sequence[Finding]) -> list[str]:
-    """What fell significantly though training never asked for it, while what it asked for rose; empty when nothing.
+def signs_of_reward_hacking(findings: Sequence[Finding]) -> list[Finding]:
+    """What else changed while the reward that was trained on rose, and nobody asked for it; empty when nothing.
 
-    A model that errs less also varies less: diversity alone is no sign while a judge held out says better.
+    A judge that fell significantly, diversity likewise, or a large change of how images look, in either direction: see
+    `LARGE_CHANGE`. A model that errs less also varies less: diversity alone is no sign while a judge held out says
+    better.
     """
     rose = {finding.role for finding in findings if finding.change > 0}
-    fell = [finding.name for finding in findings if finding.role != "trained on" and finding.change < 0]
-    if "trained on" not in rose or (fell == [DIVERSITY] and "held out" in rose):
+    if "trained on" not in rose:
         return []
-    return fell
+    signs = [finding for finding in findings if finding.role != "trained on" and finding.change and _is_sign(finding)]
+    return [] if [finding.name for finding in signs] == [DIVERSITY] and "held out" in rose else signs
+
+
+def agreement_matrix(
+    agreement: Sequence[Mapping[str, Any]], judges: Sequence[str]
+) -> list[list[dict[str, str] | None]]:
+    """``[judge][judge]`` rank correlation on the images of `base` and `tuned`, as text; none where it was not measured.
+
+    Args:
+        agreement: of `metrics.json`.
+    """
+    found = {
+        frozenset(entry["judges"]): {arm: "–" if entry[arm] is None else number(entry[arm], 2) for arm in ARMS}
+        for entry in agreement
+    }
+    return [[found.get(frozenset([row, column])) for column in judges] for row in judges]
 
 
 def image_grid(comparison_path: Path, judges: Sequence[str], num_prompts: int) -> list[dict[str, Any]]:
     """The first held-out prompts: each with its text and, of `base` and `tuned`, images as data URIs with scores."""
-    first = sorted(set(_table(comparison_path, ["prompt_index"])["prompt_index"].to_pylist()))[:num_prompts]
+    first = sorted(set(read_table(comparison_path, ["prompt_index"])["prompt_index"].to_pylist()))[:num_prompts]
     columns = ["prompt_index", "prompt", "sample_index", *(f"{arm}_image" for arm in ARMS)]
     columns += [f"{arm}_{score_column(judge)}" for arm in ARMS for judge in judges]
-    rows = _table(comparison_path, columns, [("prompt_index", "in", first)]) if first else None
+    rows = read_table(comparison_path, columns, [("prompt_index", "in", first)]) if first else None
     grid: dict[int, dict[str, Any]] = {}
     for row in rows.sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")]).to_pylist() if rows else ():
         shown = grid.setdefault(row["prompt_index"], {"prompt": row["prompt"], "base": [], "tuned": []})
@@ -148,14 +199,14 @@ def image_grid(comparison_path: Path, judges: Sequence[str], num_prompts: int) -
         for arm in ARMS:
             scores = [f"{judge} {_score(row[f'{arm}_{score_column(judge)}'])}" for judge in judges]
             where = f"{comparison_path}: image {row['sample_index']} of prompt {row['prompt_index']}"
-            shown[arm].append(_inlined(row[f"{arm}_image"], where) | {"scores": ", ".join(scores)})
+            shown[arm].append(inlined(row[f"{arm}_image"], where) | {"scores": ", ".join(scores)})
     return list(grid.values())
 
 
 def differences_by_prompt(comparison_path: Path, judges: Sequence[str]) -> dict[str, NDArray[np.floating]]:
     """By judge, ``[prompt]`` mean of tuned minus base; prompts without two finite scores are left out."""
     columns = [f"{arm}_{score_column(judge)}" for arm in ARMS for judge in judges]
-    rows = _table(comparison_path, ["prompt_index", *columns])
+    rows = read_table(comparison_path, ["prompt_index", *columns])
     _, prompt = np.unique(rows["prompt_index"].to_numpy(), return_inverse=True)
     found: dict[str, NDArray[np.floating]] = {}
     for judge in judges:
@@ -168,8 +219,8 @@ def differences_by_prompt(comparison_path: Path, judges: Sequence[str]) -> dict[
 
 def _pair_stages(run_dir: Path) -> list[dict[str, Any]]:
     """What each stage held: as drawn before training, or as training drew it anew by the policy's margins."""
-    planned = _json(run_dir / STAGES / "stages.json")
-    trained = _json(run_dir / TRAINING / "stages.json")
+    planned = read_json(run_dir / STAGES / "stages.json")
+    trained = read_json(run_dir / TRAINING / "stages.json")
     return [stage.get("pairs", plan) for stage, plan in zip(trained, planned, strict=True)]
 
 
@@ -181,55 +232,33 @@ def _charts(run_dir: Path, comparison_path: Path, metrics: Mapping[str, Any], ju
     }
 
 
-def _finding(name: str, role: str, judge: Mapping[str, Any]) -> Finding:
-    difference, wins = judge["difference"], judge["win_rate"]
-    places = _decimal_places(difference)
-    signed = {end: _number(difference[end], places, "+") for end in ("mean", "low", "high")}
+def _finding(name: str, role: str, comparison: Mapping[str, Any]) -> Finding:
+    judged = role != APPEARANCE
+    wins, wins_interval = spoken_share(comparison["win_rate"]) if judged else ("–", "–")
+    relative = None if judged else relative_change(comparison)
     return Finding(
         name=name,
         role=role,
-        change=int(difference["low"] > 0) - int(difference["high"] < 0),
-        values={
-            "base": _number(judge["base"]["mean"], places),
-            "tuned": _number(judge["tuned"]["mean"], places),
-            "difference": signed["mean"],
-            "interval": f"[{signed['low']}, {signed['high']}]",
-            "win_rate": f"{100 * wins['mean']:.0f} %",
-            "win_rate_interval": f"[{100 * wins['low']:.0f}, {100 * wins['high']:.0f}] %",
-        },
-        num_missing=judge["num_missing"],
+        change=significant_change(comparison),
+        values=spoken_difference(comparison) | {"win_rate": wins, "win_rate_interval": wins_interval},
+        num_missing=comparison["num_missing"],
+        relative=relative,
     )
 
 
-def _decimal_places(difference: Mapping[str, float]) -> int:
-    """As many as show two digits of the difference, whatever the judge's unit."""
-    largest = max(abs(difference["low"]), abs(difference["high"]))
-    return min(6, max(0, 1 - math.floor(math.log10(largest)))) if largest > 0 else 3
+def _accuracy(metrics: Mapping[str, Any], judge: str) -> tuple[str, str] | None:
+    found = metrics.get("preference_accuracy", {}).get(judge)
+    return spoken_share(found) if found else None
 
 
-def _number(value: float, places: int, sign: str = "-") -> str:
-    return f"{value:{sign}.{places}f}".replace("-", "−")
+def _is_sign(finding: Finding) -> bool:
+    if finding.role == APPEARANCE and finding.name != DIVERSITY:
+        return finding.large
+    return finding.change < 0
 
 
 def _score(value: float | None) -> str:
     return "no score" if value is None or not math.isfinite(value) else f"{value:.4g}".replace("-", "−")
-
-
-def _inlined(png: bytes, where: str) -> dict[str, Any]:
-    try:
-        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow speaks of a damaged PNG in all three
-        raise StoreError(
-            f"{where}: is not a PNG ({error}); delete its folder and run `cdpo run CONFIG` to make it anew"
-        ) from None
-    if max(image.size) > MAX_PIXELS:
-        image.thumbnail((MAX_PIXELS, MAX_PIXELS), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        png = buffer.getvalue()
-    uri = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return {"uri": uri, "pixelated": max(image.size) < PIXELATED_BELOW, "width": image.width, "height": image.height}
 
 
 def _merged(manifests: Any, key: str) -> dict[str, str]:
@@ -242,15 +271,10 @@ def _merged(manifests: Any, key: str) -> dict[str, str]:
     return {name: ", ".join(found) for name, found in values.items()}
 
 
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # prompts, names and warnings are text from elsewhere
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja")
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The configuration that a run was made with, as plain values."""
+    config: dict[str, Any] = yaml.safe_load(_text(run_dir / CONFIG))
+    return config
 
 
 def _text(path: Path) -> str:
@@ -260,7 +284,8 @@ def _text(path: Path) -> str:
         raise _missing(path) from None
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Raises StoreError with what to do if it is missing or damaged."""
     try:
         return json.loads(_text(path))
     except ValueError as error:
@@ -274,7 +299,8 @@ def _json_lines(path: Path) -> list[Any]:
         raise _damaged(path, error) from None
 
 
-def _table(path: Path, columns: Sequence[str], filters: Any = None) -> pa.Table:
+def read_table(path: Path, columns: Sequence[str], filters: Any = None) -> pa.Table:
+    """Columns of a Parquet file; raises StoreError with what to do if it is missing or damaged."""
     try:
         return pq.read_table(path, columns=list(columns), filters=filters)
     except FileNotFoundError:

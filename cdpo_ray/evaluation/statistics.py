@@ -58,7 +58,15 @@ def bootstrap_mean(values: Scores, *, num_resamples: int, seed: int, confidence:
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
         raise ValueError(f"bootstrap_mean: `values` must be [prompt], finite and not empty, got {values!r}")
     rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(num_resamples)])
+    drawn_at_once = max(1, 2**20 // len(values))  # bounds the memory
+    means = np.concatenate(
+        [
+            values[rng.integers(len(values), size=(min(drawn_at_once, num_resamples - start), len(values)))].mean(
+                axis=1
+            )
+            for start in range(0, num_resamples, drawn_at_once)
+        ]
+    )
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(float(values.mean()), float(low), float(high))
@@ -91,6 +99,53 @@ def compare(base: Scores, tuned: Scores, *, num_resamples: int, seed: int) -> Co
     return Comparison(
         interval(base), interval(tuned), interval(tuned - base), interval(wins), num_missing=int((~valid).sum())
     )
+
+
+def pair_agreement(values: Scores, scores: Scores) -> Scores:
+    """Share of a prompt's image pairs that ``values`` put in the order of ``scores``; equal values count one half.
+
+    Before training all implicit values are equal, and the share is one half. Pairs with equal scores, or with a value
+    or score that is not finite, are left out.
+
+    Args:
+        values, scores: ``[prompt, image]``.
+
+    Returns:
+        ``[prompt]``, 0 to 1; NaN where no pair is left.
+    """
+    value_signs, score_signs = _pair_signs(values, scores)
+    num_decided = np.abs(score_signs).sum(axis=1)
+    agreeing = (value_signs * score_signs).sum(axis=1)
+    return 0.5 + 0.5 * np.divide(agreeing, num_decided, out=np.full(len(values), np.nan), where=num_decided > 0)
+
+
+def rank_correlation(one: Scores, other: Scores) -> Scores:
+    """Kendall's tau-b of two judges within each prompt: -1 (opposite order) to 1 (same order), ties allowed for.
+
+    Args:
+        one, other: ``[prompt, image]``; a pair with a score that is not finite is left out.
+
+    Returns:
+        ``[prompt]``; NaN where a judge finds all images alike.
+
+    Source: M. G. Kendall, "The treatment of ties in ranking problems", Biometrika 33 (1945).
+    """
+    ones, others = _pair_signs(one, other)
+    scale = np.sqrt((ones**2).sum(axis=1) * (others**2).sum(axis=1))
+    return np.divide((ones * others).sum(axis=1), scale, out=np.full(len(one), np.nan), where=scale > 0)
+
+
+def _pair_signs(one: Scores, other: Scores) -> tuple[Scores, Scores]:
+    """Order of every two images of a prompt by each of two scores, ``[prompt, pair]`` of -1, 0, 1; 0 in both where a
+    score is not finite."""
+    first, second = np.triu_indices(one.shape[1], k=1)
+    valid = np.isfinite(one) & np.isfinite(other)
+    kept = valid[:, first] & valid[:, second]
+    signs = [
+        np.where(kept, np.sign(finite[:, first] - finite[:, second]), 0.0)
+        for finite in (np.where(valid, one, 0), np.where(valid, other, 0))
+    ]
+    return signs[0], signs[1]
 
 
 def pairwise_rms_distance(images: NDArray[np.uint8]) -> float:

@@ -27,6 +27,7 @@ class RunFacts:
         settings: the whole configuration, as plain values.
         round: of how many, 1-based.
         num_prompts, num_heldout: prompts trained on, and judged on.
+        ranking: by which rewards images were ranked, in words.
         curriculum: what is shown and when, in words.
         training: manifest of `4-training`.
         metrics: content of `metrics.json`; none if the run was not evaluated.
@@ -37,6 +38,7 @@ class RunFacts:
     round: int
     num_prompts: int
     num_heldout: int
+    ranking: str
     curriculum: str
     training: Mapping[str, Any]
     metrics: Mapping[str, Any] | None
@@ -66,12 +68,12 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         base=Markup(_loading_base(settings["model"])),
         call=Markup(_call(settings["generation"])),
         kohya_file=Markup(f"{facts.name}.safetensors"),
-        ranking=settings["rewards"]["rank_by"] or settings["rewards"]["names"][0],
+        ranking=facts.ranking,
         making=_table({"generation": settings["generation"], "rewards": _reward_settings(settings["rewards"])}),
         curriculum=_table({"curriculum": settings["curriculum"]}),
         training=_table({"training": _training_settings(settings["training"])}),
         findings=findings,
-        hacking=signs_of_reward_hacking(findings),
+        hacking=[f"{sign.name} {sign.verdict}" for sign in signs_of_reward_hacking(findings)],
     )
 
 
@@ -116,7 +118,8 @@ def _table(settings: Mapping[str, Any]) -> Markup:
 
 def _reward_settings(rewards: Mapping[str, Any]) -> dict[str, Any]:
     """Every value, but of the built-in rewards only those in use."""
-    return {key: value for key, value in rewards.items() if not isinstance(value, Mapping) or key in rewards["names"]}
+    used = ("weights", *rewards["names"])
+    return {key: value for key, value in rewards.items() if not isinstance(value, Mapping) or (value and key in used)}
 
 
 def _training_settings(training: Mapping[str, Any]) -> dict[str, Any]:

@@ -139,9 +139,9 @@ class Generator:
             if self.keep_pixels:
                 pixels.append(images)
         num_samples = self.sampling.images_per_prompt
-        rows = rows.append_column("latents", tensor_column(_storable(torch.cat(latents)), num_samples))
+        rows = rows.append_column("latents", tensor_column(storable(torch.cat(latents)), num_samples))
         for name, value in conditioning.items():
-            rows = rows.append_column(name, tensor_column(_storable(value.cpu())))
+            rows = rows.append_column(name, tensor_column(storable(value.cpu())))
         rows = rows.append_column("num_tokens_cut", pa.array(num_tokens_cut, pa.int64()))
         if pngs:
             rows = rows.append_column("images", list_column([png.result() for png in pngs], num_samples, pa.binary()))
@@ -180,6 +180,6 @@ def list_column(values: Sequence[Any] | NDArray[Any], num_samples: int, item: pa
     return pa.ListArray.from_arrays(offsets, pa.array(values, item))
 
 
-def _storable(values: Tensor) -> NDArray[Any]:
+def storable(values: Tensor) -> NDArray[Any]:
     """numpy has no bfloat16; latents fit fp16, whose fraction is longer."""
     return (values.half() if values.dtype == torch.bfloat16 else values).numpy()

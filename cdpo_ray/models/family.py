@@ -1,8 +1,10 @@
 """A text-to-image family: what all of them do alike, and what each must say of itself."""
 
+import contextlib
 import functools
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -87,20 +89,22 @@ class TextToImageModel(ABC):
         device: str | None = None,
         compile: bool = False,
         for_training: bool = False,
+        keep_vae: bool = False,
     ) -> Self:
         """Load from ``embedded``, a folder in diffusers layout, or a hub id at a revision; safetensors only.
 
         Args:
             device: ``cuda`` where there is one, by default.
             compile: compile the denoiser in place; pays on a GPU when the run is long.
-            for_training: without the VAE, which only decoding needs.
+            for_training: with what makes denoising tasks, and without the VAE, which only decoding needs.
+            keep_vae: for training and decoding both.
 
         Raises:
             ModelError: nothing that can be loaded is there.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         torch_dtype: torch.dtype = getattr(torch, dtype)
-        left_out = {"vae": None} if for_training else {}
+        left_out = {"vae": None} if for_training and not keep_vae else {}
         pipeline = cls.load_pipeline(path, revision, torch_dtype, left_out)
         pipeline.to(device)
         denoiser = getattr(pipeline, cls.denoiser_name)
@@ -124,6 +128,7 @@ class TextToImageModel(ABC):
                 " use the family `stable_diffusion` or `latent_consistency`, or give a folder or a hub id"
             )
         try:
+            _refuse_own_code(Path(folder))
             return cls.pipeline_class.from_pretrained(
                 folder, revision=revision, dtype=dtype, use_safetensors=True, **cls.load_options, **left_out
             )
@@ -200,6 +205,17 @@ class TextToImageModel(ABC):
         pixels = vae.decode(scaled + (vae.config.get("shift_factor") or 0)).sample
         return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, uint8 ``[sample, 3, height, width]`` -> mean and standard deviation of their latents, on the device.
+
+        What `decode` turns back; a training draw is ``mean + std * noise``.
+        """
+        vae = self.pipeline.vae
+        posterior = vae.encode((images.to(self.device).float() / 127.5 - 1).to(vae.dtype)).latent_dist
+        factor = vae.config.scaling_factor
+        return (posterior.mean - (vae.config.get("shift_factor") or 0)) * factor, posterior.std * factor
+
     @abstractmethod
     def draw_times(self, generator: torch.Generator) -> Times:
         """Timestep (and guidance, if the net is told of it) to train one pair at: scalars from the generator."""
@@ -251,6 +267,32 @@ class TextToImageModel(ABC):
             return
         self.denoiser = self._tuned if on else self._base
         setattr(self.pipeline, self.denoiser_name, self.denoiser)
+
+    @contextlib.contextmanager
+    def base_of(self, tuned: Net) -> Iterator[Net]:
+        """Within the block, the base model of what `load_tuned` added and `use_tuned` switched on: its reference."""
+        self.use_tuned(False)
+        try:
+            yield self.denoiser
+        finally:
+            self.use_tuned(True)
+
+
+def _refuse_own_code(folder: Path) -> None:
+    """Name the code that a local folder's index asks for; diffusers would refuse it too, without saying which.
+
+    Raises:
+        ModelError: there is such code.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return
+    named = [value[0] for value in json.loads(index.read_text()).values() if isinstance(value, list) and value]
+    for code in sorted(path for path in folder.rglob("*.py") if path.stem in named):
+        raise ModelError(
+            f"`model.path` {folder}: its model_index.json asks for its own code, {code.relative_to(folder)}, which is"
+            " not run; give a folder whose parts are classes of diffusers and transformers"
+        )
 
 
 def cannot_be_loaded(key: str, path: str, revision: str | None, error: Exception) -> ModelError:

@@ -1,1 +1,1 @@
-"""Text in: prompt sets and files."""
+"""Text in: prompt sets, files and hub data sets."""

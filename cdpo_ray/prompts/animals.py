@@ -13,5 +13,10 @@ def animal_prompts() -> list[str]:
     return [f"{_article(animal)} {animal} {activity}" for animal in ANIMALS for activity in ACTIVITIES]
 
 
+def animal_photo_prompts() -> list[str]:
+    """``a photo of a cat`` and so on, 45 prompts: what the paper judges by aesthetics."""
+    return [f"a photo of {_article(animal)} {animal}" for animal in ANIMALS]
+
+
 def _article(noun: str) -> str:
     return "an" if noun[0] in "aeiou" else "a"

@@ -1,14 +1,43 @@
 """Prompt source -> training and held-out prompts."""
 
 import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+
 from cdpo_ray.errors import PromptError
-from cdpo_ray.prompts.animals import animal_prompts
+from cdpo_ray.hub import FETCH_ERRORS, how_to_stage
+from cdpo_ray.prompts.animals import animal_photo_prompts, animal_prompts
+from cdpo_ray.prompts.files import read_file
 from cdpo_ray.testbed.scenes import scene_prompts
 
-BUILT_IN = ("animals", "scenes")
+PROMPT_SETS = {"animals": animal_prompts, "animal_photos": animal_photo_prompts}
+BUILT_IN = (*PROMPT_SETS, "scenes")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where prompts come from.
+
+    Attributes:
+        source: a name of `BUILT_IN`, a file of one of `cdpo_ray.prompts.files.FORMATS`, or with ``file`` a hub id.
+        file, revision: of a hub data set, the path of a file within it and its full commit.
+        column: of a CSV, JSONL or Parquet file.
+        count: how many to keep, from the front.
+        fraction: of the held-out side in place of a source: the share of the training source held out, chosen by hash,
+            so that a prompt stays on its side when the file grows.
+    """
+
+    source: str | None = None
+    file: str | None = None
+    revision: str | None = None
+    column: str = "prompt"
+    count: int | None = None
+    fraction: float | None = None
 
 
 @dataclass(frozen=True)
@@ -16,46 +45,146 @@ class PromptSplit:
     """Distinct prompts, in the order of their source; no prompt is in both.
 
     Attributes:
-        num_doubled: lines left out because the very same prompt came earlier.
-        num_empty: lines left out because they hold nothing but white space.
+        num_read: prompts that the sources hold, doubled and empty ones too.
+        num_doubled: left out because the very same prompt came earlier.
+        num_empty: left out because they hold nothing but white space.
     """
 
     train: list[str]
     heldout: list[str]
+    num_read: int
+    num_doubled: int = 0
+    num_empty: int = 0
+
+    @property
+    def num_beyond_count(self) -> int:
+        """Left out because fewer were asked for."""
+        return self.num_read - self.num_doubled - self.num_empty - len(self.train) - len(self.heldout)
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """Distinct prompts of one source, and what was left out; see `PromptSplit`."""
+
+    prompts: list[str]
+    num_read: int
     num_doubled: int = 0
     num_empty: int = 0
 
 
-def split_prompts(
-    *,
-    train_source: str,
-    train_count: int | None,
-    heldout_source: str | None,
-    heldout_count: int | None,
-    heldout_fraction: float | None,
-    seed: int,
-) -> PromptSplit:
+def split_prompts(train: Source | Sequence[str], heldout: Source, *, seed: int) -> PromptSplit:
     """The prompts to train on and the prompts to judge on.
 
     Args:
-        train_source, heldout_source: a name of `BUILT_IN`, or a text file with one prompt a line.
-        train_count, heldout_count: how many to keep, from the front.
-        heldout_fraction: in place of a source: the share of the training source held out, chosen by hash, so that a
-            prompt stays on its side when the file grows.
+        train: a source, or prompts that came with preferences.
         seed: draws the prompts of `scenes`.
 
     Raises:
-        PromptError: a source is missing, broken or empty, too short, or a prompt is on both sides.
+        PromptError: a source is missing, broken or empty, too short, or a prompt is on both sides, be it with other
+            case, spaces or punctuation.
     """
-    train, doubled, empty = read_prompts(train_source, "train", train_count, seed)
-    if heldout_source is None:
-        assert heldout_fraction is not None, "config: `heldout` has a source or a fraction"
-        heldout = [prompt for prompt in train if is_held_out(prompt, heldout_fraction)][:heldout_count]
-        train = [prompt for prompt in train if not is_held_out(prompt, heldout_fraction)]
+    if isinstance(train, Source):
+        found, train_count = read_prompts(train, "train", seed), train.count
     else:
-        heldout, heldout_doubled, heldout_empty = read_prompts(heldout_source, "heldout", heldout_count, seed)
-        doubled, empty = doubled + heldout_doubled, empty + heldout_empty
-    both = set(train) & set(heldout)
+        found, train_count = _without_doubles(train), None
+    judged = read_prompts(heldout, "heldout", seed) if heldout.source else PromptList([], 0)
+    train_side, heldout_side = found.prompts, judged.prompts
+    if heldout.fraction is not None:
+        share = {prompt for prompt in found.prompts if is_held_out(prompt, heldout.fraction)}
+        train_side = [prompt for prompt in found.prompts if prompt not in share]
+        heldout_side = [prompt for prompt in found.prompts if prompt in share][: heldout.count]
+    _refuse_shared(train_side, heldout_side)
+    wanted = {"train": (train_side, train_count if heldout.source else None), "heldout": (heldout_side, heldout.count)}
+    for side, (prompts, count) in wanted.items():
+        if len(prompts) < (count or 1):
+            raise PromptError(
+                f"`prompts.{side}`: wants {count or 'at least 1'} prompts, got {len(prompts)};"
+                " give more, or ask for fewer"
+            )
+    return PromptSplit(
+        train_side,
+        heldout_side,
+        found.num_read + judged.num_read,
+        found.num_doubled + judged.num_doubled,
+        found.num_empty + judged.num_empty,
+    )
+
+
+def is_held_out(prompt: str, fraction: float) -> bool:
+    """Whether a prompt falls into the held-out share; a function of its `wording` alone."""
+    digest = hashlib.blake2b(f"heldout:{wording(prompt)}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64 < fraction
+
+
+def held_out(prompts: Sequence[str], fraction: float | None) -> list[bool]:
+    """Which prompts fall into the held-out share; none where there is no fraction."""
+    return [fraction is not None and is_held_out(prompt, fraction) for prompt in prompts]
+
+
+def wording(prompt: str) -> str:
+    """The words of a prompt, whatever their case, spaces and punctuation; all of it where there are no words."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", prompt).casefold())) or prompt
+
+
+def read_prompts(source: Source, side: str, seed: int) -> PromptList:
+    """Distinct prompts of a source, at most its ``count``.
+
+    Args:
+        side: `train` or `heldout`, to name in errors and to draw `scenes` from.
+
+    Raises:
+        PromptError: the source is missing, broken or empty.
+    """
+    assert source.source is not None, "checked by the config"
+    if source.source == "scenes":
+        try:
+            scenes = scene_prompts("train" if side == "train" else "heldout", source.count or 128, seed)
+        except ValueError as error:
+            raise PromptError(f"`prompts.{side}.source` scenes: {error}") from None
+        return PromptList(scenes, len(scenes))
+    built_in = PROMPT_SETS.get(source.source)
+    prompts = [prompt.strip() for prompt in (built_in() if built_in else _read_file(source, side))]
+    found = _without_doubles([prompt for prompt in prompts if prompt])
+    if not found.prompts:
+        raise PromptError(f"`prompts.{side}.source` {source.source}: has no prompts; write one prompt a line")
+    return PromptList(
+        found.prompts[: source.count], len(prompts), found.num_doubled, num_empty=len(prompts) - found.num_read
+    )
+
+
+def _without_doubles(prompts: Sequence[str]) -> PromptList:
+    distinct = list(dict.fromkeys(prompts))
+    return PromptList(distinct, len(prompts), len(prompts) - len(distinct))
+
+
+def content_sha256(source: Source) -> str | None:
+    """Of a file here, to tell whether it has changed since; none where the name, or the revision, says it already."""
+    if source.source is None or source.source in BUILT_IN or source.file is not None:
+        return None
+    with Path(source.source).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _read_file(source: Source, side: str) -> list[str]:
+    key, name = f"prompts.{side}.source", str(source.source)
+    path = Path(name)
+    if source.file is not None:
+        try:
+            path = Path(hf_hub_download(name, source.file, repo_type="dataset", revision=source.revision))
+        except FETCH_ERRORS as error:
+            raise PromptError(how_to_stage(name, source.file, source.revision, error, key=key, dataset=True)) from None
+    try:
+        return read_file(path, source.column)
+    except OSError as error:
+        raise PromptError(
+            f"`{key}` {path}: {error.strerror}; give a file of prompts, one of {', '.join(BUILT_IN)}, or a hub data set"
+            " with its `file` and `revision`"
+        ) from None
+
+
+def _refuse_shared(train: list[str], heldout: list[str]) -> None:
+    trained = {wording(prompt) for prompt in train}
+    both = [prompt for prompt in heldout if wording(prompt) in trained]
     if both:
         shown = ", ".join(repr(prompt) for prompt in sorted(both)[:3])
         raise PromptError(
@@ -63,51 +192,3 @@ def split_prompts(
             f" ({shown}{', ...' * (len(both) > 3)}); a gain on them would prove nothing:"
             " remove them from one side, or give `heldout` a `fraction` of the training source"
         )
-    wanted = {"train": (train, train_count if heldout_source else None), "heldout": (heldout, heldout_count)}
-    for side, (prompts, count) in wanted.items():
-        if len(prompts) < (count or 1):
-            raise PromptError(
-                f"`prompts.{side}`: wants {count or 'at least 1'} prompts, got {len(prompts)};"
-                " give more, or ask for fewer"
-            )
-    return PromptSplit(train, heldout, doubled, empty)
-
-
-def is_held_out(prompt: str, fraction: float) -> bool:
-    """Whether a prompt falls into the held-out share; a function of the prompt alone."""
-    digest = hashlib.blake2b(f"heldout:{prompt}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest) / 2**64 < fraction
-
-
-def read_prompts(source: str, split: str, count: int | None, seed: int) -> tuple[list[str], int, int]:
-    """Distinct prompts of a source, and how many lines were doubled and empty."""
-    if source == "scenes":
-        try:
-            return scene_prompts("train" if split == "train" else "heldout", count or 128, seed), 0, 0
-        except ValueError as error:
-            raise PromptError(f"`prompts.{split}.source` scenes: {error}") from None
-    lines = animal_prompts() if source == "animals" else _lines(Path(source), split)
-    prompts = [line.strip() for line in lines]
-    kept = [prompt for prompt in prompts if prompt]
-    distinct = list(dict.fromkeys(kept))
-    if not distinct:
-        raise PromptError(f"`prompts.{split}.source` {source}: has no prompts; write one prompt a line")
-    return distinct[:count], len(kept) - len(distinct), len(prompts) - len(kept)
-
-
-def _lines(path: Path, split: str) -> list[str]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise PromptError(
-            f"`prompts.{split}.source` {path}: {error.strerror}; give a text file with one prompt a line,"
-            f" or one of {', '.join(BUILT_IN)}"
-        ) from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise PromptError(
-            f"{path}:{line}: is not UTF-8 (byte {data[error.start]:#04x}); save the file as UTF-8"
-        ) from None
-    return text.removesuffix("\n").split("\n") if text else []

@@ -10,7 +10,7 @@ from ray.data import Dataset
 
 from cdpo_ray.generation.pool import PoolSize, in_pool
 from cdpo_ray.records import score_column
-from cdpo_ray.rewards.scorer import PixelReader, PixelScorer
+from cdpo_ray.rewards.scorer import PixelScorer, SampleScorer
 
 Rewards = Mapping[str, Mapping[str, Any]]
 
@@ -34,29 +34,33 @@ def rescore(
     keep_images: bool,
     family: str,
     model: Mapping[str, Any],
+    num_prompts: int | None = None,
 ) -> pa.Table:
-    """Scores of rewards that were not computed when the images were made; nothing is generated.
+    """Scores of images that were made before; nothing is generated.
+
+    Args:
+        num_prompts: score the first so many prompts; none: all.
 
     Returns:
-        prompt_index and a list column of scores a reward, in prompt order.
+        prompt_index, prompt_id and a list column of scores a reward, in prompt order.
     """
     rows_per_call = max(1, images_per_batch // images_per_prompt)
-    columns = ["prompt_index", "prompt", "images" if keep_images else "latents"]
+    columns = ["prompt_index", "prompt_id", "prompt", "images" if keep_images else "latents"]
     rows = ray.data.read_parquet(str(samples_dir), columns=columns, file_extensions=["parquet"])
+    if num_prompts is not None:
+        rows = rows.limit(num_prompts)
     rows = rows.repartition(target_num_rows_per_block=rows_per_call)
-    pixels = in_pool(
+    scored = in_pool(
         rows,
-        PixelReader,
+        SampleScorer,
         scorers,
         rows_per_call=rows_per_call,
         family=family,
         model=dict(model),
+        rewards=rewards,
         images_per_batch=images_per_batch,
     )
-    scored = score_pixels(
-        pixels, rewards=rewards, scorers=scorers, images_per_batch=images_per_batch, rows_per_call=rows_per_call
-    )
     scored.set_name("score")
-    wanted = ["prompt_index", *(score_column(name) for name in rewards)]
+    wanted = ["prompt_index", "prompt_id", *(score_column(name) for name in rewards)]
     tables = ray.get(scored.select_columns(wanted).to_arrow_refs())
     return pa.concat_tables(tables).sort_by("prompt_index")

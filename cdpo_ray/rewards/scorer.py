@@ -128,3 +128,16 @@ class PixelReader:
         latents = torch.from_numpy(rows["latents"].combine_chunks().to_numpy_ndarray()[row].copy())
         batches = latents.split(self.images_per_batch)
         return torch.cat([self.model.decode(batch).cpu() for batch in batches]).numpy()
+
+
+class SampleScorer:
+    """Rows of 1-samples -> the same rows with score columns, read and judged in one place; what a pool wraps."""
+
+    def __init__(
+        self, family: str, model: dict[str, Any], rewards: Mapping[str, Mapping[str, Any]], images_per_batch: int
+    ) -> None:
+        self.read = PixelReader(family, model, images_per_batch)
+        self.score = PixelScorer(rewards, images_per_batch)
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        return self.score(self.read(rows))

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cdpo_ray.errors import RewardError
+from cdpo_ray.hub import FETCH_ERRORS, how_to_stage
 
 CONVERTED_DIR = Path(HF_HOME) / "cdpo_ray"
 """Where foreign pickles lie once they are converted, by the SHA-256 of what they were."""
 
-MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.safetensors")
 """What a model's folder needs: all but pickles and code."""
 
 
@@ -38,8 +39,8 @@ def hub_file(checkpoint: str, filename: str, revision: str | None, *, key: str) 
         return Path(checkpoint)
     try:
         return Path(hf_hub_download(checkpoint, filename, revision=revision))
-    except Exception as error:  # whatever the hub's client and the HTTP library under it raise
-        raise _not_here(checkpoint, revision, [filename], key, error) from None
+    except FETCH_ERRORS as error:
+        raise RewardError(how_to_stage(checkpoint, filename, revision, error, key=key)) from None
 
 
 def hub_folder(checkpoint: str, revision: str | None, *, key: str, files: Sequence[str] = MODEL_FILES) -> Path:
@@ -57,33 +58,36 @@ def hub_folder(checkpoint: str, revision: str | None, *, key: str, files: Sequen
         return Path(checkpoint)
     try:
         return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=list(files)))
-    except Exception as error:  # as above
-        included = [word for pattern in files for word in ("--include", f'"{pattern}"')]
-        raise _not_here(checkpoint, revision, included, key, error) from None
+    except FETCH_ERRORS as error:
+        included = " ".join(f'--include "{pattern}"' for pattern in files)
+        raise RewardError(how_to_stage(checkpoint, included, revision, error, key=key)) from None
 
 
 def from_folder(kind: Any, folder: Path, *, key: str, **options: Any) -> Any:
-    """What a class of transformers reads from a folder.
+    """What a class of transformers reads from a folder; code that lies in it is not run.
 
     Raises:
-        RewardError: the folder does not hold it whole.
+        RewardError: the folder does not hold it whole, or holds one that needs its own code.
     """
     try:
-        return kind.from_pretrained(folder, **options)
+        return kind.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RewardError(f"`{key}` {folder}: is no {kind.__name__}: {_first_line(error)}") from None
 
 
-def model_from_folder(kind: Any, folder: Path, *, key: str) -> Any:
-    """A model of transformers from a folder's safetensors, in fp32.
+def model_from_folder(
+    kind: Any, folder: Path, *, key: str, dtype: torch.dtype | str = torch.float32, unread: Sequence[str] = ()
+) -> Any:
+    """A model of transformers from a folder's safetensors.
+
+    Args:
+        unread: beginnings of the names of weights that may be missing: what they compute is not used.
 
     Raises:
         RewardError: the folder does not hold it whole; transformers would draw what is missing at random.
     """
-    model, found = from_folder(
-        kind, folder, key=key, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-    )
-    missing = sorted(found["missing_keys"])
+    model, found = from_folder(kind, folder, key=key, use_safetensors=True, dtype=dtype, output_loading_info=True)
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(tuple(unread)))
     if missing:
         raise RewardError(
             f"`{key}` {folder}: lacks {len(missing)} weights of {kind.__name__}, the first {missing[0]!r};"
@@ -135,12 +139,3 @@ def _read_pickle(path: Path, key: str) -> dict[str, Tensor]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
-
-
-def _not_here(checkpoint: str, revision: str | None, files: list[str], key: str, error: Exception) -> RewardError:
-    """The error's name alone is told: what it says may hold an address or a header with a token."""
-    stage = " ".join(filter(None, ["hf download", checkpoint, *files, "--revision", revision]))
-    return RewardError(
-        f"`{key}` {checkpoint} (revision {revision}): is not on this machine and cannot be fetched"
-        f" ({type(error).__name__}); stage it with `{stage}`, after which HF_HUB_OFFLINE=1 may be set"
-    )

@@ -1,6 +1,6 @@
 """Drawn pairs and samples -> batches for the net; what a batch holds depends on its place alone."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from cdpo_ray.models.family import Conditioning, Times, rows_of
 from cdpo_ray.models.seeds import generator_at
 from cdpo_ray.records import CONDITIONING
-from cdpo_ray.store import read_shards, shard_columns
+from cdpo_ray.store import read_shards, shard_schema
 
 T = TypeVar("T")
 
@@ -60,21 +60,39 @@ class SampleBank:
         latents: ``[prompt, sample, channel, height, width]``.
         conditioning: a row a prompt.
         row_of_prompt: ``[largest prompt index + 1]``, -1 where there is none.
+        latents_std: as ``latents``, of images that were encoded: each draw takes latents of its own from around them.
     """
 
     latents: Tensor
     conditioning: Conditioning
     row_of_prompt: NDArray[np.int64]
+    latents_std: Tensor | None = None
 
     @classmethod
     def read(cls, samples_dir: Path) -> Self:
         """Read `1-samples`; images stay on the disk."""
-        conditioning = [name for name in CONDITIONING if name in shard_columns(samples_dir)]
-        table = read_shards(samples_dir, ["prompt_index", "latents", *conditioning])
+        there = shard_schema(samples_dir).names
+        conditioning, spread = ([name for name in names if name in there] for names in (CONDITIONING, ["latents_std"]))
+        table = read_shards(samples_dir, ["prompt_index", "latents", *spread, *conditioning])
         indices = table["prompt_index"].to_numpy()
         row_of_prompt = np.full(indices.max() + 1, -1)
         row_of_prompt[indices] = np.arange(len(indices))
-        return cls(_tensor(table["latents"]), {name: _tensor(table[name]) for name in conditioning}, row_of_prompt)
+        return cls(
+            _tensor(table["latents"]),
+            {name: _tensor(table[name]) for name in conditioning},
+            row_of_prompt,
+            _tensor(table["latents_std"]) if spread else None,
+        )
+
+    def latents_at(
+        self, rows: NDArray[np.int64], samples: NDArray[np.int64], draws: Sequence[torch.Generator]
+    ) -> Tensor:
+        """``[sample, channel, height, width]``; of encoded images, drawn from their posterior by a generator each."""
+        latents = self.latents[rows, samples]
+        if self.latents_std is None:
+            return latents
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in draws])
+        return (latents + self.latents_std[rows, samples] * noise).to(latents.dtype)
 
 
 @dataclass(frozen=True)
@@ -120,17 +138,16 @@ def make_batch(
     """
     rows, chosen, rejected = pairs.prompt_row[draws], pairs.chosen[draws], pairs.rejected[draws]
     conditioning = rows_of(bank.conditioning, rows)
-    times, noise = [], []
-    for place, draw in enumerate(draws):
-        generator = generator_at(seed, "training", pairs.stage, draw)
+    times, noise, generators = [], [], [generator_at(seed, "training", pairs.stage, draw) for draw in draws]
+    for place, generator in enumerate(generators):
         times.append(draw_times(generator))
         if torch.rand((), generator=generator) < empty_prompt_fraction:
             for name, value in conditioning.items():
                 value[place] = empty_conditioning[name][0]
         noise.append(torch.randn(bank.latents.shape[2:], generator=generator))
     return PairBatch(
-        bank.latents[rows, chosen],
-        bank.latents[rows, rejected],
+        bank.latents_at(rows, chosen, generators),
+        bank.latents_at(rows, rejected, generators),
         conditioning,
         {name: torch.stack([drawn[name] for drawn in times]) for name in times[0]},
         torch.stack(noise),

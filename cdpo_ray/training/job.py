@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cdpo_ray.curriculum.capacity import Capacity
+from cdpo_ray.curriculum.combination import RankingRule
 from cdpo_ray.curriculum.schedule import Schedule
 
 RECORDS, TRAINED = "records.json", "trained"
@@ -55,12 +56,12 @@ class OnlineJob:
     """A curriculum whose difficulty is the policy's margin: measured, and drawn anew, at each stage's start.
 
     Attributes:
-        reward: whose scores in ``scores_dir`` rank the samples.
+        rule: which scores of ``scores_dir`` rank the samples, and how.
         num_draws: times and noises a prompt that a margin is averaged over.
     """
 
     scores_dir: str
-    reward: str
+    rule: RankingRule
     schedule: Schedule
     pairs_per_stage: int
     num_draws: int

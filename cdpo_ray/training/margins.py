@@ -1,11 +1,14 @@
 """Policy -> what each sample is worth under it: difficulty measured anew at a stage's start."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from diffusers import ModelMixin
 from numpy.typing import NDArray
+from torch import Tensor
 
-from cdpo_ray.models.family import Net, TextToImageModel, rows_of
+from cdpo_ray.models.family import Conditioning, Net, TextToImageModel, Times, rows_of
 from cdpo_ray.models.seeds import generator_at
 from cdpo_ray.training.batches import SampleBank
 from cdpo_ray.training.losses import kappa
@@ -45,25 +48,69 @@ def sample_values(
     for first in range(0, num_prompts, num_workers):
         # Past the last prompt a worker measures that one again, for nothing: under ZeRO 3 all must launch alike.
         row = min(first + worker_rank, num_prompts - 1)
-        counts = first + worker_rank < num_prompts
-        for draw in range(num_draws):
-            generator = generator_at(seed, "margin", stage, row, draw)
-            times = {name: value[None].to(model.device) for name, value in model.draw_times(generator).items()}
-            noise = torch.randn(bank.latents.shape[2:], generator=generator)[None].to(model.device)
-            for start in range(0, num_samples, samples_per_launch):
-                latents = bank.latents[row, start : start + samples_per_launch].to(model.device, model.dtype)
-                same = [0] * len(latents)
-                conditioning = {
-                    name: value[[row] * len(latents)].to(model.device, model.dtype)
-                    for name, value in bank.conditioning.items()
-                }
-                policy_errors, reference_errors = sample_errors(
-                    model, policy, reference, denoiser, latents, conditioning, rows_of(times, same), noise[same]
-                )
-                if counts:
-                    gain = -kappa(beta) * (policy_errors - reference_errors)
-                    values[row, start : start + samples_per_launch] += gain / num_draws
+        asked = [
+            draw_question(model, bank.latents.shape[2:], seed, "margin", stage, row, draw) for draw in range(num_draws)
+        ]
+        same = [0] * num_samples
+        changes = error_changes(
+            model,
+            policy,
+            reference,
+            denoiser,
+            bank.latents[row],
+            rows_of(bank.conditioning, [row] * num_samples),
+            [(rows_of(times, same), noise[same]) for times, noise in asked],
+            samples_per_launch=samples_per_launch,
+        )
+        if first + worker_rank < num_prompts:
+            values[row] = -kappa(beta) * changes
     if num_workers > 1:
         torch.distributed.all_reduce(values)
     found: NDArray[np.float32] = values.cpu().numpy()
     return found
+
+
+def draw_question(model: TextToImageModel, shape: tuple[int, ...], *address: int | str) -> tuple[Times, Tensor]:
+    """One row of times and of noise ``[1, *shape]`` for samples that are to be compared: a function of the address."""
+    generator = generator_at(*address)
+    times = {name: value[None] for name, value in model.draw_times(generator).items()}
+    return times, torch.randn(shape, generator=generator)[None]
+
+
+@torch.no_grad()
+def error_changes(
+    model: TextToImageModel,
+    policy: Net,
+    reference: Reference,
+    denoiser: ModelMixin,
+    latents: Tensor,
+    conditioning: Conditioning,
+    draws: Sequence[tuple[Times, Tensor]],
+    *,
+    samples_per_launch: int,
+) -> Tensor:
+    """Policy error minus reference error of each sample, ``[sample]`` fp32, a mean over the draws.
+
+    Args:
+        policy, reference, denoiser: as in `update.sample_errors`.
+        latents: ``[sample, channel, height, width]``.
+        conditioning: a row a sample.
+        draws: times and noise of each draw, a row a sample.
+        samples_per_launch: samples that go through the net at once.
+    """
+    changes = torch.zeros(len(latents), device=model.device)
+    for times, noise in draws:
+        for start in range(0, len(latents), samples_per_launch):
+            part = slice(start, start + samples_per_launch)
+            policy_errors, reference_errors = sample_errors(
+                model,
+                policy,
+                reference,
+                denoiser,
+                latents[part].to(model.device, model.dtype),
+                {name: value[part].to(model.device, model.dtype) for name, value in conditioning.items()},
+                {name: value[part].to(model.device) for name, value in times.items()},
+                noise[part].to(model.device),
+            )
+            changes[part] += (policy_errors - reference_errors) / len(draws)
+    return changes

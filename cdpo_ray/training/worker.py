@@ -12,7 +12,7 @@ import numpy as np
 import ray.train
 from numpy.typing import NDArray
 
-from cdpo_ray.curriculum.dataset import read_scores
+from cdpo_ray.curriculum.dataset import read_ranking_scores
 from cdpo_ray.curriculum.explanation import describe_stage
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum
@@ -124,12 +124,20 @@ def redrawn(
     Args:
         values: ``[prompt, sample]`` by row of the bank.
     """
-    table = read_scores(Path(online.scores_dir), online.reward)
+    table = read_ranking_scores(Path(online.scores_dir), online.rule)
     rows = bank.row_of_prompt[table.prompt_index]
-    curriculum = Curriculum(rank_samples(table.scores), online.schedule, seed=seed, values=values[rows])
+    ranking = rank_samples(table.scores)
+    curriculum = Curriculum(ranking, online.schedule, seed=seed, values=values[rows], gap_noise=table.gap_noise)
     pairs, admitted = curriculum.plan(stage, online.pairs_per_stage)
     largest = curriculum.formed.extent.max_score_gap
-    described = describe_stage(stage, online.schedule.levels(stage), admitted, pairs, largest_score_gap=largest)
+    described = describe_stage(
+        stage,
+        online.schedule.levels(stage),
+        admitted,
+        pairs,
+        largest_score_gap=largest,
+        gap_noise=table.gap_noise,
+    )
     return StagePairs(stage, rows[pairs.prompt], pairs.chosen, pairs.rejected), described
 
 

@@ -5,10 +5,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
-from cdpo_ray.curriculum.dataset import read_scores
+from cdpo_ray.curriculum.combination import RankingRule
+from cdpo_ray.curriculum.dataset import read_ranking_scores, write_stages
+from cdpo_ray.curriculum.noise import gap_noise
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Schedule, plan_stage
+from cdpo_ray.errors import CurriculumError
+from cdpo_ray.records import score_column, score_file
+from cdpo_ray.rewards.score_table import write_scores
 
 
 def test_pairs_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
@@ -18,8 +24,8 @@ def test_pairs_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
     drawn = []
     for name, order in (("in_order", np.arange(24)), ("mixed", random.permutation(24))):
         (tmp_path / name).mkdir()
-        pq.write_table(table.take(order), tmp_path / name / "scores.parquet")
-        read = read_scores(tmp_path / name, "clip")
+        pq.write_table(table.take(order), tmp_path / name / "clip.parquet")
+        read = read_ranking_scores(tmp_path / name, RankingRule("clip", {"clip": 1.0}))
         assert read.prompt_index.tolist() == [3, 4, 8, 11]
         pairs, _ = plan_stage(rank_samples(read.scores), schedule=Schedule(), stage=4, num_draws=100, seed=0)
         columns = read.prompt_index[pairs.prompt], pairs.chosen, pairs.rejected, pairs.rank_gap
@@ -29,3 +35,51 @@ def test_pairs_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
         zip(zip(prompts.tolist(), samples.tolist(), strict=True), table["score_clip"].to_pylist(), strict=True)
     )
     assert all(scores[p, w] > scores[p, lost] for p, w, lost, _ in zip(*drawn[0], strict=True))
+
+
+def write_table(folder: Path, reward: str, scores: np.ndarray, *, second: bool = False) -> None:
+    """Scores ``[prompt, sample]`` of prompts 0, 1, .. as the score step leaves them."""
+    prompts = pa.table({"prompt_index": np.arange(len(scores)), "prompt_id": ["an id"] * len(scores)})
+    prompts = prompts.append_column(score_column(reward), pa.array(scores.tolist(), pa.list_(pa.float64())))
+    write_scores(prompts, reward, folder / score_file(reward, second=second))
+
+
+def test_what_ranks_is_combined_from_the_files_of_its_rewards_and_from_no_others(tmp_path: Path) -> None:
+    scores = np.random.default_rng(0).normal(size=(5, 6, 2))
+    scores[2, 3, 1] = np.nan
+    for place, name in enumerate(("clip", "own:reward")):
+        write_table(tmp_path, name, scores[:, :, place])
+    rule = RankingRule("weighted_sum", {"clip": 1.0, "own:reward": -0.5})
+    read = read_ranking_scores(tmp_path, rule)
+    np.testing.assert_array_equal(read.scores, rule.combine(scores))
+    assert np.isnan(read.scores).sum() == 1 and read.gap_noise is None
+    alone = read_ranking_scores(tmp_path, RankingRule("own:reward", {"own:reward": 1.0}))
+    np.testing.assert_array_equal(alone.scores, scores[:, :, 1])
+
+
+def test_the_noise_is_that_of_the_ranking_scores_on_the_prompts_that_were_scored_twice(tmp_path: Path) -> None:
+    first = np.random.default_rng(0).normal(size=(5, 6, 2))
+    second = first[:3] + 0.1 * np.random.default_rng(1).normal(size=(3, 6, 2))
+    for place, name in enumerate(("a", "b")):
+        write_table(tmp_path, name, first[:, :, place])
+        write_table(tmp_path, name, second[:, :, place], second=True)
+    rule = RankingRule("mean_rank", {"a": 1.0, "b": 1.0}, with_noise=True)
+    expected = gap_noise(rule.combine(first)[:3], rule.combine(second))
+    assert read_ranking_scores(tmp_path, rule).gap_noise == expected > 0
+    write_table(tmp_path, "b", np.full((3, 6), np.nan), second=True)
+    with pytest.raises(CurriculumError, match=r"so the noise is unknown; raise `rewards.noise_prompts`, or mend"):
+        read_ranking_scores(tmp_path, rule)
+
+
+@pytest.mark.parametrize("missing", [np.nan, np.inf, None])
+def test_samples_that_one_of_several_rewards_did_not_score_stop_a_run_when_they_are_too_many(
+    missing: float | None, tmp_path: Path
+) -> None:
+    write_table(tmp_path, "a", np.random.default_rng(0).normal(size=(5, 6)))
+    holes = np.random.default_rng(1).normal(size=(5, 6)).astype(object)
+    holes[:3, 1] = missing
+    write_table(tmp_path, "b", holes)
+    table = read_ranking_scores(tmp_path, RankingRule("pareto", {"a": 1.0, "b": 1.0}))
+    with pytest.raises(CurriculumError, match=r"3 of 30 scores are not finite, more than `rewards.max_bad_fraction`"):
+        write_stages(table, tmp_path, schedule=Schedule(), pairs_per_stage=1, max_bad_fraction=0.09, seed=0)
+    assert rank_samples(table.scores).num_set_aside.tolist() == [1, 1, 1, 0, 0]

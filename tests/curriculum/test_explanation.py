@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from brute_force import formed_pairs
+from brute_force import formed_pairs, rows
 from PIL import Image
 
 from cdpo_ray.curriculum.explanation import describe_stage, draw_stages, stages_table
@@ -14,12 +14,14 @@ from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 SCORES = np.array([[0.0, 1.0, 3.0, 7.0], [5.0, 5.0, 5.0, 5.0], [2.0, 2.0, 2.0, 4.0]])
 
 
-def described(schedule: Schedule, num_draws: int = 50) -> list[dict[str, Any]]:
+def described(schedule: Schedule, num_draws: int = 50, gap_noise: float | None = None) -> list[dict[str, Any]]:
     curriculum = Curriculum(rank_samples(SCORES), schedule, seed=0)
     stages = []
     for stage in range(1, schedule.num_stages + 1):
         drawn, admitted = curriculum.plan(stage, num_draws)
-        stages.append(describe_stage(stage, schedule.levels(stage), admitted, drawn, largest_score_gap=7.0))
+        stages.append(
+            describe_stage(stage, schedule.levels(stage), admitted, drawn, largest_score_gap=7.0, gap_noise=gap_noise)
+        )
     return stages
 
 
@@ -52,6 +54,17 @@ def test_the_table_has_a_line_a_stage_in_columns() -> None:
     assert len(lines) == 3 and len({len(line) for line in (head, *lines)}) == 1
     assert lines[0].split() == f"1 1 3 2 to 7 {medians[0]} 2 50 2 2 of 3".split()
     assert lines[2].split() == f"3 1 to 3 1 to 3 1 to 7 {medians[2]} 9 50 9 2 of 3".split()
+
+
+def test_pairs_within_the_noise_are_counted_where_it_was_measured() -> None:
+    stages = described(Schedule(num_stages=3), gap_noise=2.0)
+    small = [pair for pair in formed_pairs(SCORES) if pair[4] <= 2.0]
+    drawn, _ = Curriculum(rank_samples(SCORES), Schedule(num_stages=3), seed=0).plan(3, 50)
+    within = sum((prompt, w, r) in {pair[:3] for pair in small} for prompt, w, r, *_ in rows(drawn))
+    assert stages[2]["num_drawn_within_noise"] == within > 0
+    head, *_, last = stages_table(stages).split("\n")
+    assert head.endswith("  within noise 2") and last.split()[-1] == str(within)
+    assert described(Schedule(num_stages=3))[2]["num_drawn_within_noise"] is None
 
 
 def test_the_picture_grows_with_the_stages_and_shows_what_differs(tmp_path: Path) -> None:

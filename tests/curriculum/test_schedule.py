@@ -206,9 +206,32 @@ def test_labels_are_swapped_with_their_probability_and_gaps_kept(order: str) -> 
 def test_scores_that_form_no_pair_are_told_with_the_reason(scores: np.ndarray, order: str) -> None:
     schedule = Schedule(order=order, min_score_gap=0.1)
     with pytest.raises(
-        CurriculumError, match=r"stage 2 admits no pair: .* `min_score_gap` is 0\.1, .*; lower `min_score_gap`, or"
+        CurriculumError, match=r"stage 2 admits no pair: .* pairs form above 0\.1, .*; lower `min_score_gap` or"
     ):
         plan_stage(rank_samples(scores), schedule=schedule, stage=2, num_draws=4, seed=0)
+
+
+@given(SCORES, SCHEDULES, st.floats(0.5, 4), st.sampled_from([0.0, 0.05, 0.25, 2.0]))
+def test_pairs_form_above_the_larger_of_the_smallest_gap_and_the_noise(
+    scores: np.ndarray, schedule: Schedule, min_gap_in_noise: float, gap_noise: float
+) -> None:
+    schedule = replace(schedule, num_stages=1)
+    by_noise = replace(schedule, min_gap_in_noise=min_gap_in_noise)
+    above = max(schedule.min_score_gap, min_gap_in_noise * gap_noise)
+    formed = Curriculum(rank_samples(scores), by_noise, seed=0, gap_noise=gap_noise).formed
+    assert rows(formed.all()) == formed_pairs(scores, above)
+    stages = []
+    for asked, noise in ((by_noise, gap_noise), (replace(schedule, min_score_gap=above), None)):
+        try:
+            stages.append(rows(Curriculum(rank_samples(scores), asked, seed=0, gap_noise=noise).plan(1, 9)[0]))
+        except CurriculumError as error:
+            stages.append(str(error))
+    assert stages[0] == stages[1]
+
+
+def test_a_smallest_gap_in_noise_needs_the_noise() -> None:
+    with pytest.raises(ValueError, match="`min_gap_in_noise` needs `gap_noise`, got None; score some prompts twice"):
+        Curriculum(some_ranking(), Schedule(min_gap_in_noise=2.0), seed=0)
 
 
 def test_a_level_that_holds_nothing_is_told_with_the_reason() -> None:

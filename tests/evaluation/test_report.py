@@ -23,12 +23,20 @@ from cdpo_ray.evaluation.report import (
 )
 from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, TRAINING
 
-PROMPTS = ["a red circle", "<script>alert('owned')</script>", "../../etc/passwd", '" onerror="alert(1)', "{{ 7*7 }}"]
+PROMPTS = [
+    "a red circle",
+    "<script>alert('owned')</script>",
+    "../../etc/passwd\x00\x1b[31m",
+    '" onerror="alert(1)',
+    "{{ 7*7 }}",
+]
 NUM_IMAGES = 2
 BETTER = {"mean": 0.033, "low": 0.028, "high": 0.038}
 WORSE = {"mean": -0.033, "low": -0.038, "high": -0.028}
 NONE = {"mean": 0.0, "low": 0.0, "high": 0.0}
 LARGE = {"mean": 1234.0, "low": 1100.0, "high": 1400.0}
+MUCH = {"mean": 0.1, "low": 0.06, "high": 0.14}  # of 0.812: 12 %, and surely more than 5 %
+MUCH_LESS = {"mean": -0.1, "low": -0.14, "high": -0.06}
 UNCLEAR = {"mean": 0.004, "low": -0.011, "high": 0.019}
 
 
@@ -49,7 +57,9 @@ def png(size: int = 16, shade: int = 90) -> bytes:
     return buffer.getvalue()
 
 
-def build_run(folder: Path, *, clip: dict = BETTER, oracle: dict = BETTER, diversity: dict | None = None) -> Path:
+def build_run(
+    folder: Path, *, clip: dict = BETTER, oracle: dict = BETTER, diversity: dict | None = None, **measured: Any
+) -> Path:
     """A run folder of two judges: `clip` ranked the pairs, `oracle` is held out."""
     config = {
         "rewards": {"names": ["clip", "jpeg_size"], "rank_by": None},
@@ -76,7 +86,7 @@ def build_run(folder: Path, *, clip: dict = BETTER, oracle: dict = BETTER, diver
         "images_per_prompt": NUM_IMAGES,
     }
     (folder / EVALUATION / "metrics.json").write_text(
-        json.dumps(metrics | ({"diversity": judge(diversity)} if diversity else {}))
+        json.dumps(metrics | ({"diversity": judge(diversity)} if diversity else {}) | measured)
     )
     pq.write_table(comparison(), folder / EVALUATION / "comparison.parquet")
     return folder
@@ -137,7 +147,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def findings(rewards: dict[str, Any] | None = None, **judges: dict[str, float]) -> list[Finding]:
     metrics: dict[str, Any] = {name: judge(difference) for name, difference in judges.items()}
     diversity = {"diversity": metrics.pop("diversity")} if "diversity" in metrics else {}
-    return find({"judges": metrics} | diversity, rewards or {"names": ["clip", "jpeg_size"], "rank_by": None})
+    looks = {name: metrics.pop(name) for name in ("saturation", "edge_density") if name in metrics}
+    return find(
+        {"judges": metrics, "appearance": looks} | diversity,
+        rewards or {"names": ["clip", "jpeg_size"], "rank_by": None},
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +177,7 @@ def test_interval_that_touches_zero_is_no_significant_change() -> None:
 
 def test_diversity_is_told_without_a_win_rate() -> None:
     *_, found = findings(clip=BETTER, diversity=WORSE)
-    assert found.sentence == "diversity 0.812 → 0.779, −0.033 [−0.038, −0.028]: fell"
+    assert found.sentence == "diversity 0.812 → 0.779, −0.033 [−0.038, −0.028]: fell by 4.1 %"
 
 
 def test_only_the_reward_that_ranks_counts_as_trained_on() -> None:
@@ -171,6 +185,15 @@ def test_only_the_reward_that_ranks_counts_as_trained_on() -> None:
     found = findings({"names": ["clip", "jpeg_size"], "rank_by": "jpeg_size"}, **dict.fromkeys(roles, BETTER))
     assert {finding.name: finding.role for finding in found} == roles
     assert found[0].name == "jpeg_size"
+
+
+def test_all_rewards_that_have_a_say_in_a_combination_count_as_trained_on() -> None:
+    roles = {"clip": "trained on", "oracle": "scored, did not rank", "jpeg_size": "trained on"}
+    weighted = {"names": [*roles], "rank_by": "weighted_sum", "weights": {"jpeg_size": -0.2, "oracle": 0.0}}
+    found = findings(weighted, **dict.fromkeys(roles, BETTER))
+    assert {finding.name: finding.role for finding in found} == roles
+    agreed = findings({"names": [*roles], "rank_by": "pareto", "weights": {}}, **dict.fromkeys(roles, BETTER))
+    assert {finding.role for finding in agreed} == {"trained on"}
 
 
 @pytest.mark.parametrize(
@@ -187,17 +210,38 @@ def test_only_the_reward_that_ranks_counts_as_trained_on() -> None:
         ({"clip": UNCLEAR, "jpeg_size": BETTER, "oracle": WORSE}, []),
         ({"clip": WORSE, "oracle": WORSE, "diversity": WORSE}, []),
         ({"oracle": WORSE}, []),
+        ({"clip": BETTER, "oracle": BETTER, "edge_density": MUCH}, ["edge_density"]),
+        ({"clip": BETTER, "oracle": BETTER, "saturation": MUCH_LESS, "diversity": WORSE}, ["diversity", "saturation"]),
+        ({"clip": BETTER, "saturation": WORSE, "edge_density": UNCLEAR}, []),
+        ({"clip": UNCLEAR, "edge_density": MUCH}, []),
     ],
 )
 def test_reward_hacking_is_when_the_trained_reward_rises_and_another_measure_falls(
     judges: dict[str, dict[str, float]], fallen: list[str]
 ) -> None:
-    assert signs_of_reward_hacking(findings(**judges)) == fallen
+    assert [sign.name for sign in signs_of_reward_hacking(findings(**judges))] == fallen
 
 
 def test_page_warns_of_reward_hacking(tmp_path: Path) -> None:
-    page = page_of(build_run(tmp_path / "run", oracle=WORSE, diversity=WORSE))
-    assert "Signs of reward hacking" in page and "while\noracle, diversity fell significantly" in page
+    page = page_of(build_run(tmp_path / "run", oracle=WORSE, diversity=WORSE, appearance={"saturation": judge(MUCH)}))
+    assert "Signs of reward hacking" in page
+    assert "while\noracle got worse, diversity fell by 4.1 %, saturation rose by 12.3 %." in page
+
+
+def test_page_tells_how_the_images_look_in_per_cent(tmp_path: Path) -> None:
+    looks = {"saturation": judge(MUCH), "edge_density": judge(UNCLEAR)}
+    page = page_of(build_run(tmp_path / "run", diversity=WORSE, appearance=looks))
+    assert "<li>diversity fell by 4.1 %, saturation rose by 12.3 % <small>appearance</small>" in page
+    assert "<td>+12.3 %</td><td>[+7.4, +17.2] %</td>" in page
+
+
+def test_page_has_what_was_trained_on_against_all_judges_and_how_these_agree(tmp_path: Path) -> None:
+    agreement = [{"judges": ["oracle", "clip"], "base": 0.454, "tuned": -0.12}]
+    accuracy = {"clip": {"mean": 0.641, "low": 0.6, "high": 0.68, "num_prompts": 5}, "oracle": None}
+    page = page_of(build_run(tmp_path / "run", agreement=agreement, preference_accuracy=accuracy))
+    assert "<td>trained on clip</td>" in page
+    assert page.count("<td>0.45 → −0.12</td>") == 2
+    assert '64 %<span class="under">[60, 68] %</span>' in page
 
 
 def test_page_does_not_warn_when_nothing_fell(page: str) -> None:
@@ -212,7 +256,8 @@ def test_page_has_a_headline_and_a_role_for_each_judge(page: str) -> None:
 def test_hostile_text_stays_text(page: str) -> None:
     assert "<script" not in page and "&lt;script&gt;alert(&#39;owned&#39;)&lt;/script&gt;" in page
     assert 'onerror="' not in page and "onerror=&#34;alert(1)" in page
-    assert "3 prompts &lt;b&gt;cut&lt;/b&gt;" in page and "../../etc/passwd" in page
+    assert "3 prompts &lt;b&gt;cut&lt;/b&gt;" in page and "../../etc/passwd␀␛[31m" in page
+    assert not set(page) & {"\x00", "\x1b"}
 
 
 def test_report_is_the_only_file_that_is_written(tmp_path: Path) -> None:

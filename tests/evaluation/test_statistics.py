@@ -3,7 +3,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from cdpo_ray.evaluation.statistics import bootstrap_mean, compare, pairwise_rms_distance
+from cdpo_ray.evaluation.statistics import (
+    bootstrap_mean,
+    compare,
+    pair_agreement,
+    pairwise_rms_distance,
+    rank_correlation,
+)
 
 
 def test_interval_of_a_normal_sample_is_that_of_the_normal_theory() -> None:
@@ -82,3 +88,46 @@ def test_equal_images_have_no_diversity_and_black_against_white_has_all() -> Non
     assert pairwise_rms_distance(np.stack([black, white])) == pytest.approx(1)
     with pytest.raises(ValueError, match="needs at least 2 images, got 1"):
         pairwise_rms_distance(black[None])
+
+
+def with_ties_and_gaps() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    one, other = rng.integers(0, 4, size=(2, 9, 6)).astype(float)
+    one[0, 2], other[1, 4], other[2], one[3] = np.nan, np.inf, np.nan, 1.0
+    return one, other
+
+
+def pairs_of(one: np.ndarray, other: np.ndarray) -> list[tuple[float, float]]:
+    """Differences by both of every two images with finite numbers."""
+    finite = [place for place in range(len(one)) if np.isfinite([one[place], other[place]]).all()]
+    return [(one[a] - one[b], other[a] - other[b]) for a, b in combinations(finite, 2)]
+
+
+def test_agreement_equals_counting_pairs_with_ties_and_missing_scores() -> None:
+    values, scores = with_ties_and_gaps()
+    expected = []
+    for row in range(len(values)):
+        decided = [(value, score) for value, score in pairs_of(values[row], scores[row]) if score != 0]
+        agreed = [0.5 if value == 0 else float((value > 0) == (score > 0)) for value, score in decided]
+        expected.append(np.mean(agreed) if agreed else np.nan)
+    np.testing.assert_allclose(pair_agreement(values, scores), expected)
+    assert expected[3] == 0.5 and np.isnan(expected[2])
+
+
+def test_values_all_equal_agree_with_half_of_the_pairs_and_the_scores_themselves_with_all() -> None:
+    scores = np.random.default_rng(0).normal(size=(4, 5))
+    np.testing.assert_array_equal(pair_agreement(np.zeros_like(scores), scores), 0.5)
+    np.testing.assert_array_equal(pair_agreement(scores, scores), 1)
+    np.testing.assert_array_equal(pair_agreement(-scores, scores), 0)
+
+
+def test_rank_correlation_equals_kendalls_tau_b_by_counting_pairs() -> None:
+    one, other = with_ties_and_gaps()
+    expected = []
+    for row in range(len(one)):
+        pairs = pairs_of(one[row], other[row])
+        agreed = sum(a * b > 0 for a, b in pairs) - sum(a * b < 0 for a, b in pairs)
+        untied = sum(a != 0 for a, _ in pairs) * sum(b != 0 for _, b in pairs)
+        expected.append(agreed / np.sqrt(untied) if untied else np.nan)
+    np.testing.assert_allclose(rank_correlation(one, other), expected)
+    assert np.isnan(expected[3]), "a judge that finds all alike has no order to agree with"

@@ -34,7 +34,17 @@ def card_of(
         "seed": 3,
         "created": "2026-01-01T00:00:00+00:00",
     }
-    facts = RunFacts("tuned", config.plain(), round_, 6, 4, config.curriculum.sentence, training, metrics)
+    facts = RunFacts(
+        "tuned",
+        config.plain(),
+        round_,
+        6,
+        4,
+        config.rewards.ranking_sentence,
+        config.curriculum.sentence,
+        training,
+        metrics,
+    )
     return model_card(facts, format_name, denoiser_name)
 
 
@@ -87,13 +97,24 @@ def test_the_figures_are_those_of_the_metrics_and_a_fall_beside_the_reward_is_to
         "held out", "0.812", "0.779", "−0.033", "[−0.038, −0.028]", "71 %", "[66, 76] %", "1", "got worse",
     ]  # fmt: skip
     assert "On 4 prompts held out from training, 2 images each" in card
-    assert "**Signs of reward hacking**: the reward that was trained on rose significantly, while oracle fell" in card
+    assert (
+        "**Signs of reward hacking**: the reward that was trained on rose significantly, while oracle got worse."
+        in card
+    )
 
 
 def test_a_run_that_was_not_evaluated_says_so_in_place_of_figures() -> None:
     card = card_of(metrics=None)
     assert "\nNot evaluated: " in card
     assert "win rate" not in card
+
+
+def test_a_ranking_by_several_rewards_is_told_with_its_weights() -> None:
+    rewards = {"names": ["clip", "jpeg_size"], "rank_by": "weighted_sum", "weights": {"jpeg_size": -0.2}}
+    card = card_of(rewards=rewards)
+    assert "ranked by weighted\\_sum of 1 clip, -0.2 jpeg\\_size." in card
+    assert rows_of(card)["rewards.weights.jpeg_size"] == ["-0.2"]
+    assert "rewards.weights" not in rows_of(card_of())
 
 
 def test_settings_are_resolved_and_kappa_is_half_of_beta() -> None:

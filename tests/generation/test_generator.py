@@ -18,7 +18,7 @@ from cdpo_ray.generation.generator import Generator, Sampling, list_column, samp
 from cdpo_ray.generation.images import decode_png
 from cdpo_ray.models.seeds import noise_at, seed_of
 from cdpo_ray.records import prompt_id
-from cdpo_ray.rewards.scorer import PixelReader, PixelScorer, Scorer
+from cdpo_ray.rewards.scorer import SampleScorer, Scorer
 
 PROMPTS = ["a cat", "../../etc/passwd", "a 🦊"]
 SAMPLING = Sampling(
@@ -156,8 +156,8 @@ def test_scoring_again_from_pngs_or_latents_gives_the_fused_scores(
     rows: pa.Table, tiny_sd15: Path, kept: str, images_per_batch: int
 ) -> None:
     plain = pa.concat_tables([rows.select(["prompt", kept]).slice(0, 1), rows.select(["prompt", kept]).slice(1)])
-    read = PixelReader("stable_diffusion", {"path": str(tiny_sd15), "device": "cpu"}, images_per_batch)
-    scored = PixelScorer(REWARDS, images_per_batch)(read(plain))
+    model = {"path": str(tiny_sd15), "device": "cpu"}
+    scored = SampleScorer("stable_diffusion", model, REWARDS, images_per_batch)(plain)
     assert scored.column_names == ["prompt", *(f"score_{name}" for name in REWARDS)]
     for name in REWARDS:
         found, fused = (np.array(table[f"score_{name}"].to_pylist()) for table in (scored, rows))

@@ -1,6 +1,6 @@
 """The paper's animals, against the method's list."""
 
-from cdpo_ray.prompts.animals import ANIMALS, animal_prompts
+from cdpo_ray.prompts.animals import ANIMALS, animal_photo_prompts, animal_prompts
 
 PAPER = """
 cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant
@@ -30,3 +30,10 @@ def test_the_article_follows_the_animals_first_letter() -> None:
     assert "an ant playing chess" in animal_prompts()
     assert "a cat washing the dishes" in animal_prompts()
     assert {prompt.split()[1] for prompt in animal_prompts() if prompt.startswith("an ")} == {"ant"}
+
+
+def test_each_animal_is_photographed_once() -> None:
+    photos = animal_photo_prompts()
+    assert [photo.split()[-1] for photo in photos] == ANIMALS
+    assert {photo.rsplit(maxsplit=1)[0] for photo in photos} == {"a photo of a", "a photo of an"}
+    assert "a photo of a cat" in photos and "a photo of an ant" in photos

@@ -1,13 +1,30 @@
-"""Text files as they come from the world, and the wall between training and held-out prompts."""
+"""Prompts as they come from the world, and the wall between training and held-out prompts."""
 
+import csv
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cdpo_ray.errors import PromptError
-from cdpo_ray.prompts.sources import PromptSplit, is_held_out, read_prompts, split_prompts
+from cdpo_ray.prompts.animals import animal_photo_prompts, animal_prompts
+from cdpo_ray.prompts.sources import (
+    BUILT_IN,
+    PromptList,
+    PromptSplit,
+    Source,
+    content_sha256,
+    is_held_out,
+    read_prompts,
+    split_prompts,
+    wording,
+)
 from cdpo_ray.records import prompt_id
 from cdpo_ray.testbed.scenes import scene_prompts
 
@@ -25,28 +42,85 @@ STRANGE = [
 ]
 
 
-def split(**changes: Any) -> PromptSplit:
-    given: dict[str, Any] = {
-        "train_source": "animals",
-        "train_count": None,
-        "heldout_source": None,
-        "heldout_count": None,
-        "heldout_fraction": None,
-        "seed": 0,
-    }
-    return split_prompts(
-        **(given | {key: str(value) if isinstance(value, Path) else value for key, value in changes.items()})
-    )
+def split(train: Path | str, heldout: Path | str | None = None, *, seed: int = 0, **sides: Any) -> PromptSplit:
+    """``train_count``, ``heldout_fraction`` and so on are keys of either side."""
+    given = {"train": {"source": str(train)}, "heldout": {"source": str(heldout) if heldout else None}}
+    for key, value in sides.items():
+        side, _, name = key.partition("_")
+        given[side][name] = value
+    return split_prompts(Source(**given["train"]), Source(**given["heldout"]), seed=seed)
+
+
+def read(path: Path | str, side: str = "train", **keys: Any) -> PromptList:
+    return read_prompts(Source(str(path), **keys), side, 0)
 
 
 def write(path: Path, lines: list[str]) -> Path:
-    path.write_bytes("\n".join(lines).encode())
+    """Save prompts in the format of the ending."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as handle:
+            csv.writer(handle).writerows([["id", "prompt"], *enumerate(lines)])
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table({"prompt": lines, "id": range(len(lines))}), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": 1, "prompt": line}) + "\n" for line in lines))
+    else:
+        path.write_bytes("\n".join(lines).encode())
     return path
 
 
-def test_strange_lines_are_prompts_as_they_are(tmp_path: Path) -> None:
-    prompts, doubled, empty = read_prompts(str(write(tmp_path / "p.txt", STRANGE)), "train", None, 0)
-    assert (prompts, doubled, empty) == (STRANGE, 0, 0)
+FORMATS = pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl", "p.parquet"])
+
+
+@FORMATS
+def test_fault_20_strange_prompts_are_prompts_as_they_are(tmp_path: Path, name: str) -> None:
+    lines = [*STRANGE, "", "   ", STRANGE[0]]
+    found = PromptList(STRANGE, num_read=len(lines), num_doubled=1, num_empty=2)
+    assert read(write(tmp_path / name, lines)) == found
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@FORMATS
+def test_the_split_is_the_same_whatever_the_format_and_growing_the_file_moves_nothing(
+    tmp_path: Path, name: str
+) -> None:
+    lines = [*STRANGE, *(f"prompt {number}" for number in range(190))]
+    whole = split(write(tmp_path / name, lines), heldout_fraction=0.3)
+    assert whole.heldout == [line for line in lines if is_held_out(line, 0.3)]
+    assert whole.train == [line for line in lines if not is_held_out(line, 0.3)]
+    small = split(write(tmp_path / name, lines[:100]), heldout_fraction=0.3)
+    assert small.train == [line for line in whole.train if line in lines[:100]]
+    assert small.heldout == [line for line in whole.heldout if line in lines[:100]]
+
+
+@pytest.mark.parametrize(
+    "other", ["A Cat, sleeping", "a cat  sleeping.", "“a cat” sleeping", "\uff41 cat sleeping", "(a cat:sleeping)"]
+)
+def test_prompts_of_the_same_words_fall_on_the_same_side(other: str) -> None:
+    assert wording(other) == wording("a cat sleeping") == "a cat sleeping"
+    assert {is_held_out(other, share / 64) == is_held_out("a cat sleeping", share / 64) for share in range(65)} == {
+        True
+    }
+
+
+def test_prompts_of_other_words_or_of_none_keep_their_own_wording() -> None:
+    prompts = ["a cat", "a cats", "cat a", "🦊", "🦊🦊", "...", "١ قطة"]
+    assert len({wording(prompt) for prompt in prompts}) == len(prompts)
+
+
+def test_training_on_a_held_out_prompt_in_other_letters_is_refused(tmp_path: Path) -> None:
+    train, heldout = (
+        write(tmp_path / "t.txt", ["A helicopter, made of pizza"]),
+        write(tmp_path / "h.txt", ["a helicopter made of pizza", "x"]),
+    )
+    with pytest.raises(PromptError, match=r"1 of its 2 prompts are trained on \('a helicopter made of pizza'\)"):
+        split(train, heldout)
+
+
+def test_built_in_sets_go_by_their_names() -> None:
+    assert BUILT_IN == ("animals", "animal_photos", "scenes")
+    assert read("animals").prompts == animal_prompts()
+    assert read("animal_photos").prompts == animal_photo_prompts()
 
 
 def test_a_prompts_name_is_sixteen_hex_digits_whatever_the_prompt_says() -> None:
@@ -58,26 +132,25 @@ def test_a_prompts_name_is_sixteen_hex_digits_whatever_the_prompt_says() -> None
 
 def test_doubled_and_empty_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     lines = ["one", "", "two", "  one  ", "   ", "\t", "one", "Two"]
-    prompts, doubled, empty = read_prompts(str(write(tmp_path / "p.txt", lines)), "train", None, 0)
-    assert (prompts, doubled, empty) == (["one", "two", "Two"], 2, 3)
+    found = PromptList(["one", "two", "Two"], num_read=8, num_doubled=2, num_empty=3)
+    assert read(write(tmp_path / "p.txt", lines)) == found
 
 
 def test_the_end_of_the_last_line_is_no_empty_line(tmp_path: Path) -> None:
-    for ending, text in (("none", b"one\ntwo"), ("newline", b"one\ntwo\n"), ("windows", b"one\r\ntwo\r\n")):
-        path = tmp_path / ending
-        path.write_bytes(text)
-        assert read_prompts(str(path), "train", None, 0) == (["one", "two"], 0, 0), ending
+    for ending in (b"one\ntwo", b"one\ntwo\n", b"one\r\ntwo\r\n", b"one\rtwo\r"):
+        (tmp_path / "prompts").write_bytes(ending)
+        assert read(tmp_path / "prompts") == PromptList(["one", "two"], 2), ending
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
-    assert read_prompts(str(tmp_path / "p.txt"), "train", None, 0)[0] == ["one", "two"]
+    assert read(tmp_path / "p.txt").prompts == ["one", "two"]
 
 
 def test_bytes_that_are_not_utf8_are_refused_with_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes("one\ntwo\ncafé\nfour\n".encode("latin-1"))
     with pytest.raises(PromptError, match=r"p\.txt:3: is not UTF-8 \(byte 0xe9\); save the file as UTF-8"):
-        read_prompts(str(tmp_path / "p.txt"), "train", None, 0)
+        read(tmp_path / "p.txt")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"  \n\t\n", b"\xef\xbb\xbf"])
@@ -86,43 +159,44 @@ def test_a_file_without_prompts_is_refused_by_name(tmp_path: Path, content: byte
     with pytest.raises(
         PromptError, match=r"`prompts\.train\.source` .*p\.txt: has no prompts; write one prompt a line"
     ):
-        read_prompts(str(tmp_path / "p.txt"), "train", None, 0)
+        read(tmp_path / "p.txt")
 
 
 def test_a_missing_file_or_a_folder_is_refused_by_name(tmp_path: Path) -> None:
     message = (
-        r"`prompts\.heldout\.source` .*nowhere\.txt: No such file .*; give a text file .* or one of animals, scenes"
+        r"`prompts\.heldout\.source` .*nowhere\.txt: No such file .*; give a file of prompts, one of animals,"
+        r" animal_photos, scenes, or a hub data set with its `file` and `revision`"
     )
     with pytest.raises(PromptError, match=message):
-        read_prompts(str(tmp_path / "nowhere.txt"), "heldout", None, 0)
+        read(tmp_path / "nowhere.txt", "heldout")
     with pytest.raises(PromptError, match="Is a directory"):
-        read_prompts(str(tmp_path), "train", None, 0)
+        read(tmp_path)
 
 
 def test_a_count_keeps_prompts_from_the_front(tmp_path: Path) -> None:
     path = write(tmp_path / "p.txt", ["a", "a", "b", "c"])
-    assert read_prompts(str(path), "train", 2, 0)[0] == ["a", "b"]
+    assert read(path, count=2) == PromptList(["a", "b"], num_read=4, num_doubled=1)
 
 
 def test_fewer_prompts_than_asked_for_are_refused(tmp_path: Path) -> None:
     train, heldout = write(tmp_path / "t.txt", ["a", "b"]), write(tmp_path / "h.txt", ["c"])
     with pytest.raises(PromptError, match=r"`prompts\.train`: wants 3 prompts, got 2; give more, or ask for fewer"):
-        split(train_source=train, train_count=3, heldout_source=heldout)
+        split(train, heldout, train_count=3)
     with pytest.raises(PromptError, match=r"`prompts\.heldout`: wants 4 prompts, got 1"):
-        split(train_source=train, heldout_source=heldout, heldout_count=4)
+        split(train, heldout, heldout_count=4)
 
 
 def test_a_share_too_small_to_hold_out_anything_is_refused(tmp_path: Path) -> None:
     train = write(tmp_path / "t.txt", ["a", "b"])
     with pytest.raises(PromptError, match=r"`prompts\.heldout`: wants at least 1 prompts, got 0"):
-        split(train_source=train, heldout_fraction=1e-9)
+        split(train, heldout_fraction=1e-9)
 
 
 def test_more_scenes_than_the_world_has_are_refused() -> None:
     with pytest.raises(
         PromptError, match=r"`prompts\.train\.source` scenes: .* has \d+ prompts, got `count` = 10000000"
     ):
-        split(train_source="scenes", train_count=10_000_000, heldout_source="scenes")
+        split("scenes", "scenes", train_count=10_000_000)
 
 
 def test_training_on_held_out_prompts_is_refused_with_the_prompts(tmp_path: Path) -> None:
@@ -130,12 +204,12 @@ def test_training_on_held_out_prompts_is_refused_with_the_prompts(tmp_path: Path
     with pytest.raises(
         PromptError, match=r"2 of its 3 prompts are trained on \('b', 'c'\); a gain on them would prove nothing"
     ):
-        split(train_source=train, heldout_source=heldout)
+        split(train, heldout)
 
 
 def test_the_two_sides_of_a_share_are_the_source_and_do_not_meet() -> None:
-    found = split(heldout_fraction=0.2)
-    everything = read_prompts("animals", "train", None, 0)[0]
+    found = split("animals", heldout_fraction=0.2)
+    everything = animal_prompts()
     assert [prompt for prompt in everything if prompt in set(found.train)] == found.train
     assert sorted([*found.train, *found.heldout]) == sorted(everything)
     assert 10 <= len(found.heldout) <= 45  # 27 expected of 135, standard deviation 4.6
@@ -143,8 +217,8 @@ def test_the_two_sides_of_a_share_are_the_source_and_do_not_meet() -> None:
 
 def test_a_prompt_stays_on_its_side_when_the_file_grows_or_is_reordered(tmp_path: Path) -> None:
     lines = [f"prompt {number}" for number in range(200)]
-    small = split(train_source=write(tmp_path / "small.txt", lines[:100]), heldout_fraction=0.3)
-    large = split(train_source=write(tmp_path / "large.txt", lines[::-1]), heldout_fraction=0.3)
+    small = split(write(tmp_path / "small.txt", lines[:100]), heldout_fraction=0.3)
+    large = split(write(tmp_path / "large.txt", lines[::-1]), heldout_fraction=0.3)
     assert set(small.train) == set(large.train) & set(lines[:100])
     assert set(small.heldout) == set(large.heldout) & set(lines[:100])
 
@@ -160,18 +234,68 @@ def test_the_held_out_share_is_what_was_asked_for_and_grows_by_inclusion() -> No
 
 
 def test_a_count_of_held_out_prompts_goes_with_a_share_too() -> None:
-    whole, cut = split(heldout_fraction=0.2), split(heldout_fraction=0.2, heldout_count=5)
+    whole, cut = split("animals", heldout_fraction=0.2), split("animals", heldout_fraction=0.2, heldout_count=5)
     assert cut.heldout == whole.heldout[:5]
     assert cut.train == whole.train
+    assert cut.num_beyond_count == len(whole.heldout) - 5
 
 
 def test_scenes_are_the_testbeds_and_their_sides_do_not_meet() -> None:
-    found = split(train_source="scenes", train_count=50, heldout_source="scenes", heldout_count=20, seed=3)
+    found = split("scenes", "scenes", train_count=50, heldout_count=20, seed=3)
     assert found.train == scene_prompts("train", 50, 3)
     assert found.heldout == scene_prompts("heldout", 20, 3)
 
 
 def test_doubled_and_empty_lines_of_both_sides_are_counted(tmp_path: Path) -> None:
     train, heldout = write(tmp_path / "t.txt", ["a", "", "a"]), write(tmp_path / "h.txt", ["b", "", "b", "b", "x"])
-    found = split(train_source=train, heldout_source=heldout)
-    assert found == PromptSplit(["a"], ["b", "x"], num_doubled=3, num_empty=2)
+    found = split(train, heldout)
+    assert found == PromptSplit(["a"], ["b", "x"], num_read=8, num_doubled=3, num_empty=2)
+
+
+def test_what_is_read_is_trained_on_or_held_out_or_counted_as_left_out(tmp_path: Path) -> None:
+    train, heldout = write(tmp_path / "t.txt", ["", *"aabcde"]), write(tmp_path / "h.txt", [*"vwxxyz", " "])
+    found = split(train, heldout, train_count=2, heldout_count=3)
+    assert (found.train, found.heldout) == (["a", "b"], ["v", "w", "x"])
+    assert (found.num_read, found.num_doubled, found.num_empty) == (14, 2, 2)
+    assert found.num_beyond_count == len("cde") + len("yz")
+
+
+def test_prompts_that_come_with_preferences_are_split_like_those_of_a_source(tmp_path: Path) -> None:
+    prompts = ["one", "two", "one", *(f"prompt {number}" for number in range(50))]
+    expected = split(write(tmp_path / "p.txt", prompts), heldout_fraction=0.3)
+    assert split_prompts(prompts, Source(fraction=0.3), seed=0) == expected
+    assert expected.num_doubled == 1
+
+
+def test_the_content_of_a_file_is_told_by_its_bytes_and_of_what_is_pinned_by_name_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"abc")
+    nist = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert content_sha256(Source(str(tmp_path / "p.txt"))) == nist
+    for pinned in (Source("animals"), Source("some/prompts", "a.csv", COMMIT), Source(fraction=0.5)):
+        assert content_sha256(pinned) is None
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_a_hub_file_is_read_where_it_was_staged_and_otherwise_told_how_to_stage(tmp_path: Path, staged: bool) -> None:
+    """In a process of its own: huggingface_hub reads where it is, and whether it is offline, at its import."""
+    if staged:
+        folder = tmp_path / "hub" / "datasets--some--prompts" / "snapshots" / COMMIT / "data"
+        folder.mkdir(parents=True)
+        write(folder / "train.parquet", ["a cat", "a dog"])
+    code = (
+        "import sys; from cdpo_ray.prompts.sources import Source, read_prompts;"
+        f"print(read_prompts(Source('some/prompts', 'data/train.parquet', '{COMMIT}'), 'train', 0).prompts)"
+    )
+    offline = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline)
+    if staged:
+        assert (found.stdout, found.stderr) == ("['a cat', 'a dog']\n", "")
+    else:
+        told = found.stderr.splitlines()[-1]
+        where = f"`prompts.train.source` some/prompts (revision {COMMIT})"
+        assert told.startswith(f"cdpo_ray.errors.PromptError: {where}: is not on this machine")
+        stage = f"`hf download --repo-type dataset some/prompts data/train.parquet --revision {COMMIT}`"
+        assert told.endswith(f"; stage it with {stage}, after which HF_HUB_OFFLINE=1 may be set")

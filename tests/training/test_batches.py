@@ -76,6 +76,23 @@ def test_a_draw_is_the_same_however_the_batches_are_cut(bank: SampleBank, pairs:
         assert torch.equal(torch.cat([made[cut][name] for cut in cuts]), values), name
 
 
+def test_encoded_images_are_drawn_anew_from_their_posterior(bank: SampleBank, pairs: StagePairs) -> None:
+    std = torch.linspace(0, 2, bank.latents.numel()).reshape(bank.latents.shape)
+    spread, plain = batch_of(replace(bank, latents_std=std), pairs), batch_of(bank, pairs)
+    rows = pairs.prompt_row
+    drawn = []
+    for name, samples in (("latents_w", pairs.chosen), ("latents_l", pairs.rejected)):
+        drawn.append((getattr(spread, name) - bank.latents[rows, samples]) / std[rows, samples].clamp_min(1e-6))
+    values = torch.stack(drawn)[..., 1:]  # where the spread is 0 nothing can be divided by it
+    assert abs(float(values.mean())) < 0.1
+    assert abs(float(values.std()) - 1) < 0.1
+    assert abs(float((values[0] * values[1]).mean())) < 0.1  # chosen and rejected each for themselves
+    for name in ("noise", "timesteps", "embeddings"):
+        assert torch.equal(columns(spread)[name], columns(plain)[name]), name
+    again = batch_of(replace(bank, latents_std=std), pairs, range(7, 9))
+    assert torch.equal(again.latents_w, spread.latents_w[7:9])
+
+
 def test_each_draw_stage_and_seed_has_noise_of_its_own(bank: SampleBank, pairs: StagePairs) -> None:
     batches = [batch_of(bank, pairs), batch_of(bank, replace(pairs, stage=4)), batch_of(bank, pairs, seed=1)]
     noise = torch.cat([batch.noise for batch in batches]).flatten(1)

@@ -1,0 +1,104 @@
+"""Images that people judged, of prompts held out -> whether the fine-tuned model prefers what they preferred."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cdpo_ray.evaluation.implicit import implicit_values
+from cdpo_ray.evaluation.metrics import preference_accuracy
+from cdpo_ray.generation.generator import list_column
+from cdpo_ray.models import load_model
+from cdpo_ray.prompts.sources import held_out
+from cdpo_ray.records import CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
+
+
+@dataclass(frozen=True)
+class LabelledSamples:
+    """Where imported samples lie, and which of them are held out.
+
+    Attributes:
+        heldout_fraction: of the prompts, by hash.
+        rewards: those that scored the samples too.
+        samples_per_launch: samples that go through the net at once.
+    """
+
+    samples_dir: Path
+    heldout_fraction: float
+    rewards: tuple[str, ...]
+    samples_per_launch: int
+
+
+def only_held_out(rows: pa.Table, *, fraction: float) -> pa.Table:
+    """Rows of prompts that are not trained on."""
+    return rows.filter(held_out(rows["prompt"].to_pylist(), fraction))
+
+
+class Valuer:
+    """Rows of samples -> the same rows with an implicit value a sample; a plain class that a pool wraps.
+
+    Args:
+        family, model: name in `FAMILIES` and the arguments of its ``load``.
+        training_dir: `4-training`, whose model is asked.
+        num_margin_draws, samples_per_launch, seed: of `implicit_values`.
+        guidance_range: that the net was told of in training; none is the family's own.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        model: dict[str, Any],
+        *,
+        training_dir: Path,
+        num_margin_draws: int,
+        samples_per_launch: int,
+        guidance_range: tuple[float, float] | None,
+        seed: int,
+    ) -> None:
+        self.model = load_model(family, **model, for_training=True)
+        self.model.guidance_range = guidance_range or self.model.guidance_range
+        self.model.load_tuned(training_dir)
+        self.settings = {"num_draws": num_margin_draws, "samples_per_launch": samples_per_launch, "seed": seed}
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        latents = torch.from_numpy(rows["latents"].combine_chunks().to_numpy_ndarray().copy())
+        num_samples = latents.shape[1]
+        conditioning = {
+            name: torch.from_numpy(rows[name].combine_chunks().to_numpy_ndarray().copy()).repeat_interleave(
+                num_samples, dim=0
+            )
+            for name in CONDITIONING
+            if name in rows.column_names
+        }
+        prompts = [prompt for prompt in rows["prompt"].to_pylist() for _ in range(num_samples)]
+        values = implicit_values(self.model, latents.flatten(0, 1), conditioning, prompts, **self.settings)
+        return rows.append_column(IMPLICIT_VALUE, list_column(values, num_samples, pa.float32()))
+
+
+def label_accuracy(
+    rows: pa.Table, rewards: tuple[str, ...], *, num_resamples: int, seed: int
+) -> Mapping[str, dict[str, Any] | None]:
+    """How often the fine-tuned model, and each reward, orders two images as people did.
+
+    Args:
+        rows: what `Valuer` made.
+        num_resamples, seed: of the bootstrap over prompts.
+
+    Returns:
+        ``policy``, and each reward that scored them: `preference_accuracy`.
+    """
+
+    def column(name: str) -> np.ndarray:
+        return np.array(rows[name].to_pylist(), dtype=float)
+
+    labels = column(score_column(LABEL))
+    values = {"policy": column(IMPLICIT_VALUE)}
+    values |= {name: column(score_column(name)) for name in rewards if score_column(name) in rows.column_names}
+    return {
+        name: preference_accuracy(value, labels, num_resamples=num_resamples, seed=seed)
+        for name, value in values.items()
+    }

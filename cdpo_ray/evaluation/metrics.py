@@ -1,0 +1,70 @@
+"""Compared images -> the numbers of `metrics.json`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cdpo_ray.evaluation.appearance import APPEARANCE
+from cdpo_ray.evaluation.statistics import Scores, bootstrap_mean, compare, pair_agreement, rank_correlation
+from cdpo_ray.records import ARMS, IMPLICIT_VALUE, score_column
+
+
+def measure(rows: pa.Table, judges: Sequence[str], *, num_resamples: int, seed: int) -> dict[str, Any]:
+    """What `Comparer` made, judged: see `records`, `metrics.json`.
+
+    Args:
+        rows: a row a prompt, all of them.
+        num_resamples, seed: of the bootstrap over prompts.
+    """
+
+    def column(name: str) -> Scores:
+        return np.array(rows[name].to_pylist(), dtype=float)
+
+    def compared(base: Scores, tuned: Scores) -> dict[str, Any]:
+        return compare(base, tuned, num_resamples=num_resamples, seed=seed).to_dict()
+
+    scores = {judge: {arm: column(f"{arm}_{score_column(judge)}") for arm in ARMS} for judge in judges}
+    measured: dict[str, Any] = {
+        "judges": {judge: compared(**arms) for judge, arms in scores.items()},
+        "appearance": {name: compared(*(column(f"{arm}_{name}") for arm in ARMS)) for name in APPEARANCE},
+        "agreement": [
+            {"judges": [one, other]}
+            | {arm: _mean_of_finite(rank_correlation(scores[one][arm], scores[other][arm])) for arm in ARMS}
+            for one, other in combinations(judges, 2)
+        ],
+        "preference_accuracy": {},
+    }
+    diversity = {arm: column(f"{arm}_diversity")[:, None] for arm in ARMS}
+    if np.isfinite(diversity["base"]).all():
+        measured["diversity"] = compared(**diversity)
+    if IMPLICIT_VALUE in rows.column_names:
+        values = column(IMPLICIT_VALUE)
+        measured["preference_accuracy"] = {
+            judge: preference_accuracy(values, arms["base"], num_resamples=num_resamples, seed=seed)
+            for judge, arms in scores.items()
+        }
+    return measured
+
+
+def preference_accuracy(values: Scores, scores: Scores, *, num_resamples: int, seed: int) -> dict[str, Any] | None:
+    """Mean of `pair_agreement` over prompts with its interval; none where no prompt has a pair with unequal scores.
+
+    Args:
+        values: ``[prompt, image]`` implicit values.
+        scores: ``[prompt, image]`` of a judge.
+    """
+    agreement = pair_agreement(values, scores)
+    kept = agreement[np.isfinite(agreement)]
+    if not len(kept):
+        return None
+    interval = bootstrap_mean(kept, num_resamples=num_resamples, seed=seed)
+    return asdict(interval) | {"num_prompts": len(kept)}
+
+
+def _mean_of_finite(values: Scores) -> float | None:
+    kept = values[np.isfinite(values)]
+    return float(kept.mean()) if len(kept) else None

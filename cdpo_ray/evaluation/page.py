@@ -1,0 +1,95 @@
+"""Values and images -> one self-contained HTML page."""
+
+import base64
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from cdpo_ray.errors import StoreError
+
+MAX_PIXELS = 256  # larger images are shrunk, so that the page stays of a size that opens
+PIXELATED_BELOW = 128  # smaller images are enlarged without blur, which would hide what the model made
+
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"}
+"""U+2400 and on, in place of what HTML forbids and a terminal obeys; a prompt may hold any of it."""
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Fill in a template of this folder and write the page, whole or not at all; it needs no other file, no network."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # prompts, names and warnings are text from elsewhere
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    aside = path.with_name(f"{path.name}.tmp")
+    page = environment.get_template(template).render(**values).translate(CONTROL_PICTURES)
+    aside.write_text(page, encoding="utf-8")
+    aside.replace(path)
+
+
+def inlined(png: bytes, where: str) -> dict[str, Any]:
+    """A PNG as a data URI, shrunk if it is large, with its size and whether to enlarge it without blur.
+
+    Raises:
+        StoreError: it is no PNG; ``where`` tells which.
+    """
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow speaks of a damaged PNG in all three
+        raise StoreError(
+            f"{where}: is not a PNG ({error}); delete its folder and run `cdpo run CONFIG` to make it anew"
+        ) from None
+    if max(image.size) > MAX_PIXELS:
+        image.thumbnail((MAX_PIXELS, MAX_PIXELS), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        png = buffer.getvalue()
+    uri = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return {"uri": uri, "pixelated": max(image.size) < PIXELATED_BELOW, "width": image.width, "height": image.height}
+
+
+def spoken_difference(comparison: Mapping[str, Any]) -> dict[str, str]:
+    """`base`, `tuned`, `difference` and its `interval` as text, with two digits of the difference whatever the unit.
+
+    Args:
+        comparison: `statistics.Comparison` as plain values.
+    """
+    difference = comparison["difference"]
+    largest = max(abs(difference["low"]), abs(difference["high"]))
+    places = min(6, max(0, 1 - math.floor(math.log10(largest)))) if largest > 0 else 3
+    return {
+        "base": number(comparison["base"]["mean"], places),
+        "tuned": number(comparison["tuned"]["mean"], places),
+        "difference": number(difference["mean"], places, "+"),
+        "interval": f"[{number(difference['low'], places, '+')}, {number(difference['high'], places, '+')}]",
+    }
+
+
+def spoken_share(interval: Mapping[str, Any]) -> tuple[str, str]:
+    """A mean of shares and its interval in per cent, as text."""
+    mean, low, high = (f"{100 * interval[end]:.0f}" for end in ("mean", "low", "high"))
+    return f"{mean} %", f"[{low}, {high}] %"
+
+
+def significant_change(comparison: Mapping[str, Any]) -> int:
+    """-1, 0 or 1: lower, none, higher; significant when the 95 % interval of the difference excludes 0."""
+    difference = comparison["difference"]
+    return int(difference["low"] > 0) - int(difference["high"] < 0)
+
+
+def relative_change(comparison: Mapping[str, Any]) -> dict[str, float] | None:
+    """The difference and the ends of its interval as shares of the base's mean; none where that is not above 0."""
+    base = comparison["base"]["mean"]
+    return {end: comparison["difference"][end] / base for end in ("mean", "low", "high")} if base > 0 else None
+
+
+def number(value: float, places: int, sign: str = "-") -> str:
+    return f"{value:{sign}.{places}f}".replace("-", "−")

@@ -1,0 +1,1 @@
+"""Preferences that people have -> samples."""

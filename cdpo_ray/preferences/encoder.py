@@ -1,0 +1,69 @@
+"""Rows with pixels -> rows of samples: each image through the VAE once, its posterior kept."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cdpo_ray.generation.generator import MakeScores, list_column, storable, tensor_column
+from cdpo_ray.generation.images import encode_png
+from cdpo_ray.models import load_model
+from cdpo_ray.records import score_column
+
+
+class Encoder:
+    """Rows with pixels -> rows of samples (`records`: 1-samples); a plain class that an actor pool wraps.
+
+    Args:
+        family, model: name in `FAMILIES` and the arguments of its ``load``.
+        images_per_batch: images that go through the VAE at once.
+        make_scores: builds the judges that score the images; none: no score columns.
+        keep_images: add the PNG of each image, as it is trained on.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        model: Mapping[str, Any],
+        *,
+        images_per_batch: int,
+        make_scores: MakeScores | None,
+        keep_images: bool,
+    ) -> None:
+        self.model = load_model(family, **model)
+        self.images_per_batch = images_per_batch
+        self.scores = make_scores() if make_scores else None
+        self.keep_images = keep_images
+        self.encoders = ThreadPoolExecutor(2)  # PNG encoding off the VAE's path
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        pixels = rows["pixels"].combine_chunks().to_numpy_ndarray()
+        num_samples = pixels.shape[1]
+        images = torch.from_numpy(pixels.reshape(-1, *pixels.shape[2:]).copy())
+        prompts = rows["prompt"].to_pylist()
+        conditioning, num_tokens_cut = self.model.encode_prompts(prompts)
+        pngs = [self.encoders.submit(encode_png, image) for image in images.numpy()] if self.keep_images else []
+        encoded = [self.model.encode(batch) for batch in images.split(self.images_per_batch)]
+        rows = rows.drop_columns("pixels")
+        for name, moments in zip(("latents", "latents_std"), zip(*encoded, strict=True), strict=True):
+            rows = rows.append_column(name, tensor_column(storable(torch.cat(moments).cpu()), num_samples))
+        for name, value in conditioning.items():
+            rows = rows.append_column(name, tensor_column(storable(value.cpu())))
+        rows = rows.append_column("num_tokens_cut", pa.array(num_tokens_cut, pa.int64()))
+        if pngs:
+            rows = rows.append_column("images", list_column([png.result() for png in pngs], num_samples, pa.binary()))
+        if self.scores:
+            repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+            batches = [
+                self.scores(batch, repeated[start : start + len(batch)])
+                for start, batch in zip(
+                    range(0, len(images), self.images_per_batch), images.split(self.images_per_batch), strict=True
+                )
+            ]
+            for name in batches[0]:
+                values = np.concatenate([batch[name] for batch in batches])
+                rows = rows.append_column(score_column(name), list_column(values, num_samples, pa.float64()))
+        return rows

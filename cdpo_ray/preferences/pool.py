@@ -1,0 +1,86 @@
+"""Ray Data: preference files stream through readers and a pool of encoders into shards."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import Dataset
+
+from cdpo_ray.generation.generator import MakeScores
+from cdpo_ray.generation.pool import PoolSize, in_pool, write_shards
+from cdpo_ray.preferences.encoder import Encoder
+from cdpo_ray.preferences.files import Chunk, Source
+from cdpo_ray.preferences.images import Frame
+from cdpo_ray.preferences.reading import faults_of, read_chunks
+
+SET_ASIDE = "set_aside"
+
+
+def import_samples(
+    chunks: Sequence[Chunk],
+    output_dir: Path,
+    *,
+    source: Source,
+    frame: Frame,
+    num_samples: int,
+    family: str,
+    model: Mapping[str, Any],
+    images_per_batch: int,
+    keep_images: bool,
+    make_scores: MakeScores | None,
+    encoders: PoolSize,
+) -> None:
+    """Write `1-samples` out of images that are there; what cannot be used goes to `set_aside.jsonl`.
+
+    Readers and encoders take some rows at a time, so memory does not grow with the files.
+    """
+    set_aside_dir = output_dir / SET_ASIDE
+    set_aside_dir.mkdir()
+    rows_per_call = max(1, images_per_batch // num_samples)
+    rows = _chunk_rows(chunks).map_batches(
+        read_chunks,
+        fn_kwargs={
+            "source": source,
+            "frame": frame,
+            "num_samples": num_samples,
+            "rows_per_table": rows_per_call,
+            "set_aside_dir": str(set_aside_dir.resolve()),
+        },
+        batch_size=1,
+        batch_format="pyarrow",
+    )
+    rows = in_pool(
+        rows,
+        Encoder,
+        encoders,
+        rows_per_call=rows_per_call,
+        family=family,
+        model=dict(model),
+        images_per_batch=images_per_batch,
+        make_scores=make_scores,
+        keep_images=keep_images,
+    )
+    write_shards(rows, output_dir, "samples")
+    with (output_dir / f"{SET_ASIDE}.jsonl").open("w") as joined:
+        for path in sorted(set_aside_dir.iterdir()):
+            joined.write(path.read_text())
+            path.unlink()
+    set_aside_dir.rmdir()
+
+
+def find_faults(chunks: Sequence[Chunk], *, source: Source, frame: Frame) -> list[str]:
+    """What is wrong with any image of any row, in the order of the files."""
+    found = _chunk_rows(chunks).map_batches(
+        faults_of, fn_kwargs={"source": source, "frame": frame}, batch_size=1, batch_format="pyarrow"
+    )
+    found.set_name("check")
+    faults: list[str] = pa.concat_tables(ray.get(found.to_arrow_refs()))["fault"].to_pylist()
+    return faults
+
+
+def _chunk_rows(chunks: Sequence[Chunk]) -> Dataset:
+    return ray.data.from_arrow([pa.table({name: [value] for name, value in asdict(chunk).items()}) for chunk in chunks])

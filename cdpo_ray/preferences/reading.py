@@ -1,0 +1,98 @@
+"""Rows of preference files -> rows with pixels; what cannot be used is set aside with its reason."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cdpo_ray.generation.generator import list_column, tensor_column
+from cdpo_ray.preferences.files import Chunk, Fault, Row, Source, read_rows
+from cdpo_ray.preferences.images import Frame, load_pixels
+from cdpo_ray.records import LABEL, PREFERENCE, prompt_id, score_column
+
+MIN_IMAGES = 2
+
+
+def read_chunks(
+    chunks: pa.Table, *, source: Source, frame: Frame, num_samples: int, rows_per_table: int, set_aside_dir: str
+) -> Iterator[pa.Table]:
+    """Tables of rows with pixels, some rows each; faults go to a file a chunk in ``set_aside_dir``.
+
+    A chunk read again writes the very same.
+
+    Args:
+        chunks: a row a `Chunk`.
+        num_samples: images a row; where there are fewer, black ones without label and score fill up.
+    """
+    for values in chunks.to_pylist():
+        chunk, faults, groups = Chunk(**values), [], []
+        for row in read_rows(chunk, source):
+            if isinstance(row, Fault):
+                faults.append(row)
+                continue
+            group, found = prepared(row, frame, num_samples)
+            faults += found
+            if group is not None:
+                groups.append((chunk.first_index + row.number - chunk.first_number, row.prompt, *group))
+            if len(groups) == rows_per_table:
+                yield _table(groups)
+                groups = []
+        if groups:
+            yield _table(groups)
+        if faults:
+            path = Path(set_aside_dir) / f"{chunk.first_index:012d}.jsonl"
+            path.write_text("".join(f"{json.dumps(asdict(fault))}\n" for fault in faults))
+
+
+def faults_of(chunks: pa.Table, *, source: Source, frame: Frame) -> pa.Table:
+    """All that is wrong with some chunks, one text each: every image is opened, none is kept."""
+    found = []
+    for values in chunks.to_pylist():
+        for row in read_rows(Chunk(**values), source):
+            found += [row] if isinstance(row, Fault) else prepared(row, frame, len(row.images))[1]
+    return pa.table({"fault": pa.array(map(str, found), pa.string())})
+
+
+Group = tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64], int]
+"""Pixels ``[sample, 3, height, width]``, labels and scores ``[sample]``, and how many images were cut."""
+
+
+def prepared(row: Row, frame: Frame, num_samples: int) -> tuple[Group | None, list[Fault]]:
+    """A row's images in the frame, and what is wrong with some; none if fewer than two are left."""
+    pixels = np.zeros((num_samples, 3, frame.height, frame.width), np.uint8)
+    labels, scores = np.full((2, num_samples), np.nan)
+    faults, num_cut = [], 0
+    for place, image in enumerate(row.images):
+        try:
+            pixels[place], is_cut = load_pixels(image, frame)
+        except ValueError as error:
+            name = image if isinstance(image, str) else f"image {place}"
+            faults.append(Fault(row.file, row.number, f"{name} {error}"))
+            continue
+        labels[place], scores[place] = row.labels[place], row.scores[place]
+        num_cut += is_cut
+    if len(row.images) - len(faults) < MIN_IMAGES:
+        return None, faults
+    return (pixels, labels, scores, num_cut), faults
+
+
+def _table(
+    rows: Sequence[tuple[int, str, NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64], int]],
+) -> pa.Table:
+    index, prompts, pixels, labels, scores, num_cut = zip(*rows, strict=True)
+    num_samples = len(labels[0])
+    return pa.table(
+        {
+            "prompt_index": pa.array(index, pa.int64()),
+            "prompt_id": [prompt_id(prompt) for prompt in prompts],
+            "prompt": list(prompts),
+            score_column(LABEL): list_column(np.concatenate(labels), num_samples, pa.float64()),
+            score_column(PREFERENCE): list_column(np.concatenate(scores), num_samples, pa.float64()),
+            "num_images_cut": pa.array(num_cut, pa.int64()),
+            "pixels": tensor_column(np.stack(pixels)),
+        }
+    )

@@ -1,0 +1,52 @@
+"""Parquet file -> the prompts of one of its columns; the others, images perhaps, are not read."""
+
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cdpo_ray.errors import PromptError
+from cdpo_ray.prompts.faults import missing_column, not_text
+
+ROWS_AT_ONCE = 10_000
+
+
+def read_parquet(handle: BinaryIO, column: str) -> Iterator[tuple[str, str | PromptError]]:
+    """Each row's place and prompt, or what is wrong with it.
+
+    Only text is taken: of a pickled or otherwise extended column nothing but its type is looked at.
+
+    Raises:
+        PromptError: it is no Parquet file, or the column is missing or holds no text.
+    """
+    try:
+        file = pq.ParquetFile(handle)
+        _refuse_what_is_no_text(file.schema_arrow, column)
+        row = 0
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column]):
+            # As bytes: pyarrow would stop at the first value that is not UTF-8, without saying where.
+            for value in batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
+                row += 1
+                prompt = not_text(column, None) if value is None else value.decode("utf-8", "surrogateescape")
+                yield f"row {row}", prompt
+    except PromptError:
+        raise
+    except Exception as error:  # pyarrow's, and whatever an extension type that another library registered may raise
+        reason = str(error).strip().split("\n")[0]
+        raise PromptError(f"cannot be read as Parquet: {reason}") from None
+
+
+def _refuse_what_is_no_text(schema: pa.Schema, column: str) -> None:
+    kinds = [field.type for field in schema if field.name == column]
+    if not kinds:
+        raise missing_column(column, schema.names)
+    if len(kinds) > 1 or not _is_text(kinds[0]):
+        got = ", ".join(map(str, kinds))
+        raise PromptError(f"`{column}` must be one column of text, got {got}; nothing of it was read")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

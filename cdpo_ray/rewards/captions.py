@@ -1,0 +1,176 @@
+"""Images -> captions by a vision-language model, in this process or behind an OpenAI-compatible endpoint."""
+
+import base64
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import requests
+import torch
+from PIL import Image
+from requests.adapters import HTTPAdapter
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from urllib3.util import Retry
+
+from cdpo_ray.errors import RewardError
+from cdpo_ray.generation.images import encode_png
+from cdpo_ray.rewards.weights import from_folder, model_from_folder
+
+MAX_RESPONSE_BYTES = 1_000_000
+PASSING_FAULTS = (429, 500, 502, 503, 504)
+"""Answers of a server that is busy or starting: asked again."""
+MAX_WAIT_SECONDS = 60
+"""Between two attempts, whatever the server asks for."""
+
+
+class Caption(NamedTuple):
+    """What a model says of an image; or, where it says nothing, why."""
+
+    text: str
+    fault: str = ""
+
+
+class LocalCaptioner:
+    """A model that transformers knows, on the device; greedy, so that an image has one caption.
+
+    Args:
+        folder: processor, configuration and safetensors weights.
+        instruction: what a chat model is asked; one without a chat template only sees the image.
+        max_tokens: of a caption.
+        key: of the configuration, to name in errors.
+    """
+
+    def __init__(self, folder: Path, *, instruction: str, max_tokens: int, key: str) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.processor: Any = from_folder(AutoProcessor, folder, key=key)
+        model: Any = model_from_folder(AutoModelForImageTextToText, folder, key=key, dtype="auto")
+        self.model = model.eval().to(self.device)
+        self.processor.tokenizer.padding_side = "left"  # generation goes on at the right
+        self.instruction, self.max_tokens = instruction, max_tokens
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> list[Caption]:
+        pictures = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+        inputs = self._inputs(pictures).to(self.device, self.model.dtype)
+        tokens = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_tokens)
+        if "input_ids" in inputs and not self.model.config.is_encoder_decoder:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]  # the question comes back before the answer
+        return [
+            Caption(text) if (text := said.strip()) else Caption("", "the model said nothing")
+            for said in self.processor.batch_decode(tokens, skip_special_tokens=True)
+        ]
+
+    def _inputs(self, pictures: Sequence[Image.Image]) -> Any:
+        if self.processor.chat_template is None:
+            return self.processor(images=list(pictures), return_tensors="pt")
+        question = [{"type": "image"}, {"type": "text", "text": self.instruction}]
+        chat: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        begun = bool(self.processor.tokenizer.bos_token) and chat.startswith(self.processor.tokenizer.bos_token)
+        return self.processor(
+            text=[chat] * len(pictures),
+            images=[[picture] for picture in pictures],
+            add_special_tokens=not begun,  # a sentence begins once
+            padding=True,
+            return_tensors="pt",
+        )
+
+
+class EndpointCaptioner:
+    """A server's model; an image is a request of its own, some at a time, each repeated while the fault may pass.
+
+    Args:
+        url: up to and with ``/v1``.
+        model: as the server calls it.
+        token_variable: the environment variable, here, that holds the server's token.
+        timeout_seconds: without a sign of the server.
+        max_retries: after the first attempt.
+        instruction: what the model is asked.
+        max_tokens: of a caption.
+
+    Raises:
+        RewardError: the variable is not set, or cannot be a token.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        model: str,
+        token_variable: str | None,
+        timeout_seconds: float,
+        max_retries: int,
+        num_concurrent_requests: int,
+        instruction: str,
+        max_tokens: int,
+    ) -> None:
+        self.url = f"{url.rstrip('/')}/chat/completions"
+        self.model, self.instruction, self.max_tokens = model, instruction, max_tokens
+        self.timeout_seconds, self.num_concurrent_requests = timeout_seconds, num_concurrent_requests
+        retries = Retry(
+            total=max_retries,
+            status_forcelist=PASSING_FAULTS,
+            allowed_methods={"POST"},
+            backoff_factor=0.5,
+            backoff_max=MAX_WAIT_SECONDS,
+            retry_after_max=MAX_WAIT_SECONDS,
+            raise_on_status=False,
+        )
+        self.session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(max_retries=retries, pool_maxsize=num_concurrent_requests))
+        token = _token(token_variable)
+
+        def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+            if token:
+                request.headers["Authorization"] = f"Bearer {token}"
+            return request
+
+        self.session.auth = authorize  # in a header of the session, a ~/.netrc would replace it
+
+    def __call__(self, images: Tensor) -> list[Caption]:
+        with ThreadPoolExecutor(self.num_concurrent_requests) as threads:
+            return list(threads.map(self._ask, map(encode_png, images.cpu().numpy())))
+
+    def _ask(self, png: bytes) -> Caption:
+        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png).decode()}"}}
+        question: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": [picture, {"type": "text", "text": self.instruction}]}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+        try:
+            with self.session.post(
+                self.url, json=question, timeout=self.timeout_seconds, stream=True, allow_redirects=False
+            ) as response:
+                if response.status_code != requests.codes.ok:
+                    return Caption("", f"{self.url} answered with status {response.status_code}")
+                body = bytearray()
+                for part in response.iter_content(1 << 16):
+                    body += part
+                    if len(body) > MAX_RESPONSE_BYTES:
+                        return Caption("", f"{self.url} answered with more than {MAX_RESPONSE_BYTES} bytes")
+            text = json.loads(body)["choices"][0]["message"]["content"].strip()
+        except requests.RequestException as error:
+            return Caption("", f"{self.url} did not answer: {str(error).splitlines()[0]}")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return Caption("", f"{self.url} did not answer with a chat completion")
+        return Caption(text) if text else Caption("", f"{self.url} answered with an empty caption")
+
+
+def _token(variable: str | None) -> str:
+    if variable is None:
+        return ""
+    key = "`rewards.vlm_alignment.endpoint.token_variable`"
+    token = os.environ.get(variable, "").strip()
+    if not token:
+        raise RewardError(f"{key} {variable}: no such environment variable on this machine, or empty; set it")
+    if not (token.isascii() and token.isprintable()):  # else the error of who sends it would print it
+        raise RewardError(f"{key} {variable}: holds characters that no token can have; set it anew")
+    return token

@@ -1,0 +1,115 @@
+"""Images -> agreement with the prompt, as text: a caption of the image against the prompt."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from cdpo_ray.errors import RewardError
+from cdpo_ray.rewards.captions import Caption, EndpointCaptioner, LocalCaptioner
+from cdpo_ray.rewards.weights import from_folder, hub_folder, model_from_folder
+
+log = logging.getLogger(__name__)
+
+CAPTIONER_KEY = "rewards.vlm_alignment.captioner"
+ENCODER_KEY = "rewards.vlm_alignment.sentence_encoder"
+
+
+class VlmAlignmentReward:
+    """Cosine similarity of an image's caption and its prompt as sentences, -1 to 1; NaN where there is no caption.
+
+    Source: arXiv:2405.13637 (text alignment), arXiv:2305.13301.
+
+    Args:
+        sentence_encoder: a folder, or a hub id.
+        sentence_encoder_revision: commit of the hub id.
+        captioner: a folder or a hub id of a vision-language model, to run here; or none, and
+        endpoint: who runs it, keyword arguments of `EndpointCaptioner`.
+        captioner_revision: commit of the captioner's hub id.
+        instruction: what the model is asked.
+        max_caption_tokens: of a caption.
+    """
+
+    def __init__(
+        self,
+        *,
+        sentence_encoder: str,
+        sentence_encoder_revision: str | None,
+        captioner: str | None,
+        captioner_revision: str | None,
+        endpoint: Mapping[str, Any] | None,
+        instruction: str,
+        max_caption_tokens: int,
+    ) -> None:
+        self.encode = SentenceEncoder(hub_folder(sentence_encoder, sentence_encoder_revision, key=ENCODER_KEY))
+        self.caption: LocalCaptioner | EndpointCaptioner
+        if endpoint is not None:
+            self.caption = EndpointCaptioner(**endpoint, instruction=instruction, max_tokens=max_caption_tokens)
+        else:
+            assert captioner is not None, "config: there is a captioner or an endpoint"
+            folder = hub_folder(captioner, captioner_revision, key=CAPTIONER_KEY)
+            self.caption = LocalCaptioner(
+                folder, instruction=instruction, max_tokens=max_caption_tokens, key=CAPTIONER_KEY
+            )
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
+        """Scores ``[image]`` of uint8 ``[image, 3, height, width]``, a prompt each.
+
+        Raises:
+            RewardError: not one of the images could be captioned.
+        """
+        captions = self.caption(images)
+        _tell_faults(captions)
+        similarity = (self.encode([caption.text for caption in captions]) * self.encode(prompts)).sum(-1)
+        return np.where([bool(caption.fault) for caption in captions], np.nan, similarity.double().cpu().numpy())
+
+
+class SentenceEncoder:
+    """Sentences -> vectors of length 1 ``[sentence, channel]``: the mean over the tokens of an encoder's last layer.
+
+    Source: arXiv:1908.10084.
+
+    Raises:
+        RewardError: the folder cannot be loaded, or says that its vectors are made in another way.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        pooling = folder / "1_Pooling" / "config.json"
+        if pooling.is_file() and not json.loads(pooling.read_text()).get("pooling_mode_mean_tokens", True):
+            raise RewardError(
+                f"`{ENCODER_KEY}` {folder}: must be a model whose vectors are the mean over its tokens, got"
+                f" another in {pooling.relative_to(folder)}; give for example sentence-transformers/all-MiniLM-L6-v2"
+            )
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.tokenizer: Any = from_folder(AutoTokenizer, folder, key=ENCODER_KEY)
+        model: Any = model_from_folder(AutoModel, folder, key=ENCODER_KEY, unread=["pooler."])
+        self.model = model.eval().to(self.device)
+        self.max_tokens = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+
+    @torch.no_grad()
+    def __call__(self, sentences: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(
+            list(sentences), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.device)
+        states = self.model(**tokens).last_hidden_state
+        counted = tokens.attention_mask[..., None]
+        return F.normalize((states * counted).sum(1) / counted.sum(1), dim=-1)
+
+
+def _tell_faults(captions: Sequence[Caption]) -> None:
+    faults = [caption.fault for caption in captions if caption.fault]
+    if len(faults) == len(captions):
+        raise RewardError(f"reward `vlm_alignment`: none of {len(captions)} images could be captioned: {faults[0]}")
+    if faults:
+        log.warning(
+            "reward `vlm_alignment`: %d of %d images have no caption and so no score: %s",
+            len(faults), len(captions), faults[0],
+        )  # fmt: skip

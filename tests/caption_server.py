@@ -1,0 +1,69 @@
+"""A server of captions on this machine, which does as a test tells it."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+def saying(caption: object) -> Answer:
+    """A chat completion."""
+    body = {"choices": [{"message": {"role": "assistant", "content": caption}}]}
+    return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
+
+
+def failing(status: int, **headers: str) -> Answer:
+    return status, {name.replace("_", "-"): value for name, value in headers.items()}, b"no"
+
+
+class CaptionServer:
+    """Answers ``/v1/chat/completions`` on a free port until it is left.
+
+    Args:
+        answer: the request's JSON -> status, headers and body.
+
+    Attributes:
+        requests: headers and JSON of each, in the order they came.
+        most_at_once: requests that it was answering at one time.
+    """
+
+    def __init__(self, answer: Callable[[dict[str, Any]], Answer]) -> None:
+        self.requests: list[tuple[dict[str, str], dict[str, Any]]] = []
+        self.most_at_once = 0
+        at_once, lock, server = 0, threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                nonlocal at_once
+                question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    at_once += 1
+                    server.most_at_once = max(server.most_at_once, at_once)
+                    server.requests.append((dict(self.headers), question))
+                status, headers, body = answer(question) if self.path == "/v1/chat/completions" else failing(404)
+                with lock:
+                    at_once -= 1
+                self.send_response(status)
+                for name, value in (headers | {"Content-Length": str(len(body))}).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with contextlib.suppress(OSError):  # the client may have heard enough
+                    self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()

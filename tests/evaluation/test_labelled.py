@@ -1,0 +1,77 @@
+"""Held-out images that people judged: which rows are asked, and how often the order is theirs."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from finished_runs import change
+
+from cdpo_ray.evaluation.implicit import implicit_values
+from cdpo_ray.evaluation.labelled import Valuer, label_accuracy, only_held_out
+from cdpo_ray.generation.generator import list_column, tensor_column
+from cdpo_ray.models import load_model
+from cdpo_ray.models.lora import LORA_DIR, attach_lora, save_lora
+from cdpo_ray.prompts.sources import is_held_out
+
+PROMPTS = [f"a red circle number {number}" for number in range(60)]
+
+
+def test_only_prompts_of_the_held_out_share_are_asked() -> None:
+    kept = only_held_out(pa.table({"prompt": PROMPTS}), fraction=0.3)["prompt"].to_pylist()
+    assert kept == [prompt for prompt in PROMPTS if is_held_out(prompt, 0.3)]
+    assert 5 < len(kept) < 35
+
+
+def test_accuracy_is_the_share_of_pairs_in_peoples_order_and_missing_images_do_not_count() -> None:
+    nan = np.nan
+    rows = pa.table(
+        {
+            "score_label": [[1.0, 0.0, nan], [0.0, 1.0, nan], [1.0, 0.0, nan], [0.0, -1.0, -2.0]],
+            "implicit_value": [[0.5, 0.1, 9.0], [0.5, 0.1, -9.0], [2.0, 1.0, 0.0], [3.0, 2.0, 2.5]],
+            "score_clip": [[0.2, 0.2, nan], [0.1, 0.3, nan], [nan, 0.1, nan], [0.1, 0.2, 0.3]],
+        }
+    )
+    found = label_accuracy(rows, ("clip", "not_scored"), num_resamples=100, seed=0)
+    assert list(found) == ["policy", "clip"]
+    assert found["policy"]["mean"] == np.mean([1, 0, 1, 2 / 3])
+    assert (found["clip"]["mean"], found["clip"]["num_prompts"]) == (np.mean([0.5, 1, 0]), 3)
+
+
+def test_values_are_those_of_the_same_latents_asked_by_hand(tiny_sd15: Path, tmp_path: Path) -> None:
+    model = load_model("stable_diffusion", path=str(tiny_sd15))
+    attach_lora(model.denoiser, rank=2, alpha=2, targets=("to_q",), seed=0)
+    change([parameter for parameter in model.denoiser.parameters() if parameter.requires_grad])
+    save_lora(type(model.pipeline), model.denoiser_name, model.denoiser, tmp_path / LORA_DIR)
+    latents = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    conditioning, _ = model.encode_prompts(PROMPTS[:3])
+    rows = pa.table(
+        {
+            "prompt": PROMPTS[:3],
+            "latents": tensor_column(latents.numpy()),
+            "prompt_embedding": tensor_column(conditioning["prompt_embedding"].numpy()),
+            "score_label": list_column(np.tile([1.0, 0.0], 3), 2, pa.float64()),
+        }
+    )
+    valuer = Valuer(
+        "stable_diffusion",
+        {"path": str(tiny_sd15)},
+        training_dir=tmp_path,
+        num_margin_draws=2,
+        samples_per_launch=4,
+        guidance_range=None,
+        seed=5,
+    )
+    found = np.array(valuer(rows)["implicit_value"].to_pylist())
+    for row, prompt in enumerate(PROMPTS[:3]):
+        alone = implicit_values(
+            valuer.model,
+            latents[row],
+            {name: value[[row, row]] for name, value in conditioning.items()},
+            [prompt] * 2,
+            num_draws=2,
+            samples_per_launch=2,
+            seed=5,
+        )
+        np.testing.assert_allclose(found[row], alone, rtol=1e-4, atol=1e-6)
+    assert np.ptp(found) > 1e-4

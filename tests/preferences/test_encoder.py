@@ -1,0 +1,88 @@
+"""Imported images are encoded as diffusers encodes them, once, and come back from what is kept."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from preference_sets import judged_scenes
+
+from cdpo_ray.generation.generator import list_column, tensor_column
+from cdpo_ray.generation.images import decode_png
+from cdpo_ray.models import load_model
+from cdpo_ray.preferences.encoder import Encoder
+
+NUM_ROWS = 5
+
+
+def rows_with_pixels() -> pa.Table:
+    judged = list(judged_scenes(NUM_ROWS))
+    return pa.table(
+        {
+            "prompt_index": pa.array(range(NUM_ROWS), pa.int64()),
+            "prompt": [one.prompt for one in judged],
+            "label": list_column(np.tile([1.0, 0.0], NUM_ROWS), 2, pa.float64()),
+            "pixels": tensor_column(np.stack([[one.right, one.wrong] for one in judged])),
+        }
+    )
+
+
+def encoder(path: Path, **options: object) -> Encoder:
+    arguments = {"images_per_batch": 4, "make_scores": None, "keep_images": True} | options
+    return Encoder("stable_diffusion", {"path": str(path)}, **arguments)  # type: ignore[arg-type]
+
+
+def test_mean_and_spread_are_the_posterior_of_the_plain_autoencoder(embedded: Path) -> None:
+    rows = rows_with_pixels()
+    encoded = encoder(embedded)(rows)
+    vae = AutoencoderKL.from_pretrained(embedded, subfolder="vae")
+    images = torch.from_numpy(rows["pixels"].combine_chunks().to_numpy_ndarray().copy()).flatten(0, 1)
+    with torch.no_grad():
+        moments = vae.quant_conv(vae.encoder(images.float() / 127.5 - 1))
+    mean, logvar = moments.chunk(2, dim=1)
+    for name, expected in (("latents", mean), ("latents_std", torch.exp(logvar / 2))):
+        found = torch.from_numpy(encoded[name].combine_chunks().to_numpy_ndarray().copy()).flatten(0, 1)
+        torch.testing.assert_close(found, expected * vae.config.scaling_factor, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_kept_decodes_to_the_image(embedded: Path) -> None:
+    rows = rows_with_pixels()
+    encoded = encoder(embedded)(rows)
+    model = load_model("stable_diffusion", path=str(embedded))
+    latents = torch.from_numpy(encoded["latents"].combine_chunks().to_numpy_ndarray().copy()).flatten(0, 1)
+    images = rows["pixels"].combine_chunks().to_numpy_ndarray().reshape(-1, 3, 32, 32) / 255
+    error = np.mean((model.decode(latents).numpy() / 255 - images) ** 2)
+    assert -10 * np.log10(error) > 30  # dB; another scaling or order of images gives less than 15
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion_3", "flux"])
+def test_a_shifted_latent_space_is_turned_back_by_decoding(tiny_models: object, family: str) -> None:
+    model = load_model(family, path=str(tiny_models(family)), device="cpu")  # type: ignore[operator]
+    images = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    mean, _ = model.encode(images)
+    vae = model.pipeline.vae
+    assert vae.config.shift_factor
+    with torch.no_grad():
+        plain = vae.decode(vae.encode(images.float() / 127.5 - 1).latent_dist.mean).sample
+    expected = ((plain / 2 + 0.5).clamp(0, 1) * 255).round()
+    torch.testing.assert_close(model.decode(mean).float(), expected, rtol=0, atol=1)
+
+
+def test_scores_and_images_are_of_the_pixels_that_came_not_of_what_is_decoded(embedded: Path) -> None:
+    rows = rows_with_pixels()
+
+    class Brightness:
+        def __call__(self, images: torch.Tensor, prompts: list[str]) -> dict[str, np.ndarray]:
+            assert len(images) == len(prompts) <= 4
+            return {"brightness": images.double().mean((1, 2, 3)).numpy() + [len(prompt) for prompt in prompts]}
+
+    encoded = encoder(embedded, make_scores=Brightness)(rows)
+    pixels = rows["pixels"].combine_chunks().to_numpy_ndarray()
+    lengths = np.array([len(prompt) for prompt in rows["prompt"].to_pylist()])[:, None]
+    np.testing.assert_allclose(encoded["score_brightness"].to_pylist(), pixels.mean((2, 3, 4)) + lengths)
+    kept = [[decode_png(png) for png in pngs] for pngs in encoded["images"].to_pylist()]
+    np.testing.assert_array_equal(kept, pixels)
+    assert "pixels" not in encoded.column_names
+    assert "images" not in encoder(embedded, keep_images=False)(rows).column_names

@@ -1,0 +1,220 @@
+"""Preference files: every format gives the same rows; what cannot be read is named by file and row."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from preference_sets import encoded, judged_scenes, pickapic_rows, write_parquet
+
+from cdpo_ray.errors import PreferenceError
+from cdpo_ray.preferences.files import Fault, Row, Source, fingerprint, read_rows, scan
+
+
+def rows_of(source: Source) -> list[Row | Fault]:
+    return [row for chunk in scan(source).chunks for row in read_rows(chunk, source)]
+
+
+def pair_rows(count: int, folder: Path) -> list[dict[str, Any]]:
+    """Pairs whose images lie beside the file."""
+    rows = []
+    for place, judged in enumerate(judged_scenes(count)):
+        for name, pixels in (("right", judged.right), ("wrong", judged.wrong)):
+            (folder / f"{place}-{name}.png").write_bytes(encoded(pixels))
+        rows.append({"prompt": judged.prompt, "chosen": f"{place}-right.png", "rejected": f"{place}-wrong.png"})
+    return rows
+
+
+def write_jsonl(rows: list[Any], path: Path) -> Path:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def content(image: bytes | str) -> bytes:
+    return image if isinstance(image, bytes) else Path(image).read_bytes()
+
+
+def test_pickapic_jsonl_parquet_and_ranked_folders_tell_the_same_of_the_same_pairs(tmp_path: Path) -> None:
+    judged = list(judged_scenes(20))
+    write_parquet(pickapic_rows(20), tmp_path / "pickapic.parquet")
+    pairs = pair_rows(20, tmp_path)
+    write_jsonl(pairs, tmp_path / "pairs.jsonl")
+    with_bytes = [
+        {"prompt": row["prompt"]}
+        | {name: {"bytes": (tmp_path / row[name]).read_bytes(), "path": None} for name in ("chosen", "rejected")}
+        for row in pairs
+    ]
+    write_parquet(with_bytes, tmp_path / "pairs.parquet")
+    for place, row in enumerate(pairs):
+        folder = tmp_path / "ranked" / f"{place:03d}"
+        folder.mkdir(parents=True)
+        (folder / "prompt.txt").write_text(row["prompt"])
+        (folder / "0-best.png").write_bytes((tmp_path / row["chosen"]).read_bytes())
+        (folder / "1.png").write_bytes((tmp_path / row["rejected"]).read_bytes())
+    sources = [
+        Source(str(tmp_path / "pickapic.parquet"), "pickapic"),
+        Source(str(tmp_path / "pairs.jsonl"), "pairs"),
+        Source(str(tmp_path / "pairs.parquet"), "pairs"),
+        Source(str(tmp_path / "ranked"), "ranked_folders"),
+    ]
+    for source in sources:
+        found = rows_of(source)
+        assert [row.prompt for row in found] == [one.prompt for one in judged]
+        for row, one in zip(found, judged, strict=True):
+            best, worst = np.argmax(row.labels), np.argmin(row.labels)
+            assert content(row.images[best]) == encoded(one.right)
+            assert content(row.images[worst]) == encoded(one.wrong)
+
+
+def test_rows_are_numbered_through_files_chunks_and_row_groups(tmp_path: Path) -> None:
+    for name, count in (("a", 10), ("b", 7)):
+        write_parquet(pickapic_rows(count), tmp_path / f"{name}.parquet", rows_per_group=4)
+    source = Source(str(tmp_path / "*.parquet"), "pickapic")
+    found = scan(source)
+    starts = [(Path(chunk.path).stem, chunk.first_number, chunk.first_index, chunk.num_rows) for chunk in found.chunks]
+    assert starts == [("a", 1, 0, 4), ("a", 5, 4, 4), ("a", 9, 8, 2), ("b", 1, 10, 4), ("b", 5, 14, 3)]
+    assert found.num_rows == len(found.prompts) == 17
+    lines = write_jsonl(pair_rows(600, tmp_path), tmp_path / "pairs.jsonl")
+    source = Source(str(lines), "pairs")
+    assert [chunk.first_number for chunk in scan(source).chunks] == [1, 257, 513]
+    assert [row.number for row in rows_of(source)] == list(range(1, 601))
+
+
+def test_ties_and_rows_that_nobody_judged_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = pickapic_rows(6)
+    rows[1] |= {"label_0": 0.5, "label_1": 0.5}
+    rows[4] |= {"has_label": False}
+    source = Source(str(write_parquet(rows, tmp_path / "set.parquet")), "pickapic")
+    found = scan(source)
+    assert (found.num_rows, found.num_tied, found.num_unlabelled, len(found.prompts)) == (6, 1, 1, 4)
+    assert [row.number for row in rows_of(source)] == [1, 3, 4, 6]
+
+
+def test_difficulty_comes_from_labels_scores_or_ranks(tmp_path: Path) -> None:
+    rows = [row | {"chosen_score": 2.5, "rejected_score": 3.0, "good": 1, "bad": 4} for row in pair_rows(1, tmp_path)]
+    path = str(write_jsonl(rows, tmp_path / "pairs.jsonl"))
+    renamed = {"chosen_rank": "good", "rejected_rank": "bad"}
+    for difficulty, scores in {"label": (1.0, 0.0), "score": (2.5, 3.0), "rank": (-1.0, -4.0)}.items():
+        (row,) = rows_of(Source(path, "pairs", renamed, difficulty))
+        assert isinstance(row, Row)
+        assert (row.labels, row.scores) == ((1.0, 0.0), scores)
+
+
+def test_equal_ranks_of_a_folder_are_ties_and_names_give_the_rank(tmp_path: Path) -> None:
+    folder = tmp_path / "ranked" / "one"
+    folder.mkdir(parents=True)
+    (folder / "prompt.txt").write_text("\ufeffa cat\n", encoding="utf-8")
+    for name in ("10-c.png", "2.jpg", "2-b.webp"):
+        (folder / name).write_bytes(b"x")
+    (row,) = rows_of(Source(str(folder.parent), "ranked_folders"))
+    assert isinstance(row, Row)
+    assert (row.prompt, row.labels) == ("a cat", (-10.0, -2.0, -2.0))
+
+
+def test_the_fingerprint_follows_names_and_sizes(tmp_path: Path) -> None:
+    source = Source(str(tmp_path / "*.jsonl"), "pairs")
+    write_jsonl(["{}"], tmp_path / "a.jsonl")
+    first = fingerprint(source)
+    assert first == fingerprint(source)
+    write_jsonl(["{}"], tmp_path / "b.jsonl")
+    second = fingerprint(source)
+    write_jsonl(["{ }"], tmp_path / "b.jsonl")
+    assert len({first, second, fingerprint(source)}) == 3
+
+
+def test_fault_21_every_broken_jsonl_line_is_named_with_file_and_line(tmp_path: Path) -> None:
+    good = pair_rows(1, tmp_path)[0]
+    path = tmp_path / "pairs.jsonl"
+    lines = [
+        b"\xef\xbb\xbf" + json.dumps(good).encode(),
+        b'{"prompt": "a cat", ',
+        b'{"prompt": "\xff"}',
+        b'["a list"]',
+        json.dumps(good | {"prompt": " "}).encode(),
+        json.dumps(good | {"chosen": 5}).encode(),
+        json.dumps({"prompt": "a cat", "chosen": "1.png"}).encode(),
+        b"",
+        json.dumps(good).encode(),
+    ]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    found = scan(Source(str(path), "pairs"))
+    assert [(fault.number, fault.reason.split(":")[0]) for fault in found.faults] == [
+        (2, "is not JSON"),
+        (3, "is not UTF-8 (byte 0xff)"),
+        (4, "must be an object, got list"),
+        (5, "`prompt` must be a text that is not empty, got ' '"),
+        (6, "`chosen` must be an image's bytes or its path, got int"),
+        (7, "`rejected` must be an image's bytes or its path, got NoneType"),
+        (8, "is not JSON"),
+    ]
+    assert found.prompts == [good["prompt"]] * 2
+    with pytest.raises(PreferenceError, match=r"7 rows cannot be read; .*\n  .*pairs\.jsonl:2: is not JSON"):
+        found.refuse_faults()
+
+
+def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path: Path) -> None:
+    path = str(write_parquet([{"text": "a cat", "chosen": b"x", "rejected": b"y"}], tmp_path / "pairs.parquet"))
+    with pytest.raises(
+        PreferenceError, match=r"has no column 'prompt', but 'text', 'chosen', 'rejected'; say in `pref"
+    ):
+        scan(Source(path, "pairs"))
+    assert scan(Source(path, "pairs", {"prompt": "text"})).prompts == ["a cat"]
+    with pytest.raises(PreferenceError, match=r"must rename some of prompt, chosen, .*, got promt"):
+        scan(Source(path, "pairs", {"promt": "text"}))
+
+
+def test_a_label_that_is_no_number_is_named_with_its_row(tmp_path: Path) -> None:
+    rows = pickapic_rows(3)
+    rows[1]["label_0"] = None
+    source = Source(str(write_parquet(rows, tmp_path / "set.parquet")), "pickapic")
+    assert [str(fault) for fault in scan(source).faults] == [f"{source.path}:2: `label_0` must be a number, got None"]
+
+
+def test_fault_23_a_column_of_pickled_objects_is_refused_and_not_read(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([{"prompt": "a cat", "chosen": b"x", "rejected": b"y"}])
+    marked = pa.field("chosen", pa.binary(), metadata={"ARROW:extension:name": "ray.data.arrow_pickled_object"})
+    pq.write_table(
+        table.cast(pa.schema([table.schema.field("prompt"), marked, table.schema.field("rejected")])),
+        tmp_path / "a.parquet",
+    )
+    with pytest.raises(PreferenceError, match=r"a\.parquet: column 'chosen' holds objects of .* it was not read"):
+        scan(Source(str(tmp_path / "a.parquet"), "pairs"))
+
+
+@pytest.mark.parametrize(
+    ("name", "format_name", "message"),
+    [
+        ("nothing-*.parquet", "pairs", r"nothing-\*\.parquet: nothing is there; give a Parquet or JSONL file"),
+        ("empty", "ranked_folders", r"empty: nothing is there; give a folder that holds a folder a prompt"),
+        ("a.csv", "pairs", r"a\.csv: must end in \.parquet or \.jsonl, got '\.csv'"),
+        ("a.parquet", "pairs", r"a\.parquet: cannot be read as Parquet"),
+        ("empty.jsonl", "pairs", r"empty\.jsonl: has no rows"),
+    ],
+)
+def test_files_that_are_none_are_named(tmp_path: Path, name: str, format_name: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.csv").write_text("prompt\n")
+    (tmp_path / "a.parquet").write_text("no Parquet")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(PreferenceError, match=message):
+        scan(Source(str(tmp_path / name), format_name))
+
+
+def test_a_ranked_folder_without_prompt_ranks_or_images_is_a_fault(tmp_path: Path) -> None:
+    for name, files in {
+        "a": ["0.png", "1.png"],
+        "b": ["prompt.txt", "0.png"],
+        "c": ["prompt.txt", "0.png", "cat.png"],
+    }.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text("a cat")
+    reasons = [fault.reason for fault in scan(Source(str(tmp_path), "ranked_folders")).faults]
+    assert reasons[0].startswith("`prompt.txt` cannot be read")
+    assert reasons[1:] == [
+        "must hold at least 2 images, got 1",
+        "names must begin with the rank, 0 the best, got cat.png",
+    ]

@@ -1,0 +1,15 @@
+"""What to say of files that the hub does not give."""
+
+from cdpo_ray.hub import how_to_stage
+
+
+def test_fault_25_what_cannot_be_fetched_is_told_in_one_line_with_the_command_that_stages_it() -> None:
+    error = OSError("no route to the hub\nand a header: Bearer hf_secret")
+    assert how_to_stage("some/clip", "model.safetensors", "0f", error, key="rewards.clip.checkpoint") == (
+        "`rewards.clip.checkpoint` some/clip (revision 0f): is not on this machine and cannot be fetched (OSError);"
+        " stage it with `hf download some/clip model.safetensors --revision 0f`,"
+        " after which HF_HUB_OFFLINE=1 may be set"
+    )
+    assert "`hf download --repo-type dataset some/set data.csv --revision 0f`" in how_to_stage(
+        "some/set", "data.csv", "0f", error, key="prompts.train.source", dataset=True
+    )
