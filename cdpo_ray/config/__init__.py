@@ -1,0 +1,37 @@
+"""YAML -> Config: every knob once, one section a step of the way.
+
+Importable without torch and ray, so that a configuration can be checked anywhere.
+"""
+
+from cdpo_ray.config.data import PromptSource
+from cdpo_ray.config.model import Family
+from cdpo_ray.config.reading import load_config, parse_yaml, validate
+from cdpo_ray.config.rewards import (
+    COMBINATIONS,
+    JUDGE_NO_IMAGE,
+    REWARD_NAMES,
+    RewardsSection,
+    VlmAlignmentOptions,
+    ranking_weights,
+)
+from cdpo_ray.config.section import HUB_ID
+from cdpo_ray.config.training import TrainingSection
+from cdpo_ray.config.whole import Config, Pool
+
+__all__ = [
+    "COMBINATIONS",
+    "HUB_ID",
+    "JUDGE_NO_IMAGE",
+    "REWARD_NAMES",
+    "Config",
+    "Family",
+    "Pool",
+    "PromptSource",
+    "RewardsSection",
+    "TrainingSection",
+    "VlmAlignmentOptions",
+    "load_config",
+    "parse_yaml",
+    "ranking_weights",
+    "validate",
+]

@@ -1,0 +1,207 @@
+"""All sections, and what must hold between them."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from cdpo_ray.config.curriculum import RELEASED_MIN_SCORE_GAP, RELEASED_MIN_SCORE_GAPS, CurriculumSection
+from cdpo_ray.config.data import PreferencesSection, PromptsSection
+from cdpo_ray.config.model import (
+    CONSISTENCY_TIMESTEPS,
+    GUIDANCE_EMBEDDED,
+    PATCHED,
+    GenerationSection,
+    ModelSection,
+)
+from cdpo_ray.config.rewards import COMBINATIONS, RewardName, RewardsSection
+from cdpo_ray.config.section import Section
+from cdpo_ray.config.training import TrainingSection
+from cdpo_ray.records import PERTURBATION, PREFERENCE
+
+
+class RunSection(Section):
+    """Where a run lives, what seeds it, and the run whose images it takes in place of making its own."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)]
+    dir: str = "runs"
+    samples_from: Annotated[str, Field(min_length=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class EvaluationSection(Section):
+    """Base against fine-tuned on held-out prompts; the rewards of the run judge too, named in ``judges`` or not."""
+
+    images_per_prompt: Annotated[int, Field(ge=1)] = 4
+    judges: Annotated[tuple[RewardName, ...], Field(min_length=1)]
+    num_margin_draws: Annotated[int, Field(ge=0)] = 4
+    num_bootstrap_resamples: Annotated[int, Field(ge=100)] = 10_000
+    grid_prompts: Annotated[int, Field(ge=0)] = 12
+
+
+class Pool(Section):
+    """Actors of one role and what each needs; a GPU may be shared by giving a fraction."""
+
+    num_actors: Annotated[int, Field(ge=1)] = 1
+    cpus_per_actor: Annotated[float, Field(gt=0)] = 1
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 0
+
+
+class TrainerResources(Section):
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+
+
+class ResourcesSection(Section):
+    generators: Pool = Pool()
+    scorers: Pool = Pool()
+    trainers: TrainerResources = TrainerResources()
+
+
+class Config(Section):
+    run: RunSection
+    rounds: Annotated[int, Field(ge=1)] = 1
+    prompts: PromptsSection
+    preferences: PreferencesSection | None = None
+    model: ModelSection
+    generation: GenerationSection
+    rewards: RewardsSection
+    curriculum: CurriculumSection
+    training: TrainingSection
+    evaluation: EvaluationSection
+    resources: ResourcesSection = ResourcesSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _released_code_drops_near_ties_by_reward(cls, given: Any) -> Any:
+        match given:
+            case {"curriculum": {"preset": "released-code"} as curriculum, "rewards": {"rank_by": str(reward)}}:
+                pass
+            case {"curriculum": {"preset": "released-code"} as curriculum, "rewards": {"names": [reward, *_]}}:
+                pass
+            case _:
+                return given
+        if reward in COMBINATIONS:  # which that code does not have
+            return given
+        min_score_gap = RELEASED_MIN_SCORE_GAPS.get(str(reward), RELEASED_MIN_SCORE_GAP)
+        return given | {"curriculum": {"min_score_gap": min_score_gap} | curriculum}
+
+    @model_validator(mode="after")
+    def _samples_come_from_somewhere(self) -> "Config":
+        generated, named = "images_per_prompt" in self.generation.model_fields_set, PREFERENCE in self.rewards.names
+        if not self.preferences:
+            faults = ["`prompts.train` is missing"] if not self.prompts.train else []
+            faults += ["`generation.images_per_prompt` is missing"] if not generated else []
+            faults += ["`rewards.names` 'preference' needs a section `preferences`"] if named else []
+        else:
+            given = {
+                "prompts.train": bool(self.prompts.train),
+                "rewards.names 'perturbation'": PERTURBATION in self.rewards.names,
+                "rounds": self.rounds > 1,
+                "run.samples_from": self.run.samples_from is not None,
+            }
+            faults = [f"`{key}` must not be given with `preferences`" for key, wrong in given.items() if wrong]
+            if self.preferences.format == "ranked_folders":
+                if self.rewards.ranking_reward != PREFERENCE:
+                    faults.append(
+                        "`rewards.rank_by` must be 'preference' for ranked folders: their ranks are the labels"
+                    )
+            elif self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > 1:
+                faults.append(
+                    "`curriculum.measure` must not be 'rank_gap' for pairs, which have a rank gap of 1 alone; choose"
+                    " 'score_gap_quantile', 'score_gap' or 'margin', or `order` 'none'"
+                )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_have_what_they_need(self) -> "Config":
+        used, faults = {*self.rewards.names, *self.evaluation.judges}, []
+        if "aesthetic" in used and self.rewards.aesthetic.head is None:
+            faults.append(
+                "`rewards.aesthetic.head` is missing: the path of sac+logos+ava1-l14-linearMSE.pth, a file of"
+                " github.com/christophschuhmann/improved-aesthetic-predictor"
+            )
+        if "imagereward" in used and self.rewards.imagereward.sha256 is None:
+            faults.append(
+                "`rewards.imagereward.sha256` must be that of ImageReward.pt: the hub shows it on the file's page, and"
+                " `sha256sum` tells it of a file"
+            )
+        if "vlm_alignment" in used and not (
+            self.rewards.vlm_alignment.captioner or self.rewards.vlm_alignment.endpoint
+        ):
+            faults.append("`rewards.vlm_alignment` must have a `captioner` (a folder or a hub id), or an `endpoint`")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
+    def _noise_is_measured(self) -> "Config":
+        if self.curriculum.min_gap_in_noise and not self.rewards.noise_prompts:
+            raise ValueError("`curriculum.min_gap_in_noise` needs `rewards.noise_prompts`, prompts to score twice")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_are_taken_once(self) -> "Config":
+        if self.run.samples_from and self.rounds > 1:
+            raise ValueError(
+                f"`run.samples_from` gives the images of one round, but `rounds` is {self.rounds}; leave one out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit_the_ranks(self) -> "Config":
+        if self.preferences:
+            return self  # known when the files have been read
+        num_gaps = self.generation.images_per_prompt - 1
+        if self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > num_gaps:
+            raise ValueError(
+                f"`curriculum.num_stages` is {self.curriculum.num_stages}, but {num_gaps + 1} images per prompt have"
+                f" only {num_gaps} rank gaps; lower it, or raise `generation.images_per_prompt`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _denoising_steps_fit_the_model(self) -> "Config":
+        steps = self.generation.num_denoising_steps
+        if self.model.family == "latent_consistency" and steps > CONSISTENCY_TIMESTEPS:
+            raise ValueError(
+                f"`generation.num_denoising_steps` is {steps}, but a latent consistency model knows only"
+                f" {CONSISTENCY_TIMESTEPS} timesteps; lower it: 1 to 8 are usual"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _image_is_whole_patches(self) -> "Config":
+        for side in ("height", "width"):
+            size = getattr(self.generation, side)
+            if self.model.family in PATCHED and size is not None and size % 16:
+                raise ValueError(
+                    f"`generation.{side}` must be a multiple of 16 for the family {self.model.family!r}, got {size}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _training_fits_the_model(self) -> "Config":
+        if self.training.guidance_range and self.model.family not in GUIDANCE_EMBEDDED:
+            raise ValueError(
+                f"`training.guidance_range` is for families whose net is told of the guidance"
+                f" ({', '.join(GUIDANCE_EMBEDDED)}), got it with {self.model.family!r}"
+            )
+        if self.training.reference == "last_round" and self.rounds == 1:
+            raise ValueError("`training.reference` 'last_round' needs `rounds` > 1")
+        if self.training.lora.grows and self.curriculum.num_stages == 1:
+            raise ValueError(
+                "`training.lora` grows from stage to stage, but `curriculum.num_stages` is 1; raise it, or leave out"
+                " `initial_rank` and `unfreeze`"
+            )
+        return self
+
+    @property
+    def evaluation_judges(self) -> dict[str, dict[str, Any]]:
+        """All that judge held-out images, the run's own rewards first, with the keyword arguments of each's class."""
+        return self.rewards.judges | {name: self.rewards.options(name) for name in self.evaluation.judges}
+
+    def plain(self) -> dict[str, Any]:
+        """The whole configuration, defaults included, as plain YAML-able values."""
+        return self.model_dump(mode="json")
