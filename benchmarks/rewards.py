@@ -1,8 +1,9 @@
 """Images scored: each reward in batches, beside the same net called image by image.
 
-The naive route is what one writes by hand: the published preprocessing by PIL on the main thread, one image at a time,
-its prompt encoded every time. Both routes share one net. Published nets have their real architecture and random
-weights; images are scenes of the embedded world for its own judges, coloured squares at `--pixels` for the others.
+The naive route is what one writes by hand: a PIL image prepared on the main thread, by PIL or by transformers' image
+processor, one at a time, its prompt encoded every time. Both routes share one net. Published nets have their real
+architecture and random weights; images are scenes of the embedded world for its own judges, coloured squares at
+`--pixels` for the others.
 """
 
 import argparse
