@@ -661,3 +661,7 @@ def test_the_runs_own_rewards_judge_held_out_images_too() -> None:
     config = load_config(QUICKSTART, ("rewards=[perturbation,clip,jpeg_size]", "rewards.jpeg_size.quality=40"))
     assert list(config.evaluation_judges) == ["clip", "jpeg_size", "oracle", "oracle_strict"]
     assert config.evaluation_judges["jpeg_size"] == {"quality": 40}
+
+
+def test_fault_19_one_image_a_prompt_is_refused_with_the_key() -> None:
+    assert refused("generation.images_per_prompt=1")[0] == "`generation.images_per_prompt` must be >= 2, got 1"

@@ -326,7 +326,7 @@ def test_changed_setting_is_refused_with_the_difference(finished: tuple[Config, 
         run_steps(changed, STEPS)
 
 
-def test_scores_that_are_all_equal_name_the_stage(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_fault_19_scores_that_are_all_equal_name_the_stage(tiny_sd15: Path, tmp_path: Path) -> None:
     config = make_config(tiny_sd15, tmp_path, rewards__names=["own_rewards:same"])
     with pytest.raises(CurriculumError, match=r"stage 1 admits no pair: the scores of a prompt differ by at most 0 "):
         run_steps(config, steps_until("pairs"))

@@ -203,7 +203,7 @@ def test_labels_are_swapped_with_their_probability_and_gaps_kept(order: str) -> 
     "scores", [np.ones((3, 6)), np.full((3, 6), np.nan), np.zeros((0, 6)), np.linspace(0, 0.05, 6)[None]]
 )
 @pytest.mark.parametrize("order", ORDERS)
-def test_scores_that_form_no_pair_are_told_with_the_reason(scores: np.ndarray, order: str) -> None:
+def test_fault_19_scores_that_form_no_pair_are_told_with_the_reason(scores: np.ndarray, order: str) -> None:
     schedule = Schedule(order=order, min_score_gap=0.1)
     with pytest.raises(
         CurriculumError, match=r"stage 2 admits no pair: .* pairs form above 0\.1, .*; lower `min_score_gap` or"

@@ -69,7 +69,7 @@ def library_that_is_no_librarys_model(folder: Path, canary: Path) -> None:
         (library_that_is_no_librarys_model, "cannot be loaded: .*subprocess.Popen"),
     ],
 )
-def test_a_pipeline_that_asks_for_other_code_is_refused_by_name_and_it_does_not_run(
+def test_fault_23_a_pipeline_that_asks_for_other_code_is_refused_by_name_and_it_does_not_run(
     spoil: Callable[[Path, Path], None], reason: str, folder: Path, canary: Path
 ) -> None:
     spoil(folder, canary)
@@ -78,7 +78,7 @@ def test_a_pipeline_that_asks_for_other_code_is_refused_by_name_and_it_does_not_
     assert not canary.exists()
 
 
-def test_code_that_lies_beside_a_stock_pipeline_does_not_run(folder: Path, canary: Path) -> None:
+def test_fault_23_code_that_lies_beside_a_stock_pipeline_does_not_run(folder: Path, canary: Path) -> None:
     for path in ("pipeline.py", "unet/evil.py", "text_encoder/evil.py"):
         add_code(folder / path, canary)
     change(folder / "unet" / "config.json", auto_map={"AutoModel": "evil.EvilUNet"})

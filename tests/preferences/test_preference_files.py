@@ -203,7 +203,7 @@ def test_files_that_are_none_are_named(tmp_path: Path, name: str, format_name: s
         scan(Source(str(tmp_path / name), format_name))
 
 
-def test_a_ranked_folder_without_prompt_ranks_or_images_is_a_fault(tmp_path: Path) -> None:
+def test_fault_19_a_ranked_folder_without_prompt_ranks_or_a_second_image_is_named(tmp_path: Path) -> None:
     for name, files in {
         "a": ["0.png", "1.png"],
         "b": ["prompt.txt", "0.png"],

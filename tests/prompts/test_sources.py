@@ -154,7 +154,7 @@ def test_bytes_that_are_not_utf8_are_refused_with_file_and_line(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"  \n\t\n", b"\xef\xbb\xbf"])
-def test_a_file_without_prompts_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+def test_fault_19_a_file_without_prompts_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(
         PromptError, match=r"`prompts\.train\.source` .*p\.txt: has no prompts; write one prompt a line"

@@ -88,7 +88,7 @@ def test_a_pickle_of_another_checksum_is_refused_before_it_is_read(tmp_path: Pat
     assert not (tmp_path / "ran").exists() and not converted_dir.exists()
 
 
-def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path, converted_dir: Path) -> None:
+def test_fault_23_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path, converted_dir: Path) -> None:
     path = tmp_path / "evil.pt"
     torch.save({"state_dict": {"a": torch.zeros(2), "b": MakesFolder(tmp_path / "ran")}}, path)
     with pytest.raises(RewardError, match=rf"`{KEY}` .*/evil\.pt: holds more than tensors, and was not run: "):
@@ -118,7 +118,9 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_clip(tmp_path_factory.mktemp("whole"))
 
 
-def test_a_folder_whose_weights_are_a_pickle_is_refused_and_does_not_run(tiny_clip: Path, tmp_path: Path) -> None:
+def test_fault_23_a_folder_whose_weights_are_a_pickle_is_refused_and_does_not_run(
+    tiny_clip: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(tiny_clip, tmp_path / "pickled")
     (folder / "model.safetensors").unlink()
     torch.save({"logit_scale": MakesFolder(tmp_path / "ran")}, folder / "pytorch_model.bin")
@@ -127,7 +129,7 @@ def test_a_folder_whose_weights_are_a_pickle_is_refused_and_does_not_run(tiny_cl
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_folders_own_code_does_not_run(tiny_clip: Path, tmp_path: Path) -> None:
+def test_fault_23_a_folders_own_code_does_not_run(tiny_clip: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_clip, tmp_path / "coded")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Evil"}}))
