@@ -71,6 +71,37 @@ def test_the_noise_is_that_of_the_ranking_scores_on_the_prompts_that_were_scored
         read_ranking_scores(tmp_path, rule)
 
 
+LABELLED = RankingRule("clip", {"clip": 1.0}, with_labels=True)
+
+
+def write_labels(folder: Path, labels: dict[int, list[float]]) -> None:
+    """Labels of the prompts that may be trained on."""
+    prompts = pa.table({"prompt_index": list(labels), "prompt_id": ["an id"] * len(labels)})
+    prompts = prompts.append_column(score_column("label"), pa.array(labels.values(), pa.list_(pa.float64())))
+    write_scores(prompts, "label", folder / score_file("label"))
+
+
+def test_of_labelled_pairs_only_those_rank_that_agree_and_are_not_held_out(tmp_path: Path) -> None:
+    nan = np.nan
+    write_table(tmp_path, "clip", np.array([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7], [0.5, 0.5], [nan, 0.2], [0.2, 0.8]]))
+    write_labels(tmp_path, {0: [1, 0], 1: [0, 1], 3: [1, 0], 4: [1, 0], 5: [0, 1]})  # 2 is held out
+    read = read_ranking_scores(tmp_path, LABELLED)
+    assert read.prompt_index.tolist() == [0, 1, 3, 4, 5]
+    np.testing.assert_array_equal(read.scores, [[0.9, 0.1], [nan, nan], [nan, nan], [nan, nan], [0.2, 0.8]])
+    assert read.num_disagreeing == 2  # rows 1 and 3; row 4 has no score to disagree
+    assert int(rank_samples(read.scores).num_set_aside.sum()) - read.num_excused == 1  # the score that is missing
+
+
+def test_images_that_a_ranked_folder_lacks_rank_nowhere_and_no_reward_is_blamed(tmp_path: Path) -> None:
+    nan = np.nan
+    write_table(tmp_path, "clip", np.array([[0.0, -1.0, -2.0], [0.0, -1.0, 7.0]]))
+    write_labels(tmp_path, {0: [0, -1, -2], 1: [0, -1, nan]})  # the third image of prompt 1 only fills the table
+    read = read_ranking_scores(tmp_path, LABELLED)
+    np.testing.assert_array_equal(read.scores, [[0, -1, -2], [0, -1, nan]])
+    assert (read.num_excused, read.num_disagreeing) == (1, 0)
+    assert rank_samples(read.scores).num_ranked.tolist() == [3, 2]
+
+
 @pytest.mark.parametrize("missing", [np.nan, np.inf, None])
 def test_samples_that_one_of_several_rewards_did_not_score_stop_a_run_when_they_are_too_many(
     missing: float | None, tmp_path: Path
