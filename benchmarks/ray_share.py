@@ -67,7 +67,8 @@ class ThroughRay:
     """The package's pools and trainer, with one actor or worker each."""
 
     def generate(self, prompts: list[str], output_dir: Path) -> None:
-        from cdpo_ray.generation.pool import PoolSize, generate_samples
+        from cdpo_ray.generation.pool import generate_samples
+        from cdpo_ray.streams import PoolSize
 
         generate_samples(
             prompts,
@@ -90,7 +91,7 @@ class ThroughRay:
 
     def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
         from cdpo_ray.evaluation.pool import evaluate_adapter
-        from cdpo_ray.generation.pool import PoolSize
+        from cdpo_ray.streams import PoolSize
 
         evaluate_adapter(
             prompts,

@@ -616,7 +616,7 @@ def _model(config: Config) -> dict[str, Any]:
 
 
 def _pool(pool: Pool) -> Any:
-    from cdpo_ray.generation.pool import PoolSize
+    from cdpo_ray.streams import PoolSize
 
     return PoolSize(**pool.model_dump())
 

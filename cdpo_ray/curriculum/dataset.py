@@ -19,10 +19,10 @@ from cdpo_ray.curriculum.pairs import AdmittedPairs, PairBatch, PairSet
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.errors import CurriculumError
-from cdpo_ray.generation.pool import write_shards
 from cdpo_ray.records import LABEL, score_file
 from cdpo_ray.rewards.score_table import read_scores
 from cdpo_ray.store import write_json
+from cdpo_ray.streams import write_shards
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from cdpo_ray.evaluation.appearance import APPEARANCE
 from cdpo_ray.evaluation.implicit import implicit_values
 from cdpo_ray.evaluation.statistics import pairwise_rms_distance
-from cdpo_ray.generation.generator import MakeScores, Sampling, list_column, sample_batches
+from cdpo_ray.generation.columns import list_column
+from cdpo_ray.generation.generator import MakeScores, Sampling, sample_batches
 from cdpo_ray.generation.images import encode_png
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import Conditioning

@@ -13,9 +13,10 @@ from cdpo_ray.evaluation.comparison import Comparer
 from cdpo_ray.evaluation.labelled import LabelledSamples, Valuer, label_accuracy, only_held_out
 from cdpo_ray.evaluation.metrics import measure
 from cdpo_ray.generation.generator import MakeScores, Sampling
-from cdpo_ray.generation.pool import PoolSize, in_pool, prompt_rows
+from cdpo_ray.generation.pool import prompt_rows
 from cdpo_ray.records import CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
 from cdpo_ray.store import shard_schema, write_json
+from cdpo_ray.streams import PoolSize, in_pool
 
 
 def evaluate_adapter(

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cdpo_ray.generation.columns import list_column, storable, tensor_column
 from cdpo_ray.generation.images import encode_png
 from cdpo_ray.generation.perturbation import masked_positions, masked_shares, perturbed
 from cdpo_ray.models import load_model
@@ -165,21 +166,3 @@ def _perturbed(
     num_tokens = conditioning["prompt_embedding"].shape[1]
     masks = torch.stack([masked_positions(num_tokens, share, seed=seed, prompt=prompt) for prompt, share in asked])
     return perturbed(conditioning, model.empty_conditioning, [share for _, share in asked], masks)
-
-
-def tensor_column(values: NDArray[Any], num_samples: int | None = None) -> pa.Array:
-    """``[row, ...]`` (or ``[row * sample, ...]`` with ``num_samples``) -> a column that keeps its shape in Parquet."""
-    if num_samples is not None:
-        values = values.reshape(-1, num_samples, *values.shape[1:])
-    return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
-
-
-def list_column(values: Sequence[Any] | NDArray[Any], num_samples: int, item: pa.DataType) -> pa.Array:
-    """``[row * sample]`` -> a list of ``num_samples`` items a row."""
-    offsets = np.arange(0, len(values) + 1, num_samples, dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, pa.array(values, item))
-
-
-def storable(values: Tensor) -> NDArray[Any]:
-    """numpy has no bfloat16; latents fit fp16, whose fraction is longer."""
-    return (values.half() if values.dtype == torch.bfloat16 else values).numpy()

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from cdpo_ray.generation.generator import MakeScores, list_column, storable, tensor_column
+from cdpo_ray.generation.columns import list_column, storable, tensor_column
 from cdpo_ray.generation.images import encode_png
 from cdpo_ray.models import load_model
 from cdpo_ray.records import score_column
+
+if TYPE_CHECKING:
+    from cdpo_ray.generation.generator import MakeScores
 
 
 class Encoder:
@@ -30,7 +33,7 @@ class Encoder:
         model: Mapping[str, Any],
         *,
         images_per_batch: int,
-        make_scores: MakeScores | None,
+        make_scores: "MakeScores | None",
         keep_images: bool,
     ) -> None:
         self.model = load_model(family, **model)

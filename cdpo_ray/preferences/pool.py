@@ -3,19 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 import ray.data
 from ray.data import Dataset
 
-from cdpo_ray.generation.generator import MakeScores
-from cdpo_ray.generation.pool import PoolSize, in_pool, write_shards
 from cdpo_ray.preferences.encoder import Encoder
 from cdpo_ray.preferences.files import Chunk, Source
 from cdpo_ray.preferences.images import Frame
 from cdpo_ray.preferences.reading import faults_of, read_chunks
+from cdpo_ray.streams import PoolSize, in_pool, write_shards
+
+if TYPE_CHECKING:
+    from cdpo_ray.generation.generator import MakeScores
 
 SET_ASIDE = "set_aside"
 
@@ -31,7 +33,7 @@ def import_samples(
     model: Mapping[str, Any],
     images_per_batch: int,
     keep_images: bool,
-    make_scores: MakeScores | None,
+    make_scores: "MakeScores | None",
     encoders: PoolSize,
 ) -> None:
     """Write `1-samples` out of images that are there; what cannot be used goes to `set_aside.jsonl`.

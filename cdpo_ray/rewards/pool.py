@@ -8,11 +8,12 @@ import pyarrow as pa
 import ray.data
 from ray.data import Dataset
 
-from cdpo_ray.generation.pool import PoolSize, in_pool
 from cdpo_ray.records import score_column
 from cdpo_ray.rewards.scorer import PixelScorer, SampleScorer
+from cdpo_ray.streams import PoolSize, in_pool
 
 Rewards = Mapping[str, Mapping[str, Any]]
+IMAGES_PER_CALL = 128  # of an actor that reads and judges, in batches: a call costs a tenth of a second on its own
 
 
 def score_pixels(
@@ -44,7 +45,7 @@ def rescore(
     Returns:
         prompt_index, prompt_id and a list column of scores a reward, in prompt order.
     """
-    rows_per_call = max(1, images_per_batch // images_per_prompt)
+    rows_per_call = max(1, IMAGES_PER_CALL // images_per_prompt)
     columns = ["prompt_index", "prompt_id", "prompt", "images" if keep_images else "latents"]
     rows = ray.data.read_parquet(str(samples_dir), columns=columns, file_extensions=["parquet"])
     if num_prompts is not None:

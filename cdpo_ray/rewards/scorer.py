@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdpo_ray.errors import RewardError
-from cdpo_ray.generation.generator import list_column, tensor_column
+from cdpo_ray.generation.columns import list_column, tensor_column
 from cdpo_ray.generation.images import decode_png
 from cdpo_ray.models import load_model
 from cdpo_ray.records import score_column

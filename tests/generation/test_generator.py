@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdpo_ray.generation.generator import Generator, Sampling, list_column, sample_batches, tensor_column
+from cdpo_ray.generation.columns import list_column, tensor_column
+from cdpo_ray.generation.generator import Generator, Sampling, sample_batches
 from cdpo_ray.generation.images import decode_png
 from cdpo_ray.models.seeds import noise_at, seed_of
 from cdpo_ray.records import prompt_id

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from preference_sets import judged_scenes
 
-from cdpo_ray.generation.generator import list_column, tensor_column
+from cdpo_ray.generation.columns import list_column, tensor_column
 from cdpo_ray.generation.images import decode_png
 from cdpo_ray.models import load_model
 from cdpo_ray.preferences.encoder import Encoder
