@@ -116,7 +116,7 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         judged=[finding for finding in findings if finding.role != APPEARANCE],
         looks=[finding for finding in findings if finding.role == APPEARANCE],
         hacking=signs_of_reward_hacking(findings),
-        trained_on=trained_on(config["rewards"]),
+        trained_on=trained_on(config),
         agreement=agreement_matrix(metrics.get("agreement", []), judges),
         accuracy=[_accuracy(metrics, judge) for judge in judges],
         label_accuracy={name: spoken_share(found) for name, found in metrics.get("labels", {}).items() if found},
@@ -133,10 +133,10 @@ def write_report(run_dir: Path, output_path: Path) -> None:
     )
 
 
-def trained_on(rewards: Mapping[str, Any]) -> str:
-    """What ranked the pairs, by `names` and `rank_by` of the configuration."""
-    ranking: str = rewards["rank_by"] or rewards["names"][0]
-    return ranking
+def trained_on(config: Mapping[str, Any]) -> str:
+    """What chose between the images of a pair: the reward that ranks, or people, whose pairs it only sorts."""
+    ranking: str = config["rewards"]["rank_by"] or config["rewards"]["names"][0]
+    return f"people's labels, sorted by {ranking}" if config.get("preferences") else ranking
 
 
 def find(metrics: Mapping[str, Any], rewards: Mapping[str, Any]) -> list[Finding]:

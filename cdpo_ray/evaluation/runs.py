@@ -148,7 +148,7 @@ def read_run(run_dir: Path, name: str) -> EvaluatedRun:
     return EvaluatedRun(
         name,
         run_dir,
-        trained_on(read_config(run_dir)["rewards"]),
+        trained_on(read_config(run_dir)),
         flat(settings),
         {judge: settings[f"rewards.{judge}"] for judge in settings["evaluation"]["judges"]},
         read_json(run_dir / EVALUATION / "metrics.json"),

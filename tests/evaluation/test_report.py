@@ -19,6 +19,7 @@ from cdpo_ray.evaluation.report import (
     find,
     image_grid,
     signs_of_reward_hacking,
+    trained_on,
     write_report,
 )
 from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, TRAINING
@@ -358,3 +359,10 @@ def test_smoothing_is_the_mean_of_a_window_and_stays_within_its_stage() -> None:
     ramp[10] = np.nan
     smoothed = figures.smooth_within_stages(ramp, np.ones(20))
     assert smoothed[0] == pytest.approx(1) and smoothed[5] == pytest.approx(5) and smoothed[10] == pytest.approx(10)
+
+
+@pytest.mark.parametrize(
+    ("preferences", "told"), [(None, "clip"), ({"path": "set.parquet"}, "people's labels, sorted by clip")]
+)
+def test_a_run_on_peoples_preferences_says_whose_they_are(preferences: object, told: str) -> None:
+    assert trained_on({"rewards": {"rank_by": None, "names": ["clip"]}, "preferences": preferences}) == told
