@@ -642,6 +642,10 @@ def test_preferences_take_the_place_of_training_prompts_and_of_generated_images(
         ((*JUDGED, "run.samples_from=runs/other"), "`run.samples_from` must not be given with `preferences`"),
         ((*JUDGED, "rewards=[perturbation]"), "`rewards.names 'perturbation'` must not be given with `preferences`"),
         (("rewards=[preference]",), "`rewards.names` 'preference' needs a section `preferences`"),
+        (
+            (*JUDGED, "preferences.difficulty=rank"),
+            "`preferences.difficulty` 'rank' needs `rewards.rank_by` 'preference'",
+        ),
         ((*JUDGED, "preferences.format=ranked_folders"), "`rewards.rank_by` must be 'preference' for ranked folders"),
         (
             (*JUDGED, "preferences.format=ranked_folders", "preferences.difficulty=score"),

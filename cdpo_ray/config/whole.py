@@ -105,6 +105,11 @@ class Config(Section):
                     faults.append(
                         "`rewards.rank_by` must be 'preference' for ranked folders: their ranks are the labels"
                     )
+            elif self.preferences.difficulty != "label" and self.rewards.ranking_reward != PREFERENCE:
+                faults.append(
+                    f"`preferences.difficulty` {self.preferences.difficulty!r} needs `rewards.rank_by` 'preference', got"
+                    f" {self.rewards.ranking_reward!r}, which measures difficulty itself"
+                )
             elif self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > 1:
                 faults.append(
                     "`curriculum.measure` must not be 'rank_gap' for pairs, which have a rank gap of 1 alone; choose"
