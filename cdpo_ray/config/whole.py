@@ -107,8 +107,8 @@ class Config(Section):
                     )
             elif self.preferences.difficulty != "label" and self.rewards.ranking_reward != PREFERENCE:
                 faults.append(
-                    f"`preferences.difficulty` {self.preferences.difficulty!r} needs `rewards.rank_by` 'preference', got"
-                    f" {self.rewards.ranking_reward!r}, which measures difficulty itself"
+                    f"`preferences.difficulty` {self.preferences.difficulty!r} needs `rewards.rank_by` 'preference',"
+                    f" got {self.rewards.ranking_reward!r}, which measures difficulty itself"
                 )
             elif self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > 1:
                 faults.append(
