@@ -191,3 +191,13 @@ def test_a_kohya_file_of_a_transformer_is_said_to_be_for_comfyui_alone() -> None
     card = card_of("kohya", denoiser_name="transformer")
     assert "`tuned.safetensors` goes to `models/loras` of ComfyUI. Diffusers does not read" in card
     assert "```python" not in card
+
+
+def test_a_card_of_imported_preferences_says_whose_images_were_trained_on() -> None:
+    card = card_of(
+        prompts={"train": None, "heldout": {"fraction": 0.2}},
+        preferences={"path": "data/judged.parquet", "format": "pickapic"},
+        curriculum={"measure": "score_gap_quantile"},
+    )
+    told = "Images of 6 prompts that people judged (data/judged.parquet, pickapic), none made for training"
+    assert f"{told}; 4 prompts were held out." in card
