@@ -7,7 +7,7 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from cdpo_ray.errors import PreferenceError
 
-LINES_PER_CHUNK = 256
+ROWS_PER_BLOCK = 256  # read by one task
 ROWS_AT_ONCE = 16  # of Parquet, whose rows hold images
 FAULTS_SHOWN = 20
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -138,7 +138,7 @@ class Chunk:
     first_index: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scan:
     """All files, without their images.
 
@@ -149,13 +149,13 @@ class Scan:
         faults: rows that cannot be read.
     """
 
-    chunks: list[Chunk]
-    prompts: list[str]
-    num_rows: int
-    num_tied: int
-    num_unlabelled: int
-    num_samples: int
-    faults: list[Fault]
+    chunks: list[Chunk] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    num_rows: int = 0
+    num_tied: int = 0
+    num_unlabelled: int = 0
+    num_samples: int = 2
+    faults: list[Fault] = field(default_factory=list)
 
     def refuse_faults(self) -> None:
         """Raise what `faults` says.
@@ -181,9 +181,10 @@ def scan(source: Source) -> Scan:
             f"`preferences.columns` must rename some of {', '.join(columns.names)} (our name: yours),"
             f" got {', '.join(unknown)}"
         )
-    found = Scan([], [], 0, 0, 0, 2, [])
+    found = Scan()
     for path in files_of(source):
-        found = _scan_file(path, source, found)
+        for chunk in _chunks(path, source):
+            _scan_chunk(chunk, source, found)
     if not found.num_rows:
         raise PreferenceError(f"`preferences.path` {source.path}: has no rows")
     return found
@@ -223,33 +224,33 @@ def read_rows(chunk: Chunk, source: Source) -> Iterator[Row | Fault]:
             yield row
 
 
-def _scan_file(path: Path, source: Source, before: Scan) -> Scan:
-    chunks, faults, prompts = [], [], []
-    num_rows = num_tied = num_unlabelled = 0
-    num_samples = before.num_samples
-    for chunk in _chunks(path, source):
-        chunks.append(replace(chunk, first_index=before.num_rows + num_rows))
-        num_rows += chunk.num_rows
-        for number, values in _values(chunk, source, images=False):
-            row = _row(chunk.path, number, values, source, images=path.suffix != ".parquet")
-            if isinstance(row, Fault):
-                faults.append(row)
-            elif row is None:
-                num_unlabelled += 1
-            elif len(set(row.labels)) == 1:
-                num_tied += 1
-            else:
-                prompts.append(row.prompt)
-                num_samples = max(num_samples, len(row.labels))
-    return Scan(
-        before.chunks + chunks,
-        before.prompts + prompts,
-        before.num_rows + num_rows,
-        before.num_tied + num_tied,
-        before.num_unlabelled + num_unlabelled,
-        num_samples,
-        before.faults + faults,
-    )
+def blocks_of(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
+    """Chunks that one task reads, in their order: a ranked folder alone would be too little for one."""
+    block: list[Chunk] = []
+    for chunk in chunks:
+        block.append(chunk)
+        if sum(one.num_rows for one in block) >= ROWS_PER_BLOCK:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _scan_chunk(chunk: Chunk, source: Source, found: Scan) -> None:
+    """Add what a chunk holds."""
+    found.chunks.append(replace(chunk, first_index=found.num_rows))
+    found.num_rows += chunk.num_rows
+    for number, values in _values(chunk, source, images=False):
+        row = _row(chunk.path, number, values, source, images=Path(chunk.path).suffix != ".parquet")
+        if isinstance(row, Fault):
+            found.faults.append(row)
+        elif row is None:
+            found.num_unlabelled += 1
+        elif len(set(row.labels)) == 1:
+            found.num_tied += 1
+        else:
+            found.prompts.append(row.prompt)
+            found.num_samples = max(found.num_samples, len(row.labels))
 
 
 def _chunks(path: Path, source: Source) -> Iterator[Chunk]:
@@ -265,7 +266,7 @@ def _chunks(path: Path, source: Source) -> Iterator[Chunk]:
     elif path.suffix in (".jsonl", ".ndjson"):
         with path.open("rb") as handle:
             number, offset = 1, 0
-            while lines := [line for _, line in zip(range(LINES_PER_CHUNK), handle, strict=False)]:
+            while lines := [line for _, line in zip(range(ROWS_PER_BLOCK), handle, strict=False)]:
                 yield Chunk(str(path), offset, len(lines), number, 0)
                 number, offset = number + len(lines), offset + sum(map(len, lines))
     else:

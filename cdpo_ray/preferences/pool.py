@@ -11,7 +11,7 @@ import ray.data
 from ray.data import Dataset
 
 from cdpo_ray.preferences.encoder import Encoder
-from cdpo_ray.preferences.files import Chunk, Source
+from cdpo_ray.preferences.files import Chunk, Source, blocks_of
 from cdpo_ray.preferences.images import Frame
 from cdpo_ray.preferences.reading import faults_of, read_chunks
 from cdpo_ray.streams import PoolSize, in_pool, write_shards
@@ -52,7 +52,7 @@ def import_samples(
             "rows_per_table": rows_per_call,
             "set_aside_dir": str(set_aside_dir.resolve()),
         },
-        batch_size=1,
+        batch_size=None,
         batch_format="pyarrow",
     )
     rows = in_pool(
@@ -77,7 +77,7 @@ def import_samples(
 def find_faults(chunks: Sequence[Chunk], *, source: Source, frame: Frame) -> list[str]:
     """What is wrong with any image of any row, in the order of the files."""
     found = _chunk_rows(chunks).map_batches(
-        faults_of, fn_kwargs={"source": source, "frame": frame}, batch_size=1, batch_format="pyarrow"
+        faults_of, fn_kwargs={"source": source, "frame": frame}, batch_size=None, batch_format="pyarrow"
     )
     found.set_name("check")
     faults: list[str] = pa.concat_tables(ray.get(found.to_arrow_refs()))["fault"].to_pylist()
@@ -85,4 +85,4 @@ def find_faults(chunks: Sequence[Chunk], *, source: Source, frame: Frame) -> lis
 
 
 def _chunk_rows(chunks: Sequence[Chunk]) -> Dataset:
-    return ray.data.from_arrow([pa.table({name: [value] for name, value in asdict(chunk).items()}) for chunk in chunks])
+    return ray.data.from_arrow([pa.Table.from_pylist(list(map(asdict, block))) for block in blocks_of(chunks)])

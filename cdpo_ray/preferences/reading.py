@@ -17,6 +17,13 @@ from cdpo_ray.records import LABEL, PREFERENCE, prompt_id, score_column
 MIN_IMAGES = 2
 
 
+Group = tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64], int]
+"""Pixels ``[sample, 3, height, width]``, labels and scores ``[sample]``, and how many images were cut."""
+
+PlacedGroup = tuple[int, str, NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64], int]
+"""Place of the row in the set and its prompt, then as in `Group`."""
+
+
 def read_chunks(
     chunks: pa.Table, *, source: Source, frame: Frame, num_samples: int, rows_per_table: int, set_aside_dir: str
 ) -> Iterator[pa.Table]:
@@ -28,8 +35,9 @@ def read_chunks(
         chunks: a row a `Chunk`.
         num_samples: images a row; where there are fewer, black ones without label and score fill up.
     """
+    groups: list[PlacedGroup] = []
     for values in chunks.to_pylist():
-        chunk, faults, groups = Chunk(**values), [], []
+        chunk, faults = Chunk(**values), []
         for row in read_rows(chunk, source):
             if isinstance(row, Fault):
                 faults.append(row)
@@ -41,11 +49,11 @@ def read_chunks(
             if len(groups) == rows_per_table:
                 yield _table(groups)
                 groups = []
-        if groups:
-            yield _table(groups)
         if faults:
             path = Path(set_aside_dir) / f"{chunk.first_index:012d}.jsonl"
             path.write_text("".join(f"{json.dumps(asdict(fault))}\n" for fault in faults))
+    if groups:
+        yield _table(groups)
 
 
 def faults_of(chunks: pa.Table, *, source: Source, frame: Frame) -> pa.Table:
@@ -55,10 +63,6 @@ def faults_of(chunks: pa.Table, *, source: Source, frame: Frame) -> pa.Table:
         for row in read_rows(Chunk(**values), source):
             found += [row] if isinstance(row, Fault) else prepared(row, frame, len(row.images))[1]
     return pa.table({"fault": pa.array(map(str, found), pa.string())})
-
-
-Group = tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64], int]
-"""Pixels ``[sample, 3, height, width]``, labels and scores ``[sample]``, and how many images were cut."""
 
 
 def prepared(row: Row, frame: Frame, num_samples: int) -> tuple[Group | None, list[Fault]]:
@@ -80,9 +84,7 @@ def prepared(row: Row, frame: Frame, num_samples: int) -> tuple[Group | None, li
     return (pixels, labels, scores, num_cut), faults
 
 
-def _table(
-    rows: Sequence[tuple[int, str, NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64], int]],
-) -> pa.Table:
+def _table(rows: Sequence[PlacedGroup]) -> pa.Table:
     index, prompts, pixels, labels, scores, num_cut = zip(*rows, strict=True)
     num_samples = len(labels[0])
     return pa.table(

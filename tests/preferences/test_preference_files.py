@@ -11,7 +11,7 @@ import pytest
 from preference_sets import encoded, judged_scenes, pickapic_rows, write_parquet
 
 from cdpo_ray.errors import PreferenceError
-from cdpo_ray.preferences.files import Fault, Row, Source, fingerprint, read_rows, scan
+from cdpo_ray.preferences.files import Chunk, Fault, Row, Source, blocks_of, fingerprint, read_rows, scan
 
 
 def rows_of(source: Source) -> list[Row | Fault]:
@@ -81,6 +81,14 @@ def test_rows_are_numbered_through_files_chunks_and_row_groups(tmp_path: Path) -
     source = Source(str(lines), "pairs")
     assert [chunk.first_number for chunk in scan(source).chunks] == [1, 257, 513]
     assert [row.number for row in rows_of(source)] == list(range(1, 601))
+
+
+def test_small_chunks_are_read_together_in_their_order_and_large_ones_alone() -> None:
+    sizes = [1] * 300 + [1000, 100, 200, 5]
+    chunks = [Chunk("file", start, num_rows, 1, 0) for start, num_rows in enumerate(sizes)]
+    blocks = list(blocks_of(chunks))
+    assert [chunk for block in blocks for chunk in block] == chunks
+    assert [len(block) for block in blocks] == [256, 45, 2, 1]
 
 
 def test_ties_and_rows_that_nobody_judged_are_left_out_and_counted(tmp_path: Path) -> None:
