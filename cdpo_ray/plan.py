@@ -31,8 +31,8 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
         f"  generation   {num_images:,} images ({per_prompt} a prompt),"
         f" {config.generation.num_denoising_steps} denoising steps, guidance {config.generation.guidance_scale:g}"
     )
-    if preferences := config.preferences:
-        num_images = per_prompt * (len(prompts.train) + prompts.num_doubled)
+    preferences = config.preferences
+    if preferences:
         samples = f"  preferences  {preferences.path} ({preferences.format}), difficulty by {preferences.difficulty}"
     num_updates = curriculum.num_stages * curriculum.updates_per_stage
     heldout_images = 2 * len(prompts.heldout) * config.evaluation.images_per_prompt
@@ -51,7 +51,8 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
     ]
     drawn = curriculum.updates_per_stage * training.global_batch_size
     # Any other schedule is known once there are scores: `cdpo pairs --explain` tells it then.
-    if (curriculum.measure, curriculum.boundaries) == ("rank_gap", "linear") and curriculum.order in ORDERED:
+    by_rank_gap = (curriculum.measure, curriculum.boundaries) == ("rank_gap", "linear") and curriculum.order in ORDERED
+    if by_rank_gap and not preferences:
         for stage in range(1, curriculum.num_stages + 1):
             levels = admitted_levels(
                 stage,
@@ -80,7 +81,7 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
         *(f"                 {line}" for line in same_beta_elsewhere(training.beta, _num_latent_values(config))),
         f"  evaluation   {heldout_images:,} images of {len(prompts.heldout)} held-out prompts, judged by"
         f" {', '.join(config.evaluation_judges)}",
-        f"  disk         {_disk(config, num_images, len(prompts.train))}",
+        f"  disk         {_disk(config, num_images)}",
     ]
     if config.rounds > 1:
         lines.append(
@@ -129,7 +130,9 @@ def _growth(config: Config) -> list[str]:
     ]
 
 
-def _disk(config: Config, num_images: int, num_prompts: int) -> str:
+def _disk(config: Config, num_images: int) -> str:
+    if config.preferences:
+        return "of each image its latents, twice over, and its PNG; known once the images have been read"
     sizes = _sizes(config)
     if sizes is None:
         return "known once the model is on this machine, or with `generation.height` and `generation.width`"

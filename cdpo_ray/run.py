@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from cdpo_ray.config import Config
-from cdpo_ray.errors import StoreError
+from cdpo_ray.errors import ConfigError, StoreError
 from cdpo_ray.preferences.files import scan
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
 from cdpo_ray.records import EVALUATION, STAGES, STEP_FOLDERS, TRAINING
@@ -26,10 +26,25 @@ REPORT = "report.html"
 def read_prompts(config: Config) -> PromptSplit:
     """The prompts that a configuration names."""
     return split_prompts(
-        prompt_source(config.prompts.train) if config.prompts.train else scan(preference_source(config)).prompts,
+        prompt_source(config.prompts.train) if config.prompts.train else _judged_prompts(config),
         prompt_source(config.prompts.heldout),
         seed=config.run.seed,
     )
+
+
+def _judged_prompts(config: Config) -> list[str]:
+    """Prompts that came with preferences, a row each.
+
+    Raises:
+        ConfigError: no row has as many rank gaps as there are stages.
+    """
+    found, num_stages = scan(preference_source(config)), config.curriculum.num_stages
+    if config.curriculum.cuts_by_rank_gap and num_stages > found.num_samples - 1:
+        raise ConfigError(
+            f"`curriculum.num_stages` is {num_stages}, but at most {found.num_samples} images of a prompt were ranked,"
+            f" which have only {found.num_samples - 1} rank gaps; lower it"
+        )
+    return found.prompts
 
 
 def run_steps(config: Config, steps: Iterable[Step], *, verbose: bool = False) -> RunFolder:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from cdpo_ray.config import Config, load_config
+from cdpo_ray.errors import ConfigError
 from cdpo_ray.plan import make_plan, same_beta_elsewhere
 from cdpo_ray.prompts.sources import PromptSplit
+from cdpo_ray.run import read_prompts
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 PROMPTS = PromptSplit([f"t{i}" for i in range(6)], [f"h{i}" for i in range(4)], 17, num_doubled=2, num_empty=1)
@@ -156,3 +158,26 @@ def test_what_is_trained_and_what_it_is_held_to_is_said() -> None:
     plan = str(make_plan(changed, PROMPTS))
     assert "loss ipo + 0.1 x SFT, on a LoRA of rank 8, held to the round before" in plan
     assert numbers(line_of(plan, "rounds")) == [2]
+
+
+def test_of_ranked_folders_no_more_is_told_than_is_known_and_too_many_stages_are_refused(tmp_path: Path) -> None:
+    for prompt in ("a cat", "a dog", "an ant", "a cow", "a pig", "a fly"):
+        folder = tmp_path / prompt
+        folder.mkdir()
+        (folder / "prompt.txt").write_text(prompt)
+        for rank in range(3):
+            (folder / f"{rank}.png").touch()
+    given = (
+        "prompts.train=null",
+        "prompts.heldout={fraction: 0.5}",
+        f"preferences={{path: {tmp_path}, format: ranked_folders}}",
+        "rewards=[preference]",
+    )
+    two_stages = config(*given, "curriculum.num_stages=2")
+    plan = str(make_plan(two_stages, read_prompts(two_stages)))
+    assert f"preferences  {tmp_path} (ranked_folders)" in plan
+    assert "rank gaps" not in plan and "images (" not in plan
+    with pytest.raises(
+        ConfigError, match=r"is 3, but at most 3 images of a prompt were ranked, which have only 2 rank"
+    ):
+        read_prompts(config(*given, "curriculum.num_stages=3"))
