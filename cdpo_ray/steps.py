@@ -250,7 +250,8 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
             num_images = scored.num_rows * num_samples
             output.counts["scores_computed_now"] += num_images * len(names)
     for part in output.parts:
-        _describe_scores(*parts[part], context, output_dir, output)
+        if parts[part][0] not in (PREFERENCE, LABEL):  # what people did not say is no fault of a judge
+            _describe_scores(*parts[part], context, output_dir, output)
 
 
 def _scores_elsewhere(context: Context) -> tuple[Path, dict[str, Any]]:
