@@ -26,7 +26,7 @@ from cdpo_ray.evaluation.page import (
     spoken_share,
     write_page,
 )
-from cdpo_ray.records import ARMS, EVALUATION, SAMPLES, SCORES, STAGES, TRAINING, score_column
+from cdpo_ray.records import ARMS, EVALUATION, PREFERENCE, SAMPLES, SCORES, STAGES, TRAINING, score_column
 from cdpo_ray.store import RunFolder
 
 STEPS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
@@ -136,7 +136,9 @@ def write_report(run_dir: Path, output_path: Path) -> None:
 def trained_on(config: Mapping[str, Any]) -> str:
     """What chose between the images of a pair: the reward that ranks, or people, whose pairs it only sorts."""
     ranking: str = config["rewards"]["rank_by"] or config["rewards"]["names"][0]
-    return f"people's labels, sorted by {ranking}" if config.get("preferences") else ranking
+    if config.get("preferences"):
+        return "people's labels" if ranking == PREFERENCE else f"people's labels, sorted by {ranking}"
+    return ranking
 
 
 def find(metrics: Mapping[str, Any], rewards: Mapping[str, Any]) -> list[Finding]:

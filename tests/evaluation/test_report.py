@@ -362,7 +362,12 @@ def test_smoothing_is_the_mean_of_a_window_and_stays_within_its_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("preferences", "told"), [(None, "clip"), ({"path": "set.parquet"}, "people's labels, sorted by clip")]
+    ("ranking", "preferences", "told"),
+    [
+        ("clip", None, "clip"),
+        ("clip", {"path": "set.parquet"}, "people's labels, sorted by clip"),
+        ("preference", {"path": "set.parquet"}, "people's labels"),
+    ],
 )
-def test_a_run_on_peoples_preferences_says_whose_they_are(preferences: object, told: str) -> None:
-    assert trained_on({"rewards": {"rank_by": None, "names": ["clip"]}, "preferences": preferences}) == told
+def test_a_run_on_peoples_preferences_says_whose_they_are(ranking: str, preferences: object, told: str) -> None:
+    assert trained_on({"rewards": {"rank_by": None, "names": [ranking]}, "preferences": preferences}) == told
