@@ -3,21 +3,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check format lock clean
+.PHONY: demo test test-faults check format lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/cdpo run configs/quickstart.yaml
 	@echo "The report: $(CURDIR)/runs/quickstart/report.html"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not nightly"
+
+test-faults: $(INSTALLED)
+	$(BIN)/python -m pytest -m fault
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(BIN)/python -m pytest -m "not ray and not slow and not nightly"
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
@@ -32,7 +35,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	touch $(INSTALLED)
 
 lock: $(INSTALLED)
-	$(BIN)/uv pip compile -q --python-version 3.11 --universal --extra dev --generate-hashes --no-emit-index-url pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile -q --python-version 3.11 --universal --all-extras --generate-hashes --no-emit-index-url pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf .venv runs

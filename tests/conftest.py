@@ -59,3 +59,10 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     }
     folder = tmp_path_factory.mktemp("families")
     return functools.cache(lambda family: builders[family](folder / family))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A fault's number is in the test's name; the marker follows from it."""
+    for item in items:
+        if item.name.startswith("test_fault_"):
+            item.add_marker(pytest.mark.fault)
