@@ -51,6 +51,10 @@ FORMAT_HELP = (
     " merged: a whole pipeline folder, the only one for training.method=full"
 )
 ALLOW_HELP = "go on with training that was begun with other settings; its manifest will tell them"
+ADDRESS_HELP = (
+    "head of a Ray cluster; else RAY_ADDRESS, the cluster that this job is in, or a local Ray for this command"
+)
+NO_RAY = ("check", "report", "export", "compare")
 EXIT_FAULT = 2
 EXIT_INTERRUPTED = 130
 
@@ -79,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.beta=100")
+        if verb not in NO_RAY:
+            command.add_argument("--address", metavar="HOST:PORT", help=ADDRESS_HELP)
         if verb in ("run", "train"):
             command.add_argument("--allow-config-change", action="store_true", help=ALLOW_HELP)
         if verb == "pairs":
@@ -119,14 +125,20 @@ def _do(asked: argparse.Namespace) -> None:
     elif verb == "report":
         print(*write_reports(config, anew=True), sep="\n")
     elif verb == "run":
-        run_steps(config, steps_of(config), verbose=asked.verbose, allow_config_change=asked.allow_config_change)
+        run_steps(
+            config,
+            steps_of(config),
+            address=asked.address,
+            verbose=asked.verbose,
+            allow_config_change=asked.allow_config_change,
+        )
         print(*write_reports(config), sep="\n")
     elif verb == "export":
         print(export_trained(config, asked.format, asked.out))
     elif verb in ("generate", "import") and verb != steps_of(config)[0].verb:
         raise ConfigError(f"{asked.config}: its images are not made by `cdpo {verb}`: `{steps_of(config)[0].verb}` is")
     elif verb == "import" and asked.check:
-        faults = find_preference_faults(config, verbose=asked.verbose)
+        faults = find_preference_faults(config, address=asked.address, verbose=asked.verbose)
         print(*faults, sep="\n", end="\n" * bool(faults))
         if faults:
             raise PreferenceError(f"{len(faults)} faults")
@@ -135,6 +147,7 @@ def _do(asked: argparse.Namespace) -> None:
         run_steps(
             config,
             [step for step in steps_of(config) if step.verb == verb],
+            address=asked.address,
             verbose=asked.verbose,
             allow_config_change=verb == "train" and asked.allow_config_change,
         )
