@@ -24,6 +24,7 @@ from cdpo_ray.steps import steps_of
 
 VERBS = {
     "check": "say what a run will make, or what is wrong with the config; needs no GPU, torch or ray",
+    "doctor": "say what of this machine, of a cluster or of the storage will not do, and what to do about it",
     "run": "walk the whole way: all of the below, each skipped if it is done already",
     "generate": "prompts -> samples: many images of each prompt, by the base model",
     "import": "preferences that people have -> samples: images encoded once, labels kept",
@@ -55,6 +56,7 @@ ADDRESS_HELP = (
     "head of a Ray cluster; else RAY_ADDRESS, the cluster that this job is in, or a local Ray for this command"
 )
 NO_RAY = ("check", "report", "export", "compare")
+EXIT_WRONG = 1  # of `doctor`
 EXIT_FAULT = 2
 EXIT_INTERRUPTED = 130
 
@@ -81,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("runs", nargs="+", metavar="RUN", help="two or more finished runs, as runs/<name>")
             command.add_argument("--out", type=Path, metavar="DIR", help="default: the folder that the first run is in")
             continue
-        command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+        command.add_argument(
+            "config", metavar="CONFIG", help="a YAML file, see configs/", nargs="?" if verb == "doctor" else None
+        )
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.beta=100")
         if verb not in NO_RAY:
             command.add_argument("--address", metavar="HOST:PORT", help=ADDRESS_HELP)
@@ -105,8 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("cdpo_ray").setLevel(logging.INFO)
     try:
-        _do(asked)
-        return 0
+        return _do(asked)
     except CdpoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAULT
@@ -115,10 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _do(asked: argparse.Namespace) -> None:
+def _do(asked: argparse.Namespace) -> int:
     if asked.verb == "compare":
         print(compare_runs([Path(run) for run in asked.runs], asked.out))
-        return
+        return 0
+    if asked.verb == "doctor":
+        return _examine(asked)
     config, verb = load_config(asked.config, asked.overrides), asked.verb
     if verb == "check":
         print(make_plan(config, read_prompts(config)))
@@ -153,6 +158,17 @@ def _do(asked: argparse.Namespace) -> None:
         )
         if verb == "pairs" and asked.explain:
             print(explain_stages(config))
+    return 0
+
+
+def _examine(asked: argparse.Namespace) -> int:
+    from cdpo_ray.doctor import WRONG, examine  # brings torch, which the other verbs do without until they need it
+
+    wrong = False
+    for finding in examine(load_config(asked.config, asked.overrides) if asked.config else None, address=asked.address):
+        print(finding, flush=True)
+        wrong |= finding.grade == WRONG
+    return EXIT_WRONG if wrong else 0
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
 
     already = ray.is_initialized()
     if not already:
-        where = {"address": address}
+        where: dict[str, Any] = {"address": address}
         if not in_cluster:
             where = {"address": "local", "num_cpus": max(MIN_LOCAL_CPUS, os.cpu_count() or 1)}
         try:

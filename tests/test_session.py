@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ray.util import get_node_ip_address
 
 from cdpo_ray.errors import ClusterError
 from cdpo_ray.session import is_exposed, ray_session
@@ -67,7 +68,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     gcs, dashboard = free_port(), free_port()
     command = f"ray start --head --block --port={gcs} --dashboard-host=127.0.0.1 --dashboard-port={dashboard}"
-    options = "--num-cpus=4 --ray-client-server-port=0 --disable-usage-stats"
+    options = f"--num-cpus=4 --ray-client-server-port={free_port()} --disable-usage-stats"
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [str(BIN / "ray"), *f"{command} {options}".split()[1:]],
@@ -111,7 +112,7 @@ def test_a_job_walks_the_whole_way_in_the_cluster_that_it_is_in(head: Head, tmp_
 @pytest.mark.parametrize("access", [{}, {"Authorization": "Bearer " + "0" * 64}], ids=["none", "another"])
 def test_the_job_api_lets_nobody_in_without_the_token(head: Head, access: dict[str, str]) -> None:
     request = urllib.request.Request(f"{head.dashboard}/api/jobs/", headers=access)
-    with pytest.raises(urllib.error.HTTPError, match="401|403"):
+    with pytest.raises(urllib.error.HTTPError, match=r"401|403"):
         urllib.request.urlopen(request, timeout=30)
 
 
@@ -157,7 +158,7 @@ def dashboard(mode: str) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    host = socket.gethostbyname(socket.gethostname())
+    host = get_node_ip_address()
     with http.server.ThreadingHTTPServer(("0.0.0.0", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"{host}:{server.server_port}"
