@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +12,7 @@ from cdpo_ray.generation.columns import list_column, tensor_column
 from cdpo_ray.preferences.files import Chunk, Fault, Row, Source, read_rows
 from cdpo_ray.preferences.images import Frame, load_pixels
 from cdpo_ray.records import LABEL, PREFERENCE, prompt_id, score_column
+from cdpo_ray.store import place
 
 MIN_IMAGES = 2
 
@@ -50,7 +50,7 @@ def read_chunks(
                 yield _table(groups)
                 groups = []
         if faults:
-            path = Path(set_aside_dir) / f"{chunk.first_index:012d}.jsonl"
+            path = place(set_aside_dir) / f"{chunk.first_index:012d}.jsonl"
             path.write_text("".join(f"{json.dumps(asdict(fault))}\n" for fault in faults))
     if groups:
         yield _table(groups)

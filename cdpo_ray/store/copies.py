@@ -24,6 +24,16 @@ def describe(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def settled(path: Path) -> dict[str, Any]:
+    """`describe` of a file that from now on stays: on the disk itself, and for others to read."""
+    if is_local(path):
+        if not path.stat().st_mode & 0o004:
+            path.chmod(MODE)
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+    return describe(path)
+
+
 def link(source: Path, target: Path) -> None:
     """The same file in a second place, without a second copy where the disk allows."""
     if is_local(source) and is_local(target):

@@ -18,7 +18,7 @@ from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum
 from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import seed_of
-from cdpo_ray.store import write_json
+from cdpo_ray.store import place, write_json
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import load_training, save_trained, save_training, start_engine
 from cdpo_ray.training.job import RECORDS, TRAINED, OnlineJob, TrainingJob
@@ -43,7 +43,7 @@ def work(job: TrainingJob, board: Any) -> None:
     policy = make_policy(
         model,
         job.lora,
-        start_dir=Path(job.start_dir) if job.start_dir else None,
+        start_dir=place(job.start_dir) if job.start_dir else None,
         reference_is_start=job.reference_is_start,
         seed=seed_of(job.seed, "lora"),
     )
@@ -51,7 +51,7 @@ def work(job: TrainingJob, board: Any) -> None:
         model.denoiser.enable_gradient_checkpointing()
     model.denoiser.train()
     engine = start_engine(model.denoiser, policy.trainable, job.optimization, num_workers=num_workers)
-    bank = SampleBank.read(Path(job.samples_dir))
+    bank = SampleBank.read(place(job.samples_dir))
     feed = Feed(bank, model.draw_times, empty, job.empty_prompt_fraction, job.seed, rank, num_workers, job.optimization)
     state, summaries = TrainingState(), []
     if checkpoint := ray.train.get_checkpoint():
@@ -64,7 +64,7 @@ def work(job: TrainingJob, board: Any) -> None:
     def begin_stage(stage: int) -> StagePairs:
         policy.begin_stage(stage)
         if job.online is None:
-            return StagePairs.read(Path(job.stages_dir), stage, bank)
+            return StagePairs.read(place(job.stages_dir), stage, bank)
         values = sample_values(
             model,
             engine,
@@ -124,7 +124,7 @@ def redrawn(
     Args:
         values: ``[prompt, sample]`` by row of the bank.
     """
-    table = read_ranking_scores(Path(online.scores_dir), online.rule)
+    table = read_ranking_scores(place(online.scores_dir), online.rule)
     rows = bank.row_of_prompt[table.prompt_index]
     ranking = rank_samples(table.scores)
     curriculum = Curriculum(ranking, online.schedule, seed=seed, values=values[rows], gap_noise=table.gap_noise)
