@@ -17,18 +17,22 @@ class Section(BaseModel):
 
 
 def check_place(text: str) -> str:
-    """A folder on local disk or in an object store; credentials come from the environment, and are shown nowhere.
+    """A folder on local disk or in an object store.
 
     Raises:
         ValueError: there are credentials in it, or it is of another kind.
     """
-    scheme, separator, rest = text.partition("://")
-    if separator and "@" in rest.partition("/")[0]:
-        raise ValueError(f"must not hold credentials: {scheme}://***; give them by the environment")
+    if without_credentials(text) != text:
+        raise ValueError("must not hold credentials; give them by the environment")
+    scheme, separator, _ = text.partition("://")
     if separator and scheme not in OBJECT_STORES:
-        known = ", ".join(f"{store}://..." for store in OBJECT_STORES)
-        raise ValueError(f"must be a local folder, {known}, got {scheme}://...")
+        raise ValueError(f"must be a local folder, {' or '.join(f'{store}://...' for store in OBJECT_STORES)}")
     return text
+
+
+def without_credentials(text: str) -> str:
+    """A text to show: of an address with a user and a password in it, neither."""
+    return re.sub(r"://[^/\s]*@", "://***@", text)
 
 
 Place = Annotated[str, Field(min_length=1), AfterValidator(check_place)]

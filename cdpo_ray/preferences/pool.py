@@ -51,7 +51,7 @@ def import_samples(
             "frame": frame,
             "num_samples": num_samples,
             "rows_per_table": rows_per_call,
-            "set_aside_dir": str(set_aside_dir.resolve()),
+            "set_aside_dir": set_aside_dir.resolve(),
         },
         batch_size=None,
         batch_format="pyarrow",

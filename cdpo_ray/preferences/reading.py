@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,6 @@ from cdpo_ray.generation.columns import list_column, tensor_column
 from cdpo_ray.preferences.files import Chunk, Fault, Row, Source, read_rows
 from cdpo_ray.preferences.images import Frame, load_pixels
 from cdpo_ray.records import LABEL, PREFERENCE, prompt_id, score_column
-from cdpo_ray.store import place
 
 MIN_IMAGES = 2
 
@@ -25,7 +25,7 @@ PlacedGroup = tuple[int, str, NDArray[np.uint8], NDArray[np.float64], NDArray[np
 
 
 def read_chunks(
-    chunks: pa.Table, *, source: Source, frame: Frame, num_samples: int, rows_per_table: int, set_aside_dir: str
+    chunks: pa.Table, *, source: Source, frame: Frame, num_samples: int, rows_per_table: int, set_aside_dir: Path
 ) -> Iterator[pa.Table]:
     """Tables of rows with pixels, some rows each; faults go to a file a chunk in ``set_aside_dir``.
 
@@ -50,7 +50,7 @@ def read_chunks(
                 yield _table(groups)
                 groups = []
         if faults:
-            path = place(set_aside_dir) / f"{chunk.first_index:012d}.jsonl"
+            path = set_aside_dir / f"{chunk.first_index:012d}.jsonl"
             path.write_text("".join(f"{json.dumps(asdict(fault))}\n" for fault in faults))
     if groups:
         yield _table(groups)

@@ -9,6 +9,7 @@ from cdpo_ray.store.places import (
     make_folder,
     place,
     read_json,
+    remove_folder,
     write_json,
     write_text,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "read_shards",
     "read_table",
     "refuse_full_disk",
+    "remove_folder",
     "shard_schema",
     "table_schema",
     "write_json",

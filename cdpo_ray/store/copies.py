@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.errors import StoreError
-from cdpo_ray.store.places import MANIFEST, is_local, read_json
+from cdpo_ray.store.places import MANIFEST, is_local, make_folder, read_json
 
 MODE = 0o644  # safetensors writes 0600, which shared disks cannot use
 
@@ -45,8 +45,18 @@ def link(source: Path, target: Path) -> None:
     copy(source, target)
 
 
+def move(source: Path, target: Path) -> None:
+    """Move a file within its disk or store."""
+    make_folder(target.parent)
+    if is_local(source):
+        source.replace(target)
+    else:
+        source.fs.mv(source.path, target.path)  # type: ignore[attr-defined]
+
+
 def copy(source: Path, target: Path) -> None:
     """Copy a file, whole or not at all; from and to local disk and object stores."""
+    make_folder(target.parent)
     if not is_local(target):
         if is_local(source):
             target.fs.put_file(str(source), target.path)  # type: ignore[attr-defined]
@@ -84,7 +94,6 @@ def local_copy(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=copies, ignore_cleanup_errors=True) as beside:
         aside = Path(beside) / "whole"
         for name, expected in manifest["files"].items():
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
             copy(folder / name, aside / name)
             if describe(aside / name) != expected:
                 raise StoreError(f"{folder / name}: was altered (its SHA-256 differs); delete {folder} to make it anew")

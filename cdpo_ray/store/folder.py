@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.errors import CdpoError, StoreError
-from cdpo_ray.store.copies import describe, settled
+from cdpo_ray.store.copies import describe, move, settled
 from cdpo_ray.store.lock import file_lock, object_lock
 from cdpo_ray.store.places import MANIFEST, files_within, is_local, make_folder, read_json, remove_folder, write_json
 
@@ -196,9 +196,7 @@ class RunFolder:
             started = time.monotonic()
             output = StepOutput(parts=[name for name in settings if not finished or name not in finished["settings"]])
             yield aside, output
-            files = {
-                name: settled(path) for name, path in files_within(aside).items() if name not in (SETTINGS, MANIFEST)
-            }
+            files = {name: settled(path) for name, path in _products(aside).items()}
             manifest = {
                 "step": folder,
                 **begun_with,
@@ -229,8 +227,7 @@ class RunFolder:
         """Move files into a finished step; they count once the manifest, written last, names them."""
         assert not set(added["files"]) & set(finished["files"]), "a file of a finished step never changes"
         for name in added["files"]:
-            make_folder((self.path / folder / name).parent)
-            (aside / name).replace(self.path / folder / name)
+            move(aside / name, self.path / folder / name)
         whole = finished | {key: finished[key] | added[key] for key in ("settings", "files", "details")}
         whole["fingerprint"] = _fingerprint(whole["files"])
         whole["warnings"] = finished["warnings"] + added["warnings"]
@@ -239,6 +236,14 @@ class RunFolder:
         whole["seconds"] = finished["seconds"] + added["seconds"]
         write_json(self.path / folder / MANIFEST, whole)
         remove_folder(aside)
+
+
+def _products(aside: Path) -> dict[str, Path]:
+    """What the step made, once what a broken-off write left is gone."""
+    found = {name: path for name, path in files_within(aside).items() if name not in (SETTINGS, MANIFEST)}
+    for name in [name for name in found if name.endswith(".tmp")]:
+        found.pop(name).unlink()
+    return found
 
 
 def _changes_since(aside: Path, now: Mapping[str, Any], *, allow_change: bool) -> list[str]:

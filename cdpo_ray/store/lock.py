@@ -1,6 +1,5 @@
 """One process at a time writes into a run's folder."""
 
-import _thread
 import contextlib
 import fcntl
 import json
@@ -8,6 +7,7 @@ import logging
 import os
 import platform
 import secrets
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from cdpo_ray.store.places import make_folder
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"
-ANSWER_SECONDS = 4.0  # of an object store, before anything slow begins
+ANSWER_SECONDS = 3.0  # of an object store, before anything slow begins
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 60.0
 SETTLE_SECONDS = 1.0  # of two processes that take a stale lock over at once, the later one has it
@@ -81,7 +81,8 @@ def object_lock(folder: Path) -> Iterator[None]:
         released.set()
         renewer.join()
         with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+            if path.read_bytes() == mine:
+                path.unlink()
 
 
 def _put(path: Path, content: bytes, *, mode: str = "overwrite") -> None:
@@ -125,7 +126,7 @@ def _renew(path: Path, mine: bytes, released: threading.Event) -> None:
         try:
             if path.read_bytes() != mine:
                 log.error("%s: another run has taken this folder over; stopping", path)
-                _thread.interrupt_main()
+                os.kill(os.getpid(), signal.SIGINT)
                 return
             _put(path, mine)
         except Exception as error:  # the next renewal may go well

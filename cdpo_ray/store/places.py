@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from upath import UPath
 
-from cdpo_ray.config.section import check_place
+from cdpo_ray.config.section import check_place, without_credentials
 from cdpo_ray.errors import StoreError
 
 MANIFEST = "manifest.json"
@@ -27,7 +27,7 @@ def place(text: str | Path) -> Path:
     try:
         check_place(text)
     except ValueError as error:
-        raise StoreError(f"the place of a run {error}") from None
+        raise StoreError(f"{without_credentials(text)}: {error}") from None
     scheme, separator, _ = text.partition("://")
     if not separator:
         return Path(text)
@@ -61,9 +61,9 @@ def files_within(folder: Path) -> dict[str, Path]:
     if is_local(folder):
         found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     else:
-        paths = folder.fs.find(folder.path, withdirs=False)  # type: ignore[attr-defined]
+        paths = folder.fs.find(folder.path)  # type: ignore[attr-defined]
         names = [path.removeprefix(f"{folder.path}/") for path in paths]  # type: ignore[attr-defined]
-        found = {name: folder / name for name in names}
+        found = {name: folder / name for name in names if name and not name.endswith("/")}  # pyarrow marks folders so
     return dict(sorted(found.items()))
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
 from cdpo_ray.errors import TrainingError
-from cdpo_ray.store import write_json
+from cdpo_ray.store import copy, files_within, remove_folder, write_json, write_text
 from cdpo_ray.training.job import RECORDS, TRAINED, TrainingJob
 
 log = logging.getLogger(__name__)
@@ -74,11 +73,12 @@ def train_adapter(
     if result.checkpoint is None:
         raise TrainingError(f"{output_dir}: training ended without a checkpoint: {result.error}")
     with result.checkpoint.as_directory() as folder:
-        shutil.copytree(Path(folder) / TRAINED, output_dir, dirs_exist_ok=True)
+        for name, path in files_within(Path(folder) / TRAINED).items():
+            copy(path, output_dir / name)
         records = json.loads((Path(folder) / RECORDS).read_text())
-    (output_dir / "updates.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records["updates"]))
+    write_text(output_dir / "updates.jsonl", "".join(f"{json.dumps(record)}\n" for record in records["updates"]))
     write_json(output_dir / "stages.json", records["stages"])
-    shutil.rmtree(output_dir / "ray")
+    remove_folder(output_dir / "ray")
     stages: list[dict[str, float]] = records["stages"]
     return stages
 
