@@ -12,6 +12,7 @@ import yaml
 from cdpo_ray.config import Config
 from cdpo_ray.errors import ConfigError, StoreError
 from cdpo_ray.preferences.files import scan
+from cdpo_ray.progress import Progress
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
 from cdpo_ray.records import EVALUATION, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.session import ray_session
@@ -46,16 +47,21 @@ def _judged_prompts(config: Config) -> list[str]:
     return found.prompts
 
 
-def run_steps(config: Config, steps: Iterable[Step], *, verbose: bool = False) -> RunFolder:
+def run_steps(
+    config: Config, steps: Iterable[Step], *, verbose: bool = False, allow_config_change: bool = False
+) -> RunFolder:
     """Do what of these steps is not done yet, round after round; Ray starts when the first of them needs it.
 
     A round begins when the one before has been trained. Returns the folder of the last one walked.
+
+    Args:
+        allow_config_change: go on with a step that was begun with other settings; its manifest tells them.
 
     Raises:
         CdpoError: of any kind; what was finished before it stays.
     """
     prompts, steps = read_prompts(config), list(steps)
-    folders = round_folders(config)
+    folders, progress = round_folders(config), Progress()
     with ExitStack() as stack:
         stack.enter_context(RunFolder(_run_dir(config)).locked())
         start_ray = functools.cache(lambda: stack.enter_context(ray_session(verbose=verbose)))
@@ -66,9 +72,9 @@ def run_steps(config: Config, steps: Iterable[Step], *, verbose: bool = False) -
             if len(folders) > 1:
                 log.info("round %d/%d", number, len(folders))
             make_folder(run.path)
-            context = Context(config, prompts, run, number, previous)
+            context = Context(config, prompts, run, number, previous, progress)
             for step in steps:
-                _perform(step, context, start_ray=start_ray)
+                _perform(step, context, start_ray=start_ray, allow_config_change=allow_config_change)
             if _made_by(config, run, previous):
                 plain = yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
                 write_text(run.path / "config.yaml", plain)
@@ -174,7 +180,7 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
     return output_dir
 
 
-def _perform(step: Step, context: Context, *, start_ray: Callable[[], None]) -> None:
+def _perform(step: Step, context: Context, *, start_ray: Callable[[], None], allow_config_change: bool) -> None:
     run, settings = context.run, step.settings(context.config)
     inputs = step.fingerprints(context.config, run, context.previous)
     if run.is_complete(step.folder, settings, inputs, grows=step.grows):
@@ -190,6 +196,7 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], None]) -> 
         seed=context.config.run.seed,
         resumable=step.resumable,
         grows=step.grows,
+        allow_change=allow_config_change,
     ) as (output_dir, output):
         step.perform(context, output_dir, output)
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)

@@ -7,7 +7,7 @@ from pathlib import Path
 from cdpo_ray.errors import ExportError
 from cdpo_ray.export import FORMATS
 from cdpo_ray.export.formats import Trained
-from cdpo_ray.store import copy, files_within, is_local, make_folder
+from cdpo_ray.store import copy_tree, is_local, make_folder
 
 CARD = "README.md"
 
@@ -36,7 +36,6 @@ def write_export(format_name: str, trained: Trained, card: str, output_dir: Path
             if beside_dir:
                 aside.rename(output_dir)
                 return
-            for name, path in files_within(aside).items():
-                copy(path, output_dir / name)
+            copy_tree(aside, output_dir)
     except OSError as error:
         raise ExportError(f"{output_dir}: cannot be written: {error}; give another folder by `--out`") from None

@@ -1,7 +1,7 @@
 """Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
 
-from cdpo_ray.store.copies import copy, describe, link, local_copy, refuse_full_disk
-from cdpo_ray.store.folder import RunFolder, StepOutput, differences, flat
+from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, refuse_full_disk
+from cdpo_ray.store.folder import RunFolder, StepOutput, differences, fingerprint_of, flat
 from cdpo_ray.store.places import (
     MANIFEST,
     files_within,
@@ -9,7 +9,6 @@ from cdpo_ray.store.places import (
     make_folder,
     place,
     read_json,
-    remove_folder,
     write_json,
     write_text,
 )
@@ -21,9 +20,12 @@ __all__ = [
     "StepOutput",
     "arrow_place",
     "copy",
+    "copy_tree",
+    "delete",
     "describe",
     "differences",
     "files_within",
+    "fingerprint_of",
     "flat",
     "is_local",
     "link",
@@ -34,7 +36,6 @@ __all__ = [
     "read_shards",
     "read_table",
     "refuse_full_disk",
-    "remove_folder",
     "shard_schema",
     "table_schema",
     "write_json",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.errors import StoreError
-from cdpo_ray.store.places import MANIFEST, is_local, make_folder, read_json
+from cdpo_ray.store.places import MANIFEST, files_within, is_local, make_folder, read_json
 
 MODE = 0o644  # safetensors writes 0600, which shared disks cannot use
 
@@ -70,6 +70,22 @@ def copy(source: Path, target: Path) -> None:
         os.fsync(writable.fileno())
     aside.chmod(MODE)
     aside.replace(target)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy every file of a folder."""
+    for name, path in files_within(source).items():
+        copy(path, target / name)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder and all in it, if it is there."""
+    if not folder.exists():
+        return
+    if is_local(folder):
+        shutil.rmtree(folder)
+    else:
+        folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]
 
 
 def local_copy(folder: Path) -> Path:

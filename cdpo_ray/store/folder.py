@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.errors import CdpoError, StoreError
-from cdpo_ray.store.copies import describe, move, settled
+from cdpo_ray.store.copies import delete, describe, move, settled
 from cdpo_ray.store.lock import file_lock, object_lock
-from cdpo_ray.store.places import MANIFEST, files_within, is_local, make_folder, read_json, remove_folder, write_json
+from cdpo_ray.store.places import MANIFEST, files_within, is_local, make_folder, read_json, write_json
 
 SETTINGS = "settings.json"  # beside unfinished work: what it was begun with
 DISK_FULL = os.strerror(errno.ENOSPC)
@@ -151,7 +151,7 @@ class RunFolder:
             return str(manifest["fingerprint"])
         if missing := [name for name in files if name not in manifest["files"]]:
             raise StoreError(f"{self.path / folder}: has no {', '.join(missing)}; run the step that makes it first")
-        return _fingerprint({name: manifest["files"][name] for name in files})
+        return fingerprint_of({name: manifest["files"][name] for name in files})
 
     @contextlib.contextmanager
     def writing(
@@ -189,7 +189,7 @@ class RunFolder:
             if resumable and (aside / SETTINGS).is_file():
                 changes = _changes_since(aside, begun_with, allow_change=allow_change)
             else:
-                remove_folder(aside)
+                delete(aside)
         with _full_disk_told(aside):
             make_folder(aside)
             write_json(aside / SETTINGS, begun_with | {"changes": changes})
@@ -201,7 +201,7 @@ class RunFolder:
                 "step": folder,
                 **begun_with,
                 "files": files,
-                "fingerprint": _fingerprint(files),
+                "fingerprint": fingerprint_of(files),
                 "counts": output.counts,
                 "warnings": output.warnings,
                 "details": output.details | ({"settings_changed": changes} if changes else {}),
@@ -229,13 +229,13 @@ class RunFolder:
         for name in added["files"]:
             move(aside / name, self.path / folder / name)
         whole = finished | {key: finished[key] | added[key] for key in ("settings", "files", "details")}
-        whole["fingerprint"] = _fingerprint(whole["files"])
+        whole["fingerprint"] = fingerprint_of(whole["files"])
         whole["warnings"] = finished["warnings"] + added["warnings"]
         counts, more = finished["counts"], added["counts"]
         whole["counts"] = {name: counts.get(name, 0) + more.get(name, 0) for name in counts | more}
         whole["seconds"] = finished["seconds"] + added["seconds"]
         write_json(self.path / folder / MANIFEST, whole)
-        remove_folder(aside)
+        delete(aside)
 
 
 def _products(aside: Path) -> dict[str, Path]:
@@ -283,7 +283,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(f"`{key}` = {before.get(key)}, config says {after.get(key)}" for key in changed)
 
 
-def _fingerprint(files: Mapping[str, Any]) -> str:
+def fingerprint_of(files: Mapping[str, Any]) -> str:
+    """What tells these files, as `describe` does each, from others."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,13 +46,6 @@ def make_folder(path: Path) -> None:
     """Make a local folder and those above it; an object store has none to make."""
     if is_local(path):
         path.mkdir(parents=True, exist_ok=True)
-
-
-def remove_folder(path: Path) -> None:
-    if is_local(path):
-        shutil.rmtree(path)
-    else:
-        path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
 
 
 def files_within(folder: Path) -> dict[str, Path]:

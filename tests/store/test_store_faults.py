@@ -131,6 +131,27 @@ def test_fault_11_a_full_disk_is_told_with_path_needed_and_free_and_earlier_step
     assert went_on == "went on"
 
 
+KILLED_IN_STORE = """
+import os, signal, sys
+from cdpo_ray.store import RunFolder, place
+with RunFolder(place("s3://bucket/run")).writing("1-samples", {"a": 1}, {}, seed=0, resumable=True) as (folder, _):
+    (folder / "whole").write_bytes(b"whole")
+    cut_short = (folder / "cut_short").open("wb")
+    cut_short.write(bytes(20 * 2**20))  # some parts of it are sent
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_fault_02_a_step_killed_while_an_object_is_sent_goes_on_with_the_whole_ones(s3: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED_IN_STORE], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    run = RunFolder(s3 / "run")
+    assert not run.has(STEP)
+    with run.writing(STEP, {"a": 1}, {}, seed=0, resumable=True):
+        pass
+    assert run.is_complete(STEP, {"a": 1}, {}) and set(run.manifest(STEP)["files"]) == {"whole"}
+
+
 HOLD = """
 import sys
 from cdpo_ray.store import RunFolder, place
