@@ -5,7 +5,6 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from cdpo_ray import __version__
 from cdpo_ray.config import load_config
@@ -22,6 +21,7 @@ from cdpo_ray.run import (
     write_reports,
 )
 from cdpo_ray.steps import steps_of
+from cdpo_ray.store import place
 
 VERBS = {
     "check": "say what a run will make, or what is wrong with the config; needs no GPU, torch or ray",
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if verb == "compare":
             command.add_argument("runs", nargs="+", metavar="RUN", help="two or more finished runs, as runs/<name>")
-            command.add_argument("--out", type=Path, metavar="DIR", help="default: the folder that the first run is in")
+            command.add_argument("--out", metavar="DIR", help="default: the folder that the first run is in")
             continue
         command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.beta=100")
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--check", action="store_true", help="only say which rows and images cannot be used")
         if verb == "export":
             command.add_argument("--format", choices=FORMATS, default="diffusers", help=FORMAT_HELP)
-            command.add_argument("--out", type=Path, metavar="DIR", help="default: export/<format> of the run")
+            command.add_argument("--out", metavar="DIR", help="default: export/<format> of the run")
     asked, after_options = parser.parse_known_args(arguments)
     comparing = asked.verb == "compare"
     if any(value.startswith("-") or not (comparing or "=" in value) for value in after_options):
@@ -117,7 +117,7 @@ def _terminate(number: int, frame: object) -> None:
 
 def _do(asked: argparse.Namespace) -> None:
     if asked.verb == "compare":
-        print(compare_runs([Path(run) for run in asked.runs], asked.out))
+        print(compare_runs([place(run) for run in asked.runs], asked.out and place(asked.out)))
         return
     config, verb = load_config(asked.config, asked.overrides), asked.verb
     if verb == "check":
@@ -128,7 +128,7 @@ def _do(asked: argparse.Namespace) -> None:
         run_steps(config, steps_of(config), verbose=asked.verbose, allow_config_change=asked.allow_config_change)
         print(*write_reports(config), sep="\n")
     elif verb == "export":
-        print(export_trained(config, asked.format, asked.out))
+        print(export_trained(config, asked.format, asked.out and place(asked.out)))
     elif verb in ("generate", "import") and verb != steps_of(config)[0].verb:
         raise ConfigError(f"{asked.config}: its images are not made by `cdpo {verb}`: `{steps_of(config)[0].verb}` is")
     elif verb == "import" and asked.check:

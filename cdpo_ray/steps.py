@@ -29,7 +29,18 @@ from cdpo_ray.records import (
     score_column,
     score_file,
 )
-from cdpo_ray.store import RunFolder, StepOutput, differences, link, read_shards, shard_schema
+from cdpo_ray.store import (
+    RunFolder,
+    StepOutput,
+    differences,
+    link,
+    local_copy,
+    make_folder,
+    place,
+    read_json,
+    read_shards,
+    shard_schema,
+)
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +111,7 @@ class Step:
 
 def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     if context.config.run.samples_from:
-        _take_samples(RunFolder(Path(context.config.run.samples_from)), context, output_dir, output)
+        _take_samples(RunFolder(place(context.config.run.samples_from)), context, output_dir, output)
         return
     from cdpo_ray.generation.pool import generate_samples
     from cdpo_ray.rewards.pool import score_pixels
@@ -220,7 +231,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
         reward, second = parts[part]
         path = output_dir / score_file(reward, second=second)
         if there.get(part) == settings[part]:
-            path.parent.mkdir(exist_ok=True)
+            make_folder(path.parent)
             link(other_dir / score_file(reward, second=second), path)
         elif with_images.get(reward) == rewards.options(reward) and (reward in JUDGE_NO_IMAGE or not second):
             rows = read_shards(samples_dir, ["prompt_index", "prompt_id", "prompt", score_column(reward)])
@@ -258,7 +269,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 def _scores_elsewhere(context: Context) -> tuple[Path, dict[str, Any]]:
     """Where the run that gave the images keeps their scores, and with what settings it made them."""
-    other = RunFolder(Path(context.config.run.samples_from or ""))
+    other = RunFolder(place(context.config.run.samples_from or ""))
     if context.config.run.samples_from and other.has(SCORES):
         other.refuse_damage(SCORES)
         manifest = other.manifest(SCORES)
@@ -438,7 +449,7 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
 
     config, run = context.config, context.run
     name = config.run.name
-    trained = Trained(name, run.step(TRAINING).resolve(), config.model.family, _model(config))
+    trained = Trained(name, local_copy(run.step(TRAINING)), config.model.family, _model(config))
     facts = RunFacts(
         name=name,
         settings=config.plain(),
@@ -448,7 +459,7 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
         ranking=config.rewards.ranking_sentence,
         curriculum=config.curriculum.sentence,
         training=run.manifest(TRAINING),
-        metrics=json.loads((run.step(EVALUATION) / "metrics.json").read_text()) if run.has(EVALUATION) else None,
+        metrics=read_json(run.step(EVALUATION) / "metrics.json") if run.has(EVALUATION) else None,
     )
     write_export(format_name, trained, model_card(facts, format_name, trained.denoiser_name), output_dir)
 

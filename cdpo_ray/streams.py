@@ -1,12 +1,15 @@
 """Ray Data: rows through pools of plain classes, and into shards; what every step's own Ray module builds on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray.data
 from ray.data import ActorPoolStrategy, Dataset
 from ray.data.datasource import FilenameProvider
+
+from cdpo_ray.store import arrow_place
 
 MIN_SHARD_BYTES = 128 * 2**20
 
@@ -48,12 +51,26 @@ def in_pool(
     )
 
 
+def read_rows(folder: Path, columns: Sequence[str]) -> Dataset:
+    """Rows of all Parquet shards of a folder."""
+    where = arrow_place(folder)
+    return ray.data.read_parquet(
+        where["path"], filesystem=where["filesystem"], columns=list(columns), file_extensions=["parquet"]
+    )
+
+
 def write_shards(rows: Dataset, output_dir: Path, stem: str) -> None:
     """Write rows in their order as Parquet shards of at least `MIN_SHARD_BYTES` (the last may be smaller).
 
     Names are counted through, so that the same run gives the same files.
     """
     rows.set_name(stem)  # what its progress bar is called
-    rows.write_parquet(str(output_dir), filename_provider=OrderedNames(stem), min_bytes_per_file=MIN_SHARD_BYTES)
+    where = arrow_place(output_dir)
+    rows.write_parquet(
+        where["path"],
+        filesystem=where["filesystem"],
+        filename_provider=OrderedNames(stem),
+        min_bytes_per_file=MIN_SHARD_BYTES,
+    )
     for number, path in enumerate(sorted(output_dir.glob(f"{stem}-*.parquet"))):
         path.rename(output_dir / f"{stem}-{number:06d}.parquet")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 
 from cdpo_ray.curriculum.combination import RankingRule
@@ -21,7 +20,7 @@ from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.errors import CurriculumError
 from cdpo_ray.records import LABEL, score_file
 from cdpo_ray.rewards.score_table import read_scores
-from cdpo_ray.store import write_json
+from cdpo_ray.store import write_json, write_table
 from cdpo_ray.streams import write_shards
 
 log = logging.getLogger(__name__)
@@ -168,4 +167,4 @@ def _rows(pairs: PairBatch, stage: int, table: ScoreTable) -> pa.Table:
 def _write_prompt_counts(pairs: PairBatch, prompt_index: np.ndarray, admitted: PairSet, path: Path) -> None:
     drawn = np.bincount(pairs.prompt, minlength=len(prompt_index))
     counts = {"prompt_index": prompt_index, "num_candidate_pairs": admitted.pairs_per_prompt, "num_drawn_pairs": drawn}
-    pq.write_table(pa.table(counts), path)
+    write_table(pa.table(counts), path)

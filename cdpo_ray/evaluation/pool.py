@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from cdpo_ray.evaluation.comparison import Comparer
@@ -15,8 +14,8 @@ from cdpo_ray.evaluation.metrics import measure
 from cdpo_ray.generation.generator import MakeScores, Sampling
 from cdpo_ray.generation.pool import prompt_rows
 from cdpo_ray.records import CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
-from cdpo_ray.store import shard_schema, write_json
-from cdpo_ray.streams import PoolSize, in_pool
+from cdpo_ray.store import shard_schema, write_json, write_table
+from cdpo_ray.streams import PoolSize, in_pool, read_rows
 
 
 def evaluate_adapter(
@@ -57,7 +56,7 @@ def evaluate_adapter(
     )
     compared.set_name("evaluate")
     rows = pa.concat_tables(ray.get(compared.to_arrow_refs())).sort_by("prompt_index")
-    pq.write_table(_row_per_image(rows, sampling.images_per_prompt), output_dir / "comparison.parquet")
+    write_table(_row_per_image(rows, sampling.images_per_prompt), output_dir / "comparison.parquet")
     metrics = measure(rows, judges, num_resamples=num_resamples, seed=seed)
     metrics |= {"num_prompts": len(prompts), "images_per_prompt": sampling.images_per_prompt}
     if labelled and num_margin_draws:
@@ -80,7 +79,7 @@ def _valued(labelled: LabelledSamples, generators: PoolSize, **arguments: Any) -
     schema = shard_schema(labelled.samples_dir)
     kept = [name for name in map(score_column, (LABEL, *labelled.rewards)) if name in schema.names]
     read = ["prompt", "latents", *(name for name in CONDITIONING if name in schema.names), *kept]
-    rows = ray.data.read_parquet(str(labelled.samples_dir), columns=read, file_extensions=["parquet"])
+    rows = read_rows(labelled.samples_dir, read)
     rows = rows.map_batches(
         only_held_out, fn_kwargs={"fraction": labelled.heldout_fraction}, batch_size=None, batch_format="pyarrow"
     )

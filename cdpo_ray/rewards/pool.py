@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray.data
+import ray
 from ray.data import Dataset
 
 from cdpo_ray.records import score_column
 from cdpo_ray.rewards.scorer import PixelScorer, SampleScorer
-from cdpo_ray.streams import PoolSize, in_pool
+from cdpo_ray.streams import PoolSize, in_pool, read_rows
 
 Rewards = Mapping[str, Mapping[str, Any]]
 IMAGES_PER_CALL = 128  # of an actor that reads and judges, in batches: a call costs a tenth of a second on its own
@@ -47,7 +47,7 @@ def rescore(
     """
     rows_per_call = max(1, IMAGES_PER_CALL // images_per_prompt)
     columns = ["prompt_index", "prompt_id", "prompt", "images" if keep_images else "latents"]
-    rows = ray.data.read_parquet(str(samples_dir), columns=columns, file_extensions=["parquet"])
+    rows = read_rows(samples_dir, columns)
     if num_prompts is not None:
         rows = rows.limit(num_prompts)
     rows = rows.repartition(target_num_rows_per_block=rows_per_call)

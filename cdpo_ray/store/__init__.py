@@ -2,8 +2,17 @@
 
 from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, refuse_full_disk
 from cdpo_ray.store.folder import RunFolder, StepOutput, differences, fingerprint_of, flat
-from cdpo_ray.store.places import MANIFEST, is_local, place, read_json, write_json, write_text
-from cdpo_ray.store.tables import arrow_place, read_shards, read_table, shard_schema, write_table
+from cdpo_ray.store.places import (
+    MANIFEST,
+    files_within,
+    is_local,
+    make_folder,
+    place,
+    read_json,
+    write_json,
+    write_text,
+)
+from cdpo_ray.store.tables import arrow_place, read_shards, read_table, shard_schema, table_schema, write_table
 
 __all__ = [
     "MANIFEST",
@@ -15,17 +24,20 @@ __all__ = [
     "delete",
     "describe",
     "differences",
+    "files_within",
     "fingerprint_of",
     "flat",
     "is_local",
     "link",
     "local_copy",
+    "make_folder",
     "place",
     "read_json",
     "read_shards",
     "read_table",
     "refuse_full_disk",
     "shard_schema",
+    "table_schema",
     "write_json",
     "write_table",
     "write_text",

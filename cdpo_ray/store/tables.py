@@ -36,5 +36,10 @@ def read_shards(folder: Path, columns: Sequence[str]) -> pa.Table:
 
 def shard_schema(folder: Path) -> pa.Schema:
     """Columns of a folder's Parquet shards."""
-    with min(folder.glob("*.parquet")).open("rb") as handle:
+    return table_schema(min(folder.glob("*.parquet")))
+
+
+def table_schema(path: Path) -> pa.Schema:
+    """Columns of a Parquet file; reads no rows."""
+    with path.open("rb") as handle:
         return pq.read_schema(handle)

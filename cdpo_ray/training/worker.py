@@ -260,7 +260,7 @@ def redrawn(
     Args:
         values: ``[prompt, sample]`` by row of the bank.
     """
-    table = read_ranking_scores(Path(online.scores_dir), online.rule)
+    table = read_ranking_scores(place(online.scores_dir), online.rule)
     rows = bank.row_of_prompt[table.prompt_index]
     ranking = rank_samples(table.scores)
     curriculum = Curriculum(ranking, online.schedule, seed=seed, values=values[rows], gap_noise=table.gap_noise)
