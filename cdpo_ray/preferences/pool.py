@@ -10,16 +10,16 @@ import ray
 import ray.data
 from ray.data import Dataset
 
+from cdpo_ray.parts import SET_ASIDE, join_set_aside
 from cdpo_ray.preferences.encoder import Encoder
 from cdpo_ray.preferences.files import Chunk, Source, blocks_of
 from cdpo_ray.preferences.images import Frame
 from cdpo_ray.preferences.reading import faults_of, read_chunks
+from cdpo_ray.progress import Progress
 from cdpo_ray.streams import PoolSize, in_pool, write_shards
 
 if TYPE_CHECKING:
     from cdpo_ray.generation.generator import MakeScores
-
-SET_ASIDE = "set_aside"
 
 
 def import_samples(
@@ -35,8 +35,9 @@ def import_samples(
     keep_images: bool,
     make_scores: "MakeScores | None",
     encoders: PoolSize,
-) -> None:
-    """Write `1-samples` out of images that are there; what cannot be used goes to `set_aside.jsonl`.
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Write `1-samples` out of images that are there; returns what cannot be used, which goes to `set_aside.jsonl`.
 
     Readers and encoders take some rows at a time, so memory does not grow with the files.
     """
@@ -66,12 +67,8 @@ def import_samples(
         make_scores=make_scores,
         keep_images=keep_images,
     )
-    write_shards(rows, output_dir, "samples")
-    with (output_dir / f"{SET_ASIDE}.jsonl").open("w") as joined:
-        for path in sorted(set_aside_dir.iterdir()):
-            joined.write(path.read_text())
-            path.unlink()
-    set_aside_dir.rmdir()
+    write_shards(rows, output_dir, "samples", progress)
+    return join_set_aside(output_dir)
 
 
 def find_faults(chunks: Sequence[Chunk], *, source: Source, frame: Frame) -> list[str]:

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.data
 from ray.data import Dataset
 
+from cdpo_ray.progress import Progress
 from cdpo_ray.records import score_column
 from cdpo_ray.rewards.scorer import PixelScorer, SampleScorer
 from cdpo_ray.streams import PoolSize, in_pool
@@ -35,6 +37,7 @@ def rescore(
     keep_images: bool,
     family: str,
     model: Mapping[str, Any],
+    progress: Progress,
     num_prompts: int | None = None,
 ) -> pa.Table:
     """Scores of images that were made before; nothing is generated.
@@ -45,6 +48,8 @@ def rescore(
     Returns:
         prompt_index, prompt_id and a list column of scores a reward, in prompt order.
     """
+    num_there = sum(pq.read_metadata(path).num_rows for path in samples_dir.glob("*.parquet"))
+    progress.begin("score", total=min(num_there, num_prompts or num_there), unit="prompt")
     rows_per_call = max(1, IMAGES_PER_CALL // images_per_prompt)
     columns = ["prompt_index", "prompt_id", "prompt", "images" if keep_images else "latents"]
     rows = ray.data.read_parquet(str(samples_dir), columns=columns, file_extensions=["parquet"])
@@ -63,5 +68,8 @@ def rescore(
     )
     scored.set_name("score")
     wanted = ["prompt_index", "prompt_id", *(score_column(name) for name in rewards)]
-    tables = ray.get(scored.select_columns(wanted).to_arrow_refs())
+    tables = []
+    for table in scored.select_columns(wanted).iter_batches(batch_size=None, batch_format="pyarrow"):
+        progress.advance(table.num_rows)
+        tables.append(table)
     return pa.concat_tables(tables).sort_by("prompt_index")
