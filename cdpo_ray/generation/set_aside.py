@@ -55,14 +55,15 @@ class SetAside:
         """Indices of the prompts that have been set aside.
 
         Raises:
-            GenerationError: they are too many.
+            GenerationError: they are too many, or all.
         """
         found = sorted(read_set_aside(self.output_dir), key=lambda entry: entry["prompt_index"])
-        if len(found) > self.max_bad_fraction * self.num_prompts:
+        if len(found) > self.max_bad_fraction * self.num_prompts or 0 < self.num_prompts == len(found):
+            first = found[0]
             raise GenerationError(
-                f"{len(found)} of {self.num_prompts} prompts cannot be made into images, more than"
-                f" `generation.max_bad_fraction` = {self.max_bad_fraction}; the first, {found[0]['prompt'][:80]!r}:"
-                f" {found[0]['reason']}; raise it, or mend the cause and delete {self.output_dir}"
+                f"{len(found)} of {self.num_prompts} prompts cannot be made into images;"
+                f" `generation.max_bad_fraction` = {self.max_bad_fraction} allows fewer; the first,"
+                f" {first['prompt'][:80]!r}: {first['reason']}; raise it, or mend the cause and delete {self.output_dir}"
             )
         return {entry["prompt_index"] for entry in found}
 

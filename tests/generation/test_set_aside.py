@@ -54,13 +54,18 @@ def test_fault_07_a_call_of_which_nothing_is_left_gives_no_row(no_z: Path, tmp_p
 
 def test_fault_07_one_too_many_stops_at_once_and_names_the_first_reason(no_z: Path, tmp_path: Path) -> None:
     told = (
-        "2 of 4 prompts cannot be made into images, more than `generation.max_bad_fraction` = 0.25; the first,"
+        "2 of 4 prompts cannot be made into images; `generation.max_bad_fraction` = 0.25 allows fewer; the first,"
         " 'a zebra': IndexError: index out of range in self; raise it, or mend the cause and delete "
     )
     with pytest.raises(GenerationError, match=re.escape(told)):
         generator(no_z, SetAside(tmp_path, 4, 0.25))(table(PROMPTS))
     with pytest.raises(GenerationError, match=re.escape(told)):
         SetAside(tmp_path, 4, 0.25).refuse_too_many()
+
+
+def test_fault_07_of_prompts_that_all_raise_nothing_is_left_to_go_on_with(no_z: Path, tmp_path: Path) -> None:
+    with pytest.raises(GenerationError, match="1 of 1 prompts cannot be made into images"):
+        generator(no_z, SetAside(tmp_path, 1, 1.0))(table(["a zebra"]))
 
 
 def test_errors_of_ours_stop_the_run_and_set_no_prompt_aside(tmp_path: Path) -> None:
