@@ -63,7 +63,8 @@ class SetAside:
             raise GenerationError(
                 f"{len(found)} of {self.num_prompts} prompts cannot be made into images;"
                 f" `generation.max_bad_fraction` = {self.max_bad_fraction} allows fewer; the first,"
-                f" {first['prompt'][:80]!r}: {first['reason']}; raise it, or mend the cause and delete {self.output_dir}"
+                f" {first['prompt'][:80]!r}: {first['reason']}; raise it, or mend the cause and delete"
+                f" {self.output_dir}"
             )
         return {entry["prompt_index"] for entry in found}
 
