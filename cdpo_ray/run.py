@@ -198,7 +198,10 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], None], all
         grows=step.grows,
         allow_change=allow_config_change,
     ) as (output_dir, output):
-        step.perform(context, output_dir, output)
+        try:
+            step.perform(context, output_dir, output)
+        finally:
+            context.progress.end()
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)
     log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)
     for warning in output.warnings:
