@@ -1,7 +1,6 @@
-"""Where a run keeps its goods: a folder a step, written aside, manifest last, then put in place."""
+"""A run's folder: a folder a step, written aside, manifest last, then put in place."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -15,12 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from cdpo_ray.errors import StoreError
+from cdpo_ray.store.copies import describe
+from cdpo_ray.store.lock import lock
+from cdpo_ray.store.places import MANIFEST, write_json
 
-MANIFEST = "manifest.json"
 SETTINGS = "settings.json"  # beside unfinished work: what it was begun with
 HOW_TO_MEND = "delete the folder, restore the value, or choose another `run.name`"
 VERSIONS_KEPT = (
@@ -63,23 +61,7 @@ class RunFolder:
         Raises:
             StoreError: the folder cannot be made or written, or another process holds it.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = (self.path / ".lock").open("a+")
-        except OSError as error:
-            raise StoreError(f"{self.path}: cannot be written: {error.strerror}; choose another `run.dir`") from None
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                handle.seek(0)
-                raise StoreError(
-                    f"{self.path}: another run is writing here ({handle.read().strip() or 'unknown process'});"
-                    " wait for it, or choose another `run.name`"
-                ) from None
-            handle.truncate(0)
-            handle.write(f"pid {os.getpid()} on {platform.node()}")
-            handle.flush()
+        with lock(self.path):
             yield
 
     def has(self, folder: str) -> bool:
@@ -153,7 +135,7 @@ class RunFolder:
         for name, expected in self.manifest(folder)["files"].items():
             if not (path / name).is_file():
                 raise StoreError(f"{path / name}: is missing; delete {path} to make it anew")
-            if _describe(path / name) != expected:
+            if describe(path / name) != expected:
                 raise StoreError(f"{path / name}: was altered (its SHA-256 differs); delete {path} to make it anew")
 
     def fingerprint(self, folder: str, files: Sequence[str] | None = None) -> str:
@@ -209,7 +191,7 @@ class RunFolder:
         output = StepOutput(parts=[name for name in settings if not finished or name not in finished["settings"]])
         yield aside, output
         (aside / SETTINGS).unlink()
-        files = {str(path.relative_to(aside)): _describe(path) for path in sorted(aside.rglob("*")) if path.is_file()}
+        files = {str(path.relative_to(aside)): describe(path) for path in sorted(aside.rglob("*")) if path.is_file()}
         manifest = {
             "step": folder,
             **begun_with,
@@ -248,40 +230,6 @@ class RunFolder:
         whole["seconds"] = finished["seconds"] + added["seconds"]
         write_json(self.path / folder / MANIFEST, whole)
         shutil.rmtree(aside)
-
-
-def read_shards(folder: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of all Parquet shards of a folder, in the order of their names."""
-    return pa.concat_tables(pq.read_table(path, columns=list(columns)) for path in sorted(folder.glob("*.parquet")))
-
-
-def shard_schema(folder: Path) -> pa.Schema:
-    """Columns of a folder's Parquet shards."""
-    return pq.read_schema(min(folder.glob("*.parquet")))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("w") as handle:
-        json.dump(value, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    aside.replace(path)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def link(source: Path, target: Path) -> None:
-    """The same file in a second place, without a second copy where the disk allows."""
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one that knows no links
-        shutil.copyfile(source, target)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

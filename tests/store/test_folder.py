@@ -307,7 +307,7 @@ def test_a_stop_before_the_manifest_leaves_a_grown_step_as_it_was(
         raise OSError("stopped here")
 
     with monkeypatch.context() as patched:
-        patched.setattr("cdpo_ray.store.write_json", stop)
+        patched.setattr("cdpo_ray.store.folder.write_json", stop)
         with pytest.raises(OSError, match="stopped here"):
             score(run)
     assert (run.path / STEP / "inner" / "oracle").is_file()

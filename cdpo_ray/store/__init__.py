@@ -1,0 +1,29 @@
+"""Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
+
+from cdpo_ray.store.copies import copy, describe, link, local_copy, refuse_full_disk
+from cdpo_ray.store.folder import RunFolder, StepOutput, differences, flat
+from cdpo_ray.store.places import MANIFEST, is_local, place, read_json, write_json, write_text
+from cdpo_ray.store.tables import arrow_place, read_shards, read_table, shard_schema, write_table
+
+__all__ = [
+    "MANIFEST",
+    "RunFolder",
+    "StepOutput",
+    "arrow_place",
+    "copy",
+    "describe",
+    "differences",
+    "flat",
+    "is_local",
+    "link",
+    "local_copy",
+    "place",
+    "read_json",
+    "read_shards",
+    "read_table",
+    "refuse_full_disk",
+    "shard_schema",
+    "write_json",
+    "write_table",
+    "write_text",
+]

@@ -1,0 +1,99 @@
+"""The same files in a second place, and room for them."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cdpo_ray.errors import StoreError
+from cdpo_ray.store.places import MANIFEST, is_local, read_json
+
+MODE = 0o644  # safetensors writes 0600, which shared disks cannot use
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """`bytes` and `sha256` of a file."""
+    with path.open("rb") as handle:
+        digest = hashlib.sha256()
+        size = 0
+        while block := handle.read(2**22):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file in a second place, without a second copy where the disk allows."""
+    if is_local(source) and is_local(target):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another disk, or one that knows no links
+            pass
+    copy(source, target)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all; from and to local disk and object stores."""
+    if not is_local(target):
+        if is_local(source):
+            target.fs.put_file(str(source), target.path)  # type: ignore[attr-defined]
+        else:
+            target.fs.copy(source.path, target.path)  # type: ignore[attr-defined]
+        return
+    aside = target.with_name(f"{target.name}.tmp")
+    with source.open("rb") as readable, aside.open("wb") as writable:
+        shutil.copyfileobj(readable, writable, 2**22)
+        writable.flush()
+        os.fsync(writable.fileno())
+    aside.chmod(MODE)
+    aside.replace(target)
+
+
+def local_copy(folder: Path) -> Path:
+    """A finished folder as local files, for what reads no other: itself, or what its manifest names, fetched.
+
+    It is fetched once a node, and again when it has changed.
+
+    Raises:
+        StoreError: a file that was fetched is not the one that the manifest describes.
+    """
+    if is_local(folder):
+        return folder
+    manifest = read_json(folder / MANIFEST)
+    copies = Path(tempfile.gettempdir()) / f"cdpo_ray-{os.getuid()}"
+    copies.mkdir(mode=0o700, exist_ok=True)
+    if copies.stat().st_uid != os.getuid():
+        raise StoreError(f"{copies}: belongs to another user; set TMPDIR to a folder of your own")
+    done = copies / manifest["fingerprint"]
+    if done.is_dir():
+        return done
+    refuse_full_disk(copies, sum(file["bytes"] for file in manifest["files"].values()))
+    with tempfile.TemporaryDirectory(dir=copies, ignore_cleanup_errors=True) as beside:
+        aside = Path(beside) / "whole"
+        for name, expected in manifest["files"].items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            copy(folder / name, aside / name)
+            if describe(aside / name) != expected:
+                raise StoreError(f"{folder / name}: was altered (its SHA-256 differs); delete {folder} to make it anew")
+        try:
+            aside.rename(done)
+        except OSError:  # another process of this node was quicker
+            if not done.is_dir():
+                raise
+    return done
+
+
+def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
+    """Raise StoreError with path, needed and free bytes if a local disk has no such room; object stores have no end."""
+    if not is_local(folder):
+        return
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes:
+        raise StoreError(
+            f"{folder}: needs {needed_bytes / 2**20:,.1f} MiB, but {free / 2**20:,.1f} MiB are free on its disk;"
+            " make room, or choose another `run.dir`"
+        )
