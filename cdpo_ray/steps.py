@@ -8,13 +8,14 @@ import functools
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cdpo_ray.config import JUDGE_NO_IMAGE, Config, Pool, PromptSource
 from cdpo_ray.errors import ConfigError, PreferenceError, StoreError
 from cdpo_ray.preferences.files import Source, fingerprint
+from cdpo_ray.progress import Progress
 from cdpo_ray.prompts import sources
 from cdpo_ray.prompts.sources import PromptSplit, held_out
 from cdpo_ray.records import (
@@ -41,6 +42,7 @@ class Context:
         round: 1-based.
         run: the round's folder.
         previous: folder of the round before.
+        progress: told how far the step is.
     """
 
     config: Config
@@ -48,6 +50,7 @@ class Context:
     run: RunFolder
     round: int = 1
     previous: RunFolder | None = None
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def seed(self) -> int:
@@ -405,6 +408,14 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
             judge, base["mean"], tuned["mean"], difference["mean"], difference["low"], difference["high"],
             found["win_rate"]["mean"],
         )  # fmt: skip
+    context.progress.record(
+        {
+            f"{judge}/{name}": found[name]["mean"]
+            for judge, found in metrics["judges"].items()
+            for name in ("base", "tuned", "difference", "win_rate")
+        },
+        update=context.run.manifest(TRAINING)["counts"]["updates"],
+    )
     output.counts |= {
         "prompts": len(context.prompts.heldout),
         "images": 2 * len(context.prompts.heldout) * config.evaluation.images_per_prompt,

@@ -15,8 +15,8 @@ MAX_BATCH = 100  # params a call; the API's limit
 MAX_METRICS = 1000
 MAX_PARAM_LENGTH = 6000
 
-# the defaults try a server that is down for minutes, at the run's end too
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+# A server that is away for a minute is waited for; the defaults would hold up the end of a run for many.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 

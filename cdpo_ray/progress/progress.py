@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -63,6 +62,7 @@ class Progress:
         self._unit, self._makes = "", (1, "")
         self._bar: tqdm | None = None
         self._line_due = 0.0
+        self._writable = True
         self._lock = threading.RLock()
         self._over = threading.Event()
         self._heart = threading.Thread(target=self._live, name="progress", daemon=True)
@@ -101,7 +101,8 @@ class Progress:
         try:
             yield
             seconds = time.monotonic() - started
-            self._points.append(Point(self._place, self._pace.done if self._pace else 0, {"seconds": seconds}))
+            with self._lock:
+                self._points.append(Point(self._place, self._pace.done if self._pace else 0, {"seconds": seconds}))
         finally:
             self.end()
         self._state = {"state": "running"}
@@ -118,9 +119,11 @@ class Progress:
             self._verb, self._unit, self._makes = verb, unit, makes or (1, f"{unit}s")
             self._pace = Pace(time.monotonic(), total=total, done=done)
             self._line_due = time.monotonic() + LINE_SECONDS
-            self._taken[place] = self._told[place] = min(self._told.get(place, done), done)
+            known = self._told.get(place, done) if done else 0  # what begins anew is told anew
+            if place in self._told:
+                self._taken[place] = self._told[place] = known
         if self._trackers:
-            self._trackers.begin(place, self._told[place] + 1)
+            self._trackers.begin(place, known + 1)
         self._bar = tqdm(
             total=total, initial=done, desc=verb, unit=unit, bar_format=BAR, disable=not sys.stderr.isatty()
         )
@@ -155,11 +158,11 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         with self._lock:
-            if self._pace:
-                self._note_rate()
+            self._note_rate()
+            self._state |= self._reached()
+            self._bar = self._pace = None
         self._send()
         self._write()
-        self._bar = self._pace = None
 
     def _live(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
@@ -180,7 +183,9 @@ class Progress:
         now = time.monotonic()
         rate, left = pace.rate(now), pace.seconds_left(now)
         told = f"{pace.done}/{pace.total} {self._unit}s"
-        return f"{told}, {rate_in_words(rate, self._unit)}, {duration(left)} left" if rate and left is not None else told
+        return (
+            f"{told}, {rate_in_words(rate, self._unit)}, {duration(left)} left" if rate and left is not None else told
+        )
 
     def _note_rate(self) -> None:
         if self._pace and (rate := self._pace.rate(time.monotonic())):
@@ -188,6 +193,9 @@ class Progress:
             self._points.append(
                 Point(self._place or self._verb, self._pace.done, {f"{what}_per_second": rate * per_unit})
             )
+
+    def _reached(self) -> dict[str, Any]:
+        return {"done": self._pace.done, "total": self._pace.total, "unit": self._unit} if self._pace else {}
 
     def _send(self) -> None:
         """Tell the trackers what has come together; once they know, so does `status.json`."""
@@ -210,11 +218,14 @@ class Progress:
             now = time.monotonic()
             status = self._about | self._state | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
             if self._pace:
-                status |= {"done": self._pace.done, "total": self._pace.total, "unit": self._unit}
                 status |= {"rate": self._pace.rate(now), "seconds_left": self._pace.seconds_left(now)}
-            status |= {"recorded": self._told, "run_ids": self._trackers.run_ids if self._trackers else {}}
+            status |= self._reached() | {
+                "recorded": self._told,
+                "run_ids": self._trackers.run_ids if self._trackers else {},
+            }
             try:
                 write_json(self._dir / STATUS, status)
-            except OSError as error:  # watching must stop nothing
-                log.warning("%s: cannot be written: %s", self._dir / STATUS, error.strerror or error)
-                self._dir = None
+            except Exception as error:  # watching must stop nothing
+                if self._writable:
+                    log.warning("%s: cannot be written, the run goes on: %s", self._dir / STATUS, error)
+                self._writable = False

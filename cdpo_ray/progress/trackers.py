@@ -82,7 +82,7 @@ class Trackers:
         _refuse_missing(options)
         self.run_ids = dict(run_ids or {})
         self._run = run
-        self._options = {name: {} for name in ALWAYS} | dict(options)
+        self._options: dict[str, Mapping[str, Any]] = {name: {} for name in ALWAYS} | dict(options)
         self._open: dict[str, Tracker] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trackers")
 
@@ -95,8 +95,7 @@ class Trackers:
 
     def close(self) -> None:
         """Wait until all is told."""
-        if self._open is not None:
-            self._thread.submit(self._each, lambda tracker: tracker.close())
+        self._thread.submit(self._close)
         self._thread.shutdown()
 
     def _each(self, tell: Callable[[Tracker], None]) -> None:
@@ -108,6 +107,10 @@ class Trackers:
             except Exception as error:
                 del self._open[name]
                 _warn(name, error)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._each(lambda tracker: tracker.close())
 
     def _opened(self) -> Iterable[tuple[str, Tracker]]:
         for name, options in self._options.items():

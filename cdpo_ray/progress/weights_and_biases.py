@@ -1,4 +1,4 @@
-"""Points -> a run of Weights & Biases, in ``<run>/wandb`` and, if online, on its server."""
+"""Points -> a run of Weights & Biases, kept in ``<run>/wandb`` (``./wandb``, if that is in an object store)."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 import wandb
 
 from cdpo_ray.progress.trackers import Point, TrackedRun
+from cdpo_ray.store import is_local
 
 
 class WeightsAndBiases:
@@ -23,7 +24,7 @@ class WeightsAndBiases:
             name=run.name,
             id=self.run_id,
             resume="allow",
-            dir=str(run.dir),
+            dir=str(run.dir) if is_local(run.dir) else None,
             config=dict(run.settings),
             # neither the command line, nor the host's environment, nor what is printed
             settings=wandb.Settings(console="off", silent=True, x_disable_meta=True, disable_git=True, save_code=False),
