@@ -152,14 +152,12 @@ def train(model: Any, arm: str, schedule: Schedule, seed: int, pool_dir: Path, s
         model,
         policy.reference,
         NUM_STAGES,
-        lambda stage: StagePairs(
-            stage, *(getattr(stages[stage - 1], name) for name in ("prompt", "chosen", "rejected"))
+        lambda state: StagePairs(
+            state.stage, *(getattr(stages[state.stage - 1], name) for name in ("prompt", "chosen", "rejected"))
         ),
         feed,
         TrainingState(),
         preference_loss=partial(preference_loss, beta=BETA),
-        on_update=lambda _: None,
-        on_stage=lambda _: None,
     )
     model.denoiser.eval()
     last = state.records[-max(1, size.updates // NUM_STAGES) :]

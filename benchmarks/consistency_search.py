@@ -179,14 +179,12 @@ def train(setting: Setting, work_dir: Path, output_dir: Path) -> dict[str, float
         model,
         policy.reference,
         setting.stages,
-        lambda stage: stage_pairs(scores, setting, stage),
+        lambda state: stage_pairs(scores, setting, state.stage),
         feed,
         TrainingState(),
         preference_loss=functools.partial(
             preference_loss, loss=setting.loss, beta=setting.beta, label_smoothing=0.0, sft_weight=setting.sft
         ),
-        on_update=lambda _: None,
-        on_stage=lambda state: None,
     )
     save_trained(engine, model, output_dir, lora=True)
     return summarize(done.records, setting.stages, PAIRS_PER_UPDATE)

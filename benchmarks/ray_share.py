@@ -122,7 +122,8 @@ class Bare:
 
         from cdpo_ray.models import load_model
         from cdpo_ray.training.batches import SampleBank, StagePairs
-        from cdpo_ray.training.engine import save_trained, save_training, start_engine
+        from cdpo_ray.training.commits import Commits
+        from cdpo_ray.training.engine import save_trained, start_engine, training_tensors
         from cdpo_ray.training.loop import Feed, TrainingState, train_stages
         from cdpo_ray.training.losses import preference_loss
         from cdpo_ray.training.policy import make_policy
@@ -144,22 +145,24 @@ class Bare:
             optimization=job.optimization,
         )
 
-        def save(state: TrainingState) -> None:
-            save_training(engine, output_dir / "checkpoint", {"stage": state.stage})
-            save_trained(engine, model, output_dir, lora=True)
+        commits = Commits(output_dir / "commits", keep_last=job.commits.keep_last, device=engine.device)
+
+        def commit(state: TrainingState) -> None:
+            commits.write(state.num_updates, asdict(state), training_tensors(engine))
 
         train_stages(
             engine,
             model,
             policy.reference,
             job.num_stages,
-            lambda stage: StagePairs.read(Path(job.stages_dir), stage, bank),
+            lambda state: StagePairs.read(Path(job.stages_dir), state.stage, bank),
             feed,
             TrainingState(),
             preference_loss=functools.partial(preference_loss, **asdict(job.loss)),
-            on_update=lambda _: None,
-            on_stage=save,
+            updates_per_commit=job.commits.updates_per_commit,
+            on_commit=commit,
         )
+        save_trained(engine, model, output_dir, lora=True)
 
     def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
         from cdpo_ray.evaluation.comparison import Comparer

@@ -59,6 +59,7 @@ FORMAT_HELP = (
     "diffusers (default): the LoRA for load_lora_weights; kohya: the LoRA for ComfyUI and AUTOMATIC1111;"
     " merged: a whole pipeline folder, the only one for training.method=full"
 )
+ALLOW_HELP = "go on with training that was begun with other settings; its manifest will tell them"
 EXIT_STANDS_STILL = 1
 EXIT_FAULT = 2
 EXIT_INTERRUPTED = 130
@@ -91,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.beta=100")
+        if verb in ("run", "train"):
+            command.add_argument("--allow-config-change", action="store_true", help=ALLOW_HELP)
         if verb == "pairs":
             command.add_argument("--explain", action="store_true", help="print and draw what each stage holds")
         if verb == "import":
@@ -137,7 +140,13 @@ def _do(asked: argparse.Namespace) -> None:
     elif verb == "report":
         print(*write_reports(config, anew=True), sep="\n")
     elif verb == "run":
-        run_steps(config, steps_of(config), verbose=asked.verbose, command=goes_on)
+        run_steps(
+            config,
+            steps_of(config),
+            verbose=asked.verbose,
+            command=goes_on,
+            allow_config_change=asked.allow_config_change,
+        )
         print(*write_reports(config), sep="\n")
     elif verb == "export":
         print(export_trained(config, asked.format, asked.out))
@@ -150,8 +159,13 @@ def _do(asked: argparse.Namespace) -> None:
             raise PreferenceError(f"{len(faults)} faults")
         print("no faults")
     else:
-        steps = [step for step in steps_of(config) if step.verb == verb]
-        run_steps(config, steps, verbose=asked.verbose, command=goes_on)
+        run_steps(
+            config,
+            [step for step in steps_of(config) if step.verb == verb],
+            verbose=asked.verbose,
+            command=goes_on,
+            allow_config_change=verb == "train" and asked.allow_config_change,
+        )
         if verb == "pairs" and asked.explain:
             print(explain_stages(config))
 

@@ -49,7 +49,14 @@ def _judged_prompts(config: Config) -> list[str]:
     return found.prompts
 
 
-def run_steps(config: Config, steps: Iterable[Step], *, verbose: bool = False, command: str | None = None) -> RunFolder:
+def run_steps(
+    config: Config,
+    steps: Iterable[Step],
+    *,
+    verbose: bool = False,
+    command: str | None = None,
+    allow_config_change: bool = False,
+) -> RunFolder:
     """Do what of these steps is not done yet, round after round; Ray starts when the first of them needs it.
 
     A round begins when the one before has been trained. Returns the folder of the last one walked.
@@ -57,6 +64,7 @@ def run_steps(config: Config, steps: Iterable[Step], *, verbose: bool = False, c
     Args:
         verbose: show what Ray and its workers print.
         command: what a user would type to go on with the run; `cdpo status` tells it.
+        allow_config_change: go on with a step that was begun with other settings; its manifest tells them.
 
     Raises:
         CdpoError: of any kind; what was finished before it stays.
@@ -83,7 +91,7 @@ def run_steps(config: Config, steps: Iterable[Step], *, verbose: bool = False, c
             run.path.mkdir(exist_ok=True)
             context = Context(config, prompts, run, number, previous, progress)
             for step in steps:
-                _perform(step, context, start_ray=start_ray)
+                _perform(step, context, start_ray=start_ray, allow_config_change=allow_config_change)
             if _made_by(config, run, previous):
                 plain = yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
                 (run.path / "config.yaml").write_text(plain)
@@ -189,7 +197,7 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
     return output_dir
 
 
-def _perform(step: Step, context: Context, *, start_ray: Callable[[], None]) -> None:
+def _perform(step: Step, context: Context, *, start_ray: Callable[[], None], allow_config_change: bool) -> None:
     run, settings = context.run, step.settings(context.config)
     inputs = step.fingerprints(context.config, run, context.previous)
     if run.is_complete(step.folder, settings, inputs, grows=step.grows):
@@ -207,6 +215,7 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], None]) -> 
             seed=context.config.run.seed,
             resumable=step.resumable,
             grows=step.grows,
+            allow_change=allow_config_change,
         ) as (output_dir, output),
     ):
         step.perform(context, output_dir, output)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cdpo_ray.config import JUDGE_NO_IMAGE, Config, Pool, PromptSource
+from cdpo_ray.config import HOW_NOT_WHAT, JUDGE_NO_IMAGE, Config, Pool, PromptSource
 from cdpo_ray.errors import ConfigError, PreferenceError, StoreError
 from cdpo_ray.preferences.files import Source, fingerprint
 from cdpo_ray.progress import Progress
@@ -312,8 +312,8 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 def train(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.curriculum.capacity import stage_capacities
-    from cdpo_ray.training.job import LoraJob, LossJob, OnlineJob, Optimization, TrainingJob
-    from cdpo_ray.training.trainer import train_adapter
+    from cdpo_ray.training.job import CommitJob, LoraJob, LossJob, OnlineJob, Optimization, TrainingJob
+    from cdpo_ray.training.trainer import COMMITS_DIR, train_adapter
 
     config, training = context.config, context.config.training
     job = TrainingJob(
@@ -345,6 +345,9 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
             zero_stage=training.zero_stage,
         ),
         seed=context.seed,
+        output_dir=str(output_dir),
+        commits=CommitJob(str(output_dir / COMMITS_DIR), training.updates_per_commit, training.keep_last),
+        max_skipped_updates=training.max_skipped_updates,
         guidance_range=training.guidance_range,
         start_dir=context.start_dir,
         reference_is_start=training.reference == "last_round",
@@ -359,7 +362,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         else None,
     )
     num_updates = config.curriculum.num_stages * config.curriculum.updates_per_stage
-    train_adapter(
+    state = train_adapter(
         job,
         output_dir,
         num_updates=num_updates,
@@ -367,8 +370,21 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         cpus_per_worker=config.resources.trainers.cpus_per_worker,
         gpus_per_worker=config.resources.trainers.gpus_per_worker,
         max_restarts=training.max_restarts,
+        collective_timeout_seconds=training.collective_timeout_seconds,
+        progress=context.progress,
     )
-    output.counts |= {"updates": num_updates, "pairs": num_updates * training.global_batch_size}
+    skipped = len(state["skipped"])
+    output.counts |= {
+        "updates": num_updates - skipped,
+        "pairs": (num_updates - skipped) * training.global_batch_size,
+        "updates_skipped": skipped,
+    }
+    output.details["training"] = training.model_dump(mode="json", include=HOW_NOT_WHAT)
+    if skipped:
+        output.warnings.append(
+            f"{skipped} of {num_updates} updates were skipped, for their loss or gradient was not finite:"
+            f" {', '.join(map(str, state['skipped'][:10]))}{', ...' * (skipped > 10)}"
+        )
 
 
 def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
@@ -494,7 +510,7 @@ STEPS = (
     Step(
         "train",
         TRAINING,
-        lambda config: _section(config, "model", "training") | _seed(config),
+        lambda config: _section(config, "model") | {"training": config.training.outcome} | _seed(config),
         (SAMPLES, SCORES, STAGES),
         train,
         resumable=True,

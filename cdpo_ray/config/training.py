@@ -37,6 +37,20 @@ class LoraSection(Section):
         return self.initial_rank not in (None, self.rank) or self.unfreeze != "at_once"
 
 
+HOW_NOT_WHAT = {
+    "batch_size_per_worker",
+    "gradient_checkpointing",
+    "num_workers",
+    "zero_stage",
+    "updates_per_commit",
+    "keep_last",
+    "max_skipped_updates",
+    "max_restarts",
+    "collective_timeout_seconds",
+}
+"""Keys of `TrainingSection` that may change between runs of one training: its outcome is the same but for rounding."""
+
+
 class TrainingSection(Section):
     """Staged preference training of a LoRA, or of the whole net (`method` full)."""
 
@@ -59,7 +73,11 @@ class TrainingSection(Section):
     lora: LoraSection = LoraSection()
     num_workers: Annotated[int, Field(ge=1)] = 1
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    max_restarts: Annotated[int, Field(ge=0)] = 1
+    updates_per_commit: Annotated[int, Field(ge=1)] = 50
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    max_skipped_updates: Annotated[int, Field(ge=1)] = 20
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    collective_timeout_seconds: Annotated[int, Field(ge=1)] = 600
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainingSection":
@@ -84,6 +102,11 @@ class TrainingSection(Section):
         if self.guidance_range and self.guidance_range[0] > self.guidance_range[1]:
             raise ValueError(f"`guidance_range` must be [low, high], got {list(self.guidance_range)}")
         return self
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """What decides what is trained, as plain values."""
+        return self.model_dump(mode="json", exclude=HOW_NOT_WHAT)
 
     @property
     def pairs_per_launch(self) -> int:

@@ -129,9 +129,9 @@ class Progress:
         )
 
     def advance(self, num: int = 1) -> None:
-        """So many units more are done, and kept: a restart would not do them again."""
+        """So many units more are done; fewer than none, if some are to be done again."""
         with self._lock:
-            if self._pace:
+            if self._pace and num:
                 self._pace.advance(num, time.monotonic())
         if self._bar is not None:
             self._bar.update(num)

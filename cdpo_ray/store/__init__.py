@@ -1,7 +1,7 @@
 """Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
 
-from cdpo_ray.store.copies import copy, describe, link, local_copy, refuse_full_disk
-from cdpo_ray.store.folder import RunFolder, StepOutput, differences, flat
+from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, refuse_full_disk
+from cdpo_ray.store.folder import RunFolder, StepOutput, differences, fingerprint_of, flat
 from cdpo_ray.store.places import MANIFEST, is_local, place, read_json, write_json, write_text
 from cdpo_ray.store.tables import arrow_place, read_shards, read_table, shard_schema, write_table
 
@@ -11,8 +11,11 @@ __all__ = [
     "StepOutput",
     "arrow_place",
     "copy",
+    "copy_tree",
+    "delete",
     "describe",
     "differences",
+    "fingerprint_of",
     "flat",
     "is_local",
     "link",

@@ -97,3 +97,18 @@ def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
             f"{folder}: needs {needed_bytes / 2**20:,.1f} MiB, but {free / 2**20:,.1f} MiB are free on its disk;"
             " make room, or choose another `run.dir`"
         )
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy every file of a folder."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            copy(path, target / path.relative_to(source).as_posix())
+
+
+def delete(path: Path) -> None:
+    """Delete a folder and all in it, if it is there."""
+    if is_local(path):
+        shutil.rmtree(path, ignore_errors=not path.exists())
+    elif path.exists():
+        path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]

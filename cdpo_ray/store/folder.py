@@ -149,7 +149,7 @@ class RunFolder:
             return str(manifest["fingerprint"])
         if missing := [name for name in files if name not in manifest["files"]]:
             raise StoreError(f"{self.path / folder}: has no {', '.join(missing)}; run the step that makes it first")
-        return _fingerprint({name: manifest["files"][name] for name in files})
+        return fingerprint_of({name: manifest["files"][name] for name in files})
 
     @contextlib.contextmanager
     def writing(
@@ -161,6 +161,7 @@ class RunFolder:
         seed: int,
         resumable: bool,
         grows: bool = False,
+        allow_change: bool = False,
     ) -> Iterator[tuple[Path, StepOutput]]:
         """Write a step aside; when the block ends well, describe every file in the manifest and put it in place.
 
@@ -196,7 +197,7 @@ class RunFolder:
             "step": folder,
             **begun_with,
             "files": files,
-            "fingerprint": _fingerprint(files),
+            "fingerprint": fingerprint_of(files),
             "counts": output.counts,
             "warnings": output.warnings,
             "details": output.details,
@@ -223,7 +224,7 @@ class RunFolder:
             (self.path / folder / name).parent.mkdir(exist_ok=True)
             (aside / name).replace(self.path / folder / name)
         whole = finished | {key: finished[key] | added[key] for key in ("settings", "files", "details")}
-        whole["fingerprint"] = _fingerprint(whole["files"])
+        whole["fingerprint"] = fingerprint_of(whole["files"])
         whole["warnings"] = finished["warnings"] + added["warnings"]
         counts, more = finished["counts"], added["counts"]
         whole["counts"] = {name: counts.get(name, 0) + more.get(name, 0) for name in counts | more}
@@ -239,7 +240,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(f"`{key}` = {before.get(key)}, config says {after.get(key)}" for key in changed)
 
 
-def _fingerprint(files: Mapping[str, Any]) -> str:
+def fingerprint_of(files: Mapping[str, Any]) -> str:
+    """What tells these files, as `describe` does each, from others."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 

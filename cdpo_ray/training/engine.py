@@ -1,26 +1,51 @@
-"""Denoiser -> DeepSpeed engine: the optimizer, ZeRO, and checkpoints of both."""
+"""Denoiser -> DeepSpeed engine: the optimizer, ZeRO, and the state of both."""
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no other
 import deepspeed
 import deepspeed.ops
+from deepspeed.utils import (
+    logger,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, save_lora
 from cdpo_ray.training.job import Optimization
 
-TAG = "training"
 MASTERS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Type of trainable parameters -> section of DeepSpeed's configuration that keeps fp32 copies of them."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = "step"
+
+
+class SkippingAdamW(torch.optim.AdamW):
+    """AdamW that leaves weights and moments alone while `skips` is set, under any of DeepSpeed's wrappers."""
+
+    skips = False
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return None if self.skips else super().step(closure)
+
+    @property
+    def num_steps(self) -> float:
+        """Steps taken, the same for all parameters."""
+        steps = {float(state[STEP]) for state in self.state.values()}
+        assert len(steps) == 1, f"every parameter is stepped every time, got {steps}"
+        return steps.pop()
 
 
 def start_engine(
@@ -34,38 +59,71 @@ def start_engine(
     # DeepSpeed would probe every compiled operation it knows, then build a shared-memory all-reduce: seconds, and a
     # compiler on the workers' path. Told that there are none, it takes gloo or NCCL at once, with the same result.
     deepspeed.ops.__compatible_ops__ = {}
-    adam = {
-        "lr": optimization.learning_rate,
-        "betas": [optimization.adam_beta1, optimization.adam_beta2],
-        "weight_decay": optimization.weight_decay,
-        "torch_adam": True,
-    }
+    logger.setLevel(logging.ERROR)  # it warns of a subclass of AdamW, and of each update that is skipped
+    optimizer = SkippingAdamW(
+        trainable,
+        lr=optimization.learning_rate,
+        betas=(optimization.adam_beta1, optimization.adam_beta2),
+        weight_decay=optimization.weight_decay,
+    )
     config = {
         "train_batch_size": optimization.global_batch_size,
         "train_micro_batch_size_per_gpu": optimization.pairs_per_launch,
         "gradient_accumulation_steps": optimization.global_batch_size // (optimization.pairs_per_launch * num_workers),
-        "optimizer": {"type": "AdamW", "params": adam},
         "zero_optimization": {"stage": optimization.zero_stage},
+        "zero_allow_untested_optimizer": True,  # which it says of any class but AdamW itself
         "gradient_clipping": optimization.max_grad_norm,
         "steps_per_print": 2**31,
     }
     if masters := MASTERS.get(trainable[0].dtype):
         config[masters] = {"enabled": True}
-    engine, *_ = deepspeed.initialize(model=denoiser, model_parameters=list(trainable), config=config)
+    engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config)
     return engine
 
 
-def save_training(engine: deepspeed.DeepSpeedEngine, folder: Path, state: dict[str, Any]) -> None:
-    """Every worker writes its share of the optimizer, and what was trained, to its own folder."""
-    engine.save_checkpoint(str(folder), tag=TAG, client_state=state, exclude_frozen_parameters=True)
+def training_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
+    """Every trainable parameter in fp32, whole, and its two moments, by name: what ZeRO stage and workers share.
+
+    All workers must go through it together: under ZeRO each tensor is put together as it is asked for.
+    """
+    optimizer = engine.basic_optimizer
+    if not optimizer.state:
+        _make_state(engine, 0)
+    for number, (name, parameter) in enumerate(_trainable(engine)):
+        if engine.zero_optimization():
+            yield name, safe_get_full_fp32_param(parameter)
+            for moment in MOMENTS:
+                yield f"{moment}.{name}", safe_get_full_optimizer_state(parameter, moment)
+        else:
+            master = optimizer.param_groups[0]["params"][number]
+            yield name, master.detach()
+            for moment in MOMENTS:
+                yield f"{moment}.{name}", optimizer.state[master][moment]
+    yield STEP, torch.tensor(optimizer.num_steps)
 
 
-def load_training(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
-    """Take up training where `save_training` left it; returns the state given there."""
-    path, state = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
-    assert path is not None, f"no checkpoint in {folder}"
-    result: dict[str, Any] = state
-    return result
+def restore_training(engine: deepspeed.DeepSpeedEngine, tensors: Callable[[str], Tensor]) -> None:
+    """Put back what `training_tensors` gave, under whatever ZeRO stage and number of workers.
+
+    Args:
+        tensors: by name.
+    """
+    optimizer, sharded = engine.basic_optimizer, engine.zero_optimization_partition_weights()
+    _make_state(engine, float(tensors(STEP)))
+    for number, (name, parameter) in enumerate(_trainable(engine)):
+        value = tensors(name).to(engine.device)
+        moments = {moment: tensors(f"{moment}.{name}").to(engine.device) for moment in MOMENTS}
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
+            parameter.data.copy_(value)
+        if engine.zero_optimization():
+            safe_set_full_fp32_param(parameter, value)
+            for moment, state in moments.items():
+                safe_set_full_optimizer_state(parameter, state, moment)
+        else:
+            master = optimizer.param_groups[0]["params"][number]
+            master.data.copy_(value)
+            for moment, state in moments.items():
+                optimizer.state[master][moment].copy_(state)
 
 
 def save_trained(engine: deepspeed.DeepSpeedEngine, model: TextToImageModel, folder: Path, *, lora: bool) -> None:
@@ -74,7 +132,7 @@ def save_trained(engine: deepspeed.DeepSpeedEngine, model: TextToImageModel, fol
     Every worker takes part (under ZeRO 3 each holds a share), the first writes.
     """
     denoiser = engine.module
-    trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    trainable = [parameter for _, parameter in _trainable(engine)]
     with deepspeed.zero.GatheredParameters(trainable, enabled=engine.zero_optimization_partition_weights()):
         if torch.distributed.get_rank() > 0:
             return
@@ -84,3 +142,21 @@ def save_trained(engine: deepspeed.DeepSpeedEngine, model: TextToImageModel, fol
             denoiser.save_pretrained(folder / model.denoiser_name, safe_serialization=True)
             for path in (folder / model.denoiser_name).glob("*.safetensors"):
                 path.chmod(0o644)
+
+
+def _trainable(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+
+
+def _make_state(engine: deepspeed.DeepSpeedEngine, num_steps: float) -> None:
+    """What the optimizer's first step would make, as if so many had been taken; moments that are there stay."""
+    optimizer, sharded = engine.basic_optimizer, engine.zero_optimization_partition_weights()
+    stepped = engine.optimizer.fp32_partitioned_groups_flat if sharded else optimizer.param_groups[0]["params"]
+    for parameter in stepped:
+        state = optimizer.state[parameter]
+        state[STEP] = torch.tensor(num_steps)
+        for moment in MOMENTS:
+            if moment not in state:
+                state[moment] = torch.zeros_like(parameter)
+    if engine.zero_optimization() and not sharded:
+        engine.optimizer._lazy_init_hp_params_optimizer_state()  # how ZeRO 1 and 2 find a parameter's moments

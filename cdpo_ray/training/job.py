@@ -7,9 +7,6 @@ from cdpo_ray.curriculum.capacity import Capacity
 from cdpo_ray.curriculum.combination import RankingRule
 from cdpo_ray.curriculum.schedule import Schedule
 
-RECORDS, TRAINED = "records.json", "trained"
-"""In every checkpoint beside the optimizer: what was recorded so far, and what was trained, as diffusers loads it."""
-
 
 @dataclass(frozen=True)
 class LoraJob:
@@ -68,6 +65,15 @@ class OnlineJob:
 
 
 @dataclass(frozen=True)
+class CommitJob:
+    """Where and how often training is committed; see `TrainingSection` of the config for the bounds."""
+
+    commits_dir: str
+    updates_per_commit: int
+    keep_last: int
+
+
+@dataclass(frozen=True)
 class TrainingJob:
     """What each worker needs to know; plain values that travel to it.
 
@@ -77,6 +83,7 @@ class TrainingJob:
         start_dir: `4-training` of the round before, to go on from.
         reference_is_start: hold the policy to that round, in place of the base model.
         online: none trains on the pairs of ``stages_dir`` as they are.
+        output_dir: where what was trained is written.
     """
 
     samples_dir: str
@@ -90,6 +97,9 @@ class TrainingJob:
     gradient_checkpointing: bool
     optimization: Optimization
     seed: int
+    output_dir: str
+    commits: CommitJob
+    max_skipped_updates: int
     guidance_range: tuple[float, float] | None = None
     start_dir: str | None = None
     reference_is_start: bool = False

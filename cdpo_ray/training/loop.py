@@ -1,12 +1,12 @@
 """Stages -> updates: the staged training loop of one worker."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models.family import Conditioning, TextToImageModel, Times
@@ -20,13 +20,41 @@ UpdateRecord = dict[str, float]
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All the progress there is: the stage to train next, 1-based, and what was recorded so far."""
+    """All the progress there is, beside weights and optimizer: nothing random is consumed, so no generator has a state.
+
+    Attributes:
+        stage: to train next, or now; 1-based.
+        cursor: updates of that stage that are done.
+        records: a record an update that was made, as far as they have been read off the device.
+        skipped: numbers of the updates that were not made, for a loss or gradient was not finite.
+    """
 
     stage: int = 1
-    records: list[UpdateRecord] = field(default_factory=list)
+    cursor: int = 0
+    records: tuple[UpdateRecord, ...] = ()
+    skipped: tuple[int, ...] = ()
+    num_updates: int = 0
 
-    def after_stage(self, records: list[UpdateRecord]) -> "TrainingState":
-        return replace(self, stage=self.stage + 1, records=[*self.records, *records])
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Self:
+        """Out of what `asdict` made, and JSON of it."""
+        return cls(**{**saved, "records": tuple(saved["records"]), "skipped": tuple(saved["skipped"])})
+
+    def after_update(self, *, skipped: bool) -> "TrainingState":
+        number = self.num_updates + 1
+        skips = (*self.skipped, number) if skipped else self.skipped
+        return replace(self, cursor=self.cursor + 1, num_updates=number, skipped=skips)
+
+    def after_stage(self) -> "TrainingState":
+        return replace(self, stage=self.stage + 1, cursor=0)
+
+    @property
+    def num_skipped_last(self) -> int:
+        """Updates skipped one after the other up to now."""
+        count = 0
+        while count < len(self.skipped) and self.skipped[-1 - count] == self.num_updates - count:
+            count += 1
+        return count
 
 
 @dataclass(frozen=True)
@@ -45,11 +73,13 @@ class Feed:
     num_workers: int
     optimization: Optimization
 
-    def launches(self, pairs: StagePairs) -> Iterator[PairBatch]:
-        """Batches of ``pairs_per_launch`` pairs, update after update."""
+    def launches(self, pairs: StagePairs, *, after: int = 0) -> Iterator[PairBatch]:
+        """Batches of ``pairs_per_launch`` pairs, update after update, after so many updates."""
         size = self.optimization.pairs_per_launch
         share = self.optimization.global_batch_size // self.num_workers
-        for start in range(0, len(pairs.chosen), self.optimization.global_batch_size):
+        for start in range(
+            after * self.optimization.global_batch_size, len(pairs.chosen), self.optimization.global_batch_size
+        ):
             first = start + self.worker_rank * share
             for draw in range(first, first + share, size):
                 yield make_batch(
@@ -63,45 +93,99 @@ class Feed:
                 )
 
 
+class Guard:
+    """Sees whether what was computed since the last verdict is finite, without waiting for the device.
+
+    Args:
+        trainable: whose gradients are seen as they come, before workers add them up.
+    """
+
+    def __init__(self, trainable: Sequence[nn.Parameter], device: torch.device) -> None:
+        self.total = torch.zeros((), device=device)
+        for parameter in trainable:
+            parameter.register_hook(self.see)
+
+    def see(self, value: Tensor) -> None:
+        """A sum is finite only if all of it is."""
+        self.total += value.detach().sum(dtype=torch.float32)
+
+    def verdict(self, *, stops: bool) -> tuple[bool, bool]:
+        """Whether any worker saw what is not finite, and whether any is asked to stop; the same on all of them.
+
+        The one place of an update where the loop waits for the device.
+        """
+        said = torch.stack([~self.total.isfinite(), torch.full_like(self.total, stops, dtype=torch.bool)]).float()
+        torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX)
+        self.total.zero_()
+        is_bad, stopping = said.bool().tolist()
+        return is_bad, stopping
+
+
 def train_stages(
     engine: deepspeed.DeepSpeedEngine,
     model: TextToImageModel,
     reference: Reference,
     num_stages: int,
-    begin_stage: Callable[[int], StagePairs],
+    begin_stage: Callable[[TrainingState], StagePairs],
     feed: Feed,
     state: TrainingState,
     *,
     preference_loss: PreferenceLoss,
-    on_update: Callable[[int], Any],
-    on_stage: Callable[[TrainingState], Any],
+    updates_per_commit: int | None = None,
+    max_skipped_updates: int = 20,
+    stops: Callable[[], bool] = lambda: False,
+    on_update: Callable[[TrainingState], Any] = lambda state: None,
+    on_commit: Callable[[TrainingState], Any] = lambda state: None,
 ) -> TrainingState:
     """Train stage after stage, easy to hard, from where ``state`` stands.
 
     Args:
-        begin_stage: called with a stage, 1-based, before its first update; gives what it trains on.
-        on_update: called with the number of updates done in all, once an update.
-        on_stage: called with the new state after each stage.
+        begin_stage: called before the first update of a stage, and where one is taken up; gives what it trains on.
+        updates_per_commit: how often ``on_commit`` is called, beside after each stage and where training stops.
+        max_skipped_updates: so many updates in a row may not be finite.
+        stops: whether to leave after this update.
+        on_update: called once an update.
+        on_commit: called with all records read; what it keeps, training can be taken up from.
 
     Raises:
-        TrainingError: a loss was not finite.
+        TrainingError: too many updates in a row were not finite.
     """
     per_update = engine.gradient_accumulation_steps()
-    for stage in range(state.stage, num_stages + 1):
-        pairs = begin_stage(stage)
-        metrics: list[Tensor] = []
-        for number, batch in enumerate(prefetched(feed.launches(pairs)), start=1):
+    guard = Guard([parameter for parameter in engine.module.parameters() if parameter.requires_grad], engine.device)
+    unread: list[Tensor] = []
+    for _ in range(state.stage, num_stages + 1):
+        pairs = begin_stage(state)
+        num_updates = len(pairs.chosen) // feed.optimization.global_batch_size
+        for number, batch in enumerate(prefetched(feed.launches(pairs, after=state.cursor)), start=1):
             batch = batch.to(model.device, model.dtype)
-            loss, launch_metrics = loss_of_pairs(
+            loss, metrics = loss_of_pairs(
                 model, engine, reference, engine.module, batch, preference_loss=preference_loss
             )
+            guard.see(loss)
             engine.backward(loss)
+            unread.append(metrics)
+            if number % per_update:
+                engine.step()  # the update is not complete
+                continue
+            skips, stopping = guard.verdict(stops=stops())
+            engine.basic_optimizer.skips = skips
             engine.step()
-            metrics.append(launch_metrics)
-            if number % per_update == 0:
-                on_update(len(state.records) + number // per_update)
-        state = state.after_stage(_records(stage, metrics, per_update, first=len(state.records) + 1))
-        on_stage(state)
+            state = state.after_update(skipped=skips)
+            on_update(state)
+            if state.num_skipped_last >= min(max_skipped_updates, num_updates):
+                raise TrainingError(
+                    f"training: loss or gradient of the last {state.num_skipped_last} updates, to {state.num_updates}"
+                    f" (stage {state.stage}), was not finite; lower `training.learning_rate` or `training.beta`, or use"
+                    " a wider `model.dtype`"
+                )
+            at_end = state.cursor == num_updates
+            if at_end or stopping or (updates_per_commit and state.num_updates % updates_per_commit == 0):
+                state = _with_records(state, unread, per_update)
+                unread.clear()
+                state = state.after_stage() if at_end else state
+                on_commit(state)
+            if stopping:
+                return state
     return state
 
 
@@ -112,18 +196,15 @@ def summarize(records: Sequence[UpdateRecord], stage: int, pairs_per_update: int
     return {"stage": stage, "num_updates": len(mine), "num_pairs": len(mine) * pairs_per_update, **means}
 
 
-def _records(stage: int, metrics: list[Tensor], per_update: int, *, first: int) -> list[UpdateRecord]:
-    """Means over launches and workers, a record an update; the one place where the loop waits for the GPU."""
-    values = torch.stack(metrics).reshape(-1, per_update, len(METRICS)).mean(dim=1)
+def _with_records(state: TrainingState, unread: list[Tensor], per_update: int) -> TrainingState:
+    """Means over launches and workers, a record an update of the stage."""
+    values = torch.stack(unread).reshape(-1, per_update, len(METRICS)).mean(dim=1)
     torch.distributed.all_reduce(values)
     values /= torch.distributed.get_world_size()
-    if not values.isfinite().all():
-        bad = first + int((~values.isfinite().all(dim=1)).nonzero()[0])
-        raise TrainingError(
-            f"training: loss or error of update {bad} (stage {stage}) is not finite; lower `training.learning_rate`"
-            " or `training.beta`, or use a wider `model.dtype`"
-        )
-    return [
-        {"update": first + row, "stage": stage, **dict(zip(METRICS, line, strict=True))}
-        for row, line in enumerate(values.tolist())
+    first = state.num_updates - len(values) + 1
+    read = [
+        {"update": update, "stage": state.stage, **dict(zip(METRICS, line, strict=True))}
+        for update, line in enumerate(values.tolist(), start=first)
+        if update not in state.skipped
     ]
+    return replace(state, records=(*state.records, *read))

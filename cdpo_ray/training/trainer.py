@@ -3,8 +3,8 @@
 import contextlib
 import json
 import logging
-import shutil
-import sys
+import signal
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,31 +12,19 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from tqdm import tqdm
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from cdpo_ray.errors import TrainingError
-from cdpo_ray.store import write_json
-from cdpo_ray.training.job import RECORDS, TRAINED, TrainingJob
+from cdpo_ray.progress import Progress
+from cdpo_ray.store import delete, write_json, write_text
+from cdpo_ray.training.board import Board, News, fault_of
+from cdpo_ray.training.commits import names_of, newest_of, state_of
+from cdpo_ray.training.job import TrainingJob
 
 log = logging.getLogger(__name__)
-
-
-class ProgressBoard:
-    """Where the first worker writes how far it is, for the driver to show."""
-
-    def __init__(self) -> None:
-        self.num_updates = 0
-        self.lines: list[str] = []
-
-    def post(self, num_updates: int, line: str | None = None) -> None:
-        self.num_updates = max(num_updates, self.num_updates)
-        if line:
-            self.lines.append(line)
-
-    def read(self, num_lines_seen: int) -> tuple[int, list[str]]:
-        return self.num_updates, self.lines[num_lines_seen:]
+POLL_SECONDS = 0.5
+COMMITS_DIR = "commits"
 
 
 def train_adapter(
@@ -48,39 +36,68 @@ def train_adapter(
     cpus_per_worker: float,
     gpus_per_worker: float,
     max_restarts: int,
-) -> list[dict[str, float]]:
-    """Write `4-training`: the LoRA or the whole net, `updates.jsonl`, `stages.json`; returns the means of each stage.
+    collective_timeout_seconds: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write `4-training`: the LoRA or the whole net, `updates.jsonl`, `stages.json`.
 
-    Started again on the same folder it goes on after the last finished stage.
+    Started again on the same folder it goes on after the newest whole commit. Ray's own records of a fit are not read:
+    each fit is new to it.
+
+    Returns:
+        The last state of training, see `Worker`.
+
+    Raises:
+        TrainingError: training cannot go on, or was restarted too often.
+        KeyboardInterrupt: it was asked to stop, and is committed; or was asked twice, and is not.
     """
-    board = ray.remote(ProgressBoard).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    board = ray.remote(Board).options(num_cpus=0).remote()  # type: ignore[attr-defined]
     resources = {"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})}
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"job": job, "board": board},
-        scaling_config=ScalingConfig(
-            num_workers=num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name="fit",
-            storage_path=str((output_dir / "ray").resolve()),
-            failure_config=FailureConfig(max_failures=max_restarts),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    with _shown(board, num_updates):
-        result = trainer.fit()
-    if result.checkpoint is None:
-        raise TrainingError(f"{output_dir}: training ended without a checkpoint: {result.error}")
-    with result.checkpoint.as_directory() as folder:
-        shutil.copytree(Path(folder) / TRAINED, output_dir, dirs_exist_ok=True)
-        records = json.loads((Path(folder) / RECORDS).read_text())
-    (output_dir / "updates.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records["updates"]))
-    write_json(output_dir / "stages.json", records["stages"])
-    shutil.rmtree(output_dir / "ray")
-    stages: list[dict[str, float]] = records["stages"]
-    return stages
+    failures: list[Exception] = []
+    # Ray's records of the fit, which nobody reads, lie on the driver's node, where its controller is.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as ray_dir:
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config={"job": job, "board": board},
+            torch_config=TorchConfig(timeout_s=collective_timeout_seconds),
+            scaling_config=ScalingConfig(
+                num_workers=num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name="fit",
+                storage_path=ray_dir,
+                failure_config=FailureConfig(max_failures=max_restarts),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        fit = threading.Thread(target=_fit, args=(trainer, failures), daemon=True)  # the main thread's signals are ours
+        done = max((int(name.partition("-")[2]) for name in names_of(output_dir / COMMITS_DIR)), default=0)
+        pairs_per_update = job.optimization.global_batch_size
+        progress.begin("train", total=num_updates, unit="update", done=done, makes=(pairs_per_update, "pairs"))
+        try:
+            with _stopping_at_signals(board) as asked:
+                fit.start()
+                news = _followed(board, fit, progress, done, silent_seconds=collective_timeout_seconds / 2)
+        finally:
+            progress.end()
+    if news.fault:
+        raise fault_of(news.fault)
+    if failures:
+        raise TrainingError(
+            f"{output_dir}: training failed more than `training.max_restarts` = {max_restarts} times, at last with"
+            f" {_told(failures[0])}; the same command goes on after update {news.num_kept}"
+        )
+    newest, _ = newest_of(output_dir / COMMITS_DIR)
+    assert newest, "training that ends well has committed its last update"
+    saved = state_of(newest)
+    state: dict[str, Any] = saved["state"]
+    if asked.is_set() and state["stage"] <= job.num_stages:
+        raise KeyboardInterrupt
+    records = state["records"]
+    write_text(output_dir / "updates.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
+    write_json(output_dir / "stages.json", saved["summaries"])
+    delete(output_dir / COMMITS_DIR)
+    return state
 
 
 def _work(config: Mapping[str, Any]) -> None:
@@ -90,28 +107,67 @@ def _work(config: Mapping[str, Any]) -> None:
     work(config["job"], config["board"])
 
 
-@contextlib.contextmanager
-def _shown(board: Any, num_updates: int) -> Iterator[None]:
-    """A bar and a line a stage while the workers train."""
-    done = threading.Event()
-
-    def show() -> None:
-        num_lines = 0
-        with tqdm(total=num_updates, desc="train", unit="update", disable=not sys.stderr.isatty()) as bar:
-            while not done.wait(0.5):
-                updates, lines = ray.get(board.read.remote(num_lines))
-                num_lines += len(lines)
-                for line in lines:
-                    log.info(line)
-                bar.update(updates - bar.n)
-            for line in ray.get(board.read.remote(num_lines))[1]:
-                log.info(line)
-            bar.update(num_updates - bar.n)
-
-    shower = threading.Thread(target=show, daemon=True)
-    shower.start()
+def _fit(trainer: TorchTrainer, failures: list[Exception]) -> None:
     try:
-        yield
+        trainer.fit()
+    except Exception as error:
+        failures.append(error)
+
+
+def _followed(board: Any, fit: threading.Thread, progress: Progress, num_done: int, *, silent_seconds: float) -> News:
+    """Pass on what the workers post, until the fit is over; names each worker that falls silent.
+
+    Args:
+        num_done: updates that were done before.
+    """
+    num_lines = last_record = 0
+    named: set[str] = set()
+    while True:
+        over = not fit.is_alive()
+        news: News = ray.get(
+            board.read.remote(after_update=last_record, num_lines_seen=num_lines, silent_seconds=silent_seconds)
+        )
+        for record in news.records:
+            last_record = int(record["update"])
+            progress.record({name: value for name, value in record.items() if name != "update"}, update=last_record)
+        for line in news.lines:
+            progress.tell(line)
+        num_lines += len(news.lines)
+        for rank, (where, seconds) in news.silent.items():
+            if where not in named:
+                log.warning("training: worker %d (%s) has given no sign for %.0f s", rank, where, seconds)
+                named.add(where)
+        if news.num_updates:  # else none has begun
+            progress.advance(news.num_updates - num_done)
+            num_done = news.num_updates
+        if over:
+            return news
+        fit.join(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _stopping_at_signals(board: Any) -> Iterator[threading.Event]:
+    """SIGINT or SIGTERM once: training stops at its update's end, committed; twice: KeyboardInterrupt at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        log.warning("training: stopping at the end of this update; once more to leave at once")
+        board.ask_to_stop.remote()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
     finally:
-        done.set()
-        shower.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _told(error: Exception) -> str:
+    """The last line of what a worker raised, which says what it was."""
+    return str(error).strip().splitlines()[-1]

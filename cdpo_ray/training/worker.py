@@ -1,119 +1,236 @@
 """Ray Train: what one training worker does."""
 
+import contextlib
 import functools
+import os
+import platform
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
+import torch
 from numpy.typing import NDArray
 
 from cdpo_ray.curriculum.dataset import read_ranking_scores
 from cdpo_ray.curriculum.explanation import describe_stage
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum
+from cdpo_ray.errors import CdpoError, TrainingError
 from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import seed_of
-from cdpo_ray.store import write_json
+from cdpo_ray.store import copy_tree, is_local, place
 from cdpo_ray.training.batches import SampleBank, StagePairs
-from cdpo_ray.training.engine import load_training, save_trained, save_training, start_engine
-from cdpo_ray.training.job import RECORDS, TRAINED, OnlineJob, TrainingJob
+from cdpo_ray.training.commits import Commits, state_of, tensors_of
+from cdpo_ray.training.engine import restore_training, save_trained, start_engine, training_tensors
+from cdpo_ray.training.job import OnlineJob, TrainingJob
 from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.margins import sample_values
 from cdpo_ray.training.policy import make_policy
 
+BEAT_SECONDS = 1.0
+
 
 def work(job: TrainingJob, board: Any) -> None:
-    """Set up, take up an earlier checkpoint, train all stages, report each.
+    """Train all stages, from the newest commit on; what no restart can mend is told to the board, and is no crash.
 
     Args:
-        board: actor handle of the `ProgressBoard` that the driver shows.
+        board: actor handle of the `Board` that the driver reads.
     """
-    context = ray.train.get_context()
-    rank, num_workers = context.get_world_rank(), context.get_world_size()
-    model = load_model(job.family, **job.model, for_training=True)
-    model.guidance_range = job.guidance_range or model.guidance_range
-    empty = {name: value.cpu() for name, value in model.empty_conditioning.items()}
-    model.drop_text_encoders()
-    policy = make_policy(
-        model,
-        job.lora,
-        start_dir=Path(job.start_dir) if job.start_dir else None,
-        reference_is_start=job.reference_is_start,
-        seed=seed_of(job.seed, "lora"),
-    )
-    if job.gradient_checkpointing:
-        model.denoiser.enable_gradient_checkpointing()
-    model.denoiser.train()
-    engine = start_engine(model.denoiser, policy.trainable, job.optimization, num_workers=num_workers)
-    bank = SampleBank.read(Path(job.samples_dir))
-    feed = Feed(bank, model.draw_times, empty, job.empty_prompt_fraction, job.seed, rank, num_workers, job.optimization)
-    state, summaries = TrainingState(), []
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            saved = load_training(engine, Path(folder))
-            state, summaries = TrainingState(**saved["state"]), saved["summaries"]
-    started = time.monotonic()
-    descriptions: dict[int, Any] = {}
+    rank = ray.train.get_context().get_world_rank()
+    with _pulse(board, rank) as stops:
+        try:
+            Worker(job, board).train(stops)
+        except torch.OutOfMemoryError as error:
+            told = (
+                f"training: {job.model['path']} does not fit: {error}; lower `training.batch_size_per_worker`, set"
+                " `training.gradient_checkpointing`, or raise `training.zero_stage` and `training.num_workers`"
+            )
+            ray.get(board.post_fault.remote("TrainingError", told))
+        except CdpoError as error:
+            ray.get(board.post_fault.remote(type(error).__name__, str(error)))
 
-    def begin_stage(stage: int) -> StagePairs:
-        policy.begin_stage(stage)
-        if job.online is None:
-            return StagePairs.read(Path(job.stages_dir), stage, bank)
-        values = sample_values(
+
+class Worker:
+    """The policy, its engine, what it is fed, and where it is committed."""
+
+    def __init__(self, job: TrainingJob, board: Any) -> None:
+        context = ray.train.get_context()
+        self.job, self.board = job, board
+        self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
+        self.model = model = load_model(job.family, **job.model, for_training=True)
+        model.guidance_range = job.guidance_range or model.guidance_range
+        empty = {name: value.cpu() for name, value in model.empty_conditioning.items()}
+        model.drop_text_encoders()
+        self.policy = make_policy(
             model,
-            engine,
-            policy.reference,
-            engine.module,
-            bank,
-            beta=job.loss.beta,
-            num_draws=job.online.num_draws,
-            samples_per_launch=2 * job.optimization.pairs_per_launch,
-            seed=job.seed,
-            stage=stage,
-            worker_rank=rank,
-            num_workers=num_workers,
+            job.lora,
+            start_dir=place(job.start_dir) if job.start_dir else None,
+            reference_is_start=job.reference_is_start,
+            seed=seed_of(job.seed, "lora"),
         )
-        pairs, descriptions[stage] = redrawn(job.online, bank, values, stage=stage, seed=job.seed)
-        return pairs
+        if job.gradient_checkpointing:
+            model.denoiser.enable_gradient_checkpointing()
+        model.denoiser.train()
+        self.engine = start_engine(
+            model.denoiser, self.policy.trainable, job.optimization, num_workers=self.num_workers
+        )
+        self.bank = SampleBank.read(place(job.samples_dir))
+        self.feed = Feed(
+            self.bank,
+            model.draw_times,
+            empty,
+            job.empty_prompt_fraction,
+            job.seed,
+            self.rank,
+            self.num_workers,
+            job.optimization,
+        )
+        self.commits = Commits(
+            place(job.commits.commits_dir), keep_last=job.commits.keep_last, device=self.engine.device
+        )
+        self.summaries: list[dict[str, Any]] = []
+        self.drawn: StagePairs | None = None
+        self.description: Any = None
+        self.started = time.monotonic()
 
-    def on_update(num_updates: int) -> None:
-        if rank == 0:
-            board.post.remote(num_updates)
+    def train(self, stops: Any) -> None:
+        """All stages, from the newest commit on; then what was trained is written, unless it was asked to stop."""
+        state = self._resumed()
+        try:
+            state = train_stages(
+                self.engine,
+                self.model,
+                self.policy.reference,
+                self.job.num_stages,
+                self._begin_stage,
+                self.feed,
+                state,
+                preference_loss=functools.partial(preference_loss, **asdict(self.job.loss)),
+                updates_per_commit=self.job.commits.updates_per_commit,
+                max_skipped_updates=self.job.max_skipped_updates,
+                stops=stops,
+                on_update=self._on_update,
+                on_commit=self._commit,
+            )
+        except TrainingError as error:
+            last = self.commits.newest(lambda line: None)
+            raise TrainingError(f"{error}; the last good commit is {last or 'none'}") from None
+        if state.stage > self.job.num_stages:
+            self._write_trained(place(self.job.output_dir))
 
-    def on_stage(state: TrainingState) -> None:
-        nonlocal started
-        summary: dict[str, Any] = summarize(state.records, state.stage - 1, job.optimization.global_batch_size)
-        if described := descriptions.get(state.stage - 1):
-            summary["pairs"] = described
-        summary["seconds"] = round(time.monotonic() - started, 2)
-        summaries.append(summary)
-        with tempfile.TemporaryDirectory() as folder:
-            save_training(engine, Path(folder), {"state": asdict(state), "summaries": summaries})
-            save_trained(engine, model, Path(folder) / TRAINED, lora=job.lora is not None)
-            if rank == 0:
-                write_json(Path(folder) / RECORDS, {"updates": state.records, "stages": summaries})
-                board.post.remote(len(state.records), _line(summary, job.num_stages))
-            ray.train.report(summary, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        started = time.monotonic()
+    def _resumed(self) -> TrainingState:
+        newest = self.commits.newest(self.board.post_line.remote)
+        if newest is None:
+            return TrainingState()
+        saved, tensors = state_of(newest), tensors_of(newest)
+        restore_training(self.engine, tensors)
+        self.summaries = saved["summaries"]
+        self.started -= saved["seconds_in_stage"]
+        if saved["drawn"]:
+            draws = {name: tensors(f"pairs.{name}").numpy() for name in ("prompt_row", "chosen", "rejected")}
+            self.drawn, self.description = StagePairs(saved["state"]["stage"], **draws), saved["description"]
+        state = TrainingState.of(saved["state"])
+        if self.rank == 0:
+            self.board.post_commit.remote(
+                state.num_updates, state.records, [f"training goes on after update {state.num_updates} ({newest})"]
+            )
+        return state
 
-    train_stages(
-        engine,
-        model,
-        policy.reference,
-        job.num_stages,
-        begin_stage,
-        feed,
-        state,
-        preference_loss=functools.partial(preference_loss, **asdict(job.loss)),
-        on_update=on_update,
-        on_stage=on_stage,
-    )
+    def _begin_stage(self, state: TrainingState) -> StagePairs:
+        self.policy.begin_stage(state.stage)
+        if self.job.online is None:
+            return StagePairs.read(place(self.job.stages_dir), state.stage, self.bank)
+        if self.drawn is None or not state.cursor:  # else as drawn when the stage began, by the policy of then
+            values = sample_values(
+                self.model,
+                self.engine,
+                self.policy.reference,
+                self.engine.module,
+                self.bank,
+                beta=self.job.loss.beta,
+                num_draws=self.job.online.num_draws,
+                samples_per_launch=2 * self.job.optimization.pairs_per_launch,
+                seed=self.job.seed,
+                stage=state.stage,
+                worker_rank=self.rank,
+                num_workers=self.num_workers,
+            )
+            self.drawn, self.description = redrawn(
+                self.job.online, self.bank, values, stage=state.stage, seed=self.job.seed
+            )
+        return self.drawn
+
+    def _on_update(self, state: TrainingState) -> None:
+        if self.rank == 0:
+            self.board.post_update.remote(state.num_updates)
+
+    def _commit(self, state: TrainingState) -> None:
+        lines = []
+        if state.cursor == 0:
+            summary = summarize(state.records, state.stage - 1, self.job.optimization.global_batch_size)
+            if self.description:
+                summary["pairs"] = self.description
+            summary["seconds"] = round(time.monotonic() - self.started, 2)
+            self.summaries.append(summary)
+            ray.train.report(summary)
+            self.started, self.drawn, self.description = time.monotonic(), None, None
+            lines = [_line(summary, self.job.num_stages)]
+        self.commits.write(
+            state.num_updates,
+            {
+                "state": asdict(state),
+                "summaries": self.summaries,
+                "seconds_in_stage": time.monotonic() - self.started,
+                "drawn": self.drawn is not None,
+                "description": self.description,
+            },
+            self._tensors(),
+        )
+        if self.rank == 0:
+            self.board.post_commit.remote(state.num_updates, state.records, lines)
+
+    def _write_trained(self, output_dir: Path) -> None:
+        with tempfile.TemporaryDirectory() as elsewhere:
+            folder = output_dir if is_local(output_dir) else Path(elsewhere)
+            save_trained(self.engine, self.model, folder, lora=self.job.lora is not None)
+            if folder != output_dir:
+                copy_tree(folder, output_dir)
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from training_tensors(self.engine)
+        if self.drawn is not None:
+            for name in ("prompt_row", "chosen", "rejected"):
+                yield f"pairs.{name}", torch.from_numpy(np.ascontiguousarray(getattr(self.drawn, name)))
+
+
+@contextlib.contextmanager
+def _pulse(board: Any, worker_rank: int) -> Iterator[Any]:
+    """While the block runs, tell the board every second that this worker lives; gives whether it is to stop."""
+    where = f"pid {os.getpid()} on {platform.node()}"
+    done, stopping = threading.Event(), threading.Event()
+
+    def beat() -> None:
+        while not done.is_set():
+            if ray.get(board.beat.remote(worker_rank, where)):
+                stopping.set()
+            done.wait(BEAT_SECONDS)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield stopping.is_set
+    finally:
+        done.set()
+        thread.join()
+        ray.get(board.leave.remote(worker_rank))
 
 
 def redrawn(

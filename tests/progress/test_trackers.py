@@ -35,6 +35,7 @@ def test_wandb_keeps_values_and_settings_offline_and_no_secret(tmp_path: Path, m
     monkeypatch.setenv("WANDB_API_KEY", "5ec2e7" * 7)
     monkeypatch.setenv("HF_TOKEN", "hf_5ec2e7")
     first = track(tmp_path, {"wandb": OFFLINE}, range(1, 4))
+    time.sleep(1)  # a process's folder has the second in its name
     assert track(tmp_path, {"wandb": OFFLINE}, range(1, 7), done=3) == first
     assert len(list(tmp_path.glob(f"wandb/offline-run-*-{first['wandb']}/*.wandb"))) == 2
     kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -1,8 +1,9 @@
 """The staged loop with a real DeepSpeed engine, one worker, no Ray."""
 
+import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -20,18 +21,19 @@ from cdpo_ray.errors import TrainingError
 from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import generator_at
 from cdpo_ray.training.batches import SampleBank, StagePairs
-from cdpo_ray.training.engine import load_training, save_training, start_engine
+from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
 from cdpo_ray.training.job import LoraJob, Optimization
 from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.policy import make_policy
-from cdpo_ray.training.update import METRICS
+from cdpo_ray.training.update import METRICS, PreferenceLoss
 
 pytestmark = pytest.mark.slow
 
 LORA = LoraJob(2, 2, ("to_q",))
 GROWING = LoraJob(2, 2, ("to_v",), (Capacity(1, Fraction(1, 2)), Capacity(2, Fraction(1))))
 
+LOSS: PreferenceLoss = partial(preference_loss, beta=500)
 OPTIMIZATION = Optimization(
     learning_rate=1e-3,
     weight_decay=1e-4,
@@ -81,51 +83,79 @@ class Training:
         draws = np.random.default_rng(0).integers(0, 2, 6)
         self.stages = [StagePairs(stage, draws, np.zeros(6, int), np.full(6, stage)) for stage in (1, 2)]
         self.num_updates: list[int] = []
+        self.committed: list[TrainingState] = []
 
-    def walk(self, state: TrainingState, *, beta: float = 500, stop_after: int | None = None) -> TrainingState:
-        states: list[TrainingState] = []
-        train_stages(
+    def walk(
+        self,
+        state: TrainingState,
+        *,
+        loss: PreferenceLoss = LOSS,
+        stop_after: int | None = None,
+        updates_per_commit: int = 100,
+        max_skipped_updates: int = 20,
+    ) -> TrainingState:
+        """Train on, up to so many updates in all."""
+        self.num_updates.clear()
+        self.committed.clear()
+        return train_stages(
             self.engine,
             self.model,
             self.policy.reference,
-            stop_after or len(self.stages),
+            len(self.stages),
             self.begin_stage,
             self.feed,
             state,
-            preference_loss=partial(preference_loss, beta=beta),
-            on_update=self.num_updates.append,
-            on_stage=states.append,
+            preference_loss=loss,
+            updates_per_commit=updates_per_commit,
+            max_skipped_updates=max_skipped_updates,
+            stops=lambda: stop_after is not None and len(self.num_updates) + state.num_updates + 1 >= stop_after,
+            on_update=lambda state: self.num_updates.append(state.num_updates),
+            on_commit=self.committed.append,
         )
-        return states[-1]
 
-    def begin_stage(self, stage: int) -> StagePairs:
-        self.policy.begin_stage(stage)
-        return self.stages[stage - 1]
+    def begin_stage(self, state: TrainingState) -> StagePairs:
+        self.policy.begin_stage(state.stage)
+        return self.stages[state.stage - 1]
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in training_tensors(self.engine)}
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.clone() for name, value in get_peft_model_state_dict(self.model.denoiser).items()}
 
 
+@pytest.mark.parametrize("stop_after", [2, 3, 4], ids=["in a stage", "at its end", "in the next"])
 @pytest.mark.parametrize("lora", [LORA, GROWING], ids=["constant", "growing"])
-def test_training_taken_up_after_a_stage_ends_with_the_very_same_weights(
-    tiny_sd15: Path, tmp_path: Path, lora: LoraJob
+def test_training_taken_up_ends_with_the_very_same_weights_moments_and_records(
+    tiny_sd15: Path, lora: LoraJob, stop_after: int
 ) -> None:
     whole = Training(tiny_sd15, lora)
     expected = whole.walk(TrainingState())
     first = Training(tiny_sd15, lora)
-    state = first.walk(TrainingState(), stop_after=1)
-    save_training(first.engine, tmp_path, {"state": asdict(state)})
+    stopped = first.walk(TrainingState(), stop_after=stop_after)
+    assert stopped.num_updates == stop_after
     second = Training(tiny_sd15, lora)
-    second.walk(TrainingState(), stop_after=1)  # weights and optimizer that the checkpoint must replace
-    resumed = second.walk(TrainingState(**load_training(second.engine, tmp_path)["state"]))
-    assert resumed == expected
-    assert all(torch.equal(value, whole.weights()[name]) for name, value in second.weights().items())
-    assert second.num_updates[-1] == 6
+    second.walk(TrainingState(), stop_after=1)  # weights and moments that must be replaced
+    restore_training(second.engine, first.state().__getitem__)
+    assert second.walk(stopped) == expected
+    assert second.num_updates == list(range(stop_after + 1, 7))
+    found = second.state()
+    for name, value in whole.state().items():
+        assert torch.equal(value, found[name]), name
+
+
+def test_training_is_committed_every_so_many_updates_and_after_each_stage(tiny_sd15: Path) -> None:
+    training = Training(tiny_sd15)
+    training.walk(TrainingState(), updates_per_commit=2)
+    assert [(state.num_updates, state.stage, state.cursor) for state in training.committed] == [
+        (2, 1, 2), (3, 2, 0), (4, 2, 1), (6, 3, 0)
+    ]  # fmt: skip
+    assert [len(state.records) for state in training.committed] == [2, 3, 4, 6]
 
 
 def test_a_growing_lora_learns_from_stage_to_stage_what_it_is_allowed_to(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15, GROWING)
-    state = training.walk(TrainingState(), stop_after=1)
+    state = training.walk(TrainingState(), stop_after=3)
     first = training.weights()
     training.walk(state)
     second = training.weights()
@@ -162,11 +192,47 @@ def test_reference_stays_the_base_while_the_policy_moves(tiny_sd15: Path) -> Non
     assert after["policy_error_w"] != before["policy_error_w"]
 
 
-def test_loss_that_is_not_finite_stops_and_names_the_update(tiny_sd15: Path) -> None:
+def gradient_breaks_at(*launches: int) -> PreferenceLoss:
+    """The loss stays finite; its gradient does not, at these launches."""
+    calls = itertools.count(1)
+
+    def loss(*errors: Tensor) -> tuple[Tensor, Tensor]:
+        losses, margins = preference_loss(*errors, beta=500)
+        if next(calls) in launches:
+            losses = losses + torch.sqrt(margins * 0)  # 0, of slope inf
+        return losses, margins
+
+    return loss
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_fault_09_an_update_that_is_not_finite_is_skipped_and_counted_and_changes_nothing(
+    tiny_sd15: Path, what: str
+) -> None:
+    training = Training(tiny_sd15)
+    before = training.walk(TrainingState(), stop_after=2)
+    kept = training.state()
+    latents, broken = training.feed.bank.latents, training.feed.bank.latents.clone()
+    if what == "loss":
+        broken[:, 1] = float("nan")  # what stage 1 rejects
+        training.feed = dataclasses.replace(training.feed, bank=dataclasses.replace(training.feed.bank, latents=broken))
+    loss = gradient_breaks_at(2) if what == "gradient" else LOSS
+    after = training.walk(before, stop_after=3, loss=loss)
+    assert after.skipped == (3,)
+    assert [record["update"] for record in after.records] == [1, 2]
+    assert all(torch.equal(value, kept[name]) for name, value in training.state().items())
+    training.feed = dataclasses.replace(training.feed, bank=dataclasses.replace(training.feed.bank, latents=latents))
+    last = training.walk(after)
+    assert [record["update"] for record in last.records] == [1, 2, 4, 5, 6]
+    assert all(value.isfinite().all() for value in training.state().values())
+    assert last.num_updates == 6 and last.num_skipped_last == 0
+
+
+def test_fault_09_many_skipped_in_a_row_stop_training(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15)
     training.feed.bank.latents[:, 2] = float("nan")  # what stage 2 rejects
-    with pytest.raises(TrainingError, match=r"update 4 \(stage 2\) is not finite"):
-        training.walk(TrainingState())
+    with pytest.raises(TrainingError, match=r"gradient of the last 2 updates, to 5 \(stage 2\), was not finite"):
+        training.walk(TrainingState(), max_skipped_updates=2)
 
 
 def walk_as_one_of_two(rank: int, folder: Path, model_dir: Path) -> None:

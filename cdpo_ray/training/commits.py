@@ -1,0 +1,178 @@
+"""Training's state <-> commits: folders that hold all of it, a share a worker, each whole or not counted."""
+
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch import distributed as dist
+
+from cdpo_ray.errors import StoreError, TrainingError
+from cdpo_ray.store import (
+    MANIFEST,
+    copy,
+    delete,
+    describe,
+    fingerprint_of,
+    is_local,
+    local_copy,
+    read_json,
+    refuse_full_disk,
+    write_json,
+)
+
+log = logging.getLogger(__name__)
+
+STATE = "state.json"
+MESSAGE_BYTES = 4096
+
+
+class Commits:
+    """The commits of one training, ``update-000050`` and so on; all workers use theirs together.
+
+    A commit does not depend on the number of workers or on ZeRO: any other number takes it up.
+
+    Args:
+        folder: local and seen by all workers, or in an object store.
+        keep_last: so many stay, the older ones are deleted.
+        device: that messages between workers travel on.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int, device: torch.device) -> None:
+        self.folder, self.keep_last, self.device = folder, keep_last, device
+        self.worker_rank, self.num_workers = dist.get_rank(), dist.get_world_size()
+
+    def write(self, num_updates: int, state: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write one: every worker its share of the tensors, then the manifest, then all is put in place.
+
+        Args:
+            num_updates: done so far; the commit's name.
+            state: JSON of what is not a tensor.
+            tensors: by name, the same on all workers.
+
+        Raises:
+            StoreError: a worker could not write, on all of them; the commits before stay.
+        """
+        name = f"update-{num_updates:06d}"
+        # In an object store a file is there whole or not at all, so only the manifest comes last.
+        aside = self.folder / (f"{name}.tmp" if is_local(self.folder) else name)
+        mine = {
+            key: value.detach().cpu().contiguous()
+            for number, (key, value) in enumerate(tensors)
+            if number % self.num_workers == self.worker_rank
+        }
+        if self.worker_rank == 0:
+            delete(aside)
+            aside.mkdir(parents=True)
+        self._exchange("ready")
+        written = self._exchange(self._write_share(aside, mine))
+        faults = [message["error"] for message in map(json.loads, written) if "error" in message]
+        if faults:
+            raise StoreError("; ".join(faults))
+        if self.worker_rank == 0:
+            files = {share.pop("name"): share for share in map(json.loads, written)}
+            write_json(aside / STATE, state)
+            files[STATE] = describe(aside / STATE)
+            manifest = {"num_updates": num_updates, "files": files, "fingerprint": fingerprint_of(files)}
+            write_json(aside / MANIFEST, manifest)
+            if is_local(aside):
+                delete(self.folder / name)  # a damaged one, which was passed over
+                aside.rename(self.folder / name)
+            for old in names_of(self.folder)[self.keep_last :]:
+                delete(self.folder / old)
+        self._exchange("written")
+
+    def newest(self, tell: Callable[[str], Any]) -> Path | None:
+        """The newest commit that is whole, by its manifest alone, for all workers; none if there is no commit.
+
+        Args:
+            tell: given a line for each that is passed over, on the first worker.
+
+        Raises:
+            TrainingError: there are commits, and all of them are damaged: never a silent fresh start.
+        """
+        chosen, faults = newest_of(self.folder) if self.worker_rank == 0 else (None, [])
+        for fault in faults:
+            tell(f"{fault}; going on from {chosen.name}" if chosen else fault)
+        answer = {"chosen": chosen.name} if chosen else {"damaged": "; ".join(faults)} if faults else {}
+        answer = json.loads(self._exchange(json.dumps(answer))[0])
+        if "damaged" in answer:
+            raise TrainingError(f"{answer['damaged']}; no commit is whole: delete {self.folder.parent} to begin anew")
+        return self.folder / answer["chosen"] if answer else None
+
+    def _write_share(self, aside: Path, tensors: Mapping[str, Tensor]) -> str:
+        name = f"share-{self.worker_rank}-of-{self.num_workers}.safetensors"
+        num_bytes = sum(value.nbytes for value in tensors.values())
+        try:
+            refuse_full_disk(aside, num_bytes * self.num_workers)
+            with tempfile.TemporaryDirectory(dir=aside if is_local(aside) else None) as folder:
+                save_file(dict(tensors), Path(folder) / name)
+                copy(Path(folder) / name, aside / name)
+            return json.dumps({"name": name, **describe(aside / name)})
+        except (StoreError, OSError) as error:
+            told = str(error) if isinstance(error, StoreError) else f"{aside / name}: cannot be written: {error}"
+            return json.dumps({"error": told[: MESSAGE_BYTES // 2]})
+
+    def _exchange(self, message: str) -> list[str]:
+        """What each worker says, by rank; all wait for each other."""
+        said = message.encode()
+        assert len(said) <= MESSAGE_BYTES, "a message has a length that all know"
+        mine = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+        mine[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8) if said else 0
+        heard = [torch.zeros_like(mine, device=self.device) for _ in range(self.num_workers)]
+        dist.all_gather(heard, mine.to(self.device))
+        return [bytes(each.tolist()).rstrip(b"\0").decode() for each in heard]
+
+
+def names_of(folder: Path) -> list[str]:
+    """Of the commits that are there, newest first; which of them are whole is not asked."""
+    found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((name for name in found if re.fullmatch(r"update-\d+", name)), reverse=True)
+
+
+def newest_of(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest commit that is whole, by its manifest alone; and what is wrong with those that are newer."""
+    faults: list[str] = []
+    for name in names_of(folder):
+        fault = fault_of(folder / name)
+        if fault is None:
+            return folder / name, faults
+        faults.append(fault)
+    return None, faults
+
+
+def fault_of(commit: Path) -> str | None:
+    """What is wrong with a commit; none if all that its manifest names is there and as it was written."""
+    try:
+        files = read_json(commit / MANIFEST)["files"]
+    except FileNotFoundError:
+        return f"{commit}: has no {MANIFEST}"
+    except (ValueError, KeyError):
+        return f"{commit / MANIFEST}: is damaged"
+    for name, expected in files.items():
+        if not (commit / name).is_file():
+            return f"{commit / name}: is missing"
+        if describe(commit / name) != expected:
+            return f"{commit / name}: was altered or cut short (its SHA-256 differs)"
+    return None
+
+
+def state_of(commit: Path) -> dict[str, Any]:
+    """What `Commits.write` was given as state."""
+    state: dict[str, Any] = read_json(commit / STATE)
+    return state
+
+
+def tensors_of(commit: Path) -> Callable[[str], Tensor]:
+    """A commit's tensors by name, each read when asked for."""
+    folder = local_copy(commit)
+    opened = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+    where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+    return lambda name: where[name].get_tensor(name)

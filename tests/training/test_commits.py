@@ -1,0 +1,304 @@
+"""Commits of real DeepSpeed engines in processes of their own, no Ray: taken up, damaged, cut short, out of room."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cdpo_ray.errors import TrainingError
+from cdpo_ray.models import load_model
+from cdpo_ray.training.batches import SampleBank, StagePairs
+from cdpo_ray.training.commits import Commits, fault_of, names_of, newest_of, state_of, tensors_of
+from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
+from cdpo_ray.training.job import LoraJob, Optimization
+from cdpo_ray.training.loop import Feed, TrainingState, train_stages
+from cdpo_ray.training.losses import preference_loss
+from cdpo_ray.training.policy import make_policy
+
+CPU = torch.device("cpu")
+GLOBAL_BATCH_SIZE, NUM_UPDATES = 4, 6
+LEARNING_RATE = {"lora": 1e-4, "full": 1e-5}
+
+
+def train(rank: int, num_workers: int, folder: Path, method: str, zero_stage: int, stop_after: int) -> None:
+    """One worker of a group: take up the newest commit, train to so many updates in all, commit at the end."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
+    rendezvous = f"file://{folder}/group-{num_workers}-to-{stop_after}"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=num_workers)
+    model = load_model("stable_diffusion", path="embedded", device="cpu", for_training=True)
+    lora = LoraJob(4, 4, ("to_q", "to_v")) if method == "lora" else None
+    policy = make_policy(model, lora, start_dir=None, reference_is_start=False, seed=0)
+    share = GLOBAL_BATCH_SIZE // num_workers
+    optimization = Optimization(
+        LEARNING_RATE[method], 1e-4, 0.9, 0.999, 1.0, GLOBAL_BATCH_SIZE, share, zero_stage=zero_stage
+    )
+    engine = start_engine(model.denoiser, policy.trainable, optimization, num_workers=num_workers)
+    numbers = torch.Generator().manual_seed(0)
+    conditioning, _ = model.encode_prompts(["two red circles", "a blue square"])
+    bank = SampleBank(torch.randn(2, 3, 4, 8, 8, generator=numbers), conditioning, np.arange(2))
+    empty = {name: torch.zeros_like(value[:1]) for name, value in conditioning.items()}
+    feed = Feed(bank, model.draw_times, empty, 0.2, 7, rank, num_workers, optimization)
+    draws = np.random.default_rng(0).integers(0, 2, 3 * GLOBAL_BATCH_SIZE)
+    commits = Commits(folder, keep_last=2, device=engine.device)
+    state = TrainingState()
+    if newest := commits.newest(print):
+        restore_training(engine, tensors_of(newest))
+        state = TrainingState.of(state_of(newest))
+
+    def commit(state: TrainingState) -> None:
+        commits.write(state.num_updates, asdict(state), training_tensors(engine))
+
+    train_stages(
+        engine,
+        model,
+        policy.reference,
+        2,
+        lambda state: StagePairs(state.stage, draws, np.zeros_like(draws), np.full_like(draws, state.stage)),
+        feed,
+        state,
+        preference_loss=partial(preference_loss, beta=200),
+        stops=itertools.chain([False] * (stop_after - state.num_updates - 1), itertools.repeat(True)).__next__,
+        on_commit=commit,
+    )
+    torch.distributed.destroy_process_group()
+
+
+def trained(folder: Path, *parts: tuple[int, int], method: str = "lora", zero_stage: int = 0) -> Path:
+    """The last commit of groups that take over from each other: (workers, updates in all) each."""
+    folder.mkdir()
+    for num_workers, stop_after in parts:
+        arguments = (num_workers, folder, method, zero_stage, stop_after)
+        torch.multiprocessing.spawn(train, arguments, nprocs=num_workers)  # type: ignore[attr-defined]
+    newest, faults = newest_of(folder)
+    assert newest and not faults
+    assert newest.name == f"update-{NUM_UPDATES:06d}"
+    return newest
+
+
+def tensors(commit: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in sorted(commit.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("embedded")
+@pytest.mark.parametrize(
+    ("method", "zero_stage"),
+    [
+        pytest.param(method, stage, marks=[] if (method, stage) in (("lora", 0), ("full", 3)) else pytest.mark.nightly)
+        for method in LEARNING_RATE
+        for stage in range(4)
+    ],
+)
+def test_training_taken_up_by_new_processes_ends_with_the_very_same_tensors(
+    tmp_path: Path, method: str, zero_stage: int
+) -> None:
+    """Killed after a commit in a stage, and after the next."""
+    train_in = partial(trained, method=method, zero_stage=zero_stage)
+    quiet = train_in(tmp_path / "quiet", (2, NUM_UPDATES))
+    broken = train_in(tmp_path / "broken", (2, 2), (2, NUM_UPDATES))
+    expected, found = tensors(quiet), tensors(broken)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    assert state_of(quiet) == state_of(broken)
+    moments = [value for name, value in expected.items() if name.startswith("exp_avg.")]
+    assert len(moments) == (len(expected) - 1) / 3 and max(float(value.abs().max()) for value in moments) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("embedded")
+@pytest.mark.parametrize("workers", [(2, 1), pytest.param((1, 2), marks=pytest.mark.nightly)])
+def test_fault_14_another_number_of_workers_takes_up_the_same_samples_and_stage(
+    tmp_path: Path, workers: tuple[int, int]
+) -> None:
+    first, then = workers
+    quiet = state_of(trained(tmp_path / "quiet", (first, NUM_UPDATES)))
+    changed = state_of(trained(tmp_path / "changed", (first, 2), (then, NUM_UPDATES)))
+    assert changed["stage"] == quiet["stage"] == 3
+    for expected, found in zip(quiet["records"], changed["records"], strict=True):
+        assert found["stage"] == expected["stage"]
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+        assert found["reference_error_w"] == pytest.approx(expected["reference_error_w"], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    rendezvous = f"file://{tmp_path_factory.mktemp('group') / 'group'}"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def numbers(number: int, size: int = 1000) -> list[tuple[str, Tensor]]:
+    return [("weight", torch.full((size,), float(number))), ("step", torch.tensor(float(number)))]
+
+
+def committed(folder: Path, *updates: int, keep_last: int = 3) -> Commits:
+    commits = Commits(folder, keep_last=keep_last, device=CPU)
+    for number in updates:
+        commits.write(number, {"num_updates": number}, numbers(number))
+    return commits
+
+
+@pytest.mark.usefixtures("one_worker")
+def test_only_the_last_commits_stay_and_anybody_may_read_them(tmp_path: Path) -> None:
+    committed(tmp_path, 5, 10, 15, 20, keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["update-000015", "update-000020"]
+    assert tensors_of(tmp_path / "update-000020")("weight")[0] == 20
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "update-000020").iterdir()} == {0o644}
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_one_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 1
+    path.write_bytes(data)
+
+
+SHARE = "share-0-of-1.safetensors"
+DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "cut short": (SHARE, cut_short, "share-0-of-1.safetensors: was altered or cut short"),
+    "a bit flipped": (SHARE, flip_one_bit, "share-0-of-1.safetensors: was altered or cut short"),
+    "a share missing": (SHARE, Path.unlink, "share-0-of-1.safetensors: is missing"),
+    "the state altered": ("state.json", flip_one_bit, "state.json: was altered or cut short"),
+    "no manifest": ("manifest.json", Path.unlink, "has no manifest.json"),
+    "manifest cut short": ("manifest.json", cut_short, "manifest.json: is damaged"),
+}
+
+
+@pytest.mark.usefixtures("one_worker")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_fault_12_a_damaged_commit_is_named_and_the_newest_whole_one_is_taken(tmp_path: Path, damage: str) -> None:
+    name, harm, told = DAMAGES[damage]
+    commits = committed(tmp_path, 1, 2)
+    harm(tmp_path / "update-000002" / name)
+    lines: list[str] = []
+    assert commits.newest(lines.append) == tmp_path / "update-000001"
+    (line,) = lines
+    assert told in line and "update-000002" in line and line.endswith("going on from update-000001")
+    committed(tmp_path, 2)  # made again over the damaged one
+    assert commits.newest(lines.append) == tmp_path / "update-000002" and len(lines) == 1
+
+
+@pytest.mark.usefixtures("one_worker")
+def test_fault_12_where_no_commit_is_whole_training_does_not_begin_anew(tmp_path: Path) -> None:
+    commits = committed(tmp_path, 1, 2)
+    for number in (1, 2):
+        flip_one_bit(tmp_path / f"update-00000{number}" / SHARE)
+    with pytest.raises(TrainingError, match=r"update-000002/share-0.*update-000001/share-0.*no commit is whole"):
+        commits.newest(lambda line: None)
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_commits import committed
+from cdpo_ray.training import commits as module
+
+torch.distributed.init_process_group("gloo", init_method="file://{folder}.group", rank=0, world_size=1)
+committed(Path({folder!r}), 1)
+
+def dying(call, after):
+    def wrapped(*arguments, **options):
+        if after:
+            call(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return wrapped
+
+owner = Path if {name!r} == "rename" else module
+setattr(owner, {name!r}, dying(getattr(owner, {name!r}), {after}))
+committed(Path({folder!r}), 2)
+"""
+
+
+@pytest.mark.usefixtures("one_worker")
+@pytest.mark.parametrize(
+    ("call", "after", "expected"),
+    [
+        ("save_file", False, 1),
+        ("copy", True, 1),
+        ("write_json", False, 1),
+        ("fingerprint_of", True, 1),
+        ("rename", False, 1),
+        ("rename", True, 2),
+    ],
+    ids=[
+        "before the share",
+        "after it",
+        "before the state",
+        "before the manifest",
+        "before the rename",
+        "after it all",
+    ],
+)
+def test_fault_02_a_kill_at_any_point_leaves_the_commit_before_or_the_new_one(
+    tmp_path: Path, call: str, after: bool, expected: int
+) -> None:
+    folder = tmp_path / "commits"
+    script = KILLED_WHILE_WRITING.format(tests=str(Path(__file__).parent), folder=str(folder), name=call, after=after)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    lines: list[str] = []
+    commits = Commits(folder, keep_last=3, device=CPU)
+    newest = commits.newest(lines.append)
+    assert newest == folder / f"update-00000{expected}" and not lines
+    assert tensors_of(newest)("weight")[0] == expected
+    committed(folder, 2)
+    assert names_of(folder)[0] == "update-000002" and fault_of(folder / "update-000002") is None
+    assert not list(folder.glob("*.tmp"))
+
+
+FULL_DISK = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_commits import CPU, Commits, committed, numbers, newest_of, tensors_of
+from cdpo_ray.errors import StoreError
+
+torch.distributed.init_process_group("gloo", init_method="file://{folder}.group", rank=0, world_size=1)
+folder = Path({folder!r})
+commits = committed(folder, 1)
+try:
+    commits.write(2, {{}}, numbers(2, size=2**18))
+except StoreError as error:
+    print(error)
+newest, faults = newest_of(folder)
+print(newest.name, faults, tensors_of(newest)("weight")[0].item())
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare, to mount a small disk")
+def test_fault_11_a_full_disk_is_told_with_what_is_needed_and_the_commit_before_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "commits"
+    folder.mkdir()
+    script = FULL_DISK.format(tests=str(Path(__file__).parent), folder=str(folder))
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$1" && exec "$2" -c "$3"', "sh",
+         str(folder), sys.executable, script],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    error, newest = done.stdout.splitlines()
+    assert str(folder / "update-000002") in error and "needs 1.0 MiB" in error and "MiB are free" in error
+    assert newest == "update-000001 [] 1.0"
