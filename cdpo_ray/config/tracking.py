@@ -39,4 +39,5 @@ class TrackingSection(Section):
     @property
     def options(self) -> dict[str, dict[str, Any]]:
         """Of each tracker that was asked for, by name."""
-        return self.model_dump(exclude_none=True)
+        asked = {"wandb": self.wandb, "mlflow": self.mlflow}
+        return {name: options.model_dump(exclude_none=True) for name, options in asked.items() if options}

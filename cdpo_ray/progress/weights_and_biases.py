@@ -20,7 +20,9 @@ class WeightsAndBiases:
     def __init__(self, run: TrackedRun, options: Mapping[str, Any], run_id: str | None) -> None:
         self.run_id = run_id or secrets.token_hex(8)
         self._run = wandb.init(
-            **options,
+            project=options["project"],
+            entity=options.get("entity"),
+            mode=options["mode"],
             name=run.name,
             id=self.run_id,
             resume="allow",
