@@ -63,7 +63,8 @@ class Progress:
         self._bar: tqdm | None = None
         self._line_due = 0.0
         self._writable = True
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # never held while something is written
+        self._writing = threading.Lock()
         self._over = threading.Event()
         self._heart = threading.Thread(target=self._live, name="progress", daemon=True)
 
@@ -100,12 +101,11 @@ class Progress:
         self._write()
         try:
             yield
-            seconds = time.monotonic() - started
-            with self._lock:
-                self._points.append(Point(self._place, self._pace.done if self._pace else 0, {"seconds": seconds}))
         finally:
             self.end()
-        self._state = {"state": "running"}
+        with self._lock:
+            self._points.append(Point(self._place, self._state.get("done", 0), {"seconds": time.monotonic() - started}))
+            self._state = {"state": "running"}
 
     def begin(self, verb: str, *, total: int, unit: str, done: int = 0, makes: tuple[int, str] | None = None) -> None:
         """A step begins, or goes on with `done` of its `total` units done before.
@@ -137,7 +137,7 @@ class Progress:
             self._bar.update(num)
 
     def record(self, values: Mapping[str, float], *, update: int) -> None:
-        """What was measured in one update of training, or after it.
+        """What was measured in one update of training, or after it, once the step has begun.
 
         Updates come in order. One that was recorded before, by an earlier process too, is passed over: a restart may
         tell all that it knows.
@@ -214,15 +214,14 @@ class Progress:
     def _write(self) -> None:
         if self._dir is None:
             return
-        with self._lock:
-            now = time.monotonic()
-            status = self._about | self._state | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
-            if self._pace:
-                status |= {"rate": self._pace.rate(now), "seconds_left": self._pace.seconds_left(now)}
-            status |= self._reached() | {
-                "recorded": self._told,
-                "run_ids": self._trackers.run_ids if self._trackers else {},
-            }
+        with self._writing:
+            with self._lock:
+                now = time.monotonic()
+                status = self._about | self._state | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+                if self._pace:
+                    status |= {"rate": self._pace.rate(now), "seconds_left": self._pace.seconds_left(now)}
+                status |= self._reached()
+                status |= {"recorded": dict(self._told), "run_ids": self._trackers.run_ids if self._trackers else {}}
             try:
                 write_json(self._dir / STATUS, status)
             except Exception as error:  # watching must stop nothing

@@ -115,7 +115,7 @@ def _end_lines(status: dict[str, Any], now: datetime, *, alive: bool, done: bool
     if status.get("state") == "failed":
         return [f"failed: {ago}", *(f"  {line}" for line in status["error"].splitlines()), goes_on]
     if status.get("state") == "running":
-        return [f"killed: no sign of life of {process} since {ago}", goes_on]
+        return [f"no sign of life of {process} since {ago}", goes_on]
     if status.get("state") == "stopped":
         return [f"stopped from outside: {ago}", goes_on]
     return ["nothing runs", goes_on]

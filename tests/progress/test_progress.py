@@ -42,6 +42,7 @@ def train(run: TrackedRun, updates: range, *, done: int, dies: bool = False) -> 
         for update in updates:
             told.record({"loss": float(update), "stage": 1.0 + update // 5}, update=update)
         told.advance(updates[-1] - done)
+        told.end()
         if dies:
             raise TrainingError("a worker is gone")
 

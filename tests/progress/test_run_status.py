@@ -71,7 +71,7 @@ def test_a_killed_run_is_told_apart_from_a_running_one(tmp_path: Path, how: str)
     found = run_status(run, now=NOW)
     assert found.stands_still
     assert "  4-training    stopped  50/400 updates\n" in found.text
-    assert f"\nkilled: no sign of life of pid {pid} on {host} since 2026-03-04 11:5" in found.text
+    assert f"\nno sign of life of pid {pid} on {host} since 2026-03-04 11:5" in found.text
     assert found.text.endswith("\nnext: cdpo run c.yaml")
 
 
