@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from cdpo_ray.config import load_config
 from cdpo_ray.errors import CdpoError, ConfigError, PreferenceError
 from cdpo_ray.export import FORMATS
 from cdpo_ray.plan import make_plan
+from cdpo_ray.progress.status import run_status
 from cdpo_ray.run import (
     compare_runs,
     explain_stages,
@@ -35,6 +37,7 @@ VERBS = {
     "report": "metrics -> report.html",
     "export": "adapter -> files that other tools load, with a model card",
     "compare": "metrics of several runs -> compare.html: what each trained, judged by all their judges",
+    "status": "say of a run what is done, what runs, what failed and why; reads its folder alone",
 }
 COMPARE_HELP = """\
 Compare what several runs trained, on the held-out images that their evaluations kept; nothing is generated.
@@ -47,11 +50,17 @@ that only some of them had scores the others' images now. compare.html shows
   - how often each run's implicit reward agrees with each judge on held-out images
   - the first images of all runs side by side
 and compare.json holds its numbers. Intervals are at 95 %, over prompts."""
+STATUS_HELP = """\
+Say of a run what is done, what runs and how long it will take, what failed and why, and how to go on. It reads the
+run's folder alone: from any machine that sees it, with the run alive or not.
+
+exit code: 0 the run is done, or a process works on it; 1 it stands still before its end; 2 no run is there"""
 FORMAT_HELP = (
     "diffusers (default): the LoRA for load_lora_weights; kohya: the LoRA for ComfyUI and AUTOMATIC1111;"
     " merged: a whole pipeline folder, the only one for training.method=full"
 )
 ALLOW_HELP = "go on with training that was begun with other settings; its manifest will tell them"
+EXIT_STANDS_STILL = 1
 EXIT_FAULT = 2
 EXIT_SIGNAL = 128  # and the signal's number, as shells have it
 
@@ -71,12 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = verbs.add_parser(
             verb,
             help=what,
-            description=COMPARE_HELP if verb == "compare" else what,
+            description={"compare": COMPARE_HELP, "status": STATUS_HELP}.get(verb, what),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if verb == "compare":
             command.add_argument("runs", nargs="+", metavar="RUN", help="two or more finished runs, as runs/<name>")
             command.add_argument("--out", metavar="DIR", help="default: the folder that the first run is in")
+            continue
+        if verb == "status":
+            command.add_argument("run", metavar="RUN", help="runs/<name>, or its place in an object store")
             continue
         command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.beta=100")
@@ -91,16 +103,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--out", metavar="DIR", help="default: export/<format> of the run")
     asked, after_options = parser.parse_known_args(arguments)
     comparing = asked.verb == "compare"
-    if any(value.startswith("-") or not (comparing or "=" in value) for value in after_options):
+    if any(value.startswith("-") or not (comparing or "=" in value) for value in after_options) or (
+        after_options and asked.verb == "status"
+    ):
         parser.error(f"unrecognized arguments: {' '.join(after_options)}")
     # argparse ends `key=value ...`, or `RUN ...`, at the first option
-    (asked.runs if comparing else asked.overrides).extend(after_options)
+    if after_options:
+        (asked.runs if comparing else asked.overrides).extend(after_options)
     if comparing and len(asked.runs) < 2:
         parser.error(f"compare: needs two runs or more, got {asked.runs}")
     signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("cdpo_ray").setLevel(logging.INFO)
     try:
+        if asked.verb == "status":
+            found = run_status(place(asked.run))
+            print(found.text)
+            return EXIT_STANDS_STILL if found.stands_still else 0
         _do(asked)
         return 0
     except CdpoError as error:
@@ -120,12 +139,19 @@ def _do(asked: argparse.Namespace) -> None:
         print(compare_runs([place(run) for run in asked.runs], asked.out and place(asked.out)))
         return
     config, verb = load_config(asked.config, asked.overrides), asked.verb
+    goes_on = shlex.join(["cdpo", "run", asked.config, *asked.overrides])
     if verb == "check":
         print(make_plan(config, read_prompts(config)))
     elif verb == "report":
         print(*write_reports(config, anew=True), sep="\n")
     elif verb == "run":
-        run_steps(config, steps_of(config), verbose=asked.verbose, allow_config_change=asked.allow_config_change)
+        run_steps(
+            config,
+            steps_of(config),
+            verbose=asked.verbose,
+            command=goes_on,
+            allow_config_change=asked.allow_config_change,
+        )
         print(*write_reports(config), sep="\n")
     elif verb == "export":
         print(export_trained(config, asked.format, asked.out and place(asked.out)))
@@ -142,6 +168,7 @@ def _do(asked: argparse.Namespace) -> None:
             config,
             [step for step in steps_of(config) if step.verb == verb],
             verbose=asked.verbose,
+            command=goes_on,
             allow_config_change=verb == "train" and asked.allow_config_change,
         )
         if verb == "pairs" and asked.explain:

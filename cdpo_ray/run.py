@@ -13,6 +13,7 @@ from cdpo_ray.config import Config
 from cdpo_ray.errors import ConfigError, StoreError
 from cdpo_ray.preferences.files import scan
 from cdpo_ray.progress import Progress
+from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
 from cdpo_ray.records import EVALUATION, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.session import ray_session
@@ -48,22 +49,37 @@ def _judged_prompts(config: Config) -> list[str]:
 
 
 def run_steps(
-    config: Config, steps: Iterable[Step], *, verbose: bool = False, allow_config_change: bool = False
+    config: Config,
+    steps: Iterable[Step],
+    *,
+    verbose: bool = False,
+    command: str | None = None,
+    allow_config_change: bool = False,
 ) -> RunFolder:
     """Do what of these steps is not done yet, round after round; Ray starts when the first of them needs it.
 
     A round begins when the one before has been trained. Returns the folder of the last one walked.
 
     Args:
+        verbose: show what Ray and its workers print.
+        command: what a user would type to go on with the run; `cdpo status` tells it.
         allow_config_change: go on with a step that was begun with other settings; its manifest tells them.
 
     Raises:
         CdpoError: of any kind; what was finished before it stays.
     """
     prompts, steps = read_prompts(config), list(steps)
-    folders, progress = round_folders(config), Progress()
+    folders = round_folders(config)
     with ExitStack() as stack:
         stack.enter_context(RunFolder(_run_dir(config)).locked())
+        progress = stack.enter_context(
+            Progress(
+                TrackedRun(config.run.name, _run_dir(config), config.plain()),
+                tracking=config.tracking.options,
+                command=command,
+                num_rounds=len(folders),
+            )
+        )
         start_ray = functools.cache(lambda: stack.enter_context(ray_session(verbose=verbose)))
         for number, run in enumerate(folders, start=1):
             previous = folders[number - 2] if number > 1 else None
@@ -189,19 +205,19 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], None], all
     start_ray()
     log.info("%s ...", step.verb)
     started = time.monotonic()
-    with run.writing(
-        step.folder,
-        settings,
-        inputs,
-        seed=context.config.run.seed,
-        resumable=step.resumable,
-        grows=step.grows,
-        allow_change=allow_config_change,
-    ) as (output_dir, output):
-        try:
-            step.perform(context, output_dir, output)
-        finally:
-            context.progress.end()
+    with (
+        context.progress.step(step.verb, step.folder, round=context.round),
+        run.writing(
+            step.folder,
+            settings,
+            inputs,
+            seed=context.config.run.seed,
+            resumable=step.resumable,
+            grows=step.grows,
+            allow_change=allow_config_change,
+        ) as (output_dir, output),
+    ):
+        step.perform(context, output_dir, output)
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)
     log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)
     for warning in output.warnings:

@@ -52,6 +52,7 @@ class Context:
         round: 1-based.
         run: the round's folder.
         previous: folder of the round before.
+        progress: told how far the step is.
     """
 
     config: Config
@@ -459,6 +460,14 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
             found["win_rate"]["mean"],
         )  # fmt: skip
     num_prompts = metrics["num_prompts"]
+    context.progress.record(
+        {
+            f"{judge}/{name}": found[name]["mean"]
+            for judge, found in metrics["judges"].items()
+            for name in ("base", "tuned", "difference", "win_rate")
+        },
+        update=context.run.manifest(TRAINING)["counts"]["updates"],
+    )
     output.counts |= {
         "prompts": num_prompts,
         "images": 2 * num_prompts * config.evaluation.images_per_prompt,
