@@ -1,7 +1,6 @@
 """The whole way, step after step; a finished step is skipped."""
 
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from cdpo_ray.config import Config
 from cdpo_ray.errors import ConfigError, ResourceError, StoreError
 from cdpo_ray.preferences.files import scan
 from cdpo_ray.progress import Progress
+from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
 from cdpo_ray.records import EVALUATION, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.resources import check_resources
@@ -28,7 +28,7 @@ from cdpo_ray.steps import (
     prompt_source,
     steps_of,
 )
-from cdpo_ray.store import RunFolder
+from cdpo_ray.store import RunFolder, make_folder, place, read_json, write_text
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"
@@ -64,6 +64,7 @@ def run_steps(
     *,
     address: str | None = None,
     verbose: bool = False,
+    command: str | None = None,
     allow_config_change: bool = False,
 ) -> RunFolder:
     """Do what of these steps is not done yet, round after round; Ray starts when the first of them needs it.
@@ -72,15 +73,25 @@ def run_steps(
 
     Args:
         address: of the Ray cluster, see `ray_session`.
+        verbose: show what Ray and its workers print.
+        command: what a user would type to go on with the run; `cdpo status` tells it.
         allow_config_change: go on with a step that was begun with other settings; its manifest tells them.
 
     Raises:
         CdpoError: of any kind; what was finished before it stays.
     """
     prompts, steps = read_prompts(config), list(steps)
-    folders, progress = round_folders(config), Progress()
+    folders = round_folders(config)
     with ExitStack() as stack:
         stack.enter_context(RunFolder(_run_dir(config)).locked())
+        progress = stack.enter_context(
+            Progress(
+                TrackedRun(config.run.name, _run_dir(config), config.plain()),
+                tracking=config.tracking.options,
+                command=command,
+                num_rounds=len(folders),
+            )
+        )
 
         @functools.cache
         def start_ray() -> None:
@@ -95,13 +106,13 @@ def run_steps(
                 return previous
             if len(folders) > 1:
                 log.info("round %d/%d", number, len(folders))
-            run.path.mkdir(exist_ok=True)
+            make_folder(run.path)
             context = Context(config, prompts, run, number, previous, progress)
             for step in steps:
                 _perform(step, context, start_ray=start_ray, allow_config_change=allow_config_change)
             if _made_by(config, run, previous):
                 plain = yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
-                (run.path / "config.yaml").write_text(plain)
+                write_text(run.path / "config.yaml", plain)
     return folders[-1]
 
 
@@ -183,7 +194,7 @@ def explain_stages(config: Config) -> str:
     told = []
     for run in round_folders(config):
         if run.has(STAGES):
-            stages = json.loads((run.step(STAGES) / "stages.json").read_text())
+            stages = read_json(run.step(STAGES) / "stages.json")
             path = run.path / "stages.png"
             draw_stages(stages, path, title=f"{config.run.name}\n{config.curriculum.sentence}")
             told += [stages_table(stages), str(path)]
@@ -233,15 +244,18 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], None], all
     start_ray()
     log.info("%s ...", step.verb)
     started = time.monotonic()
-    with run.writing(
-        step.folder,
-        settings,
-        inputs,
-        seed=context.config.run.seed,
-        resumable=step.resumable,
-        grows=step.grows,
-        allow_change=allow_config_change,
-    ) as (output_dir, output):
+    with (
+        context.progress.step(step.verb, step.folder, round=context.round),
+        run.writing(
+            step.folder,
+            settings,
+            inputs,
+            seed=context.config.run.seed,
+            resumable=step.resumable,
+            grows=step.grows,
+            allow_change=allow_config_change,
+        ) as (output_dir, output),
+    ):
         step.perform(context, output_dir, output)
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)
     log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)
@@ -276,4 +290,4 @@ def _write_report(run: RunFolder, anew: bool) -> Path:
 
 
 def _run_dir(config: Config) -> Path:
-    return Path(config.run.dir) / config.run.name
+    return place(config.run.dir) / config.run.name
