@@ -27,6 +27,7 @@ from cdpo_ray.store import place
 
 VERBS = {
     "check": "say what a run will make, or what is wrong with the config; needs no GPU, torch or ray",
+    "doctor": "say what of this machine, of a cluster or of the storage will not do, and what to do about it",
     "run": "walk the whole way: all of the below, each skipped if it is done already",
     "generate": "prompts -> samples: many images of each prompt, by the base model",
     "import": "preferences that people have -> samples: images encoded once, labels kept",
@@ -60,7 +61,11 @@ FORMAT_HELP = (
     " merged: a whole pipeline folder, the only one for training.method=full"
 )
 ALLOW_HELP = "go on with training that was begun with other settings; its manifest will tell them"
-EXIT_STANDS_STILL = 1
+ADDRESS_HELP = (
+    "head of a Ray cluster; else RAY_ADDRESS, the cluster that this job is in, or a local Ray for this command"
+)
+NO_RAY = ("check", "report", "export", "compare")
+EXIT_UNSOUND = 1  # of `doctor` that found something wrong, and of `status` of a run that stands still
 EXIT_FAULT = 2
 EXIT_SIGNAL = 128  # and the signal's number, as shells have it
 
@@ -90,8 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verb == "status":
             command.add_argument("run", metavar="RUN", help="runs/<name>, or its place in an object store")
             continue
-        command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+        command.add_argument(
+            "config", metavar="CONFIG", help="a YAML file, see configs/", nargs="?" if verb == "doctor" else None
+        )
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.beta=100")
+        if verb not in NO_RAY:
+            command.add_argument("--address", metavar="HOST:PORT", help=ADDRESS_HELP)
         if verb in ("run", "train"):
             command.add_argument("--allow-config-change", action="store_true", help=ALLOW_HELP)
         if verb == "pairs":
@@ -116,12 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("cdpo_ray").setLevel(logging.INFO)
     try:
-        if asked.verb == "status":
-            found = run_status(place(asked.run))
-            print(found.text)
-            return EXIT_STANDS_STILL if found.stands_still else 0
-        _do(asked)
-        return 0
+        return _do(asked)
     except CdpoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAULT
@@ -134,10 +138,16 @@ def _terminate(number: int, frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _do(asked: argparse.Namespace) -> None:
+def _do(asked: argparse.Namespace) -> int:
     if asked.verb == "compare":
         print(compare_runs([place(run) for run in asked.runs], asked.out and place(asked.out)))
-        return
+        return 0
+    if asked.verb == "status":
+        found = run_status(place(asked.run))
+        print(found.text)
+        return EXIT_UNSOUND if found.stands_still else 0
+    if asked.verb == "doctor":
+        return _examine(asked)
     config, verb = load_config(asked.config, asked.overrides), asked.verb
     goes_on = shlex.join(["cdpo", "run", asked.config, *asked.overrides])
     if verb == "check":
@@ -148,6 +158,7 @@ def _do(asked: argparse.Namespace) -> None:
         run_steps(
             config,
             steps_of(config),
+            address=asked.address,
             verbose=asked.verbose,
             command=goes_on,
             allow_config_change=asked.allow_config_change,
@@ -158,7 +169,7 @@ def _do(asked: argparse.Namespace) -> None:
     elif verb in ("generate", "import") and verb != steps_of(config)[0].verb:
         raise ConfigError(f"{asked.config}: its images are not made by `cdpo {verb}`: `{steps_of(config)[0].verb}` is")
     elif verb == "import" and asked.check:
-        faults = find_preference_faults(config, verbose=asked.verbose)
+        faults = find_preference_faults(config, address=asked.address, verbose=asked.verbose)
         print(*faults, sep="\n", end="\n" * bool(faults))
         if faults:
             raise PreferenceError(f"{len(faults)} faults")
@@ -167,12 +178,24 @@ def _do(asked: argparse.Namespace) -> None:
         run_steps(
             config,
             [step for step in steps_of(config) if step.verb == verb],
+            address=asked.address,
             verbose=asked.verbose,
             command=goes_on,
             allow_config_change=verb == "train" and asked.allow_config_change,
         )
         if verb == "pairs" and asked.explain:
             print(explain_stages(config))
+    return 0
+
+
+def _examine(asked: argparse.Namespace) -> int:
+    from cdpo_ray.doctor import WRONG, examine  # brings torch, which the other verbs do without until they need it
+
+    wrong = False
+    for finding in examine(load_config(asked.config, asked.overrides) if asked.config else None, address=asked.address):
+        print(finding, flush=True)
+        wrong |= finding.grade == WRONG
+    return EXIT_UNSOUND if wrong else 0
 
 
 if __name__ == "__main__":

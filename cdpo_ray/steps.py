@@ -28,6 +28,7 @@ from cdpo_ray.records import (
     score_column,
     score_file,
 )
+from cdpo_ray.resources import Demand
 from cdpo_ray.store import (
     RunFolder,
     StepOutput,
@@ -576,6 +577,24 @@ STEPS = (
 def steps_of(config: Config) -> tuple[Step, ...]:
     """The steps of a configuration's way: images are generated, or imported with preferences."""
     return (IMPORT, *STEPS[1:]) if config.preferences else STEPS
+
+
+def demands_of(step: Step, config: Config) -> list[Demand]:
+    """The actors of a step, which run at the same time; a pool begins with one and takes more as they find room."""
+    resources, trainers = config.resources, config.resources.trainers
+    generators = Demand("resources.generators", "actor", *_actors(resources.generators))
+    scorers = Demand("resources.scorers", "actor", *_actors(resources.scorers))
+    if step.folder == TRAINING:
+        num = config.training.num_workers
+        return [Demand("training.num_workers", "worker", num, num, trainers.cpus_per_worker, trainers.gpus_per_worker)]
+    if step.folder in (SAMPLES, EVALUATION):
+        apart = step.folder == SAMPLES and config.rewards.placement == "pool" and config.rewards.judges
+        return [generators, scorers] if apart else [generators]
+    return [scorers] if step.folder == SCORES else []
+
+
+def _actors(pool: Pool) -> tuple[int, int, float, float]:
+    return pool.num_actors, 1, pool.cpus_per_actor, pool.gpus_per_actor
 
 
 def preference_source(config: Config) -> Source:
