@@ -65,8 +65,7 @@ ADDRESS_HELP = (
     "head of a Ray cluster; else RAY_ADDRESS, the cluster that this job is in, or a local Ray for this command"
 )
 NO_RAY = ("check", "report", "export", "compare")
-EXIT_WRONG = 1  # of `doctor`
-EXIT_STANDS_STILL = 1
+EXIT_UNSOUND = 1  # of `doctor` that found something wrong, and of `status` of a run that stands still
 EXIT_FAULT = 2
 EXIT_SIGNAL = 128  # and the signal's number, as shells have it
 
@@ -126,10 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("cdpo_ray").setLevel(logging.INFO)
     try:
-        if asked.verb == "status":
-            found = run_status(place(asked.run))
-            print(found.text)
-            return EXIT_STANDS_STILL if found.stands_still else 0
         return _do(asked)
     except CdpoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -147,6 +142,10 @@ def _do(asked: argparse.Namespace) -> int:
     if asked.verb == "compare":
         print(compare_runs([place(run) for run in asked.runs], asked.out and place(asked.out)))
         return 0
+    if asked.verb == "status":
+        found = run_status(place(asked.run))
+        print(found.text)
+        return EXIT_UNSOUND if found.stands_still else 0
     if asked.verb == "doctor":
         return _examine(asked)
     config, verb = load_config(asked.config, asked.overrides), asked.verb
@@ -196,7 +195,7 @@ def _examine(asked: argparse.Namespace) -> int:
     for finding in examine(load_config(asked.config, asked.overrides) if asked.config else None, address=asked.address):
         print(finding, flush=True)
         wrong |= finding.grade == WRONG
-    return EXIT_WRONG if wrong else 0
+    return EXIT_UNSOUND if wrong else 0
 
 
 if __name__ == "__main__":
