@@ -123,12 +123,14 @@ def _storage(config: Config) -> Finding:
 def _ray(config: Config | None, address: str | None) -> Iterator[Finding]:
     try:
         with ray_session(address=address):
-            nodes, possible = cluster_nodes()
+            nodes, grows = cluster_nodes()
             cpus, gpus = sum(node.cpus for node in nodes), sum(len(node.gpus) for node in nodes)
-            grows = f", may grow by {len(possible)} nodes" if possible else ""
-            yield Finding(OK, f"Ray: {len(nodes)} nodes with {cpus:g} CPUs and {gpus} GPUs{grows}")
+            more = ", and an autoscaler that may add some" if grows else ""
+            yield Finding(OK, f"Ray: {len(nodes)} nodes with {cpus:g} CPUs and {gpus} GPUs{more}")
             if config:
-                check_cluster(config, steps_of(config))
-                yield Finding(OK, "`resources`: every step fits")
+                told = check_cluster(config, steps_of(config))
+                yield from (Finding(WARN, line) for line in told)
+                if not told:
+                    yield Finding(OK, "`resources`: every step fits")
     except CdpoError as error:
         yield Finding(WRONG, str(error))

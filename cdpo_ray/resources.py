@@ -63,7 +63,8 @@ def check_resources(step: str, demands: Sequence[Demand], nodes: Sequence[Node])
         more = demand.num_actors - demand.num_needed
         if (found := _place(demand, more, left)) < more:
             told.append(
-                f"`{demand.key}`: of {_of(demand, demand.num_actors)} only {demand.num_needed + found} fit the cluster"
+                f"`{demand.key}`: of {_of(demand, demand.num_actors)} only {demand.num_needed + found} fit the nodes"
+                " that are there"
             )
     return told
 

@@ -96,9 +96,9 @@ def run_steps(
         @functools.cache
         def start_ray() -> None:
             stack.enter_context(ray_session(address=address, verbose=verbose))
-            check_cluster(
-                config, [step for step in steps if step.grows or not all(run.has(step.folder) for run in folders)]
-            )
+            undone = [step for step in steps if step.grows or not all(run.has(step.folder) for run in folders)]
+            for line in check_cluster(config, undone):
+                log.warning(line)
 
         for number, run in enumerate(folders, start=1):
             previous = folders[number - 2] if number > 1 else None
@@ -133,24 +133,25 @@ def write_reports(config: Config, *, anew: bool = False) -> list[Path]:
     return [_write_report(run, anew) for run in round_folders(config)]
 
 
-def check_cluster(config: Config, steps: Iterable[Step]) -> None:
+def check_cluster(config: Config, steps: Iterable[Step]) -> list[str]:
     """Compare what steps need with the cluster that we are connected to, before the first of them loads a model.
 
+    Returns what is less than was wanted, a line each.
+
     Raises:
-        ResourceError: a step does not fit, not even when the cluster has grown as far as it may.
+        ResourceError: a step does not fit, and no autoscaler may add nodes.
     """
-    there, possible = cluster_nodes()
+    nodes, grows = cluster_nodes()
+    told = []
     for step in steps:
-        demands = demands_of(step, config)
         try:
-            told = check_resources(step.verb, demands, there)
+            told += check_resources(step.verb, demands_of(step, config), nodes)
         except ResourceError as error:
-            if not possible:
+            if not grows:
                 raise
-            told = check_resources(step.verb, demands, [*there, *possible])
-            log.warning("%s; the cluster can grow: %s waits for that", error, step.verb)
-        for line in told:
-            log.warning(line)
+            what = str(error).rpartition("; ")[0]
+            told.append(f"{what}; it waits for nodes that the cluster may add (`ray status` tells)")
+    return told
 
 
 def find_preference_faults(config: Config, *, address: str | None = None, verbose: bool = False) -> list[str]:

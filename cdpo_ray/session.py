@@ -18,7 +18,6 @@ from cdpo_ray.errors import CdpoError, ClusterError
 from cdpo_ray.resources import Node
 
 CONNECT_SECONDS = 5
-MAX_NODES_A_GROUP = 64  # what a growing cluster is checked with; without end stands for this many
 MIN_LOCAL_CPUS = 4  # with fewer logical CPUs, pipelines of several actor pools starve
 
 _ENVIRONMENT = {
@@ -97,18 +96,22 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
             ray.shutdown()
 
 
-def cluster_nodes() -> tuple[list[Node], list[Node]]:
-    """The nodes of the cluster that we are connected to, and those that it may add when it is asked for more."""
-    import ray
-    from ray._private.state import state
+def cluster_nodes() -> tuple[list[Node], bool]:
+    """The nodes of the cluster that we are connected to, and whether an autoscaler may add some.
 
-    there = [_node(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    config = state.get_cluster_config()
-    return there, [
-        _node(f"{group.name} (can be added)", group.resources)
-        for group in (config.node_group_configs if config else ())
-        for _ in range(min(group.max_count, MAX_NODES_A_GROUP) if group.max_count >= 0 else MAX_NODES_A_GROUP)
-    ]
+    Which, and how many, no autoscaler of Ray 2.60 tells.
+    """
+    import ray
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    nodes = [_node(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    v1 = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report") or {}
+    v2 = get_cluster_status(ray.get_runtime_context().gcs_address)
+    types = {*(v1.get("active_nodes") or ()), *(node.ray_node_type_name for node in v2.active_nodes + v2.idle_nodes)}
+    # An autoscaler names the groups of its file; without one each node is a group of its own, named by its id.
+    return nodes, any(not name.startswith("node_") for name in types)
 
 
 def is_exposed(dashboard: str | None) -> bool:

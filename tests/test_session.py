@@ -3,47 +3,21 @@
 import contextlib
 import http.server
 import json
-import os
 import secrets
-import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from ray.util import get_node_ip_address
+from ray_nodes import BIN, ROOT, Head, environment, free_port, started_head
 
 from cdpo_ray.errors import ClusterError
 from cdpo_ray.session import is_exposed, ray_session
-
-ROOT = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
-
-
-@dataclass(frozen=True)
-class Head:
-    address: str
-    dashboard: str
-    access: dict[str, str]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """Ours without what names a cluster or opens it."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return kept | {"PATH": f"{BIN}:{os.environ['PATH']}"} | changes
 
 
 def called(*command: str, cwd: Path = ROOT, **changes: str) -> "subprocess.CompletedProcess[str]":
@@ -60,36 +34,8 @@ def called(*command: str, cwd: Path = ROOT, **changes: str) -> "subprocess.Compl
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """`ray start --head` as `cluster/` starts it; ended with all of its processes, and only those."""
-    folder = tmp_path_factory.mktemp("head")
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    gcs, dashboard = free_port(), free_port()
-    command = f"ray start --head --block --port={gcs} --dashboard-host=127.0.0.1 --dashboard-port={dashboard}"
-    options = f"--num-cpus=4 --ray-client-server-port={free_port()} --disable-usage-stats"
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [str(BIN / "ray"), *f"{command} {options}".split()[1:]],
-            env=environment(**access),
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        jobs = urllib.request.Request(
-            f"http://127.0.0.1:{dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token.read_text()}"}
-        )
-        for _ in range(120):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(jobs, timeout=5).close()
-                break
-            assert process.poll() is None, (folder / "log").read_text()
-            time.sleep(0.5)
-        yield Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", access)
-    finally:
-        process.terminate()  # `ray start --block` ends what it started
-        process.wait(60)
+    with started_head(tmp_path_factory.mktemp("head"), num_cpus=4) as head:
+        yield head
 
 
 @pytest.mark.ray
@@ -104,8 +50,8 @@ def test_a_job_ends_with_the_code_of_its_command_and_tells_why(head: Head, tmp_p
 @pytest.mark.ray
 @pytest.mark.nightly
 def test_a_job_walks_the_whole_way_in_the_cluster_that_it_is_in(head: Head, tmp_path: Path) -> None:
-    submit = ("ray", "job", "submit", "--address", head.dashboard, "--working-dir", "configs", "--")
-    done = called(*submit, "cdpo", "run", "smoke.yaml", f"run.dir={tmp_path}", **head.access)
+    submit = ("ray", "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--")
+    done = called(*submit, "cdpo", "run", "configs/smoke.yaml", f"run.dir={tmp_path}", **head.access)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "smoke" / "report.html").is_file()
     assert "evaluate: " in done.stdout + done.stderr

@@ -61,12 +61,14 @@ def train_consistency(weights_dir: Path, *, num_updates: int, num_scenes: int, s
     torch.manual_seed(seed)
     start = time.perf_counter()
     scheduler = make_consistency_scheduler()
-    teacher = UNet2DConditionModel.from_pretrained(weights_dir / "pipeline" / "unet", dtype=torch.float32)
+    teacher = UNet2DConditionModel.from_pretrained(
+        weights_dir / "pipeline" / "unet", dtype=torch.float32, use_safetensors=True
+    )
     teacher.to(memory_format=torch.channels_last).requires_grad_(False)
     student = make_student(teacher).train()
     average = copy.deepcopy(student).requires_grad_(False)
     pipeline = LatentConsistencyModelPipeline.from_pretrained(
-        weights_dir / "pipeline", unet=student, scheduler=scheduler, dtype=torch.float32
+        weights_dir / "pipeline", unet=student, scheduler=scheduler, dtype=torch.float32, use_safetensors=True
     )
     pool = draw_pool(num_scenes, seed)
     latents = encode_pool(pool, pipeline.vae)

@@ -154,7 +154,7 @@ def _train_worker(
         save_tokenizer(pipeline_dir / "tokenizer")
     dist.barrier()
     tokenizer = CLIPTokenizer.from_pretrained(pipeline_dir / "tokenizer")
-    vae = AutoencoderKL.from_pretrained(pipeline_dir / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(pipeline_dir / "vae", torch_dtype=torch.float32, use_safetensors=True).eval()
     torch.manual_seed(seed)  # the same start for every worker
     denoiser = Denoiser(tokenizer)
     average = copy.deepcopy(denoiser).requires_grad_(False)

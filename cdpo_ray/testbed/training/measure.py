@@ -41,7 +41,7 @@ def to_uint8(pixels: NDArray[np.float32]) -> Images:
 
 def load_pipeline(pipeline_dir: Path) -> StableDiffusionPipeline:
     """The pipeline in fp32, silent."""
-    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_dir, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_dir, torch_dtype=torch.float32, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
