@@ -126,7 +126,7 @@ def _ray(config: Config | None, address: str | None) -> Iterator[Finding]:
             nodes, grows = cluster_nodes()
             cpus, gpus = sum(node.cpus for node in nodes), sum(len(node.gpus) for node in nodes)
             more = ", and an autoscaler that may add some" if grows else ""
-            yield Finding(OK, f"Ray: {len(nodes)} nodes with {cpus:g} CPUs and {gpus} GPUs{more}")
+            yield Finding(OK, f"Ray: nodes {len(nodes)}, CPUs {cpus:g}, GPUs {gpus}{more}")
             if config:
                 told = check_cluster(config, steps_of(config))
                 yield from (Finding(WARN, line) for line in told)

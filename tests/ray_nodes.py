@@ -61,7 +61,9 @@ def started_head(folder: Path, *, num_cpus: int, **changes: str) -> Iterator[Hea
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     gcs, dashboard = free_port(), free_port()
     options = f"--head --port={gcs} --dashboard-host=127.0.0.1 --dashboard-port={dashboard}"
+    # The last is what takes jobs; another Ray of this machine may have its usual port.
     options += f" --num-cpus={num_cpus} --ray-client-server-port={free_port()}"
+    options += f" --dashboard-agent-listen-port={free_port()}"
     with started(options, folder / "head.log", **access, **changes) as process:
         jobs = urllib.request.Request(
             f"http://127.0.0.1:{dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token.read_text()}"}
