@@ -77,9 +77,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             stderr=log,
         )
     try:
+        jobs = urllib.request.Request(
+            f"http://127.0.0.1:{dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token.read_text()}"}
+        )
         for _ in range(120):
-            with contextlib.suppress(urllib.error.HTTPError, OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/authentication_mode", timeout=1).close()
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(jobs, timeout=5).close()
                 break
             assert process.poll() is None, (folder / "log").read_text()
             time.sleep(0.5)
