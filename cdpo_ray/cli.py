@@ -3,9 +3,9 @@
 import argparse
 import logging
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from cdpo_ray import __version__
 from cdpo_ray.config import load_config
@@ -62,7 +62,7 @@ FORMAT_HELP = (
 ALLOW_HELP = "go on with training that was begun with other settings; its manifest will tell them"
 EXIT_STANDS_STILL = 1
 EXIT_FAULT = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128  # and the signal's number, as shells have it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if verb == "compare":
             command.add_argument("runs", nargs="+", metavar="RUN", help="two or more finished runs, as runs/<name>")
-            command.add_argument("--out", type=Path, metavar="DIR", help="default: the folder that the first run is in")
+            command.add_argument("--out", metavar="DIR", help="default: the folder that the first run is in")
             continue
         if verb == "status":
             command.add_argument("run", metavar="RUN", help="runs/<name>, or its place in an object store")
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--check", action="store_true", help="only say which rows and images cannot be used")
         if verb == "export":
             command.add_argument("--format", choices=FORMATS, default="diffusers", help=FORMAT_HELP)
-            command.add_argument("--out", type=Path, metavar="DIR", help="default: export/<format> of the run")
+            command.add_argument("--out", metavar="DIR", help="default: export/<format> of the run")
     asked, after_options = parser.parse_known_args(arguments)
     comparing = asked.verb == "compare"
     if any(value.startswith("-") or not (comparing or "=" in value) for value in after_options) or (
@@ -112,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (asked.runs if comparing else asked.overrides).extend(after_options)
     if comparing and len(asked.runs) < 2:
         parser.error(f"compare: needs two runs or more, got {asked.runs}")
+    signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("cdpo_ray").setLevel(logging.INFO)
     try:
@@ -124,14 +125,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CdpoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAULT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + (interrupt.args or (signal.SIGINT,))[0]
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _do(asked: argparse.Namespace) -> None:
     if asked.verb == "compare":
-        print(compare_runs([Path(run) for run in asked.runs], asked.out))
+        print(compare_runs([place(run) for run in asked.runs], asked.out and place(asked.out)))
         return
     config, verb = load_config(asked.config, asked.overrides), asked.verb
     goes_on = shlex.join(["cdpo", "run", asked.config, *asked.overrides])
@@ -149,7 +154,7 @@ def _do(asked: argparse.Namespace) -> None:
         )
         print(*write_reports(config), sep="\n")
     elif verb == "export":
-        print(export_trained(config, asked.format, asked.out))
+        print(export_trained(config, asked.format, asked.out and place(asked.out)))
     elif verb in ("generate", "import") and verb != steps_of(config)[0].verb:
         raise ConfigError(f"{asked.config}: its images are not made by `cdpo {verb}`: `{steps_of(config)[0].verb}` is")
     elif verb == "import" and asked.check:

@@ -17,6 +17,10 @@ class ModelError(CdpoError):
     """A model cannot be found, loaded or run."""
 
 
+class GenerationError(CdpoError):
+    """Too many prompts cannot be made into images."""
+
+
 class RewardError(CdpoError):
     """A reward cannot be loaded, or failed on a batch of images."""
 

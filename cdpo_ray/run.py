@@ -1,7 +1,6 @@
 """The whole way, step after step; a finished step is skipped."""
 
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from cdpo_ray.prompts.sources import PromptSplit, split_prompts
 from cdpo_ray.records import EVALUATION, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.session import ray_session
 from cdpo_ray.steps import Context, Step, export, preference_frame, preference_source, prompt_source, steps_of
-from cdpo_ray.store import RunFolder
+from cdpo_ray.store import RunFolder, make_folder, place, read_json, write_text
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"
@@ -88,13 +87,13 @@ def run_steps(
                 return previous
             if len(folders) > 1:
                 log.info("round %d/%d", number, len(folders))
-            run.path.mkdir(exist_ok=True)
+            make_folder(run.path)
             context = Context(config, prompts, run, number, previous, progress)
             for step in steps:
                 _perform(step, context, start_ray=start_ray, allow_config_change=allow_config_change)
             if _made_by(config, run, previous):
                 plain = yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
-                (run.path / "config.yaml").write_text(plain)
+                write_text(run.path / "config.yaml", plain)
     return folders[-1]
 
 
@@ -156,7 +155,7 @@ def explain_stages(config: Config) -> str:
     told = []
     for run in round_folders(config):
         if run.has(STAGES):
-            stages = json.loads((run.step(STAGES) / "stages.json").read_text())
+            stages = read_json(run.step(STAGES) / "stages.json")
             path = run.path / "stages.png"
             draw_stages(stages, path, title=f"{config.run.name}\n{config.curriculum.sentence}")
             told += [stages_table(stages), str(path)]
@@ -252,4 +251,4 @@ def _write_report(run: RunFolder, anew: bool) -> Path:
 
 
 def _run_dir(config: Config) -> Path:
-    return Path(config.run.dir) / config.run.name
+    return place(config.run.dir) / config.run.name

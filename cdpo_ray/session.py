@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import secrets
-import sys
 import warnings
 from collections.abc import Iterator
 
@@ -59,7 +58,7 @@ def ray_session(*, verbose: bool = False) -> Iterator[None]:
             if not isinstance(handler, logging.FileHandler):
                 handler.setLevel(logging.CRITICAL)  # what it would tell, it also raises
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = sys.stderr.isatty()
+    context.enable_progress_bars = False  # `Progress` has one of its own
     context.enable_operator_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False

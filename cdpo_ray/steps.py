@@ -5,7 +5,6 @@ neither torch nor ray.
 """
 
 import functools
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,18 @@ from cdpo_ray.records import (
     score_column,
     score_file,
 )
-from cdpo_ray.store import RunFolder, StepOutput, differences, link, read_shards, shard_schema
+from cdpo_ray.store import (
+    RunFolder,
+    StepOutput,
+    differences,
+    link,
+    local_copy,
+    make_folder,
+    place,
+    read_json,
+    read_shards,
+    shard_schema,
+)
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +111,7 @@ class Step:
 
 def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     if context.config.run.samples_from:
-        _take_samples(RunFolder(Path(context.config.run.samples_from)), context, output_dir, output)
+        _take_samples(RunFolder(place(context.config.run.samples_from)), context, output_dir, output)
         return
     from cdpo_ray.generation.pool import generate_samples
     from cdpo_ray.rewards.pool import score_pixels
@@ -112,7 +122,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     sampling = _sampling(config, config.generation.images_per_prompt, context.seed)
     sampling = replace(sampling, max_masked_fraction=config.rewards.max_masked_fraction)
     fused = config.rewards.placement == "fused" or not judges
-    generate_samples(
+    made_with = generate_samples(
         context.prompts.train,
         output_dir,
         family=config.model.family,
@@ -131,22 +141,39 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
             images_per_batch=sampling.images_per_batch,
             rows_per_call=1,
         ),
+        max_bad_fraction=config.generation.max_bad_fraction,
+        progress=context.progress,
     )
     cut = read_shards(output_dir, ["num_tokens_cut"])["num_tokens_cut"].to_numpy()
     num_images = len(cut) * sampling.images_per_prompt
     output.counts |= {"prompts": len(cut), "images": num_images, "prompts_cut": int((cut > 0).sum())}
     output.counts |= {"lines_doubled": context.prompts.num_doubled, "lines_empty": context.prompts.num_empty}
+    in_smaller = {size: num for size, num in made_with.items() if size != sampling.images_per_batch}
+    output.counts |= {
+        "prompts_set_aside": len(context.prompts.train) - len(cut),
+        "prompts_in_smaller_batches": sum(in_smaller.values()),
+    }
     output.details["rewards"] = rewards  # how the score columns were made, for the next step to compare
     if output.counts["prompts_cut"]:
         output.warnings.append(
             f"{output.counts['prompts_cut']} prompts are longer than the text encoder reads; their ends were cut"
         )
-    assert len(cut) == len(context.prompts.train), "every prompt gives one row"
+    if in_smaller:
+        output.warnings.append(
+            f"memory does not suffice for `generation.images_per_batch` = {sampling.images_per_batch};"
+            f" {sum(in_smaller.values())} prompts were made with {', '.join(map(str, sorted(in_smaller)))}"
+        )
+    _warn_of_set_aside(output)
+
+
+def _warn_of_set_aside(output: StepOutput) -> None:
+    if num_prompts := output.counts["prompts_set_aside"]:
+        output.warnings.append(f"{num_prompts} prompts raise inside the model; set_aside.jsonl says which and why")
 
 
 def import_preferences(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.preferences.files import scan
-    from cdpo_ray.preferences.pool import SET_ASIDE, import_samples
+    from cdpo_ray.preferences.pool import import_samples
     from cdpo_ray.rewards.scorer import Scorer
 
     config, source = context.config, preference_source(context.config)
@@ -155,7 +182,8 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
     found = scan(source)
     found.refuse_faults()
     judges = config.rewards.judges
-    import_samples(
+    context.progress.begin("import", total=found.num_rows, unit="row")
+    set_aside = import_samples(
         found.chunks,
         output_dir,
         source=source,
@@ -167,14 +195,14 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
         keep_images=config.generation.keep_images,
         make_scores=functools.partial(Scorer, judges) if judges else None,
         encoders=_pool(config.resources.generators),
+        progress=context.progress,
     )
-    set_aside = (output_dir / f"{SET_ASIDE}.jsonl").read_text().splitlines()
     too_many = len(set_aside) > preferences.max_bad_fraction * found.num_rows * found.num_samples
     if too_many or not any(output_dir.glob("*.parquet")):
         raise PreferenceError(
             f"`preferences.path` {source.path}: {len(set_aside)} images of {found.num_rows} rows cannot be used, more"
             f" than `preferences.max_bad_fraction` = {preferences.max_bad_fraction}; `cdpo import --check` names each;"
-            f" the first: {json.loads(set_aside[0])['reason']}"
+            f" the first: {set_aside[0]['reason']}"
         )
     made = read_shards(output_dir, ["num_tokens_cut", "num_images_cut"])
     output.counts |= {
@@ -188,7 +216,7 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
     }
     output.details["rewards"] = {name: config.rewards.options(name) for name in (PREFERENCE, LABEL, *judges)}
     if set_aside:
-        output.warnings.append(f"{len(set_aside)} images cannot be used; {SET_ASIDE}.jsonl says which and why")
+        output.warnings.append(f"{len(set_aside)} images cannot be used; set_aside.jsonl says which and why")
     if output.counts["prompts_cut"]:
         output.warnings.append(f"{output.counts['prompts_cut']} prompts are longer than the text encoder reads")
 
@@ -201,6 +229,8 @@ def _take_samples(other: RunFolder, context: Context, output_dir: Path, output: 
     if manifest["inputs"]:
         raise StoreError(f"{where} is of a later round, not of the base model; name the folder of a first round")
     other.refuse_damage(SAMPLES)
+    for left in output_dir.rglob("*.parquet"):  # by an attempt to generate, which may have been cut elsewhere
+        left.unlink()
     for name in manifest["files"]:
         link(other.path / SAMPLES / name, output_dir / name)
     output.counts |= manifest["counts"]
@@ -221,7 +251,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
         reward, second = parts[part]
         path = output_dir / score_file(reward, second=second)
         if there.get(part) == settings[part]:
-            path.parent.mkdir(exist_ok=True)
+            make_folder(path.parent)
             link(other_dir / score_file(reward, second=second), path)
         elif with_images.get(reward) == rewards.options(reward) and (reward in JUDGE_NO_IMAGE or not second):
             rows = read_shards(samples_dir, ["prompt_index", "prompt_id", "prompt", score_column(reward)])
@@ -247,6 +277,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
                 family=config.model.family,
                 model=_model(config),
                 num_prompts=rewards.noise_prompts if second else None,
+                progress=context.progress,
             )
             for name in names:
                 write_scores(scored, name, output_dir / score_file(name, second=second))
@@ -259,7 +290,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 def _scores_elsewhere(context: Context) -> tuple[Path, dict[str, Any]]:
     """Where the run that gave the images keeps their scores, and with what settings it made them."""
-    other = RunFolder(Path(context.config.run.samples_from or ""))
+    other = RunFolder(place(context.config.run.samples_from or ""))
     if context.config.run.samples_from and other.has(SCORES):
         other.refuse_damage(SCORES)
         manifest = other.manifest(SCORES)
@@ -346,7 +377,9 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         ),
         seed=context.seed,
         output_dir=str(output_dir),
-        commits=CommitJob(str(output_dir / COMMITS_DIR), training.updates_per_commit, training.keep_last),
+        commits=CommitJob(
+            str(output_dir / COMMITS_DIR), training.updates_per_commit, training.keep_last, training.keep_best
+        ),
         max_skipped_updates=training.max_skipped_updates,
         guidance_range=training.guidance_range,
         start_dir=context.start_dir,
@@ -408,6 +441,8 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         generators=_pool(config.resources.generators),
         num_resamples=config.evaluation.num_bootstrap_resamples,
         seed=config.run.seed,
+        max_bad_fraction=config.generation.max_bad_fraction,
+        progress=context.progress,
         labelled=LabelledSamples(
             context.run.step(SAMPLES),
             fraction,
@@ -424,6 +459,7 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
             judge, base["mean"], tuned["mean"], difference["mean"], difference["low"], difference["high"],
             found["win_rate"]["mean"],
         )  # fmt: skip
+    num_prompts = metrics["num_prompts"]
     context.progress.record(
         {
             f"{judge}/{name}": found[name]["mean"]
@@ -433,9 +469,11 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         update=context.run.manifest(TRAINING)["counts"]["updates"],
     )
     output.counts |= {
-        "prompts": len(context.prompts.heldout),
-        "images": 2 * len(context.prompts.heldout) * config.evaluation.images_per_prompt,
+        "prompts": num_prompts,
+        "images": 2 * num_prompts * config.evaluation.images_per_prompt,
+        "prompts_set_aside": len(context.prompts.heldout) - num_prompts,
     }
+    _warn_of_set_aside(output)
 
 
 def export(context: Context, format_name: str, output_dir: Path) -> None:
@@ -445,7 +483,7 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
 
     config, run = context.config, context.run
     name = config.run.name
-    trained = Trained(name, run.step(TRAINING).resolve(), config.model.family, _model(config))
+    trained = Trained(name, local_copy(run.step(TRAINING)), config.model.family, _model(config))
     facts = RunFacts(
         name=name,
         settings=config.plain(),
@@ -455,7 +493,7 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
         ranking=config.rewards.ranking_sentence,
         curriculum=config.curriculum.sentence,
         training=run.manifest(TRAINING),
-        metrics=json.loads((run.step(EVALUATION) / "metrics.json").read_text()) if run.has(EVALUATION) else None,
+        metrics=read_json(run.step(EVALUATION) / "metrics.json") if run.has(EVALUATION) else None,
     )
     write_export(format_name, trained, model_card(facts, format_name, trained.denoiser_name), output_dir)
 
@@ -480,6 +518,7 @@ STEPS = (
         lambda config: _sample_settings(config),
         (),
         generate,
+        resumable=True,
         continues=True,
     ),
     Step(
@@ -520,7 +559,8 @@ STEPS = (
         "evaluate",
         EVALUATION,
         lambda config: (
-            _section(config, "prompts", "model", "generation")
+            _section(config, "prompts", "model")
+            | {"generation": config.generation.outcome}
             | {"evaluation": config.plain()["evaluation"] | {"judges": list(config.evaluation_judges)}}
             | _seed(config)
             | {f"rewards.{name}": options for name, options in config.evaluation_judges.items()}
@@ -528,6 +568,7 @@ STEPS = (
         ),
         (TRAINING,),
         evaluate,
+        resumable=True,
     ),
 )
 
@@ -562,7 +603,8 @@ def preference_frame(config: Config) -> Any:
 
 def _sample_settings(config: Config) -> dict[str, Any]:
     return (
-        _section(config, "model", "generation")
+        _section(config, "model")
+        | {"generation": config.generation.outcome}
         | _seed(config)
         | {
             "prompts.train": config.prompts.train.model_dump() if config.prompts.train else None,
