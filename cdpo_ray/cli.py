@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -52,7 +53,7 @@ FORMAT_HELP = (
 )
 ALLOW_HELP = "go on with training that was begun with other settings; its manifest will tell them"
 EXIT_FAULT = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128  # and the signal's number, as shells have it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (asked.runs if comparing else asked.overrides).extend(after_options)
     if comparing and len(asked.runs) < 2:
         parser.error(f"compare: needs two runs or more, got {asked.runs}")
+    signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("cdpo_ray").setLevel(logging.INFO)
     try:
@@ -104,9 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CdpoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAULT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + (interrupt.args or (signal.SIGINT,))[0]
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _do(asked: argparse.Namespace) -> None:

@@ -361,7 +361,9 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         ),
         seed=context.seed,
         output_dir=str(output_dir),
-        commits=CommitJob(str(output_dir / COMMITS_DIR), training.updates_per_commit, training.keep_last),
+        commits=CommitJob(
+            str(output_dir / COMMITS_DIR), training.updates_per_commit, training.keep_last, training.keep_best
+        ),
         max_skipped_updates=training.max_skipped_updates,
         guidance_range=training.guidance_range,
         start_dir=context.start_dir,

@@ -89,8 +89,8 @@ def train_adapter(
     assert newest, "training that ends well has committed its last update"
     saved = state_of(newest)
     state: dict[str, Any] = saved["state"]
-    if asked.is_set() and state["stage"] <= job.num_stages:
-        raise KeyboardInterrupt
+    if asked and state["stage"] <= job.num_stages:
+        raise KeyboardInterrupt(asked[0])
     records = state["records"]
     write_text(output_dir / "updates.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
     write_json(output_dir / "stages.json", saved["summaries"])
@@ -139,17 +139,17 @@ def _followed(board: Any, fit: threading.Thread, progress: Progress, *, silent_s
 
 
 @contextlib.contextmanager
-def _stopping_at_signals(board: Any) -> Iterator[threading.Event]:
+def _stopping_at_signals(board: Any) -> Iterator[list[int]]:
     """SIGINT or SIGTERM once: training stops at its update's end, committed; twice: KeyboardInterrupt at once."""
-    asked = threading.Event()
+    asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def on_signal(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
+        if asked:
+            raise KeyboardInterrupt(number)
+        asked.append(number)
         log.warning("training: stopping at the end of this update; once more to leave at once")
         board.ask_to_stop.remote()
 
