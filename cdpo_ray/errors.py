@@ -43,3 +43,11 @@ class ExportError(CdpoError):
 
 class StoreError(CdpoError):
     """A run folder is missing, damaged, in use, or was made with another configuration."""
+
+
+class ClusterError(CdpoError):
+    """Ray cannot be reached, does not let us in, or lets everyone in."""
+
+
+class ResourceError(CdpoError):
+    """A step's actors do not fit the cluster."""

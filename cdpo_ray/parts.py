@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cdpo_ray.store import delete, read_table, write_table, write_text
+from cdpo_ray.store import delete, move, read_table, write_table, write_text
 
 PARTS, SET_ASIDE = "parts", "set_aside"
 IMAGES_PER_BATCH = "images_per_batch"
@@ -87,7 +87,7 @@ def join_parts(parts: list[Path], shard: Path) -> None:
     """Parts -> one shard, in their order. Done twice, or broken off between any two files, it ends the same."""
     if not shard.exists():
         if len(parts) == 1:
-            parts[0].rename(shard)
+            move(parts[0], shard)
         else:
             write_table(pa.concat_tables(map(read_table, parts)), shard)
     for part in parts:

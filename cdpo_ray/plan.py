@@ -1,15 +1,14 @@
 """Config -> what a run will make and need, before it is paid; needs neither torch nor ray."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from cdpo_ray.config import Config
 from cdpo_ray.curriculum.capacity import stage_capacities
 from cdpo_ray.curriculum.stages import ORDERED, admitted_gaps, admitted_levels, count_pairs
 from cdpo_ray.models.sizes import Sizes, sizes_of
 from cdpo_ray.prompts.sources import PromptSplit
+from cdpo_ray.store import place
 
-BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
 PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawings take less
 
 
@@ -39,7 +38,7 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
     noise_prompts = min(config.rewards.noise_prompts, len(prompts.train))
     noise = f"; {noise_prompts} prompts scored twice for the rewards' noise" if noise_prompts else ""
     lines = [
-        f"run {config.run.name} in {Path(config.run.dir) / config.run.name}",
+        f"run {config.run.name} in {place(config.run.dir) / config.run.name}",
         f"  prompts      {len(prompts.train):,} to train on, {len(prompts.heldout):,} held out"
         f" (of {prompts.num_read:,}: {prompts.num_doubled:,} doubled, {prompts.num_empty:,} empty,"
         f" {prompts.num_beyond_count:,} beyond `count` left out)",
@@ -136,7 +135,7 @@ def _disk(config: Config, num_images: int) -> str:
     sizes = _sizes(config)
     if sizes is None:
         return "known once the model is on this machine, or with `generation.height` and `generation.width`"
-    latents = num_images * sizes.num_latent_values * BYTES_OF[config.model.dtype]
+    latents = num_images * sizes.latent_bytes(config.model.dtype)
     images = num_images * sizes.height * sizes.width * PNG_BYTES_PER_PIXEL if config.generation.keep_images else 0
     return f"latents {_bytes(latents)}, images up to {_bytes(images)}"
 

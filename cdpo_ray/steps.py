@@ -5,7 +5,6 @@ neither torch nor ray.
 """
 
 import functools
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,20 @@ from cdpo_ray.records import (
     score_column,
     score_file,
 )
-from cdpo_ray.store import RunFolder, StepOutput, differences, link, read_shards, shard_schema
+from cdpo_ray.resources import Demand
+from cdpo_ray.store import (
+    RunFolder,
+    StepOutput,
+    differences,
+    link,
+    local_copy,
+    make_folder,
+    place,
+    read_json,
+    read_shards,
+    refuse_full_disk,
+    shard_schema,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +54,7 @@ class Context:
         round: 1-based.
         run: the round's folder.
         previous: folder of the round before.
+        progress: told how far the step is.
     """
 
     config: Config
@@ -100,9 +113,10 @@ class Step:
 
 def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     if context.config.run.samples_from:
-        _take_samples(RunFolder(Path(context.config.run.samples_from)), context, output_dir, output)
+        _take_samples(RunFolder(place(context.config.run.samples_from)), context, output_dir, output)
         return
     from cdpo_ray.generation.pool import generate_samples
+    from cdpo_ray.models.sizes import sizes_of
     from cdpo_ray.rewards.pool import score_pixels
     from cdpo_ray.rewards.scorer import Scorer
 
@@ -110,6 +124,9 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     rewards, judges = {name: config.rewards.options(name) for name in config.rewards.names}, config.rewards.judges
     sampling = _sampling(config, config.generation.images_per_prompt, context.seed)
     sampling = replace(sampling, max_masked_fraction=config.rewards.max_masked_fraction)
+    if sizes := sizes_of(config.model.family, config.model.path, sampling.height, sampling.width):
+        num_images = len(context.prompts.train) * sampling.images_per_prompt
+        refuse_full_disk(output_dir, num_images * sizes.latent_bytes(config.model.dtype))  # PNGs: who knows
     fused = config.rewards.placement == "fused" or not judges
     made_with = generate_samples(
         context.prompts.train,
@@ -240,7 +257,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
         reward, second = parts[part]
         path = output_dir / score_file(reward, second=second)
         if there.get(part) == settings[part]:
-            path.parent.mkdir(exist_ok=True)
+            make_folder(path.parent)
             link(other_dir / score_file(reward, second=second), path)
         elif with_images.get(reward) == rewards.options(reward) and (reward in JUDGE_NO_IMAGE or not second):
             rows = read_shards(samples_dir, ["prompt_index", "prompt_id", "prompt", score_column(reward)])
@@ -279,7 +296,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 def _scores_elsewhere(context: Context) -> tuple[Path, dict[str, Any]]:
     """Where the run that gave the images keeps their scores, and with what settings it made them."""
-    other = RunFolder(Path(context.config.run.samples_from or ""))
+    other = RunFolder(place(context.config.run.samples_from or ""))
     if context.config.run.samples_from and other.has(SCORES):
         other.refuse_damage(SCORES)
         manifest = other.manifest(SCORES)
@@ -366,7 +383,9 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         ),
         seed=context.seed,
         output_dir=str(output_dir),
-        commits=CommitJob(str(output_dir / COMMITS_DIR), training.updates_per_commit, training.keep_last),
+        commits=CommitJob(
+            str(output_dir / COMMITS_DIR), training.updates_per_commit, training.keep_last, training.keep_best
+        ),
         max_skipped_updates=training.max_skipped_updates,
         guidance_range=training.guidance_range,
         start_dir=context.start_dir,
@@ -447,6 +466,14 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
             found["win_rate"]["mean"],
         )  # fmt: skip
     num_prompts = metrics["num_prompts"]
+    context.progress.record(
+        {
+            f"{judge}/{name}": found[name]["mean"]
+            for judge, found in metrics["judges"].items()
+            for name in ("base", "tuned", "difference", "win_rate")
+        },
+        update=context.run.manifest(TRAINING)["counts"]["updates"],
+    )
     output.counts |= {
         "prompts": num_prompts,
         "images": 2 * num_prompts * config.evaluation.images_per_prompt,
@@ -462,7 +489,7 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
 
     config, run = context.config, context.run
     name = config.run.name
-    trained = Trained(name, run.step(TRAINING).resolve(), config.model.family, _model(config))
+    trained = Trained(name, local_copy(run.step(TRAINING)), config.model.family, _model(config))
     facts = RunFacts(
         name=name,
         settings=config.plain(),
@@ -472,7 +499,7 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
         ranking=config.rewards.ranking_sentence,
         curriculum=config.curriculum.sentence,
         training=run.manifest(TRAINING),
-        metrics=json.loads((run.step(EVALUATION) / "metrics.json").read_text()) if run.has(EVALUATION) else None,
+        metrics=read_json(run.step(EVALUATION) / "metrics.json") if run.has(EVALUATION) else None,
     )
     write_export(format_name, trained, model_card(facts, format_name, trained.denoiser_name), output_dir)
 
@@ -555,6 +582,24 @@ STEPS = (
 def steps_of(config: Config) -> tuple[Step, ...]:
     """The steps of a configuration's way: images are generated, or imported with preferences."""
     return (IMPORT, *STEPS[1:]) if config.preferences else STEPS
+
+
+def demands_of(step: Step, config: Config) -> list[Demand]:
+    """The actors of a step, which run at the same time; a pool begins with one and takes more as they find room."""
+    resources, trainers = config.resources, config.resources.trainers
+    generators = Demand("resources.generators", "actor", *_actors(resources.generators))
+    scorers = Demand("resources.scorers", "actor", *_actors(resources.scorers))
+    if step.folder == TRAINING:
+        num = config.training.num_workers
+        return [Demand("training.num_workers", "worker", num, num, trainers.cpus_per_worker, trainers.gpus_per_worker)]
+    if step.folder in (SAMPLES, EVALUATION):
+        apart = step.folder == SAMPLES and config.rewards.placement == "pool" and config.rewards.judges
+        return [generators, scorers] if apart else [generators]
+    return [scorers] if step.folder == SCORES else []
+
+
+def _actors(pool: Pool) -> tuple[int, int, float, float]:
+    return pool.num_actors, 1, pool.cpus_per_actor, pool.gpus_per_actor
 
 
 def preference_source(config: Config) -> Source:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.data
 from ray.data import ActorPoolStrategy, Dataset
 
 from cdpo_ray.parts import PARTS, Part, join_parts, shards_of, write_part
 from cdpo_ray.progress import Progress
-from cdpo_ray.store import delete
+from cdpo_ray.store import arrow_place, delete, make_folder
 
 MIN_SHARD_BYTES = 128 * 2**20
 
@@ -48,6 +49,14 @@ def in_pool(
     )
 
 
+def read_rows(folder: Path, columns: Sequence[str]) -> Dataset:
+    """Rows of all Parquet shards of a folder."""
+    where = arrow_place(folder)
+    return ray.data.read_parquet(
+        where["path"], filesystem=where["filesystem"], columns=list(columns), file_extensions=["parquet"]
+    )
+
+
 def write_parts(rows: Dataset | None, output_dir: Path, stem: str, progress: Progress) -> Iterator[Part]:
     """Write each block, what one call made, as a part; each is told, in order, once a restart would not make it again.
 
@@ -58,7 +67,7 @@ def write_parts(rows: Dataset | None, output_dir: Path, stem: str, progress: Pro
     if rows is None:
         return
     parts_dir = output_dir / PARTS
-    parts_dir.mkdir(exist_ok=True)
+    make_folder(parts_dir)
     written = rows.map_batches(
         write_part,
         fn_kwargs={"parts_dir": parts_dir},

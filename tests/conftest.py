@@ -3,7 +3,7 @@
 import functools
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,6 +59,22 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     }
     folder = tmp_path_factory.mktemp("families")
     return functools.cache(lambda family: builders[family](folder / family))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Path]:
+    from object_store import serve
+
+    with serve() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def s3(s3_server: Path) -> Iterator[Path]:
+    """A bucket of a real S3 server on loopback, empty; `s3://bucket`."""
+    yield s3_server
+    if found := s3_server.fs.find("bucket"):
+        s3_server.fs.rm(found)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -202,7 +202,7 @@ def test_second_run_computes_nothing_and_is_quick(finished: tuple[Config, RunFol
     assert time.monotonic() - started < 10
     assert done.stderr.count("done already") == len(STEPS) + 1
     now = {path: path.stat().st_mtime_ns for path in written}
-    assert {path.name for path in written if now[path] != written[path]} <= {"config.yaml"}
+    assert {path.name for path in written if now[path] != written[path]} <= {"config.yaml", "status.json"}
 
 
 def test_images_and_pairs_do_not_depend_on_the_number_of_actors(

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from cdpo_ray.config.section import without_credentials
 from cdpo_ray.config.whole import Config
 from cdpo_ray.errors import ConfigError
 
@@ -98,6 +99,7 @@ def _speak(fault: Any) -> Iterable[str]:
     """One pydantic fault as a sentence with the key as the user wrote it."""
     where = ".".join(str(part) for part in fault["loc"])
     kind, got = fault["type"], fault["input"]
+    shown = without_credentials(repr(got))
     context = {name: int(x) if x == 0.0 or x == 1.0 else x for name, x in fault.get("ctx", {}).items()}  # 0, not 0.0
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(fault["loc"][-1]), _keys_beside(fault["loc"]), n=1)
@@ -112,7 +114,7 @@ def _speak(fault: Any) -> Iterable[str]:
             yield f"{where}: {message}" if where else message
         else:
             what, separator, hint = message.partition("; ")
-            yield f"`{where}` {what}, got {got!r}{separator}{hint}"
+            yield f"`{where}` {what}, got {shown}{separator}{hint}"
     elif kind == "too_short":
         yield f"`{where}` must not be empty"
     else:
@@ -126,7 +128,7 @@ def _speak(fault: Any) -> Iterable[str]:
             "string_pattern_mismatch": "match {pattern}",
         }.get(kind)
         wish = limit.format(**context) if limit else fault["msg"].removeprefix("Input should ")
-        yield f"`{where}` must {wish}, got {got!r}"
+        yield f"`{where}` must {wish}, got {shown}"
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:

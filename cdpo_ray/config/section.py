@@ -4,15 +4,38 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
+OBJECT_STORES = ("s3", "gs")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def check_place(text: str) -> str:
+    """A folder on local disk or in an object store.
+
+    Raises:
+        ValueError: there are credentials in it, or it is of another kind.
+    """
+    if without_credentials(text) != text:
+        raise ValueError("must not hold credentials; give them by the environment")
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme not in OBJECT_STORES:
+        raise ValueError(f"must be a local folder, {' or '.join(f'{store}://...' for store in OBJECT_STORES)}")
+    return text
+
+
+def without_credentials(text: str) -> str:
+    """A text to show: of an address with a user and a password in it, neither."""
+    return re.sub(r"://[^/\s]*@", "://***@", text)
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(check_place)]
 
 
 def check_pinned(place: str, revision: str | None, *, key: str, revision_key: str, kind: str) -> None:

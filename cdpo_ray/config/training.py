@@ -44,6 +44,7 @@ HOW_NOT_WHAT = {
     "zero_stage",
     "updates_per_commit",
     "keep_last",
+    "keep_best",
     "max_skipped_updates",
     "max_restarts",
     "collective_timeout_seconds",
@@ -75,6 +76,7 @@ class TrainingSection(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     updates_per_commit: Annotated[int, Field(ge=1)] = 50
     keep_last: Annotated[int, Field(ge=1)] = 2
+    keep_best: bool = False
     max_skipped_updates: Annotated[int, Field(ge=1)] = 20
     max_restarts: Annotated[int, Field(ge=0)] = 3
     collective_timeout_seconds: Annotated[int, Field(ge=1)] = 600

@@ -14,7 +14,8 @@ from cdpo_ray.config.model import (
     ModelSection,
 )
 from cdpo_ray.config.rewards import COMBINATIONS, RewardName, RewardsSection
-from cdpo_ray.config.section import Section
+from cdpo_ray.config.section import Place, Section
+from cdpo_ray.config.tracking import TrackingSection
 from cdpo_ray.config.training import TrainingSection
 from cdpo_ray.records import PERTURBATION, PREFERENCE
 
@@ -23,8 +24,8 @@ class RunSection(Section):
     """Where a run lives, what seeds it, and the run whose images it takes in place of making its own."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)]
-    dir: str = "runs"
-    samples_from: Annotated[str, Field(min_length=1)] | None = None
+    dir: Place = "runs"
+    samples_from: Place | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
@@ -69,6 +70,7 @@ class Config(Section):
     training: TrainingSection
     evaluation: EvaluationSection
     resources: ResourcesSection = ResourcesSection()
+    tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cdpo_ray.curriculum.combination import RankingRule
 from cdpo_ray.curriculum.drawing import sort_by_difficulty
@@ -20,7 +19,7 @@ from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.errors import CurriculumError
 from cdpo_ray.records import LABEL, score_file
 from cdpo_ray.rewards.score_table import read_scores
-from cdpo_ray.store import write_json, write_table
+from cdpo_ray.store import make_folder, write_json, write_table
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +109,7 @@ def write_stages(
     for stage in range(1, schedule.num_stages + 1):
         drawn, admitted = curriculum.plan(stage, pairs_per_stage)
         pairs = sort_by_difficulty(drawn)
-        (output_dir / f"stage-{stage}").mkdir()
+        make_folder(output_dir / f"stage-{stage}")
         write_table(_rows(pairs, stage, table), output_dir / f"stage-{stage}" / "pairs-000000.parquet")
         stages.append(
             describe_stage(
@@ -167,4 +166,4 @@ def _rows(pairs: PairBatch, stage: int, table: ScoreTable) -> pa.Table:
 def _write_prompt_counts(pairs: PairBatch, prompt_index: np.ndarray, admitted: PairSet, path: Path) -> None:
     drawn = np.bincount(pairs.prompt, minlength=len(prompt_index))
     counts = {"prompt_index": prompt_index, "num_candidate_pairs": admitted.pairs_per_prompt, "num_drawn_pairs": drawn}
-    pq.write_table(pa.table(counts), path)
+    write_table(pa.table(counts), path)

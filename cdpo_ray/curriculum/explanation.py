@@ -114,7 +114,8 @@ def draw_stages(stages: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
         grid[0, 0].set_title("drawn pairs by rank gap; shaded: admitted")
         grid[0, 1].set_title("drawn pairs by score gap; shaded: admitted")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-        figure.savefig(path, dpi=160)
+        with path.open("wb") as picture:
+            figure.savefig(picture, format="png", dpi=160)
 
 
 def _strip(axes: Axes, counts: Sequence[int], edges: Any, low: float, high: float) -> None:

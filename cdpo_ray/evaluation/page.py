@@ -11,6 +11,7 @@ import jinja2
 from PIL import Image
 
 from cdpo_ray.errors import StoreError
+from cdpo_ray.store import write_text
 
 MAX_PIXELS = 256  # larger images are shrunk, so that the page stays of a size that opens
 PIXELATED_BELOW = 128  # smaller images are enlarged without blur, which would hide what the model made
@@ -28,10 +29,8 @@ def write_page(path: Path, template: str, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    aside = path.with_name(f"{path.name}.tmp")
     page = environment.get_template(template).render(**values).translate(CONTROL_PICTURES)
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(path)
+    write_text(path, page)
 
 
 def inlined(png: bytes, where: str) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from cdpo_ray.generation.pool import prompt_rows
 from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.parts import PARTS, find_parts, join_set_aside
 from cdpo_ray.progress import Progress
-from cdpo_ray.records import CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
+from cdpo_ray.records import ARMS, CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
 from cdpo_ray.store import delete, read_table, shard_schema, write_json, write_table
-from cdpo_ray.streams import PoolSize, in_pool, write_parts
+from cdpo_ray.streams import PoolSize, in_pool, read_rows, write_parts
 
 
 def evaluate_adapter(
@@ -54,7 +54,8 @@ def evaluate_adapter(
     set_aside = SetAside(output_dir, len(prompts), max_bad_fraction)
     parts, held = find_parts(output_dir, "comparison")
     done = held | set_aside.refuse_too_many()
-    progress.begin("evaluate", total=len(prompts), unit="prompt", done=len(done))
+    makes = (len(ARMS) * sampling.images_per_prompt, "images")
+    progress.begin("evaluate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
     rows_per_call = max(1, sampling.images_per_batch // sampling.images_per_prompt)
     rows = prompt_rows(prompts, rows_per_call, done)
     compared = rows and in_pool(
@@ -98,7 +99,7 @@ def _valued(labelled: LabelledSamples, generators: PoolSize, **arguments: Any) -
     schema = shard_schema(labelled.samples_dir)
     kept = [name for name in map(score_column, (LABEL, *labelled.rewards)) if name in schema.names]
     read = ["prompt", "latents", *(name for name in CONDITIONING if name in schema.names), *kept]
-    rows = ray.data.read_parquet(str(labelled.samples_dir), columns=read, file_extensions=["parquet"])
+    rows = read_rows(labelled.samples_dir, read)
     rows = rows.map_batches(
         only_held_out, fn_kwargs={"fraction": labelled.heldout_fraction}, batch_size=None, batch_format="pyarrow"
     )

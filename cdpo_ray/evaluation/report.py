@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from markupsafe import Markup
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ from cdpo_ray.evaluation.page import (
     write_page,
 )
 from cdpo_ray.records import ARMS, EVALUATION, PREFERENCE, SAMPLES, SCORES, STAGES, TRAINING, score_column
-from cdpo_ray.store import RunFolder
+from cdpo_ray.store import RunFolder, tables
 
 STEPS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 CONFIG = "config.yaml"
@@ -304,7 +303,7 @@ def _json_lines(path: Path) -> list[Any]:
 def read_table(path: Path, columns: Sequence[str], filters: Any = None) -> pa.Table:
     """Columns of a Parquet file; raises StoreError with what to do if it is missing or damaged."""
     try:
-        return pq.read_table(path, columns=list(columns), filters=filters)
+        return tables.read_table(path, list(columns), filters)
     except FileNotFoundError:
         raise _missing(path) from None
     except (pa.ArrowInvalid, OSError) as error:

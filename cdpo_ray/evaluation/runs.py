@@ -27,7 +27,7 @@ from cdpo_ray.evaluation.statistics import Scores, compare
 from cdpo_ray.generation.images import decode_png
 from cdpo_ray.records import ARMS, EVALUATION, IMPLICIT_VALUE, score_column
 from cdpo_ray.rewards.scorer import Scorer
-from cdpo_ray.store import RunFolder, flat, write_json
+from cdpo_ray.store import RunFolder, flat, make_folder, table_schema, write_json
 
 BASE = "base model"
 COMPARABLE_BY = (
@@ -109,7 +109,7 @@ def compare_runs(run_dirs: Sequence[Path], output_dir: Path) -> dict[str, Any]:
     runs = [with_scores(run, {judge: judges[judge] for judge in scored_now[run.name]}) for run in runs]
     found = measure_runs(runs, list(judges)) | {"scored_now": scored_now}
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(output_dir)
         write_json(output_dir / "compare.json", found)
     except OSError as error:
         raise StoreError(f"{output_dir}: cannot be written: {error.strerror}; choose another `--out`") from None
@@ -143,7 +143,7 @@ def read_run(run_dir: Path, name: str) -> EvaluatedRun:
     run.refuse_damage(EVALUATION)
     settings = run.manifest(EVALUATION)["settings"]
     path = run_dir / EVALUATION / "comparison.parquet"
-    kept = [column for column in pq.read_schema(path).names if not column.endswith("_image")]
+    kept = [column for column in table_schema(path).names if not column.endswith("_image")]
     rows = read_table(path, kept).sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
     return EvaluatedRun(
         name,
@@ -193,7 +193,11 @@ def with_scores(run: EvaluatedRun, judges: Mapping[str, Mapping[str, Any]]) -> E
     scored: dict[str, list[float]] = {f"{arm}_{score_column(judge)}": [] for arm in ARMS for judge in judges}
     places: list[tuple[int, int]] = []
     num_images = len(ARMS) * run.rows.num_rows
-    with pq.ParquetFile(run.comparison_path) as file, tqdm(total=num_images, desc=run.name, disable=None) as bar:
+    with (
+        run.comparison_path.open("rb") as opened,
+        pq.ParquetFile(opened) as file,
+        tqdm(total=num_images, desc=run.name, disable=None) as bar,
+    ):
         for batch in file.iter_batches(run.settings["generation.images_per_batch"], columns=columns):
             places += zip(batch["prompt_index"].to_pylist(), batch["sample_index"].to_pylist(), strict=True)
             for arm in ARMS:

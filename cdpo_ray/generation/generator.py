@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -21,6 +20,7 @@ from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.parts import IMAGES_PER_BATCH
 from cdpo_ray.records import PERTURBATION, score_column
+from cdpo_ray.store import place
 
 if TYPE_CHECKING:
     from cdpo_ray.models.family import Conditioning, TextToImageModel
@@ -152,7 +152,7 @@ class Generator:
     ) -> None:
         self.model = load_model(family, **model)
         if tuned_dir:
-            self.model.load_tuned(Path(tuned_dir))
+            self.model.load_tuned(place(tuned_dir))
             self.model.use_tuned(True)
         self.sampling = sampling
         self.scores = make_scores() if make_scores else None

@@ -10,7 +10,7 @@ import torch
 from cdpo_ray.errors import CdpoError, GenerationError, ModelError
 from cdpo_ray.generation.memory import is_out_of_memory
 from cdpo_ray.parts import SET_ASIDE, read_set_aside
-from cdpo_ray.store import write_text
+from cdpo_ray.store import make_folder, write_text
 
 
 class SetAside:
@@ -71,7 +71,7 @@ class SetAside:
     def _put(self, row: pa.Table, reason: str) -> None:
         (entry,) = row.select(["prompt_index", "prompt"]).to_pylist()
         path = self.output_dir / SET_ASIDE / f"{entry['prompt_index']:012d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
         write_text(path, f"{json.dumps(entry | {'reason': reason})}\n")
         self.refuse_too_many()
 

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from cdpo_ray.errors import ModelError
 from cdpo_ray.models.lora import LORA_DIR
 from cdpo_ray.models.noising import squared_error
+from cdpo_ray.store import local_copy
 
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
@@ -246,6 +247,7 @@ class TextToImageModel(ABC):
 
     def load_tuned(self, training_dir: Path) -> None:
         """Add what a training wrote (`4-training`), a LoRA or a whole net; `use_tuned` switches it."""
+        training_dir = local_copy(training_dir)
         if (training_dir / LORA_DIR).is_dir():
             self.pipeline.load_lora_weights(str(training_dir / LORA_DIR), use_safetensors=True)
             return

@@ -16,6 +16,7 @@ from cdpo_ray.preferences.files import Chunk, Source, blocks_of
 from cdpo_ray.preferences.images import Frame
 from cdpo_ray.preferences.reading import faults_of, read_chunks
 from cdpo_ray.progress import Progress
+from cdpo_ray.store import make_folder
 from cdpo_ray.streams import PoolSize, in_pool, write_shards
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def import_samples(
     Readers and encoders take some rows at a time, so memory does not grow with the files.
     """
     set_aside_dir = output_dir / SET_ASIDE
-    set_aside_dir.mkdir()
+    make_folder(set_aside_dir)
     rows_per_call = max(1, images_per_batch // num_samples)
     rows = _chunk_rows(chunks).map_batches(
         read_chunks,
@@ -51,7 +52,7 @@ def import_samples(
             "frame": frame,
             "num_samples": num_samples,
             "rows_per_table": rows_per_call,
-            "set_aside_dir": str(set_aside_dir.resolve()),
+            "set_aside_dir": set_aside_dir,
         },
         batch_size=None,
         batch_format="pyarrow",

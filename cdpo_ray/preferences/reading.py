@@ -25,7 +25,7 @@ PlacedGroup = tuple[int, str, NDArray[np.uint8], NDArray[np.float64], NDArray[np
 
 
 def read_chunks(
-    chunks: pa.Table, *, source: Source, frame: Frame, num_samples: int, rows_per_table: int, set_aside_dir: str
+    chunks: pa.Table, *, source: Source, frame: Frame, num_samples: int, rows_per_table: int, set_aside_dir: Path
 ) -> Iterator[pa.Table]:
     """Tables of rows with pixels, some rows each; faults go to a file a chunk in ``set_aside_dir``.
 
@@ -50,7 +50,7 @@ def read_chunks(
                 yield _table(groups)
                 groups = []
         if faults:
-            path = Path(set_aside_dir) / f"{chunk.first_index:012d}.jsonl"
+            path = set_aside_dir / f"{chunk.first_index:012d}.jsonl"
             path.write_text("".join(f"{json.dumps(asdict(fault))}\n" for fault in faults))
     if groups:
         yield _table(groups)

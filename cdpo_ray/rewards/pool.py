@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import ray.data
 from ray.data import Dataset
 
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import score_column
 from cdpo_ray.rewards.scorer import PixelScorer, SampleScorer
-from cdpo_ray.streams import PoolSize, in_pool
+from cdpo_ray.store import count_rows
+from cdpo_ray.streams import PoolSize, in_pool, read_rows
 
 Rewards = Mapping[str, Mapping[str, Any]]
 IMAGES_PER_CALL = 128  # of an actor that reads and judges, in batches: a call costs a tenth of a second on its own
@@ -48,11 +47,11 @@ def rescore(
     Returns:
         prompt_index, prompt_id and a list column of scores a reward, in prompt order.
     """
-    num_there = sum(pq.read_metadata(path).num_rows for path in samples_dir.glob("*.parquet"))
+    num_there = count_rows(samples_dir)
     progress.begin("score", total=min(num_there, num_prompts or num_there), unit="prompt")
     rows_per_call = max(1, IMAGES_PER_CALL // images_per_prompt)
     columns = ["prompt_index", "prompt_id", "prompt", "images" if keep_images else "latents"]
-    rows = ray.data.read_parquet(str(samples_dir), columns=columns, file_extensions=["parquet"])
+    rows = read_rows(samples_dir, columns)
     if num_prompts is not None:
         rows = rows.limit(num_prompts)
     rows = rows.repartition(target_num_rows_per_block=rows_per_call)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cdpo_ray.records import score_column
+from cdpo_ray.store import make_folder, read_table, write_table
 
 
 def write_scores(prompts: pa.Table, reward: str, path: Path) -> None:
@@ -20,8 +20,8 @@ def write_scores(prompts: pa.Table, reward: str, path: Path) -> None:
     num_samples = len(lists[0])
     table = prompts.select(["prompt_index", "prompt_id"]).take(np.repeat(np.arange(len(lists)), num_samples))
     table = table.append_column("sample_index", pa.array(np.tile(np.arange(num_samples), len(lists))))
-    path.parent.mkdir(exist_ok=True)
-    pq.write_table(table.append_column(score_column(reward), lists.flatten()), path)
+    make_folder(path.parent)
+    write_table(table.append_column(score_column(reward), lists.flatten()), path)
 
 
 def read_scores(path: Path, reward: str) -> tuple[np.ndarray, np.ndarray]:
@@ -29,6 +29,6 @@ def read_scores(path: Path, reward: str) -> tuple[np.ndarray, np.ndarray]:
 
     Both are in prompt and sample order, whatever the order of the rows.
     """
-    table = pq.read_table(path).sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
+    table = read_table(path).sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
     prompt_index = np.unique(table["prompt_index"].to_numpy())
     return prompt_index, table[score_column(reward)].to_numpy().reshape(len(prompt_index), -1)

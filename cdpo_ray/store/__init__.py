@@ -1,9 +1,26 @@
 """Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
 
-from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, refuse_full_disk
+from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, move, refuse_full_disk
 from cdpo_ray.store.folder import RunFolder, StepOutput, differences, fingerprint_of, flat
-from cdpo_ray.store.places import MANIFEST, is_local, place, read_json, write_json, write_text
-from cdpo_ray.store.tables import arrow_place, read_shards, read_table, shard_schema, write_table
+from cdpo_ray.store.places import (
+    MANIFEST,
+    files_within,
+    is_local,
+    make_folder,
+    place,
+    read_json,
+    write_json,
+    write_text,
+)
+from cdpo_ray.store.tables import (
+    arrow_place,
+    count_rows,
+    read_shards,
+    read_table,
+    shard_schema,
+    table_schema,
+    write_table,
+)
 
 __all__ = [
     "MANIFEST",
@@ -12,20 +29,25 @@ __all__ = [
     "arrow_place",
     "copy",
     "copy_tree",
+    "count_rows",
     "delete",
     "describe",
     "differences",
+    "files_within",
     "fingerprint_of",
     "flat",
     "is_local",
     "link",
     "local_copy",
+    "make_folder",
+    "move",
     "place",
     "read_json",
     "read_shards",
     "read_table",
     "refuse_full_disk",
     "shard_schema",
+    "table_schema",
     "write_json",
     "write_table",
     "write_text",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.errors import StoreError
-from cdpo_ray.store.places import MANIFEST, is_local, read_json
+from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, read_json
 
 MODE = 0o644  # safetensors writes 0600, which shared disks cannot use
 
@@ -24,6 +24,16 @@ def describe(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def settled(path: Path) -> dict[str, Any]:
+    """`describe` of a file that from now on stays: on the disk itself, and for others to read."""
+    if is_local(path):
+        if not path.stat().st_mode & 0o004:
+            path.chmod(MODE)
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+    return describe(path)
+
+
 def link(source: Path, target: Path) -> None:
     """The same file in a second place, without a second copy where the disk allows."""
     if is_local(source) and is_local(target):
@@ -35,8 +45,18 @@ def link(source: Path, target: Path) -> None:
     copy(source, target)
 
 
+def move(source: Path, target: Path) -> None:
+    """Move a file within its disk or store."""
+    make_folder(target.parent)
+    if is_local(source):
+        source.replace(target)
+    else:
+        source.fs.mv(source.path, target.path)  # type: ignore[attr-defined]
+
+
 def copy(source: Path, target: Path) -> None:
     """Copy a file, whole or not at all; from and to local disk and object stores."""
+    make_folder(target.parent)
     if not is_local(target):
         if is_local(source):
             target.fs.put_file(str(source), target.path)  # type: ignore[attr-defined]
@@ -50,6 +70,22 @@ def copy(source: Path, target: Path) -> None:
         os.fsync(writable.fileno())
     aside.chmod(MODE)
     aside.replace(target)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy every file of a folder."""
+    for name, path in files_within(source).items():
+        copy(path, target / name)
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder and all in it, if it is there."""
+    if not exists(folder):
+        return
+    if is_local(folder):
+        shutil.rmtree(folder)
+    else:
+        folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]
 
 
 def local_copy(folder: Path) -> Path:
@@ -74,7 +110,6 @@ def local_copy(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=copies, ignore_cleanup_errors=True) as beside:
         aside = Path(beside) / "whole"
         for name, expected in manifest["files"].items():
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
             copy(folder / name, aside / name)
             if describe(aside / name) != expected:
                 raise StoreError(f"{folder / name}: was altered (its SHA-256 differs); delete {folder} to make it anew")
@@ -97,18 +132,3 @@ def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
             f"{folder}: needs {needed_bytes / 2**20:,.1f} MiB, but {free / 2**20:,.1f} MiB are free on its disk;"
             " make room, or choose another `run.dir`"
         )
-
-
-def copy_tree(source: Path, target: Path) -> None:
-    """Copy every file of a folder."""
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            copy(path, target / path.relative_to(source).as_posix())
-
-
-def delete(path: Path) -> None:
-    """Delete a folder and all in it, if it is there."""
-    if is_local(path):
-        shutil.rmtree(path, ignore_errors=not path.exists())
-    elif path.exists():
-        path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]

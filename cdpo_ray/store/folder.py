@@ -1,6 +1,7 @@
 """A run's folder: a folder a step, written aside, manifest last, then put in place."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,12 +15,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cdpo_ray.errors import StoreError
-from cdpo_ray.store.copies import describe
-from cdpo_ray.store.lock import lock
-from cdpo_ray.store.places import MANIFEST, write_json
+from cdpo_ray.errors import CdpoError, StoreError
+from cdpo_ray.store.copies import delete, describe, move, settled
+from cdpo_ray.store.lock import file_lock, object_lock
+from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, read_json, write_json
 
 SETTINGS = "settings.json"  # beside unfinished work: what it was begun with
+DISK_FULL = os.strerror(errno.ENOSPC)
 HOW_TO_MEND = "delete the folder, restore the value, or choose another `run.name`"
 VERSIONS_KEPT = (
     "cdpo_ray",
@@ -56,17 +58,17 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process; the lock goes with the process, however that ends.
+        """Hold the folder for this process.
 
         Raises:
             StoreError: the folder cannot be made or written, or another process holds it.
         """
-        with lock(self.path):
+        with file_lock(self.path) if is_local(self.path) else object_lock(self.path):
             yield
 
     def has(self, folder: str) -> bool:
         """Whether the step is finished."""
-        return (self.path / folder / MANIFEST).is_file()
+        return exists(self.path / folder / MANIFEST)
 
     def step(self, folder: str) -> Path:
         """The folder of a finished step.
@@ -82,7 +84,7 @@ class RunFolder:
     def manifest(self, folder: str) -> dict[str, Any]:
         path = self.step(folder) / MANIFEST
         try:
-            result: dict[str, Any] = json.loads(path.read_text())
+            result: dict[str, Any] = read_json(path)
         except ValueError as error:
             raise StoreError(f"{path}: is damaged ({error}); delete {path.parent} to make it anew") from None
         return result
@@ -133,7 +135,7 @@ class RunFolder:
         """
         path = self.path / folder
         for name, expected in self.manifest(folder)["files"].items():
-            if not (path / name).is_file():
+            if not exists(path / name):
                 raise StoreError(f"{path / name}: is missing; delete {path} to make it anew")
             if describe(path / name) != expected:
                 raise StoreError(f"{path / name}: was altered (its SHA-256 differs); delete {path} to make it anew")
@@ -165,64 +167,67 @@ class RunFolder:
     ) -> Iterator[tuple[Path, StepOutput]]:
         """Write a step aside; when the block ends well, describe every file in the manifest and put it in place.
 
-        What an earlier attempt left is thrown away, unless the step is ``resumable`` and was begun alike. What is
-        written of a finished step that ``grows`` joins its files, none of which may change.
+        In an object store, which cannot rename, it is written in place: it counts once the manifest is there. What an
+        earlier attempt left is thrown away, unless the step is ``resumable`` and was begun alike. What is written of a
+        finished step that ``grows`` joins its files, none of which may change.
+
+        Args:
+            allow_change: go on with what was begun with other settings; the manifest tells the difference.
 
         Raises:
-            StoreError: a folder without manifest is in its place, or it was begun with other settings or inputs.
+            StoreError: a folder without manifest is in its place, it was begun with other settings or inputs, or the
+                disk is full.
         """
+        place = self.path / folder
         finished = self.manifest(folder) if grows and self.has(folder) else None
-        if (self.path / folder).exists() and not finished:  # the last rename would fail, when all the work is done
-            raise StoreError(f"{self.path / folder}: is there without its {MANIFEST}; delete it to make it anew")
-        aside = self.path / f"{folder}.partial"
-        begun_with = {"settings": dict(settings), "inputs": dict(inputs)}
-        if aside.exists():
-            begun = aside / SETTINGS
-            if resumable and begun.is_file():
-                earlier = json.loads(begun.read_text())
-                if changed := differences(earlier["settings"], settings):
-                    raise StoreError(f"{aside} was begun with {changed}; {HOW_TO_MEND}")
-                if earlier["inputs"] != inputs:
-                    raise StoreError(f"{aside} was begun from other inputs; delete it to begin anew")
+        aside = place if not is_local(place) and not finished else self.path / f"{folder}.partial"
+        if not finished and exists(place) and (aside != place or not exists(place / SETTINGS)):
+            raise StoreError(f"{place}: is there without its {MANIFEST}; delete it to make it anew")
+        begun_with: dict[str, Any] = {"settings": dict(settings), "inputs": dict(inputs)}
+        changes: list[str] = []
+        if exists(aside):
+            if resumable and exists(aside / SETTINGS):
+                changes = _changes_since(aside, begun_with, allow_change=allow_change)
             else:
-                shutil.rmtree(aside)
-        aside.mkdir(exist_ok=True)
-        (aside / SETTINGS).write_text(json.dumps(begun_with))
-        started = time.monotonic()
-        output = StepOutput(parts=[name for name in settings if not finished or name not in finished["settings"]])
-        yield aside, output
-        (aside / SETTINGS).unlink()
-        files = {str(path.relative_to(aside)): describe(path) for path in sorted(aside.rglob("*")) if path.is_file()}
-        manifest = {
-            "step": folder,
-            **begun_with,
-            "files": files,
-            "fingerprint": fingerprint_of(files),
-            "counts": output.counts,
-            "warnings": output.warnings,
-            "details": output.details,
-            "versions": {name: metadata.version(name) for name in VERSIONS_KEPT},
-            "machine": {
-                "system": platform.platform(),
-                "python": platform.python_version(),
-                "cpus": str(os.cpu_count()),
-            },
-            "seed": seed,
-            "seconds": round(time.monotonic() - started, 2),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        if finished:
-            self._add(folder, aside, finished, manifest)
-        else:
+                delete(aside)
+        with _full_disk_told(aside):
+            make_folder(aside)
+            write_json(aside / SETTINGS, begun_with | {"changes": changes})
+            started = time.monotonic()
+            output = StepOutput(parts=[name for name in settings if not finished or name not in finished["settings"]])
+            yield aside.absolute(), output  # workers have folders of their own to be in
+            files = {name: settled(path) for name, path in _products(aside).items()}
+            manifest = {
+                "step": folder,
+                **begun_with,
+                "files": files,
+                "fingerprint": fingerprint_of(files),
+                "counts": output.counts,
+                "warnings": output.warnings,
+                "details": output.details | ({"settings_changed": changes} if changes else {}),
+                "versions": {name: metadata.version(name) for name in VERSIONS_KEPT},
+                "machine": {
+                    "system": platform.platform(),
+                    "python": platform.python_version(),
+                    "cpus": str(os.cpu_count()),
+                },
+                "seed": seed,
+                "seconds": round(time.monotonic() - started, 2),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            if finished:
+                self._add(folder, aside, finished, manifest)
+                return
             write_json(aside / MANIFEST, manifest)
-            aside.rename(self.path / folder)
+            if aside != place:
+                aside.rename(place)
+            (place / SETTINGS).unlink()  # last: without it, what was begun would be thrown away
 
     def _add(self, folder: str, aside: Path, finished: dict[str, Any], added: dict[str, Any]) -> None:
         """Move files into a finished step; they count once the manifest, written last, names them."""
         assert not set(added["files"]) & set(finished["files"]), "a file of a finished step never changes"
         for name in added["files"]:
-            (self.path / folder / name).parent.mkdir(exist_ok=True)
-            (aside / name).replace(self.path / folder / name)
+            move(aside / name, self.path / folder / name)
         whole = finished | {key: finished[key] | added[key] for key in ("settings", "files", "details")}
         whole["fingerprint"] = fingerprint_of(whole["files"])
         whole["warnings"] = finished["warnings"] + added["warnings"]
@@ -230,7 +235,45 @@ class RunFolder:
         whole["counts"] = {name: counts.get(name, 0) + more.get(name, 0) for name in counts | more}
         whole["seconds"] = finished["seconds"] + added["seconds"]
         write_json(self.path / folder / MANIFEST, whole)
-        shutil.rmtree(aside)
+        delete(aside)
+
+
+def _products(aside: Path) -> dict[str, Path]:
+    """What the step made, once what a broken-off write left is gone."""
+    found = {name: path for name, path in files_within(aside).items() if name not in (SETTINGS, MANIFEST)}
+    for name in [name for name in found if name.endswith(".tmp")]:
+        found.pop(name).unlink()
+    return found
+
+
+def _changes_since(aside: Path, now: Mapping[str, Any], *, allow_change: bool) -> list[str]:
+    """What changed, each time that a step was gone on with, since it was begun."""
+    begun = read_json(aside / SETTINGS)
+    if begun["inputs"] != now["inputs"]:
+        raise StoreError(f"{aside} was begun from other inputs; delete it to begin anew")
+    changes: list[str] = begun.get("changes", [])
+    changed = differences(begun["settings"], now["settings"])
+    if changed and not allow_change:
+        raise StoreError(f"{aside} was begun with {changed}; {HOW_TO_MEND}")
+    return [*changes, changed] if changed else changes
+
+
+@contextlib.contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    """A full disk as a StoreError, wherever in the block it was met: in this process or an actor's."""
+    try:
+        yield
+    except CdpoError:
+        raise
+    except Exception as error:
+        told = [line for line in str(error).splitlines() if DISK_FULL in line]
+        if not told or not is_local(folder):
+            raise
+        free = shutil.disk_usage(folder.parent).free
+        raise StoreError(
+            f"{folder}: the disk is full, {free / 2**20:,.1f} MiB are free ({told[-1].strip()}); make room and give the"
+            " same command again, or choose another `run.dir`"
+        ) from error
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

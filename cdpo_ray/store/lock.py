@@ -2,25 +2,40 @@
 
 import contextlib
 import fcntl
+import json
+import logging
 import os
 import platform
+import secrets
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import fsspec.asyn
 
 from cdpo_ray.errors import StoreError
+from cdpo_ray.store.places import make_folder
 
+log = logging.getLogger(__name__)
 LOCK = ".lock"
+ANSWER_SECONDS = 3.0  # of an object store, before anything slow begins
+RENEW_SECONDS = 15.0
+STALE_SECONDS = 60.0
+SETTLE_SECONDS = 1.0  # of two processes that take a stale lock over at once, the later one has it
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the lock goes with the process, however that ends.
+def file_lock(folder: Path) -> Iterator[None]:
+    """Hold a local folder for this process; the lock goes with the process, however that ends.
 
     Raises:
         StoreError: the folder cannot be made or written, or another process holds it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         handle = (folder / LOCK).open("a+")
     except OSError as error:
         raise StoreError(f"{folder}: cannot be written: {error.strerror}; choose another `run.dir`") from None
@@ -29,11 +44,116 @@ def lock(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.seek(0)
-            raise StoreError(
-                f"{folder}: another run is writing here ({handle.read().strip() or 'unknown process'});"
-                " wait for it, or choose another `run.name`"
-            ) from None
+            raise _held(folder, handle.read().strip() or "unknown process") from None
         handle.truncate(0)
-        handle.write(f"pid {os.getpid()} on {platform.node()}")
+        handle.write(_holder(os.getpid(), platform.node()))
         handle.flush()
         yield
+
+
+@contextlib.contextmanager
+def object_lock(folder: Path) -> Iterator[None]:
+    """Hold a folder in an object store for this process, by an object that is made only if it is not there.
+
+    It is renewed while the process lives. It is taken over from a process of this machine that is dead, and from any
+    that has not renewed it for a minute, by the store's clock.
+
+    Raises:
+        StoreError: the store does not answer, cannot be written, or another process holds the folder.
+    """
+    path = folder / LOCK
+    mine = json.dumps({"pid": os.getpid(), "host": platform.node(), "id": secrets.token_hex(8)}).encode()
+    try:
+        _put(path, mine, create=True)
+    except FileExistsError:
+        _refuse_unless_stale(path)
+        log.warning("%s: taken over from a process that is gone", path)
+        _put(path, mine)
+        time.sleep(SETTLE_SECONDS)
+        if path.read_bytes() != mine:
+            raise _held(folder, "it took the stale lock over at the same time") from None
+    released = threading.Event()
+    renewer = threading.Thread(target=_renew, args=(path, mine, released), daemon=True)
+    renewer.start()
+    try:
+        yield
+    finally:
+        released.set()
+        renewer.join()
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_bytes() == mine:
+                path.unlink()
+
+
+def _put(path: Path, content: bytes, *, create: bool = False) -> None:
+    """Write an object within `ANSWER_SECONDS`; raises FileExistsError where it is there and shall be created."""
+    fs: Any = path.fs  # type: ignore[attr-defined]
+    try:
+        fsspec.asyn.sync(fs.loop, _put_object, fs, path.path, content, create, timeout=ANSWER_SECONDS)  # type: ignore[attr-defined]
+    except FileExistsError:
+        raise
+    except TimeoutError:
+        told = f"the store did not answer in {ANSWER_SECONDS:g} s; check the network and AWS_ENDPOINT_URL"
+    except Exception as error:  # the stores' own libraries have more kinds than OSError
+        told = f"cannot be written: {error}; check its bucket and the credentials, or choose another `run.dir`"
+    else:
+        return
+    raise StoreError(f"{path.parent}: {told}")
+
+
+async def _put_object(fs: Any, key: str, content: bytes, create: bool) -> None:
+    if create:  # asked first, for stores that take no heed of the condition
+        with contextlib.suppress(FileNotFoundError):
+            await fs._info(key)
+            raise FileExistsError(key)
+    await fs._pipe_file(key, content, mode="create" if create else "overwrite")
+
+
+def _refuse_unless_stale(path: Path) -> None:
+    fs: Any = path.fs  # type: ignore[attr-defined]
+    try:
+        holder = json.loads(path.read_bytes())
+        renewed = fs.modified(path.path)  # type: ignore[attr-defined]
+    except FileNotFoundError:  # released just now
+        return
+    if holder["host"] == platform.node() and not _is_alive(holder["pid"]):
+        return
+    clock = path.with_name(f"{LOCK}.clock")  # no two machines' clocks agree: both times are the store's
+    _put(clock, b"")
+    age = (fs.modified(clock.path) - renewed).total_seconds()  # type: ignore[attr-defined]
+    clock.unlink()
+    if age < STALE_SECONDS:
+        raise _held(
+            path.parent,
+            f"{_holder(holder['pid'], holder['host'])}, {age:.0f} s ago; after {STALE_SECONDS:.0f} s it counts as gone",
+        )
+
+
+def _renew(path: Path, mine: bytes, released: threading.Event) -> None:
+    while not released.wait(RENEW_SECONDS):
+        try:
+            if path.read_bytes() != mine:
+                log.error("%s: another run has taken this folder over; stopping", path)
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            _put(path, mine)
+        except Exception as error:  # the next renewal may go well
+            log.warning("%s: could not be renewed: %s", path, error)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _holder(pid: int, host: str) -> str:
+    return f"pid {pid} on {host}"
+
+
+def _held(folder: Path, holder: str) -> StoreError:
+    return StoreError(f"{folder}: another run is writing here ({holder}); wait for it, or choose another `run.name`")

@@ -7,39 +7,79 @@ from typing import Any, cast
 
 from upath import UPath
 
+from cdpo_ray.config.section import check_place, without_credentials
 from cdpo_ray.errors import StoreError
 
 MANIFEST = "manifest.json"
-EXTRAS = {"s3": "s3", "gs": "gs"}
-"""Schemes of object stores, with the extra of this package that brings each."""
 
 
 def place(text: str | Path) -> Path:
-    """A local path, or one in an object store (`UPath`, which has `Path`'s methods, an `fs` and a `path` in it).
+    """A local path, or one in an object store: a `UPath`, which has the methods of `Path`, its `fs`, and `path` in it.
+
+    Endpoint and credentials come from the environment, as for all that speaks to these stores.
 
     Raises:
-        StoreError: the scheme is not known, or the package that speaks it is not installed.
+        StoreError: it is of another kind, holds credentials, or the package that speaks to it is not installed.
     """
-    scheme, separator, _ = str(text).partition("://")
+    if isinstance(text, Path | UPath):
+        return text
+    try:
+        check_place(text)
+    except ValueError as error:
+        raise StoreError(f"{without_credentials(text)}: {error}") from None
+    scheme, separator, _ = text.partition("://")
     if not separator:
         return Path(text)
-    if scheme not in EXTRAS:
-        raise StoreError(f"{scheme}://: must be a local folder, {' or '.join(f'{name}://...' for name in EXTRAS)}")
+    path = UPath(text, use_listings_cache=False)  # other processes write too: a listing that is kept goes stale
     try:
-        # Other processes write too: a listing that is kept goes stale.
-        return cast(Path, UPath(text, use_listings_cache=False))
+        _ = path.fs
     except ImportError:
-        raise StoreError(f'{text}: {scheme}:// needs `pip install "cdpo_ray[{EXTRAS[scheme]}]"`') from None
+        raise StoreError(f'{text}: {scheme}:// needs `pip install "cdpo_ray[{scheme}]"`') from None
+    return cast(Path, path)
 
 
 def is_local(path: Path) -> bool:
     return isinstance(path, Path)
 
 
+def make_folder(path: Path) -> None:
+    """Make a local folder and those above it; an object store has none to make."""
+    if is_local(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def exists(path: Path) -> bool:
+    """Whether a file or a folder is there.
+
+    Raises:
+        StoreError: the store does not tell; `UPath.exists` would say no.
+    """
+    if is_local(path):
+        return path.exists()
+    try:
+        path.fs.info(path.path)  # type: ignore[attr-defined]
+    except FileNotFoundError:
+        return False
+    except Exception as error:  # the stores' own libraries have more kinds than OSError
+        raise StoreError(f"{path}: cannot be read: {error}; check the network and the credentials") from None
+    return True
+
+
+def files_within(folder: Path) -> dict[str, Path]:
+    """All files of a folder and the folders in it, by their names from there, sorted."""
+    if is_local(folder):
+        found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    else:
+        paths = folder.fs.find(folder.path)  # type: ignore[attr-defined]
+        names = [path.removeprefix(f"{folder.path}/") for path in paths]  # type: ignore[attr-defined]
+        found = {name: folder / name for name in names if name and not name.endswith("/")}  # pyarrow marks folders so
+    return dict(sorted(found.items()))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     if not is_local(path):
-        path.write_text(text, encoding="utf-8")  # an object is seen when it is whole
+        path.write_text(text, encoding="utf-8")  # an object is not seen before it is whole
         return
     aside = path.with_name(f"{path.name}.tmp")
     with aside.open("w", encoding="utf-8") as handle:

@@ -45,5 +45,19 @@ def read_shards(folder: Path, columns: Sequence[str]) -> pa.Table:
 
 def shard_schema(folder: Path) -> pa.Schema:
     """Columns of a folder's Parquet shards."""
-    with min(folder.glob("*.parquet")).open("rb") as handle:
+    return table_schema(min(folder.glob("*.parquet")))
+
+
+def count_rows(folder: Path) -> int:
+    """Rows of a folder's Parquet shards; reads none of them."""
+    count = 0
+    for path in folder.glob("*.parquet"):
+        with path.open("rb") as handle:
+            count += pq.read_metadata(handle).num_rows
+    return count
+
+
+def table_schema(path: Path) -> pa.Schema:
+    """Columns of a Parquet file; reads no rows."""
+    with path.open("rb") as handle:
         return pq.read_schema(handle)

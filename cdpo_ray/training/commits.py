@@ -23,6 +23,7 @@ from cdpo_ray.store import (
     fingerprint_of,
     is_local,
     local_copy,
+    make_folder,
     read_json,
     refuse_full_disk,
     write_json,
@@ -70,7 +71,7 @@ class Commits:
         }
         if self.worker_rank == 0:
             delete(aside)
-            aside.mkdir(parents=True)
+            make_folder(aside)
         self._exchange("ready")
         written = self._exchange(self._write_share(aside, mine))
         faults = [message["error"] for message in map(json.loads, written) if "error" in message]

@@ -71,6 +71,7 @@ class CommitJob:
     commits_dir: str
     updates_per_commit: int
     keep_last: int
+    keep_best: bool
 
 
 @dataclass(frozen=True)

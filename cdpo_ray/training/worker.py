@@ -25,7 +25,7 @@ from cdpo_ray.curriculum.schedule import Curriculum
 from cdpo_ray.errors import CdpoError, TrainingError
 from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import seed_of
-from cdpo_ray.store import copy_tree, is_local, place
+from cdpo_ray.store import copy_tree, is_local, place, write_json
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, state_of, tensors_of
 from cdpo_ray.training.engine import restore_training, save_trained, start_engine, training_tensors
@@ -36,6 +36,7 @@ from cdpo_ray.training.margins import sample_values
 from cdpo_ray.training.policy import make_policy
 
 BEAT_SECONDS = 1.0
+BEST = "best"
 
 
 def work(job: TrainingJob, board: Any) -> None:
@@ -63,7 +64,7 @@ class Worker:
 
     def __init__(self, job: TrainingJob, board: Any) -> None:
         context = ray.train.get_context()
-        self.job, self.board = job, board
+        self.job, self.board, self.output_dir = job, board, place(job.output_dir)
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.model = model = load_model(job.family, **job.model, for_training=True)
         model.guidance_range = job.guidance_range or model.guidance_range
@@ -97,6 +98,7 @@ class Worker:
             place(job.commits.commits_dir), keep_last=job.commits.keep_last, device=self.engine.device
         )
         self.summaries: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
         self.drawn: StagePairs | None = None
         self.description: Any = None
         self.started = time.monotonic()
@@ -124,7 +126,7 @@ class Worker:
             last = self.commits.newest(lambda line: None)
             raise TrainingError(f"{error}; the last good commit is {last or 'none'}") from None
         if state.stage > self.job.num_stages:
-            self._write_trained(place(self.job.output_dir))
+            self._write_trained(self.output_dir)
 
     def _resumed(self) -> TrainingState:
         newest = self.commits.newest(self.board.post_line.remote)
@@ -132,7 +134,7 @@ class Worker:
             return TrainingState()
         saved, tensors = state_of(newest), tensors_of(newest)
         restore_training(self.engine, tensors)
-        self.summaries = saved["summaries"]
+        self.summaries, self.best = saved["summaries"], saved["best"]
         self.started -= saved["seconds_in_stage"]
         if saved["drawn"]:
             draws = {name: tensors(f"pairs.{name}").numpy() for name in ("prompt_row", "chosen", "rejected")}
@@ -173,6 +175,8 @@ class Worker:
             self.board.post_update.remote(state.num_updates)
 
     def _commit(self, state: TrainingState) -> None:
+        if self.job.commits.keep_best:
+            self._keep_best(state)
         lines = []
         if state.cursor == 0:
             summary = summarize(state.records, state.stage - 1, self.job.optimization.global_batch_size)
@@ -188,6 +192,7 @@ class Worker:
             {
                 "state": asdict(state),
                 "summaries": self.summaries,
+                "best": self.best,
                 "seconds_in_stage": time.monotonic() - self.started,
                 "drawn": self.drawn is not None,
                 "description": self.description,
@@ -196,6 +201,20 @@ class Worker:
         )
         if self.rank == 0:
             self.board.post_commit.remote(state.num_updates, state.records, lines)
+
+    def _keep_best(self, state: TrainingState) -> None:
+        """Write what is trained to `best` if its loss is the lowest of its stage; a later stage always is better."""
+        since = self.best["known_until"] if self.best else 0
+        recent = [record for record in state.records if record["update"] > since]
+        if not recent:
+            return
+        stage, loss = recent[-1]["stage"], sum(record["loss"] for record in recent) / len(recent)
+        if self.best is None or (stage, -loss) > (self.best["stage"], -self.best["loss"]):
+            self.best = {"update": state.num_updates, "stage": stage, "loss": loss}
+            self._write_trained(self.output_dir / BEST)
+            if self.rank == 0:
+                write_json(self.output_dir / BEST / "best.json", self.best)
+        self.best["known_until"] = state.num_updates
 
     def _write_trained(self, output_dir: Path) -> None:
         with tempfile.TemporaryDirectory() as elsewhere:
@@ -241,7 +260,7 @@ def redrawn(
     Args:
         values: ``[prompt, sample]`` by row of the bank.
     """
-    table = read_ranking_scores(Path(online.scores_dir), online.rule)
+    table = read_ranking_scores(place(online.scores_dir), online.rule)
     rows = bank.row_of_prompt[table.prompt_index]
     ranking = rank_samples(table.scores)
     curriculum = Curriculum(ranking, online.schedule, seed=seed, values=values[rows], gap_noise=table.gap_noise)

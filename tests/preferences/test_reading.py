@@ -28,7 +28,7 @@ def read(source: Source, folder: Path, *, num_samples: int = 2, rows_per_table: 
         frame=FRAME,
         num_samples=num_samples,
         rows_per_table=rows_per_table,
-        set_aside_dir=str(folder),
+        set_aside_dir=folder,
     )
     return pa.concat_tables(tables)
 

@@ -190,6 +190,29 @@ def test_a_resumable_step_begun_otherwise_is_refused_and_kept(run: RunFolder) ->
     assert (run.path / f"{STEP}.partial" / "half.bin").read_bytes() == b"half"
 
 
+def test_a_resumable_step_goes_on_with_other_settings_where_that_is_allowed_and_keeps_what_changed(
+    run: RunFolder,
+) -> None:
+    fail_in_the_middle(run, resumable=True)
+    for seed in (9, 10, 10):
+
+        def attempt(seed: int = seed) -> None:
+            settings = {**SETTINGS, "run.seed": seed}
+            with run.writing(STEP, settings, {"in": "1"}, seed=0, resumable=True, allow_change=True) as (folder, _):
+                assert (folder / "half.bin").read_bytes() == b"half"
+                raise RuntimeError("disk on fire")
+
+        with pytest.raises(RuntimeError, match="disk on fire"):
+            attempt()
+    with run.writing(STEP, {**SETTINGS, "run.seed": 10}, {"in": "1"}, seed=0, resumable=True):
+        pass
+    assert run.manifest(STEP)["details"]["settings_changed"] == [
+        "`run.seed` = 0, config says 9",
+        "`run.seed` = 9, config says 10",
+    ]
+    assert run.is_complete(STEP, {**SETTINGS, "run.seed": 10}, {"in": "1"})
+
+
 @pytest.mark.parametrize("resumable", [False, True])
 def test_a_stop_between_manifest_and_rename_counts_as_not_done(
     run: RunFolder, resumable: bool, monkeypatch: pytest.MonkeyPatch
@@ -304,7 +327,9 @@ def test_a_stop_before_the_manifest_leaves_a_grown_step_as_it_was(
     before = run.manifest(STEP)
 
     def stop(path: Path, value: object) -> None:
-        raise OSError("stopped here")
+        if path.name == MANIFEST:
+            raise OSError("stopped here")
+        write_json(path, value)
 
     with monkeypatch.context() as patched:
         patched.setattr("cdpo_ray.store.folder.write_json", stop)

@@ -3,7 +3,6 @@
 import itertools
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -213,11 +212,8 @@ KILLED_WHILE_WRITING = """
 import os, signal, sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_commits import committed
+from test_commits import KILL_POINTS, committed
 from cdpo_ray.training import commits as module
-
-torch.distributed.init_process_group("gloo", init_method="file://{folder}.group", rank=0, world_size=1)
-committed(Path({folder!r}), 1)
 
 def dying(call, after):
     def wrapped(*arguments, **options):
@@ -226,39 +222,41 @@ def dying(call, after):
         os.kill(os.getpid(), signal.SIGKILL)
     return wrapped
 
-owner = Path if {name!r} == "rename" else module
-setattr(owner, {name!r}, dying(getattr(owner, {name!r}), {after}))
-committed(Path({folder!r}), 2)
+for name, (call, after, _) in KILL_POINTS.items():
+    folder = Path({folder!r}) / name
+    if os.fork() == 0:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{{folder}}.group", rank=0, world_size=1)
+        committed(folder, 1)
+        owner = Path if call == "rename" else module
+        setattr(owner, call, dying(getattr(owner, call), after))
+        committed(folder, 2)
+    _, status = os.wait()
+    assert os.WTERMSIG(status) == signal.SIGKILL, (name, status)
 """
+KILL_POINTS = {
+    "before the share": ("save_file", False, 1),
+    "after it": ("copy", True, 1),
+    "before the state": ("write_json", False, 1),
+    "before the manifest": ("fingerprint_of", True, 1),
+    "before the rename": ("rename", False, 1),
+    "after the rename": ("rename", True, 2),
+}
+"""Which call the process is killed at, before or after it, and which commit is the newest then."""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    script = KILLED_WHILE_WRITING.format(tests=str(Path(__file__).parent), folder=str(folder))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.mark.usefixtures("one_worker")
-@pytest.mark.parametrize(
-    ("call", "after", "expected"),
-    [
-        ("save_file", False, 1),
-        ("copy", True, 1),
-        ("write_json", False, 1),
-        ("fingerprint_of", True, 1),
-        ("rename", False, 1),
-        ("rename", True, 2),
-    ],
-    ids=[
-        "before the share",
-        "after it",
-        "before the state",
-        "before the manifest",
-        "before the rename",
-        "after it all",
-    ],
-)
-def test_fault_02_a_kill_at_any_point_leaves_the_commit_before_or_the_new_one(
-    tmp_path: Path, call: str, after: bool, expected: int
-) -> None:
-    folder = tmp_path / "commits"
-    script = KILLED_WHILE_WRITING.format(tests=str(Path(__file__).parent), folder=str(folder), name=call, after=after)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_fault_02_a_kill_at_any_point_leaves_the_commit_before_or_the_new_one(killed: Path, point: str) -> None:
+    folder, expected = killed / point, KILL_POINTS[point][2]
     lines: list[str] = []
     commits = Commits(folder, keep_last=3, device=CPU)
     newest = commits.newest(lines.append)

@@ -1,0 +1,153 @@
+"""Runs in an object store: a real S3 server, on loopback."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from finished_runs import config_of
+
+from cdpo_ray.errors import ConfigError, StoreError
+from cdpo_ray.store import (
+    MANIFEST,
+    RunFolder,
+    copy,
+    is_local,
+    link,
+    local_copy,
+    make_folder,
+    place,
+    read_shards,
+    read_table,
+    shard_schema,
+    write_table,
+)
+
+STEP = "1-samples"
+
+
+def write_step(run: RunFolder, content: bytes = b"0123456789", *, resumable: bool = False) -> None:
+    with run.writing(STEP, {"seed": 0}, {}, seed=0, resumable=resumable) as (folder, _):
+        make_folder(folder / "inner")
+        (folder / "inner" / "shard.bin").write_bytes(content)
+        (folder / "table.txt").write_text("table")
+
+
+def test_a_local_place_is_a_path_and_one_in_a_store_survives_the_way_to_another_process(s3: Path) -> None:
+    assert place("runs") == Path("runs") and is_local(place("runs"))
+    there = place("s3://bucket/runs") / "a"
+    assert not is_local(there) and str(there) == "s3://bucket/runs/a"
+    there.write_text("text")
+    assert pickle.loads(pickle.dumps(there)).read_text() == "text"  # noqa: S301
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("s3://key:secret@bucket/runs", r"must not hold credentials"),
+        ("ftp://host/runs", r"must be a local folder, s3://\.\.\. or gs://"),
+    ],
+)
+def test_credentials_and_other_schemes_are_refused_unseen(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(StoreError, match=told) as caught:
+        place(text)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigError, match=rf"run\.dir.*{told}") as refused:
+        config_of(tmp_path, "embedded", run={"dir": text})
+    assert "secret" not in str(refused.value)
+
+
+def test_a_step_has_the_manifest_of_the_same_step_on_disk(s3: Path, tmp_path: Path) -> None:
+    runs = RunFolder(s3 / "run"), RunFolder(tmp_path / "run")
+    for run in runs:
+        write_step(run)
+        assert run.is_complete(STEP, {"seed": 0}, {})
+    there, here = (run.manifest(STEP) for run in runs)
+    assert there["files"] == here["files"] and there["fingerprint"] == here["fingerprint"]
+    assert s3.fs.find("bucket") == [f"bucket/run/{STEP}/{name}" for name in ("inner/shard.bin", MANIFEST, "table.txt")]
+
+
+def test_a_step_that_was_broken_off_counts_for_nothing_and_is_begun_anew_or_gone_on_with(s3: Path) -> None:
+    run = RunFolder(s3 / "run")
+
+    def broken_off(*, resumable: bool) -> None:
+        with run.writing(STEP, {"seed": 0}, {}, seed=0, resumable=resumable) as (folder, _):
+            (folder / "half.bin").write_bytes(b"half")
+            raise RuntimeError("disk on fire")
+
+    for resumable in (True, False):
+        with pytest.raises(RuntimeError, match="disk on fire"):
+            broken_off(resumable=resumable)
+        assert not run.has(STEP)
+        write_step(run, resumable=resumable)
+        assert ("half.bin" in run.manifest(STEP)["files"]) == resumable
+        s3.fs.rm("bucket/run", recursive=True)
+    (s3 / "run" / STEP / "foreign.txt").write_text("not ours")
+    with pytest.raises(StoreError, match=r"1-samples: is there without its manifest\.json; delete it"):
+        write_step(run)
+
+
+def test_a_step_grows(s3: Path) -> None:
+    run = RunFolder(s3 / "run")
+    for settings in ({"clip": 1}, {"clip": 1, "oracle": 2}):
+        with run.writing(STEP, settings, {}, seed=0, resumable=False, grows=True) as (folder, output):
+            for part in output.parts:
+                (folder / part).write_text(part)
+    assert run.is_complete(STEP, {"clip": 1, "oracle": 2}, {}, grows=True)
+    assert s3.fs.find("bucket") == [f"bucket/run/{STEP}/{name}" for name in ("clip", MANIFEST, "oracle")]
+
+
+def test_an_altered_object_is_named(s3: Path) -> None:
+    run = RunFolder(s3 / "run")
+    write_step(run)
+    (s3 / "run" / STEP / "table.txt").write_text("Table")
+    with pytest.raises(StoreError, match=r"s3://bucket/run/1-samples/table\.txt: was altered"):
+        run.is_complete(STEP, {"seed": 0}, {})
+
+
+def test_tables_are_read_as_they_were_written(s3: Path) -> None:
+    for number in (1, 0):
+        write_table(pa.table({"x": [number], "y": ["text"]}), s3 / "shards" / f"a-{number}.parquet")
+    assert read_shards(s3 / "shards", ["x"]).to_pydict() == {"x": [0, 1]}
+    assert shard_schema(s3 / "shards").names == ["x", "y"]
+    assert read_table(s3 / "shards" / "a-1.parquet", filters=[("x", "<", 1)]).num_rows == 0
+
+
+def test_files_are_copied_every_way(s3: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("text")
+    (tmp_path / "a").chmod(0o600)
+    copy(tmp_path / "a", s3 / "b")
+    link(s3 / "b", s3 / "c")
+    copy(s3 / "c", tmp_path / "inner" / "d")
+    assert (tmp_path / "inner" / "d").read_text() == "text"
+    assert (tmp_path / "inner" / "d").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_local_copy_is_fetched_once_and_again_when_the_step_was_made_anew(
+    s3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = RunFolder(s3 / "run")
+    write_step(run)
+    here = local_copy(s3 / "run" / STEP)
+    assert (here / "inner" / "shard.bin").read_bytes() == b"0123456789"
+    assert here.parent.stat().st_mode & 0o777 == 0o700
+    made = here.stat().st_ino
+    assert local_copy(s3 / "run" / STEP).stat().st_ino == made and local_copy(here) == here
+    s3.fs.rm("bucket/run", recursive=True)
+    write_step(run, b"else")
+    assert (local_copy(s3 / "run" / STEP) / "inner" / "shard.bin").read_bytes() == b"else"
+    s3.fs.rm("bucket/run", recursive=True)
+    write_step(run, b"more")
+    (s3 / "run" / STEP / "inner" / "shard.bin").write_bytes(b"flip")
+    with pytest.raises(StoreError, match=r"inner/shard\.bin: was altered"):
+        local_copy(s3 / "run" / STEP)
+    assert len(list(here.parent.iterdir())) == 2
+
+
+def test_a_missing_extra_is_named() -> None:
+    code = "import sys; sys.modules['gcsfs'] = None\nfrom cdpo_ray.store import place\nplace('gs://bucket/runs')"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert 'StoreError: gs://bucket/runs: gs:// needs `pip install "cdpo_ray[gs]"`' in told.stderr
