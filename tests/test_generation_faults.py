@@ -27,7 +27,7 @@ class Generation:
 
     def __init__(self, model: Path, folder: Path, name: str, *, num_actors: int = 1, **environment: str) -> None:
         values: dict[str, Any] = {
-            "run": {"name": name, "dir": str(folder), "seed": 3},
+            "run": {"name": name, "dir": ".", "seed": 3},
             "prompts": {
                 "train": {"source": "animals", "count": NUM_PROMPTS},
                 "heldout": {"source": "scenes", "count": 2},
@@ -63,7 +63,9 @@ class Generation:
         command = [Path(sys.executable).with_name("cdpo"), "generate", self.config_path]
         tests = Path(__file__).parent
         environment = self.environment | {"PYTHONPATH": str(tests), "OWN_REWARDS_LOG": str(self.log_path)}
-        self.process = subprocess.Popen(command, cwd=tests, env=environment, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=self.config_path.parent, env=environment, stderr=subprocess.PIPE, text=True
+        )
 
     def wait(self) -> None:
         assert self.process is not None

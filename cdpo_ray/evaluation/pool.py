@@ -51,6 +51,7 @@ def evaluate_adapter(
     Raises:
         GenerationError: too many prompts are set aside.
     """
+    output_dir = output_dir.resolve()  # actors elsewhere have another working folder
     set_aside = SetAside(output_dir, len(prompts), max_bad_fraction)
     parts, held = find_parts(output_dir, "comparison")
     done = held | set_aside.refuse_too_many()

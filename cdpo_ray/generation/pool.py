@@ -66,6 +66,7 @@ def generate_samples(
     Raises:
         GenerationError: too many prompts are set aside.
     """
+    output_dir = output_dir.resolve()  # actors elsewhere have another working folder
     set_aside = SetAside(output_dir, len(prompts), max_bad_fraction)
     there, held = find_parts(output_dir, "samples")
     done = held | set_aside.refuse_too_many()
