@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from cdpo_ray.config import load_config
 from cdpo_ray.errors import CdpoError, ConfigError, PreferenceError
 from cdpo_ray.export import FORMATS
 from cdpo_ray.plan import make_plan
+from cdpo_ray.progress.status import run_status
 from cdpo_ray.run import (
     compare_runs,
     explain_stages,
@@ -25,6 +27,7 @@ from cdpo_ray.store import place
 
 VERBS = {
     "check": "say what a run will make, or what is wrong with the config; needs no GPU, torch or ray",
+    "doctor": "say what of this machine, of a cluster or of the storage will not do, and what to do about it",
     "run": "walk the whole way: all of the below, each skipped if it is done already",
     "generate": "prompts -> samples: many images of each prompt, by the base model",
     "import": "preferences that people have -> samples: images encoded once, labels kept",
@@ -35,6 +38,7 @@ VERBS = {
     "report": "metrics -> report.html",
     "export": "adapter -> files that other tools load, with a model card",
     "compare": "metrics of several runs -> compare.html: what each trained, judged by all their judges",
+    "status": "say of a run what is done, what runs, what failed and why; reads its folder alone",
 }
 COMPARE_HELP = """\
 Compare what several runs trained, on the held-out images that their evaluations kept; nothing is generated.
@@ -47,11 +51,21 @@ that only some of them had scores the others' images now. compare.html shows
   - how often each run's implicit reward agrees with each judge on held-out images
   - the first images of all runs side by side
 and compare.json holds its numbers. Intervals are at 95 %, over prompts."""
+STATUS_HELP = """\
+Say of a run what is done, what runs and how long it will take, what failed and why, and how to go on. It reads the
+run's folder alone: from any machine that sees it, with the run alive or not.
+
+exit code: 0 the run is done, or a process works on it; 1 it stands still before its end; 2 no run is there"""
 FORMAT_HELP = (
     "diffusers (default): the LoRA for load_lora_weights; kohya: the LoRA for ComfyUI and AUTOMATIC1111;"
     " merged: a whole pipeline folder, the only one for training.method=full"
 )
 ALLOW_HELP = "go on with training that was begun with other settings; its manifest will tell them"
+ADDRESS_HELP = (
+    "head of a Ray cluster; else RAY_ADDRESS, the cluster that this job is in, or a local Ray for this command"
+)
+NO_RAY = ("check", "report", "export", "compare")
+EXIT_UNSOUND = 1  # of `doctor` that found something wrong, and of `status` of a run that stands still
 EXIT_FAULT = 2
 EXIT_SIGNAL = 128  # and the signal's number, as shells have it
 
@@ -71,15 +85,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = verbs.add_parser(
             verb,
             help=what,
-            description=COMPARE_HELP if verb == "compare" else what,
+            description={"compare": COMPARE_HELP, "status": STATUS_HELP}.get(verb, what),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if verb == "compare":
             command.add_argument("runs", nargs="+", metavar="RUN", help="two or more finished runs, as runs/<name>")
             command.add_argument("--out", metavar="DIR", help="default: the folder that the first run is in")
             continue
-        command.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+        if verb == "status":
+            command.add_argument("run", metavar="RUN", help="runs/<name>, or its place in an object store")
+            continue
+        command.add_argument(
+            "config", metavar="CONFIG", help="a YAML file, see configs/", nargs="?" if verb == "doctor" else None
+        )
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.beta=100")
+        if verb not in NO_RAY:
+            command.add_argument("--address", metavar="HOST:PORT", help=ADDRESS_HELP)
         if verb in ("run", "train"):
             command.add_argument("--allow-config-change", action="store_true", help=ALLOW_HELP)
         if verb == "pairs":
@@ -91,18 +112,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--out", metavar="DIR", help="default: export/<format> of the run")
     asked, after_options = parser.parse_known_args(arguments)
     comparing = asked.verb == "compare"
-    if any(value.startswith("-") or not (comparing or "=" in value) for value in after_options):
+    if any(value.startswith("-") or not (comparing or "=" in value) for value in after_options) or (
+        after_options and asked.verb == "status"
+    ):
         parser.error(f"unrecognized arguments: {' '.join(after_options)}")
     # argparse ends `key=value ...`, or `RUN ...`, at the first option
-    (asked.runs if comparing else asked.overrides).extend(after_options)
+    if after_options:
+        (asked.runs if comparing else asked.overrides).extend(after_options)
     if comparing and len(asked.runs) < 2:
         parser.error(f"compare: needs two runs or more, got {asked.runs}")
     signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("cdpo_ray").setLevel(logging.INFO)
     try:
-        _do(asked)
-        return 0
+        return _do(asked)
     except CdpoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAULT
@@ -115,24 +138,38 @@ def _terminate(number: int, frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _do(asked: argparse.Namespace) -> None:
+def _do(asked: argparse.Namespace) -> int:
     if asked.verb == "compare":
         print(compare_runs([place(run) for run in asked.runs], asked.out and place(asked.out)))
-        return
+        return 0
+    if asked.verb == "status":
+        found = run_status(place(asked.run))
+        print(found.text)
+        return EXIT_UNSOUND if found.stands_still else 0
+    if asked.verb == "doctor":
+        return _examine(asked)
     config, verb = load_config(asked.config, asked.overrides), asked.verb
+    goes_on = shlex.join(["cdpo", "run", asked.config, *asked.overrides])
     if verb == "check":
         print(make_plan(config, read_prompts(config)))
     elif verb == "report":
         print(*write_reports(config, anew=True), sep="\n")
     elif verb == "run":
-        run_steps(config, steps_of(config), verbose=asked.verbose, allow_config_change=asked.allow_config_change)
+        run_steps(
+            config,
+            steps_of(config),
+            address=asked.address,
+            verbose=asked.verbose,
+            command=goes_on,
+            allow_config_change=asked.allow_config_change,
+        )
         print(*write_reports(config), sep="\n")
     elif verb == "export":
         print(export_trained(config, asked.format, asked.out and place(asked.out)))
     elif verb in ("generate", "import") and verb != steps_of(config)[0].verb:
         raise ConfigError(f"{asked.config}: its images are not made by `cdpo {verb}`: `{steps_of(config)[0].verb}` is")
     elif verb == "import" and asked.check:
-        faults = find_preference_faults(config, verbose=asked.verbose)
+        faults = find_preference_faults(config, address=asked.address, verbose=asked.verbose)
         print(*faults, sep="\n", end="\n" * bool(faults))
         if faults:
             raise PreferenceError(f"{len(faults)} faults")
@@ -141,11 +178,24 @@ def _do(asked: argparse.Namespace) -> None:
         run_steps(
             config,
             [step for step in steps_of(config) if step.verb == verb],
+            address=asked.address,
             verbose=asked.verbose,
+            command=goes_on,
             allow_config_change=verb == "train" and asked.allow_config_change,
         )
         if verb == "pairs" and asked.explain:
             print(explain_stages(config))
+    return 0
+
+
+def _examine(asked: argparse.Namespace) -> int:
+    from cdpo_ray.doctor import WRONG, examine  # brings torch, which the other verbs do without until they need it
+
+    wrong = False
+    for finding in examine(load_config(asked.config, asked.overrides) if asked.config else None, address=asked.address):
+        print(finding, flush=True)
+        wrong |= finding.grade == WRONG
+    return EXIT_UNSOUND if wrong else 0
 
 
 if __name__ == "__main__":

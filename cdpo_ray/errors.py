@@ -17,6 +17,10 @@ class ModelError(CdpoError):
     """A model cannot be found, loaded or run."""
 
 
+class GenerationError(CdpoError):
+    """Too many prompts cannot be made into images."""
+
+
 class RewardError(CdpoError):
     """A reward cannot be loaded, or failed on a batch of images."""
 
@@ -39,3 +43,11 @@ class ExportError(CdpoError):
 
 class StoreError(CdpoError):
     """A run folder is missing, damaged, in use, or was made with another configuration."""
+
+
+class ClusterError(CdpoError):
+    """Ray cannot be reached, does not let us in, or lets everyone in."""
+
+
+class ResourceError(CdpoError):
+    """A step's actors do not fit the cluster."""

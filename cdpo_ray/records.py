@@ -13,6 +13,8 @@
     num_images_cut    int64   of imported images, those that did not have the shape that is trained at
     images            list<binary> PNG a sample; only if `generation.keep_images`
     score_<reward>    list<float64> a sample; only rewards computed with the images
+1-samples/set_aside.jsonl, 5-evaluation/set_aside.jsonl   prompts that raised inside the model and have no row, if any
+    prompt_index, prompt, reason (of imported images: those that cannot be used, by file and row)
 
 2-scores/<reward>.parquet      a row a sample, in prompt and sample order
     prompt_index, prompt_id, sample_index, score_<reward> float64 (higher is better)

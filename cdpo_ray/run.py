@@ -10,13 +10,24 @@ from pathlib import Path
 import yaml
 
 from cdpo_ray.config import Config
-from cdpo_ray.errors import ConfigError, StoreError
+from cdpo_ray.errors import ConfigError, ResourceError, StoreError
 from cdpo_ray.preferences.files import scan
 from cdpo_ray.progress import Progress
+from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
 from cdpo_ray.records import EVALUATION, STAGES, STEP_FOLDERS, TRAINING
-from cdpo_ray.session import ray_session
-from cdpo_ray.steps import Context, Step, export, preference_frame, preference_source, prompt_source, steps_of
+from cdpo_ray.resources import check_resources
+from cdpo_ray.session import cluster_nodes, ray_session
+from cdpo_ray.steps import (
+    Context,
+    Step,
+    demands_of,
+    export,
+    preference_frame,
+    preference_source,
+    prompt_source,
+    steps_of,
+)
 from cdpo_ray.store import RunFolder, make_folder, place, read_json, write_text
 
 log = logging.getLogger(__name__)
@@ -48,23 +59,47 @@ def _judged_prompts(config: Config) -> list[str]:
 
 
 def run_steps(
-    config: Config, steps: Iterable[Step], *, verbose: bool = False, allow_config_change: bool = False
+    config: Config,
+    steps: Iterable[Step],
+    *,
+    address: str | None = None,
+    verbose: bool = False,
+    command: str | None = None,
+    allow_config_change: bool = False,
 ) -> RunFolder:
     """Do what of these steps is not done yet, round after round; Ray starts when the first of them needs it.
 
     A round begins when the one before has been trained. Returns the folder of the last one walked.
 
     Args:
+        address: of the Ray cluster, see `ray_session`.
+        verbose: show what Ray and its workers print.
+        command: what a user would type to go on with the run; `cdpo status` tells it.
         allow_config_change: go on with a step that was begun with other settings; its manifest tells them.
 
     Raises:
         CdpoError: of any kind; what was finished before it stays.
     """
     prompts, steps = read_prompts(config), list(steps)
-    folders, progress = round_folders(config), Progress()
+    folders = round_folders(config)
     with ExitStack() as stack:
         stack.enter_context(RunFolder(_run_dir(config)).locked())
-        start_ray = functools.cache(lambda: stack.enter_context(ray_session(verbose=verbose)))
+        progress = stack.enter_context(
+            Progress(
+                TrackedRun(config.run.name, _run_dir(config), config.plain()),
+                tracking=config.tracking.options,
+                command=command,
+                num_rounds=len(folders),
+            )
+        )
+
+        @functools.cache
+        def start_ray() -> None:
+            stack.enter_context(ray_session(address=address, verbose=verbose))
+            check_cluster(
+                config, [step for step in steps if step.grows or not all(run.has(step.folder) for run in folders)]
+            )
+
         for number, run in enumerate(folders, start=1):
             previous = folders[number - 2] if number > 1 else None
             if previous and not previous.has(TRAINING):
@@ -98,7 +133,27 @@ def write_reports(config: Config, *, anew: bool = False) -> list[Path]:
     return [_write_report(run, anew) for run in round_folders(config)]
 
 
-def find_preference_faults(config: Config, *, verbose: bool = False) -> list[str]:
+def check_cluster(config: Config, steps: Iterable[Step]) -> None:
+    """Compare what steps need with the cluster that we are connected to, before the first of them loads a model.
+
+    Raises:
+        ResourceError: a step does not fit, not even when the cluster has grown as far as it may.
+    """
+    there, possible = cluster_nodes()
+    for step in steps:
+        demands = demands_of(step, config)
+        try:
+            told = check_resources(step.verb, demands, there)
+        except ResourceError as error:
+            if not possible:
+                raise
+            told = check_resources(step.verb, demands, [*there, *possible])
+            log.warning("%s; the cluster can grow: %s waits for that", error, step.verb)
+        for line in told:
+            log.warning(line)
+
+
+def find_preference_faults(config: Config, *, address: str | None = None, verbose: bool = False) -> list[str]:
     """All that is wrong with a set of preferences, by file and row; every image is opened, nothing is written.
 
     Raises:
@@ -106,7 +161,7 @@ def find_preference_faults(config: Config, *, verbose: bool = False) -> list[str
     """
     source = preference_source(config)
     found = scan(source)
-    with ray_session(verbose=verbose):
+    with ray_session(address=address, verbose=verbose):
         from cdpo_ray.preferences.pool import find_faults
 
         in_images = find_faults(found.chunks, source=source, frame=preference_frame(config))
@@ -189,15 +244,18 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], None], all
     start_ray()
     log.info("%s ...", step.verb)
     started = time.monotonic()
-    with run.writing(
-        step.folder,
-        settings,
-        inputs,
-        seed=context.config.run.seed,
-        resumable=step.resumable,
-        grows=step.grows,
-        allow_change=allow_config_change,
-    ) as (output_dir, output):
+    with (
+        context.progress.step(step.verb, step.folder, round=context.round),
+        run.writing(
+            step.folder,
+            settings,
+            inputs,
+            seed=context.config.run.seed,
+            resumable=step.resumable,
+            grows=step.grows,
+            allow_change=allow_config_change,
+        ) as (output_dir, output),
+    ):
         step.perform(context, output_dir, output)
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)
     log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)

@@ -1,17 +1,24 @@
 """The Ray that a run works on: the cluster it is in, the one that is named, or a local one with token access."""
 
 import contextlib
+import ipaddress
+import json
 import logging
 import os
 import re
 import secrets
-import sys
+import socket
+import urllib.request
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from cdpo_ray import errors
-from cdpo_ray.errors import CdpoError
+from cdpo_ray.errors import CdpoError, ClusterError
+from cdpo_ray.resources import Node
 
+CONNECT_SECONDS = 5
+MAX_NODES_A_GROUP = 64  # what a growing cluster is checked with; without end stands for this many
 MIN_LOCAL_CPUS = 4  # with fewer logical CPUs, pipelines of several actor pools starve
 
 _ENVIRONMENT = {
@@ -27,18 +34,26 @@ _QUIET = ("ray.data", "ray.train", "ray.tune", "ray._private.worker", "ray.serve
 
 
 @contextlib.contextmanager
-def ray_session(*, verbose: bool = False) -> Iterator[None]:
+def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterator[None]:
     """Connect to Ray for the block; a local Ray started here ends with it.
 
     Inside a Ray job, or with ``RAY_ADDRESS`` set, that cluster is used as it is.
 
     Args:
+        address: ``host:port`` of a cluster's head, before ``RAY_ADDRESS``.
         verbose: show what workers print and what Ray logs.
+
+    Raises:
+        ClusterError: the address is none, nobody answers there, our token is not the cluster's, or anyone may use it.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    in_cluster = "RAY_ADDRESS" in os.environ or "RAY_JOB_ID" in os.environ
-    if not in_cluster and "RAY_AUTH_MODE" not in os.environ:
+    address = address or os.environ.get("RAY_ADDRESS") or ("auto" if "RAY_JOB_ID" in os.environ else None)
+    in_cluster = address not in (None, "local")
+    if in_cluster:
+        _refuse_silence(str(address))
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "3")  # else a wrong token is told after 20 s
+    elif "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this process and its children only
     if not in_cluster and not verbose:
@@ -52,24 +67,89 @@ def ray_session(*, verbose: bool = False) -> Iterator[None]:
 
     already = ray.is_initialized()
     if not already:
-        local = {} if in_cluster else {"address": "local", "num_cpus": max(MIN_LOCAL_CPUS, os.cpu_count() or 1)}
-        ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **local)
+        where: dict[str, Any] = {"address": address}
+        if not in_cluster:
+            where = {"address": "local", "num_cpus": max(MIN_LOCAL_CPUS, os.cpu_count() or 1)}
+        try:
+            ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **where)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise ClusterError(
+                f"Ray at {address or 'this machine'}: does not let us in ({type(error).__name__}); set"
+                " RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token, before ray is first"
+                " imported"
+            ) from None
     for name in () if verbose else _QUIET:
         for handler in logging.getLogger(name).handlers:
             if not isinstance(handler, logging.FileHandler):
                 handler.setLevel(logging.CRITICAL)  # what it would tell, it also raises
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = sys.stderr.isatty()
+    context.enable_progress_bars = False  # `Progress` has one of its own
     context.enable_operator_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
     try:
+        _refuse_open_dashboard()
         yield
     except ray.exceptions.RayError as error:
         raise _for_people(error) from error
     finally:
         if not already:
             ray.shutdown()
+
+
+def cluster_nodes() -> tuple[list[Node], list[Node]]:
+    """The nodes of the cluster that we are connected to, and those that it may add when it is asked for more."""
+    import ray
+    from ray._private.state import state
+
+    there = [_node(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    config = state.get_cluster_config()
+    return there, [
+        _node(f"{group.name} (can be added)", group.resources)
+        for group in (config.node_group_configs if config else ())
+        for _ in range(min(group.max_count, MAX_NODES_A_GROUP) if group.max_count >= 0 else MAX_NODES_A_GROUP)
+    ]
+
+
+def is_exposed(dashboard: str | None) -> bool:
+    """Whether anyone who reaches a dashboard (``host:port``) over the network may use it: it asks for no token."""
+    host = (dashboard or "").rpartition(":")[0].strip("[]")
+    if not host or host == "localhost" or ipaddress.ip_address(host).is_loopback:
+        return False
+    try:
+        with urllib.request.urlopen(f"http://{dashboard}/api/authentication_mode", timeout=CONNECT_SECONDS) as answer:
+            return bool(json.load(answer)["authentication_mode"] == "disabled")
+    except OSError:
+        return False  # not from here
+
+
+def _refuse_open_dashboard() -> None:
+    import ray._private.worker
+
+    if is_exposed(dashboard := ray._private.worker.global_worker.node.webui_url):
+        raise ClusterError(
+            f"Ray's dashboard {dashboard}: runs the code of anyone who reaches it, it asks for no token; start the"
+            " cluster with RAY_AUTH_MODE=token on every node, or with --dashboard-host 127.0.0.1"
+        )
+
+
+def _refuse_silence(address: str) -> None:
+    """Ray itself waits for 80 s, and then ends the process."""
+    if address == "auto" or "://" in address:
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except ValueError:
+        raise ClusterError(f"Ray address: must be host:port, as 10.0.0.1:6379, got {address!r}") from None
+    except OSError as error:
+        raise ClusterError(
+            f"Ray at {address}: does not answer ({error}); is its head running, and is the port open to this machine?"
+        ) from None
+
+
+def _node(name: str, resources: Any) -> Node:
+    return Node(name, resources.get("CPU", 0), (1.0,) * int(resources.get("GPU", 0)))
 
 
 def _for_people(error: BaseException) -> BaseException:

@@ -5,7 +5,6 @@ neither torch nor ray.
 """
 
 import functools
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from cdpo_ray.records import (
     score_column,
     score_file,
 )
+from cdpo_ray.resources import Demand
 from cdpo_ray.store import (
     RunFolder,
     StepOutput,
@@ -54,6 +54,7 @@ class Context:
         round: 1-based.
         run: the round's folder.
         previous: folder of the round before.
+        progress: told how far the step is.
     """
 
     config: Config
@@ -127,7 +128,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
         num_images = len(context.prompts.train) * sampling.images_per_prompt
         refuse_full_disk(output_dir, num_images * sizes.latent_bytes(config.model.dtype))  # PNGs: who knows
     fused = config.rewards.placement == "fused" or not judges
-    generate_samples(
+    made_with = generate_samples(
         context.prompts.train,
         output_dir,
         family=config.model.family,
@@ -146,22 +147,39 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
             images_per_batch=sampling.images_per_batch,
             rows_per_call=1,
         ),
+        max_bad_fraction=config.generation.max_bad_fraction,
+        progress=context.progress,
     )
     cut = read_shards(output_dir, ["num_tokens_cut"])["num_tokens_cut"].to_numpy()
     num_images = len(cut) * sampling.images_per_prompt
     output.counts |= {"prompts": len(cut), "images": num_images, "prompts_cut": int((cut > 0).sum())}
     output.counts |= {"lines_doubled": context.prompts.num_doubled, "lines_empty": context.prompts.num_empty}
+    in_smaller = {size: num for size, num in made_with.items() if size != sampling.images_per_batch}
+    output.counts |= {
+        "prompts_set_aside": len(context.prompts.train) - len(cut),
+        "prompts_in_smaller_batches": sum(in_smaller.values()),
+    }
     output.details["rewards"] = rewards  # how the score columns were made, for the next step to compare
     if output.counts["prompts_cut"]:
         output.warnings.append(
             f"{output.counts['prompts_cut']} prompts are longer than the text encoder reads; their ends were cut"
         )
-    assert len(cut) == len(context.prompts.train), "every prompt gives one row"
+    if in_smaller:
+        output.warnings.append(
+            f"memory does not suffice for `generation.images_per_batch` = {sampling.images_per_batch};"
+            f" {sum(in_smaller.values())} prompts were made with {', '.join(map(str, sorted(in_smaller)))}"
+        )
+    _warn_of_set_aside(output)
+
+
+def _warn_of_set_aside(output: StepOutput) -> None:
+    if num_prompts := output.counts["prompts_set_aside"]:
+        output.warnings.append(f"{num_prompts} prompts raise inside the model; set_aside.jsonl says which and why")
 
 
 def import_preferences(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.preferences.files import scan
-    from cdpo_ray.preferences.pool import SET_ASIDE, import_samples
+    from cdpo_ray.preferences.pool import import_samples
     from cdpo_ray.rewards.scorer import Scorer
 
     config, source = context.config, preference_source(context.config)
@@ -170,7 +188,8 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
     found = scan(source)
     found.refuse_faults()
     judges = config.rewards.judges
-    import_samples(
+    context.progress.begin("import", total=found.num_rows, unit="row")
+    set_aside = import_samples(
         found.chunks,
         output_dir,
         source=source,
@@ -182,14 +201,14 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
         keep_images=config.generation.keep_images,
         make_scores=functools.partial(Scorer, judges) if judges else None,
         encoders=_pool(config.resources.generators),
+        progress=context.progress,
     )
-    set_aside = (output_dir / f"{SET_ASIDE}.jsonl").read_text().splitlines()
     too_many = len(set_aside) > preferences.max_bad_fraction * found.num_rows * found.num_samples
     if too_many or not any(output_dir.glob("*.parquet")):
         raise PreferenceError(
             f"`preferences.path` {source.path}: {len(set_aside)} images of {found.num_rows} rows cannot be used, more"
             f" than `preferences.max_bad_fraction` = {preferences.max_bad_fraction}; `cdpo import --check` names each;"
-            f" the first: {json.loads(set_aside[0])['reason']}"
+            f" the first: {set_aside[0]['reason']}"
         )
     made = read_shards(output_dir, ["num_tokens_cut", "num_images_cut"])
     output.counts |= {
@@ -203,7 +222,7 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
     }
     output.details["rewards"] = {name: config.rewards.options(name) for name in (PREFERENCE, LABEL, *judges)}
     if set_aside:
-        output.warnings.append(f"{len(set_aside)} images cannot be used; {SET_ASIDE}.jsonl says which and why")
+        output.warnings.append(f"{len(set_aside)} images cannot be used; set_aside.jsonl says which and why")
     if output.counts["prompts_cut"]:
         output.warnings.append(f"{output.counts['prompts_cut']} prompts are longer than the text encoder reads")
 
@@ -216,6 +235,8 @@ def _take_samples(other: RunFolder, context: Context, output_dir: Path, output: 
     if manifest["inputs"]:
         raise StoreError(f"{where} is of a later round, not of the base model; name the folder of a first round")
     other.refuse_damage(SAMPLES)
+    for left in output_dir.rglob("*.parquet"):  # by an attempt to generate, which may have been cut elsewhere
+        left.unlink()
     for name in manifest["files"]:
         link(other.path / SAMPLES / name, output_dir / name)
     output.counts |= manifest["counts"]
@@ -262,6 +283,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
                 family=config.model.family,
                 model=_model(config),
                 num_prompts=rewards.noise_prompts if second else None,
+                progress=context.progress,
             )
             for name in names:
                 write_scores(scored, name, output_dir / score_file(name, second=second))
@@ -425,6 +447,8 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         generators=_pool(config.resources.generators),
         num_resamples=config.evaluation.num_bootstrap_resamples,
         seed=config.run.seed,
+        max_bad_fraction=config.generation.max_bad_fraction,
+        progress=context.progress,
         labelled=LabelledSamples(
             context.run.step(SAMPLES),
             fraction,
@@ -441,10 +465,21 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
             judge, base["mean"], tuned["mean"], difference["mean"], difference["low"], difference["high"],
             found["win_rate"]["mean"],
         )  # fmt: skip
+    num_prompts = metrics["num_prompts"]
+    context.progress.record(
+        {
+            f"{judge}/{name}": found[name]["mean"]
+            for judge, found in metrics["judges"].items()
+            for name in ("base", "tuned", "difference", "win_rate")
+        },
+        update=context.run.manifest(TRAINING)["counts"]["updates"],
+    )
     output.counts |= {
-        "prompts": len(context.prompts.heldout),
-        "images": 2 * len(context.prompts.heldout) * config.evaluation.images_per_prompt,
+        "prompts": num_prompts,
+        "images": 2 * num_prompts * config.evaluation.images_per_prompt,
+        "prompts_set_aside": len(context.prompts.heldout) - num_prompts,
     }
+    _warn_of_set_aside(output)
 
 
 def export(context: Context, format_name: str, output_dir: Path) -> None:
@@ -489,6 +524,7 @@ STEPS = (
         lambda config: _sample_settings(config),
         (),
         generate,
+        resumable=True,
         continues=True,
     ),
     Step(
@@ -529,7 +565,8 @@ STEPS = (
         "evaluate",
         EVALUATION,
         lambda config: (
-            _section(config, "prompts", "model", "generation")
+            _section(config, "prompts", "model")
+            | {"generation": config.generation.outcome}
             | {"evaluation": config.plain()["evaluation"] | {"judges": list(config.evaluation_judges)}}
             | _seed(config)
             | {f"rewards.{name}": options for name, options in config.evaluation_judges.items()}
@@ -537,6 +574,7 @@ STEPS = (
         ),
         (TRAINING,),
         evaluate,
+        resumable=True,
     ),
 )
 
@@ -544,6 +582,24 @@ STEPS = (
 def steps_of(config: Config) -> tuple[Step, ...]:
     """The steps of a configuration's way: images are generated, or imported with preferences."""
     return (IMPORT, *STEPS[1:]) if config.preferences else STEPS
+
+
+def demands_of(step: Step, config: Config) -> list[Demand]:
+    """The actors of a step, which run at the same time; a pool begins with one and takes more as they find room."""
+    resources, trainers = config.resources, config.resources.trainers
+    generators = Demand("resources.generators", "actor", *_actors(resources.generators))
+    scorers = Demand("resources.scorers", "actor", *_actors(resources.scorers))
+    if step.folder == TRAINING:
+        num = config.training.num_workers
+        return [Demand("training.num_workers", "worker", num, num, trainers.cpus_per_worker, trainers.gpus_per_worker)]
+    if step.folder in (SAMPLES, EVALUATION):
+        apart = step.folder == SAMPLES and config.rewards.placement == "pool" and config.rewards.judges
+        return [generators, scorers] if apart else [generators]
+    return [scorers] if step.folder == SCORES else []
+
+
+def _actors(pool: Pool) -> tuple[int, int, float, float]:
+    return pool.num_actors, 1, pool.cpus_per_actor, pool.gpus_per_actor
 
 
 def preference_source(config: Config) -> Source:
@@ -571,7 +627,8 @@ def preference_frame(config: Config) -> Any:
 
 def _sample_settings(config: Config) -> dict[str, Any]:
     return (
-        _section(config, "model", "generation")
+        _section(config, "model")
+        | {"generation": config.generation.outcome}
         | _seed(config)
         | {
             "prompts.train": config.prompts.train.model_dump() if config.prompts.train else None,

@@ -1,15 +1,19 @@
-"""Ray Data: rows through pools of plain classes, and into shards; what every step's own Ray module builds on."""
+"""Ray Data: rows through pools of plain classes, and into files; what every step's own Ray module builds on."""
 
-from collections.abc import Callable, Sequence
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset
-from ray.data.datasource import FilenameProvider
 
-from cdpo_ray.store import arrow_place
+from cdpo_ray.parts import PARTS, Part, join_parts, shards_of, write_part
+from cdpo_ray.progress import Progress
+from cdpo_ray.store import arrow_place, delete, make_folder
 
 MIN_SHARD_BYTES = 128 * 2**20
 
@@ -23,20 +27,14 @@ class PoolSize:
     gpus_per_actor: float
 
 
-class OrderedNames(FilenameProvider):
-    """Shards named by their place; Ray wants its id of the write in the name."""
-
-    def __init__(self, stem: str) -> None:
-        self.stem = stem
-
-    def get_filename_for_task(self, write_uuid: str, task_index: int, *args: Any, **kwargs: Any) -> str:
-        return f"{self.stem}-{task_index:06d}-{write_uuid}.parquet"
-
-
 def in_pool(
-    rows: Dataset, plain_class: Callable[..., Any], pool: PoolSize, *, rows_per_call: int, **arguments: Any
+    rows: Dataset, plain_class: Callable[..., Any], pool: PoolSize, *, rows_per_call: int | None, **arguments: Any
 ) -> Dataset:
-    """Run a plain class (Arrow rows in, Arrow rows out) in a pool of actors, with bounded retries."""
+    """Run a plain class (Arrow rows in, Arrow rows out) in a pool of actors, with bounded retries.
+
+    Args:
+        rows_per_call: none: a block, as it is.
+    """
     return rows.map_batches(
         plain_class,  # type: ignore[arg-type]
         fn_constructor_kwargs=arguments,
@@ -46,7 +44,7 @@ def in_pool(
         compute=ActorPoolStrategy(min_size=1, max_size=pool.num_actors, max_tasks_in_flight_per_actor=2),
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor,
-        max_restarts=-1,
+        max_restarts=30,  # spot machines leave many times a night; an actor that dies as it starts would do so for ever
         max_task_retries=3,  # a call that kills its actor is repeated, but not for ever (Ray Data's default)
     )
 
@@ -59,18 +57,58 @@ def read_rows(folder: Path, columns: Sequence[str]) -> Dataset:
     )
 
 
-def write_shards(rows: Dataset, output_dir: Path, stem: str) -> None:
-    """Write rows in their order as Parquet shards of at least `MIN_SHARD_BYTES` (the last may be smaller).
+def write_parts(rows: Dataset | None, output_dir: Path, stem: str, progress: Progress) -> Iterator[Part]:
+    """Write each block, what one call made, as a part; each is told, in order, once a restart would not make it again.
 
-    Names are counted through, so that the same run gives the same files.
+    Args:
+        rows: none: everything is there.
+        stem: what Ray calls the work.
     """
-    rows.set_name(stem)  # what its progress bar is called
-    where = arrow_place(output_dir)
-    rows.write_parquet(
-        where["path"],
-        filesystem=where["filesystem"],
-        filename_provider=OrderedNames(stem),
-        min_bytes_per_file=MIN_SHARD_BYTES,
+    if rows is None:
+        return
+    parts_dir = output_dir / PARTS
+    make_folder(parts_dir)
+    written = rows.map_batches(
+        write_part,
+        fn_kwargs={"parts_dir": parts_dir},
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        max_retries=3,
     )
-    for number, path in enumerate(sorted(output_dir.glob(f"{stem}-*.parquet"))):
-        path.rename(output_dir / f"{stem}-{number:06d}.parquet")
+    written.set_name(stem)
+    for row in written.iter_rows():
+        progress.advance(row["num_rows"])
+        yield Part(path=parts_dir / f"{row['first']:012d}.parquet", **row)
+
+
+def write_shards(
+    rows: Dataset | None, output_dir: Path, stem: str, progress: Progress, there: Sequence[Part] = ()
+) -> Counter[int]:
+    """Write rows, in prompt order, as Parquet shards of at least `MIN_SHARD_BYTES` (the last may be smaller).
+
+    Parts are joined as soon as there are enough of them, so that few small files lie about at any time. Shards are
+    named by their first prompt index: the same run gives the same files, however often it was interrupted.
+
+    Args:
+        rows: what is not there yet; none: nothing.
+        there: what an interrupted attempt left.
+
+    Returns:
+        How many of the rows were made with how many images at once.
+    """
+    made_with: Counter[int] = Counter()
+
+    def counted() -> Iterator[Part]:
+        for part in write_parts(rows, output_dir, stem, progress):
+            made_with[part.images_per_batch or 0] += part.num_rows
+            yield part
+
+    join = ray.remote(num_cpus=0.1, max_retries=3)(join_parts)
+    joining = [
+        join.remote([part.path for part in parts], output_dir / f"{stem}-{parts[0].first:012d}.parquet")
+        for parts in shards_of(heapq.merge(there, counted()), MIN_SHARD_BYTES)
+    ]
+    ray.get(joining)
+    delete(output_dir / PARTS)
+    return made_with

@@ -1,8 +1,12 @@
 """Rewards as a user would write them, good and bad."""
 
+import json
+import os
+import time
 from collections.abc import Sequence
 
 import numpy as np
+import ray
 from torch import Tensor
 
 
@@ -24,3 +28,12 @@ def sometimes_missing(images: Tensor, prompts: Sequence[str]) -> np.ndarray:
     scores = images.float().mean(dim=(1, 2, 3)).numpy().astype(float)
     scores[::4] = np.nan
     return scores
+
+
+def slow_and_told(images: Tensor, prompts: Sequence[str]) -> np.ndarray:
+    """Brightness; each call takes a while, and adds a line to a log: whose process, which node, which prompts."""
+    line = {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(), "prompts": sorted(set(prompts))}
+    with open(os.environ["OWN_REWARDS_LOG"], "a") as log:
+        log.write(f"{json.dumps(line)}\n")
+    time.sleep(0.5)
+    return images.double().mean(dim=(1, 2, 3)).numpy()

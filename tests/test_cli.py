@@ -56,10 +56,14 @@ def test_help_lists_the_verbs_in_the_datas_order(capsys: pytest.CaptureFixture[s
     places = [text.index(f"\n    {verb} ") for verb in VERBS]
     assert places == sorted(places)
     generate, *others = (step.verb for step in STEPS)
-    assert list(VERBS) == ["check", "run", generate, IMPORT.verb, *others, "report", "export", "compare"]
+    assert list(VERBS) == [
+        "check", "doctor", "run", generate, IMPORT.verb, *others, "report", "export", "compare", "status"
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", [[], ["dance", "x.yaml"], ["run"], ["compare", "runs/one"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["dance", "x.yaml"], ["run"], ["compare", "runs/one"], ["status", "runs/one", "a=b"]]
+)
 def test_a_command_that_is_none_exits_with_2_and_usage(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """The whole way on a real local Ray, with the real architecture of SD1.5 at reduced width."""
 
+import functools
 import io
 import json
 import subprocess
@@ -10,20 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import poisoned
 
 from cdpo_ray.cli import main
 from cdpo_ray.config import Config, validate
-from cdpo_ray.errors import CurriculumError, RewardError, StoreError
+from cdpo_ray.errors import CurriculumError, GenerationError, RewardError, StoreError
+from cdpo_ray.evaluation.comparison import Comparer
+from cdpo_ray.generation.generator import Sampling
+from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import noise_at, seed_of
+from cdpo_ray.parts import write_part
 from cdpo_ray.records import score_file
 from cdpo_ray.rewards.score_table import read_scores
+from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.run import round_folders, run_steps, write_reports
 from cdpo_ray.session import ray_session
 from cdpo_ray.steps import STEPS
@@ -194,7 +202,7 @@ def test_second_run_computes_nothing_and_is_quick(finished: tuple[Config, RunFol
     assert time.monotonic() - started < 10
     assert done.stderr.count("done already") == len(STEPS) + 1
     now = {path: path.stat().st_mtime_ns for path in written}
-    assert {path.name for path in written if now[path] != written[path]} <= {"config.yaml"}
+    assert {path.name for path in written if now[path] != written[path]} <= {"config.yaml", "status.json"}
 
 
 def test_images_and_pairs_do_not_depend_on_the_number_of_actors(
@@ -204,6 +212,97 @@ def test_images_and_pairs_do_not_depend_on_the_number_of_actors(
     run = run_steps(config, steps_until("pairs"))
     assert pngs(run) == pngs(finished[1])
     assert pairs(run) == pairs(finished[1])
+
+
+def test_generation_goes_on_with_the_parts_that_are_whole_and_makes_only_the_others(
+    finished: tuple[Config, RunFolder], tiny_sd15: Path, tmp_path: Path
+) -> None:
+    config = make_config(tiny_sd15, tmp_path, generation__max_bad_fraction=0.5)
+    aside = tmp_path / "run" / "1-samples.partial"
+    (aside / "parts").mkdir(parents=True)
+    begun_with = {"settings": STEPS[0].settings(config), "inputs": {}}
+    (aside / "settings.json").write_text(json.dumps(begun_with))
+    (shard,) = finished[1].step("1-samples").glob("*.parquet")
+    rows = pq.read_table(shard)
+    marked = rows.set_column(rows.column_names.index("num_tokens_cut"), "num_tokens_cut", pa.array([9] * 5, pa.int64()))
+    for row in (0, 3):
+        pq.write_table(marked.slice(row, 1), aside / "parts" / f"{row:012d}.parquet")
+    cut_off = aside / "parts" / "000000000001.parquet"
+    pq.write_table(marked.slice(1, 1), cut_off)
+    cut_off.write_bytes(cut_off.read_bytes()[:-9])
+    (aside / "parts" / "000000000002.parquet.tmp").write_bytes(b"PAR1")
+    run = run_steps(config, steps_until("generate"))
+    files = sorted(path.name for path in run.step("1-samples").rglob("*"))
+    assert files == ["manifest.json", "samples-000000000000.parquet"]
+    made = pq.read_table(run.step("1-samples") / files[1])
+    assert made["num_tokens_cut"].to_pylist() == [9, 0, 0, 9, 0], "the marked were not made again"
+    assert made.drop_columns("num_tokens_cut").equals(rows.drop_columns("num_tokens_cut"))
+
+
+def test_evaluation_goes_on_with_the_part_that_is_whole(finished: tuple[Config, RunFolder], tiny_sd15: Path) -> None:
+    config, run = finished
+    folder = beginning_as(run, "half-evaluated", "1-samples", "2-scores", "3-stages", "4-training")
+    half = make_config(tiny_sd15, folder.path.parent, "half-evaluated")
+    evaluate = STEPS[-1]
+    aside = folder.path / f"{evaluate.folder}.partial"
+    (aside / "parts").mkdir(parents=True)
+    begun_with = {"settings": evaluate.settings(half), "inputs": evaluate.fingerprints(half, folder)}
+    (aside / "settings.json").write_text(json.dumps(begun_with))
+    comparer = Comparer(
+        "stable_diffusion",
+        {"path": str(tiny_sd15)},
+        Sampling(3, 2, 2, 2.0, None, None, 4),
+        training_dir=run.step("4-training"),
+        make_scores=functools.partial(Scorer, {"jpeg_size": {"quality": 90}}),
+        num_margin_draws=config.evaluation.num_margin_draws,
+        guidance_range=None,
+        set_aside=SetAside(aside, 3, 0.0),
+    )
+    table = pq.read_table(run.step("5-evaluation") / "comparison.parquet")
+    prompts = pa.table({name: table[name].take(pa.array([0, 2])) for name in ("prompt_index", "prompt_id", "prompt")})
+    made = comparer(prompts)
+    marked = made.set_column(made.column_names.index("base_diversity"), "base_diversity", pa.array([99.0, 99.0]))
+    write_part(marked, parts_dir=aside / "parts")
+    run_steps(half, STEPS)
+    assert pq.read_table(folder.step("5-evaluation") / "comparison.parquet").equals(table)
+    diversity = json.loads((folder.step("5-evaluation") / "metrics.json").read_text())["diversity"]["base"]
+    assert 66 < diversity["mean"] < 67, "the part was not made again"
+    assert sorted(path.name for path in folder.step("5-evaluation").iterdir()) == [
+        "comparison.parquet",
+        "manifest.json",
+        "metrics.json",
+    ]
+
+
+@pytest.mark.nightly
+def test_fault_07_a_poison_prompt_costs_itself_alone_on_the_whole_way(tiny_sd15: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na zebra\na dog\na lizard\na fox\n")
+    config = make_config(
+        poisoned(tiny_sd15, tmp_path / "no_z", letter="z"),
+        tmp_path,
+        prompts={
+            "train": {"source": str(tmp_path / "prompts.txt")},
+            "heldout": {"source": "animal_photos", "count": 7},  # the sixth is a zebra
+        },
+        generation__max_bad_fraction=0.5,
+        generation__images_per_batch=8,  # two prompts a call
+        curriculum__updates_per_stage=1,
+    )
+    run = run_steps(config, STEPS)
+    write_reports(config)
+    manifest = run.manifest("1-samples")
+    assert manifest["counts"]["prompts_set_aside"] == 2 and manifest["counts"]["prompts"] == 3
+    assert "2 prompts raise inside the model; set_aside.jsonl says which and why" in manifest["warnings"]
+    entries = [json.loads(line) for line in (run.step("1-samples") / "set_aside.jsonl").read_text().splitlines()]
+    assert [(entry["prompt_index"], entry["prompt"]) for entry in entries] == [(1, "a zebra"), (3, "a lizard")]
+    assert read_shards(run.step("1-samples"), ["prompt_index"])["prompt_index"].to_pylist() == [0, 2, 4]
+    assert {index for stage in pairs(run) for index in stage["prompt_index"]} <= {0, 2, 4}
+    assert run.manifest("5-evaluation")["counts"]["prompts_set_aside"] == 1
+    judged = pq.read_table(run.step("5-evaluation") / "comparison.parquet")["prompt_index"].unique().to_pylist()
+    assert judged == [0, 1, 2, 3, 4, 6]
+    strict = make_config(Path(config.model.path), tmp_path, "strict", prompts=config.prompts.model_dump())
+    with pytest.raises(GenerationError, match=r"1 of 5 prompts .* `generation.max_bad_fraction` = 0.01.* 'a zebra'"):
+        run_steps(strict, steps_until("generate"))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """The real architectures at reduced width, with random weights, as folders in diffusers layout."""
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -78,6 +80,16 @@ def build_tiny_sd15(folder: Path, *, prediction_type: str = "epsilon", seed: int
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def poisoned(model: Path, folder: Path, *, letter: str) -> Path:
+    """A copy whose text encoder raises on every prompt with the letter: its tokenizer knows more tokens than it."""
+    shutil.copytree(model, folder)
+    path = folder / "tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"] |= {letter: 99_999, f"{letter}</w>": 99_999}
+    path.write_text(json.dumps(tokenizer))
     return folder
 
 

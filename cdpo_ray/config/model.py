@@ -1,6 +1,6 @@
 """The base model and how it is sampled."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -64,3 +64,9 @@ class GenerationSection(Section):
     width: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
     images_per_batch: Annotated[int, Field(ge=1)] = 8
     keep_images: bool = True
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """What decides what is generated, as plain values; `max_bad_fraction` decides only whether a run goes on."""
+        return self.model_dump(mode="json", exclude={"max_bad_fraction"})

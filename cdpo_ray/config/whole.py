@@ -15,6 +15,7 @@ from cdpo_ray.config.model import (
 )
 from cdpo_ray.config.rewards import COMBINATIONS, RewardName, RewardsSection
 from cdpo_ray.config.section import Place, Section
+from cdpo_ray.config.tracking import TrackingSection
 from cdpo_ray.config.training import TrainingSection
 from cdpo_ray.records import PERTURBATION, PREFERENCE
 
@@ -69,6 +70,7 @@ class Config(Section):
     training: TrainingSection
     evaluation: EvaluationSection
     resources: ResourcesSection = ResourcesSection()
+    tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Ray Data: scores -> the drawn pairs of each stage, written easy to hard."""
+"""Scores -> the drawn pairs of each stage, written easy to hard."""
 
 import logging
 from collections.abc import Iterable
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 
 from cdpo_ray.curriculum.combination import RankingRule
 from cdpo_ray.curriculum.drawing import sort_by_difficulty
@@ -20,8 +19,7 @@ from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.errors import CurriculumError
 from cdpo_ray.records import LABEL, score_file
 from cdpo_ray.rewards.score_table import read_scores
-from cdpo_ray.store import write_json, write_table
-from cdpo_ray.streams import write_shards
+from cdpo_ray.store import make_folder, write_json, write_table
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +109,8 @@ def write_stages(
     for stage in range(1, schedule.num_stages + 1):
         drawn, admitted = curriculum.plan(stage, pairs_per_stage)
         pairs = sort_by_difficulty(drawn)
-        write_shards(ray.data.from_arrow(_rows(pairs, stage, table)), output_dir / f"stage-{stage}", "pairs")
+        make_folder(output_dir / f"stage-{stage}")
+        write_table(_rows(pairs, stage, table), output_dir / f"stage-{stage}" / "pairs-000000.parquet")
         stages.append(
             describe_stage(
                 stage,

@@ -15,8 +15,11 @@ from cdpo_ray.evaluation.statistics import pairwise_rms_distance
 from cdpo_ray.generation.columns import list_column
 from cdpo_ray.generation.generator import MakeScores, Sampling, sample_batches
 from cdpo_ray.generation.images import encode_png
+from cdpo_ray.generation.memory import BatchSize
+from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import Conditioning
+from cdpo_ray.parts import IMAGES_PER_BATCH
 from cdpo_ray.records import ARMS, IMPLICIT_VALUE, score_column
 
 
@@ -28,6 +31,7 @@ class Comparer:
         training_dir: `4-training`, whose model is compared with the base.
         num_margin_draws: of times and noise, for the implicit value of each of the base's images; 0 leaves it out.
         guidance_range: that the net was told of in training; none is the family's own.
+        set_aside: takes prompts that raise inside the model.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class Comparer:
         make_scores: MakeScores,
         num_margin_draws: int,
         guidance_range: tuple[float, float] | None,
+        set_aside: SetAside,
     ) -> None:
         self.model = load_model(family, **model, for_training=num_margin_draws > 0, keep_vae=True)
         self.model.guidance_range = guidance_range or self.model.guidance_range
@@ -47,9 +52,14 @@ class Comparer:
         self.sampling = sampling
         self.num_margin_draws = num_margin_draws
         self.scores = make_scores()
+        self.set_aside = set_aside
+        self.batch_size = BatchSize(sampling.images_per_batch)
         self.encoders = ThreadPoolExecutor(2)  # PNG encoding off the sampler's path
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        return self.set_aside.sparing(self.compared, rows)
+
+    def compared(self, rows: pa.Table) -> pa.Table:
         prompts = rows["prompt"].to_pylist()
         conditioning, _ = self.model.encode_prompts(prompts)
         num_images = self.sampling.images_per_prompt
@@ -57,8 +67,8 @@ class Comparer:
             self.model.use_tuned(arm == "tuned")
             batches, latents, scores = [], [], []
             pngs: list[Future[bytes]] = []
-            for batch in sample_batches(self.model, prompts, conditioning, self.sampling):
-                scores.append(self.scores(batch.images, batch.prompts))
+            for batch in sample_batches(self.model, prompts, conditioning, self.sampling, self.scores, self.batch_size):
+                scores.append(batch.scores)
                 latents.append(batch.latents)
                 batches.append(batch.images.cpu().numpy())
                 pngs.extend(self.encoders.submit(encode_png, image) for image in batches[-1])
@@ -75,7 +85,7 @@ class Comparer:
             if arm == "base" and self.num_margin_draws:
                 values = self._implicit_values(prompts, conditioning, torch.cat(latents))
                 rows = rows.append_column(IMPLICIT_VALUE, list_column(values, num_images, pa.float32()))
-        return rows
+        return rows.append_column(IMAGES_PER_BATCH, pa.array([self.batch_size.num_images] * len(prompts), pa.int64()))
 
     def _implicit_values(self, prompts: list[str], conditioning: Conditioning, latents: Tensor) -> Any:
         num_images = self.sampling.images_per_prompt
@@ -85,6 +95,6 @@ class Comparer:
             {name: value.repeat_interleave(num_images, dim=0) for name, value in conditioning.items()},
             [prompt for prompt in prompts for _ in range(num_images)],
             num_draws=self.num_margin_draws,
-            samples_per_launch=self.sampling.images_per_batch,
+            samples_per_launch=self.batch_size.num_images,
             seed=self.sampling.seed,
         )

@@ -13,9 +13,12 @@ from cdpo_ray.evaluation.labelled import LabelledSamples, Valuer, label_accuracy
 from cdpo_ray.evaluation.metrics import measure
 from cdpo_ray.generation.generator import MakeScores, Sampling
 from cdpo_ray.generation.pool import prompt_rows
-from cdpo_ray.records import CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
-from cdpo_ray.store import shard_schema, write_json, write_table
-from cdpo_ray.streams import PoolSize, in_pool, read_rows
+from cdpo_ray.generation.set_aside import SetAside
+from cdpo_ray.parts import PARTS, find_parts, join_set_aside
+from cdpo_ray.progress import Progress
+from cdpo_ray.records import ARMS, CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
+from cdpo_ray.store import delete, read_table, shard_schema, write_json, write_table
+from cdpo_ray.streams import PoolSize, in_pool, read_rows, write_parts
 
 
 def evaluate_adapter(
@@ -33,19 +36,33 @@ def evaluate_adapter(
     generators: PoolSize,
     num_resamples: int,
     seed: int,
+    max_bad_fraction: float,
+    progress: Progress,
     labelled: LabelledSamples | None = None,
 ) -> dict[str, Any]:
     """Write `5-evaluation`: the images and scores of both models, and what follows from them; returns the latter.
 
+    Goes on with what an interrupted attempt left. Prompts that raise inside the model go to `set_aside.jsonl`.
+
     Args:
+        max_bad_fraction: of the prompts, that may be set aside.
         labelled: images that people judged, some of prompts held out.
+
+    Raises:
+        GenerationError: too many prompts are set aside.
     """
+    set_aside = SetAside(output_dir, len(prompts), max_bad_fraction)
+    parts, held = find_parts(output_dir, "comparison")
+    done = held | set_aside.refuse_too_many()
+    makes = (len(ARMS) * sampling.images_per_prompt, "images")
+    progress.begin("evaluate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
     rows_per_call = max(1, sampling.images_per_batch // sampling.images_per_prompt)
-    compared = in_pool(
-        prompt_rows(prompts, rows_per_call),
+    rows = prompt_rows(prompts, rows_per_call, done)
+    compared = rows and in_pool(
+        rows,
         Comparer,
         generators,
-        rows_per_call=rows_per_call,
+        rows_per_call=None,
         family=family,
         model=dict(model),
         sampling=sampling,
@@ -53,12 +70,13 @@ def evaluate_adapter(
         make_scores=make_scores,
         num_margin_draws=num_margin_draws,
         guidance_range=guidance_range,
+        set_aside=set_aside,
     )
-    compared.set_name("evaluate")
-    rows = pa.concat_tables(ray.get(compared.to_arrow_refs())).sort_by("prompt_index")
-    write_table(_row_per_image(rows, sampling.images_per_prompt), output_dir / "comparison.parquet")
-    metrics = measure(rows, judges, num_resamples=num_resamples, seed=seed)
-    metrics |= {"num_prompts": len(prompts), "images_per_prompt": sampling.images_per_prompt}
+    parts = sorted([*parts, *write_parts(compared, output_dir, "evaluate", progress)])
+    table = pa.concat_tables(read_table(part.path) for part in parts)
+    write_table(_row_per_image(table, sampling.images_per_prompt), output_dir / "comparison.parquet")
+    metrics = measure(table, judges, num_resamples=num_resamples, seed=seed)
+    metrics |= {"num_prompts": table.num_rows, "images_per_prompt": sampling.images_per_prompt}
     if labelled and num_margin_draws:
         valued = _valued(
             labelled,
@@ -72,6 +90,8 @@ def evaluate_adapter(
         )
         metrics["labels"] = label_accuracy(valued, labelled.rewards, num_resamples=num_resamples, seed=seed)
     write_json(output_dir / "metrics.json", metrics)
+    join_set_aside(output_dir)
+    delete(output_dir / PARTS)
     return metrics
 
 

@@ -323,13 +323,15 @@ def image_grid(runs: Sequence[EvaluatedRun]) -> list[dict[str, Any]]:
         {"prompt": prompt, "arms": [{"name": name, "images": []} for name in (BASE, *(run.name for run in runs))]}
         for prompt in runs[0].prompts[:SHOWN_PROMPTS]
     ]
+    first = runs[0].rows["prompt_index"].unique().to_pylist()[:SHOWN_PROMPTS]  # those set aside have no row
+    places = {prompt_index: place for place, prompt_index in enumerate(first)}
     for place, (run, arm) in enumerate([(runs[0], "base"), *((run, "tuned") for run in runs)]):
         column = f"{arm}_image"
-        few = [("prompt_index", "<", SHOWN_PROMPTS), ("sample_index", "<", SHOWN_IMAGES)]
+        few = [("prompt_index", "in", list(places)), ("sample_index", "<", SHOWN_IMAGES)]
         rows = read_table(run.comparison_path, ["prompt_index", "sample_index", column], few)
         for row in rows.sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")]).to_pylist():
             where = f"{run.comparison_path}: image {row['sample_index']} of prompt {row['prompt_index']}"
-            grid[row["prompt_index"]]["arms"][place]["images"].append(inlined(row[column], where))
+            grid[places[row["prompt_index"]]]["arms"][place]["images"].append(inlined(row[column], where))
     return grid
 
 

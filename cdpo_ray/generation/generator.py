@@ -13,9 +13,12 @@ from torch import Tensor
 
 from cdpo_ray.generation.columns import list_column, storable, tensor_column
 from cdpo_ray.generation.images import encode_png
+from cdpo_ray.generation.memory import BatchSize, is_out_of_memory
 from cdpo_ray.generation.perturbation import masked_positions, masked_shares, perturbed
+from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.parts import IMAGES_PER_BATCH
 from cdpo_ray.records import PERTURBATION, score_column
 from cdpo_ray.store import place
 
@@ -56,27 +59,43 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Samples made together: ``prompts [sample]``, ``latents [sample, channel, height, width]``, ``images`` uint8."""
+    """Samples made together: ``prompts [sample]``, ``latents [sample, channel, height, width]``, ``images`` uint8.
+
+    Attributes:
+        scores: ``[sample]`` a reward, of the judges that were asked.
+    """
 
     prompts: list[str]
     latents: Tensor
     images: Tensor
+    scores: dict[str, NDArray[np.float64]]
 
 
 def sample_batches(
-    model: "TextToImageModel", prompts: Sequence[str], conditioning: "Conditioning", sampling: Sampling
+    model: "TextToImageModel",
+    prompts: Sequence[str],
+    conditioning: "Conditioning",
+    sampling: Sampling,
+    scores: Scores | None = None,
+    batch_size: BatchSize | None = None,
 ) -> Iterator[SampleBatch]:
-    """All images of each prompt, prompt by prompt, in batches.
+    """All images of each prompt, prompt by prompt, in batches; where memory does not suffice, in smaller ones.
 
     The noise of an image is a function of (seed, prompt, index) alone.
 
     Args:
         conditioning: a row a prompt.
+        scores: judges each batch.
+        batch_size: images at once, halved as memory asks; by default it begins anew with ``sampling.images_per_batch``.
+
+    Raises:
+        ModelError: memory does not suffice for one image.
     """
     shape = model.latent_shape(sampling.height, sampling.width)
+    batch_size = batch_size or BatchSize(sampling.images_per_batch)
     wanted = [(row, index) for row in range(len(prompts)) for index in range(sampling.images_per_prompt)]
-    for start in range(0, len(wanted), sampling.images_per_batch):
-        batch = wanted[start : start + sampling.images_per_batch]
+
+    def made(batch: list[tuple[int, int]]) -> SampleBatch:
         rows = [row for row, _ in batch]
         noise = torch.stack([noise_at(shape, sampling.seed, "image", prompts[row], index) for row, index in batch])
         asked = {name: value[rows] for name, value in conditioning.items()}
@@ -90,7 +109,21 @@ def sample_batches(
             num_denoising_steps=sampling.num_denoising_steps,
             guidance_scale=sampling.guidance_scale,
         )
-        yield SampleBatch([prompts[row] for row in rows], latents, model.decode(latents))
+        images, named = model.decode(latents), [prompts[row] for row in rows]
+        return SampleBatch(named, latents, images, scores(images, named) if scores else {})
+
+    start = 0
+    while start < len(wanted):
+        batch = wanted[start : start + batch_size.num_images]
+        try:
+            done = made(batch)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            batch_size.halve(error, len(batch), model, shape)
+            continue
+        yield done
+        start += len(batch)
 
 
 class Generator:
@@ -102,6 +135,7 @@ class Generator:
         make_scores: builds the judges that score images as they are made; none: no score columns.
         keep_images: add the PNG of each image.
         keep_pixels: add the raw pixels, for a pool of judges behind this one.
+        set_aside: takes prompts that raise inside the model; none: the error is raised.
     """
 
     def __init__(
@@ -114,6 +148,7 @@ class Generator:
         make_scores: MakeScores | None = None,
         keep_images: bool = True,
         keep_pixels: bool = False,
+        set_aside: SetAside | None = None,
     ) -> None:
         self.model = load_model(family, **model)
         if tuned_dir:
@@ -123,16 +158,20 @@ class Generator:
         self.scores = make_scores() if make_scores else None
         self.keep_images = keep_images
         self.keep_pixels = keep_pixels
+        self.set_aside = set_aside
+        self.batch_size = BatchSize(sampling.images_per_batch)
         self.encoders = ThreadPoolExecutor(2)  # PNG encoding off the sampler's path
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        return self.set_aside.sparing(self.made, rows) if self.set_aside else self.made(rows)
+
+    def made(self, rows: pa.Table) -> pa.Table:
         prompts = rows["prompt"].to_pylist()
         conditioning, num_tokens_cut = self.model.encode_prompts(prompts)
         latents, pixels, scores = [], [], []
         pngs: list[Future[bytes]] = []
-        for batch in sample_batches(self.model, prompts, conditioning, self.sampling):
-            if self.scores:
-                scores.append(self.scores(batch.images, batch.prompts))
+        for batch in sample_batches(self.model, prompts, conditioning, self.sampling, self.scores, self.batch_size):
+            scores.append(batch.scores)
             latents.append(batch.latents.cpu())
             images = batch.images.cpu().numpy()
             if self.keep_images:
@@ -153,10 +192,10 @@ class Generator:
             spared = np.negative(masked_shares(num_samples, self.sampling.max_masked_fraction, num_tokens))
             column = list_column(np.tile(spared, len(prompts)), num_samples, pa.float64())
             rows = rows.append_column(score_column(PERTURBATION), column)
-        for name in scores[0] if scores else ():
+        for name in scores[0]:
             values = np.concatenate([batch[name] for batch in scores])
             rows = rows.append_column(score_column(name), list_column(values, num_samples, pa.float64()))
-        return rows
+        return rows.append_column(IMAGES_PER_BATCH, pa.array([self.batch_size.num_images] * len(prompts), pa.int64()))
 
 
 def _perturbed(

@@ -1,6 +1,7 @@
 """Ray Data: prompts stream through a pool of generators (and of judges) into shards."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,18 @@ import ray.data
 from ray.data import Dataset
 
 from cdpo_ray.generation.generator import Generator, MakeScores, Sampling
+from cdpo_ray.generation.set_aside import SetAside
+from cdpo_ray.parts import find_parts, join_set_aside
+from cdpo_ray.progress import Progress
 from cdpo_ray.records import prompt_id
 from cdpo_ray.streams import PoolSize, in_pool, write_shards
 
 
-def prompt_rows(prompts: Sequence[str], rows_per_call: int) -> Dataset:
-    """A row a prompt, in blocks of what one call of an actor takes; blocks do not depend on the number of actors."""
+def prompt_rows(prompts: Sequence[str], rows_per_call: int, done: Set[int] = frozenset()) -> Dataset | None:
+    """A row a prompt, in blocks of what one call of an actor takes; none if all of them are done.
+
+    Blocks do not depend on the number of actors, nor on what was done before, but that this is left out of them.
+    """
     table = pa.table(
         {
             "prompt_index": pa.array(range(len(prompts)), pa.int64()),
@@ -22,8 +29,10 @@ def prompt_rows(prompts: Sequence[str], rows_per_call: int) -> Dataset:
             "prompt": list(prompts),
         }
     )
-    starts = range(0, len(prompts), rows_per_call)
-    return ray.data.from_arrow([table.slice(start, rows_per_call) for start in starts])
+    calls = [range(start, start + rows_per_call) for start in range(0, len(prompts), rows_per_call)]
+    missing = [[row for row in call if row < len(prompts) and row not in done] for call in calls]
+    blocks = [table.take(rows) for rows in missing if rows]
+    return ray.data.from_arrow(blocks) if blocks else None
 
 
 def generate_samples(
@@ -38,20 +47,37 @@ def generate_samples(
     generators: PoolSize,
     make_scores: MakeScores | None,
     score_in_pool: Callable[[Dataset], Dataset] | None,
-) -> None:
+    max_bad_fraction: float,
+    progress: Progress,
+) -> Counter[int]:
     """Write `1-samples`: for each prompt all its images, with the scores of the judges that were asked for.
+
+    Goes on with what an interrupted attempt left. Prompts that raise inside the model go to `set_aside.jsonl`.
 
     Args:
         tuned_dir: `4-training` of an earlier round, whose model is sampled in place of the base.
         make_scores: judges built inside each generator (fused).
         score_in_pool: judges in a pool of their own, behind the generators.
+        max_bad_fraction: of the prompts, that may be set aside.
+
+    Returns:
+        How many of the prompts made now were made with how many images at once.
+
+    Raises:
+        GenerationError: too many prompts are set aside.
     """
+    set_aside = SetAside(output_dir, len(prompts), max_bad_fraction)
+    there, held = find_parts(output_dir, "samples")
+    done = held | set_aside.refuse_too_many()
+    makes = (sampling.images_per_prompt, "images")
+    progress.begin("generate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
     rows_per_call = max(1, sampling.images_per_batch // sampling.images_per_prompt)
-    rows = in_pool(
-        prompt_rows(prompts, rows_per_call),
+    rows = prompt_rows(prompts, rows_per_call, done)
+    rows = rows and in_pool(
+        rows,
         Generator,
         generators,
-        rows_per_call=rows_per_call,
+        rows_per_call=None,
         family=family,
         model=dict(model),
         sampling=sampling,
@@ -59,7 +85,10 @@ def generate_samples(
         make_scores=make_scores,
         keep_images=keep_images,
         keep_pixels=score_in_pool is not None,
+        set_aside=set_aside,
     )
-    if score_in_pool is not None:
+    if rows and score_in_pool is not None:
         rows = score_in_pool(rows)
-    write_shards(rows, output_dir, "samples")
+    made_with = write_shards(rows, output_dir, "samples", progress, there)
+    join_set_aside(output_dir)
+    return made_with

@@ -10,17 +10,17 @@ import ray
 import ray.data
 from ray.data import Dataset
 
+from cdpo_ray.parts import SET_ASIDE, join_set_aside
 from cdpo_ray.preferences.encoder import Encoder
 from cdpo_ray.preferences.files import Chunk, Source, blocks_of
 from cdpo_ray.preferences.images import Frame
 from cdpo_ray.preferences.reading import faults_of, read_chunks
-from cdpo_ray.store import files_within, is_local, make_folder
+from cdpo_ray.progress import Progress
+from cdpo_ray.store import make_folder
 from cdpo_ray.streams import PoolSize, in_pool, write_shards
 
 if TYPE_CHECKING:
     from cdpo_ray.generation.generator import MakeScores
-
-SET_ASIDE = "set_aside"
 
 
 def import_samples(
@@ -36,8 +36,9 @@ def import_samples(
     keep_images: bool,
     make_scores: "MakeScores | None",
     encoders: PoolSize,
-) -> None:
-    """Write `1-samples` out of images that are there; what cannot be used goes to `set_aside.jsonl`.
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Write `1-samples` out of images that are there; returns what cannot be used, which goes to `set_aside.jsonl`.
 
     Readers and encoders take some rows at a time, so memory does not grow with the files.
     """
@@ -51,7 +52,7 @@ def import_samples(
             "frame": frame,
             "num_samples": num_samples,
             "rows_per_table": rows_per_call,
-            "set_aside_dir": set_aside_dir.resolve(),
+            "set_aside_dir": set_aside_dir,
         },
         batch_size=None,
         batch_format="pyarrow",
@@ -67,13 +68,8 @@ def import_samples(
         make_scores=make_scores,
         keep_images=keep_images,
     )
-    write_shards(rows, output_dir, "samples")
-    with (output_dir / f"{SET_ASIDE}.jsonl").open("w") as joined:
-        for path in files_within(set_aside_dir).values():
-            joined.write(path.read_text())
-            path.unlink()
-    if is_local(set_aside_dir):
-        set_aside_dir.rmdir()
+    write_shards(rows, output_dir, "samples", progress)
+    return join_set_aside(output_dir)
 
 
 def find_faults(chunks: Sequence[Chunk], *, source: Source, frame: Frame) -> list[str]:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
 from ray.data import Dataset
 
+from cdpo_ray.progress import Progress
 from cdpo_ray.records import score_column
 from cdpo_ray.rewards.scorer import PixelScorer, SampleScorer
+from cdpo_ray.store import count_rows
 from cdpo_ray.streams import PoolSize, in_pool, read_rows
 
 Rewards = Mapping[str, Mapping[str, Any]]
@@ -35,6 +36,7 @@ def rescore(
     keep_images: bool,
     family: str,
     model: Mapping[str, Any],
+    progress: Progress,
     num_prompts: int | None = None,
 ) -> pa.Table:
     """Scores of images that were made before; nothing is generated.
@@ -45,6 +47,8 @@ def rescore(
     Returns:
         prompt_index, prompt_id and a list column of scores a reward, in prompt order.
     """
+    num_there = count_rows(samples_dir)
+    progress.begin("score", total=min(num_there, num_prompts or num_there), unit="prompt")
     rows_per_call = max(1, IMAGES_PER_CALL // images_per_prompt)
     columns = ["prompt_index", "prompt_id", "prompt", "images" if keep_images else "latents"]
     rows = read_rows(samples_dir, columns)
@@ -63,5 +67,8 @@ def rescore(
     )
     scored.set_name("score")
     wanted = ["prompt_index", "prompt_id", *(score_column(name) for name in rewards)]
-    tables = ray.get(scored.select_columns(wanted).to_arrow_refs())
+    tables = []
+    for table in scored.select_columns(wanted).iter_batches(batch_size=None, batch_format="pyarrow"):
+        progress.advance(table.num_rows)
+        tables.append(table)
     return pa.concat_tables(tables).sort_by("prompt_index")

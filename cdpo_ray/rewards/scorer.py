@@ -15,6 +15,7 @@ from torch import Tensor
 from cdpo_ray.errors import RewardError
 from cdpo_ray.generation.columns import list_column, tensor_column
 from cdpo_ray.generation.images import decode_png
+from cdpo_ray.generation.memory import is_out_of_memory
 from cdpo_ray.models import load_model
 from cdpo_ray.records import score_column
 from cdpo_ray.rewards import REWARDS
@@ -69,7 +70,10 @@ def _checked(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) 
         scores = np.asarray(reward(images, prompts), dtype=np.float64)
     except RewardError:
         raise
-    except Exception as error:  # somebody else's code: whatever it raises, say whose it was and where
+    except Exception as error:
+        if is_out_of_memory(error):  # which fewer images at once may mend
+            raise
+        # somebody else's code: whatever it raises, say whose it was and where
         trace = error.__traceback__
         while trace and trace.tb_next:
             trace = trace.tb_next

@@ -1,6 +1,6 @@
 """Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
 
-from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, refuse_full_disk
+from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, move, refuse_full_disk
 from cdpo_ray.store.folder import RunFolder, StepOutput, differences, fingerprint_of, flat
 from cdpo_ray.store.places import (
     MANIFEST,
@@ -12,7 +12,15 @@ from cdpo_ray.store.places import (
     write_json,
     write_text,
 )
-from cdpo_ray.store.tables import arrow_place, read_shards, read_table, shard_schema, table_schema, write_table
+from cdpo_ray.store.tables import (
+    arrow_place,
+    count_rows,
+    read_shards,
+    read_table,
+    shard_schema,
+    table_schema,
+    write_table,
+)
 
 __all__ = [
     "MANIFEST",
@@ -21,6 +29,7 @@ __all__ = [
     "arrow_place",
     "copy",
     "copy_tree",
+    "count_rows",
     "delete",
     "describe",
     "differences",
@@ -31,6 +40,7 @@ __all__ = [
     "link",
     "local_copy",
     "make_folder",
+    "move",
     "place",
     "read_json",
     "read_shards",

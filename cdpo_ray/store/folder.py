@@ -195,7 +195,7 @@ class RunFolder:
             write_json(aside / SETTINGS, begun_with | {"changes": changes})
             started = time.monotonic()
             output = StepOutput(parts=[name for name in settings if not finished or name not in finished["settings"]])
-            yield aside, output
+            yield aside.absolute(), output  # workers have folders of their own to be in
             files = {name: settled(path) for name, path in _products(aside).items()}
             manifest = {
                 "step": folder,

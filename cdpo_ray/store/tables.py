@@ -1,5 +1,6 @@
 """Parquet files, wherever they lie."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,17 @@ def arrow_place(path: Path) -> dict[str, Any]:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file."""
+    """Write a Parquet file whole or not at all."""
     where = arrow_place(path)
-    pq.write_table(table, where["path"], filesystem=where["filesystem"])
+    if not is_local(path):
+        pq.write_table(table, where["path"], filesystem=where["filesystem"])
+        return
+    aside = path.with_name(f"{path.name}.tmp")
+    with aside.open("wb") as handle:
+        pq.write_table(table, handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+    aside.replace(path)
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, filters: Any = None) -> pa.Table:
@@ -37,6 +46,15 @@ def read_shards(folder: Path, columns: Sequence[str]) -> pa.Table:
 def shard_schema(folder: Path) -> pa.Schema:
     """Columns of a folder's Parquet shards."""
     return table_schema(min(folder.glob("*.parquet")))
+
+
+def count_rows(folder: Path) -> int:
+    """Rows of a folder's Parquet shards; reads none of them."""
+    count = 0
+    for path in folder.glob("*.parquet"):
+        with path.open("rb") as handle:
+            count += pq.read_metadata(handle).num_rows
+    return count
 
 
 def table_schema(path: Path) -> pa.Schema:

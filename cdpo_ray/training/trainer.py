@@ -19,7 +19,7 @@ from cdpo_ray.errors import TrainingError
 from cdpo_ray.progress import Progress
 from cdpo_ray.store import delete, write_json, write_text
 from cdpo_ray.training.board import Board, News, fault_of
-from cdpo_ray.training.commits import newest_of, state_of
+from cdpo_ray.training.commits import names_of, newest_of, state_of
 from cdpo_ray.training.job import TrainingJob
 
 log = logging.getLogger(__name__)
@@ -71,11 +71,13 @@ def train_adapter(
             ),
         )
         fit = threading.Thread(target=_fit, args=(trainer, failures), daemon=True)  # the main thread's signals are ours
-        progress.begin("train", total=num_updates, unit="update")
+        done = max((int(name.partition("-")[2]) for name in names_of(output_dir / COMMITS_DIR)), default=0)
+        pairs_per_update = job.optimization.global_batch_size
+        progress.begin("train", total=num_updates, unit="update", done=done, makes=(pairs_per_update, "pairs"))
         try:
             with _stopping_at_signals(board) as asked:
                 fit.start()
-                news = _followed(board, fit, progress, silent_seconds=collective_timeout_seconds / 2)
+                news = _followed(board, fit, progress, done, silent_seconds=collective_timeout_seconds / 2)
         finally:
             progress.end()
     if news.fault:
@@ -112,9 +114,13 @@ def _fit(trainer: TorchTrainer, failures: list[Exception]) -> None:
         failures.append(error)
 
 
-def _followed(board: Any, fit: threading.Thread, progress: Progress, *, silent_seconds: float) -> News:
-    """Pass on what the workers post, until the fit is over; names each worker that falls silent."""
-    num_done = num_lines = last_record = 0
+def _followed(board: Any, fit: threading.Thread, progress: Progress, num_done: int, *, silent_seconds: float) -> News:
+    """Pass on what the workers post, until the fit is over; names each worker that falls silent.
+
+    Args:
+        num_done: updates that were done before.
+    """
+    num_lines = last_record = 0
     named: set[str] = set()
     while True:
         over = not fit.is_alive()
@@ -123,7 +129,7 @@ def _followed(board: Any, fit: threading.Thread, progress: Progress, *, silent_s
         )
         for record in news.records:
             last_record = int(record["update"])
-            progress.record(record, update=last_record)
+            progress.record({name: value for name, value in record.items() if name != "update"}, update=last_record)
         for line in news.lines:
             progress.tell(line)
         num_lines += len(news.lines)
@@ -131,8 +137,9 @@ def _followed(board: Any, fit: threading.Thread, progress: Progress, *, silent_s
             if where not in named:
                 log.warning("training: worker %d (%s) has given no sign for %.0f s", rank, where, seconds)
                 named.add(where)
-        progress.advance(news.num_updates - num_done)
-        num_done = news.num_updates
+        if news.num_updates:  # else none has begun
+            progress.advance(news.num_updates - num_done)
+            num_done = news.num_updates
         if over:
             return news
         fit.join(POLL_SECONDS)

@@ -167,7 +167,8 @@ def test_scoring_again_from_pngs_or_latents_gives_the_fused_scores(
 
 
 def test_columns_are_those_of_the_records_and_plain_parquet_keeps_their_shape(rows: pa.Table, tmp_path: Path) -> None:
-    pq.write_table(rows.drop_columns("pixels"), tmp_path / "samples.parquet")
+    kept = rows.drop_columns(["pixels", "images_per_batch"])
+    pq.write_table(kept, tmp_path / "samples.parquet")
     back = pq.read_table(tmp_path / "samples.parquet")
     assert {name: str(back.schema.field(name).type) for name in back.column_names} == {
         "prompt_index": "int64",
@@ -180,7 +181,7 @@ def test_columns_are_those_of_the_records_and_plain_parquet_keeps_their_shape(ro
         "score_jpeg_size": "list<element: double>",
         "score_test_generator:brightness": "list<element: double>",
     }
-    assert back.equals(rows.drop_columns("pixels"))
+    assert back.equals(kept)
     assert back["prompt"].to_pylist() == PROMPTS
 
 
@@ -195,7 +196,7 @@ def test_images_and_scores_are_left_out_when_not_asked_for(generator: Generator)
         found = generator(table(["a" * 80]))
     finally:
         generator.keep_images, generator.keep_pixels, generator.scores = True, True, scores
-    assert found.column_names[3:] == ["latents", "prompt_embedding", "num_tokens_cut"]
+    assert found.column_names[3:] == ["latents", "prompt_embedding", "num_tokens_cut", "images_per_batch"]
     assert found["num_tokens_cut"].to_pylist() == [5]
 
 

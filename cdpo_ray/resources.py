@@ -1,0 +1,105 @@
+"""What a step's actors need, against the nodes that are there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cdpo_ray.errors import ResourceError
+
+
+@dataclass(frozen=True)
+class Node:
+    """What of a node is free.
+
+    Attributes:
+        gpus: the free part of each GPU, 0 to 1.
+    """
+
+    name: str
+    cpus: float
+    gpus: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Actors of one role.
+
+    Attributes:
+        key: of the configuration.
+        actor: what one of them is called in a message.
+        num_actors: as many as are wanted.
+        num_needed: with fewer the step cannot run.
+    """
+
+    key: str
+    actor: str
+    num_actors: int
+    num_needed: int
+    cpus: float
+    gpus: float
+
+
+def check_resources(step: str, demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
+    """Place the actors of a step, which all run at the same time, on the nodes; returns what is less than was wanted.
+
+    An actor runs on one node, and a part of a GPU is on one GPU.
+
+    Args:
+        step: its verb.
+
+    Raises:
+        ResourceError: the actors that the step cannot do without do not fit.
+    """
+    left = list(nodes)
+    for demand in demands:
+        found = _place(demand, demand.num_needed, left)
+        if found < demand.num_needed:
+            raise ResourceError(
+                f"`{demand.key}`: {step} needs {_of(demand, demand.num_needed)}, but the cluster"
+                f" has room for {found} of them{' beside the others' if len(demands) > 1 else ''}"
+                f" ({'; '.join(map(_told, nodes)) or 'no node'}); lower it, or add nodes"
+            )
+    told = []
+    for demand in demands:
+        more = demand.num_actors - demand.num_needed
+        if (found := _place(demand, more, left)) < more:
+            told.append(
+                f"`{demand.key}`: of {_of(demand, demand.num_actors)} only {demand.num_needed + found} fit the cluster"
+            )
+    return told
+
+
+def _place(demand: Demand, count: int, left: list[Node]) -> int:
+    """Put actors where the fewest GPUs stay free; returns how many found a place, which is taken from what is left."""
+    for placed in range(count):
+        places = [(sum(after.gpus), index, after) for index, node in enumerate(left) if (after := _with(demand, node))]
+        if not places:
+            return placed
+        _, index, after = min(places)
+        left[index] = after
+    return count
+
+
+def _with(demand: Demand, node: Node) -> Node | None:
+    """What is left of a node beside one actor more; nothing if that does not fit."""
+    if demand.cpus > node.cpus:
+        return None
+    if demand.gpus >= 1:
+        taken = [index for index, free in enumerate(node.gpus) if free == 1][: round(demand.gpus)]
+        fits, part = len(taken) == round(demand.gpus), 1.0
+    else:
+        roomy = [index for index, free in enumerate(node.gpus) if free >= demand.gpus - 1e-9]
+        taken = sorted(roomy, key=lambda index: node.gpus[index])[:1]
+        fits, part = bool(taken) or demand.gpus == 0, demand.gpus
+    if not fits:
+        return None
+    gpus = tuple(free - part * (index in taken) for index, free in enumerate(node.gpus))
+    return replace(node, cpus=node.cpus - demand.cpus, gpus=gpus)
+
+
+def _of(demand: Demand, count: int) -> str:
+    gpus = f" and {demand.gpus:g} GPUs" if demand.gpus else ""
+    return f"{count} {demand.actor}{'s' * (count > 1)} of {demand.cpus:g} CPUs{gpus} each"
+
+
+def _told(node: Node) -> str:
+    return f"{node.name}: {node.cpus:g} CPUs, {sum(node.gpus):g} GPUs"

@@ -1,0 +1,90 @@
+"""A prompt that raises inside the model costs itself alone, until there are too many."""
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from tiny_models import poisoned
+
+from cdpo_ray.errors import GenerationError, ModelError, RewardError
+from cdpo_ray.generation.generator import Generator, Sampling
+from cdpo_ray.generation.set_aside import SetAside
+from cdpo_ray.records import prompt_id
+
+SAMPLING = Sampling(
+    seed=3, images_per_prompt=2, num_denoising_steps=1, guidance_scale=1.0, height=None, width=None, images_per_batch=8
+)
+PROMPTS = ["a cat", "a zebra", "a dog", "a lizard"]
+
+
+def table(prompts: list[str]) -> pa.Table:
+    ids, indices = [prompt_id(prompt) for prompt in prompts], [PROMPTS.index(prompt) for prompt in prompts]
+    return pa.table({"prompt_index": pa.array(indices, pa.int64()), "prompt_id": ids, "prompt": prompts})
+
+
+@pytest.fixture(scope="module")
+def no_z(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return poisoned(tiny_sd15, tmp_path_factory.mktemp("poisoned") / "no_z", letter="z")
+
+
+def generator(model: Path, set_aside: SetAside | None) -> Generator:
+    return Generator("stable_diffusion", {"path": str(model), "device": "cpu"}, SAMPLING, set_aside=set_aside)
+
+
+def test_fault_07_prompts_that_raise_inside_the_model_are_set_aside_and_the_others_of_the_call_are_made(
+    no_z: Path, tmp_path: Path
+) -> None:
+    made = generator(no_z, SetAside(tmp_path, 4, 0.5))(table(PROMPTS))
+    assert made["prompt"].to_pylist() == ["a cat", "a dog"]
+    alone = generator(no_z, None)(table(["a dog"]))
+    assert made.slice(1).equals(alone)
+    lines = [path.read_text() for path in sorted((tmp_path / "set_aside").iterdir())]
+    entries = [json.loads(line) for line in lines]
+    assert [(entry["prompt_index"], entry["prompt"]) for entry in entries] == [(1, "a zebra"), (3, "a lizard")]
+    assert all(entry["reason"].startswith("IndexError: index out of range") for entry in entries)
+    assert SetAside(tmp_path, 4, 0.5).refuse_too_many() == {1, 3}, "a later attempt finds them"
+
+
+def test_fault_07_a_call_of_which_nothing_is_left_gives_no_row(no_z: Path, tmp_path: Path) -> None:
+    made = generator(no_z, SetAside(tmp_path, 4, 0.5))(table(["a zebra", "a lizard"]))
+    assert made.num_rows == 0
+
+
+def test_fault_07_one_too_many_stops_at_once_and_names_the_first_reason(no_z: Path, tmp_path: Path) -> None:
+    told = (
+        "2 of 4 prompts cannot be made into images; `generation.max_bad_fraction` = 0.25 allows fewer; the first,"
+        " 'a zebra': IndexError: index out of range in self; raise it, or mend the cause and delete "
+    )
+    with pytest.raises(GenerationError, match=re.escape(told)):
+        generator(no_z, SetAside(tmp_path, 4, 0.25))(table(PROMPTS))
+    with pytest.raises(GenerationError, match=re.escape(told)):
+        SetAside(tmp_path, 4, 0.25).refuse_too_many()
+
+
+def test_fault_07_of_prompts_that_all_raise_nothing_is_left_to_go_on_with(no_z: Path, tmp_path: Path) -> None:
+    with pytest.raises(GenerationError, match="1 of 1 prompts cannot be made into images"):
+        generator(no_z, SetAside(tmp_path, 1, 1.0))(table(["a zebra"]))
+
+
+def test_errors_of_ours_stop_the_run_and_set_no_prompt_aside(tmp_path: Path) -> None:
+    def raises(rows: pa.Table) -> pa.Table:
+        raise RewardError("reward `mine` raised KeyError")
+
+    with pytest.raises(RewardError, match="mine"):
+        SetAside(tmp_path, 4, 1.0).sparing(raises, table(PROMPTS))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_memory_blames_no_prompt(tmp_path: Path) -> None:
+    def raises(rows: pa.Table) -> pa.Table:
+        if rows.num_rows > 1 or rows["prompt"][0].as_py() == "a dog":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return rows
+
+    set_aside = SetAside(tmp_path, 4, 1.0)
+    assert set_aside.sparing(raises, table(["a cat", "a zebra"])).num_rows == 2
+    with pytest.raises(ModelError, match=r"the device failed: RuntimeError: DefaultCPUAllocator.*the same command"):
+        set_aside.sparing(raises, table(["a cat", "a dog"]))
+    assert not list(tmp_path.iterdir())

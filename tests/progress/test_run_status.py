@@ -1,0 +1,155 @@
+"""`cdpo status` tells from a run's folder how it stands."""
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdpo_ray.cli import main
+from cdpo_ray.errors import StoreError
+from cdpo_ray.progress.status import STATUS, run_status
+from cdpo_ray.records import STEP_FOLDERS
+from cdpo_ray.store import RunFolder, write_json
+
+NOW = datetime(2026, 3, 4, 12, 0, 0, tzinfo=UTC)
+
+
+def finish(path: Path, *folders: str, warnings: tuple[str, ...] = ()) -> None:
+    path.mkdir(exist_ok=True)
+    for folder in folders:
+        with RunFolder(path).writing(folder, {}, {}, seed=0, resumable=False) as (_, output):
+            output.counts |= {"prompts": 8, "prompts_cut": 0}
+            output.warnings += warnings
+
+
+def tell(path: Path, *, seconds_ago: float = 2, **values: Any) -> None:
+    told = {"command": "cdpo run c.yaml", "num_rounds": 1, "pid": os.getpid(), "host": platform.node()}
+    told |= {"state": "running", "time": (NOW - timedelta(seconds=seconds_ago)).isoformat()}
+    write_json(path / STATUS, told | values)
+
+
+TRAINING = {"folder": "4-training", "round": 1, "done": 50, "total": 400, "unit": "update"}
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_running_step_tells_how_far_it_is_and_how_long_it_will_take(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finish(run, *STEP_FOLDERS[:3], warnings=("3 prompts form no pair",))
+    tell(run, **TRAINING, rate=2.0, seconds_left=175.0, line="stage 1/4: 50 updates")
+    found = run_status(run, now=NOW)
+    assert not found.stands_still
+    lines = found.text.splitlines()
+    assert lines[1].startswith("  1-samples     done     8 prompts, 0 s, until 20")
+    assert lines[2] == "                warning: 3 prompts form no pair"
+    assert lines[7] == "  4-training    running  50/400 updates, 2 updates/s, 2 min 55 s left"
+    assert lines[8] == "  5-evaluation  to do"
+    assert lines[10:] == [
+        f"running: pid {os.getpid()} on {platform.node()}; last sign of life 2026-03-04 11:59:58 UTC, 2 s ago",
+        "said last: stage 1/4: 50 updates",
+    ]
+
+
+@pytest.mark.parametrize(
+    "how", ["its process is gone", "it is silent for minutes", "it is silent for minutes on another machine"]
+)
+def test_a_killed_run_is_told_apart_from_a_running_one(tmp_path: Path, how: str) -> None:
+    run = tmp_path / "run"
+    finish(run, *STEP_FOLDERS[:3])
+    pid = dead_pid() if "gone" in how else os.getpid()
+    host = "elsewhere" if "machine" in how else platform.node()
+    tell(run, **TRAINING, seconds_ago=200 if "silent" in how else 2, pid=pid, host=host)
+    found = run_status(run, now=NOW)
+    assert found.stands_still
+    assert "  4-training    stopped  50/400 updates\n" in found.text
+    assert f"\nno sign of life of pid {pid} on {host} since 2026-03-04 11:5" in found.text
+    assert found.text.endswith("\nnext: cdpo run c.yaml")
+
+
+def test_another_machines_process_lives_as_long_as_it_says_so(tmp_path: Path) -> None:
+    finish(tmp_path / "run", "1-samples")
+    tell(tmp_path / "run", pid=dead_pid(), host="elsewhere")
+    assert not run_status(tmp_path / "run", now=NOW).stands_still
+
+
+def test_a_failed_run_tells_why_and_after_which_commit_it_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finish(run, *STEP_FOLDERS[:3])
+    for update, whole in ((25, True), (50, True), (75, False)):
+        commit = run / "4-training.partial" / "commits" / f"update-{update:06d}"
+        commit.mkdir(parents=True)
+        if whole:
+            write_json(commit / "manifest.json", {})
+    tell(run, **TRAINING, state="failed", error="TrainingError: loss is not finite;\nlower it")
+    found = run_status(run, now=NOW)
+    assert found.stands_still
+    assert found.text.splitlines()[4:] == [
+        "  4-training    failed   50/400 updates",
+        "                a restart goes on after update-000050",
+        "  5-evaluation  to do",
+        "",
+        "failed: 2026-03-04 11:59:58 UTC, 2 s ago",
+        "  TrainingError: loss is not finite;",
+        "  lower it",
+        "next: cdpo run c.yaml",
+    ]
+
+
+def test_a_run_whose_steps_are_all_there_is_done_whatever_was_told(tmp_path: Path) -> None:
+    finish(tmp_path / "run", *STEP_FOLDERS)
+    assert run_status(tmp_path / "run").text.endswith("\n\ndone")
+    tell(tmp_path / "run", state="failed", error="StoreError: made with another beta")
+    assert not run_status(tmp_path / "run", now=NOW).stands_still
+
+
+def test_each_round_is_told(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    finish(run / "round-1", *STEP_FOLDERS)
+    tell(run, **TRAINING | {"folder": "1-samples", "round": 2}, num_rounds=2)
+    lines = run_status(run, now=NOW).text.splitlines()
+    assert (lines[1], lines[7]) == ("round 1/2", "round 2/2")
+    assert lines[8] == "  1-samples     running  50/400 updates"
+    assert [line.split()[1] for line in lines[2:7]] == ["done"] * 5
+
+
+def test_a_run_of_which_some_steps_were_asked_for_says_how_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish(tmp_path / "run", "1-samples")
+    tell(tmp_path / "run", state="ended")
+    assert main(["status", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().out.endswith("\n\nnothing runs\nnext: cdpo run c.yaml\n")
+    finish(tmp_path / "run", *STEP_FOLDERS[1:])
+    assert main(["status", str(tmp_path / "run")]) == 0
+
+
+def test_a_folder_that_is_no_run_and_a_damaged_status_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", str(tmp_path)]) == 2
+    assert (
+        capsys.readouterr().err == f"StoreError: {tmp_path}: no run is there; give the folder of one, as runs/<name>\n"
+    )
+    (tmp_path / STATUS).write_text("{")
+    with pytest.raises(StoreError, match=r"status\.json: is damaged"):
+        run_status(tmp_path)
+
+
+def test_status_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
+    finish(tmp_path / "run", "1-samples")
+    code = (
+        "import sys; from cdpo_ray.cli import main; main(sys.argv[1:]);"
+        "print(sorted({'torch', 'ray', 'tensorboardX'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code, "status", tmp_path / "run"], capture_output=True, text=True)
+    assert (found.stdout.splitlines()[-1], found.stderr) == ("[]", "")

@@ -1,0 +1,149 @@
+"""Each tracker keeps what it is told, and one that fails holds up nothing."""
+
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdpo_ray.config import Config, load_config
+from cdpo_ray.errors import ConfigError
+from cdpo_ray.progress import Progress, trackers
+from cdpo_ray.progress.trackers import TRACKERS, Point, TrackedRun, Trackers
+from cdpo_ray.steps import STEPS
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+OFFLINE = {"project": "pictures", "mode": "offline"}
+SETTINGS = {"training": {"beta": 200, "lora": {"rank": 8}}, "run": {"name": "demo"}}
+
+
+def track(run_dir: Path, tracking: dict[str, dict[str, Any]], updates: range, *, done: int = 0) -> dict[str, str]:
+    """A process that trains; returns the ids of its trackers' runs."""
+    run_dir.mkdir(exist_ok=True)
+    run = TrackedRun("demo", run_dir, SETTINGS)
+    with Progress(run, tracking=tracking) as told, told.step("train", "4-training"):
+        told.begin("train", total=9, unit="update", done=done)
+        for update in updates:
+            told.record({"loss": update / 2}, update=update)
+        told.advance(updates[-1] - done)
+    assert told._trackers is not None
+    return told._trackers.run_ids
+
+
+def test_wandb_keeps_values_and_settings_offline_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "5ec2e7" * 7)
+    monkeypatch.setenv("HF_TOKEN", "hf_5ec2e7")
+    first = track(tmp_path, {"wandb": OFFLINE}, range(1, 4))
+    time.sleep(1)  # a process's folder has the second in its name
+    assert track(tmp_path, {"wandb": OFFLINE}, range(1, 7), done=3) == first
+    assert len(list(tmp_path.glob(f"wandb/offline-run-*-{first['wandb']}/*.wandb"))) == 2
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    for told in (b"train/loss", b"pictures", b'"beta"'):
+        assert told in kept
+    assert b"5ec2e7" not in kept
+
+
+def test_mlflow_keeps_each_update_once_and_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the one store that is in mlflow-skinny itself
+    from mlflow import MlflowClient
+
+    where = {"tracking_uri": (tmp_path / "store").as_uri(), "experiment": "pictures"}
+    ids = track(tmp_path / "run", {"mlflow": where}, range(1, 4))
+    assert track(tmp_path / "run", {"mlflow": where}, range(1, 7), done=2) == ids
+    client = MlflowClient(tracking_uri=where["tracking_uri"])
+    history = client.get_metric_history(ids["mlflow"], "train/loss")
+    assert sorted((metric.step, metric.value) for metric in history) == [(at, at / 2) for at in range(1, 7)]
+    kept = client.get_run(ids["mlflow"])
+    assert (kept.info.run_name, kept.info.status) == ("demo", "FINISHED")
+    assert kept.data.params == {"training.beta": "200", "training.lora.rank": "8", "run.name": "demo"}
+
+
+def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    nobody = {"tracking_uri": "http://127.0.0.1:9", "experiment": "pictures"}
+    track(tmp_path, {"mlflow": nobody}, range(1, 4))
+    warnings = [record.message for record in caplog.records if record.name.startswith("cdpo_ray")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("tracking: `mlflow` is told no more, the run goes on: MlflowException: ")
+    assert list((tmp_path / "tensorboard" / "train").iterdir())
+
+
+def test_a_slow_tracker_holds_up_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+
+    class Slow:
+        run_id = None
+
+        def __init__(self, *_: object) -> None:
+            self.begin = self.log = lambda *_: released.wait(20)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(trackers, "Slow", Slow, raising=False)
+    monkeypatch.setitem(TRACKERS, "tensorboard", "cdpo_ray.progress.trackers:Slow")
+    told, kept = Trackers(TrackedRun("demo", tmp_path), {}), list[str]()
+    told.log([Point("train", 1, {"loss": 1.0})], lambda: kept.append("all"))
+    assert kept == []
+    released.set()
+    told.close()
+    assert kept == ["all"]
+
+
+def test_what_a_tracker_needs_is_told_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run = TrackedRun("demo", tmp_path)
+    with pytest.raises(ConfigError, match=r"^`tracking\.wandb`: WANDB_API_KEY is not set in the environment; set it"):
+        Progress(run, tracking={"wandb": OFFLINE | {"mode": "online"}})
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'^`tracking\.mlflow`: is not installed; pip install "cdpo_ray\[mlflow\]"$'):
+        Progress(run, tracking={"mlflow": {}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tracked_run_is_the_same_run() -> None:
+    def made_of(config: Config) -> list[Any]:
+        return [step.settings(config) for step in STEPS]
+
+    tracked = load_config(
+        QUICKSTART, ["tracking.wandb={project: p}", "tracking.mlflow={tracking_uri: ./m, experiment: e}"]
+    )
+    assert tracked.tracking.options == {
+        "wandb": {"project": "p", "mode": "online"},
+        "mlflow": {"tracking_uri": "./m", "experiment": "e"},
+    }
+    assert set(tracked.tracking.options) < set(TRACKERS)
+    assert made_of(tracked) == made_of(load_config(QUICKSTART))
+
+
+def test_fault_27_a_tracking_uri_with_a_password_is_refused_and_not_repeated() -> None:
+    with pytest.raises(
+        ConfigError, match=r"`tracking_uri` must hold neither user nor password; set MLFLOW_TR"
+    ) as caught:
+        load_config(QUICKSTART, ["tracking.mlflow={tracking_uri: 'https://me:5ec2e7@host', experiment: e}"])
+    assert "5ec2e7" not in str(caught.value)
+
+
+@pytest.mark.ray
+def test_ray_exports_each_value_as_a_gauge(tmp_path: Path) -> None:
+    from cdpo_ray.session import ray_session
+
+    with ray_session():
+        import ray
+
+        told = Trackers(TrackedRun("demo", tmp_path), {})
+        told.log([Point("generate", 8, {"images_per_second": 3.5})], lambda: None)
+        (node, *_) = ray.nodes()
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        lines: list[str] = []
+        deadline = time.monotonic() + 60
+        while not lines and time.monotonic() < deadline:
+            time.sleep(1)
+            page = urllib.request.urlopen(url, timeout=10).read().decode()
+            lines = [line for line in page.splitlines() if line.startswith("ray_cdpo_generate_images_per_second{")]
+        told.close()
+    (line,) = lines
+    assert 'run="demo"' in line and line.endswith(" 3.5")

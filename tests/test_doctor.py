@@ -1,0 +1,53 @@
+"""`cdpo doctor`: what will not do is found, with what to do."""
+
+from pathlib import Path
+
+import pytest
+from finished_runs import config_of
+
+from cdpo_ray import doctor
+from cdpo_ray.cli import main
+from cdpo_ray.doctor import OK, WRONG
+
+
+def test_a_version_below_its_floor_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {finding.grade for finding in doctor._versions()} == {OK}
+    monkeypatch.setitem(doctor.FLOORS, "torch", "99.1")
+    monkeypatch.setitem(doctor.FLOORS, "no_such_package", "1")
+    wrong = [finding.what for finding in doctor._versions() if finding.grade == WRONG]
+    assert len(wrong) == 2 and "99.1 closes a hole" in wrong[0] and "no_such_package: not installed" in wrong[1]
+
+
+@pytest.mark.parametrize(("mode", "grade"), [(0o600, OK), (0o400, OK), (0o644, WRONG), (0o660, WRONG)])
+def test_a_token_file_that_others_may_read_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, grade: str
+) -> None:
+    path = tmp_path / "token"
+    path.write_text("canary")
+    path.chmod(mode)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    (finding,) = doctor._token()
+    assert finding.grade == grade and "canary" not in finding.what
+    assert ("chmod 600" in finding.what) == (grade == WRONG)
+
+
+def test_the_hubs_token_is_told_by_its_presence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    told = [str(finding) for finding in doctor._hub()]
+    assert told[0] == "ok     hub token: there" and "canary" not in "".join(told)
+
+
+def test_a_run_dir_that_cannot_be_made_is_wrong_and_one_that_can_is_left_as_it_was(tmp_path: Path) -> None:
+    assert doctor._storage(config_of(tmp_path / "runs", "embedded")).grade != WRONG
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    assert doctor._storage(config_of(tmp_path / "file" / "runs", "embedded")).grade == WRONG
+
+
+def test_a_cluster_that_does_not_answer_is_wrong_and_the_exit_code_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["doctor", "--address", "127.0.0.1:1"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("wrong  Ray at 127.0.0.1:1: does not answer")

@@ -1,0 +1,88 @@
+"""Actors against hand-made nodes: who fits, who does not, and what is told."""
+
+import pytest
+from finished_runs import config_of
+
+from cdpo_ray.errors import ResourceError
+from cdpo_ray.resources import Demand, Node, check_resources
+from cdpo_ray.steps import STEPS, demands_of
+
+CPU_HEAD, ONE_GPU, TWO_GPUS = Node("head", 8), Node("a", 8, (1.0,)), Node("b", 8, (1.0, 1.0))
+
+
+def trainers(count: int, *, cpus: float = 1, gpus: float = 1) -> Demand:
+    return Demand("training.num_workers", "worker", count, count, cpus, gpus)
+
+
+def pool(count: int, *, cpus: float = 1, gpus: float = 0, key: str = "resources.generators") -> Demand:
+    return Demand(key, "actor", count, 1, cpus, gpus)
+
+
+def test_trainers_must_all_fit_and_what_is_there_is_told() -> None:
+    message = (
+        r"^`training.num_workers`: train needs 2 workers of 1 CPUs and 1 GPUs each, but the cluster has room for 1 of"
+        r" them \(head: 8 CPUs, 0 GPUs; a: 8 CPUs, 1 GPUs\); lower it, or add nodes$"
+    )
+    with pytest.raises(ResourceError, match=message):
+        check_resources("train", [trainers(2)], [CPU_HEAD, ONE_GPU])
+    assert check_resources("train", [trainers(3)], [CPU_HEAD, ONE_GPU, TWO_GPUS]) == []
+
+
+def test_an_actor_is_not_spread_over_nodes() -> None:
+    with pytest.raises(ResourceError, match="room for 0 of them"):
+        check_resources("train", [trainers(1, gpus=2)], [ONE_GPU, ONE_GPU])
+    with pytest.raises(ResourceError, match="room for 0 of them"):
+        check_resources("train", [trainers(1, cpus=9, gpus=0)], [CPU_HEAD, CPU_HEAD])
+    assert check_resources("train", [trainers(1, gpus=2)], [TWO_GPUS]) == []
+
+
+@pytest.mark.parametrize(("gpus", "room"), [(0.25, 8), (0.3, 6), (0.5, 4), (0.6, 2), (1, 2), (2, 1)])
+def test_a_part_of_a_gpu_is_on_one_gpu(gpus: float, room: int) -> None:
+    assert check_resources("train", [trainers(room, gpus=gpus)], [TWO_GPUS]) == []
+    with pytest.raises(ResourceError, match=f"room for {room} of them"):
+        check_resources("train", [trainers(room + 1, gpus=gpus)], [TWO_GPUS])
+
+
+def test_a_pool_needs_one_actor_and_more_are_told() -> None:
+    assert check_resources("generate", [pool(4, gpus=1)], [ONE_GPU, TWO_GPUS]) == [
+        "`resources.generators`: of 4 actors of 1 CPUs and 1 GPUs each only 3 fit the cluster"
+    ]
+
+
+def test_a_second_pool_must_fit_beside_the_first() -> None:
+    pools = [pool(1, gpus=1), pool(1, gpus=0.5, key="resources.scorers")]
+    with pytest.raises(ResourceError, match=r"^`resources.scorers`: .* room for 0 of them beside the others"):
+        check_resources("generate", pools, [ONE_GPU])
+    assert check_resources("generate", pools, [TWO_GPUS]) == []
+
+
+def test_actors_without_a_gpu_leave_the_gpu_nodes_to_others() -> None:
+    assert check_resources("generate", [pool(1, cpus=8), pool(1, cpus=8, gpus=1)], [ONE_GPU, CPU_HEAD]) == []
+
+
+def test_no_node_is_told() -> None:
+    with pytest.raises(ResourceError, match=r"\(no node\)"):
+        check_resources("generate", [pool(1)], [])
+
+
+def test_each_step_asks_for_the_actors_that_it_starts() -> None:
+    config = config_of(
+        "runs",
+        "embedded",
+        rewards={"names": ["clip"], "placement": "pool"},
+        training={"num_workers": 3, "global_batch_size": 3},
+        resources={
+            "generators": {"num_actors": 4, "gpus_per_actor": 0.5},
+            "scorers": {"cpus_per_actor": 2},
+            "trainers": {"gpus_per_worker": 1},
+        },
+    )
+    generators = Demand("resources.generators", "actor", 4, 1, 1, 0.5)
+    scorers = Demand("resources.scorers", "actor", 1, 1, 2, 0)
+    assert {step.verb: demands_of(step, config) for step in STEPS} == {
+        "generate": [generators, scorers],
+        "score": [scorers],
+        "pairs": [],
+        "train": [trainers(3)],
+        "evaluate": [generators],
+    }
