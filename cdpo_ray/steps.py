@@ -387,6 +387,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
             str(output_dir / COMMITS_DIR), training.updates_per_commit, training.keep_last, training.keep_best
         ),
         max_skipped_updates=training.max_skipped_updates,
+        collective_timeout_seconds=training.collective_timeout_seconds,
         guidance_range=training.guidance_range,
         start_dir=context.start_dir,
         reference_is_start=training.reference == "last_round",
@@ -409,7 +410,6 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         cpus_per_worker=config.resources.trainers.cpus_per_worker,
         gpus_per_worker=config.resources.trainers.gpus_per_worker,
         max_restarts=training.max_restarts,
-        collective_timeout_seconds=training.collective_timeout_seconds,
         progress=context.progress,
     )
     skipped = len(state["skipped"])
