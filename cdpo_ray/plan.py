@@ -9,7 +9,6 @@ from cdpo_ray.models.sizes import Sizes, sizes_of
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.store import place
 
-BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
 PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawings take less
 
 
@@ -136,7 +135,7 @@ def _disk(config: Config, num_images: int) -> str:
     sizes = _sizes(config)
     if sizes is None:
         return "known once the model is on this machine, or with `generation.height` and `generation.width`"
-    latents = num_images * sizes.num_latent_values * BYTES_OF[config.model.dtype]
+    latents = num_images * sizes.latent_bytes(config.model.dtype)
     images = num_images * sizes.height * sizes.width * PNG_BYTES_PER_PIXEL if config.generation.keep_images else 0
     return f"latents {_bytes(latents)}, images up to {_bytes(images)}"
 

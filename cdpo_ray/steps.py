@@ -39,6 +39,7 @@ from cdpo_ray.store import (
     place,
     read_json,
     read_shards,
+    refuse_full_disk,
     shard_schema,
 )
 
@@ -115,6 +116,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
         _take_samples(RunFolder(place(context.config.run.samples_from)), context, output_dir, output)
         return
     from cdpo_ray.generation.pool import generate_samples
+    from cdpo_ray.models.sizes import sizes_of
     from cdpo_ray.rewards.pool import score_pixels
     from cdpo_ray.rewards.scorer import Scorer
 
@@ -122,6 +124,9 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     rewards, judges = {name: config.rewards.options(name) for name in config.rewards.names}, config.rewards.judges
     sampling = _sampling(config, config.generation.images_per_prompt, context.seed)
     sampling = replace(sampling, max_masked_fraction=config.rewards.max_masked_fraction)
+    if sizes := sizes_of(config.model.family, config.model.path, sampling.height, sampling.width):
+        num_images = len(context.prompts.train) * sampling.images_per_prompt
+        refuse_full_disk(output_dir, num_images * sizes.latent_bytes(config.model.dtype))  # PNGs: who knows
     fused = config.rewards.placement == "fused" or not judges
     made_with = generate_samples(
         context.prompts.train,
@@ -382,6 +387,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
             str(output_dir / COMMITS_DIR), training.updates_per_commit, training.keep_last, training.keep_best
         ),
         max_skipped_updates=training.max_skipped_updates,
+        collective_timeout_seconds=training.collective_timeout_seconds,
         guidance_range=training.guidance_range,
         start_dir=context.start_dir,
         reference_is_start=training.reference == "last_round",
@@ -404,7 +410,6 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         cpus_per_worker=config.resources.trainers.cpus_per_worker,
         gpus_per_worker=config.resources.trainers.gpus_per_worker,
         max_restarts=training.max_restarts,
-        collective_timeout_seconds=training.collective_timeout_seconds,
         progress=context.progress,
     )
     skipped = len(state["skipped"])

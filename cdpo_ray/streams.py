@@ -44,8 +44,9 @@ def in_pool(
         compute=ActorPoolStrategy(min_size=1, max_size=pool.num_actors, max_tasks_in_flight_per_actor=2),
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor,
-        max_restarts=30,  # spot machines leave many times a night; an actor that dies as it starts would do so for ever
-        max_task_retries=3,  # a call that kills its actor is repeated, but not for ever (Ray Data's default)
+        # Spot machines leave many times a night; an actor that its call, or its start, kills must not be for ever.
+        max_restarts=30,
+        max_task_retries=-1,  # restarts bound them: until a lost node counts as dead, a handful would be used up
     )
 
 

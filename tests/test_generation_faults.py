@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
@@ -25,7 +27,7 @@ class Generation:
 
     def __init__(self, model: Path, folder: Path, name: str, *, num_actors: int = 1, **environment: str) -> None:
         values: dict[str, Any] = {
-            "run": {"name": name, "dir": str(folder), "seed": 3},
+            "run": {"name": name, "dir": ".", "seed": 3},
             "prompts": {
                 "train": {"source": "animals", "count": NUM_PROMPTS},
                 "heldout": {"source": "scenes", "count": 2},
@@ -44,18 +46,26 @@ class Generation:
             "resources": {"generators": {"num_actors": num_actors}},
         }
         folder.mkdir(exist_ok=True)
-        self.config_path, self.log_path = folder / f"{name}.json", folder / f"{name}.log"
+        self.config_path, self.num_started = folder / f"{name}.json", 0
         self.config_path.write_text(json.dumps(values))
         self.step_dir, self.aside = folder / name / "1-samples", folder / name / "1-samples.partial"
-        self.environment = os.environ | {"OWN_REWARDS_LOG": str(self.log_path)} | environment
+        self.environment = os.environ | environment
         self.process: subprocess.Popen[str] | None = None
 
+    @property
+    def log_path(self) -> Path:
+        """Each attempt has its own: for a moment, actors outlive a driver that was killed."""
+        return self.config_path.with_suffix(f".{self.num_started}.log")
+
     def start(self) -> None:
+        self.num_started += 1
         self.log_path.write_text("")
         command = [Path(sys.executable).with_name("cdpo"), "generate", self.config_path]
         tests = Path(__file__).parent
-        environment = self.environment | {"PYTHONPATH": str(tests)}
-        self.process = subprocess.Popen(command, cwd=tests, env=environment, stderr=subprocess.PIPE, text=True)
+        environment = self.environment | {"PYTHONPATH": str(tests), "OWN_REWARDS_LOG": str(self.log_path)}
+        self.process = subprocess.Popen(
+            command, cwd=self.config_path.parent, env=environment, stderr=subprocess.PIPE, text=True
+        )
 
     def wait(self) -> None:
         assert self.process is not None
@@ -69,7 +79,8 @@ class Generation:
         for _ in range(1200):
             if condition():
                 return
-            assert self.process is not None and self.process.poll() is None, "it ended before the fault"
+            assert self.process is not None
+            assert self.process.poll() is None, self.process.stderr and self.process.stderr.read()
             time.sleep(0.1)
         raise TimeoutError
 
@@ -122,13 +133,23 @@ def test_fault_03_a_killed_driver_goes_on_by_the_same_command_and_makes_nothing_
 
 
 def test_fault_05_a_node_lost_midway_loses_and_doubles_no_image(
-    undisturbed: dict[str, bytes], tiny_sd15: Path, tmp_path: Path
+    undisturbed: dict[str, bytes], tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as short_dir:
+        monkeypatch.setenv("RAY_TMPDIR", short_dir)  # else its address becomes every other program's "auto"
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # of the nodes' workers
+        monkeypatch.setenv("OWN_REWARDS_LOG", str(tmp_path / "node.1.log"))
+        shards, table = one_node_lost(tiny_sd15, tmp_path)
+    assert table["prompt_index"].to_pylist() == list(range(NUM_PROMPTS))
+    assert shards == undisturbed
+
+
+def one_node_lost(model: Path, folder: Path) -> tuple[dict[str, bytes], pa.Table]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
         nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
         cluster.wait_for_nodes()
-        generation = Generation(tiny_sd15, tmp_path, "node", num_actors=3, RAY_ADDRESS=cluster.address)
+        generation = Generation(model, folder, "node", num_actors=3, RAY_ADDRESS=cluster.address)
         generation.start()
         generation.wait_until(
             lambda: (
@@ -145,6 +166,4 @@ def test_fault_05_a_node_lost_midway_loses_and_doubles_no_image(
     finally:
         cluster.shutdown()
     (shard,) = generation.step_dir.glob("*.parquet")
-    table = pq.read_table(shard, columns=["prompt_index", "latents"])
-    assert table["prompt_index"].to_pylist() == list(range(NUM_PROMPTS))
-    assert generation.shards() == undisturbed
+    return generation.shards(), pq.read_table(shard, columns=["prompt_index", "latents"])

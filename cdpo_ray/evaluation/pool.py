@@ -16,7 +16,7 @@ from cdpo_ray.generation.pool import prompt_rows
 from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.parts import PARTS, find_parts, join_set_aside
 from cdpo_ray.progress import Progress
-from cdpo_ray.records import CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
+from cdpo_ray.records import ARMS, CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
 from cdpo_ray.store import delete, read_table, shard_schema, write_json, write_table
 from cdpo_ray.streams import PoolSize, in_pool, read_rows, write_parts
 
@@ -51,10 +51,12 @@ def evaluate_adapter(
     Raises:
         GenerationError: too many prompts are set aside.
     """
+    output_dir = output_dir.resolve()  # actors elsewhere have another working folder
     set_aside = SetAside(output_dir, len(prompts), max_bad_fraction)
     parts, held = find_parts(output_dir, "comparison")
     done = held | set_aside.refuse_too_many()
-    progress.begin("evaluate", total=len(prompts), unit="prompt", done=len(done))
+    makes = (len(ARMS) * sampling.images_per_prompt, "images")
+    progress.begin("evaluate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
     rows_per_call = max(1, sampling.images_per_batch // sampling.images_per_prompt)
     rows = prompt_rows(prompts, rows_per_call, done)
     compared = rows and in_pool(

@@ -66,10 +66,12 @@ def generate_samples(
     Raises:
         GenerationError: too many prompts are set aside.
     """
+    output_dir = output_dir.resolve()  # actors elsewhere have another working folder
     set_aside = SetAside(output_dir, len(prompts), max_bad_fraction)
     there, held = find_parts(output_dir, "samples")
     done = held | set_aside.refuse_too_many()
-    progress.begin("generate", total=len(prompts), unit="prompt", done=len(done))
+    makes = (sampling.images_per_prompt, "images")
+    progress.begin("generate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
     rows_per_call = max(1, sampling.images_per_batch // sampling.images_per_prompt)
     rows = prompt_rows(prompts, rows_per_call, done)
     rows = rows and in_pool(

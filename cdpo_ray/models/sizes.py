@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cdpo_ray.testbed import PIPELINE_DIR
 
+BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
 HUB_LATENT_CHANNELS = {"stable_diffusion_3": 16, "flux": 16}  # of a family's published models; others have 4
 
 
@@ -22,6 +23,10 @@ class Sizes:
     def num_latent_values(self) -> int:
         """Of one image."""
         return self.latent_channels * (self.height // self.factor) * (self.width // self.factor)
+
+    def latent_bytes(self, dtype: str) -> int:
+        """Of one image."""
+        return self.num_latent_values * BYTES_OF[dtype]
 
 
 def sizes_of(family: str, path: str, height: int | None, width: int | None) -> Sizes | None:

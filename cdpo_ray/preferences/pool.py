@@ -42,6 +42,7 @@ def import_samples(
 
     Readers and encoders take some rows at a time, so memory does not grow with the files.
     """
+    output_dir = output_dir.resolve()  # readers elsewhere have another working folder
     set_aside_dir = output_dir / SET_ASIDE
     make_folder(set_aside_dir)
     rows_per_call = max(1, images_per_batch // num_samples)

@@ -115,6 +115,7 @@ class Progress:
             makes: how many of what a unit makes, if its rate is told in these: ``(8, "images")``.
         """
         place = self._place or verb
+        self.end()
         with self._lock:
             self._verb, self._unit, self._makes = verb, unit, makes or (1, f"{unit}s")
             self._pace = Pace(time.monotonic(), total=total, done=done)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.errors import StoreError
-from cdpo_ray.store.places import MANIFEST, files_within, is_local, make_folder, read_json
+from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, read_json
 
 MODE = 0o644  # safetensors writes 0600, which shared disks cannot use
 
@@ -80,7 +80,7 @@ def copy_tree(source: Path, target: Path) -> None:
 
 def delete(folder: Path) -> None:
     """Delete a folder and all in it, if it is there."""
-    if not folder.exists():
+    if not exists(folder):
         return
     if is_local(folder):
         shutil.rmtree(folder)

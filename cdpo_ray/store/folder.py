@@ -18,7 +18,7 @@ from typing import Any
 from cdpo_ray.errors import CdpoError, StoreError
 from cdpo_ray.store.copies import delete, describe, move, settled
 from cdpo_ray.store.lock import file_lock, object_lock
-from cdpo_ray.store.places import MANIFEST, files_within, is_local, make_folder, read_json, write_json
+from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, read_json, write_json
 
 SETTINGS = "settings.json"  # beside unfinished work: what it was begun with
 DISK_FULL = os.strerror(errno.ENOSPC)
@@ -68,7 +68,7 @@ class RunFolder:
 
     def has(self, folder: str) -> bool:
         """Whether the step is finished."""
-        return (self.path / folder / MANIFEST).is_file()
+        return exists(self.path / folder / MANIFEST)
 
     def step(self, folder: str) -> Path:
         """The folder of a finished step.
@@ -135,7 +135,7 @@ class RunFolder:
         """
         path = self.path / folder
         for name, expected in self.manifest(folder)["files"].items():
-            if not (path / name).is_file():
+            if not exists(path / name):
                 raise StoreError(f"{path / name}: is missing; delete {path} to make it anew")
             if describe(path / name) != expected:
                 raise StoreError(f"{path / name}: was altered (its SHA-256 differs); delete {path} to make it anew")
@@ -181,12 +181,12 @@ class RunFolder:
         place = self.path / folder
         finished = self.manifest(folder) if grows and self.has(folder) else None
         aside = place if not is_local(place) and not finished else self.path / f"{folder}.partial"
-        if place.exists() and not finished and (aside != place or not (place / SETTINGS).exists()):
+        if not finished and exists(place) and (aside != place or not exists(place / SETTINGS)):
             raise StoreError(f"{place}: is there without its {MANIFEST}; delete it to make it anew")
         begun_with: dict[str, Any] = {"settings": dict(settings), "inputs": dict(inputs)}
         changes: list[str] = []
-        if aside.exists():
-            if resumable and (aside / SETTINGS).is_file():
+        if exists(aside):
+            if resumable and exists(aside / SETTINGS):
                 changes = _changes_since(aside, begun_with, allow_change=allow_change)
             else:
                 delete(aside)

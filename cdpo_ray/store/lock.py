@@ -64,7 +64,7 @@ def object_lock(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     mine = json.dumps({"pid": os.getpid(), "host": platform.node(), "id": secrets.token_hex(8)}).encode()
     try:
-        _put(path, mine, mode="create")
+        _put(path, mine, create=True)
     except FileExistsError:
         _refuse_unless_stale(path)
         log.warning("%s: taken over from a process that is gone", path)
@@ -85,11 +85,11 @@ def object_lock(folder: Path) -> Iterator[None]:
                 path.unlink()
 
 
-def _put(path: Path, content: bytes, *, mode: str = "overwrite") -> None:
-    """Write an object within `ANSWER_SECONDS`; raises FileExistsError where ``mode`` is create and it is there."""
+def _put(path: Path, content: bytes, *, create: bool = False) -> None:
+    """Write an object within `ANSWER_SECONDS`; raises FileExistsError where it is there and shall be created."""
     fs: Any = path.fs  # type: ignore[attr-defined]
     try:
-        fsspec.asyn.sync(fs.loop, fs._pipe_file, path.path, content, mode=mode, timeout=ANSWER_SECONDS)  # type: ignore[attr-defined]
+        fsspec.asyn.sync(fs.loop, _put_object, fs, path.path, content, create, timeout=ANSWER_SECONDS)  # type: ignore[attr-defined]
     except FileExistsError:
         raise
     except TimeoutError:
@@ -99,6 +99,14 @@ def _put(path: Path, content: bytes, *, mode: str = "overwrite") -> None:
     else:
         return
     raise StoreError(f"{path.parent}: {told}")
+
+
+async def _put_object(fs: Any, key: str, content: bytes, create: bool) -> None:
+    if create:  # asked first, for stores that take no heed of the condition
+        with contextlib.suppress(FileNotFoundError):
+            await fs._info(key)
+            raise FileExistsError(key)
+    await fs._pipe_file(key, content, mode="create" if create else "overwrite")
 
 
 def _refuse_unless_stale(path: Path) -> None:

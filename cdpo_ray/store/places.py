@@ -48,6 +48,23 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+def exists(path: Path) -> bool:
+    """Whether a file or a folder is there.
+
+    Raises:
+        StoreError: the store does not tell; `UPath.exists` would say no.
+    """
+    if is_local(path):
+        return path.exists()
+    try:
+        path.fs.info(path.path)  # type: ignore[attr-defined]
+    except FileNotFoundError:
+        return False
+    except Exception as error:  # the stores' own libraries have more kinds than OSError
+        raise StoreError(f"{path}: cannot be read: {error}; check the network and the credentials") from None
+    return True
+
+
 def files_within(folder: Path) -> dict[str, Path]:
     """All files of a folder and the folders in it, by their names from there, sorted."""
     if is_local(folder):

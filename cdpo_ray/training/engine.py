@@ -3,11 +3,13 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
 if not torch.cuda.is_available():
@@ -79,6 +81,12 @@ def start_engine(
         config[masters] = {"enabled": True}
     engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config)
     return engine
+
+
+def limit_waiting(seconds: float) -> None:
+    """How long a collective waits for a worker that does not come, in every group; DeepSpeed's wait half an hour."""
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def training_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:

@@ -101,6 +101,7 @@ class TrainingJob:
     output_dir: str
     commits: CommitJob
     max_skipped_updates: int
+    collective_timeout_seconds: int
     guidance_range: tuple[float, float] | None = None
     start_dir: str | None = None
     reference_is_start: bool = False

@@ -36,7 +36,6 @@ def train_adapter(
     cpus_per_worker: float,
     gpus_per_worker: float,
     max_restarts: int,
-    collective_timeout_seconds: int,
     progress: Progress,
 ) -> dict[str, Any]:
     """Write `4-training`: the LoRA or the whole net, `updates.jsonl`, `stages.json`.
@@ -59,7 +58,7 @@ def train_adapter(
         trainer = TorchTrainer(
             _work,
             train_loop_config={"job": job, "board": board},
-            torch_config=TorchConfig(timeout_s=collective_timeout_seconds),
+            torch_config=TorchConfig(timeout_s=job.collective_timeout_seconds),
             scaling_config=ScalingConfig(
                 num_workers=num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
             ),
@@ -77,7 +76,7 @@ def train_adapter(
         try:
             with _stopping_at_signals(board) as asked:
                 fit.start()
-                news = _followed(board, fit, progress, done, silent_seconds=collective_timeout_seconds / 2)
+                news = _followed(board, fit, progress, done, silent_seconds=job.collective_timeout_seconds / 2)
         finally:
             progress.end()
     if news.fault:

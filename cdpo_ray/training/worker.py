@@ -28,7 +28,7 @@ from cdpo_ray.models.seeds import seed_of
 from cdpo_ray.store import copy_tree, is_local, place, write_json
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, state_of, tensors_of
-from cdpo_ray.training.engine import restore_training, save_trained, start_engine, training_tensors
+from cdpo_ray.training.engine import limit_waiting, restore_training, save_trained, start_engine, training_tensors
 from cdpo_ray.training.job import OnlineJob, TrainingJob
 from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
@@ -83,6 +83,7 @@ class Worker:
         self.engine = start_engine(
             model.denoiser, self.policy.trainable, job.optimization, num_workers=self.num_workers
         )
+        limit_waiting(job.collective_timeout_seconds)
         self.bank = SampleBank.read(place(job.samples_dir))
         self.feed = Feed(
             self.bank,

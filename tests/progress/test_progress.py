@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,13 @@ def run(tmp_path: Path) -> TrackedRun:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.1)
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline, "waited for 20 s"
+        time.sleep(0.02)
 
 
 def status(run: TrackedRun) -> dict[str, Any]:
@@ -87,12 +96,11 @@ def test_status_follows_a_step_while_it_is_silent(run: TrackedRun) -> None:
             told.begin("generate", total=10, unit="prompt", done=2, makes=(8, "images"))
             told.advance(3)
             told.tell("half of it")
-            time.sleep(0.1)
+            wait_until(lambda: "line" in status(run))
             found = status(run)
             assert (found["folder"], found["done"], found["total"], found["unit"]) == ("1-samples", 5, 10, "prompt")
             assert found["rate"] > 0 and found["seconds_left"] > 0 and found["line"] == "half of it"
-        time.sleep(0.1)
-        assert "folder" not in status(run)
+        wait_until(lambda: "folder" not in status(run))
     assert (status(run)["state"], status(run)["command"]) == ("ended", "cdpo run c.yaml")
 
 
@@ -127,11 +135,10 @@ def test_a_log_shows_life_and_the_time_left(run: TrackedRun, caplog: pytest.LogC
     caplog.set_level(logging.INFO, logger="cdpo_ray")
     with Progress(run) as told, told.step("train", "4-training"):
         told.begin("train", total=8, unit="update")
-        time.sleep(0.05)
         told.advance(2)
-        time.sleep(0.2)
-    lines = [record.message for record in caplog.records if record.name.endswith("progress")]
-    assert lines and all(line.startswith("train: 2/8 updates, ") and line.endswith(" s left") for line in lines)
+        wait_until(
+            lambda: any(re.fullmatch(r"train: 2/8 updates, .* updates/\w+, .* left", line) for line in caplog.messages)
+        )
 
 
 def test_a_status_that_cannot_be_written_stops_nothing(run: TrackedRun, caplog: pytest.LogCaptureFixture) -> None:

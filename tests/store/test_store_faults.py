@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -220,8 +219,9 @@ def test_fault_17_a_held_lock_is_renewed_and_its_loss_stops_the_run(s3: Path, mo
             made = s3.fs.modified(path.path)
             time.sleep(1.5)  # the store's clock ticks in seconds
             assert s3.fs.modified(path.path) > made
-            lock_from_elsewhere(s3 / "run")
-            threading.Event().wait(10)
+            for _ in range(20):  # a renewal may fall between
+                lock_from_elsewhere(s3 / "run")
+                time.sleep(0.5)
 
     with pytest.raises(KeyboardInterrupt):
         lose_it()
@@ -234,7 +234,7 @@ def refused_at_once(run_dir: str, caplog: pytest.LogCaptureFixture) -> str:
     started = time.monotonic()
     with pytest.raises(StoreError) as caught:
         run_steps(config, steps_of(config))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10  # 3 s of waiting, and what a busy machine adds
     assert "generate" not in caplog.text
     return str(caught.value)
 
@@ -243,13 +243,26 @@ def test_fault_18_a_disk_that_cannot_be_written_stops_a_run_at_once(caplog: pyte
     assert "/proc/runs/tuned: cannot be written: No such file or directory" in refused_at_once("/proc/runs", caplog)
 
 
+def test_fault_18_a_store_that_may_not_be_read_is_not_taken_for_an_empty_one(
+    s3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_step(RunFolder(s3 / "run"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3.fs.clear_instance_cache()
+    with pytest.raises(StoreError, match=r"manifest\.json: cannot be read: Unable to locate credentials; check"):
+        RunFolder(place("s3://bucket/run")).has(STEP)
+    s3.fs.clear_instance_cache()
+
+
 def test_fault_18_a_bucket_that_is_not_there_is_named_and_not_made(s3: Path, caplog: pytest.LogCaptureFixture) -> None:
     told = refused_at_once("s3://no-such-bucket/runs", caplog)
     assert "s3://no-such-bucket/runs/tuned: cannot be written: The specified bucket does not exist; check" in told
     assert not place("s3://no-such-bucket").exists()
 
 
-def test_fault_18_a_store_that_does_not_answer_stops_a_run_in_five_seconds(
+def test_fault_18_a_store_that_does_not_answer_stops_a_run_in_seconds(
     s3: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -100,7 +100,7 @@ def tensors(commit: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("method", "zero_stage"),
     [
-        pytest.param(method, stage, marks=[] if (method, stage) in (("lora", 0), ("full", 3)) else pytest.mark.nightly)
+        pytest.param(method, stage, marks=[] if (method, stage) == ("lora", 0) else pytest.mark.nightly)
         for method in LEARNING_RATE
         for stage in range(4)
     ],
@@ -123,7 +123,8 @@ def test_training_taken_up_by_new_processes_ends_with_the_very_same_tensors(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("embedded")
-@pytest.mark.parametrize("workers", [(2, 1), pytest.param((1, 2), marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("workers", [(2, 1), (1, 2)])
 def test_fault_14_another_number_of_workers_takes_up_the_same_samples_and_stage(
     tmp_path: Path, workers: tuple[int, int]
 ) -> None:
