@@ -76,7 +76,7 @@ def test_all_faults_are_told_at_once_in_the_words_of_the_design(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("beta", ["0", "-5", "-1e-9"])
-def test_a_beta_that_is_not_positive_is_refused(beta: str) -> None:
+def test_fault_24_a_beta_that_is_not_positive_is_refused(beta: str) -> None:
     assert refused(f"training.beta={beta}") == [f"`training.beta` must be > 0, got {parse_yaml(beta, where='')}"]
 
 
@@ -96,7 +96,7 @@ def test_a_beta_that_is_no_number_is_refused(value: str) -> None:
         ("rewards.names=[clipp]", "; did you mean 'clip'?"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_nearest_known_one(wrong: str, hint: str) -> None:
+def test_fault_24_an_unknown_name_is_refused_with_the_nearest_known_one(wrong: str, hint: str) -> None:
     (fault,) = refused(wrong)
     assert hint in fault
     assert ("did you mean" in fault) == ("did you mean" in hint)
@@ -269,7 +269,7 @@ def test_an_unknown_preset_is_refused_and_no_section_is_no_mapping() -> None:
     assert len(refused("curriculum=3")) == 1
 
 
-def test_a_repeated_key_is_refused_with_its_line() -> None:
+def test_fault_24_a_repeated_key_is_refused_with_its_line() -> None:
     text = "run:\n  name: one\n  seed: 1\n  name: two\n"
     with pytest.raises(ConfigError, match=r"^x\.yaml:2:3: not valid YAML: key `name` is given twice$"):
         parse_yaml(text, where="x.yaml")
@@ -289,7 +289,7 @@ def test_what_only_resembles_an_exponent_stays_what_yaml_says(text: str) -> None
     assert parse_yaml(text, where="x") == yaml.safe_load(text)
 
 
-def test_a_python_tag_is_refused_and_does_not_run(tmp_path: Path) -> None:
+def test_fault_24_a_python_tag_is_refused_and_does_not_run(tmp_path: Path) -> None:
     mark, path = tmp_path / "ran", tmp_path / "evil.yaml"
     path.write_text(f'run: !!python/object/apply:os.system ["touch {mark}"]\n')
     with pytest.raises(ConfigError, match=r"evil\.yaml:1:6: not valid YAML: could not determine a constructor"):

@@ -452,7 +452,7 @@ def test_command_ends_with_one_line_and_exit_code_2_when_a_reward_raises(tiny_sd
     assert done.stdout == ""
 
 
-def test_too_many_missing_scores_stop_the_run(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_fault_10_missing_scores_form_no_pair_and_too_many_stop_the_run(tiny_sd15: Path, tmp_path: Path) -> None:
     names = ["own_rewards:sometimes_missing"]
     config = make_config(tiny_sd15, tmp_path, rewards__names=names)
     with pytest.raises(CurriculumError, match=r"5 of 20 scores are not finite, more than `rewards.max_bad_fraction`"):
