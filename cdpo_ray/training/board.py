@@ -62,6 +62,9 @@ class Board:
     def post_fault(self, kind: str, message: str) -> None:
         self.fault = self.fault or (kind, message)
 
+    def has_fault(self) -> bool:
+        return self.fault is not None
+
     def ask_to_stop(self) -> None:
         """At the end of the update that runs."""
         self.stopping = True

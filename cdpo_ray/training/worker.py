@@ -22,7 +22,8 @@ from cdpo_ray.curriculum.dataset import read_ranking_scores
 from cdpo_ray.curriculum.explanation import describe_stage
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum
-from cdpo_ray.errors import CdpoError, TrainingError
+from cdpo_ray.errors import CdpoError, StoreError, TrainingError
+from cdpo_ray.generation.memory import is_out_of_memory, needed_and_free
 from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import seed_of
 from cdpo_ray.store import copy_tree, is_local, place, write_json
@@ -40,23 +41,32 @@ BEST = "best"
 
 
 def work(job: TrainingJob, board: Any) -> None:
-    """Train all stages, from the newest commit on; what no restart can mend is told to the board, and is no crash.
+    """Train all stages, from the newest commit on; what no restart can mend is told to the board.
 
     Args:
         board: actor handle of the `Board` that the driver reads.
     """
     rank = ray.train.get_context().get_world_rank()
     with _pulse(board, rank) as stops:
+        if ray.get(board.has_fault.remote()):  # this is a restart after it
+            return
         try:
             Worker(job, board).train(stops)
-        except torch.OutOfMemoryError as error:
-            told = (
-                f"training: {job.model['path']} does not fit: {error}; lower `training.batch_size_per_worker`, set"
-                " `training.gradient_checkpointing`, or raise `training.zero_stage` and `training.num_workers`"
-            )
-            ray.get(board.post_fault.remote("TrainingError", told))
+        except (TrainingError, StoreError) as error:  # all workers raise it together, so none waits for another
+            ray.get(board.post_fault.remote(type(error).__name__, str(error)))
         except CdpoError as error:
             ray.get(board.post_fault.remote(type(error).__name__, str(error)))
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+                told = (
+                    f"training: {job.model['path']} with {job.optimization.pairs_per_launch} pairs at once: out of"
+                    f" memory: {needed_and_free(error, device)}; lower `training.batch_size_per_worker`, set"
+                    " `training.gradient_checkpointing`, or raise `training.zero_stage` and `training.num_workers`"
+                )
+                ray.get(board.post_fault.remote("TrainingError", told))
+            raise
 
 
 class Worker:
