@@ -308,8 +308,25 @@ def test_fault_07_a_poison_prompt_costs_itself_alone_on_the_whole_way(tiny_sd15:
 @pytest.fixture(scope="module")
 def trained_embedded(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """Ten updates of a net that has learnt; a random one has gradients of pure rounding, which Adam enlarges."""
-    config = embedded_config(embedded, tmp_path_factory.mktemp("embedded"), "run", num_workers=2)
+    often = {"updates_per_commit": 2, "keep_best": True}
+    config = embedded_config(embedded, tmp_path_factory.mktemp("embedded"), "run", num_workers=2, **often)
     return run_steps(config, steps_until("train"))
+
+
+def test_the_best_adapter_is_that_of_the_commit_with_the_lowest_loss_of_the_last_stage(
+    trained_embedded: RunFolder,
+) -> None:
+    folder = trained_embedded.step("4-training")
+    updates = [json.loads(line) for line in (folder / "updates.jsonl").read_text().splitlines()]
+    losses = {last: [update["loss"] for update in updates if first <= update["update"] <= last]
+              for first, last in ((6, 6), (7, 8), (9, 10))}  # fmt: skip
+    means = {last: float(np.mean(few)) for last, few in losses.items()}
+    best = json.loads((folder / "best" / "best.json").read_text())
+    assert best["stage"] == 2 and best["update"] == min(means, key=means.__getitem__)
+    assert best["loss"] == pytest.approx(means[best["update"]])
+    kept = load_file(folder / "best" / "lora" / "pytorch_lora_weights.safetensors")
+    assert (largest_difference(kept, lora(trained_embedded)) == 0) == (best["update"] == 10)
+    assert not (folder / "commits").exists()
 
 
 def embedded_config(embedded: Path, folder: Path, name: str, *, rounds: int = 1, **training: Any) -> Config:
