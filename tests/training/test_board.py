@@ -46,7 +46,7 @@ def test_the_first_fault_stays_and_is_raised_as_what_it_was() -> None:
     board.post_fault("StoreError", "disk full")
     board.post_fault("TrainingError", "because of that")
     assert board.has_fault()
-    with pytest.raises(StoreError, match="^disk full$"):
+    with pytest.raises(StoreError, match=r"^disk full$"):
         raise fault_of(news(board).fault or ("", ""))
 
 
