@@ -6,6 +6,7 @@ of too many, is started again with the same command, until the run is done.
 
 import argparse
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,9 @@ from cdpo_ray.store import read_table
 CDPO = Path(sys.executable).with_name("cdpo")
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 DRIVER_SHARE = 0.25  # of the kills; the others take a worker or an actor
+OURS = re.compile(
+    r"ray::(Map|RayTrainWorker|TrainController|Board|join_parts)"
+)  # what Ray titles them; not its services
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,9 @@ def survive(command: list[str], run: Path, num_kills: int, mean_seconds: float, 
 
 
 def chosen(driver: subprocess.Popen[bytes], chance: random.Random) -> psutil.Process | None:
-    """The driver, or an actor or worker of its Ray that does something."""
+    """The driver, or a worker or actor of the run."""
     process = psutil.Process(driver.pid)
-    busy = [child for child in process.children(recursive=True) if name_of(child, driver).startswith("ray::")]
+    busy = [child for child in process.children(recursive=True) if OURS.match(name_of(child, driver))]
     if chance.random() < DRIVER_SHARE or not busy:
         return process
     return chance.choice(busy)
@@ -109,7 +113,7 @@ def name_of(process: psutil.Process, driver: subprocess.Popen[bytes]) -> str:
         title = "".join(process.cmdline())
     except psutil.Error:
         return ""
-    return title.split(".")[0].split("__")[0] if title.startswith("ray::") and "IDLE" not in title else ""
+    return title.split(".")[0].split("__")[0]
 
 
 def step_of(run: Path) -> str:
