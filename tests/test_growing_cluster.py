@@ -1,5 +1,6 @@
 """A cluster with an autoscaler may have no node yet: the run says so, and waits."""
 
+import secrets
 import subprocess
 import threading
 import time
@@ -30,7 +31,8 @@ def test_only_an_autoscaler_that_has_groups_may_add_nodes() -> None:
     """
     told = subprocess.run(
         [BIN / "python", "-c", program],
-        env=environment(RAY_enable_autoscaler_v2="1"),  # which writes none
+        # v2 does not overwrite what is written here; with a token given, Ray writes none into the home folder
+        env=environment(RAY_enable_autoscaler_v2="1", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)),
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     assert told.stdout.splitlines()[-1] == "[(1, 3.0, False), (1, 3.0, False), (1, 3.0, True)]"
