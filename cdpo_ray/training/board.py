@@ -15,6 +15,7 @@ class News:
         num_kept: of them, what a restart would not do again.
         records: of updates, in order.
         lines: for the log.
+        num_lines: of all there are.
         silent: workers that have given no sign for long, by rank: where each runs, and for how many seconds.
         fault: what no restart can mend: class and message of an error of ours.
     """
@@ -23,6 +24,7 @@ class News:
     num_kept: int
     records: Sequence[dict[str, float]]
     lines: Sequence[str]
+    num_lines: int
     silent: dict[int, tuple[str, float]] = field(default_factory=dict)
     fault: tuple[str, str] | None = None
 
@@ -70,13 +72,14 @@ class Board:
         self.stopping = True
 
     def read(self, *, after_update: int, num_lines_seen: int, silent_seconds: float) -> News:
-        """News since an update and a line."""
+        """News since an update and a line; of a board that began anew, since its first."""
         now = time.monotonic()
         silent = {
             rank: (where, now - heard) for rank, (where, heard) in self.beats.items() if now - heard > silent_seconds
         }
         records = [record for update, record in self.records.items() if update > after_update]
-        return News(self.num_updates, self.num_kept, records, self.lines[num_lines_seen:], silent, self.fault)
+        lines = self.lines[num_lines_seen if num_lines_seen <= len(self.lines) else 0 :]
+        return News(self.num_updates, self.num_kept, records, lines, len(self.lines), silent, self.fault)
 
 
 def fault_of(told: tuple[str, str]) -> Any:

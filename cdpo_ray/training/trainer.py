@@ -50,7 +50,8 @@ def train_adapter(
         TrainingError: training cannot go on, or was restarted too often.
         KeyboardInterrupt: it was asked to stop, and is committed; or was asked twice, and is not.
     """
-    board = ray.remote(Board).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    # A board that is lost begins empty: workers post again all that matters.
+    board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()  # type: ignore[attr-defined]
     resources = {"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})}
     failures: list[Exception] = []
     # Ray's records of the fit, which nobody reads, lie on the driver's node, where its controller is.
@@ -90,8 +91,12 @@ def train_adapter(
     assert newest, "training that ends well has committed its last update"
     saved = state_of(newest)
     state: dict[str, Any] = saved["state"]
-    if asked and state["stage"] <= job.num_stages:
-        raise KeyboardInterrupt(asked[0])
+    if state["stage"] <= job.num_stages:
+        if asked:
+            raise KeyboardInterrupt(asked[0])
+        raise TrainingError(
+            f"{output_dir}: training ended after update {state['num_updates']}; the same command goes on"
+        )
     records = state["records"]
     write_text(output_dir / "updates.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
     write_json(output_dir / "stages.json", saved["summaries"])
@@ -131,7 +136,7 @@ def _followed(board: Any, fit: threading.Thread, progress: Progress, num_done: i
             progress.record({name: value for name, value in record.items() if name != "update"}, update=last_record)
         for line in news.lines:
             progress.tell(line)
-        num_lines += len(news.lines)
+        num_lines = news.num_lines
         for rank, (where, seconds) in news.silent.items():
             if where not in named:
                 log.warning("training: worker %d (%s) has given no sign for %.0f s", rank, where, seconds)

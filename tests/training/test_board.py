@@ -28,6 +28,13 @@ def test_a_restart_that_posts_its_records_again_tells_nothing_twice() -> None:
     assert [record["update"] for record in news(board, after_update=2).records] == [3]
 
 
+def test_a_board_that_began_anew_tells_its_first_lines_to_a_driver_that_has_seen_more() -> None:
+    board = Board()
+    board.post_commit(9, records(9), ["stage 3"])
+    told = news(board, after_update=8, num_lines_seen=2)
+    assert told.lines == ["stage 3"] and told.num_lines == 1
+
+
 def test_a_worker_without_a_sign_is_named_until_it_gives_one_or_leaves() -> None:
     board = Board()
     assert board.beat(0, "pid 1 on a") is False
