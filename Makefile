@@ -13,7 +13,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not nightly"
 
 test-faults: $(INSTALLED)
-	$(BIN)/python -m pytest -m fault
+	$(BIN)/python -m pytest -m "fault or nightly"
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -23,8 +23,13 @@ def walk(folder: Path, name: str, *overrides: str) -> tuple[RunFolder, dict[str,
     return run, json.loads((run.step("5-evaluation") / "metrics.json").read_text())["judges"]
 
 
-def test_quickstart_gains_on_heldout_prompts_and_random_labels_do_not(tmp_path: Path) -> None:
-    run, judged = walk(tmp_path, "quickstart")
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, Any]]:
+    return walk(tmp_path_factory.mktemp("runs"), "quickstart")
+
+
+def test_quickstart_gains_on_heldout_prompts(quickstart: tuple[RunFolder, dict[str, Any]]) -> None:
+    _, judged = quickstart
     attributes, clip = judged["oracle"]["difference"], judged["clip"]["difference"]
     assert attributes["mean"] >= 0.08
     assert attributes["low"] > 0
@@ -32,11 +37,15 @@ def test_quickstart_gains_on_heldout_prompts_and_random_labels_do_not(tmp_path: 
     assert clip["low"] > 0
     assert 0.3 < judged["oracle"]["base"]["mean"] < 0.9
 
-    control = tmp_path / "control"
+
+@pytest.mark.nightly
+def test_random_labels_bring_no_gain(quickstart: tuple[RunFolder, dict[str, Any]]) -> None:
+    run, _ = quickstart
+    control = run.path.parent / "control"
     control.mkdir()
     for folder in ("1-samples", "2-scores"):
         (control / folder).symlink_to(run.step(folder))
-    _, judged = walk(tmp_path, "control", "curriculum.label_noise=0.5")
+    _, judged = walk(run.path.parent, "control", "curriculum.label_noise=0.5")
     attributes = judged["oracle"]["difference"]
     assert attributes["low"] <= 0
     assert attributes["mean"] < 0.04
