@@ -28,11 +28,12 @@ from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.generation.generator import Sampling
 from cdpo_ray.models.seeds import seed_of
+from cdpo_ray.progress import Progress
 from cdpo_ray.records import prompt_id
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.session import ray_session
 from cdpo_ray.testbed.scenes import scene_prompts
-from cdpo_ray.training.job import LoraJob, LossJob, Optimization, TrainingJob
+from cdpo_ray.training.job import CommitJob, LoraJob, LossJob, Optimization, TrainingJob
 
 FAMILY, MODEL, JUDGES = "stable_diffusion", {"path": "embedded"}, {"clip": {}, "oracle": {}}
 SAMPLING = Sampling(0, 8, num_denoising_steps=10, guidance_scale=1.0, height=None, width=None, images_per_batch=8)
@@ -81,13 +82,15 @@ class ThroughRay:
             generators=PoolSize(1, 1, 0),
             make_scores=MAKE_REWARD,
             score_in_pool=None,
+            max_bad_fraction=0.0,
+            progress=Progress(),
         )
 
     def train(self, job: TrainingJob, output_dir: Path) -> None:
         from cdpo_ray.training.trainer import train_adapter
 
         resources = {"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0}
-        train_adapter(job, output_dir, num_updates=1, **resources, max_restarts=0)
+        train_adapter(job, output_dir, num_updates=1, **resources, max_restarts=0, progress=Progress())
 
     def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
         from cdpo_ray.evaluation.pool import evaluate_adapter
@@ -102,9 +105,13 @@ class ThroughRay:
             sampling=COMPARED,
             judges=list(JUDGES),
             make_scores=MAKE_JUDGES,
+            num_margin_draws=0,
+            guidance_range=None,
             generators=PoolSize(1, 1, 0),
             num_resamples=1000,
             seed=0,
+            max_bad_fraction=0.0,
+            progress=Progress(),
         )
 
 
@@ -166,8 +173,18 @@ class Bare:
 
     def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
         from cdpo_ray.evaluation.comparison import Comparer
+        from cdpo_ray.generation.set_aside import SetAside
 
-        comparer = Comparer(FAMILY, MODEL, COMPARED, training_dir=training_dir, make_scores=MAKE_JUDGES)
+        comparer = Comparer(
+            FAMILY,
+            MODEL,
+            COMPARED,
+            training_dir=training_dir,
+            make_scores=MAKE_JUDGES,
+            num_margin_draws=0,
+            guidance_range=None,
+            set_aside=SetAside(output_dir, len(prompts), 0.0),
+        )
         self._write(comparer, prompts, COMPARED, output_dir / "comparison.parquet")
 
     def _write(self, make: Callable[[pa.Table], pa.Table], prompts: list[str], sampling: Sampling, path: Path) -> None:
@@ -231,6 +248,10 @@ def walk(route: Route, size: Size) -> dict[str, float]:
             False,
             OPTIMIZATION,
             seed=0,
+            output_dir=str(training),
+            commits=CommitJob(str(training / "commits"), updates_per_commit=50, keep_last=2, keep_best=False),
+            max_skipped_updates=20,
+            collective_timeout_seconds=600,
         )
         timed("train", route.train, job, training)
         heldout = scene_prompts("heldout", size.heldout, seed=0)
