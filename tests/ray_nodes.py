@@ -49,6 +49,17 @@ def started(options: str, log_path: Path, **changes: str) -> Iterator["subproces
 
 
 @contextlib.contextmanager
+def forgotten(port: int) -> Iterator[None]:
+    """Ray notes its newest head for all of this machine; of one that is gone, every later Ray would ask, in vain."""
+    note = Path("/tmp/ray/ray_current_cluster")
+    try:
+        yield
+    finally:
+        if note.is_file() and note.read_text().strip().endswith(f":{port}"):
+            note.unlink()
+
+
+@contextlib.contextmanager
 def started_head(folder: Path, *, num_cpus: int, **changes: str) -> Iterator[Head]:
     """A head with token access that takes jobs.
 
@@ -64,7 +75,7 @@ def started_head(folder: Path, *, num_cpus: int, **changes: str) -> Iterator[Hea
     # The last is what takes jobs; another Ray of this machine may have its usual port.
     options += f" --num-cpus={num_cpus} --ray-client-server-port={free_port()}"
     options += f" --dashboard-agent-listen-port={free_port()}"
-    with started(options, folder / "head.log", **access, **changes) as process:
+    with forgotten(gcs), started(options, folder / "head.log", **access, **changes) as process:
         jobs = urllib.request.Request(
             f"http://127.0.0.1:{dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token.read_text()}"}
         )
