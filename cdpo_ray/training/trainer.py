@@ -91,9 +91,9 @@ def train_adapter(
     assert newest, "training that ends well has committed its last update"
     saved = state_of(newest)
     state: dict[str, Any] = saved["state"]
+    if asked:  # even if that was the last update: what comes after is not wanted now
+        raise KeyboardInterrupt(asked[0])
     if state["stage"] <= job.num_stages:
-        if asked:
-            raise KeyboardInterrupt(asked[0])
         raise TrainingError(
             f"{output_dir}: training ended after update {state['num_updates']}; the same command goes on"
         )
