@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cdpo_ray.config import HOW_NOT_WHAT, JUDGE_NO_IMAGE, Config, Pool, PromptSource
 from cdpo_ray.errors import ConfigError, PreferenceError, StoreError
@@ -43,6 +43,9 @@ from cdpo_ray.store import (
     shard_schema,
 )
 
+if TYPE_CHECKING:
+    from cdpo_ray.training.stage_end import Validate
+
 log = logging.getLogger(__name__)
 
 
@@ -55,6 +58,8 @@ class Context:
         run: the round's folder.
         previous: folder of the round before.
         progress: told how far the step is.
+        validate: measures the policy at each stage's end, in the training workers.
+        on_stage: called with the summary of each stage that has ended.
     """
 
     config: Config
@@ -63,6 +68,8 @@ class Context:
     round: int = 1
     previous: RunFolder | None = None
     progress: Progress = field(default_factory=Progress)
+    validate: "Validate | None" = None
+    on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None
 
     @property
     def seed(self) -> int:
@@ -400,6 +407,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         )
         if config.curriculum.num_margin_draws
         else None,
+        validate=context.validate,
     )
     num_updates = config.curriculum.num_stages * config.curriculum.updates_per_stage
     state = train_adapter(
@@ -411,6 +419,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         gpus_per_worker=config.resources.trainers.gpus_per_worker,
         max_restarts=training.max_restarts,
         progress=context.progress,
+        on_stage=context.on_stage,
     )
     skipped = len(state["skipped"])
     output.counts |= {

@@ -16,6 +16,7 @@ class News:
         records: of updates, in order.
         lines: for the log.
         num_lines: of all there are.
+        summaries: of stages that have ended.
         silent: workers that have given no sign for long, by rank: where each runs, and for how many seconds.
         fault: what no restart can mend: class and message of an error of ours.
     """
@@ -25,6 +26,7 @@ class News:
     records: Sequence[dict[str, float]]
     lines: Sequence[str]
     num_lines: int
+    summaries: Sequence[dict[str, Any]] = ()
     silent: dict[int, tuple[str, float]] = field(default_factory=dict)
     fault: tuple[str, str] | None = None
 
@@ -36,6 +38,7 @@ class Board:
         self.num_updates = self.num_kept = 0
         self.records: dict[int, dict[str, float]] = {}
         self.lines: list[str] = []
+        self.summaries: Sequence[dict[str, Any]] = ()
         self.beats: dict[int, tuple[str, float]] = {}
         self.fault: tuple[str, str] | None = None
         self.stopping = False
@@ -52,10 +55,21 @@ class Board:
     def post_update(self, num_updates: int) -> None:
         self.num_updates = num_updates
 
-    def post_commit(self, num_updates: int, records: Sequence[dict[str, float]], lines: Sequence[str] = ()) -> None:
-        """A commit is in place; records that were posted before a restart are not new."""
+    def post_commit(
+        self,
+        num_updates: int,
+        records: Sequence[dict[str, float]],
+        summaries: Sequence[dict[str, Any]],
+        lines: Sequence[str] = (),
+    ) -> None:
+        """A commit is in place; records that were posted before a restart are not new.
+
+        Args:
+            summaries: of all stages that have ended.
+        """
         self.num_updates = self.num_kept = num_updates
         self.records |= {int(record["update"]): record for record in records}
+        self.summaries = summaries
         self.lines += lines
 
     def post_line(self, line: str) -> None:
@@ -71,15 +85,16 @@ class Board:
         """At the end of the update that runs."""
         self.stopping = True
 
-    def read(self, *, after_update: int, num_lines_seen: int, silent_seconds: float) -> News:
-        """News since an update and a line; of a board that began anew, since its first."""
+    def read(self, *, after_update: int, num_lines_seen: int, num_stages_seen: int, silent_seconds: float) -> News:
+        """News since an update, a line and a stage; of a board that began anew, since its first line."""
         now = time.monotonic()
         silent = {
             rank: (where, now - heard) for rank, (where, heard) in self.beats.items() if now - heard > silent_seconds
         }
         records = [record for update, record in self.records.items() if update > after_update]
         lines = self.lines[num_lines_seen if num_lines_seen <= len(self.lines) else 0 :]
-        return News(self.num_updates, self.num_kept, records, lines, len(self.lines), silent, self.fault)
+        ended = self.summaries[num_stages_seen:]
+        return News(self.num_updates, self.num_kept, records, lines, len(self.lines), ended, silent, self.fault)
 
 
 def fault_of(told: tuple[str, str]) -> Any:

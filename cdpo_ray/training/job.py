@@ -1,11 +1,14 @@
 """What a training worker is told: plain values that travel to it, importable without torch."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cdpo_ray.curriculum.capacity import Capacity
 from cdpo_ray.curriculum.combination import RankingRule
 from cdpo_ray.curriculum.schedule import Schedule
+
+if TYPE_CHECKING:
+    from cdpo_ray.training.stage_end import Validate
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class TrainingJob:
         reference_is_start: hold the policy to that round, in place of the base model.
         online: none trains on the pairs of ``stages_dir`` as they are.
         output_dir: where what was trained is written.
+        validate: measures the policy at each stage's end; what it finds is kept with the stage.
     """
 
     samples_dir: str
@@ -106,3 +110,4 @@ class TrainingJob:
     start_dir: str | None = None
     reference_is_start: bool = False
     online: OnlineJob | None = None
+    validate: "Validate | None" = None

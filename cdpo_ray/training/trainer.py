@@ -6,7 +6,7 @@ import logging
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,16 @@ def train_adapter(
     gpus_per_worker: float,
     max_restarts: int,
     progress: Progress,
+    on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None,
 ) -> dict[str, Any]:
     """Write `4-training`: the LoRA or the whole net, `updates.jsonl`, `stages.json`.
 
     Started again on the same folder it goes on after the newest whole commit. Ray's own records of a fit are not read:
     each fit is new to it.
+
+    Args:
+        on_stage: called with the summary of each stage that has ended and is committed; of a training that goes on,
+            with those of before too.
 
     Returns:
         The last state of training, see `Worker`.
@@ -77,7 +82,9 @@ def train_adapter(
         try:
             with _stopping_at_signals(board) as asked:
                 fit.start()
-                news = _followed(board, fit, progress, done, silent_seconds=job.collective_timeout_seconds / 2)
+                news = _followed(
+                    board, fit, progress, done, silent_seconds=job.collective_timeout_seconds / 2, on_stage=on_stage
+                )
         finally:
             progress.end()
     if news.fault:
@@ -118,18 +125,31 @@ def _fit(trainer: TorchTrainer, failures: list[Exception]) -> None:
         failures.append(error)
 
 
-def _followed(board: Any, fit: threading.Thread, progress: Progress, num_done: int, *, silent_seconds: float) -> News:
+def _followed(
+    board: Any,
+    fit: threading.Thread,
+    progress: Progress,
+    num_done: int,
+    *,
+    silent_seconds: float,
+    on_stage: Callable[[dict[str, Any]], Any],
+) -> News:
     """Pass on what the workers post, until the fit is over; names each worker that falls silent.
 
     Args:
         num_done: updates that were done before.
     """
-    num_lines = last_record = 0
+    num_lines = num_stages = last_record = 0
     named: set[str] = set()
     while True:
         over = not fit.is_alive()
         news: News = ray.get(
-            board.read.remote(after_update=last_record, num_lines_seen=num_lines, silent_seconds=silent_seconds)
+            board.read.remote(
+                after_update=last_record,
+                num_lines_seen=num_lines,
+                num_stages_seen=num_stages,
+                silent_seconds=silent_seconds,
+            )
         )
         for record in news.records:
             last_record = int(record["update"])
@@ -137,6 +157,9 @@ def _followed(board: Any, fit: threading.Thread, progress: Progress, num_done: i
         for line in news.lines:
             progress.tell(line)
         num_lines = news.num_lines
+        for summary in news.summaries:
+            num_stages += 1
+            on_stage(summary)
         for rank, (where, seconds) in news.silent.items():
             if where not in named:
                 log.warning("training: worker %d (%s) has given no sign for %.0f s", rank, where, seconds)

@@ -35,6 +35,7 @@ from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.margins import sample_values
 from cdpo_ray.training.policy import make_policy
+from cdpo_ray.training.stage_end import StageEnd
 
 BEAT_SECONDS = 1.0
 BEST = "best"
@@ -76,7 +77,8 @@ class Worker:
         context = ray.train.get_context()
         self.job, self.board, self.output_dir = job, board, place(job.output_dir)
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
-        self.model = model = load_model(job.family, **job.model, for_training=True)
+        validates = job.validate is not None
+        self.model = model = load_model(job.family, **job.model, for_training=True, keep_vae=validates)
         model.guidance_range = job.guidance_range or model.guidance_range
         empty = {name: value.cpu() for name, value in model.empty_conditioning.items()}
         model.drop_text_encoders()
@@ -153,7 +155,10 @@ class Worker:
         state = TrainingState.of(saved["state"])
         if self.rank == 0:
             self.board.post_commit.remote(
-                state.num_updates, state.records, [f"training goes on after update {state.num_updates} ({newest})"]
+                state.num_updates,
+                state.records,
+                self.summaries,
+                [f"training goes on after update {state.num_updates} ({newest})"],
             )
         return state
 
@@ -194,6 +199,8 @@ class Worker:
             if self.description:
                 summary["pairs"] = self.description
             summary["seconds"] = round(time.monotonic() - self.started, 2)
+            if self.job.validate:
+                summary["validation"] = self.job.validate(self._stage_end(state.stage - 1))
             self.summaries.append(summary)
             ray.train.report(summary)
             self.started, self.drawn, self.description = time.monotonic(), None, None
@@ -211,7 +218,18 @@ class Worker:
             self._tensors(),
         )
         if self.rank == 0:
-            self.board.post_commit.remote(state.num_updates, state.records, lines)
+            self.board.post_commit.remote(state.num_updates, state.records, self.summaries, lines)
+
+    def _stage_end(self, stage: int) -> StageEnd:
+        return StageEnd(
+            self.model,
+            self.engine,
+            self.policy.reference,
+            stage,
+            stage == self.job.num_stages,
+            self.rank,
+            self.num_workers,
+        )
 
     def _keep_best(self, state: TrainingState) -> None:
         """Write what is trained to `best` if its loss is the lowest of its stage; a later stage always is better."""

@@ -8,8 +8,20 @@ from cdpo_ray.errors import StoreError
 from cdpo_ray.training.board import Board, News, fault_of
 
 
-def news(board: Board, *, after_update: int = 0, num_lines_seen: int = 0, silent_seconds: float = 60.0) -> News:
-    return board.read(after_update=after_update, num_lines_seen=num_lines_seen, silent_seconds=silent_seconds)
+def news(
+    board: Board,
+    *,
+    after_update: int = 0,
+    num_lines_seen: int = 0,
+    num_stages_seen: int = 0,
+    silent_seconds: float = 60.0,
+) -> News:
+    return board.read(
+        after_update=after_update,
+        num_lines_seen=num_lines_seen,
+        num_stages_seen=num_stages_seen,
+        silent_seconds=silent_seconds,
+    )
 
 
 def records(*updates: int) -> list[dict[str, float]]:
@@ -18,21 +30,31 @@ def records(*updates: int) -> list[dict[str, float]]:
 
 def test_a_restart_that_posts_its_records_again_tells_nothing_twice() -> None:
     board = Board()
-    board.post_commit(2, records(1, 2), ["stage 1"])
+    board.post_commit(2, records(1, 2), [{"stage": 1}], ["stage 1"])
     board.post_update(4)
-    board.post_commit(2, records(1, 2), ["goes on after update 2"])
+    board.post_commit(2, records(1, 2), [{"stage": 1}], ["goes on after update 2"])
     told = news(board, after_update=2, num_lines_seen=1)
     assert (told.num_updates, told.num_kept, told.records) == (2, 2, [])
     assert told.lines == ["goes on after update 2"]
-    board.post_commit(3, records(1, 2, 3))
+    board.post_commit(3, records(1, 2, 3), [{"stage": 1}])
     assert [record["update"] for record in news(board, after_update=2).records] == [3]
 
 
 def test_a_board_that_began_anew_tells_its_first_lines_to_a_driver_that_has_seen_more() -> None:
     board = Board()
-    board.post_commit(9, records(9), ["stage 3"])
+    board.post_commit(9, records(9), [], ["stage 3"])
     told = news(board, after_update=8, num_lines_seen=2)
     assert told.lines == ["stage 3"] and told.num_lines == 1
+
+
+def test_a_stage_that_ended_is_told_once_also_by_a_board_that_began_anew() -> None:
+    board = Board()
+    board.post_commit(4, records(4), [{"stage": 1}, {"stage": 2}])
+    assert news(board, num_stages_seen=1).summaries == [{"stage": 2}]
+    began_anew = Board()
+    assert news(began_anew, num_stages_seen=2).summaries == ()
+    began_anew.post_commit(6, records(6), [{"stage": 1}, {"stage": 2}, {"stage": 3}])
+    assert news(began_anew, num_stages_seen=2).summaries == [{"stage": 3}]
 
 
 def test_a_worker_without_a_sign_is_named_until_it_gives_one_or_leaves() -> None:
