@@ -37,6 +37,10 @@ class TrainingError(CdpoError):
     """Training could not start or go on."""
 
 
+class SearchError(CdpoError):
+    """A search has nothing to try, or nothing came of it."""
+
+
 class ExportError(CdpoError):
     """What was trained cannot be written in the format asked for, or where it was asked for."""
 

@@ -45,11 +45,16 @@
     appearance        the same a measure of how images look
     agreement         of every two judges: rank correlation within a prompt, -1..1, on the images of each model
     preference_accuracy  a judge: share of pairs of the base's images that the implicit value orders like it
+
+validation/, heldout/   of a search (`cdpo tune`): what the base model makes of these prompts, as `1-samples`
+trials/<number>/trial.json, confirmation/<number>-seed-<seed>/trial.json   see `search/trials.py`; each folder is a run
+tune.json               what came of it, see `search/findings.py`
 """
 
 import hashlib
 
 SAMPLES, SCORES, STAGES, TRAINING, EVALUATION = "1-samples", "2-scores", "3-stages", "4-training", "5-evaluation"
+VALIDATION, HELDOUT = "validation", "heldout"  # of a search: what the base model makes of these prompts
 STEP_FOLDERS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 PREFERENCE = "preference"  # the reward that judges no image: what people said, or the ranks or scores that came with it
 LABEL = "label"  # kept as a reward's scores are, though it does not rank: who was preferred

@@ -69,6 +69,14 @@ def check_resources(step: str, demands: Sequence[Demand], nodes: Sequence[Node])
     return told
 
 
+def how_often(demands: Sequence[Demand], nodes: Sequence[Node]) -> int:
+    """How many times the actors of these roles, as many as each cannot do without, fit the nodes side by side."""
+    left, times = list(nodes), 0
+    while all(_place(demand, demand.num_needed, left) == demand.num_needed for demand in demands):
+        times += 1
+    return times
+
+
 def _place(demand: Demand, count: int, left: list[Node]) -> int:
     """Put actors where the fewest GPUs stay free; returns how many found a place, which is taken from what is left."""
     for placed in range(count):

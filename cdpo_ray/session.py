@@ -25,6 +25,9 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # reports are collected at this pace
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else workers' lines come twice
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an actor that asks for no GPU sees none
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of a config are meant from where the command was given
+    "RAY_AIR_NEW_OUTPUT": "0",  # its new one prints what it was asked not to
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what a trial reports we keep ourselves
     "TOKENIZERS_PARALLELISM": "false",
     "DIFFUSERS_DISABLE_REMOTE_CODE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -81,6 +84,7 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
         for handler in logging.getLogger(name).handlers:
             if not isinstance(handler, logging.FileHandler):
                 handler.setLevel(logging.CRITICAL)  # what it would tell, it also raises
+    logging.getLogger("ray.tune").setLevel(logging.NOTSET if verbose else logging.CRITICAL)  # nor has Tune another way
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # `Progress` has one of its own
     context.enable_operator_progress_bars = False

@@ -19,12 +19,14 @@ from cdpo_ray.prompts import sources
 from cdpo_ray.prompts.sources import PromptSplit, held_out
 from cdpo_ray.records import (
     EVALUATION,
+    HELDOUT,
     LABEL,
     PREFERENCE,
     SAMPLES,
     SCORES,
     STAGES,
     TRAINING,
+    VALIDATION,
     score_column,
     score_file,
 )
@@ -491,6 +493,44 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
     _warn_of_set_aside(output)
 
 
+def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *, side: str) -> None:
+    """What the base model makes of the prompts of a side, judged by all: made once, for all trials of a search."""
+    import numpy as np
+
+    from cdpo_ray.evaluation.statistics import pairwise_rms_distance
+    from cdpo_ray.generation.images import decode_png
+    from cdpo_ray.generation.pool import generate_samples
+    from cdpo_ray.rewards.scorer import Scorer
+
+    config, prompts = context.config, getattr(context.prompts, side)
+    generate_samples(
+        prompts,
+        output_dir,
+        family=config.model.family,
+        model=_model(config),
+        sampling=sampling_to_compare(config, side),
+        tuned_dir=None,
+        keep_images=True,
+        generators=_pool(config.resources.generators),
+        make_scores=functools.partial(Scorer, config.evaluation_judges),
+        score_in_pool=None,
+        max_bad_fraction=config.generation.max_bad_fraction,
+        progress=context.progress,
+    )
+    images = read_shards(output_dir, ["images"])["images"]
+    apart = [pairwise_rms_distance(np.stack([decode_png(png.as_py()) for png in pngs])) for pngs in images]
+    output.details["diversity"] = float(np.mean(apart))
+    output.counts |= {"prompts": len(images), "prompts_set_aside": len(prompts) - len(images)}
+    _warn_of_set_aside(output)
+
+
+def sampling_to_compare(config: Config, side: str) -> Any:
+    """How a search samples the prompts of a side: base and every policy from the same noise."""
+    assert config.search is not None, "asked of a config with a search"
+    num_images = config.search.images_per_prompt if side == VALIDATION else config.evaluation.images_per_prompt
+    return _sampling(config, num_images, config.run.seed)
+
+
 def export(context: Context, format_name: str, output_dir: Path) -> None:
     from cdpo_ray.export.card import RunFacts, model_card
     from cdpo_ray.export.folder import write_export
@@ -511,6 +551,19 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
         metrics=read_json(run.step(EVALUATION) / "metrics.json") if run.has(EVALUATION) else None,
     )
     write_export(format_name, trained, model_card(facts, format_name, trained.denoiser_name), output_dir)
+
+
+def _settings_to_compare(config: Config, *, side: str) -> dict[str, Any]:
+    source = getattr(config.prompts, side)
+    return (
+        _section(config, "model")
+        | {"generation": config.generation.outcome}
+        | _seed(config)
+        | {f"prompts.{side}": source.model_dump(), f"prompts.{side}.sha256": _prompts_sha256(source)}
+        | {"prompts.train": config.prompts.train and config.prompts.train.model_dump()}
+        | {"images_per_prompt": sampling_to_compare(config, side).images_per_prompt}
+        | {f"rewards.{name}": options for name, options in config.evaluation_judges.items()}
+    )
 
 
 IMPORT = Step(
@@ -588,6 +641,19 @@ STEPS = (
 )
 
 
+SIDES_COMPARED = tuple(
+    Step(
+        f"sample {side}",
+        side,
+        functools.partial(_settings_to_compare, side=side),
+        (),
+        functools.partial(sample_to_compare, side=side),
+        resumable=True,
+    )
+    for side in (VALIDATION, HELDOUT)
+)
+
+
 def steps_of(config: Config) -> tuple[Step, ...]:
     """The steps of a configuration's way: images are generated, or imported with preferences."""
     return (IMPORT, *STEPS[1:]) if config.preferences else STEPS
@@ -601,7 +667,7 @@ def demands_of(step: Step, config: Config) -> list[Demand]:
     if step.folder == TRAINING:
         num = config.training.num_workers
         return [Demand("training.num_workers", "worker", num, num, trainers.cpus_per_worker, trainers.gpus_per_worker)]
-    if step.folder in (SAMPLES, EVALUATION):
+    if step.folder in (SAMPLES, EVALUATION, VALIDATION, HELDOUT):
         apart = step.folder == SAMPLES and config.rewards.placement == "pool" and config.rewards.judges
         return [generators, scorers] if apart else [generators]
     return [scorers] if step.folder == SCORES else []

@@ -1,16 +1,21 @@
 """Trials as they are kept: what each tries and what it reported, a file a trial."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cdpo_ray.errors import StoreError
 from cdpo_ray.store import make_folder, read_json, write_json
 
 TRIAL = "trial.json"
 RUNNING, STOPPED, DONE, FAILED = "running", "stopped", "done", "failed"
+OBJECTIVES = ("reward", "win_rate", "diversity", "implicit_accuracy")
+"""What a report holds to be maximised; see `Validation.__call__`."""
 PAPER = 1
 """Number of the trial that is the paper's."""
 
+Report = dict[str, Any]
 Point = dict[str, Any]
 """What a trial tries: keys of the config, as `training.beta`, and their values; only of knobs whose condition holds."""
 
@@ -21,21 +26,28 @@ class Trial:
 
     Attributes:
         number: 1-based, in the order in which they were proposed.
+        seed: `training.seed`; none: what the search's config has.
         state: `running` (or broken off), `stopped` after an early stage, `done`, or `failed`.
-        reports: of its stages, in order; see `Validation.__call__`, with `stage`, `is_last`, and `order`, its place
-            among all reports of the search.
+        reports: of its stages, in order; see `Validation.__call__`, with `stage`, `is_last`, the stage's summary as
+            `training`, and `order`, its place among all reports of the search.
         error: why it failed.
     """
 
     number: int
     point: Point
+    seed: int | None = None
     state: str = RUNNING
-    reports: tuple[dict[str, Any], ...] = ()
+    reports: tuple[Report, ...] = ()
     error: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.number:03d}"
+        """Of its folder."""
+        return f"{self.number:03d}" if self.seed is None else f"{self.number:03d}-seed-{self.seed}"
+
+    @property
+    def is_done(self) -> bool:
+        return self.state == DONE
 
     @property
     def last_stage(self) -> int:
@@ -43,17 +55,53 @@ class Trial:
         return int(self.reports[-1]["stage"]) if self.reports else 0
 
 
-class Trials:
-    """``trials/``: a folder a trial, which is a run, with `trial.json` beside its steps; the driver alone writes it."""
+class Trials(Mapping[str, Trial]):
+    """A folder of trials by name; each is a run, with `trial.json` beside its steps. The driver alone writes it.
+
+    A trial whose last report is of its last stage is done, whatever became of the process that was to say so.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        found = [read_trial(file.parent) for file in path.glob(f"*/{TRIAL}")]
+        self._by_name = {
+            trial.name: trial for trial in sorted(found, key=lambda trial: (trial.number, trial.seed or 0))
+        }
 
-    def read(self) -> list[Trial]:
-        """All that were begun, by number."""
-        records = [read_json(path) for path in sorted(self.path.glob(f"*/{TRIAL}"))]
-        return [Trial(**{**record, "reports": tuple(record["reports"])}) for record in records]
+    def __getitem__(self, name: str) -> Trial:
+        return self._by_name[name]
 
-    def write(self, trial: Trial) -> None:
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def put(self, trial: Trial) -> Trial:
+        """Keep a trial, new or as it has become."""
+        self._by_name[trial.name] = trial
         make_folder(self.path / trial.name)
         write_json(self.path / trial.name / TRIAL, asdict(trial))
+        return trial
+
+    def add_report(self, name: str, report: Report) -> Trial:
+        """Of a stage; one that is there already, as a restart may tell it again, is passed over."""
+        trial = self[name]
+        if report["stage"] <= trial.last_stage:
+            return trial
+        order = 1 + sum(len(each.reports) for each in self.values())
+        state = DONE if report["is_last"] else trial.state
+        return self.put(replace(trial, state=state, reports=(*trial.reports, report | {"order": order})))
+
+
+def read_trial(folder: Path) -> Trial:
+    """A trial of a folder of trials.
+
+    Raises:
+        StoreError: its file is damaged.
+    """
+    try:
+        record = read_json(folder / TRIAL)
+        return Trial(**{**record, "reports": tuple(record["reports"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{folder / TRIAL}: is damaged ({error}); delete {folder} to try that point anew") from None
