@@ -43,6 +43,7 @@ def read_prompts(config: Config) -> PromptSplit:
     return split_prompts(
         prompt_source(config.prompts.train) if config.prompts.train else _judged_prompts(config),
         prompt_source(config.prompts.heldout),
+        prompt_source(config.prompts.validation) if config.prompts.validation else None,
         seed=config.run.seed,
     )
 

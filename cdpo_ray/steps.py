@@ -75,10 +75,19 @@ class Context:
 
     @property
     def seed(self) -> int:
-        """What generation, pairs and training draw from; each round has its own."""
+        """What generation draws from; each round has its own."""
+        return self._in_round(self.config.run.seed)
+
+    @property
+    def training_seed(self) -> int:
+        """What pairs and training draw from; each round has its own."""
+        given = self.config.training.seed
+        return self._in_round(self.config.run.seed if given is None else given)
+
+    def _in_round(self, seed: int) -> int:
         from cdpo_ray.models.seeds import seed_of
 
-        return self.config.run.seed if self.round == 1 else seed_of(self.config.run.seed, "round", self.round)
+        return seed if self.round == 1 else seed_of(seed, "round", self.round)
 
     @property
     def start_dir(self) -> str | None:
@@ -347,7 +356,7 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
         schedule=_schedule(config),
         pairs_per_stage=_pairs_per_stage(config),
         max_bad_fraction=config.rewards.max_bad_fraction,
-        seed=context.seed,
+        seed=context.training_seed,
     )
     if output.counts["prompts_without_pairs"]:
         output.warnings.append(
@@ -390,7 +399,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
             pairs_per_launch=training.pairs_per_launch,
             zero_stage=training.zero_stage,
         ),
-        seed=context.seed,
+        seed=context.training_seed,
         output_dir=str(output_dir),
         commits=CommitJob(
             str(output_dir / COMMITS_DIR), training.updates_per_commit, training.keep_last, training.keep_best
@@ -609,6 +618,7 @@ STEPS = (
                 "rewards.noise_prompts": config.rewards.noise_prompts,
                 "rewards.max_bad_fraction": config.rewards.max_bad_fraction,
                 "training.global_batch_size": config.training.global_batch_size,
+                "training.seed": config.training.seed,
             }
         ),
         (SCORES,),
@@ -627,7 +637,8 @@ STEPS = (
         "evaluate",
         EVALUATION,
         lambda config: (
-            _section(config, "prompts", "model")
+            _section(config, "model")
+            | {"prompts": config.prompts.model_dump(mode="json", exclude={"validation"})}
             | {"generation": config.generation.outcome}
             | {"evaluation": config.plain()["evaluation"] | {"judges": list(config.evaluation_judges)}}
             | _seed(config)
@@ -709,6 +720,7 @@ def _sample_settings(config: Config) -> dict[str, Any]:
             "prompts.train": config.prompts.train.model_dump() if config.prompts.train else None,
             "prompts.train.sha256": _prompts_sha256(config.prompts.train),
             "prompts.heldout.fraction": config.prompts.heldout.fraction,
+            "prompts.validation.fraction": config.prompts.validation.fraction if config.prompts.validation else None,
             "rewards.perturbation.max_masked_fraction": config.rewards.max_masked_fraction,
         }
     )

@@ -669,3 +669,199 @@ def test_the_runs_own_rewards_judge_held_out_images_too() -> None:
 
 def test_fault_19_one_image_a_prompt_is_refused_with_the_key() -> None:
     assert refused("generation.images_per_prompt=1")[0] == "`generation.images_per_prompt` must be >= 2, got 1"
+
+
+SEARCH = (
+    "prompts.validation={source: scenes, count: 8}",
+    "search={num_trials: 4, space: {training.beta: {low: 50, high: 1000, log: true}}}",
+)
+
+
+def searched(space: str, **others: str) -> tuple[str, ...]:
+    given = "".join(f", {key}: {value}" for key, value in ({"num_trials": "4"} | others).items() if value)
+    return (SEARCH[0], f"search={{space: {space}{given}}}")
+
+
+def test_a_search_is_read_with_its_defaults_and_given_back_by_the_plain_form() -> None:
+    space = (
+        "{curriculum.num_stages: [1, 2, 4], training.beta: {low: 50, high: 1000, log: true},"
+        " curriculum.window: {choices: [1, 2], when: {curriculum.pacing: sliding_window}},"
+        " curriculum.pacing: [cumulative, sliding_window], training.lora.rank: {low: 2, high: 16},"
+        " training.lora.targets: [[to_q], [to_q, to_k, to_v, to_out.0]]}"
+    )
+    config = load_config(QUICKSTART, searched(space))
+    search = config.search
+    assert search is not None and search.stop_early is not None
+    assert (search.algorithm, search.objectives, search.stop_early.reduction_factor) == ("tpe", ("reward",), 2)
+    assert (config.search_judge, search.images_per_prompt, search.confirm_seeds) == ("clip", 4, 3)
+    knobs = {knob.key: knob for knob in search.knobs}
+    assert list(knobs) == [
+        "curriculum.num_stages",
+        "training.beta",
+        "curriculum.pacing",
+        "curriculum.window",
+        "training.lora.rank",
+        "training.lora.targets",
+    ], "as given, but a condition after what it names"
+    beta, rank = knobs["training.beta"], knobs["training.lora.rank"]
+    assert (beta.low, beta.high, beta.log, beta.is_integer) == (50.0, 1000.0, True, False)
+    assert (rank.low, rank.high, rank.log, rank.is_integer) == (2, 16, False, True)
+    assert knobs["curriculum.window"].when == {"curriculum.pacing": ["sliding_window"]}
+    assert validate(yaml.safe_load(yaml.safe_dump(config.plain())), where="plain") == config
+    assert load_config(QUICKSTART).search is None
+
+
+def test_all_faults_of_a_space_are_told_at_once_with_hints() -> None:
+    faults = refused(
+        *searched(
+            "{training.bta: [1], training.lora: [1], curriculum.preset: [paper], training.num_workers: [1, 2],"
+            " training.seed: [1], run.dir: [a], training.learning_rate: {low: 2, high: 1},"
+            " training.weight_decay: {low: 0, high: 1, log: true}, training.loss: {choices: [dpo], hwen: {}},"
+            " training.adam_beta1: 0.9, curriculum.order: [], curriculum.draws: [uniform, uniform],"
+            " curriculum.label_noise: {low: 0}}",
+            algoritm="tpe",
+        ),
+        "training.beta=0",
+    )
+    assert set(faults) == {
+        "`training.beta` must be > 0, got 0",
+        "unknown key `search.algoritm`; did you mean `search.algorithm`?",
+        "search.space: unknown key `training.bta`; did you mean `training.beta`?",
+        "search.space: unknown key `run.dir`; only keys of curriculum and training",
+        "search.space: `training.lora` is a section; give a key of it, such as `training.lora.rank`",
+        "search.space: `curriculum.preset` stands for other keys: give those",
+        "search.space: `training.num_workers` changes how a schedule is trained, not what comes of it",
+        "search.space: `training.seed` is a draw, not a schedule: `search.confirm_seeds` trains the best anew with"
+        " others",
+        "search.space.training.learning_rate: `low` must be below `high`, got 2 and 1",
+        "search.space.training.weight_decay: `low` must be > 0 for a range drawn by logarithm, got 0",
+        "unknown key `search.space.training.loss.hwen`; did you mean `search.space.training.loss.when`?",
+        "`search.space.training.adam_beta1` must be a list of choices, or a range {low: ..., high: ...}, got 0.9",
+        "`search.space.curriculum.order.choices` must not be empty",
+        "`search.space.curriculum.draws` must not repeat a choice, got ['uniform', 'uniform']",
+        "search.space.curriculum.label_noise: `high` of the range is missing",
+    }
+
+
+def test_a_knob_takes_what_its_own_field_takes_and_its_condition_can_hold() -> None:
+    faults = refused(
+        *searched(
+            "{training.beta: {low: 0, high: 300}, training.lora.rank: {low: 1.5, high: 4}, training.loss: [dpo, dpp],"
+            " curriculum.window: [1, 0, null], curriculum.order: {low: 1, high: 2},"
+            " curriculum.num_stages: {choices: [2, 4], when: {training.bta: 1, curriculum.pacing: [one_stage, none]}},"
+            " curriculum.pacing: [cumulative, one_stage]}"
+        )
+    )
+    assert set(faults) == {
+        "search.space: `training.beta` must be greater than 0, got 0.0",
+        "search.space: `training.lora.rank` must be a valid integer, got a number with a fractional part, got 1.5",
+        "search.space: `training.loss` must be 'dpo', 'ipo', 'hinge', 'robust' or 'sft', got 'dpp'",
+        "search.space: `curriculum.window` must be greater than or equal to 1, got 0",
+        "search.space: `curriculum.order` takes no numbers; give a list of choices",
+        "search.space: `curriculum.num_stages` depends on `training.bta`, which is not in the space; add it, or leave"
+        " out the `when`",
+        "search.space: `curriculum.num_stages` waits for `curriculum.pacing` to be 'none', which it never is; in the"
+        " space is curriculum.pacing: cumulative, one_stage",
+    }
+    circle = (
+        "{curriculum.num_stages: {choices: [4], when: {curriculum.pacing: cumulative}}, training.beta: [200],"
+        " curriculum.pacing: {choices: [cumulative], when: {curriculum.num_stages: 4}}}"
+    )
+    assert refused(*searched(circle)) == [
+        "search.space: `curriculum.num_stages`, `curriculum.pacing` depend on each other in a circle; leave out a"
+        " `when`"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (
+            searched("{training.beta: [200]}", num_trials=""),
+            "search: `num_trials` is missing: how many to try by 'tpe'",
+        ),
+        (
+            searched("{training.beta: [200]}", algorithm="grid"),
+            "search: `num_trials` must not be given with `algorithm` 'grid', which tries all there are",
+        ),
+        (
+            searched("{training.beta: {low: 1, high: 300}}", algorithm="grid", num_trials=""),
+            "search: `space.training.beta` is a range, and a grid has no bounds there; give a list of choices",
+        ),
+        (
+            (*SEARCH, "search.objectives=[reward, reward]"),
+            "search: `objectives` must not repeat one, got ['reward', 'reward']",
+        ),
+        (
+            searched("{curriculum.updates_per_stage: [50]}", updates_per_trial="80"),
+            "search: `updates_per_trial` decides how many updates a stage has, so `space` must not hold"
+            " `curriculum.updates_per_stage`; leave one of them out",
+        ),
+        (
+            searched("{curriculum.num_stages: {low: 1, high: 6}}", updates_per_trial="5"),
+            "`search.updates_per_trial` must be at least 6, an update for each of as many stages, got 5",
+        ),
+        (
+            (*SEARCH, "search.updates_per_trial=3"),
+            "`search.updates_per_trial` must be at least 4, an update for each of as many stages, got 3",
+        ),
+        (
+            SEARCH[1:],
+            "`search` needs `prompts.validation`, prompts to judge trials by: a `source` or a `fraction`",
+        ),
+        ((*SEARCH, "rounds=2"), "`search` trains one round a trial, but `rounds` is 2; leave one out"),
+        (
+            (*SEARCH, "search.judge=hpsv2"),
+            "`search.judge` must be one of ['clip', 'oracle', 'oracle_strict'], the judges of the evaluation, got"
+            " 'hpsv2'",
+        ),
+        (
+            (*SEARCH, "rewards.names=[perturbation]"),
+            "`search.judge` is missing: what ranks judges no image; give one of ['clip', 'oracle', 'oracle_strict']",
+        ),
+        (
+            searched("{training.beta: [100, 300]}"),
+            "`search.space.training.beta` does not hold 200.0, which the first trial, the paper's, takes; widen it",
+        ),
+        (
+            searched("{curriculum.pacing: [one_stage]}"),
+            "`search.space.curriculum.pacing` does not hold cumulative, which the first trial, the paper's, takes;"
+            " widen it",
+        ),
+        (
+            (*SEARCH, "curriculum.measure=score_gap", "curriculum.num_stages=9"),
+            "`search` begins with the paper's schedule, which does not go with the rest: `curriculum.num_stages` is 9,"
+            " but 8 images per prompt have only 7 rank gaps; lower it, or raise `generation.images_per_prompt`",
+        ),
+    ],
+)
+def test_what_a_search_cannot_begin_with_is_refused(overrides: tuple[str, ...], fault: str) -> None:
+    assert refused(*overrides) == [fault]
+
+
+def test_a_search_does_not_go_with_preferences() -> None:
+    (faults,) = refused(*JUDGED, "curriculum.order=none", "rewards=[clip]", *SEARCH)
+    assert faults == (
+        "`prompts.validation` must not be given with `preferences`; `search` must not be given with `preferences`"
+    )
+
+
+def test_a_judge_that_looks_at_no_image_leaves_the_search_to_the_next_or_to_the_one_given() -> None:
+    combined = (*SEARCH, "rewards.names=[perturbation,clip,jpeg_size]", "rewards.rank_by=mean_rank")
+    assert load_config(QUICKSTART, combined).search_judge == "clip"
+    assert load_config(QUICKSTART, (*combined, "search.judge=oracle")).search_judge == "oracle"
+
+
+@pytest.mark.parametrize(
+    ("heldout", "validation", "message"),
+    [
+        ("{source: a.txt}", "{count: 3}", "`validation` must have either `source` or `fraction`"),
+        ("{source: a.txt}", "{source: b.txt, fraction: 0.1}", "`validation` must have either `source` or `fraction`"),
+        ("{fraction: 0.5}", "{fraction: 0.5}", "`fraction` of `heldout` and `validation` must be below 1 together"),
+    ],
+)
+def test_validation_prompts_have_one_source_and_leave_something_to_train_on(
+    heldout: str, validation: str, message: str
+) -> None:
+    (fault,) = refused(f"prompts.heldout={heldout}", f"prompts.validation={validation}")
+    assert fault.startswith(f"prompts: {message}")

@@ -14,6 +14,7 @@ from cdpo_ray.config.rewards import (
     VlmAlignmentOptions,
     ranking_weights,
 )
+from cdpo_ray.config.search import SearchSection
 from cdpo_ray.config.section import HUB_ID
 from cdpo_ray.config.training import HOW_NOT_WHAT, TrainingSection
 from cdpo_ray.config.whole import Config, Pool
@@ -29,6 +30,7 @@ __all__ = [
     "Pool",
     "PromptSource",
     "RewardsSection",
+    "SearchSection",
     "TrainingSection",
     "VlmAlignmentOptions",
     "load_config",

@@ -36,17 +36,29 @@ class PromptSource(Section):
 
 
 class PromptsSection(Section):
+    """What is trained on, what an evaluation judges, and what a search judges its trials by, each apart."""
+
     train: PromptSource | None = None
     heldout: PromptSource
+    validation: PromptSource | None = None
 
     @model_validator(mode="after")
-    def _heldout_is_named(self) -> "PromptsSection":
+    def _sides_are_named(self) -> "PromptsSection":
         if self.train and self.train.source is None:
             raise ValueError("`train.source` must name a prompt set, a file or a hub data set")
         if self.train and self.train.fraction is not None:
-            raise ValueError("`fraction` belongs to `heldout`: the share of the training source that is held out")
+            raise ValueError("`fraction` belongs to `heldout` and `validation`: their share of the training source")
         if (self.heldout.source is None) == (self.heldout.fraction is None):
             raise ValueError("`heldout` must have either `source` or `fraction` (of the training source)")
+        if self.validation:
+            if (self.validation.source is None) == (self.validation.fraction is None):
+                raise ValueError("`validation` must have either `source` or `fraction` (of the training source)")
+            taken = (self.heldout.fraction or 0) + (self.validation.fraction or 0)
+            if taken >= 1:
+                raise ValueError(
+                    f"`fraction` of `heldout` and `validation` must be below 1 together, got {taken:g}, which leaves"
+                    " nothing to train on"
+                )
         return self
 
 

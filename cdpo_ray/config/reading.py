@@ -4,7 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -109,12 +110,14 @@ def _speak(fault: Any) -> Iterable[str]:
     elif kind == "missing":
         yield f"`{where}` is missing"
     elif kind == "value_error":
-        message = str(context.get("error", fault["msg"]))
-        if isinstance(got, dict):
-            yield f"{where}: {message}" if where else message
-        else:
-            what, separator, hint = message.partition("; ")
-            yield f"`{where}` {what}, got {shown}{separator}{hint}"
+        for message in str(context.get("error", fault["msg"])).split("\n"):
+            if isinstance(got, dict):
+                yield f"{where}: {message}" if where else message
+            elif fault["loc"][-1] == "[key]":  # of a section whose keys are the user's own
+                yield f"{'.'.join(map(str, fault['loc'][:-2]))}: {message}"
+            else:
+                what, separator, hint = message.partition("; ")
+                yield f"`{where}` {what}, got {shown}{separator}{hint}"
     elif kind == "too_short":
         yield f"`{where}` must not be empty"
     else:
@@ -132,10 +135,19 @@ def _speak(fault: Any) -> Iterable[str]:
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = Config
+    kind: Any = Config
     for part in location[:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        elif _is_section(kind):
+            kind = kind.model_fields[str(part)].annotation
+        kind = next((each for each in get_args(kind) if _is_section(each)), kind) if _may_be_none(kind) else kind
+    return list(kind.model_fields) if _is_section(kind) else []
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _may_be_none(kind: Any) -> bool:
+    return NoneType in get_args(kind)

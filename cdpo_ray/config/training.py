@@ -53,8 +53,13 @@ HOW_NOT_WHAT = {
 
 
 class TrainingSection(Section):
-    """Staged preference training of a LoRA, or of the whole net (`method` full)."""
+    """Staged preference training of a LoRA, or of the whole net (`method` full).
 
+    Pairs, the LoRA's first values and training draw from `seed`, or from `run.seed` where there is none: another one
+    trains anew on the same images.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     method: Literal["lora", "full"] = "lora"
     loss: Literal["dpo", "ipo", "hinge", "robust", "sft"] = "dpo"
     beta: Annotated[float, Field(gt=0)]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from cdpo_ray.config.curriculum import RELEASED_MIN_SCORE_GAP, RELEASED_MIN_SCORE_GAPS, CurriculumSection
 from cdpo_ray.config.data import PreferencesSection, PromptsSection
@@ -14,6 +14,7 @@ from cdpo_ray.config.model import (
     ModelSection,
 )
 from cdpo_ray.config.rewards import COMBINATIONS, RewardName, RewardsSection
+from cdpo_ray.config.search import SearchSection, paper_point, with_point
 from cdpo_ray.config.section import Place, Section
 from cdpo_ray.config.tracking import TrackingSection
 from cdpo_ray.config.training import TrainingSection
@@ -71,6 +72,7 @@ class Config(Section):
     evaluation: EvaluationSection
     resources: ResourcesSection = ResourcesSection()
     tracking: TrackingSection = TrackingSection()
+    search: SearchSection | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -97,9 +99,11 @@ class Config(Section):
         else:
             given = {
                 "prompts.train": bool(self.prompts.train),
+                "prompts.validation": bool(self.prompts.validation),
                 "rewards.names 'perturbation'": PERTURBATION in self.rewards.names,
                 "rounds": self.rounds > 1,
                 "run.samples_from": self.run.samples_from is not None,
+                "search": self.search is not None,
             }
             faults = [f"`{key}` must not be given with `preferences`" for key, wrong in given.items() if wrong]
             if self.preferences.format == "ranked_folders":
@@ -203,6 +207,55 @@ class Config(Section):
                 " `initial_rank` and `unfreeze`"
             )
         return self
+
+    @model_validator(mode="after")
+    def _search_goes_with_the_rest(self) -> "Config":
+        search = self.search
+        if search is None:
+            return self
+        faults = []
+        if not self.prompts.validation:
+            faults.append("`search` needs `prompts.validation`, prompts to judge trials by: a `source` or a `fraction`")
+        if self.rounds > 1:
+            faults.append(f"`search` trains one round a trial, but `rounds` is {self.rounds}; leave one out")
+        judges = [*self.evaluation_judges]
+        if search.judge is None and self.search_judge is None:
+            faults.append(f"`search.judge` is missing: what ranks judges no image; give one of {judges}")
+        elif self.search_judge not in judges:
+            faults.append(f"`search.judge` must be one of {judges}, the judges of the evaluation, got {search.judge!r}")
+        plain = self.plain()
+        point = paper_point(search.knobs, plain)
+        outside = [knob for knob in search.knobs if knob.key in point and not knob.holds(point[knob.key])]
+        faults += [
+            f"`search.space.{knob.key}` does not hold {point[knob.key]}, which the first trial, the paper's, takes;"
+            " widen it"
+            for knob in outside
+        ]
+        if search.updates_per_trial:
+            space = {knob.key: knob for knob in search.knobs}
+            searched = space.get("curriculum.num_stages")
+            most = max(searched.choices or (searched.high,)) if searched else self.curriculum.num_stages
+            if search.updates_per_trial < (most or 0):
+                faults.append(
+                    f"`search.updates_per_trial` must be at least {most:g}, an update for each of as many stages, got"
+                    f" {search.updates_per_trial}"
+                )
+        if not faults:
+            try:
+                given = self.model_dump(mode="json", exclude_unset=True, exclude={"search"})
+                Config.model_validate(with_point(given, search.knobs, point))
+            except ValidationError as error:
+                told = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+                faults.append(f"`search` begins with the paper's schedule, which does not go with the rest: {told}")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @property
+    def search_judge(self) -> str | None:
+        """Whose scores a search raises: the first reward that ranks, of those that look at images, unless given."""
+        given = self.search.judge if self.search else None
+        return given or next((name for name in self.rewards.ranking_weights if name in self.rewards.judges), None)
 
     @property
     def evaluation_judges(self) -> dict[str, dict[str, Any]]:

@@ -1,10 +1,10 @@
-"""Prompt source -> training and held-out prompts."""
+"""Prompt source -> prompts to train on, to judge trials by, and held-out ones."""
 
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -13,7 +13,7 @@ from cdpo_ray.errors import PromptError
 from cdpo_ray.hub import FETCH_ERRORS, how_to_stage
 from cdpo_ray.prompts.animals import animal_photo_prompts, animal_prompts
 from cdpo_ray.prompts.files import read_file
-from cdpo_ray.testbed.scenes import scene_prompts
+from cdpo_ray.testbed.scenes import scene_prompts, scene_prompts_apart
 
 PROMPT_SETS = {"animals": animal_prompts, "animal_photos": animal_photo_prompts}
 BUILT_IN = (*PROMPT_SETS, "scenes")
@@ -28,8 +28,8 @@ class Source:
         file, revision: of a hub data set, the path of a file within it and its full commit.
         column: of a CSV, JSONL or Parquet file.
         count: how many to keep, from the front.
-        fraction: of the held-out side in place of a source: the share of the training source held out, chosen by hash,
-            so that a prompt stays on its side when the file grows.
+        fraction: of the other sides in place of a source: their share of the training source, chosen by hash, so that a
+            prompt stays on its side when the file grows.
     """
 
     source: str | None = None
@@ -42,9 +42,10 @@ class Source:
 
 @dataclass(frozen=True)
 class PromptSplit:
-    """Distinct prompts, in the order of their source; no prompt is in both.
+    """Distinct prompts, in the order of their source; no prompt is on two sides.
 
     Attributes:
+        validation: what a search judges its trials by.
         num_read: prompts that the sources hold, doubled and empty ones too.
         num_doubled: left out because the very same prompt came earlier.
         num_empty: left out because they hold nothing but white space.
@@ -55,11 +56,13 @@ class PromptSplit:
     num_read: int
     num_doubled: int = 0
     num_empty: int = 0
+    validation: list[str] = field(default_factory=list)
 
     @property
     def num_beyond_count(self) -> int:
         """Left out because fewer were asked for."""
-        return self.num_read - self.num_doubled - self.num_empty - len(self.train) - len(self.heldout)
+        kept = len(self.train) + len(self.heldout) + len(self.validation)
+        return self.num_read - self.num_doubled - self.num_empty - kept
 
 
 @dataclass(frozen=True)
@@ -72,48 +75,67 @@ class PromptList:
     num_empty: int = 0
 
 
-def split_prompts(train: Source | Sequence[str], heldout: Source, *, seed: int) -> PromptSplit:
-    """The prompts to train on and the prompts to judge on.
+def split_prompts(
+    train: Source | Sequence[str], heldout: Source, validation: Source | None = None, *, seed: int
+) -> PromptSplit:
+    """The prompts to train on, the prompts to judge on, and those to judge the trials of a search by.
 
     Args:
         train: a source, or prompts that came with preferences.
         seed: draws the prompts of `scenes`.
 
     Raises:
-        PromptError: a source is missing, broken or empty, too short, or a prompt is on both sides, be it with other
+        PromptError: a source is missing, broken or empty, too short, or a prompt is on two sides, be it with other
             case, spaces or punctuation.
     """
     if isinstance(train, Source):
         found, train_count = read_prompts(train, "train", seed), train.count
     else:
         found, train_count = _without_doubles(train), None
-    judged = read_prompts(heldout, "heldout", seed) if heldout.source else PromptList([], 0)
-    train_side, heldout_side = found.prompts, judged.prompts
-    if heldout.fraction is not None:
-        share = {prompt for prompt in found.prompts if is_held_out(prompt, heldout.fraction)}
-        train_side = [prompt for prompt in found.prompts if prompt not in share]
-        heldout_side = [prompt for prompt in found.prompts if prompt in share][: heldout.count]
-    _refuse_shared(train_side, heldout_side)
-    wanted = {"train": (train_side, train_count if heldout.source else None), "heldout": (heldout_side, heldout.count)}
-    for side, (prompts, count) in wanted.items():
-        if len(prompts) < (count or 1):
+    lists, sides, taken, start = [found], {"train": found.prompts}, set[str](), 0.0
+    for side, source in {"heldout": heldout, "validation": validation}.items():
+        if source is None:
+            continue
+        if source.fraction is None:
+            lists.append(read_prompts(source, side, seed, apart_from=sides.get("heldout", ())))
+            sides[side] = lists[-1].prompts
+        else:
+            end = start + source.fraction
+            share = [prompt for prompt in found.prompts if start <= _place(prompt) < end]
+            taken |= {*share}
+            sides[side], start = share[: source.count], end
+    sides["train"] = [prompt for prompt in found.prompts if prompt not in taken]
+    _refuse_shared(sides)
+    counts = {
+        "train": None if start else train_count,
+        "heldout": heldout.count,
+        "validation": validation.count if validation else None,
+    }
+    for side, prompts in sides.items():
+        if len(prompts) < (counts[side] or 1):
             raise PromptError(
-                f"`prompts.{side}`: wants {count or 'at least 1'} prompts, got {len(prompts)};"
+                f"`prompts.{side}`: wants {counts[side] or 'at least 1'} prompts, got {len(prompts)};"
                 " give more, or ask for fewer"
             )
     return PromptSplit(
-        train_side,
-        heldout_side,
-        found.num_read + judged.num_read,
-        found.num_doubled + judged.num_doubled,
-        found.num_empty + judged.num_empty,
+        sides["train"],
+        sides["heldout"],
+        sum(each.num_read for each in lists),
+        sum(each.num_doubled for each in lists),
+        sum(each.num_empty for each in lists),
+        sides.get("validation", []),
     )
+
+
+def _place(prompt: str) -> float:
+    """Where in [0, 1) a prompt falls; a function of its `wording` alone."""
+    digest = hashlib.blake2b(f"heldout:{wording(prompt)}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:
     """Whether a prompt falls into the held-out share; a function of its `wording` alone."""
-    digest = hashlib.blake2b(f"heldout:{wording(prompt)}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest) / 2**64 < fraction
+    return _place(prompt) < fraction
 
 
 def held_out(prompts: Sequence[str], fraction: float | None) -> list[bool]:
@@ -126,11 +148,12 @@ def wording(prompt: str) -> str:
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", prompt).casefold())) or prompt
 
 
-def read_prompts(source: Source, side: str, seed: int) -> PromptList:
+def read_prompts(source: Source, side: str, seed: int, apart_from: Sequence[str] = ()) -> PromptList:
     """Distinct prompts of a source, at most its ``count``.
 
     Args:
-        side: `train` or `heldout`, to name in errors and to draw `scenes` from.
+        side: `train`, `heldout` or `validation`, to name in errors and to draw `scenes` from.
+        apart_from: of `scenes`, the held-out prompts, whose scenes no validation shows.
 
     Raises:
         PromptError: the source is missing, broken or empty.
@@ -138,7 +161,11 @@ def read_prompts(source: Source, side: str, seed: int) -> PromptList:
     assert source.source is not None, "checked by the config"
     if source.source == "scenes":
         try:
-            scenes = scene_prompts("train" if side == "train" else "heldout", source.count or 128, seed)
+            count = source.count or 128
+            if side == "validation":
+                scenes = scene_prompts_apart(apart_from, count, seed)
+            else:
+                scenes = scene_prompts("train" if side == "train" else "heldout", count, seed)
         except ValueError as error:
             raise PromptError(f"`prompts.{side}.source` scenes: {error}") from None
         return PromptList(scenes, len(scenes))
@@ -182,13 +209,20 @@ def _read_file(source: Source, side: str) -> list[str]:
         ) from None
 
 
-def _refuse_shared(train: list[str], heldout: list[str]) -> None:
-    trained = {wording(prompt) for prompt in train}
-    both = [prompt for prompt in heldout if wording(prompt) in trained]
-    if both:
-        shown = ", ".join(repr(prompt) for prompt in sorted(both)[:3])
-        raise PromptError(
-            f"`prompts.heldout`: {len(both)} of its {len(heldout)} prompts are trained on"
-            f" ({shown}{', ...' * (len(both) > 3)}); a gain on them would prove nothing:"
-            " remove them from one side, or give `heldout` a `fraction` of the training source"
-        )
+def _refuse_shared(sides: Mapping[str, list[str]]) -> None:
+    for side, prompts in sides.items():
+        for other, theirs in sides.items():
+            if other == side:
+                break
+            words = {wording(prompt) for prompt in theirs}
+            if both := [prompt for prompt in prompts if wording(prompt) in words]:
+                shown = ", ".join(repr(prompt) for prompt in sorted(both)[:3])
+                fate, so = {
+                    "train": ("trained on", "a gain on them would prove nothing"),
+                    "heldout": ("held out", "a schedule chosen by them is no longer judged by what it has not seen"),
+                }[other]
+                raise PromptError(
+                    f"`prompts.{side}`: {len(both)} of its {len(prompts)} prompts are {fate}"
+                    f" ({shown}{', ...' * (len(both) > 3)}); {so}:"
+                    f" remove them from one side, or give `{side}` a `fraction` of the training source"
+                )

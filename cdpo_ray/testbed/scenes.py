@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -221,3 +221,30 @@ def scene_prompts(split: Split, count: int, seed: int) -> list[str]:
         raise ValueError(f"scene_prompts: {split!r} has {len(captions)} prompts, got `count` = {count}; ask for fewer")
     order = np.random.default_rng(seed).permutation(len(captions))[:count]
     return [captions[i] for i in order]
+
+
+def scene_prompts_apart(apart_from: Sequence[str], count: int, seed: int) -> list[str]:
+    """``count`` distinct captions of the held-out split whose objects stand in other places than any of ``apart_from``.
+
+    They are taken from the end of the list whose beginning `scene_prompts` gives, so that the two seldom meet.
+
+    Raises:
+        ValueError: if the split has fewer such captions than ``count``.
+    """
+    shown = {_objects(text) for text in apart_from}
+    everything = scene_prompts("heldout", sum(is_heldout(scene) for scene in all_scenes()), seed)
+    captions = [text for text in reversed(everything) if _objects(text) not in shown]
+    if len(captions) < count:
+        raise ValueError(
+            f"there are {len(captions)} prompts that show no scene of the {len(apart_from)} held-out ones, got"
+            f" `count` = {count}; ask for fewer, or hold fewer out"
+        )
+    return captions[:count]
+
+
+def _objects(text: str) -> frozenset[SceneObject]:
+    """What a caption shows, in whatever order it names it; nothing where it is not of this world."""
+    try:
+        return frozenset(parse_caption(text).objects)
+    except ValueError:
+        return frozenset()

@@ -26,7 +26,9 @@ from cdpo_ray.prompts.sources import (
     wording,
 )
 from cdpo_ray.records import prompt_id
-from cdpo_ray.testbed.scenes import scene_prompts
+from cdpo_ray.testbed.scenes import is_heldout, parse_caption, scene_prompts
+
+SIDES = ("train", "heldout", "validation")
 
 STRANGE = [
     "a 🦊 in the ❄️, 8k",
@@ -42,13 +44,26 @@ STRANGE = [
 ]
 
 
-def split(train: Path | str, heldout: Path | str | None = None, *, seed: int = 0, **sides: Any) -> PromptSplit:
-    """``train_count``, ``heldout_fraction`` and so on are keys of either side."""
-    given = {"train": {"source": str(train)}, "heldout": {"source": str(heldout) if heldout else None}}
+def split(
+    train: Path | str,
+    heldout: Path | str | None = None,
+    validation: Path | str | None = None,
+    *,
+    seed: int = 0,
+    **sides: Any,
+) -> PromptSplit:
+    """``train_count``, ``heldout_fraction`` and so on are keys of a side."""
+    given = {
+        "train": {"source": str(train)},
+        "heldout": {"source": str(heldout) if heldout else None},
+        "validation": {"source": str(validation) if validation else None},
+    }
     for key, value in sides.items():
         side, _, name = key.partition("_")
         given[side][name] = value
-    return split_prompts(Source(**given["train"]), Source(**given["heldout"]), seed=seed)
+    sources = {side: Source(**keys) for side, keys in given.items()}
+    validated = sources["validation"] if sources["validation"] != Source() else None
+    return split_prompts(sources["train"], sources["heldout"], validated, seed=seed)
 
 
 def read(path: Path | str, side: str = "train", **keys: Any) -> PromptList:
@@ -299,3 +314,69 @@ def test_a_hub_file_is_read_where_it_was_staged_and_otherwise_told_how_to_stage(
         assert told.startswith(f"cdpo_ray.errors.PromptError: {where}: is not on this machine")
         stage = f"`hf download --repo-type dataset some/prompts data/train.parquet --revision {COMMIT}`"
         assert told.endswith(f"; stage it with {stage}, after which HF_HUB_OFFLINE=1 may be set")
+
+
+def test_validation_takes_its_share_beside_the_held_out_one_which_stays_what_it_was(tmp_path: Path) -> None:
+    lines = [*STRANGE, *(f"prompt {number}" for number in range(190))]
+    path = write(tmp_path / "p.txt", lines)
+    before, after = split(path, heldout_fraction=0.3), split(path, heldout_fraction=0.3, validation_fraction=0.2)
+    assert after.heldout == before.heldout
+    assert after.validation == [line for line in lines if is_held_out(line, 0.5) and not is_held_out(line, 0.3)]
+    assert after.train == [line for line in lines if not is_held_out(line, 0.5)]
+    assert 0.1 < len(after.validation) / len(lines) < 0.3
+    assert before.validation == []
+    assert (after.num_read, after.num_beyond_count) == (len(lines), 0)
+    fewer = split(path, heldout_fraction=0.3, validation_fraction=0.2, validation_count=5)
+    assert fewer == PromptSplit(after.train, after.heldout, len(lines), validation=after.validation[:5])
+    assert fewer.num_beyond_count == len(after.validation) - 5
+
+
+def test_validation_takes_its_share_where_held_out_prompts_have_a_source(tmp_path: Path) -> None:
+    lines = [f"prompt {number}" for number in range(200)]
+    path, other = write(tmp_path / "p.txt", lines), write(tmp_path / "h.txt", ["x", "y", "x"])
+    found = split(path, other, validation_fraction=0.2, train_count=150)
+    kept = lines[:150]
+    assert found.validation == [line for line in kept if is_held_out(line, 0.2)]
+    assert found.train == [line for line in kept if not is_held_out(line, 0.2)], "less than `count`: the rest validates"
+    assert found.heldout == ["x", "y"]
+    assert found == PromptSplit(found.train, ["x", "y"], 203, num_doubled=1, validation=found.validation)
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        (["x", "A cat, sleeping"], r"`prompts.validation`: 1 of its 2 prompts are trained on \('A cat, sleeping'\)"),
+        (["x", "a  Dog"], r"`prompts.validation`: 1 of its 2 prompts are held out \('a  Dog'\); a schedule chosen by"),
+        (["x"], r"`prompts.validation`: wants 3 prompts, got 1"),
+    ],
+)
+def test_validation_prompts_are_neither_trained_on_nor_held_out_and_enough(
+    tmp_path: Path, validation: list[str], message: str
+) -> None:
+    train, heldout = write(tmp_path / "t.txt", ["a cat sleeping", "b"]), write(tmp_path / "h.txt", ["a dog", "c"])
+    with pytest.raises(PromptError, match=message):
+        split(
+            train, heldout, write(tmp_path / "v.txt", validation), validation_count=3 if len(validation) == 1 else None
+        )
+    apart = split(train, heldout, write(tmp_path / "v.txt", ["", "x", "y", "x"]))
+    assert apart == PromptSplit(["a cat sleeping", "b"], ["a dog", "c"], 8, 1, 1, ["x", "y"])
+
+
+def test_scenes_to_validate_by_show_no_scene_of_the_other_sides() -> None:
+    sides = {"train_count": 128, "heldout_count": 96}
+    found = split("scenes", "scenes", "scenes", validation_count=48, seed=3, **sides)
+    before = split("scenes", "scenes", seed=3, **sides)
+    assert (found.train, found.heldout) == (before.train, before.heldout)
+    shown = {side: {frozenset(parse_caption(text).objects) for text in getattr(found, side)} for side in SIDES}
+    assert not shown["validation"] & shown["heldout"] and not shown["validation"] & shown["train"]
+    assert len(set(found.validation)) == 48 and all(is_heldout(parse_caption(text)) for text in found.validation)
+    assert split("scenes", "scenes", "scenes", validation_count=20, seed=3, **sides).validation == found.validation[:20]
+    assert split("scenes", "scenes", "scenes", validation_count=48, seed=4, **sides).validation != found.validation
+    assert (found.num_read, found.num_beyond_count) == (128 + 96 + 48, 0)
+
+
+def test_held_out_scenes_that_leave_no_scene_to_validate_by_are_told(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"`prompts.validation.source` scenes: there are 0 prompts .* hold fewer out"):
+        split("scenes", "scenes", "scenes", heldout_count=1000, validation_count=8)
+    foreign = write(tmp_path / "h.txt", ["a pink circle in the middle", "a horse"])
+    assert len(split("scenes", foreign, "scenes", validation_count=8).validation) == 8

@@ -1,0 +1,127 @@
+"""Knobs of a search: the keys that may be tried, the values that each may take, and when it matters."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic.fields import FieldInfo
+
+from cdpo_ray.config.curriculum import CurriculumSection
+from cdpo_ray.config.training import HOW_NOT_WHAT, TrainingSection
+
+SECTIONS: dict[str, type[BaseModel]] = {"curriculum": CurriculumSection, "training": TrainingSection}
+REFUSED = {
+    **{f"training.{name}": "changes how a schedule is trained, not what comes of it" for name in HOW_NOT_WHAT},
+    "training.seed": "is a draw, not a schedule: `search.confirm_seeds` trains the best anew with others",
+    "training.reference": "needs `rounds` > 1, which a search has not",
+    "curriculum.preset": "stands for other keys: give those",
+}
+"""Keys that no search may try, and why."""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A key of the config that a search tries: one of ``choices``, or a number from ``low`` to ``high``, both included.
+
+    Attributes:
+        log: drawn evenly by logarithm.
+        is_integer: only whole numbers of the range.
+        when: of other knobs, the values with which this one matters; with others it has no value.
+    """
+
+    key: str
+    choices: tuple[Any, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    is_integer: bool = False
+    when: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def is_active(self, point: Mapping[str, Any]) -> bool:
+        """Whether it matters, given the values of the knobs that it depends on."""
+        return all(key in point and point[key] in values for key, values in self.when.items())
+
+    def holds(self, value: Any) -> bool:
+        """Whether it may be this value."""
+        if self.low is None or self.high is None:
+            return value in self.choices
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and self.low <= value <= self.high and (not self.is_integer or value == int(value))
+
+    @property
+    def sentence(self) -> str:
+        """What it may be, for people."""
+        what = ", ".join(map(str, self.choices))
+        if self.low is not None and self.high is not None:
+            kind = "whole numbers" if self.is_integer else "numbers"
+            what = f"{kind} from {self.low:g} to {self.high:g}" + (", drawn by logarithm" if self.log else "")
+        conditions = [f"{key} is {' or '.join(map(str, values))}" for key, values in self.when.items()]
+        return f"{self.key}: {what}" + (f"; when {' and '.join(conditions)}" if conditions else "")
+
+
+def ordered(knobs: Sequence[Knob]) -> tuple[Knob, ...]:
+    """The knobs as they were given, but each after those that it depends on; what depends on itself is left out."""
+    placed: dict[str, Knob] = {}
+    while ready := [knob for knob in knobs if knob.key not in placed and {*knob.when} <= {*placed}]:
+        placed[ready[0].key] = ready[0]
+    return tuple(placed.values())
+
+
+def searched_keys(sections: Mapping[str, type[BaseModel]] = SECTIONS) -> Iterator[str]:
+    """All that a search may try, as they are written on the command line."""
+    for name, model in sections.items():
+        for key, info in model.model_fields.items():
+            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+                yield from searched_keys({f"{name}.{key}": info.annotation})
+            elif f"{name}.{key}" not in REFUSED:
+                yield f"{name}.{key}"
+
+
+def why_refused(key: str) -> str | None:
+    """Why a search may not try this key; none if it may."""
+    known = list(searched_keys())
+    if key in known:
+        return None
+    if key in REFUSED:
+        return f"`{key}` {REFUSED[key]}"
+    if inside := [each for each in known if each.startswith(f"{key}.")]:
+        return f"`{key}` is a section; give a key of it, such as `{inside[0]}`"
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"unknown key `{key}`; " + (f"did you mean `{near[0]}`?" if near else "only keys of curriculum and training")
+
+
+def number_type(key: str) -> type[int] | type[float] | None:
+    """Of a key that takes numbers."""
+    schema = _adapter(_field(key)).json_schema()
+    kinds = {each.get("type") for each in schema.get("anyOf", [schema])} - {"null"}
+    return int if kinds == {"integer"} else float if kinds == {"number"} else None
+
+
+def as_field(key: str, value: Any) -> Any:
+    """A value as the field of this key takes it, in plain form.
+
+    Raises:
+        ValidationError: the field does not take it.
+    """
+    adapter = _adapter(_field(key))
+    return adapter.dump_python(adapter.validate_python(value), mode="json")
+
+
+def must_be_given(key: str) -> bool:
+    """Whether no configuration is whole without it."""
+    return _field(key).is_required()
+
+
+def _adapter(info: FieldInfo) -> TypeAdapter[Any]:
+    kind: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+    return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+
+
+def _field(key: str) -> FieldInfo:
+    section, *parents, last = key.split(".")
+    model: Any = SECTIONS[section]
+    for parent in parents:
+        model = model.model_fields[parent].annotation
+    return model.model_fields[last]
