@@ -36,6 +36,7 @@ VERBS = {
     "train": "stages -> adapter: staged DPO of a LoRA",
     "evaluate": "adapter -> metrics: base against fine-tuned on held-out prompts",
     "report": "metrics -> report.html",
+    "tune": "search the schedule on Ray Tune: trials on the same samples and scores, the best confirmed",
     "export": "adapter -> files that other tools load, with a model card",
     "compare": "metrics of several runs -> compare.html: what each trained, judged by all their judges",
     "status": "say of a run what is done, what runs, what failed and why; reads its folder alone",
@@ -56,6 +57,15 @@ Say of a run what is done, what runs and how long it will take, what failed and 
 run's folder alone: from any machine that sees it, with the run alive or not.
 
 exit code: 0 the run is done, or a process works on it; 1 it stands still before its end; 2 no run is there"""
+TUNE_HELP = """\
+Search what the config's `search` names (any key of `curriculum` and `training`) on Ray Tune.
+
+Samples and scores are made once. Each trial is a whole staged training, judged at each stage's end on prompts that are
+neither trained on nor held out; the first trial is the paper's schedule, poor ones are stopped after an early stage. The
+best is trained again with fresh seeds beside the paper's, and both are judged on the held-out prompts.
+
+Writes into the run's folder: trials/ (each a run), confirmation/, tune.html, tune.json, and best.yaml, which `cdpo run`
+takes. The same command goes on where it was stopped, and tries again what failed."""
 FORMAT_HELP = (
     "diffusers (default): the LoRA for load_lora_weights; kohya: the LoRA for ComfyUI and AUTOMATIC1111;"
     " merged: a whole pipeline folder, the only one for training.method=full"
@@ -85,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = verbs.add_parser(
             verb,
             help=what,
-            description={"compare": COMPARE_HELP, "status": STATUS_HELP}.get(verb, what),
+            description={"compare": COMPARE_HELP, "status": STATUS_HELP, "tune": TUNE_HELP}.get(verb, what),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if verb == "compare":
@@ -149,7 +159,7 @@ def _do(asked: argparse.Namespace) -> int:
     if asked.verb == "doctor":
         return _examine(asked)
     config, verb = load_config(asked.config, asked.overrides), asked.verb
-    goes_on = shlex.join(["cdpo", "run", asked.config, *asked.overrides])
+    goes_on = shlex.join(["cdpo", "tune" if verb == "tune" else "run", asked.config, *asked.overrides])
     if verb == "check":
         print(make_plan(config, read_prompts(config)))
     elif verb == "report":
@@ -164,6 +174,10 @@ def _do(asked: argparse.Namespace) -> int:
             allow_config_change=asked.allow_config_change,
         )
         print(*write_reports(config), sep="\n")
+    elif verb == "tune":
+        from cdpo_ray.search.search import find_schedule  # brings optuna and matplotlib
+
+        print(find_schedule(config, address=asked.address, verbose=asked.verbose, command=goes_on))
     elif verb == "export":
         print(export_trained(config, asked.format, asked.out and place(asked.out)))
     elif verb in ("generate", "import") and verb != steps_of(config)[0].verb:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -30,9 +30,7 @@ from cdpo_ray.steps import (
     steps_of,
 )
 from cdpo_ray.store import RunFolder, make_folder, place, read_json, write_text
-
-if TYPE_CHECKING:
-    from cdpo_ray.training.stage_end import Validate
+from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"
@@ -71,7 +69,7 @@ def run_steps(
     verbose: bool = False,
     command: str | None = None,
     allow_config_change: bool = False,
-    validate: "Validate | None" = None,
+    validation: ValidationJob | None = None,
     on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None,
 ) -> RunFolder:
     """Do what of these steps is not done yet, round after round; Ray starts when the first of them needs it.
@@ -83,7 +81,7 @@ def run_steps(
         verbose: show what Ray and its workers print.
         command: what a user would type to go on with the run; `cdpo status` tells it.
         allow_config_change: go on with a step that was begun with other settings; its manifest tells them.
-        validate, on_stage: of training, see `Context`.
+        validation, on_stage: of training, see `Context`.
 
     Raises:
         CdpoError: of any kind; what was finished before it stays.
@@ -115,7 +113,7 @@ def run_steps(
             if len(folders) > 1:
                 log.info("round %d/%d", number, len(folders))
             make_folder(run.path)
-            context = Context(config, prompts, run, number, previous, progress, validate, on_stage)
+            context = Context(config, prompts, run, number, previous, progress, validation, on_stage)
             for step in steps:
                 _perform(step, context, start_ray=start_ray, allow_config_change=allow_config_change)
             if _made_by(config, run, previous):

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cdpo_ray.config import HOW_NOT_WHAT, JUDGE_NO_IMAGE, Config, Pool, PromptSource
 from cdpo_ray.errors import ConfigError, PreferenceError, StoreError
@@ -44,9 +44,7 @@ from cdpo_ray.store import (
     refuse_full_disk,
     shard_schema,
 )
-
-if TYPE_CHECKING:
-    from cdpo_ray.training.stage_end import Validate
+from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +58,7 @@ class Context:
         run: the round's folder.
         previous: folder of the round before.
         progress: told how far the step is.
-        validate: measures the policy at each stage's end, in the training workers.
+        validation: how the policy is measured at each stage's end.
         on_stage: called with the summary of each stage that has ended.
     """
 
@@ -70,7 +68,7 @@ class Context:
     round: int = 1
     previous: RunFolder | None = None
     progress: Progress = field(default_factory=Progress)
-    validate: "Validate | None" = None
+    validation: ValidationJob | None = None
     on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None
 
     @property
@@ -418,7 +416,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         )
         if config.curriculum.num_margin_draws
         else None,
-        validate=context.validate,
+        validation=context.validation,
     )
     num_updates = config.curriculum.num_stages * config.curriculum.updates_per_stage
     state = train_adapter(
@@ -506,8 +504,7 @@ def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *,
     """What the base model makes of the prompts of a side, judged by all: made once, for all trials of a search."""
     import numpy as np
 
-    from cdpo_ray.evaluation.statistics import pairwise_rms_distance
-    from cdpo_ray.generation.images import decode_png
+    from cdpo_ray.generation.images import decode_png, pairwise_rms_distance
     from cdpo_ray.generation.pool import generate_samples
     from cdpo_ray.rewards.scorer import Scorer
 

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from cdpo_ray.evaluation.appearance import APPEARANCE
 from cdpo_ray.evaluation.implicit import implicit_values
-from cdpo_ray.evaluation.statistics import pairwise_rms_distance
 from cdpo_ray.generation.columns import list_column
 from cdpo_ray.generation.generator import MakeScores, Sampling, sample_batches
-from cdpo_ray.generation.images import encode_png
+from cdpo_ray.generation.images import encode_png, pairwise_rms_distance
 from cdpo_ray.generation.memory import BatchSize
 from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.models import load_model

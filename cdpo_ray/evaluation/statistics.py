@@ -146,23 +146,3 @@ def _pair_signs(one: Scores, other: Scores) -> tuple[Scores, Scores]:
         for finite in (np.where(valid, one, 0), np.where(valid, other, 0))
     ]
     return signs[0], signs[1]
-
-
-def pairwise_rms_distance(images: NDArray[np.uint8]) -> float:
-    """Diversity of one prompt's images: root-mean-square pixel difference of two, averaged over all pairs, 0 to 1.
-
-    Distances come from the Gram matrix, so memory is that of the images.
-
-    Args:
-        images: uint8 ``[image, 3, height, width]``, at least two.
-
-    Raises:
-        ValueError: fewer than two images.
-    """
-    if len(images) < 2:
-        raise ValueError(f"pairwise_rms_distance: needs at least 2 images, got {len(images)}")
-    flat = images.reshape(len(images), -1) / 255.0
-    gram = flat @ flat.T
-    squares = np.diag(gram)
-    distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * gram, 0) / flat.shape[1])
-    return float(distances[np.triu_indices(len(images), k=1)].mean())

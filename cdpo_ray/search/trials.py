@@ -12,6 +12,8 @@ TRIAL = "trial.json"
 RUNNING, STOPPED, DONE, FAILED = "running", "stopped", "done", "failed"
 OBJECTIVES = ("reward", "win_rate", "diversity", "implicit_accuracy")
 """What a report holds to be maximised; see `Validation.__call__`."""
+DRIVER_CPUS = 0.01
+"""Of a trial beside its workers: with a whole one, trials take all CPUs, and no worker ever finds any."""
 PAPER = 1
 """Number of the trial that is the paper's."""
 
@@ -31,6 +33,7 @@ class Trial:
         reports: of its stages, in order; see `Validation.__call__`, with `stage`, `is_last`, the stage's summary as
             `training`, and `order`, its place among all reports of the search.
         error: why it failed.
+        num_invalid: points passed over before this one, for their values do not go together.
     """
 
     number: int
@@ -39,6 +42,7 @@ class Trial:
     state: str = RUNNING
     reports: tuple[Report, ...] = ()
     error: str | None = None
+    num_invalid: int = 0
 
     @property
     def name(self) -> str:
@@ -53,6 +57,25 @@ class Trial:
     def last_stage(self) -> int:
         """Of its reports; 0 if there is none."""
         return int(self.reports[-1]["stage"]) if self.reports else 0
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Asynchronous successive halving on the curriculum's stage.
+
+    Attributes:
+        metric: of a report, to be maximised.
+        max_stages: of any trial.
+        grace_stages: no trial is stopped before.
+        reduction_factor: one in so many goes on.
+
+    Source: arXiv:1810.05934.
+    """
+
+    metric: str
+    max_stages: int
+    grace_stages: int
+    reduction_factor: float
 
 
 class Trials(Mapping[str, Trial]):

@@ -14,9 +14,19 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 
 from cdpo_ray.errors import CdpoError
-from cdpo_ray.search.trials import FAILED, OBJECTIVES, PAPER, RUNNING, STOPPED, Report, Trial, Trials
+from cdpo_ray.search.trials import (
+    DRIVER_CPUS,
+    FAILED,
+    OBJECTIVES,
+    PAPER,
+    RUNNING,
+    STOPPED,
+    Halving,
+    Report,
+    Trial,
+    Trials,
+)
 
-DRIVER_CPUS = 0.01  # of a trial beside its workers: with a whole one, trials take all CPUs and no worker ever finds any
 POLL_SECONDS = 0.5
 NOTHING: Report = {"stage": 0, **dict.fromkeys(OBJECTIVES)}
 
@@ -24,31 +34,11 @@ Work = Callable[[str, Callable[[Report], None]], None]
 """Trains the trial of that name, in a process of its own, and reports its stages, but for those reported before."""
 
 
-@dataclass(frozen=True)
-class Halving:
-    """Asynchronous successive halving on the curriculum's stage.
-
-    Attributes:
-        metric: of a report, to be maximised.
-        max_stages: of any trial.
-        grace_stages: no trial is stopped before.
-        reduction_factor: one in so many goes on.
-
-    Source: arXiv:1810.05934.
-    """
-
-    metric: str
-    max_stages: int
-    grace_stages: int
-    reduction_factor: float
-
-
 def run_trials(
     trials: Trials,
     propose: Callable[[], Trial | None],
     work: Work,
     *,
-    num_trials: int,
     max_concurrent_trials: int,
     halving: Halving | None,
     max_restarts: int,
@@ -60,7 +50,6 @@ def run_trials(
 
     Args:
         propose: the next trial, new or broken off; none if there is no more.
-        num_trials: that may be proposed.
         halving: none stops no trial early.
         max_restarts: of a trial whose process, or whose workers, die.
         on_change: called after each report, and when a trial ends.
@@ -82,7 +71,7 @@ def run_trials(
             tune_config=tune.TuneConfig(
                 search_alg=_Proposals(propose),
                 scheduler=_StageHalving(halving, trials) if halving else FIFOScheduler(),
-                num_samples=num_trials,
+                num_samples=-1,  # until no more is proposed
                 max_concurrent_trials=max_concurrent_trials,
             ),
             run_config=tune.RunConfig(
@@ -172,7 +161,9 @@ class _Records(Callback):
         if "error" in result:
             self.on_change(self.trials.put(replace(self.trials[name], state=FAILED, error=result["error"])))
         else:
-            self.on_change(self.trials.add_report(name, result["report"]))
+            before = self.trials[name]
+            if (now := self.trials.add_report(name, result["report"])) is not before:
+                self.on_change(now)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         ended = self.trials[trial.config["name"]]

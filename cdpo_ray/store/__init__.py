@@ -1,9 +1,10 @@
 """Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
 
 from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, move, refuse_full_disk
-from cdpo_ray.store.folder import RunFolder, StepOutput, differences, fingerprint_of, flat
+from cdpo_ray.store.folder import HOW_TO_MEND, RunFolder, StepOutput, differences, fingerprint_of, flat
 from cdpo_ray.store.places import (
     MANIFEST,
+    exists,
     files_within,
     is_local,
     make_folder,
@@ -23,6 +24,7 @@ from cdpo_ray.store.tables import (
 )
 
 __all__ = [
+    "HOW_TO_MEND",
     "MANIFEST",
     "RunFolder",
     "StepOutput",
@@ -33,6 +35,7 @@ __all__ = [
     "delete",
     "describe",
     "differences",
+    "exists",
     "files_within",
     "fingerprint_of",
     "flat",

@@ -1,14 +1,11 @@
 """What a training worker is told: plain values that travel to it, importable without torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cdpo_ray.curriculum.capacity import Capacity
 from cdpo_ray.curriculum.combination import RankingRule
 from cdpo_ray.curriculum.schedule import Schedule
-
-if TYPE_CHECKING:
-    from cdpo_ray.training.stage_end import Validate
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,27 @@ class CommitJob:
 
 
 @dataclass(frozen=True)
+class ValidationJob:
+    """Prompts that a policy makes images of at a stage's end, and the judges of these.
+
+    Attributes:
+        samples_dir: what the base model made of the prompts, as `1-samples`.
+        sampling: keyword arguments of `Sampling`, as that was made; the policy's images come from the same noise.
+        judges: name -> keyword arguments of its class.
+        early_prompts: how many are asked before the last stage; none: all.
+        only_last: measure nothing before the last stage.
+        num_margin_draws: of times and noise, for the implicit values; 0 leaves them out.
+    """
+
+    samples_dir: str
+    sampling: dict[str, Any]
+    judges: dict[str, dict[str, Any]]
+    early_prompts: int | None
+    only_last: bool
+    num_margin_draws: int
+
+
+@dataclass(frozen=True)
 class TrainingJob:
     """What each worker needs to know; plain values that travel to it.
 
@@ -88,7 +106,7 @@ class TrainingJob:
         reference_is_start: hold the policy to that round, in place of the base model.
         online: none trains on the pairs of ``stages_dir`` as they are.
         output_dir: where what was trained is written.
-        validate: measures the policy at each stage's end; what it finds is kept with the stage.
+        validation: how the policy is measured at each stage's end; none: it is not.
     """
 
     samples_dir: str
@@ -110,4 +128,4 @@ class TrainingJob:
     start_dir: str | None = None
     reference_is_start: bool = False
     online: OnlineJob | None = None
-    validate: "Validate | None" = None
+    validation: ValidationJob | None = None

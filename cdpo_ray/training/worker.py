@@ -35,7 +35,7 @@ from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.margins import sample_values
 from cdpo_ray.training.policy import make_policy
-from cdpo_ray.training.stage_end import StageEnd
+from cdpo_ray.training.validation import Validator
 
 BEAT_SECONDS = 1.0
 BEST = "best"
@@ -77,8 +77,9 @@ class Worker:
         context = ray.train.get_context()
         self.job, self.board, self.output_dir = job, board, place(job.output_dir)
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
-        validates = job.validate is not None
-        self.model = model = load_model(job.family, **job.model, for_training=True, keep_vae=validates)
+        self.validator = Validator(job.validation) if job.validation else None
+        keep_vae = self.validator is not None
+        self.model = model = load_model(job.family, **job.model, for_training=True, keep_vae=keep_vae)
         model.guidance_range = job.guidance_range or model.guidance_range
         empty = {name: value.cpu() for name, value in model.empty_conditioning.items()}
         model.drop_text_encoders()
@@ -199,8 +200,15 @@ class Worker:
             if self.description:
                 summary["pairs"] = self.description
             summary["seconds"] = round(time.monotonic() - self.started, 2)
-            if self.job.validate:
-                summary["validation"] = self.job.validate(self._stage_end(state.stage - 1))
+            if self.validator:
+                summary["validation"] = self.validator.measure(
+                    self.model,
+                    self.engine,
+                    self.policy.reference,
+                    is_last=state.stage > self.job.num_stages,
+                    worker_rank=self.rank,
+                    num_workers=self.num_workers,
+                )
             self.summaries.append(summary)
             ray.train.report(summary)
             self.started, self.drawn, self.description = time.monotonic(), None, None
@@ -219,17 +227,6 @@ class Worker:
         )
         if self.rank == 0:
             self.board.post_commit.remote(state.num_updates, state.records, self.summaries, lines)
-
-    def _stage_end(self, stage: int) -> StageEnd:
-        return StageEnd(
-            self.model,
-            self.engine,
-            self.policy.reference,
-            stage,
-            stage == self.job.num_stages,
-            self.rank,
-            self.num_workers,
-        )
 
     def _keep_best(self, state: TrainingState) -> None:
         """Write what is trained to `best` if its loss is the lowest of its stage; a later stage always is better."""

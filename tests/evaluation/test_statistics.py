@@ -7,7 +7,6 @@ from cdpo_ray.evaluation.statistics import (
     bootstrap_mean,
     compare,
     pair_agreement,
-    pairwise_rms_distance,
     rank_correlation,
 )
 
@@ -73,21 +72,6 @@ def test_shapes_that_differ_and_judges_without_scores_are_refused() -> None:
         compare(np.ones((2, 3)), np.ones((3, 2)), num_resamples=100, seed=0)
     with pytest.raises(ValueError, match="no image has a finite score of both models"):
         compare(np.full((2, 3), np.nan), np.ones((2, 3)), num_resamples=100, seed=0)
-
-
-def test_diversity_equals_brute_force_over_all_pairs() -> None:
-    images = np.random.default_rng(0).integers(0, 256, size=(5, 3, 6, 4), dtype=np.uint8)
-    pairs = combinations(images / 255.0, 2)
-    expected = np.mean([np.sqrt(((one - other) ** 2).mean()) for one, other in pairs])
-    assert pairwise_rms_distance(images) == pytest.approx(expected)
-
-
-def test_equal_images_have_no_diversity_and_black_against_white_has_all() -> None:
-    black, white = np.zeros((3, 8, 8), np.uint8), np.full((3, 8, 8), 255, np.uint8)
-    assert pairwise_rms_distance(np.stack([white, white, white])) == pytest.approx(0, abs=1e-6)
-    assert pairwise_rms_distance(np.stack([black, white])) == pytest.approx(1)
-    with pytest.raises(ValueError, match="needs at least 2 images, got 1"):
-        pairwise_rms_distance(black[None])
 
 
 def with_ties_and_gaps() -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,13 @@
 """Pixels survive PNG, whatever wrote it."""
 
 import io
+from itertools import combinations
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cdpo_ray.generation.images import decode_png, encode_png
+from cdpo_ray.generation.images import decode_png, encode_png, pairwise_rms_distance
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (32, 32), (7, 13), (64, 8)])
@@ -37,3 +38,18 @@ def test_pngs_of_other_kinds_are_read_as_rgb(mode: str) -> None:
     buffer = io.BytesIO()
     image.save(buffer, format="png")
     assert np.array_equal(decode_png(buffer.getvalue()), np.full((3, 3, 4), 255, np.uint8))
+
+
+def test_diversity_equals_brute_force_over_all_pairs() -> None:
+    images = np.random.default_rng(0).integers(0, 256, size=(5, 3, 6, 4), dtype=np.uint8)
+    pairs = combinations(images / 255.0, 2)
+    expected = np.mean([np.sqrt(((one - other) ** 2).mean()) for one, other in pairs])
+    assert pairwise_rms_distance(images) == pytest.approx(expected)
+
+
+def test_equal_images_have_no_diversity_and_black_against_white_has_all() -> None:
+    black, white = np.zeros((3, 8, 8), np.uint8), np.full((3, 8, 8), 255, np.uint8)
+    assert pairwise_rms_distance(np.stack([white, white, white])) == pytest.approx(0, abs=1e-6)
+    assert pairwise_rms_distance(np.stack([black, white])) == pytest.approx(1)
+    with pytest.raises(ValueError, match="needs at least 2 images, got 1"):
+        pairwise_rms_distance(black[None])

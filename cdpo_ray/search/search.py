@@ -1,0 +1,335 @@
+"""Config -> samples and scores once, trials on them, and what came of it: `cdpo tune`."""
+
+import functools
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+
+import yaml
+
+from cdpo_ray.config import Config, SearchSection
+from cdpo_ray.errors import ConfigError, SearchError, StoreError
+from cdpo_ray.progress import Progress
+from cdpo_ray.progress.trackers import TrackedRun
+from cdpo_ray.records import HELDOUT, VALIDATION
+from cdpo_ray.resources import Demand, check_resources, how_often
+from cdpo_ray.run import run_steps
+from cdpo_ray.search.findings import best, find, spoken, spoken_objective, table_of
+from cdpo_ray.search.importance import importance
+from cdpo_ray.search.proposals import grid_points, propose
+from cdpo_ray.search.report import write_report
+from cdpo_ray.search.space import config_of, paper_point, space_of
+from cdpo_ray.search.trial_run import train_trial
+from cdpo_ray.search.trials import (
+    DONE,
+    DRIVER_CPUS,
+    FAILED,
+    PAPER,
+    RUNNING,
+    STOPPED,
+    Halving,
+    Point,
+    Trial,
+    Trials,
+)
+from cdpo_ray.session import cluster_nodes, ray_session
+from cdpo_ray.steps import SIDES_COMPARED, STEPS, demands_of, sampling_to_compare
+from cdpo_ray.store import HOW_TO_MEND, RunFolder, differences, exists, place, read_json, write_json, write_text
+from cdpo_ray.training.job import ValidationJob
+
+log = logging.getLogger(__name__)
+SHARED_STEPS = (*STEPS[:2], *SIDES_COMPARED)
+"""Done once, for all trials."""
+BEGUN_WITH = "search.json"
+ONLY_HOW_MUCH = {"num_trials", "max_concurrent_trials", "confirm_seeds"}
+"""Keys of `SearchSection` that may change between processes of one search."""
+
+
+def find_schedule(
+    config: Config, *, address: str | None = None, verbose: bool = False, command: str | None = None
+) -> str:
+    """Try schedules on the same samples and scores, and confirm the best; what was done before is not done again.
+
+    Writes `tune.json`, `tune.html` and `best.yaml` into the run's folder.
+
+    Args:
+        address, verbose, command: as of `run_steps`.
+
+    Returns:
+        What came of it, as a table for the terminal.
+
+    Raises:
+        CdpoError: of any kind; what was finished before it stays.
+    """
+    if config.search is None:
+        raise ConfigError("`search` is missing: what `cdpo tune` is to try; configs/tune.yaml is an example")
+    with ExitStack() as stack:
+
+        @functools.cache
+        def start_ray() -> None:
+            stack.enter_context(ray_session(address=address, verbose=verbose))
+
+        run = RunFolder(place(config.run.dir) / config.run.name)
+        if not all(run.has(step.folder) for step in SHARED_STEPS):
+            start_ray()
+        run_steps(config, SHARED_STEPS, address=address, verbose=verbose, command=command)
+        stack.enter_context(run.locked())
+        tracked = TrackedRun(config.run.name, run.path, config.plain())
+        progress = stack.enter_context(Progress(tracked, tracking=config.tracking.options, command=command))
+        _refuse_other_search(config, run)
+        search = _Search(config, config.search, run, progress, start_ray)
+        search.explore()
+        leader = search.leader()
+        search.confirm(leader)
+        return search.tell(leader)
+
+
+class _Search:
+    """A search within its run's folder.
+
+    Args:
+        start_ray: called before the first trial that is to be trained.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        search: SearchSection,
+        run: RunFolder,
+        progress: Progress,
+        start_ray: Callable[[], None],
+    ) -> None:
+        self.config, self.search, self.run, self.progress, self.start_ray = config, search, run, progress, start_ray
+        self.space = space_of(config)
+        self.trials = Trials(run.path / "trials")
+        self.confirmation = Trials(run.path / "confirmation")
+
+    @property
+    def judge(self) -> str:
+        judge = self.config.search_judge
+        assert judge is not None, "checked by the config"
+        return judge
+
+    def explore(self) -> None:
+        """Try what was broken off or failed before, then new points, until there are enough or no more."""
+
+        def to_try() -> Iterator[Trial]:
+            yield from [trial for trial in self.trials.values() if trial.state in (RUNNING, FAILED)]
+            while (proposed := self._proposed()) is not None:
+                yield proposed
+
+        total = self.search.num_trials or sum(1 for _ in grid_points(self.space))
+        self._run("explore", self.trials, to_try(), VALIDATION, total=total, halving=self._halving())
+
+    def leader(self) -> Trial:
+        """The best of the trials that were trained to their end.
+
+        Raises:
+            SearchError: the first trial, the paper's, failed.
+        """
+        failed = [trial for trial in self.trials.values() if trial.state == FAILED]
+        if failed:
+            log.warning("%d of %d trials failed; the same command tries them again", len(failed), len(self.trials))
+        leader = best([*self.trials.values()], self.search.objectives)
+        if leader is None or any(trial.number == PAPER for trial in failed):
+            told = "; ".join(f"trial {trial.name}: {trial.error}" for trial in failed[:3])
+            raise SearchError(f"{self.trials.path}: there is nothing to compare with the paper's schedule: {told}")
+        return leader
+
+    def confirm(self, leader: Trial) -> None:
+        """Train the best and the paper's again with fresh seeds, and judge both on the held-out prompts."""
+        if leader.number == PAPER:
+            return
+        paper = next(trial for trial in self.trials.values() if trial.number == PAPER)
+        wanted = [
+            Trial(trial.number, trial.point, seed=self.config.run.seed + 1 + index)
+            for index in range(self.search.confirm_seeds)
+            for trial in (paper, leader)
+        ]
+        known = [self.confirmation.get(trial.name, trial) for trial in wanted]
+        to_train = (trial for trial in known if trial.state != DONE)
+        self._run("confirm", self.confirmation, to_train, HELDOUT, total=len(wanted))
+
+    def tell(self, leader: Trial) -> str:
+        """Write `best.yaml`, `tune.json` and `tune.html`; returns a table for the terminal, and where they are."""
+        config, path = self.config, self.run.path
+        name = f"{config.run.name}-best"
+        schedule = config_of(config, leader.point, name=name, run_dir=config.run.dir)
+        plain = schedule.model_dump(mode="json", exclude_unset=True)
+        header = f"# The best of {len(self.trials)} trials of {path}; it takes that run's images and scores.\n"
+        write_text(path / "best.yaml", header + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        trials = [*self.trials.values()]
+        confirmed = [trial for trial in self.confirmation.values() if trial.state == DONE]
+        found = find(
+            trials,
+            name=config.run.name,
+            algorithm=self.search.algorithm,
+            objectives=self.search.objectives,
+            judge=self.judge,
+            knobs=[asdict(knob) for knob in self.space],
+            num_invalid=sum(trial.num_invalid for trial in trials),
+            importance=importance(self.space, trials, self.search.objectives[0]),
+            paper_runs={trial.seed or 0: trial for trial in confirmed if trial.number == PAPER},
+            found_runs={trial.seed or 0: trial for trial in confirmed if trial.number == leader.number},
+            best_config=str(path / "best.yaml"),
+            num_resamples=config.evaluation.num_bootstrap_resamples,
+            seed=config.run.seed,
+        )
+        write_json(path / "tune.json", found)
+        write_report(found, path / "tune.html")
+        return f"{table_of(found)}\n{path / 'best.yaml'}\n{path / 'tune.html'}"
+
+    def _proposed(self) -> Trial | None:
+        """The next new trial; none if there are enough, or the space has no more."""
+        known, number = [*self.trials.values()], len(self.trials) + 1
+        if number == PAPER:
+            return Trial(PAPER, paper_point(self.config))
+        if self.search.num_trials is not None and number > self.search.num_trials:
+            return None
+        proposal = propose(
+            self.space,
+            self.search.algorithm,
+            self.search.objectives,
+            number,
+            known,
+            self.config.run.seed,
+            self._goes_together,
+        )
+        if proposal.point is None:
+            if self.search.num_trials:
+                log.warning(
+                    "the space has no more points: %d trials in place of %d", len(known), self.search.num_trials
+                )
+            return None
+        return Trial(number, proposal.point, num_invalid=proposal.num_invalid)
+
+    def _goes_together(self, point: Point) -> bool:
+        try:
+            config_of(self.config, point, name="any", run_dir=self.config.run.dir)
+        except ConfigError as error:
+            log.info("passed over %s: %s", _spoken(point), str(error).splitlines()[-1].strip())
+            return False
+        return True
+
+    def _run(
+        self,
+        verb: str,
+        trials: Trials,
+        to_run: Iterator[Trial],
+        side: str,
+        *,
+        total: int,
+        halving: Halving | None = None,
+    ) -> None:
+        """Train trials and judge them on the prompts of a side; none, and Ray is not started.
+
+        Args:
+            total: how many there will be, with those that have ended.
+        """
+        first = next(to_run, None)
+        if first is None:
+            return
+        self.start_ray()
+        from cdpo_ray.search.tuner import run_trials
+
+        queue = itertools.chain([first], to_run)
+
+        def begun() -> Trial | None:
+            for trial in queue:
+                if trials.get(trial.name, trial).state != STOPPED:  # what was broken off may have been to be stopped
+                    log.info("%s: trial %s: %s", verb, trial.name, _spoken(trial.point))
+                    return trials.put(replace(trial, state=RUNNING, error=None))
+            return None
+
+        def changed(trial: Trial) -> None:
+            self.progress.tell(self._sentence(trial))
+            self.progress.advance(trial.state != RUNNING)
+
+        with self.progress.step(verb, trials.path.name):
+            num_ended = sum(trial.state in (DONE, STOPPED) for trial in trials.values())
+            self.progress.begin(verb, total=total, unit="trial", done=num_ended)
+            run_trials(
+                trials,
+                begun,
+                functools.partial(
+                    train_trial,
+                    trials_dir=str(trials.path.absolute()),
+                    config=self._for_all_nodes(),
+                    validation=self._validation(side),
+                    judge=self.judge,
+                ),
+                max_concurrent_trials=self._max_concurrent_trials(),
+                halving=halving,
+                max_restarts=self.config.training.max_restarts,
+                on_change=changed,
+            )
+
+    def _max_concurrent_trials(self) -> int:
+        """As many as fit the nodes, or fewer if so many were asked for.
+
+        Raises:
+            ResourceError: not one fits, and no autoscaler may add nodes.
+        """
+        nodes, grows = cluster_nodes()
+        demands = [Demand("search", "driver of a trial", 1, 1, DRIVER_CPUS, 0), *demands_of(STEPS[3], self.config)]
+        fitting = how_often(demands, nodes)
+        if not fitting and not grows:
+            check_resources("a trial", demands, nodes)
+        return min(fitting or 1, self.search.max_concurrent_trials or fitting or 1)
+
+    def _halving(self) -> Halving | None:
+        early, stages = self.search.stop_early, {knob.key: knob for knob in self.space}.get("curriculum.num_stages")
+        if early is None:
+            return None
+        most = self.config.curriculum.num_stages
+        if stages:
+            most = int(max(stages.choices) if stages.choices else stages.high or most)
+        return Halving(self.search.objectives[0], most, early.grace_stages, early.reduction_factor)
+
+    def _for_all_nodes(self) -> Config:
+        """The configuration with a run's folder that is found from wherever a trial is."""
+        own = self.config.run.model_copy(update={"dir": str(self.run.path.absolute().parent)})
+        return self.config.model_copy(update={"run": own})
+
+    def _validation(self, side: str) -> ValidationJob:
+        return ValidationJob(
+            samples_dir=str(self.run.step(side).absolute()),
+            sampling=asdict(sampling_to_compare(self.config, side)),
+            judges=self.config.evaluation_judges,
+            early_prompts=self.search.early_prompts,
+            only_last=side == HELDOUT,
+            num_margin_draws=self.config.evaluation.num_margin_draws,
+        )
+
+    def _sentence(self, trial: Trial) -> str:
+        """How a trial stands, for the log."""
+        if trial.state == FAILED:
+            return f"trial {trial.name}: failed: {trial.error}"
+        report = trial.reports[-1]
+        objectives = [f"{name} {spoken_objective(name, report[name])}" for name in self.search.objectives]
+        state = {STOPPED: ", stopped", DONE: ", done"}.get(trial.state, "")
+        return f"trial {trial.name}: stage {report['stage']}{state}: {', '.join(objectives)}"
+
+
+def _refuse_other_search(config: Config, run: RunFolder) -> None:
+    """Keep what a search is begun with, or compare.
+
+    Raises:
+        StoreError: it was begun with other settings.
+    """
+    plain = config.plain()
+    settings = {key: plain[key] for key in ("model", "prompts", "curriculum", "evaluation")}
+    settings |= {"training": config.training.outcome, "run.seed": config.run.seed}
+    settings["search"] = {key: value for key, value in plain["search"].items() if key not in ONLY_HOW_MUCH}
+    path = run.path / BEGUN_WITH
+    if not exists(path):
+        write_json(path, settings)
+    elif changed := differences(read_json(path), json.loads(json.dumps(settings))):
+        raise StoreError(f"{run.path}: a search was begun there with {changed}; {HOW_TO_MEND}")
+
+
+def _spoken(point: Point) -> str:
+    return ", ".join(f"{key} {spoken(value)}" for key, value in point.items()) or "nothing is searched"
