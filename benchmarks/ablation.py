@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from cdpo_ray.chart_style import BLUE, GREY, STYLE, VERMILLION
 from cdpo_ray.curriculum.pairs import PairBatch, concat
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
+from cdpo_ray.evaluation.statistics import bootstrap_over_runs
 from cdpo_ray.generation.generator import Generator, Sampling, sample_batches
 from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import seed_of
@@ -173,18 +174,6 @@ def scores_of(out: Path, arm: str, runs: Sequence[tuple[int, int]], judge: str) 
     return np.array([_read(out, arm, *run)[judge] for run in runs]).mean(axis=2)
 
 
-def interval(values: NDArray[np.float64], num_resamples: int = 10_000) -> tuple[float, float, float]:
-    """Mean of ``[run, prompt]`` with its 95 % interval: runs and prompts are drawn anew, each with replacement."""
-    rng = np.random.default_rng(0)
-    num_runs, num_prompts = values.shape
-    means = np.empty(num_resamples)
-    for number in range(num_resamples):
-        runs = rng.integers(num_runs, size=num_runs)
-        means[number] = values[runs].mean(axis=0)[rng.integers(num_prompts, size=num_prompts)].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
-
-
 def findings(out: Path, arms: Sequence[str], runs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """A row an arm: means, differences to base and to plain DPO with intervals, spread over runs."""
     rows = []
@@ -196,7 +185,10 @@ def findings(out: Path, arms: Sequence[str], runs: Sequence[tuple[int, int]]) ->
             row[f"{judge}_spread"] = float(mine.mean(axis=1).std(ddof=1)) if len(runs) > 1 else 0.0
             for other in (BASE, PLAIN):
                 if other in arms and arm != other:
-                    row[f"{judge}_to_{other}"] = interval(mine - scores_of(out, other, runs, judge))
+                    difference = bootstrap_over_runs(
+                        mine - scores_of(out, other, runs, judge), num_resamples=10_000, seed=0
+                    )
+                    row[f"{judge}_to_{other}"] = astuple(difference)
         for extra in ("rank_gap", "chosen_error_change"):
             if ARMS[arm][1]:
                 row[extra] = float(np.mean([_read(out, arm, *run)[extra] for run in runs]))

@@ -59,7 +59,7 @@ def pairs_by_rank_gap(stages: Sequence[Mapping[str, Any]]) -> str:
     last = max(stage["max_rank_gap"] for stage in stages)
     edges = np.arange(0.5, last + 1.5)
     with mpl.rc_context(STYLE):
-        figure = _figure(0.6 + min(0.75, 8 / len(stages)) * len(stages))
+        figure = blank_figure(0.6 + min(0.75, 8 / len(stages)) * len(stages))
         strips = figure.subplots(len(stages), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         for axes, stage in zip(strips, stages, strict=True):
             counts = {int(gap): count for gap, count in stage["drawn_by_rank_gap"].items()}
@@ -72,7 +72,7 @@ def pairs_by_rank_gap(stages: Sequence[Mapping[str, Any]]) -> str:
         strips[-1].xaxis.set_major_locator(MaxNLocator(10, integer=True))
         strips[-1].set_xlabel("rank gap of a pair (easy → hard)")
         figure.suptitle("pairs drawn; shaded: rank gaps the stage admits", x=0.01, ha="left", fontsize=9)
-        return _svg(figure, "Pairs drawn in each stage by rank gap")
+        return inline_svg(figure, "Pairs drawn in each stage by rank gap")
 
 
 def gains(judges: Mapping[str, Mapping[str, Any]]) -> str:
@@ -82,7 +82,7 @@ def gains(judges: Mapping[str, Mapping[str, Any]]) -> str:
         judges: by name, `base` and `tuned` with `mean`, `low` and `high`.
     """
     with mpl.rc_context(STYLE):
-        figure = _figure(0.35 + 0.95 * len(judges))
+        figure = blank_figure(0.35 + 0.95 * len(judges))
         for axes, (name, found) in zip(
             figure.subplots(len(judges), 1, squeeze=False)[:, 0], judges.items(), strict=True
         ):
@@ -98,7 +98,7 @@ def gains(judges: Mapping[str, Mapping[str, Any]]) -> str:
             axes.grid(visible=False, axis="y")
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_title(f"{name}: mean score, 95 % interval")
-        return _svg(figure, "Mean score of base and fine-tuned model for each judge, with 95 % intervals")
+        return inline_svg(figure, "Mean score of base and fine-tuned model for each judge, with 95 % intervals")
 
 
 def difference_histograms(differences: Mapping[str, Values]) -> str:
@@ -108,7 +108,7 @@ def difference_histograms(differences: Mapping[str, Values]) -> str:
         differences: by judge, ``[prompt]`` mean of tuned minus base; prompts without a finite score left out.
     """
     with mpl.rc_context(STYLE):
-        figure = _figure(0.2 + 1.45 * len(differences))
+        figure = blank_figure(0.2 + 1.45 * len(differences))
         for axes, (name, values) in zip(
             figure.subplots(len(differences), 1, squeeze=False)[:, 0], differences.items(), strict=True
         ):
@@ -123,7 +123,7 @@ def difference_histograms(differences: Mapping[str, Values]) -> str:
             axes.set_ylabel("prompts")
             axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
             axes.grid(visible=False, axis="x")
-        return _svg(figure, "Histogram of the score difference of each prompt, for each judge")
+        return inline_svg(figure, "Histogram of the score difference of each prompt, for each judge")
 
 
 def smooth_within_stages(values: Values, stages: Values) -> Values:
@@ -143,7 +143,7 @@ def _curve(
     place: Values, stages: Values, series: Mapping[str, tuple[Values, str]], label: str, *, untrained: float
 ) -> str:
     with mpl.rc_context(STYLE):
-        figure = _figure(2.7)
+        figure = blank_figure(2.7)
         axes = figure.subplots()
         axes.axhline(untrained, color=GREY, lw=0.9, ls="--", label="before training")
         thinned = slice(None, None, math.ceil(len(place) / MAX_POINTS))
@@ -163,7 +163,7 @@ def _curve(
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.grid(visible=False, axis="x")
         figure.legend(loc="outside lower center", ncols=3)
-        return _svg(figure, f"{label} over updates")
+        return inline_svg(figure, f"{label} over updates")
 
 
 def _mark_stages(axes: Axes, place: Values, stages: Values) -> None:
@@ -190,11 +190,11 @@ def _edges_around_zero(values: Values) -> Values:
     return width * np.arange(math.floor(low / width), math.ceil(high / width) + 1)
 
 
-def _figure(height_inches: float) -> Figure:
+def blank_figure(height_inches: float) -> Figure:
     return Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
 
 
-def _svg(figure: Figure, description: str) -> str:
+def inline_svg(figure: Figure, description: str) -> str:
     """The bare element, to stand within HTML: no prolog, no metadata, no group names that would repeat on a page."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])

@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,23 @@ PIXELATED_BELOW = 128  # smaller images are enlarged without blur, which would h
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"}
 """U+2400 and on, in place of what HTML forbids and a terminal obeys; a prompt may hold any of it."""
 
+HERE = Path(__file__).parent
 
-def write_page(path: Path, template: str, **values: Any) -> None:
-    """Fill in a template of this folder and write the page, whole or not at all; it needs no other file, no network."""
+
+def write_page(path: Path, template: Path, **values: Any) -> None:
+    """Fill in a template and write the page, whole or not at all; it needs no other file and no network.
+
+    Args:
+        template: a file that may extend and import those of this folder.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([template.parent, HERE]),
         autoescape=True,  # prompts, names and warnings are text from elsewhere
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(template).render(**values).translate(CONTROL_PICTURES)
+    page = environment.get_template(template.name).render(**values).translate(CONTROL_PICTURES)
     write_text(path, page)
 
 
@@ -62,14 +68,27 @@ def spoken_difference(comparison: Mapping[str, Any]) -> dict[str, str]:
         comparison: `statistics.Comparison` as plain values.
     """
     difference = comparison["difference"]
-    largest = max(abs(difference["low"]), abs(difference["high"]))
-    places = min(6, max(0, 1 - math.floor(math.log10(largest)))) if largest > 0 else 3
+    places = places_of(difference)
+    mean, ends = spoken_interval(difference)
     return {
         "base": number(comparison["base"]["mean"], places),
         "tuned": number(comparison["tuned"]["mean"], places),
-        "difference": number(difference["mean"], places, "+"),
-        "interval": f"[{number(difference['low'], places, '+')}, {number(difference['high'], places, '+')}]",
+        "difference": mean,
+        "interval": ends,
     }
+
+
+def spoken_interval(interval: Mapping[str, Any]) -> tuple[str, str]:
+    """A mean difference and its interval as text, with two digits of the larger end."""
+    places = places_of(interval)
+    mean, low, high = (number(interval[end], places, "+") for end in ("mean", "low", "high"))
+    return mean, f"[{low}, {high}]"
+
+
+def places_of(interval: Mapping[str, Any]) -> int:
+    """Decimal places that show two digits of the larger end of an interval."""
+    largest = max(abs(interval["low"]), abs(interval["high"]))
+    return min(6, max(0, 1 - math.floor(math.log10(largest)))) if largest > 0 else 3
 
 
 def spoken_share(interval: Mapping[str, Any]) -> tuple[str, str]:
@@ -80,8 +99,12 @@ def spoken_share(interval: Mapping[str, Any]) -> tuple[str, str]:
 
 def significant_change(comparison: Mapping[str, Any]) -> int:
     """-1, 0 or 1: lower, none, higher; significant when the 95 % interval of the difference excludes 0."""
-    difference = comparison["difference"]
-    return int(difference["low"] > 0) - int(difference["high"] < 0)
+    return direction(comparison["difference"])
+
+
+def direction(interval: Mapping[str, Any]) -> int:
+    """-1, 0 or 1: below 0, not told apart from it, above; as the whole interval lies."""
+    return int(interval["low"] > 0) - int(interval["high"] < 0)
 
 
 def relative_change(comparison: Mapping[str, Any]) -> dict[str, float] | None:
@@ -92,3 +115,11 @@ def relative_change(comparison: Mapping[str, Any]) -> dict[str, float] | None:
 
 def number(value: float, places: int, sign: str = "-") -> str:
     return f"{value:{sign}.{places}f}".replace("-", "−")
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines for a terminal, a column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -17,6 +17,7 @@ from cdpo_ray.config import ranking_weights
 from cdpo_ray.errors import StoreError
 from cdpo_ray.evaluation import figures
 from cdpo_ray.evaluation.page import (
+    HERE,
     inlined,
     number,
     relative_change,
@@ -108,7 +109,7 @@ def write_report(run_dir: Path, output_path: Path) -> None:
     comparison_path = run_dir / EVALUATION / "comparison.parquet"
     write_page(
         output_path,
-        "report.html.jinja",
+        HERE / "report.html.jinja",
         name=run_dir.resolve().name,
         created=manifests[EVALUATION]["created"],
         metrics=metrics,

@@ -15,6 +15,8 @@ from cdpo_ray.errors import StoreError
 from cdpo_ray.evaluation.appearance import APPEARANCE
 from cdpo_ray.evaluation.metrics import preference_accuracy
 from cdpo_ray.evaluation.page import (
+    HERE,
+    aligned,
     inlined,
     relative_change,
     significant_change,
@@ -113,7 +115,7 @@ def compare_runs(run_dirs: Sequence[Path], output_dir: Path) -> dict[str, Any]:
         write_json(output_dir / "compare.json", found)
     except OSError as error:
         raise StoreError(f"{output_dir}: cannot be written: {error.strerror}; choose another `--out`") from None
-    write_page(output_dir / "compare.html", "compare.html.jinja", grid=image_grid(runs), **spoken(found))
+    write_page(output_dir / "compare.html", HERE / "compare.html.jinja", grid=image_grid(runs), **spoken(found))
     return found
 
 
@@ -310,11 +312,7 @@ def table_of(found: Mapping[str, Any]) -> str:
     for run, cells in zip(found["runs"], told["score_rows"], strict=True):
         shown = [f"{cell['tuned']} ({cell['difference']} {cell['interval']})" for cell in cells]
         rows.append([run["name"], run["trained_on"], *shown])
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    )
+    return aligned([header, *rows])
 
 
 def image_grid(runs: Sequence[EvaluatedRun]) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
 
 from cdpo_ray.evaluation.statistics import (
     bootstrap_mean,
+    bootstrap_over_runs,
     compare,
     pair_agreement,
     rank_correlation,
@@ -40,6 +41,48 @@ def test_same_seed_gives_the_same_interval() -> None:
 def test_values_that_have_no_mean_are_refused(values: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"must be \[prompt\], finite and not empty"):
         bootstrap_mean(values, num_resamples=100, seed=0)
+
+
+def test_interval_over_runs_equals_that_of_all_draws_there_are() -> None:
+    values = np.random.default_rng(3).normal(size=(2, 4))
+    means = [
+        values[np.ix_(runs, prompts)].mean()
+        for runs in product(range(2), repeat=2)
+        for prompts in product(range(4), repeat=4)
+    ]
+    found = bootstrap_over_runs(values, num_resamples=400_000, seed=0, confidence=0.8)
+    low, high = np.quantile(means, [0.1, 0.9])
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.01)
+
+
+def test_spread_over_runs_and_prompts_is_the_sum_of_both() -> None:
+    """Of values that are a number of the run plus one of the prompt: var(run) / runs + var(prompt) / prompts."""
+    rng = np.random.default_rng(4)
+    of_run, of_prompt = rng.normal(0, 1, size=200), rng.normal(0, 2, size=300)
+    found = bootstrap_over_runs(of_run[:, None] + of_prompt, num_resamples=8_000, seed=0)
+    half_width = 1.96 * np.sqrt(of_run.var() / 200 + of_prompt.var() / 300)
+    assert found.high - found.mean == pytest.approx(half_width, rel=0.06)
+    assert found.mean - found.low == pytest.approx(half_width, rel=0.06)
+
+
+def test_one_run_leaves_the_interval_over_prompts() -> None:
+    values = np.random.default_rng(0).normal(size=(1, 500))
+    over_runs = bootstrap_over_runs(values, num_resamples=8_000, seed=0)
+    over_prompts = bootstrap_mean(values[0], num_resamples=8_000, seed=1)
+    assert (over_runs.low, over_runs.high) == pytest.approx((over_prompts.low, over_prompts.high), abs=0.01)
+
+
+def test_runs_that_disagree_widen_the_interval_however_many_the_prompts() -> None:
+    values = np.repeat([[-1.0], [1.0], [3.0]], 2_000, axis=1)
+    found = bootstrap_over_runs(values, num_resamples=4_000, seed=0)
+    assert (found.mean, found.low, found.high) == pytest.approx((1, -1, 3))
+
+
+@pytest.mark.parametrize("values", [np.ones((0, 3)), np.ones((3, 0)), np.ones(3), np.array([[1.0, np.inf]])])
+def test_values_of_runs_that_have_no_mean_are_refused(values: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"must be \[run, prompt\], finite and not empty"):
+        bootstrap_over_runs(values, num_resamples=100, seed=0)
 
 
 def test_comparison_equals_brute_force_with_ties_and_missing_scores() -> None:

@@ -1,0 +1,312 @@
+"""Trials and confirmations -> what the search found: the numbers of `tune.json`, and the terminal's table."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdpo_ray.evaluation.page import aligned, direction, number, spoken_interval, spoken_share
+from cdpo_ray.evaluation.statistics import bootstrap_over_runs
+from cdpo_ray.search.trials import DONE, FAILED, PAPER, RUNNING, STOPPED, Point, Trial
+
+MEASURED = ("reward", "win_rate", "diversity", "implicit_accuracy")
+"""What a trial reports of each stage, and any of which may be an objective; more is better."""
+
+BETTER, WORSE, NOT_TOLD_APART = "better", "worse", "not told apart"
+VERDICTS = {1: BETTER, 0: NOT_TOLD_APART, -1: WORSE}
+PAPERS = "the paper's"
+MAX_TOLD = 4  # changes that a sentence has room for
+
+
+def best(trials: Sequence[Trial], objectives: Sequence[str]) -> Trial | None:
+    """The finished trial whose last report has the highest first objective, the earliest of equals; none: no value."""
+    judged = [trial for trial in trials if trial.state == DONE and value_of(trial, objectives[0]) is not None]
+    return max(judged, key=lambda trial: (value_of(trial, objectives[0]), -trial.number), default=None)
+
+
+def pareto(trials: Sequence[Trial], objectives: Sequence[str]) -> list[int]:
+    """Numbers of the finished trials that no other beats: none is as good in every objective and better in one."""
+    judged = {}
+    for trial in trials:
+        values = [value for objective in objectives if (value := value_of(trial, objective)) is not None]
+        if trial.state == DONE and len(values) == len(objectives):
+            judged[trial.number] = values
+    return sorted(
+        number
+        for number, values in judged.items()
+        if not any(
+            other != values and all(theirs >= mine for theirs, mine in zip(other, values, strict=True))
+            for other in judged.values()
+        )
+    )
+
+
+def value_of(trial: Trial, objective: str) -> float | None:
+    """Of the last report; none if there is no report, or no finite value in it."""
+    return _finite(trial.reports[-1][objective]) if trial.reports else None
+
+
+def changes(point: Point, paper_point: Point) -> str:
+    """What a trial tries that the paper's does not, in few words; nothing where they are alike."""
+    return ", ".join(f"{short(key)} {spoken(value)}" for key, value in changed(point, paper_point).items())
+
+
+def changed(point: Point, paper_point: Point) -> Point:
+    """The keys in which a point differs from the paper's; a knob that it does not use follows from another."""
+    return {key: value for key, value in point.items() if key not in paper_point or paper_point[key] != value}
+
+
+def short(key: str) -> str:
+    """A key without its section: `beta`, `lora.rank`."""
+    return key.partition(".")[2] or key
+
+
+def spoken(value: Any) -> str:
+    """A value of a knob."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    if isinstance(value, (list, tuple)):
+        return "+".join(map(spoken, value))
+    if isinstance(value, float):
+        return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
+    return str(value)
+
+
+def find(
+    trials: Sequence[Trial],
+    *,
+    name: str,
+    algorithm: str,
+    objectives: Sequence[str],
+    judge: str,
+    knobs: Sequence[Mapping[str, Any]],
+    num_invalid: int,
+    importance: Mapping[str, float] | None,
+    paper_runs: Mapping[int, Trial],
+    found_runs: Mapping[int, Trial],
+    best_config: str | None,
+    num_resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """All that the search found, as plain values: what is in `tune.json`.
+
+    Args:
+        trials: by number; the first is the paper's.
+        algorithm: that proposed them, as the config calls it.
+        objectives: the first decides.
+        judge: by whose score `reward` and `win_rate` are, and the verdict.
+        knobs: of the space, `space.Knob` as plain values.
+        num_invalid: points that were drawn and left out, as their values do not go together.
+        importance: share of each knob in how the first objective varies; none where trials are too few to tell.
+        paper_runs, found_runs: by seed, the paper's schedule and the best trained again and judged on held-out
+            prompts; empty before that.
+        best_config: path of the best schedule as a config.
+        num_resamples, seed: of the bootstrap.
+    """
+    paper_point = next((trial.point for trial in trials if trial.number == PAPER), {})
+    leader = best(trials, objectives)
+    confirmation: dict[str, Any] | None = None
+    warnings: list[str] = []
+    if leader and leader.number != PAPER:
+        confirmation, warnings = confirm(paper_runs, found_runs, judge=judge, num_resamples=num_resamples, seed=seed)
+    found: dict[str, Any] = {
+        "name": name,
+        "algorithm": algorithm,
+        "objectives": list(objectives),
+        "judge": judge,
+        "space": json.loads(json.dumps([dict(knob) for knob in knobs])),  # a tuple becomes what a trial's file has
+        "counts": {state: Counter(trial.state for trial in trials)[state] for state in (DONE, STOPPED, FAILED, RUNNING)}
+        | {"invalid": num_invalid},
+        "paper": PAPER,
+        "best": leader.number if leader else None,
+        "best_point": leader.point if leader else None,
+        "best_changes": changed(leader.point, paper_point) if leader else None,
+        "best_config": best_config,
+        "pareto": pareto(trials, objectives),
+        "importance": None if importance is None else dict(importance),
+        "trials": [_record(trial, paper_point, objectives, judge) for trial in trials],
+        "confirmation": confirmation,
+        "verdict": confirmation["judges"][judge]["verdict"] if confirmation else None,
+        "warnings": warnings,
+    }
+    return found | {"sentence": sentence_of(found)}
+
+
+def confirm(
+    paper_runs: Mapping[int, Trial], found_runs: Mapping[int, Trial], *, judge: str, num_resamples: int, seed: int
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The paper's schedule against the one found, both trained with the same seeds and judged on the same prompts.
+
+    Args:
+        paper_runs, found_runs: by seed; what counts is `by_prompt` of their last reports.
+
+    Returns:
+        None while no seed has both, or the judge that decides has no score; else `seeds`, `num_prompts` and `judges`.
+        By judge: `paper` and `found`, mean difference to the base model, and `difference`, found minus paper, paired
+        by seed and prompt, each a `statistics.Interval` over seeds and prompts; `by_seed`, the means of each seed for
+        these three; `verdict`, `better` or `worse` if the interval of the difference leaves out 0.
+        And warnings: which runs or prompts could not be counted.
+    """
+    arms = {PAPERS: paper_runs, "found": found_runs}
+    warnings = [
+        f"seed {at} is not counted: {whose} " + ("is not trained yet" if run is None else _state_and_error(run))
+        for at in sorted({*paper_runs} | {*found_runs})
+        for whose, runs in arms.items()
+        if not _is_judged(run := runs.get(at))
+    ]
+    seeds = sorted(at for at in {*paper_runs} & {*found_runs} if all(_is_judged(runs[at]) for runs in arms.values()))
+    if not seeds:
+        return None, warnings
+    judges: dict[str, Any] = {}
+    for name in paper_runs[seeds[0]].reports[-1]["by_prompt"]:
+        paper, found = (_by_prompt(runs, seeds, name) for runs in (paper_runs, found_runs))
+        finite = np.isfinite([*paper, *found]).all(axis=0)
+        if finite.any():
+            judges[name] = _compared(paper[:, finite], found[:, finite], num_resamples=num_resamples, seed=seed)
+        if not finite.all():
+            warnings.append(f"{name}: {np.sum(~finite)} of {finite.size} prompts lack a score and are left out")
+    if judge not in judges:
+        return None, warnings
+    if len(seeds) == 1:
+        warnings.append("one seed only: the intervals do not tell what another seed would have given")
+    num_prompts = paper_runs[seeds[0]].reports[-1]["num_prompts"]
+    return {"seeds": seeds, "num_prompts": num_prompts, "judges": judges}, warnings
+
+
+def sentence_of(found: Mapping[str, Any]) -> str:
+    """Whether the found schedule holds, and by what; says how little a lead on the validation prompts tells."""
+    objective, leader, confirmation = found["objectives"][0], found["best"], found["confirmation"]
+    if leader is None:
+        return "No trial has finished, so no schedule was found."
+    counts = found["counts"]
+    num_trials = sum(counts[state] for state in (DONE, STOPPED))
+    if leader == found["paper"]:
+        rest = "no other trial has finished yet" if num_trials == 1 else f"none of {num_trials - 1} others beat it"
+        return f"The paper's schedule is the best in {objective} on the validation prompts: {rest}; nothing to confirm."
+    record = next(trial for trial in found["trials"] if trial["number"] == leader)
+    trial = f"trial {leader}" + (f" ({record['changes']})" if len(found["best_changes"]) <= MAX_TOLD else "")
+    if confirmation is None:
+        return (
+            f"Not confirmed yet: {trial} is the best of {num_trials} in {objective} on the validation prompts, and the"
+            " best of many looks better than it is."
+        )
+    verdict = confirmation["judges"][found["judge"]]
+    mean, ends = spoken_interval(verdict["difference"])
+    num_seeds = len(confirmation["seeds"])
+    told = (
+        f"{found['judge']} {mean} {ends} to the paper's schedule on {confirmation['num_prompts']} held-out prompts,"
+        f" {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}"
+    )
+    others = [name for name, of_judge in confirmation["judges"].items() if of_judge["verdict"] == WORSE]
+    but = f" By {', '.join(others)} it is worse." if others and verdict["verdict"] != WORSE else ""
+    return {
+        BETTER: f"The found schedule holds: {trial} is better, {told}.",
+        NOT_TOLD_APART: f"The found schedule does not hold: {trial} is not told apart from the paper's, {told}.",
+        WORSE: f"The found schedule does not hold: {trial} is worse, {told}.",
+    }[verdict["verdict"]] + but
+
+
+def spoken_objective(objective: str, value: float | None, interval: Mapping[str, float] | None = None) -> str:
+    """The value of an objective as text, with its interval if there is one."""
+    if value is None:
+        return "–"
+    if objective in ("win_rate", "implicit_accuracy"):
+        mean, ends = spoken_share(interval or {"mean": value, "low": value, "high": value})
+    else:
+        mean, ends = spoken_interval(interval or {"mean": value, "low": value, "high": value})
+        mean = mean if objective == "reward" else number(value, 3)
+    return f"{mean} {ends}" if interval else mean
+
+
+def table_of(found: Mapping[str, Any]) -> str:
+    """What the terminal shows: a line a trial, then a row a schedule and a column a judge, then whether it holds."""
+    objective = found["objectives"][0]
+    rows = [["trial", "state", "stage", objective, "tries"]]
+    for trial in found["trials"]:
+        value = spoken_objective(objective, trial["values"][objective], trial["interval"])
+        marks = " *" if trial["number"] == found["best"] else ""
+        rows.append([f"{trial['number']}{marks}", trial["state"], str(trial["stage"] or "–"), value, tried(trial)])
+    parts = [aligned(rows)]
+    if confirmation := found["confirmation"]:
+        judges = confirmation["judges"]
+        rows = [["held-out prompts, to base", *judges]]
+        for key, told in (
+            ("paper", PAPERS),
+            ("found", f"found (trial {found['best']})"),
+            ("difference", "found - paper"),
+        ):
+            rows.append([told, *(" ".join(spoken_interval(judge[key])) for judge in judges.values())])
+        rows.append(["verdict", *(judge["verdict"] for judge in judges.values())])
+        parts.append(aligned(rows))
+    return "\n\n".join([*parts, "\n".join([*found["warnings"], found["sentence"]])])
+
+
+def tried(trial: Mapping[str, Any]) -> str:
+    """What a trial of `tune.json` tries, in few words."""
+    return PAPERS if trial["number"] == PAPER else trial["changes"] or "as the paper's"
+
+
+def _record(trial: Trial, paper_point: Point, objectives: Sequence[str], judge: str) -> dict[str, Any]:
+    stages = [
+        {"stage": report["stage"], "is_last": report["is_last"], "num_prompts": report["num_prompts"]}
+        | {measure: _finite(report[measure]) for measure in MEASURED}
+        | {"interval": _interval(report, objectives[0], judge)}
+        for report in trial.reports
+    ]
+    return {
+        "number": trial.number,
+        "state": trial.state,
+        "error": trial.error,
+        "point": trial.point,
+        "changes": changes(trial.point, paper_point),
+        "stage": trial.last_stage,
+        "values": {objective: value_of(trial, objective) for objective in objectives},
+        "interval": stages[-1]["interval"] if stages else None,
+        "stages": stages,
+    }
+
+
+def _interval(report: Mapping[str, Any], objective: str, judge: str) -> dict[str, float] | None:
+    """Of the objectives that a judge gives, over prompts."""
+    column = {"reward": "difference", "win_rate": "win_rate"}.get(objective)
+    found = report["judges"].get(judge, {}).get(column) if column else None
+    if not found or not all(math.isfinite(found[end]) for end in ("mean", "low", "high")):
+        return None
+    return {end: found[end] for end in ("mean", "low", "high")}
+
+
+def _compared(
+    paper: NDArray[np.float64], found: NDArray[np.float64], *, num_resamples: int, seed: int
+) -> dict[str, Any]:
+    """Of one judge, from ``[seed, prompt]``."""
+    values = {"paper": paper, "found": found, "difference": found - paper}
+    intervals = {
+        whose: asdict(bootstrap_over_runs(of_runs, num_resamples=num_resamples, seed=seed))
+        for whose, of_runs in values.items()
+    }
+    return intervals | {
+        "by_seed": {whose: of_runs.mean(axis=1).tolist() for whose, of_runs in values.items()},
+        "verdict": VERDICTS[direction(intervals["difference"])],
+    }
+
+
+def _by_prompt(runs: Mapping[int, Trial], seeds: Sequence[int], judge: str) -> NDArray[np.float64]:
+    """``[seed, prompt]`` of tuned minus base; NaN where a prompt has no score."""
+    return np.array([runs[at].reports[-1]["by_prompt"][judge] for at in seeds], dtype=float)
+
+
+def _is_judged(run: Trial | None) -> bool:
+    return run is not None and run.state == DONE and bool(run.reports)
+
+
+def _state_and_error(run: Trial) -> str:
+    return f"{run.state}: {run.error}" if run.error else f"is {run.state}"
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None

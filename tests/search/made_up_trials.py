@@ -1,0 +1,171 @@
+"""Trials of a search that never ran, with reports of the form that trials write."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cdpo_ray.search.trials import DONE, FAILED, PAPER, STOPPED, Point, Trial
+
+JUDGES = ("clip", "oracle")
+KNOBS: list[dict[str, Any]] = [
+    {"key": "training.beta", "choices": None, "low": 50, "high": 1000, "log": True, "when": {}},
+    {"key": "curriculum.num_stages", "choices": [1, 2, 4, 6], "low": None, "high": None, "log": False, "when": {}},
+    {
+        "key": "curriculum.pacing",
+        "choices": ["cumulative", "sliding_window"],
+        "low": None,
+        "high": None,
+        "log": False,
+        "when": {},
+    },
+    {
+        "key": "curriculum.window",
+        "choices": [1, 2, 3],
+        "low": None,
+        "high": None,
+        "log": False,
+        "when": {"curriculum.pacing": ["sliding_window"]},
+    },
+    {"key": "training.learning_rate", "choices": None, "low": 1e-5, "high": 1e-3, "log": True, "when": {}},
+    {"key": "training.lora.rank", "choices": [4, 8, 16], "low": None, "high": None, "log": False, "when": {}},
+    {
+        "key": "curriculum.measure",
+        "choices": ["rank_gap", "score_gap", "score_gap_quantile", "margin"],
+        "low": None,
+        "high": None,
+        "log": False,
+        "when": {},
+    },
+    {"key": "curriculum.min_score_gap", "choices": None, "low": 0.0, "high": 0.2, "log": False, "when": {}},
+    {
+        "key": "curriculum.order",
+        "choices": ["easy_to_hard", "hard_to_easy", "random", "shuffled", "none", "best_against_worst"],
+        "low": None,
+        "high": None,
+        "log": False,
+        "when": {},
+    },
+    {"key": "training.loss", "choices": ["dpo", "ipo"], "low": None, "high": None, "log": False, "when": {}},
+]
+PAPER_POINT: Point = {
+    "training.beta": 200.0,
+    "curriculum.num_stages": 4,
+    "curriculum.pacing": "cumulative",
+    "training.learning_rate": 1e-4,
+    "training.lora.rank": 8,
+    "curriculum.measure": "rank_gap",
+    "curriculum.min_score_gap": 0.0,
+    "curriculum.order": "easy_to_hard",
+    "training.loss": "dpo",
+}
+
+
+def report(
+    stage: int = 1,
+    *,
+    is_last: bool = True,
+    reward: float | None = 0.01,
+    width: float = 0.008,
+    by_prompt: dict[str, Any] | None = None,
+    num_prompts: int = 16,
+    **measured: float | None,
+) -> dict[str, Any]:
+    """One stage's; its intervals reach ``width`` to both sides."""
+    middle = reward if reward is not None else 0.0
+
+    def interval(mean: float, reach: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - reach, "high": mean + reach}
+
+    judged = {
+        "base": interval(0.3, 0.02),
+        "tuned": interval(0.3 + middle, 0.02),
+        "difference": interval(middle, width),
+        "win_rate": interval(0.5 + 5 * middle, 0.05),
+        "num_missing": 0,
+    }
+    return {
+        "stage": stage,
+        "is_last": is_last,
+        "order": stage,
+        "num_prompts": num_prompts,
+        "reward": reward,
+        "win_rate": 0.5 + 5 * middle,
+        "diversity": 0.17,
+        "implicit_accuracy": 0.6,
+        "judges": {judge: judged for judge in JUDGES},
+        "by_prompt": by_prompt or {judge: [middle] * num_prompts for judge in JUDGES},
+        "training": {"stage": stage},
+    } | measured
+
+
+def done(number: int, reward: float | None, point: Point | None = None, **measured: Any) -> Trial:
+    """A trial of one stage that ended with this reward."""
+    return Trial(number, point or {}, DONE, (report(reward=reward, **measured),))
+
+
+def confirmed(values: Sequence[Sequence[float | None]], judge: str = "clip", **others: Any) -> dict[int, Trial]:
+    """Runs by seed from ``[seed, prompt]`` of one judge, and of ``others``."""
+    return {
+        100 + at: Trial(
+            at + 1,
+            {},
+            DONE,
+            (
+                report(
+                    num_prompts=len(of_seed),
+                    by_prompt={judge: list(of_seed)} | {name: list(given[at]) for name, given in others.items()},
+                ),
+            ),
+        )
+        for at, of_seed in enumerate(values)
+    }
+
+
+def search_of(num_trials: int, num_knobs: int, seed: int = 0) -> list[Trial]:
+    """Trials over the first knobs: some stopped, one failed; stages follow the point where it has `num_stages`."""
+    rng = np.random.default_rng(seed)
+    knobs = KNOBS[:num_knobs]
+    keys = {knob["key"] for knob in knobs}
+    trials = []
+    for number in range(1, num_trials + 1):
+        point = {key: value for key, value in PAPER_POINT.items() if key in keys}
+        if number != PAPER:
+            point = _drawn(knobs, rng)
+        num_stages = point.get("curriculum.num_stages", 4)
+        goal = 0.02 + 0.01 * rng.normal() + (0.01 if point.get("training.beta", 200) > 300 else 0)
+        state = DONE
+        if number != PAPER and num_stages > 1 and rng.random() < 0.5:
+            state = STOPPED
+        if number == 5:
+            state = FAILED
+        shown = num_stages if state == DONE else int(rng.integers(1, max(2, num_stages)))
+        if state == FAILED:
+            shown = 0
+        reports = tuple(
+            report(
+                stage,
+                is_last=stage == num_stages,
+                reward=float(goal * stage / num_stages + 0.003 * rng.normal()),
+                diversity=float(0.2 - goal + 0.01 * rng.normal()),
+                implicit_accuracy=float(0.5 + 3 * goal * stage / num_stages + 0.01 * rng.normal()),
+            )
+            for stage in range(1, shown + 1)
+        )
+        error = "TrainingError: 20 updates in a row had a <b>NaN</b> loss; lower `training.learning_rate`"
+        trials.append(Trial(number, point, state, reports, error if state == FAILED else None))
+    return trials
+
+
+def _drawn(knobs: Sequence[dict[str, Any]], rng: np.random.Generator) -> Point:
+    point: Point = {}
+    for knob in knobs:
+        if any(point.get(key) not in values for key, values in knob["when"].items()):
+            continue
+        if knob["choices"]:
+            point[knob["key"]] = knob["choices"][rng.integers(len(knob["choices"]))]
+        elif knob["log"]:
+            point[knob["key"]] = float(np.exp(rng.uniform(np.log(knob["low"]), np.log(knob["high"]))))
+        else:
+            point[knob["key"]] = float(rng.uniform(knob["low"], knob["high"]))
+    return point
