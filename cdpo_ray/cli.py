@@ -61,8 +61,8 @@ TUNE_HELP = """\
 Search what the config's `search` names (any key of `curriculum` and `training`) on Ray Tune.
 
 Samples and scores are made once. Each trial is a whole staged training, judged at each stage's end on prompts that are
-neither trained on nor held out; the first trial is the paper's schedule, poor ones are stopped after an early stage. The
-best is trained again with fresh seeds beside the paper's, and both are judged on the held-out prompts.
+neither trained on nor held out; the first is the paper's schedule, poor ones are stopped after an early stage. The best
+is trained again with fresh seeds beside the paper's, and both are judged on the held-out prompts.
 
 Writes into the run's folder: trials/ (each a run), confirmation/, tune.html, tune.json, and best.yaml, which `cdpo run`
 takes. The same command goes on where it was stopped, and tries again what failed."""

@@ -55,6 +55,8 @@ import hashlib
 
 SAMPLES, SCORES, STAGES, TRAINING, EVALUATION = "1-samples", "2-scores", "3-stages", "4-training", "5-evaluation"
 VALIDATION, HELDOUT = "validation", "heldout"  # of a search: what the base model makes of these prompts
+TRIALS, CONFIRMATION, FOUND = "trials", "confirmation", "tune.json"
+TRIAL = "trial.json"
 STEP_FOLDERS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 PREFERENCE = "preference"  # the reward that judges no image: what people said, or the ranks or scores that came with it
 LABEL = "label"  # kept as a reward's scores are, though it does not rank: who was preferred

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,10 +11,24 @@ from typing import Any
 
 from cdpo_ray.errors import StoreError
 from cdpo_ray.progress.pace import duration, rate_in_words
-from cdpo_ray.records import STEP_FOLDERS
-from cdpo_ray.store import MANIFEST, RunFolder, read_json
+from cdpo_ray.records import (
+    CONFIRMATION,
+    FOUND,
+    HELDOUT,
+    SAMPLES,
+    SCORES,
+    STEP_FOLDERS,
+    TRIAL,
+    TRIALS,
+    VALIDATION,
+)
+from cdpo_ray.store import MANIFEST, RunFolder, exists, read_json
 
 STATUS = "status.json"
+SHARED_FOLDERS = (SAMPLES, SCORES, VALIDATION, HELDOUT)
+"""Steps of a search's run."""
+SEARCH_FOLDERS = (VALIDATION, HELDOUT, f"{VALIDATION}.partial", TRIALS)
+"""By one of which a search's run is known."""
 LIFE_SECONDS = 60.0  # a process that was silent for so long is taken for dead; it writes every few seconds
 
 
@@ -55,13 +70,18 @@ def run_status(run_dir: Path, *, now: datetime | None = None) -> RunStatus:
     now = now or datetime.now(UTC)
     alive = status.get("state") == "running" and _is_alive(status, now)
     lines = [str(run_dir)]
+    searches = any(exists(run_dir / folder) for folder in SEARCH_FOLDERS)
     for number, run in enumerate(rounds, start=1):
         if len(rounds) > 1:
             lines.append(f"round {number}/{len(rounds)}")
-        for folder in STEP_FOLDERS:
+        for folder in SHARED_FOLDERS if searches else STEP_FOLDERS:
             here = status if (status.get("folder"), status.get("round")) == (folder, number) else None
             lines += _step_lines(run, folder, here, alive=alive)
-    done = all(run.has(folder) for run in rounds for folder in STEP_FOLDERS)
+    if searches:
+        lines += [_trials_line(run_dir / folder) for folder in (TRIALS, CONFIRMATION)]
+        done = status.get("state") == "ended" and exists(run_dir / FOUND)
+    else:
+        done = all(run.has(folder) for run in rounds for folder in STEP_FOLDERS)
     lines += ["", *_end_lines(status, now, alive=alive, done=done)]
     return RunStatus("\n".join(lines), stands_still=not (alive or done))
 
@@ -94,6 +114,13 @@ def _step_lines(run: RunFolder, folder: str, here: dict[str, Any] | None, *, ali
     if alive and here.get("rate"):
         told += [rate_in_words(here["rate"], here["unit"]), f"{duration(here['seconds_left'])} left"]
     return [line("running" if alive else "failed" if here["state"] == "failed" else "stopped", *told), *below]
+
+
+def _trials_line(folder: Path) -> str:
+    """How many trials of a search are in which state; a line each would be long, the table of its end has them."""
+    states = Counter(read_json(path)["state"] for path in folder.glob(f"*/{TRIAL}"))
+    told = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "to do"
+    return f"  {folder.name:<14}{told}"
 
 
 def _newest_commit(partial: Path) -> str | None:

@@ -14,7 +14,7 @@ from cdpo_ray.config import Config, SearchSection
 from cdpo_ray.errors import ConfigError, SearchError, StoreError
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
-from cdpo_ray.records import HELDOUT, VALIDATION
+from cdpo_ray.records import CONFIRMATION, FOUND, HELDOUT, TRAINING, TRIALS, VALIDATION
 from cdpo_ray.resources import Demand, check_resources, how_often
 from cdpo_ray.run import run_steps
 from cdpo_ray.search.findings import best, find, spoken, spoken_objective, table_of
@@ -37,7 +37,7 @@ from cdpo_ray.search.trials import (
 )
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import SIDES_COMPARED, STEPS, demands_of, sampling_to_compare
-from cdpo_ray.store import HOW_TO_MEND, RunFolder, differences, exists, place, read_json, write_json, write_text
+from cdpo_ray.store import HOW_TO_MEND, RunFolder, delete, differences, exists, place, read_json, write_json, write_text
 from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
@@ -104,8 +104,8 @@ class _Search:
     ) -> None:
         self.config, self.search, self.run, self.progress, self.start_ray = config, search, run, progress, start_ray
         self.space = space_of(config)
-        self.trials = Trials(run.path / "trials")
-        self.confirmation = Trials(run.path / "confirmation")
+        self.trials = Trials(run.path / TRIALS)
+        self.confirmation = Trials(run.path / CONFIRMATION)
 
     @property
     def judge(self) -> str:
@@ -123,6 +123,9 @@ class _Search:
 
         total = self.search.num_trials or sum(1 for _ in grid_points(self.space))
         self._run("explore", self.trials, to_try(), VALIDATION, total=total, halving=self._halving())
+        for trial in self.trials.values():
+            if trial.state == STOPPED:
+                delete(self.trials.path / trial.name / f"{TRAINING}.partial")  # nobody goes on with its commits
 
     def leader(self) -> Trial:
         """The best of the trials that were trained to their end.
@@ -178,7 +181,7 @@ class _Search:
             num_resamples=config.evaluation.num_bootstrap_resamples,
             seed=config.run.seed,
         )
-        write_json(path / "tune.json", found)
+        write_json(path / FOUND, found)
         write_report(found, path / "tune.html")
         return f"{table_of(found)}\n{path / 'best.yaml'}\n{path / 'tune.html'}"
 

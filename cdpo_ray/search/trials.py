@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.errors import StoreError
+from cdpo_ray.records import TRIAL
 from cdpo_ray.store import make_folder, read_json, write_json
 
-TRIAL = "trial.json"
 RUNNING, STOPPED, DONE, FAILED = "running", "stopped", "done", "failed"
 OBJECTIVES = ("reward", "win_rate", "diversity", "implicit_accuracy")
 """What a report holds to be maximised; see `Validation.__call__`."""

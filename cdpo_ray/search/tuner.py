@@ -97,7 +97,14 @@ def run_trials(
         raise failures[0]
 
 
-class _Proposals(Searcher):
+class _NotKept:
+    """Tune writes itself to a disk at every turn; what it is told by us it need not."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Proposals(_NotKept, Searcher):
     def __init__(self, propose: Callable[[], Trial | None]) -> None:
         super().__init__()
         self.propose = propose
@@ -151,7 +158,7 @@ class _SeenTrial:
     config: dict[str, str]
 
 
-class _Records(Callback):
+class _Records(_NotKept, Callback):
     def __init__(self, trials: Trials, on_change: Callable[[Trial], Any]) -> None:
         self.trials = trials
         self.on_change = on_change

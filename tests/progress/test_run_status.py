@@ -153,3 +153,20 @@ def test_status_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code, "status", tmp_path / "run"], capture_output=True, text=True)
     assert (found.stdout.splitlines()[-1], found.stderr) == ("[]", "")
+
+
+def test_a_search_tells_of_its_trials_and_is_done_once_it_has_told_what_it_found(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finish(run, "1-samples", "2-scores", "validation", "heldout")
+    for number, state in enumerate(["done", "stopped", "done", "running"], start=1):
+        (run / "trials" / f"{number:03d}").mkdir(parents=True)
+        write_json(run / "trials" / f"{number:03d}" / "trial.json", {"state": state})
+    tell(run, command="cdpo tune c.yaml", folder="trials", round=1, pid=dead_pid())
+    found = run_status(run, now=NOW)
+    assert found.stands_still
+    assert "  trials        2 done, 1 running, 1 stopped\n  confirmation  to do" in found.text
+    assert "3-stages" not in found.text and found.text.endswith("next: cdpo tune c.yaml")
+    tell(run, state="ended")
+    assert run_status(run, now=NOW).stands_still, "it has not told what it found"
+    write_json(run / "tune.json", {})
+    assert not run_status(run, now=NOW).stands_still
