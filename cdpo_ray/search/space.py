@@ -1,0 +1,61 @@
+"""Config -> what a search may try; a point of it -> the configuration of one trial."""
+
+from cdpo_ray.config import Config, SearchSection, validate
+from cdpo_ray.config.curriculum import CurriculumSection
+from cdpo_ray.config.knobs import Knob
+from cdpo_ray.config.search import paper_point as point_of_paper
+from cdpo_ray.config.search import with_point
+from cdpo_ray.search.trials import Point
+
+__all__ = ["Knob", "Space", "config_of", "paper_point", "run_of", "space_of"]
+
+Space = tuple[Knob, ...]
+"""Each knob after those that it depends on."""
+
+
+def space_of(config: Config) -> Space:
+    return _search(config).knobs
+
+
+def paper_point(config: Config) -> Point:
+    """What the first trial tries: the paper's choice of everything that the paper chose whatever the model.
+
+    The rest, as the number of stages or beta, is as the config says, for it depends on the model. Where a config
+    departs from the paper in a key that no trial varies, the point holds that key too.
+    """
+    return point_of_paper(space_of(config), config.plain())
+
+
+def run_of(config: Config) -> str:
+    """The folder of the search's own run, whose images and scores the trials take."""
+    return f"{config.run.dir.rstrip('/')}/{config.run.name}"
+
+
+def config_of(config: Config, point: Point, *, name: str, run_dir: str, seed: int | None = None) -> Config:
+    """The configuration of one trial, which is an ordinary run.
+
+    Args:
+        config: of the search.
+        name: of the run.
+        run_dir: the folder that it is made in.
+        seed: what its training draws from; none: what the config says.
+
+    Raises:
+        ConfigError: the values of the point do not go together, a line a fault.
+    """
+    search = _search(config)
+    given = config.model_dump(mode="json", exclude_unset=True, exclude={"search"})
+    values = with_point(given, search.knobs, point)
+    values["run"] |= {"name": name, "dir": run_dir, "samples_from": run_of(config)}
+    if seed is not None:
+        values["training"]["seed"] = seed
+    if search.updates_per_trial:
+        curriculum = values["curriculum"]
+        num_stages = curriculum.get("num_stages", CurriculumSection.model_fields["num_stages"].default)
+        curriculum["updates_per_stage"] = search.updates_per_trial // num_stages
+    return validate(values, where=f"{run_dir.rstrip('/')}/{name}")
+
+
+def _search(config: Config) -> SearchSection:
+    assert config.search is not None, "asked of a config with a search"
+    return config.search

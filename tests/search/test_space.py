@@ -1,0 +1,149 @@
+"""A point of the space -> the configuration of one trial, the paper's first of all."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cdpo_ray.config import Config, load_config, parse_yaml, validate
+from cdpo_ray.config.knobs import REFUSED, searched_keys
+from cdpo_ray.errors import ConfigError
+from cdpo_ray.search.space import Knob, config_of, paper_point
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+SPACE = {
+    "curriculum.num_stages": [1, 2, 4, 6],
+    "training.beta": {"low": 50, "high": 1000, "log": True},
+    "curriculum.window": {"choices": [1, 2, 3], "when": {"curriculum.pacing": "sliding_window"}},
+    "curriculum.pacing": ["cumulative", "sliding_window"],
+    "training.lora.rank": {"low": 2, "high": 16},
+}
+
+
+def config(space: dict[str, Any] = SPACE, *overrides: str, **search: Any) -> Config:
+    """The quickstart with a search over this space."""
+    values = parse_yaml(QUICKSTART.read_text(), where="quickstart")
+    values["prompts"]["validation"] = {"source": "scenes", "count": 8}
+    values["search"] = {"num_trials": 4, "space": space} | search
+    for override in overrides:
+        key, _, value = override.partition("=")
+        section, name = key.split(".")
+        values[section][name] = yaml.safe_load(value)
+    return validate(values, where="quickstart")
+
+
+def trial(searched: Config, point: dict[str, Any], seed: int | None = None) -> Config:
+    return config_of(searched, point, name="003", run_dir="runs/quickstart/trials", seed=seed)
+
+
+def test_a_key_that_may_be_searched_or_why_not_is_known_of_every_field() -> None:
+    searched = set(searched_keys())
+    assert {"curriculum.order", "training.loss", "training.lora.rank", "training.guidance_range"} <= searched
+    assert not searched & {*REFUSED} and not any(key.startswith(("run.", "model.")) for key in searched)
+    plain = load_config(QUICKSTART).plain()
+    leaves = {f"{section}.{key}" for section in ("curriculum", "training") for key in plain[section] if key != "lora"}
+    assert leaves | {f"training.lora.{key}" for key in plain["training"]["lora"]} == searched | {*REFUSED}
+
+
+@pytest.mark.parametrize(
+    ("knob", "inside", "outside"),
+    [
+        (Knob("a", (1, "x", None, [2])), [1, "x", None, [2]], [2, "y", 0]),
+        (Knob("a", low=0.5, high=2.0), [0.5, 1, 2.0], [0.49, 2.1, None, "1", True]),
+        (Knob("a", low=2, high=4, is_integer=True), [2, 3, 4, 3.0], [1, 5, 2.5, True]),
+    ],
+)
+def test_a_knob_holds_what_it_may_be(knob: Knob, inside: list[Any], outside: list[Any]) -> None:
+    assert all(knob.holds(value) for value in inside)
+    assert not any(knob.holds(value) for value in outside)
+
+
+def test_the_papers_trial_takes_the_papers_choices_and_what_depends_on_the_model_from_the_config() -> None:
+    everything = SPACE | {"curriculum.order": ["easy_to_hard", "none"], "curriculum.label_noise": [0, 0.1]}
+    searched = config(everything, "curriculum.order=none", "curriculum.label_noise=0.1", "training.beta=300")
+    assert paper_point(searched) == {
+        "curriculum.num_stages": 4,
+        "training.beta": 300,
+        "curriculum.pacing": "cumulative",
+        "training.lora.rank": 8,
+        "curriculum.order": "easy_to_hard",
+        "curriculum.label_noise": 0.0,
+    }, "the window is of another pacing"
+
+
+def test_the_papers_trial_is_the_papers_also_in_keys_that_no_trial_varies() -> None:
+    beta = {"training.beta": [100, 200]}
+    assert paper_point(config(beta)) == {"training.beta": 200}
+    departs = config(beta, "curriculum.pacing=sliding_window", "curriculum.window=3", "curriculum.min_score_gap=0.5")
+    assert paper_point(departs) == {
+        "training.beta": 200,
+        "curriculum.pacing": "cumulative",
+        "curriculum.window": None,
+        "curriculum.min_score_gap": 0.0,
+    }
+    for searched in (departs, config(beta, "curriculum.preset=released-code"), config(beta, "curriculum.order=none")):
+        found = trial(searched, paper_point(searched)).curriculum
+        expected = load_config(QUICKSTART).curriculum
+        assert found == expected, "the quickstart's schedule is the paper's"
+        assert trial(searched, {"training.beta": 100}).curriculum == searched.curriculum
+
+
+def test_a_trial_is_an_ordinary_run_on_the_images_of_the_search() -> None:
+    point = {
+        "curriculum.num_stages": 2,
+        "training.beta": 77.5,
+        "curriculum.pacing": "sliding_window",
+        "curriculum.window": 1,
+        "training.lora.rank": 3,
+    }
+    searched = config()
+    found = trial(searched, point, seed=9)
+    assert (found.run.name, found.run.dir, found.run.samples_from) == (
+        "003",
+        "runs/quickstart/trials",
+        "runs/quickstart",
+    )
+    assert (found.run.seed, found.training.seed, found.search) == (searched.run.seed, 9, None)
+    assert (found.curriculum.pacing, found.curriculum.window, found.curriculum.num_stages) == ("sliding_window", 1, 2)
+    assert (found.training.beta, found.training.lora.rank, found.curriculum.updates_per_stage) == (77.5, 3, 50)
+    same = found.plain()
+    for key in ("run", "curriculum", "training", "search"):
+        same[key] = searched.plain()[key]
+    assert same == searched.plain()
+    assert trial(searched, point).training.seed is None
+    assert validate(yaml.safe_load(yaml.safe_dump(found.plain())), where="plain") == found
+
+
+@pytest.mark.parametrize(("num_stages", "updates"), [(1, 160), (2, 80), (4, 40), (6, 26)])
+def test_each_trial_has_its_share_of_the_updates_in_each_stage(num_stages: int, updates: int) -> None:
+    found = trial(config(updates_per_trial=160), {"curriculum.num_stages": num_stages})
+    assert found.curriculum.updates_per_stage == updates
+    without = {key: knob for key, knob in SPACE.items() if key != "curriculum.num_stages"}
+    assert trial(config(without, updates_per_trial=160), {}).curriculum.updates_per_stage == 40
+
+
+def test_what_does_not_matter_at_a_point_is_not_given() -> None:
+    searched = config(SPACE, "curriculum.pacing=sliding_window", "curriculum.window=3")
+    found = trial(searched, {"curriculum.pacing": "cumulative"}).curriculum
+    assert (found.pacing, found.window) == ("cumulative", None)
+    unnamed = config({"curriculum.pacing": SPACE["curriculum.pacing"]}, "curriculum.pacing=sliding_window")
+    assert trial(unnamed, {"curriculum.pacing": "cumulative"}).curriculum.window is None
+    assert trial(unnamed, {"curriculum.pacing": "sliding_window"}).curriculum.window == 2
+    losses = {
+        "training.loss": ["dpo", "robust", "sft"],
+        "training.label_smoothing": {"choices": [0.1, 0.2], "when": {"training.loss": "robust"}},
+        "training.beta": {"choices": [100, 200], "when": {"training.loss": ["dpo", "robust"]}},
+    }
+    searched = config(losses, "training.loss=robust", "training.label_smoothing=0.1")
+    found = trial(searched, {"training.loss": "sft"}).training
+    assert (found.loss, found.label_smoothing, found.beta) == ("sft", 0.0, 200), "beta must be given"
+    assert trial(config({"training.method": ["lora", "full"]}), {"training.method": "full"}).training.method == "full"
+
+
+def test_values_that_do_not_go_together_are_told_a_line_each() -> None:
+    searched = config(SPACE | {"curriculum.measure": ["rank_gap", "margin"], "curriculum.num_stages": [4, 9]})
+    with pytest.raises(ConfigError, match=r"runs/quickstart/trials/003: 1 fault\n.*have only 7 rank gaps"):
+        trial(searched, {"curriculum.num_stages": 9})
+    with pytest.raises(ConfigError, match=r"`measure` 'margin' needs `boundaries` 'equal_count'"):
+        trial(searched, {"curriculum.measure": "margin"})
