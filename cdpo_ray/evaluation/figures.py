@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -190,8 +191,8 @@ def _edges_around_zero(values: Values) -> Values:
     return width * np.arange(math.floor(low / width), math.ceil(high / width) + 1)
 
 
-def blank_figure(height_inches: float) -> Figure:
-    return Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+def blank_figure(height_inches: float, *, gap_inches: float = 3 / 72) -> Figure:
+    return Figure(figsize=(WIDTH_INCHES, height_inches), layout=ConstrainedLayoutEngine(h_pad=gap_inches))
 
 
 def inline_svg(figure: Figure, description: str) -> str:

@@ -24,6 +24,8 @@ UNCHANGED = {"reward": 0.0, "win_rate": 0.5, "implicit_accuracy": 0.5}
 """What an untrained model has."""
 
 SPREAD = 0.6  # of a category's width that the trials of one category lie apart, so that each line can be followed
+GAP = 0.08  # inches between axes that have titles
+CHARACTER = 0.0155  # width of one, as a share of an axis
 OVER_LINES = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6}
 LINES = {DONE: "-", STOPPED: (0, (4, 2)), FAILED: (0, (1, 1.5))}
 BROKEN_OFF = (0, (6, 2, 1, 2))
@@ -62,14 +64,15 @@ def parallel_coordinates(
         if known:
             _draw_scale(axes, 1 - len(rows))
         marked = _marked(paper, best)
+        width = 1.1 if len(trials) <= 24 else 0.75
         for depth, trial in enumerate(sorted(order, key=lambda trial: trial["number"] in marked)):
             number = trial["number"]
             places = [row["places"].get(number) for row in rows]
             heights = [-height for height, place in enumerate(places) if place is not None]
             xs = [place for place in places if place is not None]
-            style: dict[str, Any] = {"color": colours[number], "lw": 1.1, "ls": LINES.get(trial["state"], BROKEN_OFF)}
+            style: dict[str, Any] = {"color": colours[number], "lw": width, "ls": LINES.get(trial["state"], BROKEN_OFF)}
             if trial["state"] != DONE:
-                style |= {"lw": 0.8}
+                style |= {"lw": 0.7 * width}
             if number in marked:
                 style |= {"color": marked[number][1], "lw": 2.2, "marker": "o", "markersize": 4}
             axes.plot(xs, heights, zorder=3 + depth, solid_joinstyle="round", clip_on=False, **style)
@@ -88,7 +91,7 @@ def stage_curves(
     colours = _colours(trials, objective)
     marked = _marked(paper, best)
     with mpl.rc_context(STYLE):
-        figure = blank_figure(0.5 + 2.1 * len(measures))
+        figure = blank_figure(0.6 + 2.1 * len(measures), gap_inches=GAP)
         all_axes = figure.subplots(len(measures), 1, sharex=True, squeeze=False)[:, 0]
         for axes, measure in zip(all_axes, measures, strict=True):
             if measure in UNCHANGED:
@@ -115,7 +118,7 @@ def stage_curves(
         num_stages = max((stage["stage"] for trial in trials for stage in trial["stages"]), default=1)
         all_axes[-1].set_xlim(0.7, num_stages + 0.3)
         all_axes[-1].set_xlabel("after stage")
-        _legend(figure, trials, marked, ends=True)
+        _legend(figure, [trial for trial in trials if trial["stages"]], marked, ends=True)
         return inline_svg(figure, f"{' and '.join(map(_label, measures))} of each trial after each stage")
 
 
@@ -174,7 +177,7 @@ def pareto_scatter(
                     ls="none",
                     zorder=4 if number in marked else 3,
                 )
-                if number in marked or number in pareto:
+                if number in marked or (number in pareto and axes is all_axes[0]):
                     name = f"{number} {marked[number][0]}" if number in marked else f"{number}"
                     axes.annotate(name, place, (5, 4), textcoords="offset points", fontsize=8)
             axes.set_ylabel(_label(other))
@@ -200,7 +203,7 @@ def confirmation_dots(judges: Mapping[str, Mapping[str, Any]]) -> str:
     """
     arms = [("difference", "found − paper", INK), ("found", "found − base", BLUE), ("paper", "paper − base", GREY)]
     with mpl.rc_context(STYLE):
-        figure = blank_figure(0.35 + 1.2 * len(judges))
+        figure = blank_figure(0.35 + 1.25 * len(judges), gap_inches=GAP)
         for axes, (name, found) in zip(
             figure.subplots(len(judges), 1, squeeze=False)[:, 0], judges.items(), strict=True
         ):
@@ -272,13 +275,18 @@ def _objective_row(objective: str, trials: Sequence[Record], values: Mapping[int
 def _draw_axis(axes: Axes, height: float, row: Mapping[str, Any]) -> None:
     axes.plot([0, row["reach"]], [height, height], color=GREY, lw=0.8, zorder=0, clip_on=False)
     axes.text(0, height + 0.14, row["label"], fontsize=8.5, fontweight="bold", va="bottom", zorder=90, bbox=OVER_LINES)
-    crowded = sum(len(text) for _, text in row["ticks"]) > 60
+    crowded = any(
+        right[0] - left[0] < CHARACTER * (len(left[1]) + len(right[1]) + 2) / 2
+        for left, right in pairwise(row["ticks"])
+    )
     for index, (place, text) in enumerate(row["ticks"]):
         axes.plot([place, place], [height - 0.05, height + 0.05], color=GREY, lw=0.8, zorder=1, clip_on=False)
         drop = 0.1 + (0.15 if crowded and index % 2 else 0)
-        end = "left" if place < 0.04 else "right" if place > 0.97 else "center"
-        colour = GREY if text == "not used" else INK
-        axes.text(place, height - drop, text, fontsize=7.5, color=colour, ha=end, va="top", zorder=90, bbox=OVER_LINES)
+        colour, half = GREY if text == "not used" else INK, CHARACTER * len(text) / 2
+        x, end = (
+            (1.02, "right") if place + half > 1.02 else (-0.02, "left") if place - half < -0.02 else (place, "center")
+        )
+        axes.text(x, height - drop, text, fontsize=7.5, color=colour, ha=end, va="top", zorder=90, bbox=OVER_LINES)
 
 
 def _draw_scale(axes: Axes, height: float) -> None:

@@ -186,7 +186,8 @@ def sentence_of(found: Mapping[str, Any]) -> str:
     counts = found["counts"]
     num_trials = sum(counts[state] for state in (DONE, STOPPED))
     if leader == found["paper"]:
-        rest = "no other trial has finished yet" if num_trials == 1 else f"none of {num_trials - 1} others beat it"
+        others = num_trials - 1
+        rest = "no other trial has finished" if not others else f"{others} other{'s'[: others > 1]} did not beat it"
         return f"The paper's schedule is the best in {objective} on the validation prompts: {rest}; nothing to confirm."
     record = next(trial for trial in found["trials"] if trial["number"] == leader)
     trial = f"trial {leader}" + (f" ({record['changes']})" if len(found["best_changes"]) <= MAX_TOLD else "")

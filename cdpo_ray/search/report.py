@@ -1,6 +1,6 @@
 """What a search found -> one self-contained page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,17 @@ def _trial_row(trial: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, 
         "stage": trial["stage"] or "–",
         "interval": spoken_objective(objective, last[objective], trial["interval"]),
         "others": [spoken_objective(measure, last[measure]) for measure in _measures(found)[1:]],
-        "course": " → ".join(spoken_objective(objective, stage[objective]) for stage in stages) or "–",
+        "course": _course(objective, [stage[objective] for stage in stages]),
         "error": trial["error"],
     }
+
+
+def _course(objective: str, values: Sequence[float | None]) -> str:
+    """From stage to stage, with the digits of the largest."""
+    reached = max((abs(value) for value in values if value is not None), default=0.0)
+    places = places_of({"low": -reached, "high": reached})
+    told = [
+        spoken_objective(objective, value) if objective != "reward" or value is None else number(value, places, "+")
+        for value in values
+    ]
+    return " → ".join(told) or "–"

@@ -93,7 +93,7 @@ def report(
         "win_rate": 0.5 + 5 * middle,
         "diversity": 0.17,
         "implicit_accuracy": 0.6,
-        "judges": {judge: judged for judge in JUDGES},
+        "judges": dict.fromkeys(JUDGES, judged),
         "by_prompt": by_prompt or {judge: [middle] * num_prompts for judge in JUDGES},
         "training": {"stage": stage},
     } | measured

@@ -1,0 +1,249 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from made_up_trials import JUDGES, KNOBS, PAPER_POINT, confirmed, done, report, search_of
+
+from cdpo_ray.search.findings import best, changes, confirm, find, pareto, table_of
+from cdpo_ray.search.trials import DONE, FAILED, RUNNING, STOPPED, Trial
+
+SMALL = {"num_resamples": 2_000, "seed": 0}
+
+
+def found_of(trials, *, paper_runs=None, found_runs=None, objectives=("reward",), importance=None):
+    return find(
+        trials,
+        name="tune",
+        algorithm="tpe",
+        objectives=objectives,
+        judge="clip",
+        knobs=KNOBS,
+        num_invalid=3,
+        importance=importance,
+        paper_runs=paper_runs or {},
+        found_runs=found_runs or {},
+        best_config="runs/tune/best.yaml",
+        **SMALL,
+    )
+
+
+def gains(gain: float, *, seeds: int = 3, prompts: int = 60, noise: float = 0.01) -> tuple[np.ndarray, np.ndarray]:
+    """Differences to the base ``[seed, prompt]`` of the paper's schedule and of one that gains so much more."""
+    rng = np.random.default_rng(0)
+    paper = rng.normal(0.02, 0.05, size=(seeds, prompts))
+    return paper, paper + gain + rng.normal(0, noise, size=(seeds, prompts))
+
+
+def confirmation(gain: float, **size):
+    paper, found = gains(gain, **size)
+    return {"paper_runs": confirmed(paper.tolist()), "found_runs": confirmed(found.tolist())}
+
+
+def test_best_is_the_finished_trial_that_ended_highest() -> None:
+    fell = Trial(4, {}, DONE, (report(1, is_last=False, reward=0.9), report(2, reward=0.01)))
+    stopped = Trial(5, {}, STOPPED, (report(1, is_last=False, reward=0.8),))
+    trials = [done(1, 0.02), done(2, 0.05), done(3, 0.05), fell, stopped, Trial(6, {}, FAILED), done(7, None)]
+    assert best(trials, ["reward"]).number == 2
+    assert best(trials[::-1], ["reward"]).number == 2
+
+
+def test_another_objective_may_decide() -> None:
+    trials = [done(1, 0.05, diversity=0.1), done(2, 0.01, diversity=0.3)]
+    assert best(trials, ["diversity", "reward"]).number == 2
+
+
+@pytest.mark.parametrize("trials", [[], [Trial(1, {})], [Trial(1, {}, FAILED)], [done(1, float("nan"))]])
+def test_no_trial_is_best_while_none_has_a_value(trials) -> None:
+    assert best(trials, ["reward"]) is None
+    assert found_of(trials)["sentence"] == "No trial has finished, so no schedule was found."
+
+
+@pytest.mark.parametrize("objectives", [["reward"], ["reward", "diversity"], ["reward", "diversity", "win_rate"]])
+def test_pareto_front_equals_brute_force(objectives) -> None:
+    rng = np.random.default_rng(7)
+    table = rng.integers(0, 5, size=(30, 3)) / 10  # few values, so that there are ties
+    trials = [
+        done(number, reward, diversity=diversity, win_rate=win_rate)
+        for number, (reward, diversity, win_rate) in enumerate(table.tolist(), 1)
+    ]
+    table = table[:, : len(objectives)]
+    expected = []
+    for mine in range(30):
+        beaten = False
+        for other in range(30):
+            gained = table[other] - table[mine]
+            beaten |= bool(gained.min() >= 0 and gained.max() > 0)
+        if not beaten:
+            expected.append(mine + 1)
+    assert pareto(trials, objectives) == expected
+
+
+def test_only_finished_trials_with_all_values_are_on_the_front() -> None:
+    trials = [
+        done(1, 0.01, implicit_accuracy=0.5),
+        done(2, 0.09, implicit_accuracy=None),
+        Trial(3, {}, STOPPED, (report(reward=0.5, implicit_accuracy=0.9),)),
+    ]
+    assert pareto(trials, ["reward", "implicit_accuracy"]) == [1]
+
+
+def test_changes_name_what_the_paper_does_not_have() -> None:
+    point = PAPER_POINT | {"training.beta": 372.81, "training.lora.rank": 16, "curriculum.pacing": "sliding_window"}
+    assert changes(point | {"curriculum.window": 2}, PAPER_POINT) == (
+        "beta 373, pacing sliding_window, lora.rank 16, window 2"
+    )
+    assert changes(PAPER_POINT, PAPER_POINT) == ""
+    assert changes({}, PAPER_POINT) == ""  # a knob that is not used follows from another
+    told = changes({"a.lr": 0.000123456, "a.loud": True, "a.cap": None, "a.layers": ["q", "k"]}, {})
+    assert told == "lr 0.000123, loud true, cap none, layers q+k"
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict", "sentence"),
+    [
+        (0.05, "better", "The found schedule holds: trial 2"),
+        (
+            0.0,
+            "not told apart",
+            "The found schedule does not hold: trial 2 (beta 400) is not told apart from the paper's",
+        ),
+        (-0.05, "worse", "The found schedule does not hold: trial 2 (beta 400) is worse"),
+    ],
+)
+def test_verdict_is_that_of_fresh_seeds_on_held_out_prompts(gain, verdict, sentence) -> None:
+    trials = [done(1, 0.02, PAPER_POINT), done(2, 0.4, PAPER_POINT | {"training.beta": 400.0})]
+    found = found_of(trials, **confirmation(gain))
+    assert found["verdict"] == verdict
+    assert found["sentence"].startswith(sentence)
+    assert "on 60 held-out prompts, 3 seeds" in found["sentence"]
+
+
+def test_difference_is_paired_by_seed_and_prompt() -> None:
+    """Values that spread by 0.05 over prompts and a gain of 0.004 that does not: only pairs can tell."""
+    table, _ = confirm(**confirmation(0.004, noise=0), judge="clip", **SMALL)
+    clip = table["judges"]["clip"]
+    assert clip["difference"]["low"] == pytest.approx(0.004)
+    assert clip["verdict"] == "better"
+    assert clip["paper"]["high"] > clip["found"]["low"]
+
+
+def test_means_are_over_seeds_and_prompts_and_of_each_seed() -> None:
+    paper, found = gains(0.03)
+    table, warnings = confirm(confirmed(paper.tolist()), confirmed(found.tolist()), judge="clip", **SMALL)
+    clip = table["judges"]["clip"]
+    assert [clip[arm]["mean"] for arm in ("paper", "found", "difference")] == pytest.approx(
+        [paper.mean(), found.mean(), (found - paper).mean()]
+    )
+    np.testing.assert_allclose(clip["by_seed"]["difference"], (found - paper).mean(axis=1))
+    assert (table["seeds"], warnings) == ([100, 101, 102], [])
+
+
+def test_gain_of_one_seed_alone_does_not_hold() -> None:
+    paper = np.zeros((3, 500))
+    found = paper + np.array([[0.3], [-0.01], [-0.02]])
+    table, _ = confirm(confirmed(paper.tolist()), confirmed(found.tolist()), judge="clip", **SMALL)
+    assert table["judges"]["clip"]["difference"]["mean"] == pytest.approx(0.09)
+    assert table["judges"]["clip"]["verdict"] == "not told apart"
+
+
+def test_judge_that_finds_it_worse_is_named_though_another_decides() -> None:
+    paper, found = gains(0.05)
+    trials = [done(1, 0.02), done(2, 0.4, {"training.beta": 400.0})]
+    runs = {
+        "paper_runs": confirmed(paper.tolist(), oracle=paper.tolist()),
+        "found_runs": confirmed(found.tolist(), oracle=(paper - 0.05).tolist()),
+    }
+    sentence = found_of(trials, **runs)["sentence"]
+    assert sentence.startswith("The found schedule holds") and sentence.endswith("By oracle it is worse.")
+
+
+def test_seed_that_failed_is_left_out_of_both_and_named() -> None:
+    runs = confirmation(0.05)
+    runs["found_runs"][101] = Trial(2, {}, FAILED, (), "TrainingError: NaN")
+    del runs["paper_runs"][102]
+    table, warnings = confirm(**runs, judge="clip", **SMALL)
+    assert table["seeds"] == [100]
+    assert warnings == [
+        "seed 101 is not counted: found failed: TrainingError: NaN",
+        "seed 102 is not counted: the paper's is not trained yet",
+        "one seed only: the intervals do not tell what another seed would have given",
+    ]
+
+
+def test_prompts_without_a_score_are_left_out_and_counted() -> None:
+    paper, found = gains(0.05)
+    holes = [[None, *row[1:]] for row in paper.tolist()]
+    nothing = [[float("nan")] * 60] * 3
+    table, warnings = confirm(
+        confirmed(holes, oracle=nothing), confirmed(found.tolist(), oracle=nothing), judge="clip", **SMALL
+    )
+    assert table["judges"]["clip"]["difference"]["mean"] == pytest.approx((found - paper)[:, 1:].mean())
+    assert warnings == [
+        "clip: 1 of 60 prompts lack a score and are left out",
+        "oracle: 60 of 60 prompts lack a score and are left out",
+    ]
+    assert list(table["judges"]) == ["clip"]
+    assert confirm(confirmed(nothing), confirmed(nothing), judge="clip", **SMALL)[0] is None
+
+
+def test_paper_as_the_best_needs_no_confirmation_and_says_so() -> None:
+    found = found_of([done(1, 0.5), done(2, 0.1)], **confirmation(0.05))
+    assert found["confirmation"] is None and found["verdict"] is None
+    assert found["sentence"] == (
+        "The paper's schedule is the best in reward on the validation prompts: 1 other did not beat it; nothing to"
+        " confirm."
+    )
+
+
+def test_lead_that_is_not_confirmed_is_called_so() -> None:
+    found = found_of([done(1, 0.1), done(2, 0.5, {"training.beta": 400.0})])
+    assert found["sentence"] == (
+        "Not confirmed yet: trial 2 (beta 400) is the best of 2 in reward on the validation prompts, and the best of"
+        " many looks better than it is."
+    )
+
+
+def test_findings_are_plain_values_without_nan() -> None:
+    trials = [*search_of(12, 10), done(13, float("nan"), win_rate=float("inf"))]
+    found = found_of(trials, **confirmation(0.01), importance={"training.beta": 1.0})
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert sum(found["counts"][state] for state in (DONE, STOPPED, FAILED, RUNNING)) == 13
+    assert found["counts"]["invalid"] == 3
+
+
+def test_table_has_a_line_a_trial_then_the_schedules_by_judge_then_the_verdict() -> None:
+    trials = search_of(12, 5)
+    paper, values = gains(0.05)
+    runs = {
+        "paper_runs": confirmed(paper.tolist(), oracle=paper.tolist()),
+        "found_runs": confirmed(values.tolist(), oracle=paper.tolist()),
+    }
+    found = found_of(trials, **runs)
+    of_trials, of_schedules, verdict = table_of(found).split("\n\n")
+    assert [int(line.split()[0]) for line in of_trials.splitlines()[1:]] == list(range(1, 13))
+    assert of_trials.splitlines()[1].endswith("the paper's")
+    assert of_trials.splitlines()[found["best"]].startswith(f"{found['best']} *")
+    assert [line.split("  ")[0] for line in of_schedules.splitlines()] == [
+        "held-out prompts, to base",
+        "the paper's",
+        f"found (trial {found['best']})",
+        "found - paper",
+        "verdict",
+    ]
+    assert all(judge in of_schedules.splitlines()[0] for judge in JUDGES)
+    assert of_schedules.endswith("not told apart")
+    assert verdict == found["sentence"]
+
+
+def test_interval_of_a_trial_is_the_judges_of_its_last_report() -> None:
+    [trial] = found_of([Trial(1, {}, DONE, (report(1, reward=0.1), report(2, reward=0.2, width=0.05)))])["trials"]
+    assert trial["interval"] == pytest.approx({"mean": 0.2, "low": 0.15, "high": 0.25})
+    [trial] = found_of([done(1, 0.1)], objectives=["diversity", "reward"])["trials"]
+    assert trial["interval"] is None and trial["values"] == {"diversity": 0.17, "reward": 0.1}
+
+
+def test_findings_and_page_are_made_without_torch_or_ray() -> None:
+    code = "import cdpo_ray.search.report, sys; print([name for name in ('torch', 'ray') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
