@@ -223,7 +223,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_models: TinyModels, fam
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["stable_diffusion", "flux"])
+@pytest.mark.parametrize("family", [pytest.param("stable_diffusion", marks=pytest.mark.nightly), "flux"])
 def test_a_compiled_net_gives_the_eager_losses_and_its_reference_is_the_base(
     tiny_models: TinyModels, family: str
 ) -> None:

@@ -1,0 +1,57 @@
+"""Trials in their files: nothing twice, nothing lost."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdpo_ray.errors import StoreError
+from cdpo_ray.search.trials import DONE, RUNNING, Trial, Trials, read_trial
+
+
+def stage_report(stage: int, *, is_last: bool = False) -> dict[str, Any]:
+    return {"stage": stage, "is_last": is_last, "reward": 0.1 * stage}
+
+
+def test_files_give_back_what_was_put(tmp_path: Path) -> None:
+    trials = Trials(tmp_path)
+    trials.put(Trial(2, {"training.beta": 300.0, "curriculum.window": None}))
+    trials.put(Trial(1, {"training.beta": 200}, seed=7))
+    trials.add_report("002", stage_report(1))
+    again = Trials(tmp_path)
+    assert again == trials
+    assert [*again] == ["001-seed-7", "002"], "by number"
+    assert again["002"].point == {"training.beta": 300.0, "curriculum.window": None}
+
+
+def test_a_stage_that_is_reported_again_changes_nothing(tmp_path: Path) -> None:
+    trials = Trials(tmp_path)
+    trials.put(Trial(1, {}))
+    first = trials.add_report("001", stage_report(1))
+    assert trials.add_report("001", stage_report(1)) is first
+    assert Trials(tmp_path)["001"].reports == ({**stage_report(1), "order": 1},)
+
+
+def test_reports_are_numbered_over_all_trials(tmp_path: Path) -> None:
+    trials = Trials(tmp_path)
+    for number in (1, 2):
+        trials.put(Trial(number, {}))
+    for name, stage in (("001", 1), ("002", 1), ("001", 2)):
+        trials.add_report(name, stage_report(stage))
+    orders = {trial.name: [report["order"] for report in trial.reports] for trial in Trials(tmp_path).values()}
+    assert orders == {"001": [1, 3], "002": [2]}
+
+
+def test_the_report_of_the_last_stage_makes_a_trial_done_whoever_was_killed_after_it(tmp_path: Path) -> None:
+    trials = Trials(tmp_path)
+    trials.put(Trial(1, {}))
+    assert trials.add_report("001", stage_report(1)).state == RUNNING
+    assert trials.add_report("001", stage_report(2, is_last=True)).state == DONE
+    assert Trials(tmp_path)["001"].state == DONE
+
+
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:
+    Trials(tmp_path).put(Trial(1, {}))
+    (tmp_path / "001" / "trial.json").write_text('{"number": 1')
+    with pytest.raises(StoreError, match=r"001/trial\.json: is damaged .*; delete .*001 to try that point anew"):
+        read_trial(tmp_path / "001")

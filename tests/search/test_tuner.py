@@ -1,0 +1,121 @@
+"""Ray Tune runs trials: which it stops, and what is left of those that crash or are broken off."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cdpo_ray.errors import TrainingError
+from cdpo_ray.search.trials import DONE, FAILED, RUNNING, STOPPED, Halving, Trial, Trials, read_trial
+from cdpo_ray.session import ray_session
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+NUM_STAGES = 4
+BY_REWARD = Halving("reward", max_stages=NUM_STAGES, grace_stages=1, reduction_factor=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    with ray_session():
+        from ray import cloudpickle
+
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a trial's process does not find tests
+        yield
+
+
+def stage_report(stage: int, reward: float) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "is_last": stage == NUM_STAGES,
+        "reward": reward,
+        "win_rate": 0.5,
+        "diversity": 0.1,
+        "implicit_accuracy": None,
+    }
+
+
+def climb(name: str, report: Callable[[dict[str, Any]], None], *, trials_dir: Path) -> None:
+    """In place of a training: each stage is worth what the point says, unless that tells it to end otherwise."""
+    trial = read_trial(trials_dir / name)
+    with (trials_dir / name / "starts").open("a") as starts:
+        starts.write("started\n")
+    for stage in range(trial.last_stage + 1, NUM_STAGES + 1):
+        if stage == 2 and trial.point.get("ends") == "error of ours":
+            raise TrainingError("training: loss was not finite; lower `training.learning_rate`")
+        if stage == 2 and trial.point.get("ends") == "error":
+            raise RuntimeError("somebody else's code")
+        if (
+            stage == 2
+            and trial.point.get("ends") == "kill"
+            and (trials_dir / name / "starts").read_text().count("\n") == 1
+        ):
+            os.kill(os.getpid(), 9)
+        report(stage_report(stage, trial.point["worth"] * stage))
+
+
+def run(trials: Trials, points: list[dict[str, Any]], again: tuple[str, ...] = (), **options: Any) -> list[Trial]:
+    """Trials of these points, after those that are taken up again; returns them as they became, step by step."""
+    from cdpo_ray.search.tuner import run_trials
+
+    told: list[Trial] = []
+    waiting = [trials[name] for name in again]
+    waiting += [Trial(len(trials) + index, point) for index, point in enumerate(points, start=1)]
+
+    def propose() -> Trial | None:
+        return trials.put(replace(waiting.pop(0), state=RUNNING)) if waiting else None
+
+    arguments = {"max_concurrent_trials": 1, "halving": BY_REWARD, "max_restarts": 1} | options
+    run_trials(trials, propose, functools.partial(climb, trials_dir=trials.path), on_change=told.append, **arguments)
+    return told
+
+
+def test_a_poor_trial_ends_after_its_first_stage(tmp_path: Path) -> None:
+    trials = Trials(tmp_path)
+    run(trials, [{"worth": 1.0}, {"worth": 5.0}, {"worth": 3.0}, {"worth": 2.0}])
+    reached = {trial.point["worth"]: (trial.state, trial.last_stage) for trial in trials.values()}
+    # By hand, in this order: 5 is above 1. 3 is the median of 1 and 5 at the first stage, and goes on; at the second it
+    # is 6, the median of 2 and 10; at the fourth all have ended. 2 is below 3, the median of 1, 5 and 3.
+    assert reached == {1.0: (DONE, 4), 5.0: (DONE, 4), 3.0: (DONE, 4), 2.0: (STOPPED, 1)}
+    orders = [report["order"] for trial in trials.values() for report in trial.reports]
+    assert sorted(orders) == list(range(1, 14))
+    assert Trials(tmp_path) == trials, "the files say the same"
+
+
+def test_fault_28_a_trial_that_crashes_or_fails_holds_up_no_other(tmp_path: Path) -> None:
+    trials = Trials(tmp_path)
+    points = [
+        {"worth": 1.0},
+        {"worth": 1.0, "ends": "kill"},
+        {"worth": 1.0, "ends": "error"},
+        {"worth": 1.0, "ends": "error of ours"},
+        {"worth": 1.0},
+    ]
+    run(trials, points, halving=None)
+    whole, killed, broken, failed, last = trials.values()
+    assert (whole.state, last.state) == (DONE, DONE)
+    assert killed.state == DONE and [report["stage"] for report in killed.reports] == [1, 2, 3, 4]
+    assert (broken.state, broken.last_stage, broken.error) == (FAILED, 1, "RuntimeError: somebody else's code")
+    assert failed.state == FAILED and (failed.error or "").startswith("TrainingError: training: loss was not finite")
+    starts = [len((tmp_path / trial.name / "starts").read_text().splitlines()) for trial in trials.values()]
+    assert starts == [1, 2, 2, 1, 1], "no restart mends an error of ours"
+
+
+def test_fault_28_a_search_that_was_broken_off_stops_what_it_would_have_stopped(tmp_path: Path) -> None:
+    trials = Trials(tmp_path)
+    for number, worth in enumerate([4.0, 6.0, 5.0], start=1):
+        trials.put(Trial(number, {"worth": worth}))
+    trials.add_report("002", stage_report(1, 6.0))
+    trials.add_report("001", stage_report(1, 4.0))  # below 6, but the paper's goes on however poor it is
+    trials.add_report("003", stage_report(1, 4.5))  # below 5, the median; the process was killed before it said so
+    again = Trials(tmp_path)
+    told = run(again, [{"worth": 1.0}], again=("001", "002"))
+    assert again["003"].state == STOPPED and again["004"].state == STOPPED
+    assert again["001"].state == DONE and again["002"].state == DONE
+    for name in ("001", "002"):
+        assert [report["stage"] for report in again[name].reports] == [1, 2, 3, 4], "no stage twice"
+    assert [trial.last_stage for trial in told if trial.name == "001"] == [2, 3, 4], "it went on where it was"
