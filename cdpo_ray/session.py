@@ -58,6 +58,10 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
     elif "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this process and its children only
+    if not in_cluster:
+        os.environ.setdefault(
+            "RAY_worker_maximum_startup_concurrency", "8"
+        )  # with fewer it prints that trials have many
     if not in_cluster and not verbose:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its core logs warnings of its own making as errors
     import ray  # the environment above is read at import

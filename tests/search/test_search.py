@@ -1,0 +1,144 @@
+"""`cdpo tune` in a process of its own: killed, taken up again, and what it leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cdpo_ray.config import load_config
+from cdpo_ray.search.trials import DONE, RUNNING, STOPPED, Trial, Trials
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+CDPO = Path(sys.executable).with_name("cdpo")
+LORA = "4-training/lora/pytorch_lora_weights.safetensors"
+SETTINGS: dict[str, Any] = {
+    "run": {"name": "tune", "dir": "runs"},
+    "prompts": {
+        "train": {"source": "scenes", "count": 8},
+        "validation": {"source": "scenes", "count": 6},
+        "heldout": {"source": "scenes", "count": 4},
+    },
+    "model": {"path": "embedded"},
+    "generation": {"images_per_prompt": 4, "num_denoising_steps": 3, "guidance_scale": 1.0},
+    "rewards": {"names": ["clip"]},
+    "curriculum": {"num_stages": 3, "updates_per_stage": 2},
+    "training": {"beta": 200, "learning_rate": 5e-4, "global_batch_size": 4, "updates_per_commit": 1},
+    "evaluation": {"images_per_prompt": 2, "judges": ["clip", "oracle"], "num_margin_draws": 1},
+    "search": {
+        "algorithm": "random",
+        "num_trials": 3,
+        "max_concurrent_trials": 2,
+        "images_per_prompt": 2,
+        "early_prompts": 3,
+        "confirm_seeds": 1,
+        "space": {
+            "training.beta": {"low": 50, "high": 1000, "log": True},
+            "training.learning_rate": [5e-4, 2e-3, 5e-3],
+        },
+    },
+}
+
+
+class Search:
+    """A folder in which `cdpo tune` is called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run = folder, folder / "runs" / "tune"
+        (folder / "tune.json").write_text(json.dumps(SETTINGS))
+
+    def start(self, *overrides: str) -> "subprocess.Popen[str]":
+        command = [CDPO, "tune", "tune.json", *overrides]
+        return subprocess.Popen(
+            command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def finish(self, *overrides: str) -> tuple[str, str]:
+        process = self.start(*overrides)
+        said, told = process.communicate(timeout=400)
+        assert process.returncode == 0, told
+        return said, told
+
+    def trials(self, folder: str = "trials") -> list[Trial]:
+        return [*Trials(self.run / folder).values()]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, list[Trial], str, str]:
+    """A search whose driver was killed after a trial's first stage, and that was taken up again to its end."""
+    search = Search(tmp_path_factory.mktemp("search"))
+    process = search.start()
+    while not any(trial.reports for trial in search.trials()):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    found = search.trials()
+    return search, found, *search.finish()
+
+
+def test_fault_28_a_killed_search_goes_on_and_no_trial_is_lost_or_trained_twice(
+    killed: tuple[Search, list[Trial], str, str],
+) -> None:
+    search, before, _, told = killed
+    trials = search.trials()
+    assert before and any(trial.state == RUNNING and trial.reports for trial in before), "it was broken off in a trial"
+    assert [trial.number for trial in trials] == [1, 2, 3] and trials[0].state == DONE
+    for trial in trials:
+        assert trial.state in (DONE, STOPPED)
+        assert [report["stage"] for report in trial.reports] == list(range(1, trial.last_stage + 1))
+    for was, now in zip(before, trials, strict=False):
+        assert now.point == was.point and now.reports[: len(was.reports)] == was.reports
+    orders = [report["order"] for trial in trials for report in trial.reports]
+    assert sorted(orders) == list(range(1, len(orders) + 1))
+    assert told.count("done already") == 4, "images and scores were not made again"
+
+
+def test_the_best_and_the_papers_are_trained_anew_and_judged_on_held_out_prompts(
+    killed: tuple[Search, list[Trial], str, str],
+) -> None:
+    search, _, said, _ = killed
+    found = json.loads((search.run / "tune.json").read_text())
+    confirmed = search.trials("confirmation")
+    if found["best"] == 1:
+        assert not confirmed and "nothing to confirm" in said
+        return
+    assert {(trial.number, trial.seed, trial.state) for trial in confirmed} == {(1, 1, DONE), (found["best"], 1, DONE)}
+    for trial in confirmed:
+        assert [report["is_last"] for report in trial.reports] == [True]
+        assert trial.reports[0]["num_prompts"] == SETTINGS["prompts"]["heldout"]["count"]
+    assert found["sentence"] in said
+
+
+def test_a_search_that_is_done_trains_nothing_and_finds_the_same(
+    killed: tuple[Search, list[Trial], str, str],
+) -> None:
+    search, _, said, _ = killed
+    written = {path: path.stat().st_mtime for path in search.run.glob("*/*/trial.json")}
+    again, told = search.finish()
+    assert again == said and "explore" not in told
+    assert written == {path: path.stat().st_mtime for path in search.run.glob("*/*/trial.json")}
+
+
+@pytest.mark.nightly
+def test_the_best_schedule_run_by_itself_trains_what_its_trial_trained(
+    killed: tuple[Search, list[Trial], str, str],
+) -> None:
+    search, _, _, _ = killed
+    found = json.loads((search.run / "tune.json").read_text())
+    config = load_config(search.run / "best.yaml")
+    assert config.search is None and config.run.name == "tune-best"
+    subprocess.run([CDPO, "run", search.run / "best.yaml"], cwd=search.folder, check=True, timeout=300)
+    trained, alone = (
+        load_file(folder / LORA)
+        for folder in (search.run / "trials" / f"{found['best']:03d}", search.folder / "runs" / "tune-best")
+    )
+    assert trained and all(torch.equal(value, alone[name]) for name, value in trained.items())
+    assert (search.folder / "runs" / "tune-best" / "report.html").exists()
