@@ -205,7 +205,8 @@ def test_a_search_is_told_before_it_is_paid() -> None:
         f"  confirmation 6 trainings: the best and the paper's with 3 other seeds, {6 * 300:,} updates at most, judged"
         " on the held-out prompts",
     ]
-    assert "5 to validate by" in str(make_plan(config("prompts.validation={source: scenes, count: 5}"), SEARCHED))
+    validated = config("prompts.validation={source: scenes, count: 5}")
+    assert "96 held out, 5 to validate by (of 229: " in str(make_plan(validated, read_prompts(validated)))
     assert "validate" not in str(make_plan(config(), PROMPTS)) and "search" not in str(make_plan(config(), PROMPTS))
 
 
