@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from cdpo_ray.config import Config
+from cdpo_ray.config import Config, SearchSection
+from cdpo_ray.config.knobs import grid_points
+from cdpo_ray.config.search import paper_point
 from cdpo_ray.curriculum.capacity import stage_capacities
 from cdpo_ray.curriculum.stages import ORDERED, admitted_gaps, admitted_levels, count_pairs
 from cdpo_ray.models.sizes import Sizes, sizes_of
@@ -37,9 +39,10 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
     heldout_images = 2 * len(prompts.heldout) * config.evaluation.images_per_prompt
     noise_prompts = min(config.rewards.noise_prompts, len(prompts.train))
     noise = f"; {noise_prompts} prompts scored twice for the rewards' noise" if noise_prompts else ""
+    validated = f", {len(prompts.validation):,} to validate by" if prompts.validation else ""
     lines = [
         f"run {config.run.name} in {place(config.run.dir) / config.run.name}",
-        f"  prompts      {len(prompts.train):,} to train on, {len(prompts.heldout):,} held out"
+        f"  prompts      {len(prompts.train):,} to train on, {len(prompts.heldout):,} held out{validated}"
         f" (of {prompts.num_read:,}: {prompts.num_doubled:,} doubled, {prompts.num_empty:,} empty,"
         f" {prompts.num_beyond_count:,} beyond `count` left out)",
         samples,
@@ -86,6 +89,8 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
         lines.append(
             f"  rounds       {config.rounds}, each of all of the above; the adapter of one generates for the next"
         )
+    if config.search:
+        lines += _search(config, config.search, len(prompts.validation))
     return Plan(lines)
 
 
@@ -102,6 +107,42 @@ def same_beta_elsewhere(beta: float, num_latent_values: int | None) -> list[str]
         f"diffusers' SD script (kappa = beta): beta {kappa:g}",
         f"released Curriculum-DPO code (kappa is 1000, its beta is not read): {kappa / 1000:g} times as strong",
         f"errors summed over N latent values: kappa {by_sum}",
+    ]
+
+
+def _search(config: Config, search: SearchSection, num_prompts: int) -> list[str]:
+    """What `cdpo tune` would do on the samples and scores of the run."""
+    curriculum = config.curriculum
+    num_stages = search.largest("curriculum.num_stages", curriculum.num_stages)
+    per_stage = search.largest("curriculum.updates_per_stage", curriculum.updates_per_stage)
+    num_updates = search.updates_per_trial or num_stages * per_stage
+    in_grid = sum(1 for _ in grid_points(search.knobs)) if search.num_trials is None else 0
+    apart = {*paper_point(search.knobs, config.plain())} - {*search.space}  # then no point of the grid is the paper's
+    num_trials = search.num_trials or in_grid + bool(apart)
+    objectives = f"{search.objectives[0]} by {config.search_judge}"
+    if len(search.objectives) > 1:
+        objectives += f", and {', '.join(search.objectives[1:])}; what no other trial beats in all is kept"
+    stops = search.stop_early.stages(num_stages) if search.stop_early else []
+    stopping = "every trial is trained to its end"
+    if search.stop_early and stops:
+        one_in = f"{search.stop_early.reduction_factor:g}"
+        stopping = f"after stage {', '.join(map(str, stops))} about one trial in {one_in} goes on"
+    at_once = search.max_concurrent_trials
+    early = min(search.early_prompts or num_prompts, num_prompts)
+    before = f", of {early:,} before the last" if early < num_prompts else ""
+    confirmed = 2 * search.confirm_seeds
+    return [
+        f"  search       {'up to ' if in_grid else ''}{num_trials:,} trials by {search.algorithm} for {objectives};"
+        " the first is the paper's schedule",
+        *(f"                 {knob.sentence}" for knob in search.knobs),
+        f"               {stopping}; {f'{at_once} at once' if at_once else 'as many at once as fit'}",
+        f"               at most {num_trials * num_updates:,} updates, {num_updates:,} a trial",
+        f"  validation   {num_prompts * search.images_per_prompt:,} images of {num_prompts:,} prompts after each"
+        f" stage{before}",
+        f"  confirmation {confirmed} trainings: the best and the paper's with {search.confirm_seeds} other seeds,"
+        f" {confirmed * num_updates:,} updates at most, judged on the held-out prompts"
+        if confirmed
+        else "  confirmation none: `search.confirm_seeds` is 0",
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cdpo_ray.config import Config, load_config
+from cdpo_ray.config.search import StopEarly
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.plan import make_plan, same_beta_elsewhere
 from cdpo_ray.prompts.sources import PromptSplit
@@ -181,3 +182,68 @@ def test_of_ranked_folders_no_more_is_told_than_is_known_and_too_many_stages_are
         ConfigError, match=r"is 3, but at most 3 images of a prompt were ranked, which have only 2 rank"
     ):
         read_prompts(config(*given, "curriculum.num_stages=3"))
+
+
+SEARCHED = PromptSplit(PROMPTS.train, PROMPTS.heldout, 30, validation=[f"v{i}" for i in range(5)])
+SEARCH = "num_trials: 12, space: {curriculum.num_stages: [1, 2, 4, 6], training.beta: {low: 50, high: 1000, log: true}}"
+
+
+def search_lines(search: str, *overrides: str) -> list[str]:
+    given = ("prompts.validation={source: scenes, count: 5}", f"search={{{search}}}", *overrides)
+    lines = make_plan(config(*given), SEARCHED).lines
+    return lines[next(i for i, line in enumerate(lines) if line.startswith("  search")) :]
+
+
+def test_a_search_is_told_before_it_is_paid() -> None:
+    assert search_lines(SEARCH) == [
+        "  search       12 trials by tpe for reward by clip; the first is the paper's schedule",
+        "                 curriculum.num_stages: 1, 2, 4, 6",
+        "                 training.beta: numbers from 50 to 1000, drawn by logarithm",
+        "               after stage 1, 2, 4 about one trial in 2 goes on; as many at once as fit",
+        f"               at most {12 * 6 * 50:,} updates, 300 a trial",
+        "  validation   20 images of 5 prompts after each stage",
+        f"  confirmation 6 trainings: the best and the paper's with 3 other seeds, {6 * 300:,} updates at most, judged"
+        " on the held-out prompts",
+    ]
+    validated = config("prompts.validation={source: scenes, count: 5}")
+    assert "96 held out, 5 to validate by (of 229: " in str(make_plan(validated, read_prompts(validated)))
+    assert "validate" not in str(make_plan(config(), PROMPTS)) and "search" not in str(make_plan(config(), PROMPTS))
+
+
+def test_a_searchs_plan_follows_its_settings() -> None:
+    others = (
+        "updates_per_trial: 160, objectives: [win_rate, diversity], stop_early: null, judge: oracle, early_prompts: 2,"
+        " images_per_prompt: 2, confirm_seeds: 0, max_concurrent_trials: 2, algorithm: random, " + SEARCH
+    )
+    first, *_, stopping, updates, validation, confirmation = search_lines(others)
+    assert "trials by random for win_rate by oracle, and diversity; what no other trial beats in all is kept" in first
+    assert stopping.strip() == "every trial is trained to its end; 2 at once"
+    assert numbers(updates) == [12 * 160, 160]
+    assert validation.strip().endswith("10 images of 5 prompts after each stage, of 2 before the last")
+    assert confirmation == "  confirmation none: `search.confirm_seeds` is 0"
+
+
+def test_a_grids_trials_are_counted_the_papers_beside_them_where_it_is_none_of_them() -> None:
+    grid = (
+        "algorithm: grid, space: {training.beta: [100, 200], curriculum.pacing: [cumulative, sliding_window],"
+        " curriculum.window: {choices: [1, 2, 3], when: {curriculum.pacing: sliding_window}}}"
+    )
+    assert search_lines(grid)[0].startswith(f"  search       up to {2 * (1 + 3)} trials by grid for reward")
+    assert search_lines(grid, "curriculum.order=none")[0].startswith("  search       up to 9 trials by grid")
+
+
+@pytest.mark.parametrize(
+    ("stop_early", "num_stages", "stages"),
+    [
+        ({}, 6, [1, 2, 4]),
+        ({}, 4, [1, 2]),
+        ({}, 1, []),
+        ({"grace_stages": 2}, 9, [2, 4, 8]),
+        ({"reduction_factor": 3}, 10, [1, 3, 9]),
+        ({"reduction_factor": 1.1}, 4, [1, 2, 3]),
+    ],
+)
+def test_a_trial_may_be_stopped_where_as_many_stages_were_trained_as_the_reduction_asks(
+    stop_early: dict[str, float], num_stages: int, stages: list[int]
+) -> None:
+    assert StopEarly(**stop_early).stages(num_stages) == stages

@@ -51,6 +51,11 @@ class Knob:
         return is_number and self.low <= value <= self.high and (not self.is_integer or value == int(value))
 
     @property
+    def largest(self) -> Any:
+        """Of what it may be, all numbers."""
+        return max(self.choices) if self.high is None else self.high
+
+    @property
     def sentence(self) -> str:
         """What it may be, for people."""
         what = ", ".join(map(str, self.choices))
@@ -67,6 +72,21 @@ def ordered(knobs: Sequence[Knob]) -> tuple[Knob, ...]:
     while ready := [knob for knob in knobs if knob.key not in placed and {*knob.when} <= {*placed}]:
         placed[ready[0].key] = ready[0]
     return tuple(placed.values())
+
+
+def grid_points(knobs: Sequence[Knob]) -> Iterator[dict[str, Any]]:
+    """Every point of a space of choices once, the last knob changing fastest; each knob after what it depends on."""
+
+    def points(left: Sequence[Knob], point: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if not left:
+            yield point
+        elif not left[0].is_active(point):
+            yield from points(left[1:], point)
+        else:
+            for choice in left[0].choices:
+                yield from points(left[1:], point | {left[0].key: choice})
+
+    return points(knobs, {})
 
 
 def searched_keys(sections: Mapping[str, type[BaseModel]] = SECTIONS) -> Iterator[str]:

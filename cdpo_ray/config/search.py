@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import itertools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -132,10 +134,18 @@ SearchedKey = Annotated[str, AfterValidator(_may_be_searched)]
 
 
 class StopEarly(Section):
-    """After each stage, from the ``grace_stages``-th, one trial in ``reduction_factor`` goes on (ASHA)."""
+    """ASHA: after ``grace_stages``, and after each ``reduction_factor`` times as many, one trial in as many goes on."""
 
     reduction_factor: Annotated[float, Field(gt=1)] = 2
     grace_stages: Annotated[int, Field(ge=1)] = 1
+
+    def stages(self, num_stages: int) -> list[int]:
+        """After which trials of at most so many stages may be stopped."""
+        rungs = itertools.takewhile(
+            lambda stage: stage < num_stages,
+            (math.ceil(self.grace_stages * self.reduction_factor**rung) for rung in itertools.count()),
+        )
+        return list(dict.fromkeys(rungs))
 
 
 class SearchSection(Section):
@@ -184,6 +194,10 @@ class SearchSection(Section):
     def knobs(self) -> tuple[Knob, ...]:
         """What is tried, each after those that it depends on."""
         return _knobs(self.space)
+
+    def largest(self, key: str, otherwise: int) -> int:
+        """The largest number that a trial may have at a key, which is ``otherwise`` where it is not tried."""
+        return max([knob.largest for knob in self.knobs if knob.key == key], default=otherwise)
 
 
 def paper_point(knobs: Sequence[Knob], plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -232,12 +232,10 @@ class Config(Section):
             for knob in outside
         ]
         if search.updates_per_trial:
-            space = {knob.key: knob for knob in search.knobs}
-            searched = space.get("curriculum.num_stages")
-            most = max(searched.choices or (searched.high,)) if searched else self.curriculum.num_stages
-            if search.updates_per_trial < (most or 0):
+            most = search.largest("curriculum.num_stages", self.curriculum.num_stages)
+            if search.updates_per_trial < most:
                 faults.append(
-                    f"`search.updates_per_trial` must be at least {most:g}, an update for each of as many stages, got"
+                    f"`search.updates_per_trial` must be at least {most}, an update for each of as many stages, got"
                     f" {search.updates_per_trial}"
                 )
         if not faults:

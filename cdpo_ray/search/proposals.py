@@ -16,8 +16,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from cdpo_ray.config.knobs import grid_points
 from cdpo_ray.curriculum.randomness import random_words, unit_interval
-from cdpo_ray.search.space import Knob, Space
+from cdpo_ray.search.space import Knob, Space, is_in
 from cdpo_ray.search.trials import DONE, RUNNING, STOPPED, Point, Trial
 
 MAX_ATTEMPTS = 200
@@ -72,21 +73,6 @@ def propose(
     return Proposal(None, num_invalid, num_known)
 
 
-def grid_points(space: Space) -> Iterator[Point]:
-    """Every point of a space of choices once, the last knob changing fastest."""
-
-    def points(left: Space, point: Point) -> Iterator[Point]:
-        if not left:
-            yield point
-        elif not left[0].is_active(point):
-            yield from points(left[1:], point)
-        else:
-            for choice in left[0].choices:
-                yield from points(left[1:], point | {left[0].key: choice})
-
-    return points(space, {})
-
-
 def _by_grid(
     space: Space, objectives: Sequence[str], number: int, known: Sequence[Trial], seed: int
 ) -> Iterator[Point]:
@@ -109,7 +95,7 @@ def _at_random(
 def _by_tpe(space: Space, objectives: Sequence[str], number: int, known: Sequence[Trial], seed: int) -> Iterator[Point]:
     """By a study of Optuna that is told what is known and asked once."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    trials = [known_trial for trial in known if (known_trial := told(space, objectives, trial))]
+    trials = [known_trial for trial in known if (known_trial := _told(space, objectives, trial))]
     for attempt in range(MAX_ATTEMPTS):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is experimental in Optuna
@@ -158,14 +144,14 @@ def _within(knob: Knob, value: float) -> float:
     return min(max(round(value) if knob.is_integer else float(f"{value:.4g}"), knob.low), knob.high)
 
 
-def told(space: Space, objectives: Sequence[str], trial: Trial) -> FrozenTrial | None:
+def _told(space: Space, objectives: Sequence[str], trial: Trial) -> FrozenTrial | None:
     """A trial as Optuna knows it, choices by their place; none if the space does not hold it.
 
     What ended is told by its last report, of an early stage if it was stopped; what reported no number has failed.
     """
-    active = [knob for knob in space if knob.is_active(trial.point)]
-    if any(knob.key not in trial.point or not knob.holds(trial.point[knob.key]) for knob in active):
+    if not is_in(space, trial.point):
         return None
+    active = [knob for knob in space if knob.is_active(trial.point)]
     last = trial.reports[-1] if trial.reports else {}
     values = [float("nan") if last.get(name) is None else float(last[name]) for name in objectives]
     is_judged = trial.state in (DONE, STOPPED) and all(map(math.isfinite, values))

@@ -7,7 +7,7 @@ from cdpo_ray.config.search import paper_point as point_of_paper
 from cdpo_ray.config.search import with_point
 from cdpo_ray.search.trials import Point
 
-__all__ = ["Knob", "Space", "config_of", "paper_point", "run_of", "space_of"]
+__all__ = ["Knob", "Space", "config_of", "is_in", "paper_point", "run_of", "space_of"]
 
 Space = tuple[Knob, ...]
 """Each knob after those that it depends on."""
@@ -15,6 +15,11 @@ Space = tuple[Knob, ...]
 
 def space_of(config: Config) -> Space:
     return _search(config).knobs
+
+
+def is_in(space: Space, point: Point) -> bool:
+    """Whether every knob that matters at a point has a value that it may have."""
+    return all(knob.key in point and knob.holds(point[knob.key]) for knob in space if knob.is_active(point))
 
 
 def paper_point(config: Config) -> Point:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cdpo_ray.search.proposals import ALGORITHMS, Proposal, grid_points, propose
+from cdpo_ray.config.knobs import grid_points
+from cdpo_ray.search.proposals import ALGORITHMS, Proposal, propose
 from cdpo_ray.search.space import Knob, Space
 from cdpo_ray.search.trials import DONE, FAILED, RUNNING, STOPPED, Point, Trial
 

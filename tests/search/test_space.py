@@ -1,5 +1,7 @@
 """A point of the space -> the configuration of one trial, the paper's first of all."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +149,12 @@ def test_values_that_do_not_go_together_are_told_a_line_each() -> None:
         trial(searched, {"curriculum.num_stages": 9})
     with pytest.raises(ConfigError, match=r"`measure` 'margin' needs `boundaries` 'equal_count'"):
         trial(searched, {"curriculum.measure": "margin"})
+
+
+def test_the_space_is_known_without_torch_ray_and_optuna() -> None:
+    code = (
+        "import sys; import cdpo_ray.search.space;"
+        "print(sorted({'torch', 'ray', 'optuna', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
