@@ -43,7 +43,7 @@ def parallel_coordinates(
     So the names of choices have room beside each other, and ten knobs are as readable as two, on a phone too.
 
     Args:
-        knobs: `key`, and `choices`, or `low`, `high` and `log`.
+        knobs: `key`, and `choices`, or `low`, `high`, `log` and `is_integer`.
         paper, best: numbers of the trials that are marked.
     """
     colours = _colours(trials, objective)
@@ -113,10 +113,10 @@ def stage_curves(
                     stages[-1:], values[-1:], color=colours[number], marker=end, markersize=4, zorder=2, ls="none"
                 )
             axes.set_title(_label(measure))
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             axes.grid(visible=False, axis="x")
         num_stages = max((stage["stage"] for trial in trials for stage in trial["stages"]), default=1)
         all_axes[-1].set_xlim(0.7, num_stages + 0.3)
+        all_axes[-1].set_xticks(range(1, num_stages + 1, math.ceil(num_stages / 10)))
         all_axes[-1].set_xlabel("after stage")
         _legend(figure, [trial for trial in trials if trial["stages"]], marked, ends=True)
         return inline_svg(figure, f"{' and '.join(map(_label, measures))} of each trial after each stage")
@@ -365,7 +365,11 @@ def _ranged(low: float, high: float, *, log: bool) -> Callable[[float], float]:
 def _tick_values(knob: Mapping[str, Any]) -> list[float]:
     """Round numbers between the ends of a range, and the ends."""
     low, high = knob["low"], knob["high"]
-    locator = LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,)) if knob["log"] else MaxNLocator(5)
+    locator = (
+        LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,))
+        if knob["log"]
+        else MaxNLocator(5, integer=knob["is_integer"])
+    )
     to_place = _ranged(low, high, log=knob["log"])
     between = [tick for tick in locator.tick_values(low, high) if 0.09 < to_place(tick) < 0.91 and low < tick < high]
     return [low, *between, high]

@@ -100,7 +100,8 @@ def find(
         algorithm: that proposed them, as the config calls it.
         objectives: the first decides.
         judge: by whose score `reward` and `win_rate` are, and the verdict.
-        knobs: of the space, `space.Knob` as plain values.
+        knobs: of the space, `config.knobs.Knob` as plain values. What the paper's point has beyond them, since the
+            config departs from the paper in it, no other trial has.
         num_invalid: points that were drawn and left out, as their values do not go together.
         importance: share of each knob in how the first objective varies; none where trials are too few to tell.
         paper_runs, found_runs: by seed, the paper's schedule and the best trained again and judged on held-out
@@ -123,6 +124,7 @@ def find(
         "counts": {state: Counter(trial.state for trial in trials)[state] for state in (DONE, STOPPED, FAILED, RUNNING)}
         | {"invalid": num_invalid},
         "paper": PAPER,
+        "paper_alone": {key: value for key, value in paper_point.items() if key not in {knob["key"] for knob in knobs}},
         "best": leader.number if leader else None,
         "best_point": leader.point if leader else None,
         "best_changes": changed(leader.point, paper_point) if leader else None,
@@ -200,8 +202,8 @@ def sentence_of(found: Mapping[str, Any]) -> str:
     mean, ends = spoken_interval(verdict["difference"])
     num_seeds = len(confirmation["seeds"])
     told = (
-        f"{found['judge']} {mean} {ends} to the paper's schedule on {confirmation['num_prompts']} held-out prompts,"
-        f" {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}"
+        f"{found['judge']} {mean} {ends} against the paper's schedule on {confirmation['num_prompts']} held-out"
+        f" prompts, {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}"
     )
     others = [name for name, of_judge in confirmation["judges"].items() if of_judge["verdict"] == WORSE]
     but = f" By {', '.join(others)} it is worse." if others and verdict["verdict"] != WORSE else ""
@@ -249,7 +251,7 @@ def table_of(found: Mapping[str, Any]) -> str:
 
 def tried(trial: Mapping[str, Any]) -> str:
     """What a trial of `tune.json` tries, in few words."""
-    return PAPERS if trial["number"] == PAPER else trial["changes"] or "as the paper's"
+    return PAPERS if trial["number"] == PAPER else trial["changes"] or "the config's own"
 
 
 def _record(trial: Trial, paper_point: Point, objectives: Sequence[str], judge: str) -> dict[str, Any]:

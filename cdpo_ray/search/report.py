@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from cdpo_ray.evaluation.page import number, places_of, spoken_interval, write_page
 from cdpo_ray.search import figures
-from cdpo_ray.search.findings import MEASURED, VERDICTS, spoken_objective, tried
+from cdpo_ray.search.findings import MEASURED, VERDICTS, short, spoken, spoken_objective, tried
 from cdpo_ray.search.trials import DONE, STOPPED
 
 FEW_TRIALS = 20
@@ -30,6 +30,7 @@ def write_report(found: Mapping[str, Any], path: Path) -> None:
         path,
         Path(__file__).with_name("tune.html.jinja"),
         **found,
+        paper_alone_told=", ".join(f"{short(key)} {spoken(value)}" for key, value in found["paper_alone"].items()),
         change=CHANGES.get(found["verdict"], 0),
         best_yaml=yaml.safe_dump(sections(found["best_changes"]), sort_keys=False) if found["best_changes"] else "",
         confirmation_rows=[_confirmation_row(name, of_judge, found["judge"]) for name, of_judge in judges.items()],
@@ -66,7 +67,7 @@ def _charts(found: Mapping[str, Any]) -> dict[str, str]:
         if any(stage[measure] is not None for trial in trials for stage in trial["stages"])
     ]:
         charts["curves"] = figures.stage_curves(trials, measures, objectives[0], **marked)
-    if found["importance"]:
+    if any((found["importance"] or {}).values()):
         charts["importance"] = figures.importance_bars(found["importance"])
     if len(objectives) > 1 and any(None not in trial["values"].values() for trial in trials):
         charts["pareto"] = figures.pareto_scatter(trials, objectives, found["pareto"], **marked)

@@ -8,45 +8,30 @@ import numpy as np
 from cdpo_ray.search.trials import DONE, FAILED, PAPER, STOPPED, Point, Trial
 
 JUDGES = ("clip", "oracle")
-KNOBS: list[dict[str, Any]] = [
-    {"key": "training.beta", "choices": None, "low": 50, "high": 1000, "log": True, "when": {}},
-    {"key": "curriculum.num_stages", "choices": [1, 2, 4, 6], "low": None, "high": None, "log": False, "when": {}},
-    {
-        "key": "curriculum.pacing",
-        "choices": ["cumulative", "sliding_window"],
-        "low": None,
-        "high": None,
-        "log": False,
-        "when": {},
-    },
-    {
-        "key": "curriculum.window",
-        "choices": [1, 2, 3],
-        "low": None,
-        "high": None,
-        "log": False,
-        "when": {"curriculum.pacing": ["sliding_window"]},
-    },
-    {"key": "training.learning_rate", "choices": None, "low": 1e-5, "high": 1e-3, "log": True, "when": {}},
-    {"key": "training.lora.rank", "choices": [4, 8, 16], "low": None, "high": None, "log": False, "when": {}},
-    {
-        "key": "curriculum.measure",
-        "choices": ["rank_gap", "score_gap", "score_gap_quantile", "margin"],
-        "low": None,
-        "high": None,
-        "log": False,
-        "when": {},
-    },
-    {"key": "curriculum.min_score_gap", "choices": None, "low": 0.0, "high": 0.2, "log": False, "when": {}},
-    {
-        "key": "curriculum.order",
-        "choices": ["easy_to_hard", "hard_to_easy", "random", "shuffled", "none", "best_against_worst"],
-        "low": None,
-        "high": None,
-        "log": False,
-        "when": {},
-    },
-    {"key": "training.loss", "choices": ["dpo", "ipo"], "low": None, "high": None, "log": False, "when": {}},
+
+
+def choice(key: str, *choices: Any, when: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A knob as plain values."""
+    nothing = {"low": None, "high": None, "log": False, "is_integer": False}
+    return {"key": key, "choices": choices, "when": when or {}} | nothing
+
+
+def ranged(key: str, low: float, high: float, *, log: bool = False, is_integer: bool = False) -> dict[str, Any]:
+    return {"key": key, "choices": (), "low": low, "high": high, "log": log, "is_integer": is_integer, "when": {}}
+
+
+ORDERS = ("easy_to_hard", "hard_to_easy", "random", "shuffled", "none", "best_against_worst")
+KNOBS = [
+    ranged("training.beta", 50, 1000, log=True),
+    choice("curriculum.num_stages", 1, 2, 4, 6),
+    choice("curriculum.pacing", "cumulative", "sliding_window"),
+    choice("curriculum.window", 1, 2, 3, when={"curriculum.pacing": ["sliding_window"]}),
+    ranged("training.learning_rate", 1e-5, 1e-3, log=True),
+    choice("training.lora.rank", 4, 8, 16),
+    choice("curriculum.measure", "rank_gap", "score_gap", "score_gap_quantile", "margin"),
+    ranged("curriculum.min_score_gap", 0.0, 0.2),
+    choice("curriculum.order", *ORDERS),
+    choice("training.loss", "dpo", "ipo"),
 ]
 PAPER_POINT: Point = {
     "training.beta": 200.0,

@@ -116,11 +116,13 @@ def test_counts_are_told(page: str) -> None:
 
 
 def test_importance_of_few_trials_is_called_a_hint(page: str, tmp_path: Path) -> None:
-    assert "varies over 11 trials. So few trials tell little" in page
+    assert "varies over 11 trials; 0: not told apart from chance. So few trials tell little" in page
     many = page_of(search_of(60, 3), tmp_path, num_knobs=3, importance={knob["key"]: 1 / 3 for knob in KNOBS[:3]})
-    assert "varies over 59 trials." in many and "tell little" not in many
+    assert "varies over 59 trials;" in many and "tell little" not in many
     none = page_of(search_of(4, 3), tmp_path, num_knobs=3)
-    assert "No importance of knobs: 4 trials with a value are too few to tell." in none
+    assert "No importance of knobs: 4 trials with a value tell too little." in none
+    chance = page_of(search_of(9, 2), tmp_path, num_knobs=2, importance={knob["key"]: 0.0 for knob in KNOBS[:2]})
+    assert "8 trials with a value none stands out from chance." in chance
 
 
 def test_selection_is_explained(page: str) -> None:
@@ -153,6 +155,14 @@ def test_page_of_a_search_that_has_hardly_begun(trials, objectives, tmp_path: Pa
     assert not re.search(r"\b(nan|inf)\b", "".join(re.findall(r"<svg .*?</svg>", page, re.DOTALL)))
 
 
+def test_what_the_paper_alone_has_is_told(page: str, tmp_path: Path) -> None:
+    trials = [done(1, 0.1, {"training.beta": 200.0, "curriculum.order": "easy_to_hard"}), done(2, 0.2, {})]
+    told = page_of(trials, tmp_path, num_knobs=1)
+    assert "which alone has order easy_to_hard: there the config departs from the paper" in told
+    assert "with the config&#39;s own values" in told or "with the config's own values" in told
+    assert "which alone has" not in page
+
+
 def test_same_findings_give_the_same_page(tmp_path: Path) -> None:
     assert page_of(search_of(12, 3), tmp_path, num_knobs=3) == page_of(search_of(12, 3), tmp_path, num_knobs=3)
 
@@ -161,12 +171,12 @@ def test_places_of_a_knob_follow_its_range() -> None:
     """100 lies in the middle of 10 to 1000 on a log axis, and at 1/11 of a linear one."""
     trials = [{"number": 1, "point": {"training.beta": 100.0}}]
     for log, place in [(True, 0.5), (False, 90 / 990)]:
-        knob = {"key": "training.beta", "choices": None, "low": 10, "high": 1000, "log": log}
+        knob = {"key": "training.beta", "choices": (), "low": 10, "high": 1000, "log": log, "is_integer": False}
         assert figures._knob_row(knob, trials)["places"][1] == pytest.approx(place)
 
 
 def test_trials_of_one_choice_lie_apart_within_it_and_unused_knobs_have_a_place_of_their_own() -> None:
-    knob = {"key": "curriculum.window", "choices": [1, 2], "low": None, "high": None, "log": False}
+    knob = {"key": "curriculum.window", "choices": (1, 2)}
     points = [{"curriculum.window": 1}] * 20 + [{"curriculum.window": 2}] * 20 + [{}] * 20
     row = figures._knob_row(knob, [{"number": at, "point": point} for at, point in enumerate(points)])
     places = np.array([row["places"][at] for at in range(60)]).reshape(3, 20)
