@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 import yaml
 
 from cdpo_ray.config import Config, SearchSection
+from cdpo_ray.config.knobs import grid_points
 from cdpo_ray.errors import ConfigError, SearchError, StoreError
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
@@ -19,7 +20,7 @@ from cdpo_ray.resources import Demand, check_resources, how_often
 from cdpo_ray.run import run_steps
 from cdpo_ray.search.findings import best, find, spoken, spoken_objective, table_of
 from cdpo_ray.search.importance import importance
-from cdpo_ray.search.proposals import grid_points, propose
+from cdpo_ray.search.proposals import propose
 from cdpo_ray.search.report import write_report
 from cdpo_ray.search.space import config_of, paper_point, space_of
 from cdpo_ray.search.trial_run import train_trial
@@ -284,13 +285,9 @@ class _Search:
         return min(fitting or 1, self.search.max_concurrent_trials or fitting or 1)
 
     def _halving(self) -> Halving | None:
-        early, stages = self.search.stop_early, {knob.key: knob for knob in self.space}.get("curriculum.num_stages")
-        if early is None:
-            return None
-        most = self.config.curriculum.num_stages
-        if stages:
-            most = int(max(stages.choices) if stages.choices else stages.high or most)
-        return Halving(self.search.objectives[0], most, early.grace_stages, early.reduction_factor)
+        early, search = self.search.stop_early, self.search
+        most = search.largest("curriculum.num_stages", self.config.curriculum.num_stages)
+        return early and Halving(search.objectives[0], most, early.grace_stages, early.reduction_factor)
 
     def _for_all_nodes(self) -> Config:
         """The configuration with a run's folder that is found from wherever a trial is."""
