@@ -287,7 +287,7 @@ class _Search:
     def _halving(self) -> Halving | None:
         early, search = self.search.stop_early, self.search
         most = search.largest("curriculum.num_stages", self.config.curriculum.num_stages)
-        return early and Halving(search.objectives[0], most, early.grace_stages, early.reduction_factor)
+        return Halving(search.objectives[0], most, early.grace_stages, early.reduction_factor) if early else None
 
     def _for_all_nodes(self) -> Config:
         """The configuration with a run's folder that is found from wherever a trial is."""
