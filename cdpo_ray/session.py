@@ -23,6 +23,7 @@ MIN_LOCAL_CPUS = 4  # with fewer logical CPUs, pipelines of several actor pools 
 _ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` uploads the working folder and starts workers through uv
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # reports are collected at this pace
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process a training, and no worker here asks it anything
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else workers' lines come twice
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an actor that asks for no GPU sees none
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of a config are meant from where the command was given

@@ -42,7 +42,8 @@ from cdpo_ray.store import HOW_TO_MEND, RunFolder, delete, differences, exists, 
 from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
-SHARED_STEPS = (*STEPS[:2], *SIDES_COMPARED)
+GENERATE, SCORE, _, TRAIN, _ = STEPS
+SHARED_STEPS = (GENERATE, SCORE, *SIDES_COMPARED)
 """Done once, for all trials."""
 BEGUN_WITH = "search.json"
 ONLY_HOW_MUCH = {"num_trials", "max_concurrent_trials", "confirm_seeds"}
@@ -67,11 +68,13 @@ def find_schedule(
     """
     if config.search is None:
         raise ConfigError("`search` is missing: what `cdpo tune` is to try; configs/tune.yaml is an example")
+    section = config.search
     with ExitStack() as stack:
 
         @functools.cache
-        def start_ray() -> None:
+        def start_ray() -> int:
             stack.enter_context(ray_session(address=address, verbose=verbose))
+            return max_concurrent_trials(config, section)
 
         run = RunFolder(place(config.run.dir) / config.run.name)
         if not all(run.has(step.folder) for step in SHARED_STEPS):
@@ -81,18 +84,36 @@ def find_schedule(
         tracked = TrackedRun(config.run.name, run.path, config.plain())
         progress = stack.enter_context(Progress(tracked, tracking=config.tracking.options, command=command))
         _refuse_other_search(config, run)
-        search = _Search(config, config.search, run, progress, start_ray)
+        search = _Search(config, section, run, progress, start_ray)
         search.explore()
         leader = search.leader()
         search.confirm(leader)
         return search.tell(leader)
 
 
+def max_concurrent_trials(config: Config, search: SearchSection) -> int:
+    """How many trials the nodes have room for side by side, or fewer if so many are asked for.
+
+    On a cluster that grows it is what is asked for, or what its nodes of now have room for.
+
+    Raises:
+        ResourceError: not one fits, and no autoscaler may add nodes.
+    """
+    nodes, grows = cluster_nodes()
+    demands = [Demand("search", "driver of a trial", 1, 1, DRIVER_CPUS, 0), *demands_of(TRAIN, config)]
+    fitting, asked = how_often(demands, nodes), search.max_concurrent_trials
+    if grows:
+        return asked or fitting or 1
+    if not fitting:
+        check_resources("a trial", demands, nodes)
+    return min(fitting, asked or fitting)
+
+
 class _Search:
     """A search within its run's folder.
 
     Args:
-        start_ray: called before the first trial that is to be trained.
+        start_ray: called before the first trial that is to be trained; returns how many may run side by side.
     """
 
     def __init__(
@@ -101,7 +122,7 @@ class _Search:
         search: SearchSection,
         run: RunFolder,
         progress: Progress,
-        start_ray: Callable[[], None],
+        start_ray: Callable[[], int],
     ) -> None:
         self.config, self.search, self.run, self.progress, self.start_ray = config, search, run, progress, start_ray
         self.space = space_of(config)
@@ -123,7 +144,7 @@ class _Search:
                 yield proposed
 
         total = self.search.num_trials or sum(1 for _ in grid_points(self.space))
-        self._run("explore", self.trials, to_try(), VALIDATION, total=total, halving=self._halving())
+        self._train("explore", self.trials, to_try(), VALIDATION, total=total, halving=self._halving())
         for trial in self.trials.values():
             if trial.state == STOPPED:
                 delete(self.trials.path / trial.name / f"{TRAINING}.partial")  # nobody goes on with its commits
@@ -155,7 +176,7 @@ class _Search:
         ]
         known = [self.confirmation.get(trial.name, trial) for trial in wanted]
         to_train = (trial for trial in known if trial.state != DONE)
-        self._run("confirm", self.confirmation, to_train, HELDOUT, total=len(wanted))
+        self._train("confirm", self.confirmation, to_train, HELDOUT, total=len(wanted))
 
     def tell(self, leader: Trial) -> str:
         """Write `best.yaml`, `tune.json` and `tune.html`; returns a table for the terminal, and where they are."""
@@ -188,7 +209,8 @@ class _Search:
 
     def _proposed(self) -> Trial | None:
         """The next new trial; none if there are enough, or the space has no more."""
-        known, number = [*self.trials.values()], len(self.trials) + 1
+        known = [*self.trials.values()]
+        number = next(number for number in itertools.count(1) if Trial(number, {}).name not in self.trials)
         if number == PAPER:
             return Trial(PAPER, paper_point(self.config))
         if self.search.num_trials is not None and number > self.search.num_trials:
@@ -218,7 +240,7 @@ class _Search:
             return False
         return True
 
-    def _run(
+    def _train(
         self,
         verb: str,
         trials: Trials,
@@ -236,7 +258,7 @@ class _Search:
         first = next(to_run, None)
         if first is None:
             return
-        self.start_ray()
+        max_concurrent = self.start_ray()
         from cdpo_ray.search.tuner import run_trials
 
         queue = itertools.chain([first], to_run)
@@ -265,24 +287,11 @@ class _Search:
                     validation=self._validation(side),
                     judge=self.judge,
                 ),
-                max_concurrent_trials=self._max_concurrent_trials(),
+                max_concurrent_trials=max_concurrent,
                 halving=halving,
                 max_restarts=self.config.training.max_restarts,
                 on_change=changed,
             )
-
-    def _max_concurrent_trials(self) -> int:
-        """As many as fit the nodes, or fewer if so many were asked for.
-
-        Raises:
-            ResourceError: not one fits, and no autoscaler may add nodes.
-        """
-        nodes, grows = cluster_nodes()
-        demands = [Demand("search", "driver of a trial", 1, 1, DRIVER_CPUS, 0), *demands_of(STEPS[3], self.config)]
-        fitting = how_often(demands, nodes)
-        if not fitting and not grows:
-            check_resources("a trial", demands, nodes)
-        return min(fitting or 1, self.search.max_concurrent_trials or fitting or 1)
 
     def _halving(self) -> Halving | None:
         early, search = self.search.stop_early, self.search
