@@ -4,7 +4,7 @@ import pytest
 from finished_runs import config_of
 
 from cdpo_ray.errors import ResourceError
-from cdpo_ray.resources import Demand, Node, check_resources
+from cdpo_ray.resources import Demand, Node, check_resources, how_often
 from cdpo_ray.steps import STEPS, demands_of
 
 CPU_HEAD, ONE_GPU, TWO_GPUS = Node("head", 8), Node("a", 8, (1.0,)), Node("b", 8, (1.0, 1.0))
@@ -86,3 +86,23 @@ def test_each_step_asks_for_the_actors_that_it_starts() -> None:
         "train": [trainers(3)],
         "evaluate": [generators],
     }
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "gpus", "times"),
+    [
+        (1, 1, 0.5, 6),
+        (1, 1, 0.25, 12),
+        (1, 1, 1, 3),
+        (2, 1, 1, 1),
+        (4, 1, 1, 0),
+        (1, 8, 1, 2),  # drivers go where no GPU is
+        (1, 4, 0, 5),  # the node that the drivers are on has no second worker's 4 CPUs left
+    ],
+)
+def test_trials_side_by_side_are_counted_with_the_driver_that_each_has(
+    workers: int, cpus: float, gpus: float, times: int
+) -> None:
+    driver = Demand("search", "driver of a trial", 1, 1, 0.01, 0)
+    nodes = [Node("a", 8.0, (1.0,)), Node("b", 8.0, (1.0, 1.0)), Node("c", 8.0)]
+    assert how_often([driver, trainers(workers, cpus=cpus, gpus=gpus)], nodes) == times

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from cdpo_ray.errors import TrainingError
+from cdpo_ray.config import load_config
+from cdpo_ray.errors import ResourceError, TrainingError
+from cdpo_ray.search.search import max_concurrent_trials
 from cdpo_ray.search.trials import DONE, FAILED, RUNNING, STOPPED, Halving, Trial, Trials, read_trial
 from cdpo_ray.session import ray_session
 
@@ -119,3 +121,17 @@ def test_fault_28_a_search_that_was_broken_off_stops_what_it_would_have_stopped(
     for name in ("001", "002"):
         assert [report["stage"] for report in again[name].reports] == [1, 2, 3, 4], "no stage twice"
     assert [trial.last_stage for trial in told if trial.name == "001"] == [2, 3, 4], "it went on where it was"
+
+
+def test_a_trial_that_no_node_has_room_for_is_refused_and_others_run_as_many_as_fit_or_are_asked_for() -> None:
+    def room(*overrides: str) -> int:
+        config = load_config(Path(__file__).parents[2] / "configs" / "tune.yaml", overrides)
+        assert config.search is not None
+        return max_concurrent_trials(config, config.search)
+
+    # The local Ray has 4 CPUs, and the driver of a trial takes a hundredth of one.
+    assert room() == 2, "as the config asks"
+    assert room("search.max_concurrent_trials=null") == 3
+    assert room("search.max_concurrent_trials=9", "resources.trainers.cpus_per_worker=1.5") == 2
+    with pytest.raises(ResourceError, match=r"`training\.num_workers`: a trial needs 8 workers .* room for 3 of them"):
+        room("training.num_workers=8")
