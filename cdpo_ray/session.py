@@ -26,6 +26,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process a training, and no worker here asks it anything
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else workers' lines come twice
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an actor that asks for no GPU sees none
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that outlives the session must start no Ray of its own
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of a config are meant from where the command was given
     "RAY_AIR_NEW_OUTPUT": "0",  # its new one prints what it was asked not to
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what a trial reports we keep ourselves

@@ -12,6 +12,7 @@ from ray import tune
 from ray.tune import Callback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
 
 from cdpo_ray.errors import CdpoError
 from cdpo_ray.search.trials import (
@@ -28,6 +29,7 @@ from cdpo_ray.search.trials import (
 )
 
 POLL_SECONDS = 0.5
+END_SECONDS = 20.0  # for Tune to end its trials
 NOTHING: Report = {"stage": 0, **dict.fromkeys(OBJECTIVES)}
 
 Work = Callable[[str, Callable[[Report], None]], None]
@@ -58,6 +60,7 @@ def run_trials(
         KeyboardInterrupt: the trials are broken off, and go on from their last commits when proposed again.
     """
     failures: list[Exception] = []
+    asked = threading.Event()
 
     def run_one(config: dict[str, str]) -> None:
         try:
@@ -79,6 +82,7 @@ def run_trials(
                 storage_path=ray_dir,
                 callbacks=[_Records(trials, on_change)],
                 failure_config=tune.FailureConfig(max_failures=max_restarts),
+                stop=_WhenAsked(asked),
                 verbose=0,
             ),
         )
@@ -91,8 +95,13 @@ def run_trials(
 
         thread = threading.Thread(target=fit, daemon=True)  # in the main thread Tune would take our signals
         thread.start()
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
+        try:
+            while thread.is_alive():
+                thread.join(POLL_SECONDS)
+        except KeyboardInterrupt:
+            asked.set()
+            thread.join(END_SECONDS)  # were Ray gone while Tune still asks it, the process would die of that
+            raise
     if failures:
         raise failures[0]
 
@@ -102,6 +111,17 @@ class _NotKept:
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
+
+
+class _WhenAsked(_NotKept, Stopper):
+    def __init__(self, asked: threading.Event) -> None:
+        self.asked = asked
+
+    def __call__(self, trial_id: str, result: Report) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.asked.is_set()
 
 
 class _Proposals(_NotKept, Searcher):

@@ -2,7 +2,9 @@
 
 import functools
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -44,19 +46,20 @@ def stage_report(stage: int, reward: float) -> dict[str, Any]:
 def climb(name: str, report: Callable[[dict[str, Any]], None], *, trials_dir: Path) -> None:
     """In place of a training: each stage is worth what the point says, unless that tells it to end otherwise."""
     trial = read_trial(trials_dir / name)
-    with (trials_dir / name / "starts").open("a") as starts:
-        starts.write("started\n")
+    starts = trials_dir / name / "starts"
+    starts.touch()
+    num_started = len(starts.read_text().splitlines())
+    starts.write_text(starts.read_text() + f"{os.getpid()}\n")
     for stage in range(trial.last_stage + 1, NUM_STAGES + 1):
-        if stage == 2 and trial.point.get("ends") == "error of ours":
-            raise TrainingError("training: loss was not finite; lower `training.learning_rate`")
-        if stage == 2 and trial.point.get("ends") == "error":
-            raise RuntimeError("somebody else's code")
-        if (
-            stage == 2
-            and trial.point.get("ends") == "kill"
-            and (trials_dir / name / "starts").read_text().count("\n") == 1
-        ):
-            os.kill(os.getpid(), 9)
+        match trial.point.get("ends") if stage == 2 else None:
+            case "error of ours":
+                raise TrainingError("training: loss was not finite; lower `training.learning_rate`")
+            case "error":
+                raise RuntimeError("somebody else's code")
+            case "kill" if not num_started:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "never":
+                time.sleep(600)
         report(stage_report(stage, trial.point["worth"] * stage))
 
 
@@ -72,7 +75,8 @@ def run(trials: Trials, points: list[dict[str, Any]], again: tuple[str, ...] = (
         return trials.put(replace(waiting.pop(0), state=RUNNING)) if waiting else None
 
     arguments = {"max_concurrent_trials": 1, "halving": BY_REWARD, "max_restarts": 1} | options
-    run_trials(trials, propose, functools.partial(climb, trials_dir=trials.path), on_change=told.append, **arguments)
+    arguments = {"on_change": told.append} | arguments
+    run_trials(trials, propose, functools.partial(climb, trials_dir=trials.path), **arguments)
     return told
 
 
@@ -105,6 +109,19 @@ def test_fault_28_a_trial_that_crashes_or_fails_holds_up_no_other(tmp_path: Path
     assert failed.state == FAILED and (failed.error or "").startswith("TrainingError: training: loss was not finite")
     starts = [len((tmp_path / trial.name / "starts").read_text().splitlines()) for trial in trials.values()]
     assert starts == [1, 2, 2, 1, 1], "no restart mends an error of ours"
+
+
+def test_fault_28_ctrl_c_ends_what_runs_and_leaves_it_to_be_taken_up_again(tmp_path: Path) -> None:
+    trials = Trials(tmp_path)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(trials, [{"worth": 1.0, "ends": "never"}], on_change=lambda trial: os.kill(os.getpid(), signal.SIGINT))
+    assert time.monotonic() - started < 60
+    (trial,) = Trials(tmp_path).values()
+    assert (trial.state, trial.last_stage) == (RUNNING, 1)
+    process = Path("/proc") / (tmp_path / "001" / "starts").read_text().strip()
+    while process.exists() and "Z" not in (process / "stat").read_text().split(")")[1][:3]:
+        time.sleep(0.2)
 
 
 def test_fault_28_a_search_that_was_broken_off_stops_what_it_would_have_stopped(tmp_path: Path) -> None:
