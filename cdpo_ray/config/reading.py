@@ -113,7 +113,7 @@ def _speak(fault: Any) -> Iterable[str]:
         for message in str(context.get("error", fault["msg"])).split("\n"):
             if isinstance(got, dict):
                 yield f"{where}: {message}" if where else message
-            elif fault["loc"][-1] == "[key]":  # of a section whose keys are the user's own
+            elif fault["loc"][-1:] == ("[key]",):  # of a section whose keys are the user's own
                 yield f"{'.'.join(map(str, fault['loc'][:-2]))}: {message}"
             else:
                 what, separator, hint = message.partition("; ")
