@@ -1,0 +1,161 @@
+"""Config -> each step's arguments; the steps in the order of the data's way.
+
+A step's own modules are imported when it runs, so that checking a configuration, or passing over finished steps, needs
+neither torch nor ray.
+"""
+
+import functools
+
+from cdpo_ray.config import Config, Pool
+from cdpo_ray.preferences.files import fingerprint
+from cdpo_ray.records import EVALUATION, HELDOUT, SAMPLES, SCORES, STAGES, TRAINING, VALIDATION
+from cdpo_ray.resources import Demand
+from cdpo_ray.steps.arguments import (
+    preference_frame,
+    preference_source,
+    prompt_source,
+    prompts_sha256,
+    sections_of,
+    seed_setting,
+)
+from cdpo_ray.steps.outcome import evaluate, export
+from cdpo_ray.steps.samples import (
+    generate,
+    import_preferences,
+    sample_settings,
+    sample_to_compare,
+    sampling_to_compare,
+    settings_to_compare,
+)
+from cdpo_ray.steps.scores import score, score_settings
+from cdpo_ray.steps.step import Context, Step
+from cdpo_ray.steps.training import pairs, train
+
+__all__ = [
+    "IMPORT",
+    "SIDES_COMPARED",
+    "STEPS",
+    "Context",
+    "Step",
+    "demands_of",
+    "export",
+    "preference_frame",
+    "preference_source",
+    "prompt_source",
+    "sampling_to_compare",
+    "steps_of",
+]
+
+IMPORT = Step(
+    "import",
+    SAMPLES,
+    lambda config: (
+        sections_of(config, "model", "preferences")
+        | {
+            "preferences.files": fingerprint(preference_source(config)),
+            "generation": config.generation.model_dump(include={"height", "width", "keep_images"}),
+        }
+    ),
+    (),
+    import_preferences,
+)
+
+
+STEPS = (
+    Step(
+        "generate",
+        SAMPLES,
+        sample_settings,
+        (),
+        generate,
+        resumable=True,
+        continues=True,
+    ),
+    Step(
+        "score",
+        SCORES,
+        score_settings,
+        (SAMPLES,),
+        score,
+        grows=True,
+    ),
+    Step(
+        "pairs",
+        STAGES,
+        lambda config: (
+            sections_of(config, "curriculum")
+            | seed_setting(config)
+            | {
+                "rewards.rank_by": config.rewards.ranking_reward,
+                "rewards.weights": config.rewards.ranking_weights,
+                "rewards.noise_prompts": config.rewards.noise_prompts,
+                "rewards.max_bad_fraction": config.rewards.max_bad_fraction,
+                "training.global_batch_size": config.training.global_batch_size,
+                "training.seed": config.training.seed,
+            }
+        ),
+        (SCORES,),
+        pairs,
+    ),
+    Step(
+        "train",
+        TRAINING,
+        lambda config: sections_of(config, "model") | {"training": config.training.outcome} | seed_setting(config),
+        (SAMPLES, SCORES, STAGES),
+        train,
+        resumable=True,
+        continues=True,
+    ),
+    Step(
+        "evaluate",
+        EVALUATION,
+        lambda config: (
+            sections_of(config, "model")
+            | {"prompts": config.prompts.model_dump(mode="json", exclude={"validation"})}
+            | {"generation": config.generation.outcome}
+            | {"evaluation": config.plain()["evaluation"] | {"judges": list(config.evaluation_judges)}}
+            | seed_setting(config)
+            | {f"rewards.{name}": options for name, options in config.evaluation_judges.items()}
+            | {"prompts.heldout.sha256": prompts_sha256(config.prompts.heldout)}
+        ),
+        (TRAINING,),
+        evaluate,
+        resumable=True,
+    ),
+)
+
+
+SIDES_COMPARED = tuple(
+    Step(
+        f"sample {side}",
+        side,
+        functools.partial(settings_to_compare, side=side),
+        (),
+        functools.partial(sample_to_compare, side=side),
+        resumable=True,
+    )
+    for side in (VALIDATION, HELDOUT)
+)
+
+
+def steps_of(config: Config) -> tuple[Step, ...]:
+    """The steps of a configuration's way: images are generated, or imported with preferences."""
+    return (IMPORT, *STEPS[1:]) if config.preferences else STEPS
+
+
+def demands_of(step: Step, config: Config) -> list[Demand]:
+    """The actors of a step, which run at the same time; a pool begins with one and takes more as they find room."""
+    resources, trainers = config.resources, config.resources.trainers
+    generators = Demand("resources.generators", "actor", *_actors(resources.generators))
+    scorers = Demand("resources.scorers", "actor", *_actors(resources.scorers))
+    if step.folder == TRAINING:
+        num = config.training.num_workers
+        return [Demand("training.num_workers", "worker", num, num, trainers.cpus_per_worker, trainers.gpus_per_worker)]
+    if step.folder in (SAMPLES, EVALUATION, VALIDATION, HELDOUT):
+        apart = step.folder == SAMPLES and config.rewards.placement == "pool" and config.rewards.judges
+        return [generators, scorers] if apart else [generators]
+    return [scorers] if step.folder == SCORES else []
+
+
+def _actors(pool: Pool) -> tuple[int, int, float, float]:
+    return pool.num_actors, 1, pool.cpus_per_actor, pool.gpus_per_actor

@@ -1,0 +1,90 @@
+"""Config -> the arguments of evaluation and export."""
+
+import functools
+import logging
+from pathlib import Path
+
+from cdpo_ray.records import EVALUATION, SAMPLES, TRAINING
+from cdpo_ray.steps.arguments import model_arguments, pool_size, sampling_of, warn_of_set_aside
+from cdpo_ray.steps.step import Context
+from cdpo_ray.store import StepOutput, local_copy, read_json
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
+    from cdpo_ray.evaluation.labelled import LabelledSamples
+    from cdpo_ray.evaluation.pool import evaluate_adapter
+    from cdpo_ray.rewards.scorer import Scorer
+
+    config = context.config
+    judges = config.evaluation_judges
+    metrics = evaluate_adapter(
+        context.prompts.heldout,
+        output_dir,
+        training_dir=context.run.step(TRAINING).resolve(),
+        family=config.model.family,
+        model=model_arguments(config),
+        sampling=sampling_of(config, config.evaluation.images_per_prompt, config.run.seed),
+        judges=list(judges),
+        make_scores=functools.partial(Scorer, judges),
+        num_margin_draws=config.evaluation.num_margin_draws,
+        guidance_range=config.training.guidance_range,
+        generators=pool_size(config.resources.generators),
+        num_resamples=config.evaluation.num_bootstrap_resamples,
+        seed=config.run.seed,
+        max_bad_fraction=config.generation.max_bad_fraction,
+        progress=context.progress,
+        labelled=LabelledSamples(
+            context.run.step(SAMPLES),
+            fraction,
+            tuple(config.rewards.judges),
+            config.generation.images_per_batch,
+        )
+        if config.preferences and (fraction := config.prompts.heldout.fraction)
+        else None,
+    )
+    for judge, found in metrics["judges"].items():
+        base, tuned, difference = found["base"], found["tuned"], found["difference"]
+        log.info(
+            "%s: %.4f -> %.4f, difference %+.4f [%+.4f, %+.4f], win rate %.2f",
+            judge, base["mean"], tuned["mean"], difference["mean"], difference["low"], difference["high"],
+            found["win_rate"]["mean"],
+        )  # fmt: skip
+    num_prompts = metrics["num_prompts"]
+    context.progress.record(
+        {
+            f"{judge}/{name}": found[name]["mean"]
+            for judge, found in metrics["judges"].items()
+            for name in ("base", "tuned", "difference", "win_rate")
+        },
+        update=context.run.manifest(TRAINING)["counts"]["updates"],
+    )
+    output.counts |= {
+        "prompts": num_prompts,
+        "images": 2 * num_prompts * config.evaluation.images_per_prompt,
+        "prompts_set_aside": len(context.prompts.heldout) - num_prompts,
+    }
+    warn_of_set_aside(output)
+
+
+def export(context: Context, format_name: str, output_dir: Path) -> None:
+    from cdpo_ray.export.card import RunFacts, model_card
+    from cdpo_ray.export.folder import write_export
+    from cdpo_ray.export.formats import Trained
+
+    config, run = context.config, context.run
+    name = config.run.name
+    trained = Trained(name, local_copy(run.step(TRAINING)), config.model.family, model_arguments(config))
+    facts = RunFacts(
+        name=name,
+        settings=config.plain(),
+        round=context.round,
+        num_prompts=len(context.prompts.train),
+        num_heldout=len(context.prompts.heldout),
+        ranking=config.rewards.ranking_sentence,
+        curriculum=config.curriculum.sentence,
+        training=run.manifest(TRAINING),
+        metrics=read_json(run.step(EVALUATION) / "metrics.json") if run.has(EVALUATION) else None,
+    )
+    write_export(format_name, trained, model_card(facts, format_name, trained.denoiser_name), output_dir)

@@ -1,0 +1,216 @@
+"""Config -> the arguments of what makes samples: generated, imported, or taken from another run."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cdpo_ray.config import Config
+from cdpo_ray.errors import PreferenceError, StoreError
+from cdpo_ray.records import LABEL, PREFERENCE, SAMPLES, VALIDATION
+from cdpo_ray.steps.arguments import (
+    model_arguments,
+    pool_size,
+    preference_frame,
+    preference_source,
+    prompts_sha256,
+    sampling_of,
+    sections_of,
+    seed_setting,
+    warn_of_set_aside,
+)
+from cdpo_ray.steps.step import Context
+from cdpo_ray.store import RunFolder, StepOutput, differences, link, place, read_shards, refuse_full_disk
+
+
+def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
+    if context.config.run.samples_from:
+        _take_samples(RunFolder(place(context.config.run.samples_from)), context, output_dir, output)
+        return
+    from cdpo_ray.generation.pool import generate_samples
+    from cdpo_ray.models.sizes import sizes_of
+    from cdpo_ray.rewards.pool import score_pixels
+    from cdpo_ray.rewards.scorer import Scorer
+
+    config = context.config
+    rewards, judges = {name: config.rewards.options(name) for name in config.rewards.names}, config.rewards.judges
+    sampling = sampling_of(config, config.generation.images_per_prompt, context.seed)
+    sampling = replace(sampling, max_masked_fraction=config.rewards.max_masked_fraction)
+    if sizes := sizes_of(config.model.family, config.model.path, sampling.height, sampling.width):
+        num_images = len(context.prompts.train) * sampling.images_per_prompt
+        refuse_full_disk(output_dir, num_images * sizes.latent_bytes(config.model.dtype))  # PNGs: who knows
+    fused = config.rewards.placement == "fused" or not judges
+    made_with = generate_samples(
+        context.prompts.train,
+        output_dir,
+        family=config.model.family,
+        model=model_arguments(config),
+        sampling=sampling,
+        tuned_dir=context.start_dir,
+        keep_images=config.generation.keep_images,
+        generators=pool_size(config.resources.generators),
+        make_scores=functools.partial(Scorer, judges) if fused else None,
+        score_in_pool=None
+        if fused
+        else functools.partial(
+            score_pixels,
+            rewards=judges,
+            scorers=pool_size(config.resources.scorers),
+            images_per_batch=sampling.images_per_batch,
+            rows_per_call=1,
+        ),
+        max_bad_fraction=config.generation.max_bad_fraction,
+        progress=context.progress,
+    )
+    cut = read_shards(output_dir, ["num_tokens_cut"])["num_tokens_cut"].to_numpy()
+    num_images = len(cut) * sampling.images_per_prompt
+    output.counts |= {"prompts": len(cut), "images": num_images, "prompts_cut": int((cut > 0).sum())}
+    output.counts |= {"lines_doubled": context.prompts.num_doubled, "lines_empty": context.prompts.num_empty}
+    in_smaller = {size: num for size, num in made_with.items() if size != sampling.images_per_batch}
+    output.counts |= {
+        "prompts_set_aside": len(context.prompts.train) - len(cut),
+        "prompts_in_smaller_batches": sum(in_smaller.values()),
+    }
+    output.details["rewards"] = rewards  # how the score columns were made, for the next step to compare
+    if output.counts["prompts_cut"]:
+        output.warnings.append(
+            f"{output.counts['prompts_cut']} prompts are longer than the text encoder reads; their ends were cut"
+        )
+    if in_smaller:
+        output.warnings.append(
+            f"memory does not suffice for `generation.images_per_batch` = {sampling.images_per_batch};"
+            f" {sum(in_smaller.values())} prompts were made with {', '.join(map(str, sorted(in_smaller)))}"
+        )
+    warn_of_set_aside(output)
+
+
+def import_preferences(context: Context, output_dir: Path, output: StepOutput) -> None:
+    from cdpo_ray.preferences.files import scan
+    from cdpo_ray.preferences.pool import import_samples
+    from cdpo_ray.rewards.scorer import Scorer
+
+    config, source = context.config, preference_source(context.config)
+    preferences = config.preferences
+    assert preferences is not None, "the step of a config with preferences"
+    found = scan(source)
+    found.refuse_faults()
+    judges = config.rewards.judges
+    context.progress.begin("import", total=found.num_rows, unit="row")
+    set_aside = import_samples(
+        found.chunks,
+        output_dir,
+        source=source,
+        frame=preference_frame(config),
+        num_samples=found.num_samples,
+        family=config.model.family,
+        model=model_arguments(config),
+        images_per_batch=config.generation.images_per_batch,
+        keep_images=config.generation.keep_images,
+        make_scores=functools.partial(Scorer, judges) if judges else None,
+        encoders=pool_size(config.resources.generators),
+        progress=context.progress,
+    )
+    too_many = len(set_aside) > preferences.max_bad_fraction * found.num_rows * found.num_samples
+    if too_many or not any(output_dir.glob("*.parquet")):
+        raise PreferenceError(
+            f"`preferences.path` {source.path}: {len(set_aside)} images of {found.num_rows} rows cannot be used, more"
+            f" than `preferences.max_bad_fraction` = {preferences.max_bad_fraction}; `cdpo import --check` names each;"
+            f" the first: {set_aside[0]['reason']}"
+        )
+    made = read_shards(output_dir, ["num_tokens_cut", "num_images_cut"])
+    output.counts |= {
+        "rows": found.num_rows,
+        "rows_imported": made.num_rows,
+        "rows_tied": found.num_tied,
+        "rows_unlabelled": found.num_unlabelled,
+        "images_set_aside": len(set_aside),
+        "images_cut": int(made["num_images_cut"].to_numpy().sum()),
+        "prompts_cut": int((made["num_tokens_cut"].to_numpy() > 0).sum()),
+    }
+    output.details["rewards"] = {name: config.rewards.options(name) for name in (PREFERENCE, LABEL, *judges)}
+    if set_aside:
+        output.warnings.append(f"{len(set_aside)} images cannot be used; set_aside.jsonl says which and why")
+    if output.counts["prompts_cut"]:
+        output.warnings.append(f"{output.counts['prompts_cut']} prompts are longer than the text encoder reads")
+
+
+def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *, side: str) -> None:
+    """What the base model makes of the prompts of a side, judged by all: made once, for all trials of a search."""
+    import numpy as np
+
+    from cdpo_ray.generation.images import decode_png, pairwise_rms_distance
+    from cdpo_ray.generation.pool import generate_samples
+    from cdpo_ray.rewards.scorer import Scorer
+
+    config, prompts = context.config, getattr(context.prompts, side)
+    generate_samples(
+        prompts,
+        output_dir,
+        family=config.model.family,
+        model=model_arguments(config),
+        sampling=sampling_to_compare(config, side),
+        tuned_dir=None,
+        keep_images=True,
+        generators=pool_size(config.resources.generators),
+        make_scores=functools.partial(Scorer, config.evaluation_judges),
+        score_in_pool=None,
+        max_bad_fraction=config.generation.max_bad_fraction,
+        progress=context.progress,
+    )
+    images = read_shards(output_dir, ["images"])["images"]
+    apart = [pairwise_rms_distance(np.stack([decode_png(png.as_py()) for png in pngs])) for pngs in images]
+    output.details["diversity"] = float(np.mean(apart))
+    output.counts |= {"prompts": len(images), "prompts_set_aside": len(prompts) - len(images)}
+    warn_of_set_aside(output)
+
+
+def sampling_to_compare(config: Config, side: str) -> Any:
+    """How a search samples the prompts of a side: base and every policy from the same noise."""
+    assert config.search is not None, "asked of a config with a search"
+    num_images = config.search.images_per_prompt if side == VALIDATION else config.evaluation.images_per_prompt
+    return sampling_of(config, num_images, config.run.seed)
+
+
+def sample_settings(config: Config) -> dict[str, Any]:
+    return (
+        sections_of(config, "model")
+        | {"generation": config.generation.outcome}
+        | seed_setting(config)
+        | {
+            "prompts.train": config.prompts.train.model_dump() if config.prompts.train else None,
+            "prompts.train.sha256": prompts_sha256(config.prompts.train),
+            "prompts.heldout.fraction": config.prompts.heldout.fraction,
+            "prompts.validation.fraction": config.prompts.validation.fraction if config.prompts.validation else None,
+            "rewards.perturbation.max_masked_fraction": config.rewards.max_masked_fraction,
+        }
+    )
+
+
+def settings_to_compare(config: Config, *, side: str) -> dict[str, Any]:
+    source = getattr(config.prompts, side)
+    return (
+        sections_of(config, "model")
+        | {"generation": config.generation.outcome}
+        | seed_setting(config)
+        | {f"prompts.{side}": source.model_dump(), f"prompts.{side}.sha256": prompts_sha256(source)}
+        | {"prompts.train": config.prompts.train and config.prompts.train.model_dump()}
+        | {"images_per_prompt": sampling_to_compare(config, side).images_per_prompt}
+        | {f"rewards.{name}": options for name, options in config.evaluation_judges.items()}
+    )
+
+
+def _take_samples(other: RunFolder, context: Context, output_dir: Path, output: StepOutput) -> None:
+    """The images of another run, once it is sure that this run's own would be the same."""
+    manifest, where = other.manifest(SAMPLES), f"`run.samples_from`: {other.path / SAMPLES}"
+    if changed := differences(manifest["settings"], sample_settings(context.config)):
+        raise StoreError(f"{where} was made with {changed}; restore the value, or leave out `run.samples_from`")
+    if manifest["inputs"]:
+        raise StoreError(f"{where} is of a later round, not of the base model; name the folder of a first round")
+    other.refuse_damage(SAMPLES)
+    for left in output_dir.rglob("*.parquet"):  # by an attempt to generate, which may have been cut elsewhere
+        left.unlink()
+    for name in manifest["files"]:
+        link(other.path / SAMPLES / name, output_dir / name)
+    output.counts |= manifest["counts"]
+    output.warnings += manifest["warnings"]
+    output.details |= manifest["details"] | {"taken_from": str(other.path)}

@@ -1,0 +1,119 @@
+"""Config -> the arguments of scoring; which scores are there already, and which another run has."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from cdpo_ray.config import JUDGE_NO_IMAGE, Config
+from cdpo_ray.prompts.sources import held_out
+from cdpo_ray.records import LABEL, PREFERENCE, SAMPLES, SCORES, score_column, score_file
+from cdpo_ray.steps.arguments import model_arguments, pool_size
+from cdpo_ray.steps.step import Context
+from cdpo_ray.store import RunFolder, StepOutput, link, make_folder, place, read_shards, shard_schema
+
+log = logging.getLogger(__name__)
+
+
+def score(context: Context, output_dir: Path, output: StepOutput) -> None:
+    from cdpo_ray.rewards.score_table import write_scores
+
+    config, samples_dir = context.config, context.run.step(SAMPLES)
+    rewards, settings, parts = config.rewards, score_settings(config), _score_parts(config)
+    with_images = context.run.manifest(SAMPLES)["details"]["rewards"]
+    other_dir, there = _scores_elsewhere(context)
+    num_samples = shard_schema(samples_dir).field("latents").type.shape[0]
+    missing: dict[bool, list[str]] = {False: [], True: []}
+    for part in output.parts:
+        reward, second = parts[part]
+        path = output_dir / score_file(reward, second=second)
+        if there.get(part) == settings[part]:
+            make_folder(path.parent)
+            link(other_dir / score_file(reward, second=second), path)
+        elif with_images.get(reward) == rewards.options(reward) and (reward in JUDGE_NO_IMAGE or not second):
+            rows = read_shards(samples_dir, ["prompt_index", "prompt_id", "prompt", score_column(reward)])
+            rows = rows.sort_by("prompt_index")
+            if reward == LABEL:
+                unseen = held_out(rows["prompt"].to_pylist(), config.prompts.heldout.fraction)
+                rows = rows.filter([not held for held in unseen])
+            write_scores(rows[: rewards.noise_prompts] if second else rows, reward, path)
+        else:
+            missing[second].append(reward)
+    output.counts |= {"scores": 0, "scores_computed_now": 0}
+    for second, names in missing.items():
+        if names:
+            from cdpo_ray.rewards.pool import rescore
+
+            scored = rescore(
+                samples_dir,
+                rewards={name: rewards.options(name) for name in names},
+                scorers=pool_size(config.resources.scorers),
+                images_per_batch=config.generation.images_per_batch,
+                images_per_prompt=num_samples,
+                keep_images=config.generation.keep_images,
+                family=config.model.family,
+                model=model_arguments(config),
+                num_prompts=rewards.noise_prompts if second else None,
+                progress=context.progress,
+            )
+            for name in names:
+                write_scores(scored, name, output_dir / score_file(name, second=second))
+            num_images = scored.num_rows * num_samples
+            output.counts["scores_computed_now"] += num_images * len(names)
+    for part in output.parts:
+        if parts[part][0] not in (PREFERENCE, LABEL):  # what people did not say is no fault of a judge
+            _describe_scores(*parts[part], context, output_dir, output)
+
+
+def score_settings(config: Config) -> dict[str, Any]:
+    """What each file of the step was made with: a reward's scores, and its second scores."""
+    rewards = config.rewards
+    settings = {
+        part: rewards.noise_prompts if second else rewards.options(reward)
+        for part, (reward, second) in _score_parts(config).items()
+    }
+    if config.preferences:
+        settings[LABEL] = {"prompts.heldout.fraction": config.prompts.heldout.fraction}
+    return settings
+
+
+def _score_parts(config: Config) -> dict[str, tuple[str, bool]]:
+    """By its setting, the reward and whether it is its second scores."""
+    rewards = config.rewards
+    parts = {f"rewards.{name}": (name, False) for name in rewards.names}
+    if config.preferences:
+        parts[LABEL] = (LABEL, False)
+    return parts | {f"rewards.noise_prompts.{name}": (name, True) for name in rewards.names if rewards.noise_prompts}
+
+
+def _scores_elsewhere(context: Context) -> tuple[Path, dict[str, Any]]:
+    """Where the run that gave the images keeps their scores, and with what settings it made them."""
+    other = RunFolder(place(context.config.run.samples_from or ""))
+    if context.config.run.samples_from and other.has(SCORES):
+        other.refuse_damage(SCORES)
+        manifest = other.manifest(SCORES)
+        if manifest["inputs"] == {SAMPLES: context.run.fingerprint(SAMPLES)}:
+            return other.step(SCORES), manifest["settings"]
+    return other.path, {}
+
+
+def _describe_scores(reward: str, second: bool, context: Context, output_dir: Path, output: StepOutput) -> None:
+    import numpy as np
+
+    from cdpo_ray.curriculum.noise import score_noise
+    from cdpo_ray.rewards.score_table import read_scores
+
+    first_path = output_dir / score_file(reward)
+    if not first_path.is_file():  # made before; this is its second scoring
+        first_path = context.run.step(SCORES) / score_file(reward)
+    _, scores = read_scores(first_path, reward)
+    if second:
+        _, again = read_scores(output_dir / score_file(reward, second=True), reward)
+        noise = score_noise(scores[: len(again)], again)
+        output.details[f"noise_{reward}"] = noise if np.isfinite(noise) else None
+        log.info("score: `%s` scored %d prompts twice: its noise is %.4g", reward, len(again), noise)
+        return
+    num_bad = scores.size - int(np.isfinite(scores).sum())
+    output.counts["scores"] += scores.size
+    output.counts[f"not_finite_{reward}"] = num_bad
+    if num_bad:
+        output.warnings.append(f"{num_bad} of {scores.size} scores of `{reward}` are not finite; they form no pairs")

@@ -1,0 +1,92 @@
+"""What a step is, and what every one of them is given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cdpo_ray.config import Config
+from cdpo_ray.progress import Progress
+from cdpo_ray.prompts.sources import PromptSplit
+from cdpo_ray.records import SCORES, TRAINING
+from cdpo_ray.steps.arguments import ranking_files
+from cdpo_ray.store import RunFolder, StepOutput
+from cdpo_ray.training.job import ValidationJob
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every step is given.
+
+    Attributes:
+        round: 1-based.
+        run: the round's folder.
+        previous: folder of the round before.
+        progress: told how far the step is.
+        validation: how the policy is measured at each stage's end.
+        on_stage: called with the summary of each stage that has ended.
+    """
+
+    config: Config
+    prompts: PromptSplit
+    run: RunFolder
+    round: int = 1
+    previous: RunFolder | None = None
+    progress: Progress = field(default_factory=Progress)
+    validation: ValidationJob | None = None
+    on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None
+
+    @property
+    def seed(self) -> int:
+        """What generation draws from; each round has its own."""
+        return self._in_round(self.config.run.seed)
+
+    @property
+    def training_seed(self) -> int:
+        """What pairs and training draw from; each round has its own."""
+        given = self.config.training.seed
+        return self._in_round(self.config.run.seed if given is None else given)
+
+    def _in_round(self, seed: int) -> int:
+        from cdpo_ray.models.seeds import seed_of
+
+        return seed if self.round == 1 else seed_of(seed, "round", self.round)
+
+    @property
+    def start_dir(self) -> str | None:
+        """What the round before trained."""
+        return str(self.previous.step(TRAINING).resolve()) if self.previous else None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the way: what it depends on decides whether it has been done already.
+
+    Attributes:
+        settings: the configuration's values that its outcome depends on.
+        inputs: folders of earlier steps that it reads.
+        resumable: goes on with what an interrupted attempt left.
+        continues: reads what the round before trained.
+        grows: each setting is a part of its own, which can be added when others are done.
+    """
+
+    verb: str
+    folder: str
+    settings: Callable[[Config], dict[str, Any]]
+    inputs: tuple[str, ...]
+    perform: Callable[[Context, Path, StepOutput], None]
+    resumable: bool = False
+    continues: bool = False
+    grows: bool = False
+
+    def fingerprints(self, config: Config, run: RunFolder, previous: RunFolder | None = None) -> dict[str, str]:
+        """What tells the files that it reads from others; of the scores it reads only those that rank.
+
+        Raises:
+            StoreError: a step before is not done, or has not scored what ranks.
+        """
+        read = {SCORES: ranking_files(config)}
+        found = {folder: run.fingerprint(folder, read.get(folder)) for folder in self.inputs}
+        if previous and self.continues:
+            found["the round before"] = previous.fingerprint(TRAINING)
+        return found
