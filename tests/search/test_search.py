@@ -127,6 +127,13 @@ def test_a_search_that_is_done_trains_nothing_and_finds_the_same(
     assert written == {path: path.stat().st_mtime for path in search.run.glob("*/*/trial.json")}
 
 
+def test_a_search_is_not_gone_on_with_by_other_settings(killed: tuple[Search, list[Trial], str, str]) -> None:
+    process = killed[0].start("search.early_prompts=2")
+    _, told = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "a search was begun there with `search.early_prompts` = 3, config says 2; delete the folder" in told
+
+
 @pytest.mark.nightly
 def test_the_best_schedule_run_by_itself_trains_what_its_trial_trained(
     killed: tuple[Search, list[Trial], str, str],
@@ -142,3 +149,12 @@ def test_the_best_schedule_run_by_itself_trains_what_its_trial_trained(
     )
     assert trained and all(torch.equal(value, alone[name]) for name, value in trained.items())
     assert (search.folder / "runs" / "tune-best" / "report.html").exists()
+
+
+@pytest.mark.nightly
+def test_more_trials_join_a_search_that_is_done(killed: tuple[Search, list[Trial], str, str]) -> None:
+    search = killed[0]
+    before = search.trials()
+    search.finish("search.num_trials=4")
+    after = search.trials()
+    assert after[:3] == before and len(after) == 4 and after[3].state in (DONE, STOPPED)
