@@ -106,7 +106,8 @@ def find(
         importance: share of each knob in how the first objective varies; none where trials are too few to tell.
         paper_runs, found_runs: by seed, the paper's schedule and the best trained again and judged on held-out
             prompts; empty before that.
-        best_config: path of the best schedule as a config.
+        best_config: path of the schedule to keep, as a config: that of the best trial, unless the paper's led it on the
+            held-out prompts.
         num_resamples, seed: of the bootstrap.
     """
     paper_point = next((trial.point for trial in trials if trial.number == PAPER), {})
@@ -128,6 +129,7 @@ def find(
         "best": leader.number if leader else None,
         "best_point": leader.point if leader else None,
         "best_changes": changed(leader.point, paper_point) if leader else None,
+        "kept": _kept(leader, confirmation, judge),
         "best_config": best_config,
         "pareto": pareto(trials, objectives),
         "importance": None if importance is None else dict(importance),
@@ -178,6 +180,12 @@ def confirm(
         warnings.append("one seed only: the intervals do not tell what another seed would have given")
     num_prompts = paper_runs[seeds[0]].reports[-1]["num_prompts"]
     return {"seeds": seeds, "num_prompts": num_prompts, "judges": judges}, warnings
+
+
+def _kept(leader: Trial | None, confirmation: Mapping[str, Any] | None, judge: str) -> int | None:
+    if leader and confirmation and confirmation["judges"][judge]["difference"]["mean"] <= 0:
+        return PAPER
+    return leader.number if leader else None
 
 
 def sentence_of(found: Mapping[str, Any]) -> str:

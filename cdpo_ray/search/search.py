@@ -180,13 +180,7 @@ class _Search:
 
     def tell(self, leader: Trial) -> str:
         """Write `best.yaml`, `tune.json` and `tune.html`; returns a table for the terminal, and where they are."""
-        config, path = self.config, self.run.path
-        name = f"{config.run.name}-best"
-        schedule = config_of(config, leader.point, name=name, run_dir=config.run.dir)
-        plain = schedule.model_dump(mode="json", exclude_unset=True)
-        header = f"# The best of {len(self.trials)} trials of {path}; it takes that run's images and scores.\n"
-        write_text(path / "best.yaml", header + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-        trials = [*self.trials.values()]
+        config, path, trials = self.config, self.run.path, [*self.trials.values()]
         confirmed = [trial for trial in self.confirmation.values() if trial.state == DONE]
         found = find(
             trials,
@@ -203,6 +197,11 @@ class _Search:
             num_resamples=config.evaluation.num_bootstrap_resamples,
             seed=config.run.seed,
         )
+        kept = next(trial for trial in trials if trial.number == found["kept"])
+        schedule = config_of(config, kept.point, name=f"{config.run.name}-best", run_dir=config.run.dir)
+        plain = schedule.model_dump(mode="json", exclude_unset=True)
+        header = f"# {found['sentence']}\n# This is trial {kept.number} of {len(trials)}, on the images and scores of {path}.\n"
+        write_text(path / "best.yaml", header + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
         write_json(path / FOUND, found)
         write_report(found, path / "tune.html")
         return f"{table_of(found)}\n{path / 'best.yaml'}\n{path / 'tune.html'}"

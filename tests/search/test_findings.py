@@ -101,21 +101,23 @@ def test_changes_name_what_the_paper_does_not_have() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gain", "verdict", "sentence"),
+    ("gain", "verdict", "kept", "sentence"),
     [
-        (0.05, "better", "The found schedule holds: trial 2"),
+        (0.05, "better", 2, "The found schedule holds: trial 2"),
         (
             0.0,
             "not told apart",
+            None,
             "The found schedule does not hold: trial 2 (beta 400) is not told apart from the paper's",
         ),
-        (-0.05, "worse", "The found schedule does not hold: trial 2 (beta 400) is worse"),
+        (-0.05, "worse", 1, "The found schedule does not hold: trial 2 (beta 400) is worse"),
     ],
 )
-def test_verdict_is_that_of_fresh_seeds_on_held_out_prompts(gain, verdict, sentence) -> None:
+def test_verdict_is_that_of_fresh_seeds_on_held_out_prompts(gain, verdict, kept, sentence) -> None:
     trials = [done(1, 0.02, PAPER_POINT), done(2, 0.4, PAPER_POINT | {"training.beta": 400.0})]
     found = found_of(trials, **confirmation(gain))
     assert found["verdict"] == verdict
+    assert found["kept"] == kept or kept is None, "what fell behind is not kept"
     assert found["sentence"].startswith(sentence)
     assert "on 60 held-out prompts, 3 seeds" in found["sentence"]
 

@@ -145,7 +145,7 @@ def test_the_best_schedule_run_by_itself_trains_what_its_trial_trained(
     subprocess.run([CDPO, "run", search.run / "best.yaml"], cwd=search.folder, check=True, timeout=300)
     trained, alone = (
         load_file(folder / LORA)
-        for folder in (search.run / "trials" / f"{found['best']:03d}", search.folder / "runs" / "tune-best")
+        for folder in (search.run / "trials" / f"{found['kept']:03d}", search.folder / "runs" / "tune-best")
     )
     assert trained and all(torch.equal(value, alone[name]) for name, value in trained.items())
     assert (search.folder / "runs" / "tune-best" / "report.html").exists()
