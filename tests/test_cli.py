@@ -57,7 +57,7 @@ def test_help_lists_the_verbs_in_the_datas_order(capsys: pytest.CaptureFixture[s
     assert places == sorted(places)
     generate, *others = (step.verb for step in STEPS)
     assert list(VERBS) == [
-        "check", "doctor", "run", generate, IMPORT.verb, *others, "report", "export", "compare", "status"
+        "check", "doctor", "run", generate, IMPORT.verb, *others, "report", "tune", "export", "compare", "status"
     ]  # fmt: skip
 
 

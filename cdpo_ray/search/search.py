@@ -200,8 +200,9 @@ class _Search:
         kept = next(trial for trial in trials if trial.number == found["kept"])
         schedule = config_of(config, kept.point, name=f"{config.run.name}-best", run_dir=config.run.dir)
         plain = schedule.model_dump(mode="json", exclude_unset=True)
-        header = f"# {found['sentence']}\n# This is trial {kept.number} of {len(trials)}, on the images and scores of {path}.\n"
-        write_text(path / "best.yaml", header + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        this = f"# This is trial {kept.number} of {len(trials)}, on the images and scores of {path}."
+        text = f"# {found['sentence']}\n{this}\n" + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        write_text(path / "best.yaml", text)
         write_json(path / FOUND, found)
         write_report(found, path / "tune.html")
         return f"{table_of(found)}\n{path / 'best.yaml'}\n{path / 'tune.html'}"

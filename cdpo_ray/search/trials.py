@@ -28,20 +28,20 @@ class Trial:
 
     Attributes:
         number: 1-based, in the order in which they were proposed.
-        seed: `training.seed`; none: what the search's config has.
         state: `running` (or broken off), `stopped` after an early stage, `done`, or `failed`.
         reports: of its stages, in order; see `Validation.__call__`, with `stage`, `is_last`, the stage's summary as
             `training`, and `order`, its place among all reports of the search.
         error: why it failed.
+        seed: `training.seed`; none: what the search's config has.
         num_invalid: points passed over before this one, for their values do not go together.
     """
 
     number: int
     point: Point
-    seed: int | None = None
     state: str = RUNNING
     reports: tuple[Report, ...] = ()
     error: str | None = None
+    seed: int | None = None
     num_invalid: int = 0
 
     @property
