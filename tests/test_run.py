@@ -375,6 +375,7 @@ def test_adapter_does_not_depend_on_workers_accumulation_or_zero(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_lora_grows_alike_with_and_without_zero(trained_embedded: RunFolder, embedded: Path) -> None:
     growing = {"rank": 4, "alpha": 8, "initial_rank": 2, "unfreeze": "from_input"}
     grown = {}

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from cdpo_ray.cli import main
 from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS
 from cdpo_ray.records import STEP_FOLDERS, TRAINING
+from cdpo_ray.search.trials import DONE, Trials
 from cdpo_ray.store import RunFolder, local_copy, read_json
 
 WEIGHTS = f"{LORA_DIR}/{LORA_WEIGHTS}"
@@ -37,3 +38,25 @@ def test_a_run_in_a_store_makes_what_one_on_disk_makes_and_is_passed_over_when_i
     caplog.clear()
     assert main([*SMOKE, "run.dir=s3://bucket/runs"]) == 0
     assert caplog.text.count("done already") == len(STEP_FOLDERS) + 1
+
+
+@pytest.mark.ray
+@pytest.mark.nightly
+def test_a_search_in_a_store_leaves_its_trials_and_findings_there_and_is_passed_over_when_it_is_done(
+    s3: Path, embedded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = ["tune", str(Path(__file__).parents[2] / "configs" / "tune.yaml"), "run.dir=s3://bucket/runs"]
+    search += [f"prompts.{side}.count=4" for side in ("train", "validation", "heldout")]
+    search += ["generation.num_denoising_steps=2", "search.updates_per_trial=12", "search.num_trials=2"]
+    search += ["search.early_prompts=2", "search.confirm_seeds=1"]
+    assert main(search) == 0
+    said = capsys.readouterr().out
+    run = s3 / "runs" / "tune"
+    trials = [*Trials(run / "trials").values()]
+    assert [trial.number for trial in trials] == [1, 2] and trials[0].state == DONE
+    assert all(RunFolder(run / "trials" / trial.name).has(TRAINING) for trial in trials if trial.state == DONE)
+    assert "samples_from: s3://bucket/runs/tune" in (run / "best.yaml").read_text()
+    assert "<html" in (run / "tune.html").read_text()
+    assert main(search) == 0
+    assert capsys.readouterr().out == said
+    assert [*Trials(run / "trials").values()] == trials
