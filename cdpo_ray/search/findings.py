@@ -209,6 +209,7 @@ def sentence_of(found: Mapping[str, Any]) -> str:
     verdict = confirmation["judges"][found["judge"]]
     mean, ends = spoken_interval(verdict["difference"])
     num_seeds = len(confirmation["seeds"])
+    once = ", with the one seed that was tried" if num_seeds == 1 else ""
     told = (
         f"{found['judge']} {mean} {ends} against the paper's schedule on {confirmation['num_prompts']} held-out"
         f" prompts, {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}"
@@ -216,7 +217,7 @@ def sentence_of(found: Mapping[str, Any]) -> str:
     others = [name for name, of_judge in confirmation["judges"].items() if of_judge["verdict"] == WORSE]
     but = f" By {', '.join(others)} it is worse." if others and verdict["verdict"] != WORSE else ""
     return {
-        BETTER: f"The found schedule holds: {trial} is better, {told}.",
+        BETTER: f"The found schedule holds{once}: {trial} is better, {told}.",
         NOT_TOLD_APART: f"The found schedule does not hold: {trial} is not told apart from the paper's, {told}.",
         WORSE: f"The found schedule does not hold: {trial} is worse, {told}.",
     }[verdict["verdict"]] + but
