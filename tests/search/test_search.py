@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "generation": {"images_per_prompt": 4, "num_denoising_steps": 3, "guidance_scale": 1.0},
     "rewards": {"names": ["clip"]},
     "curriculum": {"num_stages": 3, "updates_per_stage": 2},
-    "training": {"beta": 200, "learning_rate": 5e-4, "global_batch_size": 4, "updates_per_commit": 1},
+    "training": {"beta": 200, "learning_rate": 5e-3, "global_batch_size": 4, "updates_per_commit": 1},
     "evaluation": {"images_per_prompt": 2, "judges": ["clip", "oracle"], "num_margin_draws": 1},
     "search": {
         "algorithm": "random",
@@ -39,9 +39,10 @@ SETTINGS: dict[str, Any] = {
         "images_per_prompt": 2,
         "early_prompts": 3,
         "confirm_seeds": 0,
+        "stop_early": None,
         "space": {
             "training.beta": {"low": 50, "high": 1000, "log": True},
-            "training.learning_rate": [5e-4, 2e-3, 5e-3],
+            "training.learning_rate": [5e-3, 5e-4],  # the first, the paper's here, is too high to be the best
         },
     },
 }
@@ -143,9 +144,7 @@ def test_the_best_and_the_papers_are_trained_anew_and_judged_on_held_out_prompts
     said, _ = search.finish("search.confirm_seeds=1")
     found = json.loads((search.run / "tune.json").read_text())
     confirmed = search.trials("confirmation")
-    if found["best"] == 1:
-        assert not confirmed and "nothing to confirm" in said
-        return
+    assert found["best"] == 2
     assert {(trial.number, trial.seed, trial.state) for trial in confirmed} == {(1, 1, DONE), (found["best"], 1, DONE)}
     for trial in confirmed:
         assert [report["is_last"] for report in trial.reports] == [True]
