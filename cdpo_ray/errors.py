@@ -38,7 +38,7 @@ class TrainingError(CdpoError):
 
 
 class SearchError(CdpoError):
-    """A search has nothing to try, or nothing came of it."""
+    """Trials of a search cannot be compared: the first, the paper's, failed, or none was judged."""
 
 
 class ExportError(CdpoError):

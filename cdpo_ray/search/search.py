@@ -153,15 +153,19 @@ class _Search:
         """The best of the trials that were trained to their end.
 
         Raises:
-            SearchError: the first trial, the paper's, failed.
+            SearchError: the first trial, the paper's, failed, or no trial has a value of the first objective.
         """
         failed = [trial for trial in self.trials.values() if trial.state == FAILED]
         if failed:
             log.warning("%d of %d trials failed; the same command tries them again", len(failed), len(self.trials))
         leader = best([*self.trials.values()], self.search.objectives)
         if leader is None or any(trial.number == PAPER for trial in failed):
-            told = "; ".join(f"trial {trial.name}: {trial.error}" for trial in failed[:3])
-            raise SearchError(f"{self.trials.path}: there is nothing to compare with the paper's schedule: {told}")
+            told = [f"trial {trial.name} failed: {trial.error}" for trial in failed[:3]]
+            reasons = "; ".join(told or [f"no trial has a {self.search.objectives[0]}: the judge scored no image"])
+            raise SearchError(
+                f"{self.trials.path}: the paper's schedule and others cannot be compared: {reasons}; mend that, and"
+                " give the same command again"
+            )
         return leader
 
     def confirm(self, leader: Trial) -> None:
@@ -227,8 +231,10 @@ class _Search:
         if proposal.point is None:
             if self.search.num_trials:
                 log.warning(
-                    "the space has no more points: %d trials in place of %d", len(known), self.search.num_trials
-                )
+                    "the space has no more points: %d trials in place of %d (drawn again and tried before: %d;"
+                    " values that do not go together: %d)",
+                    len(known), self.search.num_trials, proposal.num_known, proposal.num_invalid,
+                )  # fmt: skip
             return None
         return Trial(number, proposal.point, num_invalid=proposal.num_invalid)
 
