@@ -40,7 +40,12 @@ class ModelSection(Section):
     revision: str | None = None
     teacher: TeacherSection | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    compile: bool = False
+    compile: bool | Literal["auto"] = False
+    """`auto`: compile the denoiser where a step's estimated eager GPU time exceeds the break-even."""
+    quantization: Literal["int8", "nf4"] | None = None
+    """Storage format of the frozen denoiser under a LoRA; `None`: `dtype`."""
+    offload: bool = False
+    """Keep text encoders and VAE in host memory while they are not needed."""
 
     @model_validator(mode="after")
     def _can_be_found(self) -> "ModelSection":

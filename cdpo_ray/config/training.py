@@ -67,6 +67,8 @@ class TrainingSection(Section):
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
     reference: Literal["base", "last_round"] = "base"
     guidance_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit`: moments in blocks of 8-bit values, a quarter of the memory."""
     learning_rate: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -75,7 +77,8 @@ class TrainingSection(Section):
     global_batch_size: Annotated[int, Field(ge=1)]
     batch_size_per_worker: Annotated[int, Field(ge=1)] | None = None
     empty_prompt_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """`auto`: on if the estimated peak memory without it exceeds the GPU's memory."""
     lora: LoraSection = LoraSection()
     num_workers: Annotated[int, Field(ge=1)] = 1
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
