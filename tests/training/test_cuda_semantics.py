@@ -9,7 +9,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from tiny_models import build_tiny_sd15
+from tiny_models import build_tiny_lcm, build_tiny_sd15, shallow_unet
 from tiny_policies import TARGETS, TinyModels, make_pairs
 from torch import Tensor
 
@@ -54,8 +54,13 @@ def one_worker() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def models(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
-    v_prediction = build_tiny_sd15(tmp_path_factory.mktemp("v") / "v", prediction_type="v_prediction")
-    return lambda family: v_prediction if family == "v_prediction" else tiny_models(family)
+    shallow = tmp_path_factory.mktemp("shallow")
+    built = {
+        "stable_diffusion": build_tiny_sd15(shallow / "sd", build_unet=shallow_unet),
+        "v_prediction": build_tiny_sd15(shallow / "v", prediction_type="v_prediction", build_unet=shallow_unet),
+        "latent_consistency": build_tiny_lcm(shallow / "lcm", build_unet=shallow_unet),
+    }
+    return lambda family: built.get(family) or tiny_models(family)
 
 
 class Training:
