@@ -100,7 +100,7 @@ def test_a_value_does_not_depend_on_the_samples_beside_it(tiny_sd15: Path, tmp_p
     model = fresh(tiny_sd15)
     model.load_tuned(tmp_path)
     together = values(model)
-    np.testing.assert_allclose(values(model, at_once=3), together, atol=1e-6)
+    np.testing.assert_allclose(values(model, at_once=3), together, atol=1e-5)
     np.testing.assert_allclose(values(model, slice(1, 3)), together[1:3], atol=1e-6)
 
 
