@@ -114,7 +114,7 @@ class Training:
 
 
 class Waits(TorchFunctionMode):
-    """Calls that would wait for a GPU: values read by the host, and tensors that the host fills.
+    """Calls that would wait for a GPU: values read by the host, and tensors made in host memory.
 
     Left out: what is read of the optimizer's step counters, which lie in host memory on every machine, and tensors of
     one value that DeepSpeed makes to clip gradients, whose copies do not wait.
@@ -122,6 +122,7 @@ class Waits(TorchFunctionMode):
 
     READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "nonzero")
     FILLED = (torch.tensor, torch.as_tensor, torch.from_numpy)
+    MADE = (torch.arange, torch.linspace, torch.zeros, torch.ones, torch.full, torch.empty, torch.rand, torch.randn)
 
     def __init__(self) -> None:
         self.found: list[str] = []
@@ -131,7 +132,8 @@ class Waits(TorchFunctionMode):
         while caller.f_code.co_filename.startswith(str(Path(torch.__file__).parent / "_")):  # torch's own dispatch
             caller = caller.f_back or caller
         where = caller.f_code.co_filename
-        if function in self.FILLED and "deepspeed" not in where:
+        on_host = function in self.FILLED or (function in self.MADE and (kwargs or {}).get("device") is None)
+        if on_host and "deepspeed" not in where:
             self.found.append(f"torch.{name} in {caller.f_code.co_name}")
         if name in self.READS and f"{torch.optim.__name__.replace('.', '/')}/" not in where:
             self.found.append(f"Tensor.{name} in {caller.f_code.co_name}")
