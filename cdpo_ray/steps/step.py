@@ -1,17 +1,25 @@
 """What a step is, and what every one of them is given."""
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cdpo_ray.config import Config
+from cdpo_ray.cost.estimate import Verb, Workload, pays_to_compile
+from cdpo_ray.cost.gpus import DEFAULT_GPU, Gpu
+from cdpo_ray.errors import ModelError
 from cdpo_ray.progress import Progress
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.records import SCORES, TRAINING
 from cdpo_ray.steps.arguments import ranking_files
+from cdpo_ray.steps.cost import workload_of
 from cdpo_ray.store import RunFolder, StepOutput
 from cdpo_ray.training.job import ValidationJob
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class Context:
         progress: told how far the step is.
         validation: how the policy is measured at each stage's end.
         on_stage: called with the summary of each stage that has ended.
+        gpu: that estimates are made for.
     """
 
     config: Config
@@ -35,6 +44,28 @@ class Context:
     progress: Progress = field(default_factory=Progress)
     validation: ValidationJob | None = None
     on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None
+    gpu: Gpu = DEFAULT_GPU
+
+    @functools.cached_property
+    def workload(self) -> Workload | None:
+        """What the cost of the steps is estimated from; ``None``: the model is not known, or another's size is assumed.
+
+        A folder with an architecture of its own is counted, once per process.
+        """
+        try:
+            load, known = workload_of(self.config, self.prompts, self.gpu)
+        except ModelError as error:
+            log.warning("cost not estimated: %s", error)
+            return None
+        return None if known.is_assumed else load
+
+    def compiles(self, verb: Verb) -> bool:
+        """Whether a step compiles the denoiser where ``model.compile`` is 'auto'."""
+        resources = self.config.resources
+        gpus = resources.trainers.gpus_per_worker if verb == "train" else resources.generators.gpus_per_actor
+        if self.config.model.compile != "auto" or not gpus or self.workload is None:
+            return False
+        return pays_to_compile(self.workload, verb)
 
     @property
     def seed(self) -> int:
