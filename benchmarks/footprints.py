@@ -1,4 +1,4 @@
-"""Counts the footprints of published architectures on meta tensors, and compares them with `cdpo_ray/cost/published.json`.
+"""Counts the footprints of published architectures on meta tensors, and compares them with the table of `cost/`.
 
 Needs no weights: configurations are written below as the models' pages publish them. With `--write` the table is
 replaced. Its largest model takes some three minutes on one CPU core and 2 GiB.
@@ -129,7 +129,9 @@ def main() -> int:
     asked = parser.parse_args()
     table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
     failed = False
-    print("| model | parameters, M | forward TF | backward TF, LoRA | full | training GiB, LoRA | full | checkpointed |")
+    print(
+        "| model | parameters, M | forward TF | backward TF, LoRA | full | training GiB, LoRA | full | checkpointed |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name in asked.models or (*ARCHITECTURES, "embedded"):
         started = time.monotonic()

@@ -1,10 +1,11 @@
 """Model folder -> footprint: FLOPs and bytes counted on meta tensors, which hold no memory."""
 
+import functools
 import json
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,12 @@ def count_folder(folder: Path) -> Footprint:
 
 def count(config: Mapping[str, Any], vae_config: Mapping[str, Any], text_configs: list[Any]) -> Footprint:
     """Footprint of a denoiser, a VAE and text encoders by their configurations, as `config.json` has them."""
-    make, inputs_of, native_side = denoiser_of(config)
+    make, inputs, native_side = denoiser_of(config)
     with _half():
-        denoiser, inputs = make(), inputs_of
+        denoiser = make()
         layers = _lora_layers(denoiser, inputs)
+        parameters = _num_parameters(denoiser)
+        linear = sum(each.weight.numel() for each in denoiser.modules() if isinstance(each, nn.Linear))
         forward, inference = _inference(denoiser, inputs)
         backward: dict[Method, Polynomial] = {}
         training: dict[Method, Polynomial] = {}
@@ -119,7 +122,8 @@ def count(config: Mapping[str, Any], vae_config: Mapping[str, Any], text_configs
             if method == "lora":
                 add_lora(denoiser, rank=COUNTED_RANK, targets=ATTENTION_TARGETS)
             denoiser.train().disable_gradient_checkpointing()
-            flops, plain = {}, {}
+            flops: dict[int, float] = {}
+            plain: dict[int, float] = {}
             for side in SIDES:
                 flops[side**2], plain[side**2] = count_training(denoiser, inputs(NUM_SAMPLES, side))
             backward[method] = _per_sample(flops)
@@ -134,11 +138,9 @@ def count(config: Mapping[str, Any], vae_config: Mapping[str, Any], text_configs
             training[method] = _per_sample(plain)
         vae_parameters, decode_flops, encode_flops, decode_bytes = _vae(vae_config)
         text_parameters, text_flops = _text(text_configs)
-    with torch.device("meta"):
-        denoiser = make()
     return Footprint(
-        parameters=_num_parameters(denoiser),
-        linear_parameters=sum(each.weight.numel() for each in denoiser.modules() if isinstance(each, nn.Linear)),
+        parameters=parameters,
+        linear_parameters=linear,
         native_positions=native_side**2,
         forward_flops=forward,
         backward_flops=backward,
@@ -155,10 +157,11 @@ def count(config: Mapping[str, Any], vae_config: Mapping[str, Any], text_configs
     )
 
 
-def add_lora(denoiser: ModelMixin, *, rank: int, targets: tuple[str, ...]) -> None:
+def add_lora(denoiser: ModelMixin, *, rank: int, targets: Sequence[str]) -> None:
     """A LoRA of 16 bits on the meta device."""
-    attach_lora(denoiser, rank=rank, alpha=rank, targets=targets, seed=0)
-    denoiser.to("meta", torch.bfloat16)
+    with torch.device("meta"):
+        for parameter in attach_lora(denoiser, rank=rank, alpha=rank, targets=targets, seed=0):
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def denoiser_of(config: Mapping[str, Any]) -> tuple[Callable[[], ModelMixin], Inputs, int]:
@@ -189,9 +192,7 @@ def count_training(denoiser: ModelMixin, inputs: Mapping[str, Any]) -> tuple[int
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
 
-    hooks = [
-        each.register_post_accumulate_grad_hook(drop) for each in denoiser.parameters() if each.requires_grad
-    ]
+    hooks = [each.register_post_accumulate_grad_hook(drop) for each in denoiser.parameters() if each.requires_grad]
     meter = Meter(denoiser)
     with fused_attention(), meter:
         prediction = denoiser(**inputs, return_dict=False)[0]
@@ -215,30 +216,37 @@ def _inference(denoiser: ModelMixin, inputs: Inputs) -> tuple[Polynomial, Polyno
 
 def _lora_layers(denoiser: ModelMixin, inputs: Inputs) -> dict[str, LoraLayers]:
     """All layers that may get a LoRA, by the end of their names."""
-    seen: dict[int, dict[str, float]] = {}
-    for side in SIDES[:2]:
-        outputs = seen[side**2] = {}
-        with ExitStack() as stack:
-            for name, layer in denoiser.named_modules():
-                if isinstance(layer, nn.Linear | nn.Conv2d):
-
-                    def note(layer: nn.Module, given: Any, output: Tensor, *, name: str = name) -> None:
-                        outputs[name] = outputs.get(name, 0) + output.numel() / layer.weight.shape[0] / NUM_SAMPLES
-
-                    stack.callback(layer.register_forward_hook(note).remove)
-            with fused_attention(), torch.no_grad():
-                denoiser.eval()(**inputs(NUM_SAMPLES, side), return_dict=False)
-    layers = dict(denoiser.named_modules())
+    layers = {name: each for name, each in denoiser.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
+    seen = {side**2: _outputs_per_channel(denoiser, layers, inputs(NUM_SAMPLES, side)) for side in SIDES[:2]}
     by_end: dict[str, list[str]] = {}
-    for name in seen[SIDES[0] ** 2]:
+    for name in layers:
         by_end.setdefault(NUMBERED_BLOCK.sub("", name), []).append(name)
     return {
         end: LoraLayers(
             sum(layers[name].weight.shape[0] + layers[name].weight[0].numel() for name in names),
-            Polynomial.through({place: sum(found[name] for name in names) for place, found in seen.items()}),
+            Polynomial.through(
+                {positions: sum(found.get(name, 0.0) for name in names) for positions, found in seen.items()}
+            ),
         )
         for end, names in by_end.items()
     }
+
+
+def _outputs_per_channel(
+    denoiser: ModelMixin, layers: Mapping[str, nn.Linear | nn.Conv2d], inputs: Mapping[str, Any]
+) -> dict[str, float]:
+    """Values that each layer gives per output channel, for one sample."""
+    outputs: dict[str, float] = {}
+
+    def note(name: str, layer: nn.Linear | nn.Conv2d, given: Any, output: Tensor) -> None:
+        outputs[name] = output.numel() / layer.weight.shape[0] / NUM_SAMPLES
+
+    hooks = [each.register_forward_hook(functools.partial(note, name)) for name, each in layers.items()]
+    with fused_attention(), torch.no_grad():
+        denoiser.eval()(**inputs, return_dict=False)
+    for hook in hooks:
+        hook.remove()
+    return outputs
 
 
 def _vae(config: Mapping[str, Any]) -> tuple[int, Polynomial, Polynomial, Polynomial]:

@@ -185,7 +185,9 @@ def estimate(load: Workload) -> Estimate:
     if unknown:
         notes.append(f"judges of unknown cost are left out: {', '.join(unknown)}")
     if config.preferences:
-        notes.append("import (one VAE encoding per image) is left out: the number of images is known once they are read")
+        notes.append(
+            "import (one VAE encoding per image) is left out: the number of images is known once they are read"
+        )
     search = None
     if config.search:
         search = _search_gpu_seconds(load, checkpointing=checkpointing) / 3600
@@ -269,9 +271,7 @@ def _image_seconds(load: Workload, judges: dict[str, dict[str, Any]], *, compile
     footprint, steps = load.footprint, load.config.generation.num_denoising_steps
     cost, _ = judges_cost(judges)
     return (
-        load.seconds(
-            "generate", steps * load.passes * footprint.forward_flops(load.positions), compiled=compiled
-        )
+        load.seconds("generate", steps * load.passes * footprint.forward_flops(load.positions), compiled=compiled)
         + load.seconds("decode", footprint.decode_flops(load.positions))
         + load.seconds("judge", cost.flops)
     )
@@ -343,9 +343,7 @@ def _memory(load: Workload, checkpointing: bool) -> Iterator[RoleMemory]:
         min(1.0, resources.trainers.gpus_per_worker or 1),
         lambda each: training_peak(each, checkpointing=_checkpointing(each)),
     )
-    yield _role(
-        load, "evaluator", generators, lambda each: _sampling_peak(each, "evaluate", config.evaluation_judges)
-    )
+    yield _role(load, "evaluator", generators, lambda each: _sampling_peak(each, "evaluate", config.evaluation_judges))
     if resources.scorers.gpus_per_actor and config.rewards.placement == "pool":
         cost, _ = judges_cost(config.rewards.judges)
         share = min(1.0, resources.scorers.gpus_per_actor)
@@ -400,7 +398,9 @@ UNCHANGED = Change((), {})
 
 def _change(**sections: dict[str, Any]) -> Change:
     words = [
-        f"`{section}.{key}: {str(value).lower()}`" for section, values in sections.items() for key, value in values.items()
+        f"`{section}.{key}: {str(value).lower()}`"
+        for section, values in sections.items()
+        for key, value in values.items()
     ]
     return Change(tuple(words), sections)
 

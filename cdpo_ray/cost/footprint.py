@@ -92,9 +92,7 @@ class Footprint:
         """Number of parameters of a LoRA on the layers whose names end with a target."""
         return rank * sum(layers.parameters_per_rank for layers in self._targeted(targets))
 
-    def activation_bytes(
-        self, positions: int, *, lora: tuple[int, Sequence[str]] | None, checkpointing: bool
-    ) -> float:
+    def activation_bytes(self, positions: int, *, lora: tuple[int, Sequence[str]] | None, checkpointing: bool) -> float:
         """Peak of one sample's activations over forward and backward.
 
         Args:
@@ -142,5 +140,3 @@ def _read(value: Any) -> Any:
     if isinstance(value, list):
         return Polynomial(tuple(value))
     return {name: _read(each) for name, each in value.items()} if isinstance(value, dict) else value
-
-

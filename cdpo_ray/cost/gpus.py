@@ -62,7 +62,7 @@ def gpu_of_device(device_name: str, memory_gib: float | None = None) -> Gpu | No
         memory_gib: of the device, where names leave it open.
     """
     words = re.split(r"[^a-z0-9]+", device_name.lower())
-    found = next((gpu for gpu in GPUS.values() if gpu.name in words), None)
+    found = next((gpu for gpu in GPUS.values() if gpu.name in words and "laptop" not in words), None)
     if found and found.name == "a100" and ((memory_gib or 80) < 60 or any(word.startswith("40g") for word in words)):
         return GPUS["a100-40gb"]
     return found

@@ -36,7 +36,9 @@ def memory_faults(estimate: Estimate) -> list[str]:
 
 
 def _step(step: StepCost) -> str:
-    gpus = f"{step.num_processes} x {step.gpus_per_process:g}" if step.num_processes > 1 else f"{step.gpus_per_process:g}"
+    gpus = (
+        f"{step.num_processes} x {step.gpus_per_process:g}" if step.num_processes > 1 else f"{step.gpus_per_process:g}"
+    )
     how = "compiled" if step.compiled else "eager"
     return (
         f"{step.gpu_hours:.3g} GPU-hours, {duration(step.wall_seconds)} on {gpus} GPU, {how}"

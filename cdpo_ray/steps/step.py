@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.config import Config
-from cdpo_ray.cost.estimate import Verb, Workload, pays_to_compile
+from cdpo_ray.cost.estimate import VERBS, Verb, Workload, estimate, pays_to_compile
 from cdpo_ray.cost.gpus import DEFAULT_GPU, Gpu
+from cdpo_ray.cost.published import known_footprint
 from cdpo_ray.errors import ModelError
 from cdpo_ray.progress import Progress
 from cdpo_ray.prompts.sources import PromptSplit
@@ -61,11 +62,21 @@ class Context:
 
     def compiles(self, verb: Verb) -> bool:
         """Whether a step compiles the denoiser where ``model.compile`` is 'auto'."""
-        resources = self.config.resources
-        gpus = resources.trainers.gpus_per_worker if verb == "train" else resources.generators.gpus_per_actor
-        if self.config.model.compile != "auto" or not gpus or self.workload is None:
+        if self.config.model.compile != "auto" or not self._runs_on_gpu(verb) or self.workload is None:
             return False
         return pays_to_compile(self.workload, verb)
+
+    def predicted(self, verb: str) -> dict[str, Any] | None:
+        """The estimate of a step that runs on GPUs, see `records.PREDICTED`; a model is not counted for it."""
+        model, taken = self.config.model, self.config.run.samples_from and verb == "generate"
+        if verb not in VERBS or taken or not self._runs_on_gpu(verb) or not known_footprint(model.family, model.path):
+            return None
+        found = self.workload and estimate(self.workload).step(verb)
+        return {"gpu": self.gpu.name, "seconds": round(found.wall_seconds)} if found else None
+
+    def _runs_on_gpu(self, verb: str) -> bool:
+        resources = self.config.resources
+        return bool(resources.trainers.gpus_per_worker if verb == "train" else resources.generators.gpus_per_actor)
 
     @property
     def seed(self) -> int:
