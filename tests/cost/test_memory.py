@@ -65,10 +65,9 @@ def test_a_teacher_is_kept_and_sees_both_images_with_and_without_prompt() -> Non
 
 def test_text_encoders_are_on_the_gpu_only_while_a_worker_loads() -> None:
     flux = published_footprint("flux_dev")
-    small = {"positions": 64, "pairs": 1, "lora": LORA} | COMMON
-    del small["checkpointing"]
-    at_once = trainer_peak(flux, BF16, **small, checkpointing=True)  # type: ignore[arg-type]
-    offloaded = trainer_peak(flux, DenoiserStorage("bfloat16", offload=True), **small, checkpointing=True)  # type: ignore[arg-type]
+    small = COMMON | {"positions": 64, "pairs": 1, "lora": LORA, "checkpointing": True}
+    at_once = trainer_peak(flux, BF16, **small)  # type: ignore[arg-type]
+    offloaded = trainer_peak(flux, DenoiserStorage("bfloat16", offload=True), **small)  # type: ignore[arg-type]
     assert at_once.total == pytest.approx(2 * (flux.parameters + flux.text_parameters) + CONTEXT_BYTES)
     assert offloaded.work == 2 * flux.activation_bytes(64, lora=LORA, checkpointing=True)
 
