@@ -137,7 +137,7 @@ def test_check_says_of_every_shipped_config_hours_memory_and_verdict(
     overrides = []
     if path.stem == "pickapic":
         write_parquet(pickapic_rows(40), tmp_path / "rows.parquet")
-        overrides = [f"preferences.path={tmp_path}/rows.parquet"]
+        overrides = [f"preferences.path={tmp_path}/rows.parquet", "prompts.heldout={fraction: 0.2}"]
     assert main(["check", str(path), *overrides]) == 0
     lines = capsys.readouterr().out.splitlines()
     cost = lines[next(place for place, line in enumerate(lines) if line.startswith("  cost ")) :]

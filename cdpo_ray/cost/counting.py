@@ -109,12 +109,13 @@ def count_folder(folder: Path) -> Footprint:
 def count(config: Mapping[str, Any], vae_config: Mapping[str, Any], text_configs: list[Any]) -> Footprint:
     """Footprint of a denoiser, a VAE and text encoders by their configurations, as `config.json` has them."""
     make, inputs, native_side = denoiser_of(config)
+    sides = _sides(config)
     with _half():
         denoiser = make()
-        layers = _lora_layers(denoiser, inputs)
+        layers = _lora_layers(denoiser, inputs, sides)
         parameters = _num_parameters(denoiser)
         linear = sum(each.weight.numel() for each in denoiser.modules() if isinstance(each, nn.Linear))
-        forward, inference = _inference(denoiser, inputs)
+        forward, inference = _inference(denoiser, inputs, sides)
         backward: dict[Method, Polynomial] = {}
         training: dict[Method, Polynomial] = {}
         checkpointed: dict[Method, Polynomial] = {}
@@ -124,11 +125,11 @@ def count(config: Mapping[str, Any], vae_config: Mapping[str, Any], text_configs
             denoiser.train().disable_gradient_checkpointing()
             flops: dict[int, float] = {}
             plain: dict[int, float] = {}
-            for side in SIDES:
+            for side in sides:
                 flops[side**2], plain[side**2] = count_training(denoiser, inputs(NUM_SAMPLES, side))
             backward[method] = _per_sample(flops)
             denoiser.enable_gradient_checkpointing()
-            few = {side**2: count_training(denoiser, inputs(NUM_SAMPLES, side))[1] for side in SIDES[1:]}
+            few = {side**2: count_training(denoiser, inputs(NUM_SAMPLES, side))[1] for side in sides[1:]}
             checkpointed[method] = _per_sample(few)
             plain = {positions: plain[positions] for positions in few}
             if method == "lora":  # what grows with the rank is counted by `Footprint.activation_bytes`
@@ -203,21 +204,21 @@ def count_training(denoiser: ModelMixin, inputs: Mapping[str, Any]) -> tuple[int
     return meter.flops - forward_flops, meter.peak_bytes
 
 
-def _inference(denoiser: ModelMixin, inputs: Inputs) -> tuple[Polynomial, Polynomial]:
+def _inference(denoiser: ModelMixin, inputs: Inputs, sides: Sequence[int]) -> tuple[Polynomial, Polynomial]:
     """FLOPs and peak of activations per sample of a forward without gradient."""
     flops, peaks = {}, {}
-    for side in SIDES:
+    for side in sides:
         meter = Meter(denoiser)
         with fused_attention(), meter, torch.no_grad():
             denoiser.eval()(**inputs(NUM_SAMPLES, side), return_dict=False)
         flops[side**2], peaks[side**2] = meter.flops, meter.peak_bytes
-    return _per_sample(flops), _per_sample({side**2: peaks[side**2] for side in SIDES[1:]})
+    return _per_sample(flops), _per_sample({side**2: peaks[side**2] for side in sides[1:]})
 
 
-def _lora_layers(denoiser: ModelMixin, inputs: Inputs) -> dict[str, LoraLayers]:
+def _lora_layers(denoiser: ModelMixin, inputs: Inputs, sides: Sequence[int]) -> dict[str, LoraLayers]:
     """All layers that may get a LoRA, by the end of their names."""
     layers = {name: each for name, each in denoiser.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
-    seen = {side**2: _outputs_per_channel(denoiser, layers, inputs(NUM_SAMPLES, side)) for side in SIDES[:2]}
+    seen = {side**2: _outputs_per_channel(denoiser, layers, inputs(NUM_SAMPLES, side)) for side in sides[:2]}
     by_end: dict[str, list[str]] = {}
     for name in layers:
         by_end.setdefault(NUMBERED_BLOCK.sub("", name), []).append(name)
@@ -285,6 +286,12 @@ def _text(configs: list[Any]) -> tuple[int, float]:
             encoder(ids)
         flops += meter.flops
     return parameters, flops
+
+
+def _sides(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """`SIDES`, or smaller ones for a transformer whose table of places is too small for them."""
+    largest = 2 * (config.get("pos_embed_max_size") or SIDES[-1])
+    return SIDES if largest >= SIDES[-1] else tuple(largest * side // SIDES[-1] for side in SIDES)
 
 
 def _unet_inputs(config: Any, num: int, side: int) -> dict[str, Any]:

@@ -133,6 +133,8 @@ def generator_peak(
 ) -> Peak:
     """Peak of a process that samples and decodes images.
 
+    With offload the denoiser stays, and text encoders and VAE come to it when they are needed.
+
     Args:
         images: at once.
         passes: 2 with guidance by a second pass, else 1.
@@ -146,7 +148,7 @@ def generator_peak(
     decoding = storage.scaled(images * footprint.decode_bytes(positions))
     if not storage.offload:
         return Peak(denoiser + text + vae + judges, max(denoising, decoding))
-    return Peak(judges, max(text, denoiser + denoising, vae + decoding))
+    return Peak(denoiser + judges, max(text, denoising, vae + decoding))
 
 
 def use_checkpointing(asked: bool | str, peak_without: float | None, gpu_bytes: float | None) -> bool:

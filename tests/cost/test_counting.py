@@ -49,9 +49,9 @@ def test_a_matrix_product_is_two_flops_per_multiply_add() -> None:
 def test_storages_are_counted_while_they_live_and_weights_and_views_are_not() -> None:
     with torch.device("meta"):
         layer = nn.Linear(32, 48)
-    meter = Meter(layer)
+    meter, given = Meter(layer), meta(8, 32)
     with meter:
-        first = layer(meta(8, 32)) * 2
+        first = layer(given) * 2
         view = first[:4].t()
         weight = layer.weight.t()
     assert meter.bytes == first.numel() * 4
