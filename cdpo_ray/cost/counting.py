@@ -113,7 +113,8 @@ def count(config: Mapping[str, Any], vae_config: Mapping[str, Any], text_configs
     with _half():
         denoiser = make()
         layers = _lora_layers(denoiser, inputs, sides)
-        parameters = _num_parameters(denoiser)
+        # SD3's table of places is a buffer as large as a tenth of its parameters
+        parameters = _num_parameters(denoiser) + sum(buffer.numel() for buffer in denoiser.buffers())
         linear = sum(each.weight.numel() for each in denoiser.modules() if isinstance(each, nn.Linear))
         forward, inference = _inference(denoiser, inputs, sides)
         backward: dict[Method, Polynomial] = {}

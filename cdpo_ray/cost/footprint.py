@@ -60,7 +60,7 @@ class Footprint:
     Polynomials take the number of latent positions of a sample, ``height * width`` of its latents.
 
     Attributes:
-        parameters, linear_parameters: of the denoiser, and of its linear layers alone.
+        parameters, linear_parameters: of the denoiser, buffers included, and of its linear layers alone.
         native_positions: latent positions at the model's own image size.
         forward_flops: of the denoiser, per sample.
         backward_flops: per sample; by method.

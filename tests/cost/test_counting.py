@@ -72,9 +72,8 @@ def test_fused_attention_takes_the_flops_of_two_products_and_keeps_no_square() -
     assert functional.scaled_dot_product_attention.__module__ != "cdpo_ray.cost.counting", "it is put back"
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion_3", "flux"])
-def test_a_folder_is_counted_by_its_configurations(tiny_models: Callable[[str], Path], family: str) -> None:
-    folder = tiny_models(family)
+def test_a_folder_is_counted_by_its_configurations(tiny_models: Callable[[str], Path]) -> None:
+    folder = tiny_models("stable_diffusion_3")
     counted = count_folder(folder)
     weights = {name: _num_parameters(folder / name) for name in ("transformer", "vae")}
     assert (counted.parameters, counted.vae_parameters) == (weights["transformer"], weights["vae"])
@@ -91,16 +90,26 @@ def _num_parameters(folder: Path) -> int:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion_xl", "latent_consistency"])
-def test_a_unet_gets_the_inputs_that_its_configuration_asks_for(
-    tiny_models: Callable[[str], Path], family: str
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [
+        ("stable_diffusion_xl", (2, 4, 8, 8)),
+        ("latent_consistency", (2, 4, 8, 8)),
+        ("flux", (2, 16, 64)),  # patches of 2 x 2 latent values
+        ("flux_schnell", (2, 16, 64)),
+    ],
+)
+def test_a_denoiser_gets_the_inputs_that_its_configuration_asks_for(
+    tiny_models: Callable[[str], Path], family: str, shape: tuple[int, ...]
 ) -> None:
-    config = json.loads((tiny_models(family) / "unet" / "config.json").read_text())
-    make, inputs, side = denoiser_of(config)
+    (path,) = (
+        path for path in tiny_models(family).glob("*/config.json") if path.parent.name in ("unet", "transformer")
+    )
+    make, inputs, _ = denoiser_of(json.loads(path.read_text()))
     meter = Meter(denoiser := make())
     with fused_attention(), meter, torch.no_grad():
-        (prediction,) = denoiser(**inputs(2, side), return_dict=False)
-    assert prediction.shape == (2, 4, side, side) and meter.flops > 0
+        (prediction,) = denoiser(**inputs(2, 8), return_dict=False)
+    assert prediction.shape == shape and meter.flops > 0
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ SD15, SDXL = published_footprint("sd15"), published_footprint("sdxl")
 
 
 def workload(*overrides: str, config: str = "sd15", gpu: str = "h100", prompts: int = 100) -> Workload:
-    loaded: Config = load_config(CONFIGS / f"{config}.yaml", overrides)
+    plain = () if config in ("sdxl", "flux") else ("training.gradient_checkpointing=false",)
+    loaded: Config = load_config(CONFIGS / f"{config}.yaml", (*plain, *overrides))
     names = {"sd15": "sd15", "sdxl": "sdxl", "lcm": "lcm", "flux": "flux_dev"}
     teacher = SD15 if config == "lcm" else None
     return Workload(loaded, NumPrompts(prompts, 20), published_footprint(names[config]), GPUS[gpu], teacher)
