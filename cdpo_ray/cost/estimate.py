@@ -181,6 +181,8 @@ def estimate(load: Workload) -> Estimate:
     notes = []
     if config.model.dtype == "bfloat16" and not load.gpu.has_bf16:
         notes.append(f"{load.gpu.name} does not compute in bfloat16; use `model.dtype: float16`")
+    if config.model.quantization:
+        notes.append(f"turning {config.model.quantization} weights into {config.model.dtype} is left out of the hours")
     _, unknown = judges_cost(config.evaluation_judges)
     if unknown:
         notes.append(f"judges of unknown cost are left out: {', '.join(unknown)}")
@@ -305,7 +307,7 @@ def _search_gpu_seconds(load: Workload, *, checkpointing: bool) -> float:
     per_stage = search.largest("curriculum.updates_per_stage", config.curriculum.updates_per_stage)
     num_updates = search.updates_per_trial or num_stages * per_stage
     num_trials = (search.num_trials or 0) + 2 * search.confirm_seeds
-    compiled = config.model.compile is True
+    compiled = step_cost(load, "train", checkpointing=checkpointing).compiled
     pairs = num_updates * config.training.global_batch_size
     trial = pairs * _pair_seconds(load, compiled=compiled, checkpointing=checkpointing)
     images = num_stages * load.prompts.validation * search.images_per_prompt
