@@ -149,6 +149,16 @@ def test_check_says_of_every_shipped_config_hours_memory_and_verdict(
     assert cost[-1] == "  verdict      fits h100"
 
 
+@pytest.mark.parametrize("path", sorted(QUICKSTART.parent.glob("*_24gb.yaml")), ids=lambda path: path.stem)
+def test_a_config_for_24_gb_fits_a_4090_and_its_full_size_sibling_does_not(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(path), "--gpu", "4090"]) == 0
+    assert capsys.readouterr().out.endswith("verdict      fits 4090\n")
+    assert main(["check", str(path.with_stem(path.stem.removesuffix("_24gb"))), "--gpu", "4090"]) == 0
+    assert capsys.readouterr().out.endswith("verdict      does not fit 4090\n")
+
+
 def test_check_says_what_would_fit_a_gpu_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(QUICKSTART.with_name("sdxl.yaml")), "--gpu", "t4", "training.lora.rank=16"]) == 0
     out = capsys.readouterr().out
