@@ -8,11 +8,15 @@ import sys
 from collections.abc import Sequence
 
 from cdpo_ray import __version__
-from cdpo_ray.config import load_config
-from cdpo_ray.errors import CdpoError, ConfigError, PreferenceError
+from cdpo_ray.config import Config, load_config
+from cdpo_ray.cost.estimate import estimate
+from cdpo_ray.cost.gpus import DEFAULT_GPU, GPUS, visible_gpu
+from cdpo_ray.cost.sentences import cost_lines
+from cdpo_ray.errors import CdpoError, ConfigError, ModelError, PreferenceError
 from cdpo_ray.export import FORMATS
 from cdpo_ray.plan import make_plan
 from cdpo_ray.progress.status import run_status
+from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.run import (
     compare_runs,
     explain_stages,
@@ -23,10 +27,11 @@ from cdpo_ray.run import (
     write_reports,
 )
 from cdpo_ray.steps import steps_of
+from cdpo_ray.steps.cost import workload_of
 from cdpo_ray.store import place
 
 VERBS = {
-    "check": "say what a run will make, or what is wrong with the config; needs no GPU, torch or ray",
+    "check": "say what a run will make and cost, or what is wrong with the config; needs no GPU, torch or ray",
     "doctor": "say what of this machine, of a cluster or of the storage will not do, and what to do about it",
     "run": "walk the whole way: all of the below, each skipped if it is done already",
     "generate": "prompts -> samples: many images of each prompt, by the base model",
@@ -71,6 +76,7 @@ FORMAT_HELP = (
     " merged: a whole pipeline folder, the only one for training.method=full"
 )
 ALLOW_HELP = "go on with training that was begun with other settings; its manifest will tell them"
+GPU_HELP = "to estimate hours and memory for; default: this machine's if it is one of these, else h100"
 ADDRESS_HELP = (
     "head of a Ray cluster; else RAY_ADDRESS, the cluster that this job is in, or a local Ray for this command"
 )
@@ -117,6 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--explain", action="store_true", help="print and draw what each stage holds")
         if verb == "import":
             command.add_argument("--check", action="store_true", help="only say which rows and images cannot be used")
+        if verb == "check":
+            command.add_argument("--gpu", choices=GPUS, help=GPU_HELP)
         if verb == "export":
             command.add_argument("--format", choices=FORMATS, default="diffusers", help=FORMAT_HELP)
             command.add_argument("--out", metavar="DIR", help="default: export/<format> of the run")
@@ -161,7 +169,8 @@ def _do(asked: argparse.Namespace) -> int:
     config, verb = load_config(asked.config, asked.overrides), asked.verb
     goes_on = shlex.join(["cdpo", "tune" if verb == "tune" else "run", asked.config, *asked.overrides])
     if verb == "check":
-        print(make_plan(config, read_prompts(config)))
+        prompts = read_prompts(config)
+        print(make_plan(config, prompts, _cost(config, prompts, asked.gpu)))
     elif verb == "report":
         print(*write_reports(config, anew=True), sep="\n")
     elif verb == "run":
@@ -200,6 +209,14 @@ def _do(asked: argparse.Namespace) -> int:
         if verb == "pairs" and asked.explain:
             print(explain_stages(config))
     return 0
+
+
+def _cost(config: Config, prompts: PromptSplit, gpu: str | None) -> list[str]:
+    try:
+        load, known = workload_of(config, prompts, GPUS[gpu] if gpu else visible_gpu() or DEFAULT_GPU)
+    except ModelError as error:
+        return [f"  cost         not estimated: {error}"]
+    return cost_lines(estimate(load), known.source)
 
 
 def _examine(asked: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import stat
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +14,14 @@ from typing import NamedTuple
 from packaging.version import Version
 
 from cdpo_ray.config import Config
+from cdpo_ray.cost.estimate import estimate
+from cdpo_ray.cost.gpus import DEFAULT_GPU, GIB, gpu_of_device
+from cdpo_ray.cost.sentences import memory_faults
 from cdpo_ray.errors import CdpoError, StoreError
-from cdpo_ray.run import check_cluster
+from cdpo_ray.run import check_cluster, read_prompts
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import steps_of
+from cdpo_ray.steps.cost import workload_of
 from cdpo_ray.store.places import is_local, place
 
 OK, WARN, WRONG = "ok", "warn", "wrong"
@@ -42,6 +47,7 @@ def examine(config: Config | None, *, address: str | None = None) -> Iterator[Fi
     yield from _hub()
     if config:
         yield _storage(config)
+        yield from _memory(config)
     yield from _ray(config, address)
 
 
@@ -118,6 +124,26 @@ def _storage(config: Config) -> Finding:
     free = shutil.disk_usage(there).free
     told = f"`run.dir` {config.run.dir}: can be written, {free / 2**30:.1f} GiB free"
     return Finding(OK if free >= LITTLE_BYTES else WARN, told)
+
+
+def _memory(config: Config) -> Iterator[Finding]:
+    """The estimated peak of each role against the memory of this machine's GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    device = torch.cuda.get_device_properties(0)
+    memory_gib = device.total_memory / GIB
+    gpu = replace(gpu_of_device(device.name, memory_gib) or DEFAULT_GPU, name=device.name, memory_gib=memory_gib)
+    try:
+        load, known = workload_of(config, read_prompts(config), gpu)
+    except CdpoError as error:
+        yield Finding(WARN, f"memory: {error}")
+        return
+    faults = memory_faults(estimate(load))
+    yield from (Finding(WARN, fault) for fault in faults)
+    if not faults:
+        yield Finding(OK, f"memory: every role fits {device.name} by estimate ({known.source})")
 
 
 def _ray(config: Config | None, address: str | None) -> Iterator[Finding]:

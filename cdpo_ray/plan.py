@@ -1,5 +1,6 @@
 """Config -> what a run will make and need, before it is paid; needs neither torch nor ray."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cdpo_ray.config import Config, SearchSection
@@ -24,8 +25,12 @@ class Plan:
         return "\n".join(self.lines)
 
 
-def make_plan(config: Config, prompts: PromptSplit) -> Plan:
-    """What `cdpo run` would do with this configuration."""
+def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = ()) -> Plan:
+    """What `cdpo run` would do with this configuration.
+
+    Args:
+        cost: lines of an estimate, see `cdpo_ray.cost.sentences`.
+    """
     per_prompt, curriculum, training = config.generation.images_per_prompt, config.curriculum, config.training
     num_images = len(prompts.train) * per_prompt
     samples = (
@@ -91,7 +96,7 @@ def make_plan(config: Config, prompts: PromptSplit) -> Plan:
         )
     if config.search:
         lines += _search(config, config.search, len(prompts.validation))
-    return Plan(lines)
+    return Plan([*lines, *cost])
 
 
 def same_beta_elsewhere(beta: float, num_latent_values: int | None) -> list[str]:

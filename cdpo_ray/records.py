@@ -79,3 +79,7 @@ def score_file(reward: str, *, second: bool = False) -> str:
 def score_column(reward: str) -> str:
     """Column of a reward's scores; an own reward's ``module:function`` is kept as it is."""
     return f"score_{reward}"
+
+
+PREDICTED = "predicted"
+"""Key of a step's estimate in `status.json` and in the details of its manifest: ``gpu`` (its name) and ``seconds``."""

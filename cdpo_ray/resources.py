@@ -12,11 +12,13 @@ class Node:
 
     Attributes:
         gpus: the free part of each GPU, 0 to 1.
+        gpu_name: Ray's name of their kind, as ``H100``; ``None``: not known.
     """
 
     name: str
     cpus: float
     gpus: tuple[float, ...] = ()
+    gpu_name: str | None = None
 
 
 @dataclass(frozen=True)

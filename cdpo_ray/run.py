@@ -5,19 +5,21 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cdpo_ray.config import Config
+from cdpo_ray.cost.gpus import DEFAULT_GPU, Gpu, gpu_of_device, visible_gpu
 from cdpo_ray.errors import ConfigError, ResourceError, StoreError
 from cdpo_ray.preferences.files import scan
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
-from cdpo_ray.records import EVALUATION, STAGES, STEP_FOLDERS, TRAINING
-from cdpo_ray.resources import check_resources
+from cdpo_ray.records import EVALUATION, PREDICTED, STAGES, STEP_FOLDERS, TRAINING
+from cdpo_ray.resources import Node, check_resources
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import (
     Context,
@@ -100,11 +102,12 @@ def run_steps(
         )
 
         @functools.cache
-        def start_ray() -> None:
+        def start_ray() -> Gpu:
             stack.enter_context(ray_session(address=address, verbose=verbose))
             undone = [step for step in steps if step.grows or not all(run.has(step.folder) for run in folders)]
             for line in check_cluster(config, undone):
                 log.warning(line)
+            return cluster_gpu(cluster_nodes()[0])
 
         for number, run in enumerate(folders, start=1):
             previous = folders[number - 2] if number > 1 else None
@@ -158,6 +161,12 @@ def check_cluster(config: Config, steps: Iterable[Step]) -> list[str]:
             what = str(error).rpartition("; ")[0]
             told.append(f"{what}; it waits for nodes that the cluster may add (`ray status` tells)")
     return told
+
+
+def cluster_gpu(nodes: Iterable[Node]) -> Gpu:
+    """The GPU that estimates are made for: the cluster's, this machine's, or the default, the first that is known."""
+    found = (gpu_of_device(node.gpu_name) for node in nodes if node.gpu_name)
+    return next(filter(None, found), None) or visible_gpu() or DEFAULT_GPU
 
 
 def find_preference_faults(config: Config, *, address: str | None = None, verbose: bool = False) -> list[str]:
@@ -242,17 +251,18 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
     return output_dir
 
 
-def _perform(step: Step, context: Context, *, start_ray: Callable[[], None], allow_config_change: bool) -> None:
+def _perform(step: Step, context: Context, *, start_ray: Callable[[], Gpu], allow_config_change: bool) -> None:
     run, settings = context.run, step.settings(context.config)
     inputs = step.fingerprints(context.config, run, context.previous)
     if run.is_complete(step.folder, settings, inputs, grows=step.grows):
         log.info("%s: done already", step.verb)
         return
-    start_ray()
+    context = replace(context, gpu=start_ray())
     log.info("%s ...", step.verb)
     started = time.monotonic()
+    predicted = context.predicted(step.verb)
     with (
-        context.progress.step(step.verb, step.folder, round=context.round),
+        context.progress.step(step.verb, step.folder, round=context.round, predicted=predicted),
         run.writing(
             step.folder,
             settings,
@@ -263,6 +273,7 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], None], all
             allow_change=allow_config_change,
         ) as (output_dir, output),
     ):
+        output.details |= {PREDICTED: predicted} if predicted else {}
         step.perform(context, output_dir, output)
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)
     log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)

@@ -20,6 +20,9 @@ from cdpo_ray.resources import Node
 CONNECT_SECONDS = 5
 MIN_LOCAL_CPUS = 4  # with fewer logical CPUs, pipelines of several actor pools starve
 
+GPU_KIND = "accelerator_type:"
+"""Prefix of the resource by which Ray names a node's GPUs."""
+
 _ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` uploads the working folder and starts workers through uv
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # reports are collected at this pace
@@ -162,7 +165,8 @@ def _refuse_silence(address: str) -> None:
 
 
 def _node(name: str, resources: Any) -> Node:
-    return Node(name, resources.get("CPU", 0), (1.0,) * int(resources.get("GPU", 0)))
+    kind = next((key.removeprefix(GPU_KIND) for key in resources if key.startswith(GPU_KIND)), None)
+    return Node(name, resources.get("CPU", 0), (1.0,) * int(resources.get("GPU", 0)), kind)
 
 
 def _for_people(error: BaseException) -> BaseException:

@@ -35,8 +35,9 @@ def in_pool(
     Args:
         rows_per_call: none: a block, as it is.
     """
-    return rows.map_batches(
-        plain_class,  # type: ignore[arg-type]
+    # The public `map_batches` refuses a whole block (no batch size) with GPUs; this is the same without that check.
+    return rows.map_batches_internal(
+        plain_class,
         fn_constructor_kwargs=arguments,
         batch_size=rows_per_call,
         batch_format="pyarrow",

@@ -1,5 +1,6 @@
 """The front door: verbs in the data's order, faults in plain words."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from finished_runs import config_of, write_run
+from preference_sets import pickapic_rows, write_parquet
 
 from cdpo_ray.cli import VERBS, main
 from cdpo_ray.steps import IMPORT, STEPS
@@ -126,6 +128,57 @@ def test_check_needs_neither_torch_nor_ray_and_writes_nothing(tmp_path: Path) ->
     assert found.stdout.startswith(f"run second in {tmp_path}/runs/second\n")
     assert found.stdout.rstrip().endswith("[]")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", sorted(QUICKSTART.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_check_says_of_every_shipped_config_hours_memory_and_verdict(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = []
+    if path.stem == "pickapic":
+        write_parquet(pickapic_rows(40), tmp_path / "rows.parquet")
+        overrides = [f"preferences.path={tmp_path}/rows.parquet", "prompts.heldout={fraction: 0.2}"]
+    assert main(["check", str(path), *overrides]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cost = lines[next(place for place, line in enumerate(lines) if line.startswith("  cost ")) :]
+    assert "estimated, not measured, for h100 (79 GiB)" in cost[0]
+    named = [line.split()[0] for line in cost[1:-1]]
+    assert {"train", "evaluate", "all", "trainer", "evaluator"} <= {*named}
+    assert all("GPU-hours" in line for line in cost if line.split()[0] in ("generate", "train", "evaluate", "all"))
+    assert all(" GiB of 79.0 GiB: fits" in line for line in cost if line.split()[0] in ("trainer", "evaluator"))
+    assert cost[-1] == "  verdict      fits h100"
+
+
+@pytest.mark.parametrize("path", sorted(QUICKSTART.parent.glob("*_24gb.yaml")), ids=lambda path: path.stem)
+def test_a_config_for_24_gb_fits_a_4090_and_its_full_size_sibling_does_not(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(path), "--gpu", "4090"]) == 0
+    assert capsys.readouterr().out.endswith("verdict      fits 4090\n")
+    assert main(["check", str(path.with_stem(path.stem.removesuffix("_24gb"))), "--gpu", "4090"]) == 0
+    assert capsys.readouterr().out.endswith("verdict      does not fit 4090\n")
+
+
+def test_check_says_what_would_fit_a_gpu_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(QUICKSTART.with_name("sdxl.yaml")), "--gpu", "t4", "training.lora.rank=16"]) == 0
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT" in out and "would fit: `" in out and out.endswith("verdict      does not fit t4\n")
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["check", str(QUICKSTART), "--gpu", "abacus"])
+
+
+def test_check_counts_a_folder_that_cannot_be_counted_as_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, config in (("unet", {"_class_name": "UNet2DConditionModel", "block_out_channels": [1]}), ("vae", {})):
+        (tmp_path / "model" / name).mkdir(parents=True)
+        (tmp_path / "model" / name / "config.json").write_text(json.dumps(config))
+    sized = ("generation.height=64", "generation.width=64")
+    (tmp_path / "model" / "vae" / "config.json").write_text('{"block_out_channels": [1], "latent_channels": 4}')
+    assert main(["check", str(QUICKSTART), f"model.path={tmp_path}/model", *sized]) == 0
+    assert f"  cost         not estimated: `model.path` {tmp_path}/model: its cost cannot be counted" in (
+        capsys.readouterr().out
+    )
 
 
 def test_the_module_itself_is_the_command() -> None:

@@ -486,6 +486,31 @@ def test_a_global_batch_that_does_not_divide_is_refused() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("resources.trainers.gpus_per_worker=0.5", "training.num_workers=2"),
+            "`resources.trainers.gpus_per_worker` must be 1 for 2 workers, got 0.5: NCCL refuses two",
+        ),
+        (
+            ("resources.trainers.gpus_per_worker=2",),
+            "`resources.trainers.gpus_per_worker` must be at most 1, because a worker trains on one GPU, got 2; raise",
+        ),
+        (("resources.trainers.gpus_per_worker=1.5",), "`resources.trainers.gpus_per_worker` must be at most 1"),
+        (("resources.generators.gpus_per_actor=1.5",), "`gpus_per_actor` must be at most 1, or whole, got 1.5"),
+    ],
+)
+def test_a_share_of_gpus_that_workers_cannot_have_is_refused(overrides: tuple[str, ...], message: str) -> None:
+    (fault,) = refused(*overrides)
+    assert message in fault
+
+
+def test_a_single_worker_may_have_a_part_of_a_gpu() -> None:
+    given = ("resources.trainers.gpus_per_worker=0.5", "training.num_workers=1")
+    assert load_config(QUICKSTART, given).resources.trainers.gpus_per_worker == 0.5
+
+
 def test_pairs_per_launch_is_the_share_of_a_worker_unless_it_is_given() -> None:
     assert load_config(QUICKSTART).training.pairs_per_launch == 8
     assert load_config(QUICKSTART, ["training.batch_size_per_worker=4"]).training.pairs_per_launch == 4

@@ -1,13 +1,15 @@
 """`cdpo doctor`: what will not do is found, with what to do."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from finished_runs import config_of
 
 from cdpo_ray import doctor
 from cdpo_ray.cli import main
-from cdpo_ray.doctor import OK, WRONG
+from cdpo_ray.config import load_config
+from cdpo_ray.doctor import OK, WARN, WRONG
 
 
 def test_a_version_below_its_floor_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +53,19 @@ def test_a_cluster_that_does_not_answer_is_wrong_and_the_exit_code_says_so(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["doctor", "--address", "127.0.0.1:1"]) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("wrong  Ray at 127.0.0.1:1: does not answer")
+
+
+@pytest.mark.parametrize(("gib", "grades"), [(80.0, {OK}), (8.0, {WARN})])
+def test_a_gpu_with_too_little_memory_is_told_with_what_would_fit(
+    monkeypatch: pytest.MonkeyPatch, gib: float, grades: set[str]
+) -> None:
+    device = SimpleNamespace(name="NVIDIA A100-SXM4-80GB", total_memory=gib * 2**30)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: device)
+    found = list(doctor._memory(load_config(Path(__file__).parents[1] / "configs" / "sd15.yaml")))
+    assert {finding.grade for finding in found} == grades
+    assert all(("would fit: `" in finding.what) == (gib < 80) for finding in found)
+
+
+def test_memory_is_not_compared_where_there_is_no_gpu() -> None:
+    assert list(doctor._memory(config_of("runs", "embedded"))) == []

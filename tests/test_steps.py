@@ -6,8 +6,13 @@ from typing import Any
 import pytest
 
 from cdpo_ray.config import Config, load_config
+from cdpo_ray.cost.estimate import VERBS
+from cdpo_ray.cost.gpus import DEFAULT_GPU, GPUS
 from cdpo_ray.prompts.sources import PromptSplit
+from cdpo_ray.resources import Node
+from cdpo_ray.run import cluster_gpu
 from cdpo_ray.steps import STEPS, Context
+from cdpo_ray.steps.arguments import model_arguments
 from cdpo_ray.store import RunFolder, differences
 from cdpo_ray.store.folder import flat
 
@@ -52,3 +57,45 @@ def test_what_was_made_before_there_were_validation_prompts_and_training_seeds_s
 def test_validation_prompts_of_their_own_source_change_nothing_and_a_share_of_the_training_source_does() -> None:
     assert changed("prompts.validation={source: scenes}") == set()
     assert changed("prompts.validation={fraction: 0.2}") == {"generate"}
+
+
+SD15 = QUICKSTART.with_name("sd15.yaml")
+PROMPTS = PromptSplit([f"t{i}" for i in range(100)], [f"h{i}" for i in range(20)], 120)
+
+
+def context_of(*overrides: str, path: Path = SD15, **values: Any) -> Context:
+    return Context(load_config(path, overrides), PROMPTS, RunFolder(Path("runs/x")), **values)
+
+
+def test_compile_auto_is_decided_step_by_step_for_the_gpu_that_is_there() -> None:
+    context = context_of("model.compile=auto", gpu=GPUS["h100"])
+    assert [context.compiles(verb) for verb in VERBS] == [True, True, False]  # 320 images are too few
+    assert context_of("model.compile=auto", gpu=GPUS["l4"]).compiles("evaluate")
+    assert model_arguments(context.config, compiles=True)["compile"] is True
+    assert model_arguments(context.config)["compile"] is False
+
+
+def test_compile_auto_is_off_without_a_gpu_and_for_a_model_of_unknown_size() -> None:
+    no_gpu = "resources.generators.gpus_per_actor=0", "resources.trainers.gpus_per_worker=0"
+    unknown = ("model.path=someone/their-model",)
+    for overrides in (no_gpu, unknown):
+        context = context_of("model.compile=auto", *overrides)
+        assert not any(context.compiles(verb) for verb in VERBS)
+
+
+def test_a_step_on_gpus_is_predicted_and_one_on_cpus_is_not() -> None:
+    context = context_of(gpu=GPUS["a100"])
+    predicted = context.predicted("generate")
+    assert predicted is not None and predicted["gpu"] == "a100" and 600 < predicted["seconds"] < 36_000
+    assert context.predicted("pairs") is None
+    assert context_of("run.samples_from=runs/other").predicted("generate") is None
+    assert all(context_of(path=QUICKSTART).predicted(verb) is None for verb in VERBS)
+
+
+def test_the_gpu_of_estimates_is_the_clusters_if_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdpo_ray.run.visible_gpu", lambda: None)
+    head, unknown, gpus = Node("a", 4), Node("b", 4, (1.0,), "G"), Node("c", 4, (1.0,), "L4")
+    assert cluster_gpu([head, unknown, gpus]) == GPUS["l4"]
+    assert cluster_gpu([head, unknown]) == DEFAULT_GPU
+    monkeypatch.setattr("cdpo_ray.run.visible_gpu", lambda: GPUS["4090"])
+    assert cluster_gpu([head, unknown]) == GPUS["4090"]

@@ -47,6 +47,12 @@ class Pool(Section):
     cpus_per_actor: Annotated[float, Field(gt=0)] = 1
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
 
+    @model_validator(mode="after")
+    def _gpus_are_a_share_or_whole(self) -> "Pool":
+        if self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
+            raise ValueError(f"`gpus_per_actor` must be at most 1, or whole, got {self.gpus_per_actor:g}")
+        return self
+
 
 class TrainerResources(Section):
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
@@ -205,6 +211,21 @@ class Config(Section):
             raise ValueError(
                 "`training.lora` grows from stage to stage, but `curriculum.num_stages` is 1; raise it, or leave out"
                 " `initial_rank` and `unfreeze`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_have_gpus_of_their_own(self) -> "Config":
+        gpus, workers = self.resources.trainers.gpus_per_worker, self.training.num_workers
+        if gpus > 1:
+            raise ValueError(
+                f"`resources.trainers.gpus_per_worker` must be at most 1, because a worker trains on one GPU, got"
+                f" {gpus:g}; raise `training.num_workers`"
+            )
+        if 0 < gpus < 1 and workers > 1:
+            raise ValueError(
+                f"`resources.trainers.gpus_per_worker` must be 1 for {workers} workers, got {gpus:g}: NCCL refuses two"
+                " workers on one GPU; set `training.num_workers` to 1, or give each worker a GPU"
             )
         return self
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from cdpo_ray.progress.pace import Pace, duration, rate_in_words
 from cdpo_ray.progress.status import STATUS, read_status
 from cdpo_ray.progress.trackers import Point, TrackedRun, Trackers
+from cdpo_ray.records import PREDICTED
 from cdpo_ray.store import write_json
 
 log = logging.getLogger(__name__)
@@ -88,16 +89,21 @@ class Progress:
         self._write()
 
     @contextlib.contextmanager
-    def step(self, verb: str, folder: str, *, round: int = 1) -> Iterator[None]:
+    def step(
+        self, verb: str, folder: str, *, round: int = 1, predicted: Mapping[str, Any] | None = None
+    ) -> Iterator[None]:
         """The block is a step of the run.
 
         Args:
             round: 1-based.
+            predicted: estimate to compare with, see `records.PREDICTED`; ``None``: there is none.
         """
         started = time.monotonic()
         with self._lock:
             self._verb, self._place = verb, f"round-{round}/{verb}" if self._about["num_rounds"] != 1 else verb
             self._state = {"state": "running", "folder": folder, "round": round}
+            if predicted:
+                self._state[PREDICTED] = dict(predicted)
         self._write()
         try:
             yield

@@ -15,6 +15,7 @@ from cdpo_ray.records import (
     CONFIRMATION,
     FOUND,
     HELDOUT,
+    PREDICTED,
     SAMPLES,
     SCORES,
     STEP_FOLDERS,
@@ -103,7 +104,10 @@ def _step_lines(run: RunFolder, folder: str, here: dict[str, Any] | None, *, ali
         manifest = run.manifest(folder)
         counts = [f"{count} {name.replace('_', ' ')}" for name, count in manifest["counts"].items() if count]
         ended = datetime.fromisoformat(manifest["created"])
-        head = line("done", *counts, f"{duration(manifest['seconds'])}, until {ended:%Y-%m-%d %H:%M} UTC")
+        took = duration(manifest["seconds"])
+        if predicted := manifest["details"].get(PREDICTED):
+            took += f" ({_estimated(predicted)})"
+        head = line("done", *counts, f"{took}, until {ended:%Y-%m-%d %H:%M} UTC")
         return [head, *(f"{'':16}warning: {warning}" for warning in manifest["warnings"])]
     began = (run.path / f"{folder}.partial").is_dir()
     commit = _newest_commit(run.path / f"{folder}.partial")
@@ -113,7 +117,13 @@ def _step_lines(run: RunFolder, folder: str, here: dict[str, Any] | None, *, ali
     told = [f"{here['done']}/{here['total']} {here['unit']}s"] if "done" in here else []
     if alive and here.get("rate"):
         told += [rate_in_words(here["rate"], here["unit"]), f"{duration(here['seconds_left'])} left"]
+        if predicted := here.get(PREDICTED):
+            told.append(f"{_estimated(predicted)}, on course for {duration(here['total'] / here['rate'])}")
     return [line("running" if alive else "failed" if here["state"] == "failed" else "stopped", *told), *below]
+
+
+def _estimated(predicted: dict[str, Any]) -> str:
+    return f"estimated {duration(predicted['seconds'])} on {predicted['gpu']}"
 
 
 def _trials_line(folder: Path) -> str:

@@ -37,8 +37,14 @@ def preference_frame(config: Config) -> Any:
     return Frame(sizes.height, sizes.width, preferences.max_image_bytes, preferences.max_image_pixels)
 
 
-def model_arguments(config: Config) -> dict[str, Any]:
-    return config.model.model_dump(exclude={"family"}, exclude_none=True)
+def model_arguments(config: Config, *, compiles: bool = False) -> dict[str, Any]:
+    """Keyword arguments of the family's ``load``.
+
+    Args:
+        compiles: what ``model.compile`` 'auto' means for the step.
+    """
+    arguments = config.model.model_dump(exclude={"family"}, exclude_none=True)
+    return arguments | {"compile": compiles if config.model.compile == "auto" else config.model.compile}
 
 
 def pool_size(pool: Pool) -> Any:

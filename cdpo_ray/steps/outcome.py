@@ -24,7 +24,7 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         output_dir,
         training_dir=context.run.step(TRAINING).resolve(),
         family=config.model.family,
-        model=model_arguments(config),
+        model=model_arguments(config, compiles=context.compiles("evaluate")),
         sampling=sampling_of(config, config.evaluation.images_per_prompt, config.run.seed),
         judges=list(judges),
         make_scores=functools.partial(Scorer, judges),

@@ -44,7 +44,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
         context.prompts.train,
         output_dir,
         family=config.model.family,
-        model=model_arguments(config),
+        model=model_arguments(config, compiles=context.compiles("generate")),
         sampling=sampling,
         tuned_dir=context.start_dir,
         keep_images=config.generation.keep_images,

@@ -1,17 +1,26 @@
 """What a step is, and what every one of them is given."""
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cdpo_ray.config import Config
+from cdpo_ray.cost.estimate import VERBS, Verb, Workload, estimate, pays_to_compile
+from cdpo_ray.cost.gpus import DEFAULT_GPU, Gpu
+from cdpo_ray.cost.published import known_footprint
+from cdpo_ray.errors import ModelError
 from cdpo_ray.progress import Progress
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.records import SCORES, TRAINING
 from cdpo_ray.steps.arguments import ranking_files
+from cdpo_ray.steps.cost import workload_of
 from cdpo_ray.store import RunFolder, StepOutput
 from cdpo_ray.training.job import ValidationJob
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,7 @@ class Context:
         progress: told how far the step is.
         validation: how the policy is measured at each stage's end.
         on_stage: called with the summary of each stage that has ended.
+        gpu: that estimates are made for.
     """
 
     config: Config
@@ -35,6 +45,38 @@ class Context:
     progress: Progress = field(default_factory=Progress)
     validation: ValidationJob | None = None
     on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None
+    gpu: Gpu = DEFAULT_GPU
+
+    @functools.cached_property
+    def workload(self) -> Workload | None:
+        """What the cost of the steps is estimated from; ``None``: the model is not known, or another's size is assumed.
+
+        A folder with an architecture of its own is counted, once per process.
+        """
+        try:
+            load, known = workload_of(self.config, self.prompts, self.gpu)
+        except ModelError as error:
+            log.warning("cost not estimated: %s", error)
+            return None
+        return None if known.is_assumed else load
+
+    def compiles(self, verb: Verb) -> bool:
+        """Whether a step compiles the denoiser where ``model.compile`` is 'auto'."""
+        if self.config.model.compile != "auto" or not self._runs_on_gpu(verb) or self.workload is None:
+            return False
+        return pays_to_compile(self.workload, verb)
+
+    def predicted(self, verb: str) -> dict[str, Any] | None:
+        """The estimate of a step that runs on GPUs, see `records.PREDICTED`; a model is not counted for it."""
+        model, taken = self.config.model, self.config.run.samples_from and verb == "generate"
+        if verb not in VERBS or taken or not self._runs_on_gpu(verb) or not known_footprint(model.family, model.path):
+            return None
+        found = self.workload and estimate(self.workload).step(verb)
+        return {"gpu": self.gpu.name, "seconds": round(found.wall_seconds)} if found else None
+
+    def _runs_on_gpu(self, verb: str) -> bool:
+        resources = self.config.resources
+        return bool(resources.trainers.gpus_per_worker if verb == "train" else resources.generators.gpus_per_actor)
 
     @property
     def seed(self) -> int:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cdpo_ray.config import HOW_NOT_WHAT
+from cdpo_ray.cost.estimate import training_peak
 from cdpo_ray.records import SAMPLES, SCORES, STAGES
 from cdpo_ray.steps.arguments import model_arguments, pairs_per_stage, ranking_rule, schedule
 from cdpo_ray.steps.step import Context
@@ -34,12 +35,13 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.training.trainer import COMMITS_DIR, train_adapter
 
     config, training = context.config, context.config.training
+    gpus = config.resources.trainers.gpus_per_worker
     job = TrainingJob(
         samples_dir=str(context.run.step(SAMPLES).resolve()),
         stages_dir=str(context.run.step(STAGES).resolve()),
         num_stages=config.curriculum.num_stages,
         family=config.model.family,
-        model=model_arguments(config),
+        model=model_arguments(config, compiles=context.compiles("train")),
         lora=LoraJob(
             training.lora.rank,
             training.lora.alpha or training.lora.rank,
@@ -52,6 +54,10 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         loss=LossJob(training.loss, training.beta, training.label_smoothing, training.sft_weight),
         empty_prompt_fraction=training.empty_prompt_fraction,
         gradient_checkpointing=training.gradient_checkpointing,
+        plain_peak_bytes=training_peak(context.workload, checkpointing=False).total
+        if training.gradient_checkpointing == "auto" and gpus and context.workload
+        else None,
+        gpu_share=min(1.0, gpus),
         optimization=Optimization(
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
@@ -90,7 +96,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         num_updates=num_updates,
         num_workers=training.num_workers,
         cpus_per_worker=config.resources.trainers.cpus_per_worker,
-        gpus_per_worker=config.resources.trainers.gpus_per_worker,
+        gpus_per_worker=gpus,
         max_restarts=training.max_restarts,
         progress=context.progress,
         on_stage=context.on_stage,

@@ -1,7 +1,7 @@
 """What a training worker is told: plain values that travel to it, importable without torch."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cdpo_ray.curriculum.capacity import Capacity
 from cdpo_ray.curriculum.combination import RankingRule
@@ -107,6 +107,8 @@ class TrainingJob:
         online: none trains on the pairs of ``stages_dir`` as they are.
         output_dir: where what was trained is written.
         validation: how the policy is measured at each stage's end; none: it is not.
+        plain_peak_bytes: estimated peak of a worker without gradient checkpointing; ``None``: not known.
+        gpu_share: of one GPU that a worker has, 0 to 1.
     """
 
     samples_dir: str
@@ -117,7 +119,7 @@ class TrainingJob:
     lora: LoraJob | None
     loss: LossJob
     empty_prompt_fraction: float
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | Literal["auto"]
     optimization: Optimization
     seed: int
     output_dir: str
@@ -129,3 +131,5 @@ class TrainingJob:
     reference_is_start: bool = False
     online: OnlineJob | None = None
     validation: ValidationJob | None = None
+    plain_peak_bytes: float | None = None
+    gpu_share: float = 1.0

@@ -18,6 +18,7 @@ import ray.train
 import torch
 from numpy.typing import NDArray
 
+from cdpo_ray.cost.memory import use_checkpointing
 from cdpo_ray.curriculum.dataset import read_ranking_scores
 from cdpo_ray.curriculum.explanation import describe_stage
 from cdpo_ray.curriculum.ranking import rank_samples
@@ -90,7 +91,7 @@ class Worker:
             reference_is_start=job.reference_is_start,
             seed=seed_of(job.seed, "lora"),
         )
-        if job.gradient_checkpointing:
+        if use_checkpointing(job.gradient_checkpointing, job.plain_peak_bytes, _gpu_bytes(job.gpu_share)):
             model.denoiser.enable_gradient_checkpointing()
         model.denoiser.train()
         self.engine = start_engine(
@@ -300,6 +301,11 @@ def redrawn(
         gap_noise=table.gap_noise,
     )
     return StagePairs(stage, rows[pairs.prompt], pairs.chosen, pairs.rejected), described
+
+
+def _gpu_bytes(share: float) -> float | None:
+    """Memory of this worker's share of its GPU; ``None``: there is no GPU."""
+    return share * torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def _line(summary: Mapping[str, float], num_stages: int) -> str:

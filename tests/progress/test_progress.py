@@ -155,3 +155,12 @@ def test_without_a_run_it_only_counts() -> None:
     told.record({"loss": 1.0}, update=1)
     told.tell("a line")
     told.end()
+
+
+def test_the_estimate_of_a_step_is_in_its_status_and_not_in_the_next_ones(run: TrackedRun) -> None:
+    predicted = {"gpu": "h100", "seconds": 60}
+    with Progress(run, command="cdpo run c.yaml") as told:
+        with told.step("generate", "1-samples", predicted=predicted):
+            assert status(run)["predicted"] == predicted
+        with told.step("score", "2-scores"):
+            assert "predicted" not in status(run)

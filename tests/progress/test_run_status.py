@@ -36,6 +36,18 @@ def tell(path: Path, *, seconds_ago: float = 2, **values: Any) -> None:
 TRAINING = {"folder": "4-training", "round": 1, "done": 50, "total": 400, "unit": "update"}
 
 
+def test_the_estimate_is_told_beside_what_is_measured(tmp_path: Path) -> None:
+    run, predicted = tmp_path / "run", {"gpu": "h100", "seconds": 4320}
+    run.mkdir()
+    with RunFolder(run).writing("1-samples", {}, {}, seed=0, resumable=False) as (_, output):
+        output.counts["prompts"] = 8
+        output.details["predicted"] = predicted
+    tell(run, **TRAINING, rate=0.08, seconds_left=4375.0, predicted=predicted)
+    lines = run_status(run, now=NOW).text.splitlines()
+    assert "8 prompts, 0 s (estimated 1 h 12 min on h100), until 20" in lines[1]
+    assert lines[4].endswith("1 h 12 min left, estimated 1 h 12 min on h100, on course for 1 h 23 min")  # 400 / 0.08 s
+
+
 def dead_pid() -> int:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()

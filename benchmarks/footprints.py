@@ -1,0 +1,175 @@
+"""Counts the footprints of published architectures on meta tensors, and compares them with the table of `cost/`.
+
+Needs no weights: configurations are written below as the models' pages publish them. With `--write` the table is
+replaced. Its largest model takes some three minutes on one CPU core and 2 GiB.
+"""
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import transformers
+
+from cdpo_ray.cost.counting import count, count_folder, denoiser_of
+from cdpo_ray.cost.footprint import Footprint
+from cdpo_ray.cost.published import TABLE
+from cdpo_ray.testbed import PIPELINE_DIR
+
+CLIP_L = transformers.CLIPTextConfig(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+)
+CLIP_H = transformers.CLIPTextConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, projection_dim=512
+)
+CLIP_BIG_G = transformers.CLIPTextConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
+    architectures=["CLIPTextModelWithProjection"],
+)
+T5_XXL = transformers.T5Config(
+    d_model=4096,
+    d_kv=64,
+    d_ff=10240,
+    num_layers=24,
+    num_heads=64,
+    feed_forward_proj="gated-gelu",
+    is_encoder_decoder=False,
+    architectures=["T5EncoderModel"],
+)
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "latent_channels": 4,
+}
+VAE_16 = VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+UNET: dict[str, Any] = {"_class_name": "UNet2DConditionModel"}
+ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any]]] = {
+    "sd15": (UNET | {"cross_attention_dim": 768, "sample_size": 64}, VAE, [CLIP_L]),
+    "lcm": (UNET | {"cross_attention_dim": 768, "sample_size": 64, "time_cond_proj_dim": 256}, VAE, [CLIP_L]),
+    "sd21": (
+        UNET
+        | {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True,
+            "sample_size": 96,
+        },
+        VAE,
+        [CLIP_H],
+    ),
+    "sdxl": (
+        UNET
+        | {
+            "sample_size": 128,
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20],
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        VAE,
+        [CLIP_L, CLIP_BIG_G],
+    ),
+    "sd35_medium": (
+        {
+            "_class_name": "SD3Transformer2DModel",
+            "sample_size": 128,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "attention_head_dim": 64,
+            "caption_projection_dim": 1536,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 2048,
+            "out_channels": 16,
+            "pos_embed_max_size": 384,
+            "qk_norm": "rms_norm",
+            "dual_attention_layers": list(range(13)),
+        },
+        VAE_16,
+        [CLIP_L, CLIP_BIG_G, T5_XXL],
+    ),
+    "flux_dev": ({"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}, VAE_16, [CLIP_L, T5_XXL]),
+}
+DEFINING = (
+    "block_out_channels",
+    "layers_per_block",
+    "down_block_types",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
+    "use_linear_projection",
+    "num_layers",
+    "num_single_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "joint_attention_dim",
+    "dual_attention_layers",
+    "in_channels",
+)
+"""Keys of a denoiser's configuration by which the same architecture is known again in a folder."""
+PUBLISHED_TERAFLOPS = {"sd15": 0.803, "sdxl": 6.76, "sd35_medium": 11.25, "flux_dev": 74.4}
+"""Of a forward at the model's own size, known beforehand."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help=f"of {', '.join((*ARCHITECTURES, 'embedded'))}; default: all")
+    parser.add_argument("--write", action="store_true", help="replace what the table says of these models")
+    asked = parser.parse_args()
+    table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
+    failed = False
+    print(
+        "| model | parameters, M | forward TF | backward TF, LoRA | full | training GiB, LoRA | full | checkpointed |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name in asked.models or (*ARCHITECTURES, "embedded"):
+        started = time.monotonic()
+        if name == "embedded":
+            counted = count_folder(PIPELINE_DIR)
+            config = json.loads((PIPELINE_DIR / "unet" / "config.json").read_text())
+        else:
+            config, vae, text = ARCHITECTURES[name]
+            counted = count(config, vae, text)
+            config = {"_class_name": config["_class_name"], **denoiser_of(config)[0]().config}
+        defining = {key: config[key] for key in ("_class_name", *DEFINING) if key in config}
+        found = json.loads(json.dumps({"denoiser": defining, "footprint": counted.plain()}))
+        if asked.write:
+            table[name] = found
+            TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        agrees = found == table.get(name)
+        known = PUBLISHED_TERAFLOPS.get(name)
+        if known and abs(counted.forward_flops(counted.native_positions) / 1e12 / known - 1) > 0.005:
+            agrees = False
+        failed |= not agrees
+        print(_row(name, counted), "" if agrees else "DIFFERS", f"{time.monotonic() - started:.0f} s", flush=True)
+    return int(failed)
+
+
+def _row(name: str, counted: Footprint) -> str:
+    at = counted.native_positions
+    columns = [
+        name,
+        f"{counted.parameters / 1e6:.1f}",
+        f"{counted.forward_flops(at) / 1e12:.4g}",
+        f"{counted.backward_flops['lora'](at) / 1e12:.4g}",
+        f"{counted.backward_flops['full'](at) / 1e12:.4g}",
+        f"{counted.training_bytes['lora'](at) / 2**30:.3g}",
+        f"{counted.training_bytes['full'](at) / 2**30:.3g}",
+        f"{counted.checkpointed_bytes['lora'](at) / 2**30:.3g}",
+    ]
+    return f"| {' | '.join(columns)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,449 @@
+"""Config, footprint and GPU -> GPU-hours per step, peak memory per role, and what to change if it does not fit."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from cdpo_ray.config import Config
+from cdpo_ray.config.model import GUIDANCE_EMBEDDED
+from cdpo_ray.cost.efficiency import (
+    COMPILE_SECONDS,
+    EFFICIENCY,
+    GRAPHS,
+    LOAD_SECONDS_PER_GIB,
+    START_SECONDS,
+    Work,
+)
+from cdpo_ray.cost.footprint import Footprint
+from cdpo_ray.cost.gpus import GIB, Gpu
+from cdpo_ray.cost.judges import judges_cost
+from cdpo_ray.cost.memory import (
+    JUDGE_BYTES,
+    DenoiserStorage,
+    Peak,
+    generator_peak,
+    trainer_peak,
+    use_checkpointing,
+)
+from cdpo_ray.models.sizes import sizes_of
+
+Verb = Literal["generate", "train", "evaluate"]
+VERBS: tuple[Verb, ...] = ("generate", "train", "evaluate")
+WORK: dict[str, Work] = {"generate": "generate", "train": "train", "evaluate": "generate"}
+
+
+@dataclass(frozen=True)
+class NumPrompts:
+    """How many prompts a run trains on, judges by, and validates by."""
+
+    train: int
+    heldout: int
+    validation: int = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What an estimate is made for.
+
+    Attributes:
+        teacher: of a consistency model.
+    """
+
+    config: Config
+    prompts: NumPrompts
+    footprint: Footprint
+    gpu: Gpu
+    teacher: Footprint | None = None
+
+    @property
+    def positions(self) -> int:
+        """Latent positions of a sample."""
+        generation, model = self.config.generation, self.config.model
+        sizes = sizes_of(model.family, model.path, generation.height, generation.width)
+        return sizes.num_latent_values // sizes.latent_channels if sizes else self.footprint.native_positions
+
+    @property
+    def passes(self) -> int:
+        """Forwards of the denoiser per denoising step."""
+        return 2 if self.config.generation.guidance_scale > 1 and not self._is_told_guidance else 1
+
+    @property
+    def _is_told_guidance(self) -> bool:
+        return self.config.model.family in GUIDANCE_EMBEDDED
+
+    @property
+    def storage(self) -> DenoiserStorage:
+        model = self.config.model
+        return DenoiserStorage(model.dtype, model.quantization, model.offload)
+
+    @property
+    def lora(self) -> tuple[int, tuple[str, ...]] | None:
+        training = self.config.training
+        return (training.lora.rank, training.lora.targets) if training.method == "lora" else None
+
+    def seconds(self, work: Work, flops: float, *, compiled: bool = False) -> float:
+        """Seconds of one whole GPU."""
+        peak = self.gpu.fp32_teraflops if self.config.model.dtype == "float32" else self.gpu.bf16_teraflops
+        return flops / (peak * 1e12 * EFFICIENCY[work][compiled])
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Time of one step.
+
+    Attributes:
+        gpu_seconds: of work, summed over GPUs, without starting.
+        wall_seconds: from begin to end, all processes at once.
+        num_processes, gpus_per_process: that work side by side.
+        compiled: whether the denoiser is.
+        saved_seconds: that compiling saves, or would, each process.
+        compile_seconds: that it takes each process.
+    """
+
+    verb: Verb
+    gpu_seconds: float
+    wall_seconds: float
+    num_processes: int
+    gpus_per_process: float
+    compiled: bool
+    saved_seconds: float
+    compile_seconds: float
+
+    @property
+    def gpu_hours(self) -> float:
+        """That are paid for: all GPUs for as long as the step lasts."""
+        return self.wall_seconds * self.num_processes * self.gpus_per_process / 3600
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """Peak memory of one process of a role beside its share of the GPU.
+
+    Attributes:
+        share: of one GPU, 0 to 1.
+        advice: what would fit, if it does not.
+    """
+
+    role: str
+    peak: Peak
+    share: float
+    gpu: Gpu
+    advice: tuple[str, ...] = ()
+
+    @property
+    def available_bytes(self) -> float:
+        return self.share * self.gpu.memory_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.peak.fits(self.available_bytes)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Cost of a run on one kind of GPU.
+
+    Attributes:
+        search: the trials of `cdpo tune`, beside the steps.
+        notes: what the figures leave out, and other faults.
+    """
+
+    gpu: Gpu
+    steps: tuple[StepCost, ...]
+    memory: tuple[RoleMemory, ...]
+    checkpointing: bool
+    on_gpu: bool
+    notes: tuple[str, ...] = ()
+    search_gpu_hours: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        return all(role.fits for role in self.memory)
+
+    @property
+    def gpu_hours(self) -> float:
+        return sum(step.gpu_hours for step in self.steps)
+
+    def step(self, verb: str) -> StepCost | None:
+        """Cost of the step of a verb; ``None``: it has none on a GPU."""
+        return next((step for step in self.steps if step.verb == verb), None)
+
+
+def estimate(load: Workload) -> Estimate:
+    """What a run costs on a GPU; where a role asks for none under `resources`, as if each process had one."""
+    config = load.config
+    checkpointing = _checkpointing(load)
+    verbs = [verb for verb in VERBS if verb != "generate" or not config.preferences]
+    steps = tuple(step_cost(load, verb, checkpointing=checkpointing) for verb in verbs)
+    generators, trainers = config.resources.generators, config.resources.trainers
+    on_gpu = generators.gpus_per_actor > 0 or trainers.gpus_per_worker > 0
+    notes = []
+    if config.model.dtype == "bfloat16" and not load.gpu.has_bf16:
+        notes.append(f"{load.gpu.name} does not compute in bfloat16; use `model.dtype: float16`")
+    if config.model.quantization:
+        notes.append(f"turning {config.model.quantization} weights into {config.model.dtype} is left out of the hours")
+    _, unknown = judges_cost(config.evaluation_judges)
+    if unknown:
+        notes.append(f"judges of unknown cost are left out: {', '.join(unknown)}")
+    if config.preferences:
+        notes.append(
+            "import (one VAE encoding per image) is left out: the number of images is known once they are read"
+        )
+    search = None
+    if config.search:
+        search = _search_gpu_seconds(load, checkpointing=checkpointing) / 3600
+    return Estimate(load.gpu, steps, tuple(_memory(load, checkpointing)), checkpointing, on_gpu, tuple(notes), search)
+
+
+def step_cost(load: Workload, verb: Verb, *, checkpointing: bool = False) -> StepCost:
+    """Time of one step."""
+    config, work = load.config, WORK[verb]
+    if verb == "train":
+        num_processes, gpus = config.training.num_workers, config.resources.trainers.gpus_per_worker or 1
+    else:
+        num_processes, gpus = _num_actors(load, verb), config.resources.generators.gpus_per_actor or 1
+    compile_seconds = COMPILE_SECONDS[config.model.family] * GRAPHS[work]
+    speed = num_processes * min(1.0, gpus)
+    eager, fast = (_gpu_seconds(load, verb, compiled=each, checkpointing=checkpointing) for each in (False, True))
+    saved_seconds = (eager - fast) / speed  # each process compiles for itself, and saves its part of the work
+    asked = config.model.compile
+    compiled = saved_seconds > compile_seconds if asked == "auto" else asked
+    busy = fast if compiled else eager
+    starting = START_SECONDS + LOAD_SECONDS_PER_GIB * _weights_bytes(load, verb) / GIB
+    wall = busy / speed + starting + compiled * compile_seconds
+    return StepCost(verb, busy, wall, num_processes, gpus, compiled, saved_seconds, compile_seconds)
+
+
+def pays_to_compile(load: Workload, verb: Verb) -> bool:
+    """Whether compiling the denoiser saves a process of the step more time than it takes."""
+    auto = load.config.model_copy(update={"model": load.config.model.model_copy(update={"compile": "auto"})})
+    return step_cost(replace(load, config=auto), verb).compiled
+
+
+def training_peak(load: Workload, *, checkpointing: bool) -> Peak:
+    """Peak memory of a training worker."""
+    training = load.config.training
+    return trainer_peak(
+        load.footprint,
+        load.storage,
+        positions=load.positions,
+        pairs=training.pairs_per_launch,
+        lora=load.lora,
+        checkpointing=checkpointing,
+        optimizer=training.optimizer,
+        zero_stage=training.zero_stage,
+        num_workers=training.num_workers,
+        teacher=load.teacher,
+        with_vae=load.config.search is not None,
+    )
+
+
+def _checkpointing(load: Workload) -> bool:
+    share = min(1.0, load.config.resources.trainers.gpus_per_worker or 1)
+    return use_checkpointing(
+        load.config.training.gradient_checkpointing,
+        training_peak(load, checkpointing=False).total,
+        share * load.gpu.memory_bytes,
+    )
+
+
+def _gpu_seconds(load: Workload, verb: Verb, *, compiled: bool, checkpointing: bool) -> float:
+    """Seconds of work of one whole GPU."""
+    config, evaluation = load.config, load.config.evaluation
+    if verb == "generate":
+        num_images = load.prompts.train * config.generation.images_per_prompt
+        judges = config.rewards.judges if config.rewards.placement == "fused" else {}
+        return num_images * _image_seconds(load, judges, compiled=compiled)
+    if verb == "train":
+        curriculum = config.curriculum
+        num_pairs = curriculum.num_stages * curriculum.updates_per_stage * config.training.global_batch_size
+        seconds = num_pairs * _pair_seconds(load, compiled=compiled, checkpointing=checkpointing)
+        if curriculum.num_margin_draws:
+            num_samples = load.prompts.train * config.generation.images_per_prompt * curriculum.num_margin_draws
+            seconds += curriculum.num_stages * num_samples * _value_seconds(load, compiled=compiled)
+        return seconds
+    num_images = load.prompts.heldout * evaluation.images_per_prompt
+    seconds = 2 * num_images * _image_seconds(load, config.evaluation_judges, compiled=compiled)
+    return seconds + num_images * evaluation.num_margin_draws * _value_seconds(load, compiled=compiled)
+
+
+def _image_seconds(load: Workload, judges: dict[str, dict[str, Any]], *, compiled: bool) -> float:
+    """Of sampling, decoding and judging one image."""
+    footprint, steps = load.footprint, load.config.generation.num_denoising_steps
+    cost, _ = judges_cost(judges)
+    return (
+        load.seconds("generate", steps * load.passes * footprint.forward_flops(load.positions), compiled=compiled)
+        + load.seconds("decode", footprint.decode_flops(load.positions))
+        + load.seconds("judge", cost.flops)
+    )
+
+
+def _pair_seconds(load: Workload, *, compiled: bool, checkpointing: bool) -> float:
+    """Of both samples of a pair, through policy and reference."""
+    method = "lora" if load.lora else "full"
+    forward = load.footprint.forward_flops(load.positions)
+    policy = forward * (2 if checkpointing else 1) + load.footprint.backward_flops[method](load.positions)
+    return load.seconds("train", 2 * (policy + _reference_flops(load)), compiled=compiled)
+
+
+def _value_seconds(load: Workload, *, compiled: bool) -> float:
+    """Of one sample through policy and reference, without gradient."""
+    forward = load.footprint.forward_flops(load.positions)
+    return load.seconds("generate", forward + _reference_flops(load), compiled=compiled)
+
+
+def _reference_flops(load: Workload) -> float:
+    """Of one sample through the reference; a consistency model's target takes the guided teacher and it once more."""
+    forward = load.footprint.forward_flops(load.positions)
+    return 2 * forward + 2 * load.teacher.forward_flops(load.positions) if load.teacher else forward
+
+
+def _search_gpu_seconds(load: Workload, *, checkpointing: bool) -> float:
+    """Of all trials of a search and its confirmation, at most."""
+    config, search = load.config, load.config.search
+    assert search is not None, "asked of a config with a search"
+    num_stages = search.largest("curriculum.num_stages", config.curriculum.num_stages)
+    per_stage = search.largest("curriculum.updates_per_stage", config.curriculum.updates_per_stage)
+    num_updates = search.updates_per_trial or num_stages * per_stage
+    num_trials = (search.num_trials or 0) + 2 * search.confirm_seeds
+    compiled = step_cost(load, "train", checkpointing=checkpointing).compiled
+    pairs = num_updates * config.training.global_batch_size
+    trial = pairs * _pair_seconds(load, compiled=compiled, checkpointing=checkpointing)
+    images = num_stages * load.prompts.validation * search.images_per_prompt
+    trial += images * _image_seconds(load, config.evaluation_judges, compiled=compiled)
+    return num_trials * trial
+
+
+def _num_actors(load: Workload, verb: Verb) -> int:
+    """Generators that find work: a call of one takes whole prompts."""
+    config = load.config
+    generation = config.generation
+    evaluates = verb == "evaluate"
+    per_prompt = config.evaluation.images_per_prompt if evaluates else generation.images_per_prompt
+    num_prompts = load.prompts.heldout if evaluates else load.prompts.train
+    calls = math.ceil(num_prompts / max(1, generation.images_per_batch // per_prompt))
+    return max(1, min(config.resources.generators.num_actors, calls))
+
+
+def _weights_bytes(load: Workload, verb: Verb) -> float:
+    footprint, storage = load.footprint, load.storage
+    others = footprint.text_parameters + (0 if verb == "train" else footprint.vae_parameters)
+    teacher = load.teacher.parameters if load.teacher and verb != "generate" else 0
+    return storage.denoiser_bytes(footprint) + (others + teacher) * storage.value_bytes
+
+
+def _memory(load: Workload, checkpointing: bool) -> Iterator[RoleMemory]:
+    config, resources = load.config, load.config.resources
+    generators = min(1.0, resources.generators.gpus_per_actor or 1)
+    if not config.preferences:
+        judges = config.rewards.judges if config.rewards.placement == "fused" else {}
+        yield _role(load, "generator", generators, lambda each: _sampling_peak(each, "generate", judges))
+    yield _role(
+        load,
+        "trainer",
+        min(1.0, resources.trainers.gpus_per_worker or 1),
+        lambda each: training_peak(each, checkpointing=_checkpointing(each)),
+    )
+    yield _role(load, "evaluator", generators, lambda each: _sampling_peak(each, "evaluate", config.evaluation_judges))
+    if resources.scorers.gpus_per_actor and config.rewards.placement == "pool":
+        cost, _ = judges_cost(config.rewards.judges)
+        share = min(1.0, resources.scorers.gpus_per_actor)
+        yield RoleMemory("scorer", Peak(cost.parameters * JUDGE_BYTES, 0.0), share, load.gpu)
+
+
+def _sampling_peak(load: Workload, verb: Verb, judges: dict[str, dict[str, Any]]) -> Peak:
+    config, generation = load.config, load.config.generation
+    evaluates = verb == "evaluate"
+    per_prompt = config.evaluation.images_per_prompt if evaluates else generation.images_per_prompt
+    num_prompts = max(1, generation.images_per_batch // per_prompt)  # of a call
+    extra = 0
+    if evaluates:
+        extra += 0 if load.lora else load.footprint.parameters
+        extra += load.teacher.parameters if load.teacher and config.evaluation.num_margin_draws else 0
+    return generator_peak(
+        load.footprint,
+        load.storage,
+        positions=load.positions,
+        images=min(generation.images_per_batch, num_prompts * per_prompt),
+        passes=load.passes,
+        judge_parameters=judges_cost(judges)[0].parameters,
+        extra_parameters=extra,
+    )
+
+
+def _role(load: Workload, role: str, share: float, peak_of: Callable[[Workload], Peak]) -> RoleMemory:
+    found = RoleMemory(role, peak_of(load), share, load.gpu)
+    if found.fits:
+        return found
+    kinds, sizes = _training_changes(load) if role == "trainer" else _sampling_changes(load)
+    advice = []
+    for kind in kinds:
+        for size in sizes:  # the largest first
+            words = (*kind.words, *size.words)
+            changed = _changed(_changed(load, kind), size)
+            if words and peak_of(changed).fits(found.available_bytes):
+                advice.append(" and ".join(words))
+                break
+    return RoleMemory(role, found.peak, share, load.gpu, tuple(advice[:3]))
+
+
+class Change(NamedTuple):
+    """A change of the configuration: in words, and the keys by section."""
+
+    words: tuple[str, ...]
+    sections: dict[str, dict[str, Any]]
+
+
+UNCHANGED = Change((), {})
+
+
+def _change(**sections: dict[str, Any]) -> Change:
+    words = [
+        f"`{section}.{key}: {str(value).lower()}`"
+        for section, values in sections.items()
+        for key, value in values.items()
+    ]
+    return Change(tuple(words), sections)
+
+
+def _training_changes(load: Workload) -> tuple[list[Change], list[Change]]:
+    """Kinds of change that take less memory, the cheapest in time first; batch sizes, the largest first."""
+    training, model = load.config.training, load.config.model
+    sizes = [
+        _change(training={"batch_size_per_worker": size})
+        for size in range(training.pairs_per_launch - 1, 0, -1)
+        if training.global_batch_size % (training.num_workers * size) == 0
+    ]
+    lean = {} if training.gradient_checkpointing else {"gradient_checkpointing": True}
+    kinds = [UNCHANGED]
+    if lean:
+        kinds.append(_change(training=lean))
+    if training.method == "lora" and model.quantization is None:
+        kinds += [_quantized(kind, lean) for kind in ("int8", "nf4")]
+    if training.method == "full":
+        if training.num_workers > 1:
+            kinds += [_change(training=lean | {"zero_stage": stage}) for stage in range(training.zero_stage + 1, 4)]
+        if training.optimizer == "adamw":
+            kinds.append(_change(training=lean | {"optimizer": "adamw_8bit"}))
+    return kinds, [UNCHANGED, *sizes]
+
+
+def _sampling_changes(load: Workload) -> tuple[list[Change], list[Change]]:
+    model, images = load.config.model, load.config.generation.images_per_batch
+    kinds = [UNCHANGED]
+    if not model.offload:
+        kinds.append(_change(model={"offload": True}))
+    if model.quantization is None and load.lora:
+        kinds += [_quantized(kind, {}) for kind in ("int8", "nf4")]
+    sizes = [_change(generation={"images_per_batch": size}) for size in range(images - 1, 0, -1)]
+    return kinds, [UNCHANGED, *sizes]
+
+
+def _quantized(kind: str, training: dict[str, Any]) -> Change:
+    return _change(model={"quantization": kind, "offload": True}, training=training)
+
+
+def _changed(load: Workload, change: Change) -> Workload:
+    sections = {name: getattr(load.config, name).model_copy(update=keys) for name, keys in change.sections.items()}
+    return replace(load, config=load.config.model_copy(update=sections))

@@ -1,0 +1,82 @@
+"""GPUs by name: memory and peak rates, as their makers publish them."""
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+        memory_gib: as PyTorch sees it, which is less than the name says.
+        bf16_teraflops: dense matrix rate in 16 bits with fp32 accumulation, without sparsity, per second.
+        fp32_teraflops: rate of fp32 without TensorFloat-32, per second.
+        has_bf16: whether it computes in bfloat16 at that rate; else in float16 alone.
+    """
+
+    name: str
+    memory_gib: float
+    bf16_teraflops: float
+    fp32_teraflops: float
+    has_bf16: bool = True
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.memory_gib * GIB
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # Rates: NVIDIA's data sheets, and for GeForce the architecture white papers (Ada, Ampere, Blackwell), where the
+        # rate with fp32 accumulation is half of that with fp16. Memory: `torch.cuda.get_device_properties`.
+        Gpu("b200", 178, 2250, 75),
+        Gpu("h200", 139, 989, 67),
+        Gpu("h100", 79, 989, 67),
+        Gpu("a100", 79, 312, 19.5),
+        Gpu("a100-40gb", 39, 312, 19.5),
+        Gpu("l40s", 44, 362, 91.6),
+        Gpu("a6000", 47, 155, 38.7),
+        Gpu("a10g", 22, 70, 31.2),
+        Gpu("l4", 22, 121, 30.3),
+        Gpu("v100", 15.7, 125, 15.7, has_bf16=False),
+        Gpu("t4", 14.6, 65, 8.1, has_bf16=False),
+        Gpu("5090", 31, 209, 104.8),
+        Gpu("4090", 23.5, 165, 82.6),
+        Gpu("3090", 23.5, 71, 35.6),
+    )
+}
+DEFAULT_GPU = GPUS["h100"]
+
+
+def gpu_of_device(device_name: str, memory_gib: float | None = None) -> Gpu | None:
+    """The GPU of the table that a driver's or Ray's device name means; ``None``: it is not there.
+
+    Args:
+        device_name: as ``NVIDIA H100 80GB HBM3`` or ``A100-40G``.
+        memory_gib: of the device, where names leave it open.
+    """
+    words = re.split(r"[^a-z0-9]+", device_name.lower())
+    found = next((gpu for gpu in GPUS.values() if gpu.name in words and "laptop" not in words), None)
+    if found and found.name == "a100" and ((memory_gib or 80) < 60 or any(word.startswith("40g") for word in words)):
+        return GPUS["a100-40gb"]
+    return found
+
+
+def visible_gpu() -> Gpu | None:
+    """The first GPU of this machine, by its driver; ``None``: there is none, or the table does not have it."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    name, _, mebibytes = lines[0].rpartition(",") if lines else ("", "", "")
+    return gpu_of_device(name, float(mebibytes) / 1024) if name else None

@@ -1,0 +1,51 @@
+"""What judging an image costs, by reward; needs no torch."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+
+class JudgeCost(NamedTuple):
+    """FLOPs per image (2 per multiply-add, the prompt's share left out: a prompt is encoded once), and parameters."""
+
+    flops: float
+    parameters: int
+
+
+CLIP_MODELS = {
+    # By formula: a vision transformer of width w, depth d and n tokens takes d * n * (24 w^2 + 4 n w) FLOPs.
+    "ViT-B-32": JudgeCost(8.7e9, 151_277_313),
+    "ViT-B-16": JudgeCost(35.1e9, 149_620_737),
+    "ViT-L-14": JudgeCost(162e9, 427_616_513),
+    "ViT-H-14": JudgeCost(335e9, 986_109_441),
+    "ViT-bigG-14": JudgeCost(967e9, 2_539_567_362),
+    "embedded": JudgeCost(0.1e9, 1_000_000),
+}
+REWARDS = {
+    "hpsv2": CLIP_MODELS["ViT-H-14"],
+    "pickscore": CLIP_MODELS["ViT-H-14"],
+    "aesthetic": CLIP_MODELS["ViT-L-14"],
+    "imagereward": JudgeCost(135e9, 478_000_000),  # BLIP: ViT-L/16 at 224 pixels, and BERT that looks at its tokens
+}
+ON_CPU = ("jpeg_size", "oracle", "oracle_strict")
+
+
+def judges_cost(judges: Mapping[str, Mapping[str, Any]]) -> tuple[JudgeCost, list[str]]:
+    """Cost of all judges together, and the names of those whose cost is not known.
+
+    Args:
+        judges: name -> options, as `RewardsSection.judges`.
+    """
+    known: list[JudgeCost] = []
+    unknown = []
+    for name, options in judges.items():
+        cost = CLIP_MODELS.get(options["architecture"]) if name == "clip" else REWARDS.get(name)
+        if cost:
+            known.append(cost)
+        elif name not in ON_CPU and not options.get("endpoint"):
+            unknown.append(name)
+    return _together(known), unknown
+
+
+def _together(costs: Iterable[JudgeCost]) -> JudgeCost:
+    costs = list(costs)
+    return JudgeCost(sum(cost.flops for cost in costs), sum(cost.parameters for cost in costs))

@@ -1,0 +1,198 @@
+"""Hours against figures worked out by hand; what follows when a number of the configuration changes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cdpo_ray.config import Config, load_config
+from cdpo_ray.cost.efficiency import COMPILE_SECONDS, EFFICIENCY, START_SECONDS
+from cdpo_ray.cost.estimate import NumPrompts, StepCost, Workload, estimate, pays_to_compile, step_cost, training_peak
+from cdpo_ray.cost.gpus import GPUS
+from cdpo_ray.cost.published import published_footprint
+from cdpo_ray.cost.sentences import cost_lines, memory_faults
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SD15, SDXL = published_footprint("sd15"), published_footprint("sdxl")
+
+
+def workload(*overrides: str, config: str = "sd15", gpu: str = "h100", prompts: int = 100) -> Workload:
+    plain = () if config in ("sdxl", "flux") else ("training.gradient_checkpointing=false",)
+    loaded: Config = load_config(CONFIGS / f"{config}.yaml", (*plain, *overrides))
+    names = {"sd15": "sd15", "sdxl": "sdxl", "lcm": "lcm", "flux": "flux_dev"}
+    teacher = SD15 if config == "lcm" else None
+    return Workload(loaded, NumPrompts(prompts, 20), published_footprint(names[config]), GPUS[gpu], teacher)
+
+
+def busy(load: Workload, verb: str, **options: bool) -> float:
+    return step_cost(load, verb, **options).gpu_seconds  # type: ignore[arg-type]
+
+
+def test_generating_takes_its_denoising_steps_twice_with_guidance_and_a_decoding() -> None:
+    load = workload("model.compile=false", "rewards=[jpeg_size]", "rewards.rank_by=null")
+    rate = 989e12
+    denoising = 30 * 2 * SD15.forward_flops(4096) / (rate * EFFICIENCY["generate"].eager)
+    decoding = SD15.decode_flops(4096) / (rate * EFFICIENCY["decode"].eager)
+    assert busy(load, "generate") == pytest.approx(100 * 50 * (denoising + decoding))
+    unguided = workload(
+        "model.compile=false", "rewards=[jpeg_size]", "rewards.rank_by=null", "generation.guidance_scale=1"
+    )
+    assert busy(unguided, "generate") == pytest.approx(100 * 50 * (denoising / 2 + decoding))
+
+
+def test_a_lora_pair_takes_two_forwards_two_backwards_and_two_of_the_reference() -> None:
+    load = workload("model.compile=false")
+    flops = 2 * (2 * SD15.forward_flops(4096) + SD15.backward_flops["lora"](4096))
+    assert flops / 1e12 == pytest.approx(5.17, rel=0.01)  # published table of the project
+    pairs = 5 * 400 * 32
+    assert busy(load, "train") == pytest.approx(pairs * flops / (989e12 * EFFICIENCY["train"].eager))
+    more = 2 * SD15.forward_flops(4096) * pairs / (989e12 * EFFICIENCY["train"].eager)
+    assert busy(load, "train", checkpointing=True) == pytest.approx(busy(load, "train") + more)
+
+
+def test_a_consistency_pair_takes_ten_forwards_and_two_backwards() -> None:
+    """Policy 2, reference on both questions 4, the guided teacher 4."""
+    load = workload("model.compile=false", config="lcm")
+    forward = SD15.forward_flops(96 * 96)
+    flops = 10 * forward + 2 * published_footprint("lcm").backward_flops["lora"](96 * 96)
+    seconds = 5 * 400 * 32 * flops / (989e12 * EFFICIENCY["train"].eager)
+    assert busy(load, "train") == pytest.approx(seconds, rel=1e-3)
+
+
+def test_evaluation_makes_two_images_and_asks_for_implicit_values() -> None:
+    given = ("model.compile=false", "evaluation.judges=[jpeg_size]", "rewards=[jpeg_size]", "rewards.rank_by=null")
+    without, with_values = (workload(*given, f"evaluation.num_margin_draws={draws}") for draws in (0, 4))
+    image = busy(workload(*given), "generate") / (100 * 50)
+    assert busy(without, "evaluate") == pytest.approx(2 * 20 * 8 * image)
+    values = 20 * 8 * 4 * 2 * SD15.forward_flops(4096) / (989e12 * EFFICIENCY["generate"].eager)
+    assert busy(with_values, "evaluate") - busy(without, "evaluate") == pytest.approx(values)
+
+
+def test_wall_time_is_shared_by_processes_and_hours_count_every_gpu() -> None:
+    one, four = (workload(f"resources.generators.num_actors={num}", "model.compile=false") for num in (1, 4))
+    alone, together = (step_cost(load, "generate") for load in (one, four))
+    assert together.gpu_seconds == alone.gpu_seconds
+    starting = alone.wall_seconds - alone.gpu_seconds
+    assert starting > START_SECONDS
+    assert together.wall_seconds - starting == pytest.approx(alone.gpu_seconds / 4)
+    assert together.gpu_hours == pytest.approx(4 * together.wall_seconds / 3600)
+
+
+def test_a_fraction_of_a_gpu_is_as_much_slower_and_costs_that_fraction() -> None:
+    whole, half = (workload(f"resources.generators.gpus_per_actor={gpus}") for gpus in (1, 0.5))
+    full, shared = (step_cost(load, "generate") for load in (whole, half))
+    starting = START_SECONDS + COMPILE_SECONDS["stable_diffusion"]
+    assert shared.wall_seconds - starting == pytest.approx(2 * (full.wall_seconds - starting), rel=0.01)
+    (generator, _, _) = estimate(half).memory
+    assert generator.available_bytes == GPUS["h100"].memory_bytes / 2
+
+
+@pytest.mark.parametrize(
+    ("verb", "more"),
+    [
+        ("generate", "generation.images_per_prompt=51"),
+        ("generate", "generation.num_denoising_steps=31"),
+        ("generate", "generation.height=576"),
+        ("train", "curriculum.updates_per_stage=401"),
+        ("train", "training.global_batch_size=48"),
+        ("train", "training.gradient_checkpointing=true"),
+        ("evaluate", "evaluation.images_per_prompt=9"),
+        ("evaluate", "evaluation.judges=[clip,hpsv2]"),
+    ],
+)
+def test_more_work_takes_more_time(verb: str, more: str) -> None:
+    before, after = (estimate(load).step(verb) for load in (workload(), workload(more)))
+    assert before and after and before.wall_seconds < after.wall_seconds
+
+
+def test_a_faster_gpu_takes_less_time_and_memory_does_not_change() -> None:
+    found = {name: estimate(workload(gpu=name)) for name in ("l4", "a100", "h100")}
+    hours = [found[name].gpu_hours for name in ("l4", "a100", "h100")]
+    assert hours == sorted(hours, reverse=True)
+    assert len({each.memory[1].peak for each in found.values()}) == 1
+
+
+def test_compile_auto_compiles_past_the_break_even_and_not_before() -> None:
+    """SD1.5: the saving of a prompt's images times the number of prompts, against the table's seconds."""
+    auto = workload("model.compile=auto", prompts=1)
+    saving = step_cost(auto, "generate").saved_seconds
+    enough = int(COMPILE_SECONDS["stable_diffusion"] / saving) + 1
+    for prompts, compiled in ((enough - 1, False), (enough, True)):
+        load = workload("model.compile=auto", prompts=prompts)
+        assert step_cost(load, "generate").compiled is compiled is pays_to_compile(load, "generate")
+    many = replace(load, config=load.config.model_copy(update={"resources": _actors(load, 4)}))
+    assert not pays_to_compile(many, "generate"), "each of four compiles, and saves a quarter"
+
+
+def _actors(load: Workload, num: int) -> object:
+    resources = load.config.resources
+    return resources.model_copy(update={"generators": resources.generators.model_copy(update={"num_actors": num})})
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_compile_is_as_the_config_says_unless_it_is_auto(asked: bool) -> None:
+    for prompts in (1, 10_000):
+        found = estimate(workload(f"model.compile={asked}".lower(), prompts=prompts))
+        assert [step.compiled for step in found.steps] == [asked] * 3
+
+
+def test_checkpointing_auto_is_on_where_the_peak_without_it_is_too_large() -> None:
+    auto = "training.gradient_checkpointing=auto"
+    assert not estimate(workload(auto)).checkpointing
+    on = estimate(workload(auto, gpu="l4"))
+    assert on.checkpointing and on.memory[1].fits
+    assert estimate(workload(auto, config="sdxl")).checkpointing
+
+
+@pytest.mark.parametrize(
+    ("config", "gpu"), [("sd15", "l4"), ("sd15", "t4"), ("sdxl", "l4"), ("flux", "4090"), ("lcm", "3090")]
+)
+def test_what_is_advised_fits(config: str, gpu: str) -> None:
+    load = workload(config=config, gpu=gpu)
+    found = estimate(load)
+    assert not found.fits
+    for role in found.memory:
+        assert role.fits or role.advice, role.role
+        for advice in role.advice:
+            overrides = [
+                each.strip(" `").replace(": ", "=") for part in advice.split(" and ") for each in part.split(",")
+            ]
+            changed = estimate(workload(*overrides, config=config, gpu=gpu))
+            assert {each.role: each.fits for each in changed.memory}[role.role], advice
+
+
+def test_the_advised_batch_is_the_largest_that_fits() -> None:
+    load = workload("training.gradient_checkpointing=true", gpu="t4", config="sdxl")
+    found = estimate(load).memory[1]
+    batches = [size for size in (8, 4, 2, 1) if _trainer_fits(size)]
+    first = found.advice[0] if found.advice else ""
+    assert found.fits == (8 in batches)
+    if batches and not found.fits:
+        assert first == f"`training.batch_size_per_worker: {batches[0]}`"
+
+
+def _trainer_fits(size: int) -> bool:
+    given = ("training.gradient_checkpointing=true", f"training.batch_size_per_worker={size}")
+    load = workload(*given, gpu="t4", config="sdxl")
+    return training_peak(load, checkpointing=True).fits(load.gpu.memory_bytes)
+
+
+def test_a_gpu_without_bfloat16_is_told() -> None:
+    assert any("does not compute in bfloat16" in note for note in estimate(workload(gpu="t4")).notes)
+    assert not estimate(workload("model.dtype=float16", gpu="t4")).notes
+
+
+def test_the_lines_say_hours_memory_verdict_and_that_they_are_estimates() -> None:
+    lines = cost_lines(estimate(workload(gpu="l4")), "the published sizes of sd15")
+    assert lines[0] == "  cost         estimated, not measured, for l4 (22 GiB), the published sizes of sd15"
+    text = "\n".join(lines)
+    assert text.count("GPU-hours") == 4 and "DOES NOT FIT" in text and "would fit: `training." in text
+    assert lines[-1] == "  verdict      does not fit l4"
+    (fault,) = memory_faults(estimate(workload(gpu="l4")))
+    assert fault.startswith("trainer: estimated peak ") and " of 22.0 GiB of l4; would fit: " in fault
+    assert memory_faults(estimate(workload())) == []
+
+
+def test_hours_are_of_all_gpus_for_as_long_as_a_step_lasts() -> None:
+    step = StepCost("train", 7200.0, 3600.0, 4, 0.5, False, 0.0, 0.0)
+    assert step.gpu_hours == 2.0
