@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cdpo_ray.errors import ModelError
