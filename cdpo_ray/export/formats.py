@@ -88,7 +88,8 @@ def kohya_path(output_dir: Path, name: str) -> Path:
 def write_merged(trained: Trained, output_dir: Path) -> None:
     """The whole pipeline, as ``DiffusionPipeline.from_pretrained`` of diffusers loads it, without a trace of LoRA.
 
-    A LoRA that was trained on a quantised base is merged into the weights that this base was rounded from. Its sampler is the one that the run's images were made with.
+    Its sampler is the one that the run's images were made with. A LoRA that was trained on a quantised base is merged
+    into the weights that this base was rounded from.
 
     Raises:
         ModelError: the base model cannot be loaded.

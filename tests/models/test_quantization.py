@@ -1,8 +1,8 @@
 """A quantised base: rounded as published, the same net under adapters off, trained around, loaded and merged."""
 
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from tiny_policies import TARGETS, TinyModels, make_pairs
 from torch import Tensor, nn
 
 from cdpo_ray.errors import ModelError
@@ -19,12 +20,11 @@ from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, save_lora
 from cdpo_ray.models.quantization import Int8Linear, quantize_linears
 from cdpo_ray.models.seeds import noise_at
-from cdpo_ray.training.batches import PairBatch
 from cdpo_ray.training.engine import save_trained, start_engine
 from cdpo_ray.training.job import LoraJob, Optimization
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.policy import make_policy
-from cdpo_ray.training.update import loss_of_pairs
+from cdpo_ray.training.update import METRICS, loss_of_pairs
 
 NF4_LEVELS = [
     -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
@@ -33,7 +33,6 @@ NF4_LEVELS = [
 """arXiv:2305.14314, appendix E."""
 WEIGHTS_DTYPE = {"int8": torch.int8, "nf4": torch.uint8}
 FAMILIES = ("stable_diffusion_xl", "flux")
-TinyModels = Callable[[str], Path]
 each_storage = pytest.mark.parametrize("storage", ["int8", "nf4"])
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -152,88 +151,93 @@ def test_rounding_changes_the_nets_output_a_little(
     assert 0 < float((found - expected).norm() / expected.norm()) < largest_change
 
 
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    store = tmp_path_factory.mktemp("group") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+CASES = [
+    ("stable_diffusion_xl", "int8", "float32", 0, "adamw_8bit"),
+    ("stable_diffusion_xl", "nf4", "bfloat16", 0, "adamw_8bit"),
+    ("flux", "int8", "float32", 2, "adamw"),
+    ("flux", "nf4", "bfloat16", 0, "adamw"),
+]
+"""Family, storage, dtype, ZeRO stage, optimizer."""
 
 
 def frozen_weights(model: TextToImageModel) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.denoiser.named_parameters() if "lora" not in name}
 
 
-@pytest.mark.parametrize(
-    ("family", "storage", "dtype", "zero_stage", "optimizer"),
-    [
-        ("stable_diffusion_xl", "int8", "float32", 0, "adamw_8bit"),
-        ("stable_diffusion_xl", "nf4", "bfloat16", 0, "adamw_8bit"),
-        ("flux", "int8", "float32", 2, "adamw"),
-        ("flux", "nf4", "bfloat16", 0, "adamw"),
-    ],
-)
-@pytest.mark.usefixtures("process_group")
-def test_two_updates_train_a_lora_around_a_quantised_base_which_is_the_reference_exactly(
-    tiny_models: TinyModels,
-    tmp_path: Path,
-    family: str,
-    storage: str,
-    dtype: str,
-    zero_stage: int,
-    optimizer: str,
-) -> None:
-    model = load(tiny_models, family, dtype=dtype, quantization=storage, for_training=True)
-    lora = LoraJob(4, 8, ("to_q", "to_k", "to_v", "to_out.0"))
-    policy = make_policy(model, lora, start_dir=None, reference_is_start=False, seed=0)
-    model.denoiser.enable_gradient_checkpointing()
-    model.denoiser.train()
-    if family == "stable_diffusion_xl":
-        model.denoiser.to(memory_format=torch.contiguous_format)
-    optimization = Optimization(1e-2, 1e-4, 0.9, 0.999, 1.0, 2, 2, zero_stage=zero_stage, optimizer=optimizer)
-    before = frozen_weights(model)
-    engine = start_engine(model.denoiser, policy.trainable, optimization, num_workers=1)
+def trained(case: tuple[str, str, str, int, str], base_dir: Path, folder: Path) -> dict[str, Any]:
+    """Three updates, laid out as on CUDA; what was measured at each, and what the base and the LoRA became."""
+    family, storage, dtype, zero_stage, optimizer = case
+    model = load_model(family, path=str(base_dir), device="cpu", dtype=dtype, quantization=storage, for_training=True)
     if family == "stable_diffusion_xl":
         model.denoiser.to(memory_format=torch.channels_last)
-    shape = model.latent_shape(64, 64)
-    conditioning, _ = model.encode_prompts(["a cat", "a dog"])
-    times = [model.draw_times(torch.Generator().manual_seed(seed)) for seed in (3, 4)]
-    batch = PairBatch(
-        noise_at((2, *shape), 0, "chosen"),
-        noise_at((2, *shape), 0, "rejected"),
-        conditioning,
-        {name: torch.stack([time[name] for time in times]) for name in times[0]},
-        noise_at((2, *shape), 0, "noise"),
-    )
+    policy = make_policy(model, LoraJob(4, 8, TARGETS), start_dir=None, reference_is_start=False, seed=0)
+    model.denoiser.enable_gradient_checkpointing()
+    model.denoiser.train()
+    optimization = Optimization(1e-2, 1e-4, 0.9, 0.999, 1.0, 4, 4, zero_stage=zero_stage, optimizer=optimizer)
+    before = frozen_weights(model)
+    engine = start_engine(model.denoiser, policy.trainable, optimization, num_workers=1)
+    batch = make_pairs(model)
     metrics = []
     for _ in range(3):
         loss, found = loss_of_pairs(
-            model, engine, policy.reference, engine.module, batch, preference_loss=partial(preference_loss, beta=500.0)
+            model, engine, policy.reference, batch, preference_loss=partial(preference_loss, beta=500.0)
         )
-        metrics.append(found)
+        metrics.append(dict(zip(METRICS, found.tolist(), strict=True)))
         engine.backward(loss)
         engine.step()
-    losses, margins = [float(each[0]) for each in metrics], [float(each[1]) for each in metrics]
-    assert margins[0] == 0 and losses[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
-    assert losses[2] < losses[1] < losses[0]
-    for key in (5, 6):  # errors of the reference, which no update changes
-        assert len({float(each[key]) for each in metrics}) == 1
     after = frozen_weights(model)
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-    save_trained(engine, model, tmp_path, lora=True)
-    tuned = load(tiny_models, family, dtype=dtype, quantization=storage)
-    tuned.load_tuned(tmp_path)
-    tuned.use_tuned(False)
-    untuned = load(tiny_models, family, dtype=dtype, quantization=storage)
-    assert torch.equal(prediction(tuned), prediction(untuned))
-    tuned.use_tuned(True)
+    save_trained(engine, model, folder, lora=True)
     model.denoiser.eval()
-    expected = prediction(model)
-    tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    return {
+        "metrics": metrics,
+        "base_unchanged": all(torch.equal(value, after[name]) for name, value in before.items()),
+        "prediction": prediction(model),
+    }
+
+
+def work(rank: int, base_dirs: dict[str, Path], folder: Path) -> None:
+    """All cases in a process of their own: DeepSpeed knows but one process group in its life."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=1)
+    for case in CASES:
+        case_dir = folder / "-".join(map(str, case))
+        torch.save(trained(case, base_dirs[case[0]], case_dir), case_dir / "found.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of each case's LoRA and of what was found."""
+    folder = tmp_path_factory.mktemp("trained")
+    base_dirs = {family: tiny_models(family) for family in FAMILIES}
+    torch.multiprocessing.spawn(work, (base_dirs, folder), nprocs=1)  # type: ignore[attr-defined]
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_updates_train_a_lora_around_a_quantised_base_which_stays_the_reference_exactly(
+    tiny_models: TinyModels, folder: Path, case: tuple[str, str, str, int, str]
+) -> None:
+    family, storage, dtype, *_ = case
+    case_dir = folder / "-".join(map(str, case))
+    found = torch.load(case_dir / "found.pt", weights_only=True)
+    losses, margins = ([each[name] for each in found["metrics"]] for name in ("loss", "margin"))
+    assert margins[0] == 0 and losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[2] < losses[1] < losses[0]
+    for name in ("reference_error_w", "reference_error_l"):
+        assert len({each[name] for each in found["metrics"]}) == 1
+    assert found["base_unchanged"]
+
+    untuned, tuned = (load(tiny_models, family, dtype=dtype, quantization=storage) for _ in range(2))
+    tuned.load_tuned(case_dir)
+    tuned.use_tuned(False)
+    base = prediction(untuned)
+    assert torch.equal(prediction(tuned), base)
+    tuned.use_tuned(True)
+    expected, tolerance = found["prediction"], {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
     assert float((prediction(tuned) - expected).norm() / expected.norm()) < tolerance
-    assert float((expected - prediction(untuned)).norm() / expected.norm()) > 2 * tolerance
+    assert float((expected - base).norm() / expected.norm()) > 2 * tolerance
 
 
 def test_a_merge_starts_from_the_weights_that_the_base_was_rounded_from(

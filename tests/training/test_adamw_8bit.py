@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cdpo_ray.training.engine import restore_training, start_engine, training_te
 from cdpo_ray.training.job import Optimization
 
 WIDTH = 128  # 16,384 values a matrix; below 4,096 moments stay fp32
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def optimization(optimizer: str = "adamw_8bit", learning_rate: float = 1e-2) -> Optimization:
@@ -86,45 +88,56 @@ def test_a_skipped_step_leaves_weights_and_moments_alone() -> None:
     assert stepped.num_steps == 4 and not torch.equal(net.layer.weight, weight)
 
 
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def resume(rank: int, folder: Path) -> None:
+    """An engine stepped six times, and another restored after three of them; their tensors at both points."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    store = tmp_path_factory.mktemp("group") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=1)
 
+    def start(dtype: torch.dtype) -> Any:
+        net = Regression(dtype)
+        return start_engine(net, list(net.parameters()), optimization(), num_workers=1)
 
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_engine_restored_from_its_tensors_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
-    def engine_of(net: Regression) -> tuple[object, list[nn.Parameter]]:
-        parameters = list(net.parameters())
-        return start_engine(net, parameters, optimization(), num_workers=1)
-
-    def step(engine: object, numbers: range) -> None:
+    def step(engine: Any, numbers: range) -> None:
         for number in numbers:
             engine.backward(engine(number))
             engine.step()
 
-    def state(engine: object) -> dict[str, Tensor]:
+    def state(engine: Any) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in training_tensors(engine)}
 
-    whole = engine_of(Regression(dtype))
-    assert float(state(whole)["step"]) == 0
-    step(whole, range(3))
-    saved = state(whole)
-    assert saved["state1.layer.weight"].dtype == torch.uint8 and saved["state1.layer.bias"].dtype == torch.float32
-    step(whole, range(3, 6))
-    resumed = engine_of(Regression(dtype))
-    restore_training(resumed, saved.__getitem__)
-    assert {name: value.tolist() for name, value in state(resumed).items()} == {
-        name: value.tolist() for name, value in saved.items()
-    }
-    step(resumed, range(3, 6))
-    expected, found = state(whole), state(resumed)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    for dtype in DTYPES:
+        found = []
+        whole = start(dtype)
+        found.append(state(whole))
+        step(whole, range(3))
+        found.append(state(whole))
+        step(whole, range(3, 6))
+        found.append(state(whole))
+        resumed = start(dtype)
+        restore_training(resumed, found[1].__getitem__)
+        found.append(state(resumed))
+        step(resumed, range(3, 6))
+        found.append(state(resumed))
+        torch.save(found, folder / f"{dtype}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resumed")
+    torch.multiprocessing.spawn(resume, (folder,), nprocs=1)  # type: ignore[attr-defined]
+    return folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_engine_restored_from_its_tensors_goes_on_bit_for_bit(folder: Path, dtype: torch.dtype) -> None:
+    start, middle, end, restored, resumed_end = torch.load(folder / f"{dtype}.pt", weights_only=True)
+    assert (float(start["step"]), float(middle["step"]), float(end["step"])) == (0, 3, 6)
+    assert middle["state1.layer.weight"].dtype == torch.uint8 and middle["state1.layer.bias"].dtype == torch.float32
+    assert not torch.equal(middle["state1.layer.weight"], end["state1.layer.weight"])
+    for expected, found in ((middle, restored), (end, resumed_end)):
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
