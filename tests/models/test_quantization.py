@@ -215,6 +215,7 @@ def folder(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_updates_train_a_lora_around_a_quantised_base_which_stays_the_reference_exactly(
     tiny_models: TinyModels, folder: Path, case: tuple[str, str, str, int, str]

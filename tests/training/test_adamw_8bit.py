@@ -129,6 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_engine_restored_from_its_tensors_goes_on_bit_for_bit(folder: Path, dtype: torch.dtype) -> None:
     start, middle, end, restored, resumed_end = torch.load(folder / f"{dtype}.pt", weights_only=True)
