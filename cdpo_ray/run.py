@@ -1,6 +1,7 @@
 """The whole way, step after step; a finished step is skipped."""
 
 import functools
+import importlib.util
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -88,6 +89,7 @@ def run_steps(
     Raises:
         CdpoError: of any kind; what was finished before it stays.
     """
+    _refuse_missing_package(config)
     prompts, steps = read_prompts(config), list(steps)
     folders = round_folders(config)
     with ExitStack() as stack:
@@ -305,6 +307,13 @@ def _write_report(run: RunFolder, anew: bool) -> Path:
     write_report(run.path, path)
     log.info("report: %s", path)
     return path
+
+
+def _refuse_missing_package(config: Config) -> None:
+    """Before anything is paid for: training would find out only after all images have been generated."""
+    keys = config.keys_that_need_bitsandbytes
+    if keys and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f'{", ".join(keys)}: bitsandbytes is not installed; pip install "cdpo_ray[lowmem]"')
 
 
 def _run_dir(config: Config) -> Path:

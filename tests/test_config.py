@@ -890,3 +890,35 @@ def test_validation_prompts_have_one_source_and_leave_something_to_train_on(
 ) -> None:
     (fault,) = refused(f"prompts.heldout={heldout}", f"prompts.validation={validation}")
     assert fault.startswith(f"prompts: {message}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        (
+            {"model.quantization": "nf4", "training.method": "full"},
+            "`model.quantization` 'nf4' freezes the weights, which `training.method` 'full' trains; leave it out, or"
+            " train a LoRA",
+        ),
+        (
+            {"model.quantization": "int8", "training.zero_stage": 3},
+            "`training.zero_stage` 3 divides the base among workers, which quantised weights do not allow; use 0 to 2"
+            " with `model.quantization`",
+        ),
+        (
+            {"training.optimizer": "adamw_8bit", "training.zero_stage": 2},
+            "`optimizer` 'adamw_8bit' needs `zero_stage` 0, which keeps a tensor's moments whole, got 2; leave out one"
+            " of them",
+        ),
+    ],
+)
+def test_what_quantised_weights_and_moments_do_not_go_with_is_refused(changes: dict[str, object], fault: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(fault)):
+        load_config(QUICKSTART, [f"{key}={value}" for key, value in changes.items()])
+
+
+def test_keys_that_need_the_optional_package_are_named() -> None:
+    overrides = ["model.quantization=nf4", "training.optimizer=adamw_8bit"]
+    named = ["`model.quantization` nf4", "`training.optimizer` adamw_8bit"]
+    assert load_config(QUICKSTART, overrides).keys_that_need_bitsandbytes == named
+    assert load_config(QUICKSTART, ["model.quantization=int8"]).keys_that_need_bitsandbytes == []

@@ -109,6 +109,11 @@ class TrainingSection(Section):
             raise ValueError("`sft_weight` mixes the chosen's error into another `loss`; 'sft' is that error alone")
         if self.method == "full" and "lora" in self.model_fields_set:
             raise ValueError("`lora` must not be given with `method` 'full', which trains the whole net")
+        if self.optimizer == "adamw_8bit" and self.zero_stage:
+            raise ValueError(
+                f"`optimizer` 'adamw_8bit' needs `zero_stage` 0, which keeps a tensor's moments whole, got"
+                f" {self.zero_stage}; leave out one of them"
+            )
         if self.guidance_range and self.guidance_range[0] > self.guidance_range[1]:
             raise ValueError(f"`guidance_range` must be [low, high], got {list(self.guidance_range)}")
         return self

@@ -205,6 +205,16 @@ class Config(Section):
                 f"`training.guidance_range` is for families whose net is told of the guidance"
                 f" ({', '.join(GUIDANCE_EMBEDDED)}), got it with {self.model.family!r}"
             )
+        if self.model.quantization and self.training.method == "full":
+            raise ValueError(
+                f"`model.quantization` {self.model.quantization!r} freezes the weights, which `training.method` 'full'"
+                " trains; leave it out, or train a LoRA"
+            )
+        if self.model.quantization and self.training.zero_stage == 3:
+            raise ValueError(
+                "`training.zero_stage` 3 divides the base among workers, which quantised weights do not allow; use"
+                " 0 to 2 with `model.quantization`"
+            )
         if self.training.reference == "last_round" and self.rounds == 1:
             raise ValueError("`training.reference` 'last_round' needs `rounds` > 1")
         if self.training.lora.grows and self.curriculum.num_stages == 1:
@@ -280,6 +290,12 @@ class Config(Section):
     def evaluation_judges(self) -> dict[str, dict[str, Any]]:
         """All that judge held-out images, the run's own rewards first, with the keyword arguments of each's class."""
         return self.rewards.judges | {name: self.rewards.options(name) for name in self.evaluation.judges}
+
+    @property
+    def keys_that_need_bitsandbytes(self) -> list[str]:
+        """Keys whose values need the optional package, as they are given."""
+        given = {"model.quantization": self.model.quantization, "training.optimizer": self.training.optimizer}
+        return [f"`{key}` {value}" for key, value in given.items() if value in ("nf4", "adamw_8bit")]
 
     def plain(self) -> dict[str, Any]:
         """The whole configuration, defaults included, as plain YAML-able values."""

@@ -88,12 +88,14 @@ def kohya_path(output_dir: Path, name: str) -> Path:
 def write_merged(trained: Trained, output_dir: Path) -> None:
     """The whole pipeline, as ``DiffusionPipeline.from_pretrained`` of diffusers loads it, without a trace of LoRA.
 
-    Its sampler is the one that the run's images were made with.
+    Its sampler is the one that the run's images were made with. A LoRA that was trained on a quantised base is merged
+    into the weights that this base was rounded from.
 
     Raises:
         ModelError: the base model cannot be loaded.
     """
-    model = load_model(trained.family, **{**trained.model, "compile": False}, device="cpu")
+    as_published = {**trained.model, "compile": False, "quantization": None, "offload": False}
+    model = load_model(trained.family, **as_published, device="cpu")
     if trained.is_lora:
         merge(model.denoiser, read_factors(trained.training_dir / LORA_DIR, trained.denoiser_name))
     else:

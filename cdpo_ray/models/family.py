@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from cdpo_ray.errors import ModelError
 from cdpo_ray.models.lora import LORA_DIR, Adapters
 from cdpo_ray.models.noising import squared_error
+from cdpo_ray.models.quantization import quantize_linears
 from cdpo_ray.store import local_copy
 
 diffusers_logging.set_verbosity_error()
@@ -71,6 +72,8 @@ class TextToImageModel(ABC):
     """Folder of the embedded world's model of this family, where it has one."""
     guidance_range: tuple[float, float] | None = None
     """Guidance that the net is told of in training, where it has an embedding of it; bounds of a uniform draw."""
+    offload: bool = False
+    """Whether text encoders and VAE wait in host memory while they are not needed; see `on_device`."""
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
         self.pipeline = pipeline
@@ -92,6 +95,8 @@ class TextToImageModel(ABC):
         compile: bool = False,
         for_training: bool = False,
         keep_vae: bool = False,
+        quantization: str | None = None,
+        offload: bool = False,
     ) -> Self:
         """Load from ``embedded``, a folder in diffusers layout, or a hub id at a revision; safetensors only.
 
@@ -100,21 +105,31 @@ class TextToImageModel(ABC):
             compile: compile the denoiser in place; pays on a GPU when the run is long.
             for_training: with what makes denoising tasks, and without the VAE, which only decoding needs.
             keep_vae: for training and decoding both.
+            quantization: ``int8`` or ``nf4``: storage of the denoiser's linear layers, which must stay frozen; see
+                `quantize_linears`.
+            offload: keep text encoders and VAE in host memory while they are not needed. For training, the empty
+                prompt is encoded before the denoiser is put on the device.
 
         Raises:
-            ModelError: nothing that can be loaded is there.
+            ModelError: nothing that can be loaded is there, or a package that ``quantization`` needs is missing.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         torch_dtype: torch.dtype = getattr(torch, dtype)
         left_out = {"vae": None} if for_training and not keep_vae else {}
         pipeline = cls.load_pipeline(path, revision, torch_dtype, left_out)
-        pipeline.to(device)
-        denoiser = getattr(pipeline, cls.denoiser_name)
+        model = cls(pipeline, dtype=torch_dtype, device=device)
+        model.offload = offload
+        if offload and for_training:
+            _ = model.empty_conditioning  # kept
+        denoiser = model.denoiser
+        if quantization:
+            quantize_linears(denoiser, quantization, device)
+        (denoiser if offload else pipeline).to(device)
         if device == "cuda" and cls.denoiser_name == "unet":
             denoiser.to(memory_format=torch.channels_last)
         if compile:
             denoiser.compile()
-        return cls(pipeline, dtype=torch_dtype, device=device)
+        return model
 
     @classmethod
     def load_pipeline(cls, path: str, revision: str | None, dtype: torch.dtype, left_out: Mapping[str, None]) -> Any:
@@ -145,6 +160,18 @@ class TextToImageModel(ABC):
             height // factor if height else native,
             width // factor if width else native,
         )
+
+    @contextlib.contextmanager
+    def on_device(self, *names: str) -> Iterator[None]:
+        """Within the block these parts of the pipeline are on the device; with `offload`, in host memory after it."""
+        parts = [part for name in names if self.offload and (part := getattr(self.pipeline, name)) is not None]
+        try:
+            for part in parts:
+                part.to(self.device)
+            yield
+        finally:
+            for part in parts:
+                part.to("cpu")
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
@@ -204,7 +231,8 @@ class TextToImageModel(ABC):
         """Latents -> images, uint8 ``[sample, 3, height, width]``, on the device."""
         vae = self.pipeline.vae
         scaled = latents.to(self.device, vae.dtype) / vae.config.scaling_factor
-        pixels = vae.decode(scaled + (vae.config.get("shift_factor") or 0)).sample
+        with self.on_device("vae"):
+            pixels = vae.decode(scaled + (vae.config.get("shift_factor") or 0)).sample
         return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     @torch.no_grad()
@@ -214,7 +242,8 @@ class TextToImageModel(ABC):
         What `decode` turns back; a training draw is ``mean + std * noise``.
         """
         vae = self.pipeline.vae
-        posterior = vae.encode((images.to(self.device).float() / 127.5 - 1).to(vae.dtype)).latent_dist
+        with self.on_device("vae"):
+            posterior = vae.encode((images.to(self.device).float() / 127.5 - 1).to(vae.dtype)).latent_dist
         factor = vae.config.scaling_factor
         return (posterior.mean - (vae.config.get("shift_factor") or 0)) * factor, posterior.std * factor
 

@@ -31,9 +31,10 @@ class Flux(FlowMatchingModel):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
-        embeddings, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, device=self.device, max_sequence_length=MAX_T5_TOKENS
-        )
+        with self.on_device(*self.text_encoders):
+            embeddings, pooled, _ = self.pipeline.encode_prompt(
+                prompts, None, device=self.device, max_sequence_length=MAX_T5_TOKENS
+            )
         return {"prompt_embedding": embeddings, "pooled_embedding": pooled}, tokens_cut(
             self.pipeline.tokenizer_2, prompts, MAX_T5_TOKENS
         )

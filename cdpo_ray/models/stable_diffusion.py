@@ -31,7 +31,8 @@ class StableDiffusion(TextToImageModel):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
-        embeddings, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
+        with self.on_device(*self.text_encoders):
+            embeddings, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
         return {"prompt_embedding": embeddings}, tokens_cut(self.pipeline.tokenizer, prompts)
 
     def draw_times(self, generator: torch.Generator) -> Times:

@@ -19,14 +19,15 @@ class StableDiffusion3(FlowMatchingModel):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
-        embeddings, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts,
-            None,
-            None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=MAX_T5_TOKENS,
-        )
+        with self.on_device(*self.text_encoders):
+            embeddings, _, pooled, _ = self.pipeline.encode_prompt(
+                prompts,
+                None,
+                None,
+                device=self.device,
+                do_classifier_free_guidance=False,
+                max_sequence_length=MAX_T5_TOKENS,
+            )
         longest_reader = self.pipeline.tokenizer_3 or self.pipeline.tokenizer
         limit = MAX_T5_TOKENS if self.pipeline.tokenizer_3 else None
         return {"prompt_embedding": embeddings, "pooled_embedding": pooled}, tokens_cut(longest_reader, prompts, limit)

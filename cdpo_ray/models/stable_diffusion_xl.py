@@ -21,9 +21,10 @@ class StableDiffusionXL(StableDiffusion):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
-        embeddings, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, device=self.device, do_classifier_free_guidance=False
-        )
+        with self.on_device(*self.text_encoders):
+            embeddings, _, pooled, _ = self.pipeline.encode_prompt(
+                prompts, device=self.device, do_classifier_free_guidance=False
+            )
         # Both encoders read the same words with the same limit.
         return {"prompt_embedding": embeddings, "pooled_embedding": pooled}, tokens_cut(
             self.pipeline.tokenizer, prompts

@@ -67,6 +67,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
             global_batch_size=training.global_batch_size,
             pairs_per_launch=training.pairs_per_launch,
             zero_stage=training.zero_stage,
+            optimizer=training.optimizer,
         ),
         seed=context.training_seed,
         output_dir=str(output_dir),

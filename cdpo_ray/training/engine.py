@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,28 +25,11 @@ from deepspeed.utils import (
 
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, save_lora
+from cdpo_ray.training.adamw import MOMENTS, STEP, make_optimizer
 from cdpo_ray.training.job import Optimization
 
 MASTERS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Type of trainable parameters -> section of DeepSpeed's configuration that keeps fp32 copies of them."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STEP = "step"
-
-
-class SkippingAdamW(torch.optim.AdamW):
-    """AdamW that leaves weights and moments alone while `skips` is set, under any of DeepSpeed's wrappers."""
-
-    skips = False
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        return None if self.skips else super().step(closure)
-
-    @property
-    def num_steps(self) -> float:
-        """Steps taken, the same for all parameters."""
-        steps = {float(state[STEP]) for state in self.state.values()}
-        assert len(steps) == 1, f"every parameter is stepped every time, got {steps}"
-        return steps.pop()
 
 
 def start_engine(
@@ -64,12 +46,7 @@ def start_engine(
     # compiler on the workers' path. Told that there are none, it takes gloo or NCCL at once, with the same result.
     deepspeed.ops.__compatible_ops__ = {}
     logger.setLevel(logging.ERROR)  # it warns of a subclass of AdamW, and of each update that is skipped
-    optimizer = SkippingAdamW(
-        trainable,
-        lr=optimization.learning_rate,
-        betas=(optimization.adam_beta1, optimization.adam_beta2),
-        weight_decay=optimization.weight_decay,
-    )
+    optimizer = make_optimizer(trainable, optimization)
     config = {
         "train_batch_size": optimization.global_batch_size,
         "train_micro_batch_size_per_gpu": optimization.pairs_per_launch,
@@ -117,8 +94,8 @@ def training_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, T
         else:
             master = optimizer.param_groups[0]["params"][number]
             yield name, master.detach()
-            for moment in MOMENTS:
-                yield f"{moment}.{name}", optimizer.state[master][moment]
+            for moment, state in optimizer.saved_tensors(master).items():
+                yield f"{moment}.{name}", state
     yield STEP, torch.tensor(optimizer.num_steps)
 
 
@@ -132,18 +109,17 @@ def restore_training(engine: deepspeed.DeepSpeedEngine, tensors: Callable[[str],
     _make_state(engine, float(tensors(STEP)))
     for number, (name, parameter) in enumerate(_trainable(engine)):
         value = tensors(name).to(engine.device)
-        moments = {moment: tensors(f"{moment}.{name}").to(engine.device) for moment in MOMENTS}
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
             parameter.data.copy_(value)
         if engine.zero_optimization():
             safe_set_full_fp32_param(parameter, value)
-            for moment, state in moments.items():
-                safe_set_full_optimizer_state(parameter, state, moment)
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, tensors(f"{moment}.{name}").to(engine.device), moment)
         else:
             master = optimizer.param_groups[0]["params"][number]
             master.data.copy_(value)
-            for moment, state in moments.items():
-                optimizer.state[master][moment].copy_(state)
+            for moment, state in optimizer.saved_tensors(master).items():
+                state.copy_(tensors(f"{moment}.{name}"))
 
 
 def save_trained(engine: deepspeed.DeepSpeedEngine, model: TextToImageModel, folder: Path, *, lora: bool) -> None:
@@ -172,11 +148,7 @@ def _make_state(engine: deepspeed.DeepSpeedEngine, num_steps: float) -> None:
     """What the optimizer's first step would make, as if so many had been taken; moments that are there stay."""
     optimizer, sharded = engine.basic_optimizer, engine.zero_optimization_partition_weights()
     stepped = engine.optimizer.fp32_partitioned_groups_flat if sharded else optimizer.param_groups[0]["params"]
-    for parameter in stepped:
-        state = optimizer.state[parameter]
-        state[STEP] = torch.tensor(num_steps)
-        for moment in MOMENTS:
-            if moment not in state:
-                state[moment] = torch.zeros_like(parameter)
+    for number, parameter in enumerate(stepped):
+        optimizer.make_state(number, parameter, num_steps)
     if engine.zero_optimization() and not sharded:
         engine.optimizer._lazy_init_hp_params_optimizer_state()  # how ZeRO 1 and 2 find a parameter's moments

@@ -46,6 +46,7 @@ class Optimization:
     global_batch_size: int
     pairs_per_launch: int
     zero_stage: int
+    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Frozen linear layers -> the same layers with their weights stored in 8 or 4 bits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cdpo_ray.errors import ModelError
+
+INT8_MAX = 127
+
+
+@torch.no_grad()
+def quantize_linears(net: nn.Module, storage: str, device: str) -> None:
+    """Replace every linear layer of a frozen net, in place; layer by layer, so that the device never holds the rest.
+
+    Convolutions, norms, embeddings and biases keep their type. Weights alone are rounded: activations are not, so that
+    a sample's output does not depend on the samples beside it, and is a smooth function of a LoRA.
+
+    Args:
+        storage: ``int8``: `Int8Linear`. ``nf4``: 4-bit NormalFloat in blocks of 64, whose scales are 8-bit in blocks of
+            256 (arXiv:2305.14314), by bitsandbytes.
+        device: where the quantised layers are put.
+
+    Raises:
+        ModelError: bitsandbytes is not installed.
+    """
+    make = {"int8": Int8Linear, "nf4": _nf4_linear}[storage]
+    for parent in list(net.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear:
+                setattr(parent, name, make(layer, device))
+
+
+class Int8Linear(nn.Linear):
+    """A frozen linear layer with 8-bit weights, one scale per output channel: ``weight * scale`` is the weight.
+
+    The product is computed in the input's type. Backward multiplies by the weights again instead of keeping a
+    dequantised copy of them.
+
+    Args:
+        layer: the layer to round; its weight is not kept.
+    """
+
+    scale: Tensor
+
+    def __init__(self, layer: nn.Linear, device: str) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = layer.weight.detach().to(device).float()
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / INT8_MAX
+        self.weight = nn.Parameter((weight / scale).round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias = _frozen_bias(layer, device)
+
+    def forward(self, input: Tensor) -> Tensor:
+        product: Tensor = _Int8Product.apply(input, self.weight, self.scale, self.bias)
+        return product
+
+
+class _Int8Product(torch.autograd.Function):
+    """``input @ (weight * scale).T + bias``; differentiable in the input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return functional.linear(input, _dequantized(weight, scale, input.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        (gradient,) = gradients
+        return gradient @ _dequantized(weight, scale, gradient.dtype), None, None, None
+
+
+def _dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (weight * scale).to(dtype)
+
+
+def _nf4_linear(layer: nn.Linear, device: str) -> nn.Linear:
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ModelError(
+            '`model.quantization` nf4 needs bitsandbytes, which is not installed; pip install "cdpo_ray[lowmem]"'
+        ) from None
+    quantized = bitsandbytes.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=False,
+        compute_dtype=layer.weight.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    quantized.weight = bitsandbytes.nn.Params4bit(
+        layer.weight.detach(), requires_grad=False, quant_type="nf4", module=quantized
+    )
+    quantized.bias = _frozen_bias(layer, device)
+    # On CPUs with AVX512-BF16 an evaluation would repack the weights for a kernel that has no backward.
+    quantized.support_avx512bf16_for_cpu = False
+    moved: nn.Linear = quantized.to(device)  # which quantises
+    return moved
+
+
+def _frozen_bias(layer: nn.Linear, device: str) -> nn.Parameter | None:
+    return None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)

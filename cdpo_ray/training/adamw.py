@@ -1,0 +1,94 @@
+"""AdamW as the engine steps it: an update can be skipped, and the state can be saved and restored exactly."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cdpo_ray.errors import TrainingError
+from cdpo_ray.training.job import Optimization
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = "step"
+
+if TYPE_CHECKING:
+
+    class _Optimizer(Protocol):
+        state: Any
+        param_groups: Any
+
+        def step(self, closure: Callable[[], Any] | None = None) -> Any: ...
+
+else:
+    _Optimizer = object
+
+
+class Skipping(_Optimizer):
+    """Leaves weights and moments alone while `skips` is set, under any of DeepSpeed's wrappers."""
+
+    skips = False
+    saved_state: ClassVar[tuple[str, ...]]
+    """Tensors of a parameter's state that a checkpoint holds, where the parameter has them."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return None if self.skips else super().step(closure)  # type: ignore[safe-super]
+
+    @property
+    def num_steps(self) -> float:
+        """Steps taken, the same for all parameters."""
+        steps = {float(state[STEP]) for state in self.state.values()}
+        assert len(steps) == 1, f"every parameter is stepped every time, got {steps}"
+        return steps.pop()
+
+    def saved_tensors(self, parameter: Tensor) -> dict[str, Tensor]:
+        """State of a stepped parameter by name, `num_steps` aside: what a checkpoint holds of it."""
+        state = self.state[parameter]
+        return {name: state[name] for name in self.saved_state if name in state}
+
+    @abstractmethod
+    def make_state(self, number: int, parameter: Tensor, num_steps: float) -> None:
+        """What the first step would make for a parameter, if ``num_steps`` had been taken; existing moments are kept.
+
+        Args:
+            number: of the parameter in its group.
+        """
+
+
+class SkippingAdamW(Skipping, torch.optim.AdamW):
+    """PyTorch's AdamW. Source: arXiv:1711.05101."""
+
+    saved_state = MOMENTS
+
+    def make_state(self, number: int, parameter: Tensor, num_steps: float) -> None:
+        state = self.state[parameter]
+        state[STEP] = torch.tensor(num_steps)
+        for moment in MOMENTS:
+            if moment not in state:
+                state[moment] = torch.zeros_like(parameter)
+
+
+def make_optimizer(trainable: Sequence[nn.Parameter], optimization: Optimization) -> Skipping:
+    """The optimizer that ``optimization`` names.
+
+    Raises:
+        TrainingError: bitsandbytes, which 8-bit AdamW needs, is not installed.
+    """
+    kind: type[Any] = SkippingAdamW
+    if optimization.optimizer == "adamw_8bit":
+        try:
+            from cdpo_ray.training.adamw_8bit import SkippingAdamW8bit
+        except ImportError:
+            raise TrainingError(
+                "`training.optimizer` adamw_8bit needs bitsandbytes, which is not installed;"
+                ' pip install "cdpo_ray[lowmem]"'
+            ) from None
+        kind = SkippingAdamW8bit
+    optimizer: Skipping = kind(
+        trainable,
+        lr=optimization.learning_rate,
+        betas=(optimization.adam_beta1, optimization.adam_beta2),
+        weight_decay=optimization.weight_decay,
+    )
+    return optimizer

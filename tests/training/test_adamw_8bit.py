@@ -1,0 +1,148 @@
+"""8-bit AdamW: near AdamW, a quarter of its state, skipped when told, saved and restored exactly."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cdpo_ray.errors import TrainingError
+from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.training.adamw import Skipping, make_optimizer
+from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
+from cdpo_ray.training.job import Optimization
+
+WIDTH = 128  # 16,384 values a matrix; below 4,096 moments stay fp32
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def optimization(optimizer: str = "adamw_8bit", learning_rate: float = 1e-2) -> Optimization:
+    return Optimization(learning_rate, 1e-4, 0.9, 0.999, 1e9, 4, 4, zero_stage=0, optimizer=optimizer)
+
+
+class Regression(nn.Module):
+    """``inputs -> targets`` of a fixed linear map, by a linear layer (8-bit moments) and a bias (fp32 moments)."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH, dtype=dtype)
+        with torch.no_grad():
+            self.layer.weight.copy_(0.1 * noise_at((WIDTH, WIDTH), 0, "start"))
+            self.layer.bias.zero_()
+
+    def forward(self, step: int) -> Tensor:
+        inputs = noise_at((64, WIDTH), step, "inputs")
+        targets = inputs @ (0.1 * noise_at((WIDTH, WIDTH), 0, "truth"))
+        dtype = self.layer.weight.dtype
+        return (self.layer(inputs.to(dtype)).float() - targets).square().mean()
+
+
+def trained(optimizer: str, num_steps: int) -> tuple[Regression, Skipping, float]:
+    net = Regression()
+    stepped = make_optimizer(list(net.parameters()), optimization(optimizer))
+    for step in range(num_steps):
+        loss = net(step)
+        loss.backward()
+        stepped.step()
+        net.zero_grad()
+    with torch.no_grad():
+        return net, stepped, float(net(10_000))
+
+
+def test_it_ends_where_adamw_ends() -> None:
+    """arXiv:2110.02861, table 1: 8-bit Adam ends where 32-bit Adam ends; here within 2 % of the way."""
+    (exact, _, exact_loss), (rounded, _, rounded_loss) = trained("adamw", 100), trained("adamw_8bit", 100)
+    start = Regression()
+    with torch.no_grad():
+        first_loss = float(start(10_000))
+    way = exact.layer.weight - start.layer.weight
+    assert exact_loss < 0.2 * first_loss
+    assert abs(rounded_loss - exact_loss) < 0.02 * first_loss
+    assert 0 < float((rounded.layer.weight - exact.layer.weight).norm() / way.norm()) < 0.1
+
+
+def test_its_state_is_a_quarter() -> None:
+    def state_bytes(optimizer: str) -> int:
+        net, stepped, _ = trained(optimizer, 1)
+        return sum(value.nbytes for value in stepped.saved_tensors(net.layer.weight).values())
+
+    num_values = WIDTH * WIDTH
+    assert state_bytes("adamw") == 8 * num_values
+    assert state_bytes("adamw_8bit") == 2 * num_values + 2 * 4 * num_values // 256
+
+
+def test_a_skipped_step_leaves_weights_and_moments_alone() -> None:
+    net, stepped, _ = trained("adamw_8bit", 3)
+    weight = net.layer.weight.detach().clone()
+    state = {name: value.clone() for name, value in stepped.saved_tensors(net.layer.weight).items()}
+    net(3).backward()
+    stepped.skips = True
+    stepped.step()
+    assert stepped.num_steps == 3 and torch.equal(net.layer.weight, weight)
+    assert all(torch.equal(value, state[name]) for name, value in stepped.saved_tensors(net.layer.weight).items())
+    stepped.skips = False
+    stepped.step()
+    assert stepped.num_steps == 4 and not torch.equal(net.layer.weight, weight)
+
+
+def resume(rank: int, folder: Path) -> None:
+    """An engine stepped six times, and another restored after three of them; their tensors at both points."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=1)
+
+    def start(dtype: torch.dtype) -> Any:
+        net = Regression(dtype)
+        return start_engine(net, list(net.parameters()), optimization(), num_workers=1)
+
+    def step(engine: Any, numbers: range) -> None:
+        for number in numbers:
+            engine.backward(engine(number))
+            engine.step()
+
+    def state(engine: Any) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in training_tensors(engine)}
+
+    for dtype in DTYPES:
+        found = []
+        whole = start(dtype)
+        found.append(state(whole))
+        step(whole, range(3))
+        found.append(state(whole))
+        step(whole, range(3, 6))
+        found.append(state(whole))
+        resumed = start(dtype)
+        restore_training(resumed, found[1].__getitem__)
+        found.append(state(resumed))
+        step(resumed, range(3, 6))
+        found.append(state(resumed))
+        torch.save(found, folder / f"{dtype}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resumed")
+    torch.multiprocessing.spawn(resume, (folder,), nprocs=1)  # type: ignore[attr-defined]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_engine_restored_from_its_tensors_goes_on_bit_for_bit(folder: Path, dtype: torch.dtype) -> None:
+    start, middle, end, restored, resumed_end = torch.load(folder / f"{dtype}.pt", weights_only=True)
+    assert (float(start["step"]), float(middle["step"]), float(end["step"])) == (0, 3, 6)
+    assert middle["state1.layer.weight"].dtype == torch.uint8 and middle["state1.layer.bias"].dtype == torch.float32
+    assert not torch.equal(middle["state1.layer.weight"], end["state1.layer.weight"])
+    for expected, found in ((middle, restored), (end, resumed_end)):
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "cdpo_ray.training.adamw_8bit", raising=False)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(TrainingError, match=r'adamw_8bit needs bitsandbytes.*"cdpo_ray\[lowmem\]"'):
+        make_optimizer([nn.Parameter(torch.zeros(1))], optimization())
