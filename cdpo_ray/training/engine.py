@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import distributed_c10d
 
 os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
 if not torch.cuda.is_available():
@@ -83,10 +82,13 @@ def start_engine(
     return engine
 
 
-def limit_waiting(seconds: float) -> None:
-    """How long a collective waits for a worker that does not come, in every group; DeepSpeed's wait half an hour."""
-    for group in distributed_c10d._world.pg_map:
-        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+def limit_waiting(engine: deepspeed.DeepSpeedEngine, seconds: float) -> None:
+    """Limit how long a collective waits for a worker that does not come, in both groups of all workers.
+
+    DeepSpeed takes no timeout for the group that it makes; its collectives would wait for half an hour.
+    """
+    for group in (torch.distributed.group.WORLD, engine.data_parallel_group):
+        group.set_timeout(timedelta(seconds=seconds))
 
 
 def training_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
