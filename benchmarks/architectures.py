@@ -32,18 +32,21 @@ def model_dir(name: str, scratch: Path, *, pixels: int) -> Path:
     return scratch / name
 
 
-def build_sd15(width: int, pixels: int) -> StableDiffusionPipeline:
+def build_sd15(width: int, pixels: int, *, shallow: bool = False) -> StableDiffusionPipeline:
     """Stable Diffusion 1.5 as published, but for its width (320 there, a multiple of 40 here) and its vocabulary.
 
     The tokenizer is the embedded model's with 77 tokens: what a prompt says means nothing to random weights.
+
+    Args:
+        shallow: with one layer where there are several, for rehearsals.
     """
     tokenizer = _tokenizer()
-    text = text_config(width, tokenizer)
+    text = text_config(width, tokenizer, layers=1 if shallow else 12)
     return StableDiffusionPipeline(
         vae=build_vae(width, pixels),
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
-        unet=build_unet(width, pixels, text.hidden_size),
+        unet=build_unet(width, pixels, text.hidden_size, layers_per_block=1 if shallow else 2),
         scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -51,15 +54,15 @@ def build_sd15(width: int, pixels: int) -> StableDiffusionPipeline:
     )
 
 
-def build_lcm(width: int, pixels: int) -> LatentConsistencyModelPipeline:
+def build_lcm(width: int, pixels: int, *, shallow: bool = False) -> LatentConsistencyModelPipeline:
     """The latent consistency model distilled from Stable Diffusion 1.5: guidance is embedded in 256 channels."""
     tokenizer = _tokenizer()
-    text = text_config(width, tokenizer)
+    text = text_config(width, tokenizer, layers=1 if shallow else 12)
     return LatentConsistencyModelPipeline(
         vae=build_vae(width, pixels),
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
-        unet=build_unet(width, pixels, text.hidden_size, time_cond_proj_dim=256),
+        unet=build_unet(width, pixels, text.hidden_size, layers_per_block=1 if shallow else 2, time_cond_proj_dim=256),
         scheduler=LCMScheduler(**SCHEDULE),
         safety_checker=None,
         feature_extractor=None,
@@ -67,22 +70,22 @@ def build_lcm(width: int, pixels: int) -> LatentConsistencyModelPipeline:
     )
 
 
-def build_sdxl(width: int, pixels: int) -> StableDiffusionXLPipeline:
+def build_sdxl(width: int, pixels: int, *, shallow: bool = False) -> StableDiffusionXLPipeline:
     """SDXL as published, but for its width, its vocabulary, and DDIM as its sampler.
 
     Source: arXiv:2307.01952, and the configuration of its base model.
     """
     tokenizer = _tokenizer()
-    first = text_config(width, tokenizer)
-    second = text_config(width, tokenizer, channels=1280, layers=32, heads=20)
+    first = text_config(width, tokenizer, layers=1 if shallow else 12)
+    second = text_config(width, tokenizer, channels=1280, layers=1 if shallow else 32, heads=20)
     size_channels = _scaled(256, width)
     unet = UNet2DConditionModel(
         sample_size=pixels // 8,
         block_out_channels=(width, 2 * width, 4 * width),
-        layers_per_block=2,
+        layers_per_block=1 if shallow else 2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
+        transformer_layers_per_block=(1, 1, 2) if shallow else (1, 2, 10),
         cross_attention_dim=first.hidden_size + second.hidden_size,
         attention_head_dim=(5, 10, 20),
         use_linear_projection=True,
@@ -104,12 +107,14 @@ def build_sdxl(width: int, pixels: int) -> StableDiffusionXLPipeline:
     )
 
 
-def build_unet(width: int, pixels: int, text_channels: int, **config: int) -> UNet2DConditionModel:
+def build_unet(
+    width: int, pixels: int, text_channels: int, *, layers_per_block: int = 2, **config: int
+) -> UNet2DConditionModel:
     """Four levels, cross-attention of eight heads in three of them."""
     return UNet2DConditionModel(
         sample_size=pixels // 8,
         block_out_channels=(width, 2 * width, 4 * width, 4 * width),
-        layers_per_block=2,
+        layers_per_block=layers_per_block,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=text_channels,

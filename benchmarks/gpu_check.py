@@ -37,7 +37,10 @@ from rates import machine
 SD, SDXL, LCM = "stable_diffusion", "stable_diffusion_xl", "latent_consistency"
 RUN_SECONDS = 150
 ROOT = Path(__file__).parents[1]
-LIBRARIES = "torch triton transformers diffusers peft accelerate deepspeed ray numpy open_clip_torch safetensors".split()
+LIBRARIES = (
+    *("torch", "triton", "transformers", "diffusers", "peft", "accelerate"),
+    *("deepspeed", "ray", "numpy", "open_clip_torch", "safetensors"),
+)
 BF16, FP32 = "bfloat16", "float32"
 ON_ONE_GPU = (
     "training.num_workers=1",
@@ -96,15 +99,13 @@ class Check:
         aside.write_text(json.dumps(rounded(self.found), indent=1) + "\n")
         aside.replace(self.out)
 
-    def speed(
-        self, name: str, work: Callable[[], Found], *, family: str, item: str, dtype: str, needs_seconds: float
-    ) -> None:
-        """As `measure`, for work that finds ``<item>s_per_second``: adds FLOPs, and their share of a matrix product's."""
+    def speed(self, name: str, work: Callable[[], Found], *, family: str, item: str, needs_seconds: float) -> None:
+        """As `measure`, for work that finds ``<item>s_per_second``; adds the FLOPs, and their share of the limit."""
 
         def with_share() -> Found:
             found = work()
             each = self.found.get(f"flops, {family}, one {item}", {}).get("teraflops")
-            limit = self.found.get(f"matmul, {dtype}", {}).get("teraflops")
+            limit = self.found.get(f"matmul, {self.models.usual_dtype}", {}).get("teraflops")
             if each and limit:
                 found["teraflops_per_second"] = each * found[f"{item}s_per_second"]
                 found["share_of_matmul"] = found["teraflops_per_second"] / limit
@@ -178,10 +179,10 @@ def train(check: Check) -> None:
     count(check, SD, "pair")
     for pairs in (16, 8, 4, 32):
         train_one(check, SD, pairs)
-        work = functools.partial(measurements.train_stock, check.models, check.few(pairs), dtype=BF16)
-        check.speed(
-            f"train, {SD}, {pairs} pairs, stock", work, family=SD, item="pair", dtype=BF16, needs_seconds=25
+        work = functools.partial(
+            measurements.train_stock, check.models, check.few(pairs), dtype=check.models.usual_dtype
         )
+        check.speed(f"train, {SD}, {pairs} pairs, stock", work, family=SD, item="pair", needs_seconds=25)
     train_one(check, SD, 16, compiled=True, needs_seconds=100)
 
 
@@ -217,7 +218,7 @@ def host(check: Check) -> None:
 
 def toggle(check: Check) -> None:
     """Whether switching the adapters compiles anything again."""
-    work = functools.partial(measurements.toggled_reference, check.models, dtype=BF16)
+    work = functools.partial(measurements.toggled_reference, check.models, dtype=check.models.usual_dtype)
     check.measure("toggled reference", work, needs_seconds=40)
 
 
@@ -245,28 +246,34 @@ PARTS = {
 
 def count(check: Check, family: str, item: str) -> None:
     function = {"pair": measurements.flops_of_pair, "image": measurements.flops_of_image}[item]
-    work = functools.partial(function, check.models, family, dtype=BF16)
+    work = functools.partial(function, check.models, family, dtype=check.models.usual_dtype)
     check.measure(f"flops, {family}, one {item}", work, needs_seconds=15)
 
 
 def train_one(check: Check, family: str, pairs: int, *, needs_seconds: float = 25, **how: bool) -> None:
-    work = functools.partial(measurements.train, check.models, family, check.few(pairs), dtype=BF16, **how)
-    name = ", ".join(("train", family, f"{pairs} pairs", *how or ("eager",)))
-    check.speed(name, work, family=family, item="pair", dtype=BF16, needs_seconds=needs_seconds)
+    work = functools.partial(
+        measurements.train, check.models, family, check.few(pairs), dtype=check.models.usual_dtype, **how
+    )
+    name = ", ".join(("train", family, f"{pairs} pairs", *(how or ("eager",))))
+    check.speed(name, work, family=family, item="pair", needs_seconds=needs_seconds)
 
 
 def generate_one(check: Check, family: str, images: int, *, needs_seconds: float, **how: bool) -> None:
-    work = functools.partial(measurements.generate, check.models, family, check.few(images), dtype=BF16, **how)
-    name = ", ".join(("generate", family, f"{images} images", *how or ("eager",)))
-    check.speed(name, work, family=family, item="image", dtype=BF16, needs_seconds=needs_seconds)
+    work = functools.partial(
+        measurements.generate, check.models, family, check.few(images), dtype=check.models.usual_dtype, **how
+    )
+    name = ", ".join(("generate", family, f"{images} images", *(how or ("eager",))))
+    check.speed(name, work, family=family, item="image", needs_seconds=needs_seconds)
 
 
 def generate_both(check: Check, family: str, images: int, *, needs_seconds: float) -> None:
     count(check, family, "image")
     generate_one(check, family, images, needs_seconds=needs_seconds)
-    work = functools.partial(measurements.generate_stock, check.models, family, check.few(images), dtype=BF16)
+    work = functools.partial(
+        measurements.generate_stock, check.models, family, check.few(images), dtype=check.models.usual_dtype
+    )
     name = f"generate, {family}, {images} images, stock"
-    check.speed(name, work, family=family, item="image", dtype=BF16, needs_seconds=needs_seconds)
+    check.speed(name, work, family=family, item="image", needs_seconds=needs_seconds)
 
 
 def run_whole(check: Check, dtype: str) -> Found:
@@ -276,12 +283,12 @@ def run_whole(check: Check, dtype: str) -> Found:
         RuntimeError: it failed, with the end of its output.
         subprocess.TimeoutExpired: the time limit of the check passed.
     """
-    config = "smoke.yaml" if check.models.tiny else "quickstart.yaml"
+    config = ROOT / "configs" / ("smoke.yaml" if check.models.tiny else "quickstart.yaml")
     settings = ("run.name=check", f"model.dtype={dtype}", *(() if check.models.tiny else ON_ONE_GPU))
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, "-m", "cdpo_ray.cli", "run", str(ROOT / "configs" / config), f"run.dir={folder}", *settings],
+            [sys.executable, "-m", "cdpo_ray.cli", "run", str(config), f"run.dir={folder}", *settings],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
             cwd=ROOT,
             capture_output=True,
@@ -291,7 +298,8 @@ def run_whole(check: Check, dtype: str) -> Found:
         )
         if done.returncode:
             raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-500:]}")
-        steps = {path.parent.name: json.loads(path.read_text())["seconds"] for path in Path(folder).glob("*/*/manifest.json")}
+        manifests = sorted(Path(folder).glob("*/*/manifest.json"))
+        steps = {path.parent.name: json.loads(path.read_text())["seconds"] for path in manifests}
         (metrics,) = Path(folder).glob("*/5-evaluation/metrics.json")
         judged = json.loads(metrics.read_text())["judges"]
     return {"step_seconds": steps, "differences": {name: each["difference"] for name, each in judged.items()}}
@@ -299,7 +307,7 @@ def run_whole(check: Check, dtype: str) -> Found:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="measured in the order of the list")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="always in this order")
     parser.add_argument("--seconds", type=float, default=470, help="time limit; what would not end in time is left out")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/gpu/<card>-<date>.json)")
     parser.add_argument("--tiny", action="store_true", help="rehearsal on a CPU: an eighth of the width, no inductor")

@@ -20,7 +20,7 @@ FULL_WIDTH, TINY_WIDTH, TINY_PIXELS = 320, 40, 64
 class Family:
     """How a family is built, and how its images are usually sampled."""
 
-    build: Callable[[int, int], DiffusionPipeline]
+    build: Callable[..., DiffusionPipeline]
     pixels: int
     num_denoising_steps: int
     guidance_scale: float
@@ -38,7 +38,7 @@ class Models:
     """Builds each family once, on the device, and loads it as a run does.
 
     Attributes:
-        tiny: an eighth of the width, images of 64 pixels, and no code generation by a compiler.
+        tiny: rehearse with an eighth of the width, shallow, in fp32, with images of 64 pixels, and without an inductor.
     """
 
     scratch: Path
@@ -51,15 +51,21 @@ class Models:
             return family
         return dataclasses.replace(family, pixels=TINY_PIXELS, num_denoising_steps=2)
 
+    @property
+    def usual_dtype(self) -> str:
+        """What a GPU is used with; a CPU computes many times slower in it."""
+        return "float32" if self.tiny else "bfloat16"
+
     def folder(self, name: str) -> Path:
         """The folder in diffusers layout, weights in bfloat16."""
         folder = self.scratch / name
         if not folder.is_dir():
             torch.manual_seed(0)
+            width, pixels = TINY_WIDTH if self.tiny else FULL_WIDTH, self.family(name).pixels
             with torch.device(
                 self.device
             ):  # random numbers for billions of weights: seconds on a GPU, minutes on a CPU
-                pipeline = FAMILIES[name].build(TINY_WIDTH if self.tiny else FULL_WIDTH, self.family(name).pixels)
+                pipeline = FAMILIES[name].build(width, pixels, shallow=self.tiny)
             pipeline.to(self.device, torch.bfloat16).save_pretrained(folder, safe_serialization=True)
         return folder
 
