@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,8 @@ def toggled_reference(models: Models, *, dtype: str) -> Found:
     """
     counters.clear()
     model = models.load("stable_diffusion", dtype=dtype, training=True)
-    feed, small = (feed_of(model, pairs) for pairs in (4, 2))
+    feed = feed_of(model, 4)
+    small = replace(feed, optimization=replace(feed.optimization, global_batch_size=2, pairs_per_launch=2))
     policy = lora_policy(model)
     model.denoiser.compile(backend="eager")
     found = {}
@@ -251,7 +253,7 @@ def generate(models: Models, family: str, images: int, *, dtype: str, compiled: 
 def generate_stock(models: Models, family: str, images: int, *, dtype: str) -> Found:
     """The stock pipeline called by hand, each image saved as a PNG."""
     usual = models.family(family)
-    pipeline = DiffusionPipeline.from_pretrained(models.folder(family), torch_dtype=getattr(torch, dtype))
+    pipeline = DiffusionPipeline.from_pretrained(models.folder(family), dtype=getattr(torch, dtype))
     pipeline.to(models.device).set_progress_bar_config(disable=True)
 
     def work() -> None:
@@ -292,8 +294,8 @@ def flops_of_image(models: Models, family: str, *, dtype: str) -> Found:
 def judges(models: Models) -> Found:
     """Images per second through the image tower of ViT-H/14 (random weights) in fp32, TF32 and bfloat16 autocast."""
     with torch.device(models.device):
-        clip = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32" if models.tiny else "ViT-H-14")).eval()
-    pixels = torch.randn(2 if models.tiny else 32, 3, 224, 224, device=models.device)
+        clip = open_clip.CLIP(**open_clip.get_model_config("ViT-S-32" if models.tiny else "ViT-H-14")).eval()
+    pixels = torch.randn(1 if models.tiny else 32, 3, 224, 224, device=models.device)
 
     @torch.no_grad()
     def rate(precision: str, dtype: torch.dtype | None = None) -> Found:

@@ -73,6 +73,18 @@ USES = (
         "call torch.distributed.set_timeout, and raise the lowest torch in pyproject.toml to one that has it",
     ),
     PrivateUse(
+        "peft.tuners.tuners_utils",
+        "BaseTunerLayer._disable_adapters",
+        "Adapters switches a LoRA layer by this flag; PEFT's own switch walks the whole net at each launch",
+        "call BaseTunerLayer.enable_adapters, and see what it costs by benchmarks/training_step.py",
+    ),
+    PrivateUse(
+        "peft.tuners.tuners_utils",
+        "BaseTunerLayer._active_adapter",
+        "Adapters chooses a LoRA layer's adapter by this name; set_adapter also changes what learns",
+        "call BaseTunerLayer.set_adapter, and restore requires_grad of the factors",
+    ),
+    PrivateUse(
         "ray._private.ray_constants",
         "DEBUG_AUTOSCALING_STATUS",
         "cluster_nodes: the key under which the first autoscaler writes what it knows",
