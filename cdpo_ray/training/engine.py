@@ -99,7 +99,8 @@ def limit_waiting(engine: deepspeed.DeepSpeedEngine, seconds: float) -> None:
 
     DeepSpeed takes no timeout for the group that it makes; its collectives would wait for half an hour.
     """
-    for group in (torch.distributed.group.WORLD, engine.data_parallel_group):
+    world: Any = torch.distributed.group.WORLD  # None in its type: before a group is there
+    for group in (world, engine.data_parallel_group):
         group.set_timeout(timedelta(seconds=seconds))
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -13,6 +15,7 @@ def check(out: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_measures_what_it_is_asked_for_and_writes_it(tmp_path: Path) -> None:
     done = check(tmp_path / "check.json", "--tiny", "--parts", "limits", "host", "lcm")
     assert done.returncode == 0, done.stdout + done.stderr
