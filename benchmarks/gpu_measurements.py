@@ -26,6 +26,7 @@ from training_step import LORA_RANK, TARGETS, ImagePairs, Stock
 
 from cdpo_ray.generation.generator import Generator, Sampling
 from cdpo_ray.generation.images import encode_png
+from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, save_lora
 from cdpo_ray.models.seeds import generator_at
@@ -187,29 +188,30 @@ def graphs() -> Found:
 def toggled_reference(models: Models, *, dtype: str) -> Found:
     """Graphs and breaks of a compiled net after each switch of its adapters, in training and in evaluation.
 
-    The count is cumulative: where it does not grow, nothing was compiled again. It is the same for every backend, so
-    none that generates code is used.
+    The count is cumulative: where it does not grow, nothing was compiled again. It is the same for every backend and
+    every size, so the net is the embedded one and no code is generated.
     """
     counters.clear()
-    model = models.load("stable_diffusion", dtype=dtype, training=True)
+    embedded = {"path": "embedded", "device": models.device, "dtype": dtype}
+    model = load_model("stable_diffusion", **embedded, for_training=True)
     feed = feed_of(model, 4)
     small = replace(feed, optimization=replace(feed.optimization, global_batch_size=2, pairs_per_launch=2))
     policy = lora_policy(model)
     model.denoiser.compile(backend="eager")
     found = {}
-    for name, source in (("training", feed), ("again", feed), ("smaller batch", small), ("larger again", feed)):
+    for name, source in (("training", feed), ("again", feed), ("smaller batch", small)):
         batch = next(source.launches(some_pairs(4))).to(model.device, model.dtype)
         asked = (batch.latents_w, batch.conditioning, batch.times, batch.noise)
         sample_errors(model, model.denoiser, policy.reference, *asked)
         found[name] = graphs()
-    return found | {f"evaluation: {name}": value for name, value in _toggled_in_evaluation(models, model).items()}
-
-
-def _toggled_in_evaluation(models: Models, trained: TextToImageModel) -> Found:
-    """As `toggled_reference`, of a LoRA that is loaded into a compiled net."""
     torch._dynamo.reset()
     counters.clear()
-    model = models.load("stable_diffusion", dtype=str(trained.dtype).removeprefix("torch."))
+    evaluated = _toggled_in_evaluation(load_model("stable_diffusion", **embedded), model)
+    return found | {f"evaluation: {name}": value for name, value in evaluated.items()}
+
+
+def _toggled_in_evaluation(model: TextToImageModel, trained: TextToImageModel) -> Found:
+    """As `toggled_reference`, of a LoRA that is loaded into a compiled net."""
     conditioning, _ = model.encode_prompts(["a red circle"] * 4)
     noise = torch.randn(4, *model.latent_shape(None, None))
     model.denoiser.compile(backend="eager")
