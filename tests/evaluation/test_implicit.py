@@ -78,7 +78,7 @@ def test_a_value_is_how_much_better_the_tuned_net_predicts_the_noise_than_the_ba
             gains.append(errors[0] - errors[1])
         expected.append(np.mean(gains))
     found = values(model)
-    np.testing.assert_allclose(found, expected, atol=2e-6)
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # errors near 1, in fp32
     assert np.abs(found).max() > 1e-4
     model.use_tuned(False)
     assert all(torch.equal(one, other) for one, other in zip(parameters_of(model), base.parameters(), strict=True))
@@ -100,7 +100,7 @@ def test_a_value_does_not_depend_on_the_samples_beside_it(tiny_sd15: Path, tmp_p
     model = fresh(tiny_sd15)
     model.load_tuned(tmp_path)
     together = values(model)
-    np.testing.assert_allclose(values(model, at_once=3), together, atol=1e-6)
+    np.testing.assert_allclose(values(model, at_once=3), together, atol=1e-5)
     np.testing.assert_allclose(values(model, slice(1, 3)), together[1:3], atol=1e-6)
 
 

@@ -73,5 +73,5 @@ def test_values_are_those_of_the_same_latents_asked_by_hand(tiny_sd15: Path, tmp
             samples_per_launch=2,
             seed=5,
         )
-        np.testing.assert_allclose(found[row], alone, rtol=1e-4, atol=5e-6)  # differences of fp32 errors near 1
+        np.testing.assert_allclose(found[row], alone, atol=1e-5)  # differences of errors near 1, in fp32
     assert np.ptp(found) > 1e-4
