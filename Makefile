@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-faults check format lock clean
+.PHONY: demo test test-faults test-versions check format lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/cdpo run configs/quickstart.yaml
@@ -14,6 +14,16 @@ test: $(INSTALLED)
 
 test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest -m "fault or nightly"
+
+# Other versions than the lock's, in an environment of their own: `make test-versions PYTHON=python3.12`.
+CONSTRAINTS ?= constraints/py312.txt
+OTHER ?= .venv-versions
+test-versions:
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(OTHER)/bin/uv pip install --quiet --python $(OTHER)/bin/python --constraints $(CONSTRAINTS) --editable ".[dev,s3,gs,wandb,mlflow]"
+	$(OTHER)/bin/python -m pytest -m "not ray and not slow and not nightly"
+	$(OTHER)/bin/cdpo run configs/smoke.yaml run.dir=$$(mktemp -d)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -3,14 +3,23 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from cdpo_ray.testbed import PIPELINE_DIR
 
 WIDTHS = {"tiny-sd15": 80, "sd15": 320}
 """Channels of the denoiser's first level; all other widths follow, so the parts cost in their published proportions."""
 MODELS = ("embedded", *WIDTHS)
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def model_dir(name: str, scratch: Path, *, pixels: int) -> Path:
@@ -23,48 +32,99 @@ def model_dir(name: str, scratch: Path, *, pixels: int) -> Path:
     return scratch / name
 
 
-def build_sd15(width: int, pixels: int) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5 as published, but for its width (320 there, a multiple of 80) and its words.
+def build_sd15(width: int, pixels: int, *, shallow: bool = False) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5 as published, but for its width (320 there, a multiple of 40 here) and its vocabulary.
 
-    The tokenizer is the embedded model's with 77 places: what a prompt says is nothing to random weights.
+    The tokenizer is the embedded model's with 77 tokens: what a prompt says means nothing to random weights.
+
+    Args:
+        shallow: with one layer where there are several, for rehearsals.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(PIPELINE_DIR / "tokenizer", model_max_length=77)
-    text = text_config(width, tokenizer)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    tokenizer = _tokenizer()
+    text = text_config(width, tokenizer, layers=1 if shallow else 12)
     return StableDiffusionPipeline(
         vae=build_vae(width, pixels),
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
-        unet=build_unet(width, pixels, text.hidden_size),
-        scheduler=scheduler,
+        unet=build_unet(width, pixels, text.hidden_size, layers_per_block=1 if shallow else 2),
+        scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
-def build_unet(width: int, pixels: int, text_channels: int) -> UNet2DConditionModel:
+def build_lcm(width: int, pixels: int, *, shallow: bool = False) -> LatentConsistencyModelPipeline:
+    """The latent consistency model distilled from Stable Diffusion 1.5: guidance is embedded in 256 channels."""
+    tokenizer = _tokenizer()
+    text = text_config(width, tokenizer, layers=1 if shallow else 12)
+    return LatentConsistencyModelPipeline(
+        vae=build_vae(width, pixels),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=build_unet(width, pixels, text.hidden_size, layers_per_block=1 if shallow else 2, time_cond_proj_dim=256),
+        scheduler=LCMScheduler(**SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def build_sdxl(width: int, pixels: int, *, shallow: bool = False) -> StableDiffusionXLPipeline:
+    """SDXL as published, but for its width, its vocabulary, and DDIM as its sampler.
+
+    Source: arXiv:2307.01952, and the configuration of its base model.
+    """
+    tokenizer = _tokenizer()
+    first = text_config(width, tokenizer, layers=1 if shallow else 12)
+    second = text_config(width, tokenizer, channels=1280, layers=1 if shallow else 32, heads=20)
+    size_channels = _scaled(256, width)
+    unet = UNet2DConditionModel(
+        sample_size=pixels // 8,
+        block_out_channels=(width, 2 * width, 4 * width),
+        layers_per_block=1 if shallow else 2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2) if shallow else (1, 2, 10),
+        cross_attention_dim=first.hidden_size + second.hidden_size,
+        attention_head_dim=(5, 10, 20),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=size_channels,
+        projection_class_embeddings_input_dim=second.hidden_size + 6 * size_channels,
+        norm_num_groups=_scaled(32, width),
+    )
+    return StableDiffusionXLPipeline(
+        vae=build_vae(width, pixels, scaling_factor=0.13025),
+        text_encoder=CLIPTextModel(first),
+        text_encoder_2=CLIPTextModelWithProjection(second),
+        tokenizer=tokenizer,
+        tokenizer_2=_tokenizer(),
+        unet=unet,
+        scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, steps_offset=1),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+
+
+def build_unet(
+    width: int, pixels: int, text_channels: int, *, layers_per_block: int = 2, **config: int
+) -> UNet2DConditionModel:
     """Four levels, cross-attention of eight heads in three of them."""
     return UNet2DConditionModel(
         sample_size=pixels // 8,
         block_out_channels=(width, 2 * width, 4 * width, 4 * width),
-        layers_per_block=2,
+        layers_per_block=layers_per_block,
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=text_channels,
         attention_head_dim=8,
         norm_num_groups=_scaled(32, width),
+        **config,
     )
 
 
-def build_vae(width: int, pixels: int) -> AutoencoderKL:
+def build_vae(width: int, pixels: int, **config: float) -> AutoencoderKL:
     """Eight pixels a latent."""
     return AutoencoderKL(
         block_out_channels=tuple(_scaled(channels, width) for channels in (128, 256, 512, 512)),
@@ -74,23 +134,30 @@ def build_vae(width: int, pixels: int) -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=_scaled(32, width),
         sample_size=pixels,
+        **config,
     )
 
 
-def text_config(width: int, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    """CLIP-L's text encoder: twelve layers of twelve heads."""
-    channels = _scaled(768, width)
+def text_config(
+    width: int, tokenizer: CLIPTokenizer, *, channels: int = 768, layers: int = 12, heads: int = 12
+) -> CLIPTextConfig:
+    """A CLIP text encoder, by default CLIP-L's; ``channels`` are those at full width."""
+    channels = _scaled(channels, width)
     return CLIPTextConfig(
         hidden_size=channels,
         intermediate_size=4 * channels,
-        num_hidden_layers=12,
-        num_attention_heads=12,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         vocab_size=49408,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         projection_dim=channels,
     )
+
+
+def _tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(PIPELINE_DIR / "tokenizer", model_max_length=77)
 
 
 def _scaled(published: int, width: int) -> int:

@@ -140,9 +140,9 @@ def is_exposed(dashboard: str | None) -> bool:
 
 
 def _refuse_open_dashboard() -> None:
-    import ray._private.worker
+    import ray
 
-    if is_exposed(dashboard := ray._private.worker.global_worker.node.webui_url):
+    if is_exposed(dashboard := ray.init(ignore_reinit_error=True).dashboard_url):  # of the Ray we are connected to
         raise ClusterError(
             f"Ray's dashboard {dashboard}: runs the code of anyone who reaches it, it asks for no token; start the"
             " cluster with RAY_AUTH_MODE=token on every node, or with --dashboard-host 127.0.0.1"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import distributed_c10d
 
 os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
 if not torch.cuda.is_available():
@@ -72,10 +71,14 @@ def start_engine(
     return engine
 
 
-def limit_waiting(seconds: float) -> None:
-    """How long a collective waits for a worker that does not come, in every group; DeepSpeed's wait half an hour."""
-    for group in distributed_c10d._world.pg_map:
-        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+def limit_waiting(engine: deepspeed.DeepSpeedEngine, seconds: float) -> None:
+    """Limit how long a collective waits for a worker that does not come, in both groups of all workers.
+
+    DeepSpeed takes no timeout for the group that it makes; its collectives would wait for half an hour.
+    """
+    world: Any = torch.distributed.group.WORLD  # None in its type: before a group is there
+    for group in (world, engine.data_parallel_group):
+        group.set_timeout(timedelta(seconds=seconds))
 
 
 def training_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:

@@ -97,7 +97,7 @@ class Worker:
         self.engine = start_engine(
             model.denoiser, self.policy.trainable, job.optimization, num_workers=self.num_workers
         )
-        limit_waiting(job.collective_timeout_seconds)
+        limit_waiting(self.engine, job.collective_timeout_seconds)
         self.bank = SampleBank.read(place(job.samples_dir))
         self.feed = Feed(
             self.bank,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -110,7 +111,7 @@ def encode_pool(pool: Pool, vae: AutoencoderKL) -> Tensor:
 @torch.no_grad()
 def move_average(average: Iterable[Tensor], current: Iterable[Tensor], decay: float) -> None:
     """Exponential moving average of the weights, in place."""
-    torch._foreach_lerp_(list(average), list(current), 1 - decay)
+    get_ema_multi_avg_fn(decay)(list(average), list(current), None)
 
 
 def train_denoiser(

@@ -1,0 +1,363 @@
+"""What is measured on a GPU: each function runs the package's own code once and returns what it found."""
+
+import functools
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pyarrow as pa
+import torch
+from alone import form_group_alone
+from diffusers import DiffusionPipeline
+from gpu_models import Models
+from PIL import Image
+from rates import seconds_of
+from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
+from training_step import LORA_RANK, TARGETS, ImagePairs, Stock
+
+from cdpo_ray.generation.generator import Generator, Sampling
+from cdpo_ray.generation.images import encode_png
+from cdpo_ray.models import load_model
+from cdpo_ray.models.family import TextToImageModel
+from cdpo_ray.models.lora import LORA_DIR, save_lora
+from cdpo_ray.models.seeds import generator_at
+from cdpo_ray.testbed.scenes import scene_prompts
+from cdpo_ray.training.batches import SampleBank, StagePairs, make_batch
+from cdpo_ray.training.engine import start_engine
+from cdpo_ray.training.job import LoraJob, Optimization
+from cdpo_ray.training.loop import Feed, TrainingState, train_stages
+from cdpo_ray.training.losses import preference_loss
+from cdpo_ray.training.policy import Policy, make_policy
+from cdpo_ray.training.update import loss_of_pairs, sample_errors
+
+Found = dict[str, Any]
+NUM_PROMPTS, IMAGES_PER_PROMPT, BETA = 4, 8, 5000.0
+LOSS = functools.partial(preference_loss, beta=BETA)
+TERA, GIB = 1e12, 2**30
+
+
+def timed(work: Callable[[], object], models: Models, *, repeats: int, warm: int = 2) -> Found:
+    """Median seconds of ``repeats`` calls after ``warm`` ones, seconds of the very first, and the peak memory."""
+    first = seconds_of(work, models.device, "wall")
+    for _ in range(warm - 1):
+        work()
+    reset_peak(models)
+    seconds = [seconds_of(work, models.device, "wall") for _ in range(1 if models.tiny else repeats)]
+    return {"seconds": statistics.median(seconds), "first_seconds": first, "peak_gib": peak_gib(models)}
+
+
+def reset_peak(models: Models) -> None:
+    if models.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib(models: Models) -> float | None:
+    """Peak memory that tensors took since `reset_peak`, weights included; None without a GPU."""
+    return torch.cuda.max_memory_allocated() / GIB if models.device == "cuda" else None
+
+
+def matmul(models: Models, dtype: torch.dtype) -> Found:
+    """The rate of one large matrix product, in TFLOP/s: the practical limit of which shares are given."""
+    side = 256 if models.tiny else 8192
+    left, right = (torch.randn(side, side, device=models.device, dtype=dtype) for _ in range(2))
+    seconds = timed(lambda: left @ right, models, repeats=20)["seconds"]
+    return {"teraflops": 2 * side**3 / seconds / TERA}
+
+
+# Training
+
+
+def bank_of(model: TextToImageModel) -> SampleBank:
+    """Random latents, and the embeddings of as many prompts, as a run keeps them."""
+    conditioning, _ = model.encode_prompts(scene_prompts("train", NUM_PROMPTS, seed=0))
+    latents = torch.randn(NUM_PROMPTS, IMAGES_PER_PROMPT, *model.latent_shape(None, None)).half()
+    kept = {name: value.cpu().half() for name, value in conditioning.items()}
+    return SampleBank(latents, kept, np.arange(NUM_PROMPTS))
+
+
+def some_pairs(number: int) -> StagePairs:
+    draws = np.arange(number)
+    return StagePairs(1, draws % NUM_PROMPTS, draws % IMAGES_PER_PROMPT, (draws + 1) % IMAGES_PER_PROMPT)
+
+
+def feed_of(model: TextToImageModel, pairs: int) -> Feed:
+    """What a worker trains on; encodes prompts, so the text encoders may be dropped after it."""
+    empty = {name: value.cpu() for name, value in model.empty_conditioning.items()}
+    optimization = Optimization(1e-4, 1e-4, 0.9, 0.999, 1.0, pairs, pairs, zero_stage=0)
+    feed = Feed(bank_of(model), model.draw_times, empty, 0.0, 0, 0, 1, optimization)
+    model.drop_text_encoders()
+    return feed
+
+
+def lora_policy(model: TextToImageModel) -> Policy:
+    return make_policy(model, LoraJob(LORA_RANK, LORA_RANK, TARGETS), start_dir=None, reference_is_start=False, seed=0)
+
+
+def flops_of_pair(models: Models, family: str, *, dtype: str) -> Found:
+    """FLOPs of forward, backward and reference of one pair, counted while they run, without recomputation."""
+    model = models.load(family, dtype=dtype, training=True)
+    feed = feed_of(model, 1)
+    policy = lora_policy(model)
+    batch = next(feed.launches(some_pairs(1))).to(model.device, model.dtype)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = loss_of_pairs(model, model.denoiser, policy.reference, batch, preference_loss=LOSS)
+        loss.backward()
+    return {"teraflops": counter.get_total_flops() / TERA}
+
+
+def train(
+    models: Models, family: str, pairs: int, *, dtype: str, compiled: bool = False, checkpointing: bool = False
+) -> Found:
+    """Updates of the package's own training loop, made as a worker makes them, drawing of batches included."""
+    counters.clear()
+    model = models.load(family, dtype=dtype, compiled=compiled, training=True)
+    feed = feed_of(model, pairs)
+    policy = lora_policy(model)
+    if checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+    model.denoiser.train()
+    if not torch.distributed.is_initialized():
+        form_group_alone(models.device)
+    engine = start_engine(model.denoiser, policy.trainable, feed.optimization, num_workers=1)
+    num_updates, num_warm = (2, 1) if models.tiny else (8, 3)
+    ends = [time.perf_counter()]
+
+    def note(state: TrainingState) -> None:
+        ends.append(time.perf_counter())  # the loop has waited for the update's backward here
+        if len(ends) == num_warm + 1:
+            reset_peak(models)
+
+    stage = some_pairs(num_updates * pairs)
+    state = train_stages(
+        engine,
+        model,
+        policy.reference,
+        1,
+        lambda state: stage,
+        feed,
+        TrainingState(),
+        preference_loss=LOSS,
+        on_update=note,
+    )
+    seconds = np.diff(ends)
+    found = {
+        "seconds": float(np.median(seconds[num_warm:])),
+        "first_seconds": float(seconds[0]),
+        "peak_gib": peak_gib(models),
+        "pairs_per_second": pairs / float(np.median(seconds[num_warm:])),
+        "skipped_updates": len(state.skipped),
+        "losses": [record["loss"] for record in state.records],
+    }
+    engine.destroy()
+    return found | (graphs() if compiled else {})
+
+
+def first_updates(models: Models, family: str, *, dtype: str) -> Found:
+    """Whether the first updates come through and are finite; everything is laid out as in a run."""
+    found = train(models, family, 2, dtype=dtype, checkpointing=family == "stable_diffusion_xl")  # else 80 GB in fp32
+    if found["skipped_updates"]:
+        raise ArithmeticError(f"{family} in {dtype}: {found['skipped_updates']} updates were not finite")
+    return found
+
+
+def train_stock(models: Models, pairs: int, *, dtype: str) -> Found:
+    """The loop of the documentation for Stable Diffusion: all four networks in each update, a frozen copy."""
+    pixels = models.family("stable_diffusion").pixels
+    drawn = ImagePairs.draw(pairs, pixels, (4, pixels // 8, pixels // 8))
+    stock = Stock(models.folder("stable_diffusion"), drawn, models.device, getattr(torch, dtype))
+    found = timed(stock.update, models, repeats=5)
+    return found | {"pairs_per_second": pairs / found["seconds"]}
+
+
+def graphs() -> Found:
+    return {
+        "graphs": counters["stats"].get("unique_graphs", 0),
+        "graph_breaks": sum(counters["graph_break"].values()),
+    }
+
+
+def toggled_reference(models: Models, *, dtype: str) -> Found:
+    """Graphs and breaks of a compiled net after each switch of its adapters, in training and in evaluation.
+
+    The count is cumulative: where it does not grow, nothing was compiled again. It is the same for every backend and
+    every size, so the net is the embedded one and no code is generated.
+    """
+    counters.clear()
+    embedded = {"path": "embedded", "device": models.device, "dtype": dtype}
+    model = load_model("stable_diffusion", **embedded, for_training=True)
+    feed = feed_of(model, 4)
+    small = replace(feed, optimization=replace(feed.optimization, global_batch_size=2, pairs_per_launch=2))
+    policy = lora_policy(model)
+    model.denoiser.compile(backend="eager")
+    found = {}
+    for name, source in (("training", feed), ("again", feed), ("smaller batch", small)):
+        batch = next(source.launches(some_pairs(4))).to(model.device, model.dtype)
+        asked = (batch.latents_w, batch.conditioning, batch.times, batch.noise)
+        sample_errors(model, model.denoiser, policy.reference, *asked)
+        found[name] = graphs()
+    torch._dynamo.reset()
+    counters.clear()
+    evaluated = _toggled_in_evaluation(load_model("stable_diffusion", **embedded), model)
+    return found | {f"evaluation: {name}": value for name, value in evaluated.items()}
+
+
+def _toggled_in_evaluation(model: TextToImageModel, trained: TextToImageModel) -> Found:
+    """As `toggled_reference`, of a LoRA that is loaded into a compiled net."""
+    conditioning, _ = model.encode_prompts(["a red circle"] * 4)
+    noise = torch.randn(4, *model.latent_shape(None, None))
+    model.denoiser.compile(backend="eager")
+
+    def sample(number: int) -> None:
+        rows = {name: value[:number] for name, value in conditioning.items()}
+        model.sample(rows, noise[:number], num_denoising_steps=2, guidance_scale=1.0)
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_lora(model.pipeline_class, model.denoiser_name, trained.denoiser, Path(folder) / LORA_DIR)
+        sample(4)
+        found["base"] = graphs()
+        model.load_tuned(Path(folder))
+    for name, on, number in (("tuned", True, 4), ("off", False, 4), ("on again", True, 4), ("last batch", True, 3)):
+        model.use_tuned(on)
+        sample(number)
+        found[name] = graphs()
+    return found
+
+
+# Generation
+
+
+def generate(models: Models, family: str, images: int, *, dtype: str, compiled: bool = False) -> Found:
+    """The generator that a run's actors wrap: one call, one prompt, PNGs included."""
+    counters.clear()
+    usual = models.family(family)
+    sampling = Sampling(0, images, usual.num_denoising_steps, usual.guidance_scale, None, None, images)
+    arguments = models.arguments(family, dtype=dtype, compiled=compiled)
+    generator = Generator(family, arguments, sampling)
+    models.prepared(generator.model, compiled=compiled)
+    rows = pa.table({"prompt": ["a red circle"]})
+    found = timed(lambda: generator(rows), models, repeats=3, warm=1)
+    found["images_per_second"] = images / found["seconds"]
+    latents = torch.randn(images, *generator.model.latent_shape(None, None))
+    found["decode_seconds"] = timed(lambda: generator.model.decode(latents), models, repeats=3)["seconds"]
+    return found | (graphs() if compiled else {})
+
+
+def generate_stock(models: Models, family: str, images: int, *, dtype: str) -> Found:
+    """The stock pipeline called by hand, each image saved as a PNG."""
+    usual = models.family(family)
+    pipeline = DiffusionPipeline.from_pretrained(models.folder(family), dtype=getattr(torch, dtype))
+    pipeline.to(models.device).set_progress_bar_config(disable=True)
+
+    def work() -> None:
+        made = pipeline(
+            "a red circle",
+            num_images_per_prompt=images,
+            num_inference_steps=usual.num_denoising_steps,
+            guidance_scale=usual.guidance_scale,
+        ).images
+        for image in made:
+            image.save(io.BytesIO(), "png")
+
+    found = timed(work, models, repeats=3, warm=1)
+    return found | {"images_per_second": images / found["seconds"]}
+
+
+def flops_of_image(models: Models, family: str, *, dtype: str) -> Found:
+    """FLOPs of one image as `generate` makes it: those of one denoising step times the steps, and of the decoder."""
+    usual = models.family(family)
+    model = models.load(family, dtype=dtype)
+    conditioning, _ = model.encode_prompts(["a red circle"])
+    noise = torch.randn(1, *model.latent_shape(None, None))
+    flops = []
+    for steps in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            model.sample(conditioning, noise, num_denoising_steps=steps, guidance_scale=usual.guidance_scale)
+        flops.append(counter.get_total_flops())
+    with FlopCounterMode(display=False) as counter:
+        model.decode(noise)
+    first, second = flops
+    whole = first + (usual.num_denoising_steps - 1) * (second - first) + counter.get_total_flops()
+    return {"teraflops": whole / TERA}
+
+
+# Judges and the host
+
+
+def judges(models: Models) -> Found:
+    """Images per second through the image tower of ViT-H/14 (random weights) in fp32, TF32 and bfloat16 autocast."""
+    with torch.device(models.device):
+        clip = open_clip.CLIP(**open_clip.get_model_config("ViT-S-32" if models.tiny else "ViT-H-14")).eval()
+    pixels = torch.randn(1 if models.tiny else 32, 3, 224, 224, device=models.device)
+
+    @torch.no_grad()
+    def rate(precision: str, dtype: torch.dtype | None = None) -> Found:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            with torch.autocast(models.device, dtype=dtype, enabled=dtype is not None):
+                found = timed(lambda: clip.encode_image(pixels), models, repeats=5)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return found | {"images_per_second": len(pixels) / found["seconds"]}
+
+    return {"fp32": rate("highest"), "tf32": rate("high"), "bf16": rate("highest", torch.bfloat16)}
+
+
+def host_noise(models: Models) -> Found:
+    """Milliseconds of the host for one batch: drawing its noise, making all of it, moving it."""
+    found = {}
+    for name, shape, pairs in (("512 px", (4, 64, 64), 16), ("1024 px", (4, 128, 128), 8)):
+        prompts = {"prompt_embedding": torch.randn(NUM_PROMPTS, 77, 768).half()}
+        latents = torch.randn(NUM_PROMPTS, IMAGES_PER_PROMPT, *shape).half()
+        make = functools.partial(
+            make_batch,
+            SampleBank(latents, prompts, np.arange(NUM_PROMPTS)),
+            some_pairs(pairs),
+            range(pairs),
+            seed=0,
+            draw_times=lambda generator: {"timestep": torch.randint(1000, (), generator=generator)},
+            empty_prompt_fraction=0.25,
+            empty_conditioning={"prompt_embedding": prompts["prompt_embedding"][:1]},
+        )
+        batch = make()
+
+        def draw(shape: tuple[int, ...] = shape, pairs: int = pairs) -> None:
+            for number in range(pairs):
+                torch.randn(shape, generator=generator_at(0, number))
+
+        work = {
+            "noise": draw,
+            "batch": make,
+            "move": functools.partial(batch.to, models.device, torch.bfloat16),
+        }
+        found[name] = {"pairs": pairs} | {
+            f"{what}_ms": 1e3 * timed(each, models, repeats=5)["seconds"] for what, each in work.items()
+        }
+    return found
+
+
+def host_png(models: Models) -> Found:
+    """Milliseconds and kilobytes per PNG of a smooth, slightly noisy image, on 1, 2 and 8 threads."""
+    random, found = np.random.default_rng(0), {}
+    for side in (64,) if models.tiny else (512, 1024):
+        coarse = Image.fromarray(random.integers(0, 255, (side // 16, side // 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)).astype(float)
+        noisy = (smooth + random.normal(0, 3, smooth.shape)).clip(0, 255).astype(np.uint8)
+        images = [np.ascontiguousarray(noisy.transpose(2, 0, 1))] * 8
+        entry: Found = {"kilobytes": len(encode_png(images[0])) / 1000}
+        for threads in (1, 2, 8):
+            with ThreadPoolExecutor(threads) as pool:
+                seconds = timed(lambda pool=pool, images=images: list(pool.map(encode_png, images)), models, repeats=3)
+            entry[f"ms_{threads}_threads"] = 1e3 * seconds["seconds"] / len(images)
+        found[f"{side} px"] = entry
+    return found

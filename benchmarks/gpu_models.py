@@ -1,0 +1,95 @@
+"""The UNet families in their published architectures with random weights, as folders that the package loads."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import build_lcm, build_sd15, build_sdxl
+from diffusers import DiffusionPipeline
+
+from cdpo_ray.models import load_model
+from cdpo_ray.models.family import TextToImageModel
+
+FULL_WIDTH, TINY_WIDTH, TINY_PIXELS = 320, 40, 64
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family is built, and how its images are usually sampled."""
+
+    build: Callable[..., DiffusionPipeline]
+    pixels: int
+    num_denoising_steps: int
+    guidance_scale: float
+
+
+FAMILIES = {
+    "stable_diffusion": Family(build_sd15, 512, 30, 7.5),
+    "stable_diffusion_xl": Family(build_sdxl, 1024, 30, 5.0),
+    "latent_consistency": Family(build_lcm, 512, 4, 8.5),
+}
+
+
+@dataclass
+class Models:
+    """Builds each family once, on the device, and loads it as a run does.
+
+    Attributes:
+        tiny: rehearse with an eighth of the width, shallow, in fp32, with images of 64 pixels, and without an inductor.
+    """
+
+    scratch: Path
+    device: str
+    tiny: bool
+
+    def family(self, name: str) -> Family:
+        family = FAMILIES[name]
+        if not self.tiny:
+            return family
+        return dataclasses.replace(family, pixels=TINY_PIXELS, num_denoising_steps=2)
+
+    @property
+    def usual_dtype(self) -> str:
+        """What a GPU is used with; a CPU computes many times slower in it."""
+        return "float32" if self.tiny else "bfloat16"
+
+    def folder(self, name: str) -> Path:
+        """The folder in diffusers layout, weights in bfloat16."""
+        folder = self.scratch / name
+        if not folder.is_dir():
+            torch.manual_seed(0)
+            width, pixels = TINY_WIDTH if self.tiny else FULL_WIDTH, self.family(name).pixels
+            with torch.device(
+                self.device
+            ):  # random numbers for billions of weights: seconds on a GPU, minutes on a CPU
+                pipeline = FAMILIES[name].build(width, pixels, shallow=self.tiny)
+            pipeline.to(self.device, torch.bfloat16).save_pretrained(folder, safe_serialization=True)
+        return folder
+
+    def arguments(self, name: str, *, dtype: str, compiled: bool = False, training: bool = False) -> dict[str, Any]:
+        """What a run passes to the family's ``load``."""
+        arguments = {
+            "path": str(self.folder(name)),
+            "dtype": dtype,
+            "device": self.device,
+            "compile": compiled and not self.tiny,
+            "for_training": training,
+        }
+        if training and name == "latent_consistency":
+            arguments["teacher"] = {"path": str(self.folder("stable_diffusion"))}
+        return arguments
+
+    def load(self, name: str, *, dtype: str, compiled: bool = False, training: bool = False) -> TextToImageModel:
+        model = load_model(name, **self.arguments(name, dtype=dtype, compiled=compiled, training=training))
+        return self.prepared(model, compiled=compiled)
+
+    def prepared(self, model: TextToImageModel, *, compiled: bool) -> TextToImageModel:
+        """In a rehearsal, lay the denoiser out as on a GPU, and compile it without an inductor."""
+        if self.tiny:
+            model.denoiser.to(memory_format=torch.channels_last)
+            if compiled:
+                model.denoiser.compile(backend="eager")
+        return model
