@@ -1,7 +1,6 @@
 """Prompts -> samples, in one process."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdpo_ray.generation.columns import list_column, storable, tensor_column
-from cdpo_ray.generation.images import encode_png
 from cdpo_ray.generation.memory import BatchSize, is_out_of_memory
 from cdpo_ray.generation.perturbation import masked_positions, masked_shares, perturbed
 from cdpo_ray.generation.set_aside import SetAside
@@ -133,8 +131,7 @@ class Generator:
         family, model: name in `FAMILIES` and the arguments of its ``load``.
         tuned_dir: `4-training` of an earlier round, whose model is sampled in place of the base.
         make_scores: builds the judges that score images as they are made; none: no score columns.
-        keep_images: add the PNG of each image.
-        keep_pixels: add the raw pixels, for a pool of judges behind this one.
+        keep_pixels: add the raw pixels, which later tasks score or encode as PNG, so that the model does not wait.
         set_aside: takes prompts that raise inside the model; none: the error is raised.
     """
 
@@ -146,8 +143,7 @@ class Generator:
         *,
         tuned_dir: str | None = None,
         make_scores: MakeScores | None = None,
-        keep_images: bool = True,
-        keep_pixels: bool = False,
+        keep_pixels: bool = True,
         set_aside: SetAside | None = None,
     ) -> None:
         self.model = load_model(family, **model)
@@ -156,11 +152,9 @@ class Generator:
             self.model.use_tuned(True)
         self.sampling = sampling
         self.scores = make_scores() if make_scores else None
-        self.keep_images = keep_images
         self.keep_pixels = keep_pixels
         self.set_aside = set_aside
         self.batch_size = BatchSize(sampling.images_per_batch)
-        self.encoders = ThreadPoolExecutor(2)  # PNG encoding off the sampler's path
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return self.set_aside.sparing(self.made, rows) if self.set_aside else self.made(rows)
@@ -169,22 +163,16 @@ class Generator:
         prompts = rows["prompt"].to_pylist()
         conditioning, num_tokens_cut = self.model.encode_prompts(prompts)
         latents, pixels, scores = [], [], []
-        pngs: list[Future[bytes]] = []
         for batch in sample_batches(self.model, prompts, conditioning, self.sampling, self.scores, self.batch_size):
             scores.append(batch.scores)
             latents.append(batch.latents.cpu())
-            images = batch.images.cpu().numpy()
-            if self.keep_images:
-                pngs.extend(self.encoders.submit(encode_png, image) for image in images)
             if self.keep_pixels:
-                pixels.append(images)
+                pixels.append(batch.images.cpu().numpy())
         num_samples = self.sampling.images_per_prompt
         rows = rows.append_column("latents", tensor_column(storable(torch.cat(latents)), num_samples))
         for name, value in conditioning.items():
             rows = rows.append_column(name, tensor_column(storable(value.cpu())))
         rows = rows.append_column("num_tokens_cut", pa.array(num_tokens_cut, pa.int64()))
-        if pngs:
-            rows = rows.append_column("images", list_column([png.result() for png in pngs], num_samples, pa.binary()))
         if pixels:
             rows = rows.append_column("pixels", tensor_column(np.concatenate(pixels), num_samples))
         if self.sampling.max_masked_fraction is not None:
