@@ -146,7 +146,6 @@ class Ours:
             self.model,
             self.policy,
             self.reference,
-            self.denoiser,
             batch,
             preference_loss=functools.partial(preference_loss, beta=BETA),
         )

@@ -53,7 +53,6 @@ def implicit_values(
         model,
         model.denoiser,
         model.base_of,
-        model.denoiser,
         latents,
         conditioning,
         draws,

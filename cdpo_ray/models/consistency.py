@@ -1,5 +1,7 @@
 """Predictions of a diffusion model -> what its latent consistency model should say, and how far it is from that."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -127,11 +129,14 @@ def guidance_embedding(guidance: Tensor, num_channels: int) -> Tensor:
 
     Source: arXiv:2310.04378, section 4.2; arXiv:1706.03762, section 3.5.
     """
-    half = num_channels // 2
-    step = torch.log(torch.tensor(10000.0)) / (half - 1)
-    frequencies = torch.exp(torch.arange(half) * -step).to(guidance.device)
-    angles = (1000 * guidance.float())[:, None] * frequencies
+    angles = (1000 * guidance.float())[:, None] * _frequencies(num_channels // 2, guidance.device)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+@functools.lru_cache(maxsize=8)  # a copy to the GPU in every forward would wait for it
+def _frequencies(count: int, device: torch.device) -> Tensor:
+    step = torch.log(torch.tensor(10000.0)) / (count - 1)
+    return torch.exp(torch.arange(count) * -step).to(device)
 
 
 def pseudo_huber(prediction: Tensor, target: Tensor) -> Tensor:

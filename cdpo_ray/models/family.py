@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from cdpo_ray.errors import ModelError
-from cdpo_ray.models.lora import LORA_DIR
+from cdpo_ray.models.lora import LORA_DIR, Adapters
 from cdpo_ray.models.noising import squared_error
 from cdpo_ray.store import local_copy
 
@@ -78,6 +78,7 @@ class TextToImageModel(ABC):
         self.dtype = dtype
         self.device = device
         self._base, self._tuned = self.denoiser, None
+        self._adapters = Adapters(self.denoiser)
         pipeline.set_progress_bar_config(disable=True)
 
     @classmethod
@@ -250,6 +251,7 @@ class TextToImageModel(ABC):
         training_dir = local_copy(training_dir)
         if (training_dir / LORA_DIR).is_dir():
             self.pipeline.load_lora_weights(str(training_dir / LORA_DIR), use_safetensors=True)
+            self._adapters = Adapters(self.denoiser)
             return
         try:
             self._tuned = (
@@ -265,7 +267,7 @@ class TextToImageModel(ABC):
     def use_tuned(self, on: bool) -> None:
         """Whether `sample` uses what `load_tuned` added."""
         if self._tuned is None:
-            (self.pipeline.enable_lora if on else self.pipeline.disable_lora)()
+            self._adapters.enable(on)
             return
         self.denoiser = self._tuned if on else self._base
         setattr(self.pipeline, self.denoiser_name, self.denoiser)

@@ -1,5 +1,6 @@
 """The FLUX family: a flow-matching transformer that takes 2x2 patches of latents and is told of the guidance."""
 
+import functools
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class Flux(FlowMatchingModel):
             pooled_projections=task.conditioning["pooled_embedding"],
             encoder_hidden_states=embeddings,
             txt_ids=torch.zeros(embeddings.shape[1], 3, device=embeddings.device, dtype=self.dtype),
-            img_ids=patch_ids(height // 2, width // 2).to(embeddings.device, self.dtype),
+            img_ids=patch_ids(height // 2, width // 2, embeddings.device, self.dtype),
             return_dict=False,
         )[0]
         return unpack(prediction, height, width)
@@ -88,7 +89,8 @@ def unpack(patches: Tensor, height: int, width: int) -> Tensor:
     return latents.permute(0, 3, 1, 4, 2, 5).reshape(sample, packed // 4, height, width)
 
 
-def patch_ids(height: int, width: int) -> Tensor:
+@functools.lru_cache(maxsize=8)  # a copy to the GPU in every forward would wait for it
+def patch_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Place of each patch in a grid of patches: ``[height * width, 3]``, rows ``(0, row, column)``."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(device, dtype)

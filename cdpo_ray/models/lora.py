@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 LORA_DIR = "lora"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -17,6 +19,65 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 POLICY, REFERENCE = "default", "reference"
 """Names of the adapter that is trained and, where an earlier round is the reference, of that round's."""
+
+
+class _InputDtypeLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+class _InputDtypeConv2d(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight.to(input.dtype)
+        return F.conv2d(input, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+
+_INPUT_DTYPE = {nn.Linear: _InputDtypeLinear, nn.Conv2d: _InputDtypeConv2d}
+
+
+class Adapters:
+    """The LoRA layers of a denoiser, listed once: switching them sets a flag per layer and nothing else.
+
+    PEFT and diffusers switch by walking all modules of the net and all parameters of its layers, at each launch.
+
+    The factors compute in the dtype of their input. Their weights, and the gradients of these, stay fp32, so a 16-bit
+    net needs neither autocast nor a second set of weights.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.layers = [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in self.layers:
+            layer.cast_input_dtype_enabled = False
+            for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+                factor.__class__ = _INPUT_DTYPE.get(type(factor), type(factor))
+
+    def enable(self, on: bool) -> None:
+        """Whether the layers add what the active adapter computes."""
+        for layer in self.layers:
+            layer._disable_adapters = not on
+
+    def activate(self, name: str) -> None:
+        """Choose the adapter that is added; what learns does not change."""
+        for layer in self.layers:
+            layer._active_adapter = [name]
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Within the block the denoiser is the base model: the reference, without a second copy."""
+        self.enable(False)
+        try:
+            yield
+        finally:
+            self.enable(True)
+
+    @contextlib.contextmanager
+    def reference_on(self) -> Iterator[None]:
+        """Within the block the denoiser has the adapter that `freeze_as_reference` kept."""
+        self.activate(REFERENCE)
+        try:
+            yield
+        finally:
+            self.activate(POLICY)
 
 
 def attach_lora(
@@ -68,16 +129,6 @@ def continue_from(denoiser: ModelMixin, lora_dir: Path) -> None:
         value.copy_(saved[f"{prefix}.{name}"])
 
 
-@contextlib.contextmanager
-def adapters_off(denoiser: ModelMixin) -> Iterator[None]:
-    """Within the block the denoiser is the base model: the reference, without a second copy."""
-    denoiser.disable_adapters()
-    try:
-        yield
-    finally:
-        denoiser.enable_adapters()
-
-
 def freeze_as_reference(denoiser: ModelMixin) -> None:
     """Keep the LoRA as it is now under the name `REFERENCE`, beside the one that is trained."""
     denoiser.add_adapter(denoiser.peft_config[POLICY], adapter_name=REFERENCE)
@@ -86,16 +137,6 @@ def freeze_as_reference(denoiser: ModelMixin) -> None:
         if f".{REFERENCE}." in name:
             parameter.data = parameters[name.replace(f".{REFERENCE}.", f".{POLICY}.")].detach().clone()
     denoiser.set_adapter(POLICY)
-
-
-@contextlib.contextmanager
-def reference_adapter_on(denoiser: ModelMixin) -> Iterator[None]:
-    """Within the block the denoiser is what `freeze_as_reference` kept."""
-    denoiser.set_adapter(REFERENCE)
-    try:
-        yield
-    finally:
-        denoiser.set_adapter(POLICY)
 
 
 def save_lora(pipeline_class: type, denoiser_name: str, denoiser: ModelMixin, folder: Path) -> None:

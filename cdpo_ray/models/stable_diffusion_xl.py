@@ -61,5 +61,9 @@ class StableDiffusionXL(StableDiffusion):
     def size_ids(self, latents: Tensor) -> Tensor:
         """``[sample, 6]``: the image's own size, uncropped, for which it was made. Source: arXiv:2307.01952."""
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[-2:])
-        ids = torch.tensor([height, width, 0, 0, height, width], device=latents.device, dtype=latents.dtype)
-        return ids.expand(len(latents), -1)
+        return _size_ids(height, width, latents.device, latents.dtype).expand(len(latents), -1)
+
+
+@functools.lru_cache(maxsize=8)  # a copy to the GPU in every forward would wait for it
+def _size_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor([height, width, 0, 0, height, width], device=device, dtype=dtype)

@@ -57,6 +57,8 @@ def start_engine(
 
     ZeRO follows memory: a LoRA needs none of it, but all of 0 to 3 give the same update. Trainable parameters of 16
     bits (a whole net's; a LoRA's are fp32) get fp32 masters.
+
+    Frozen weights keep their memory format. Trainable ones are contiguous: ZeRO's flat buffers own their layout.
     """
     # DeepSpeed would probe every compiled operation it knows, then build a shared-memory all-reduce: seconds, and a
     # compiler on the workers' path. Told that there are none, it takes gloo or NCCL at once, with the same result.
@@ -76,10 +78,20 @@ def start_engine(
         "zero_allow_untested_optimizer": True,  # which it says of any class but AdamW itself
         "gradient_clipping": optimization.max_grad_norm,
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice an update
     }
     if masters := MASTERS.get(trainable[0].dtype):
         config[masters] = {"enabled": True}
+    channels_last = [
+        parameter for parameter in denoiser.parameters() if not (parameter.requires_grad or parameter.is_contiguous())
+    ]
+    denoiser.to(memory_format=torch.contiguous_format)  # DeepSpeed broadcasts each parameter as a flat array of bytes
+    optimizer.skips = not optimization.zero_stage  # around 16-bit parameters DeepSpeed steps once to make the state
     engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config)
+    optimizer.skips = False
+    if not engine.zero_optimization_partition_weights():  # ZeRO 3 gathers weights from flat shards
+        for parameter in channels_last:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
     return engine
 
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 import deepspeed
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models.family import Conditioning, TextToImageModel, Times
@@ -97,12 +98,14 @@ class Guard:
     """Sees whether what was computed since the last verdict is finite, without waiting for the device.
 
     Args:
-        trainable: whose gradients are seen as they come, before workers add them up.
+        trainable: parameters whose gradients are checked. Without ZeRO their norm is taken once per update; ZeRO
+            moves gradients away as they come, so there each is summed by a hook before that.
     """
 
-    def __init__(self, trainable: Sequence[nn.Parameter], device: torch.device) -> None:
+    def __init__(self, trainable: Sequence[nn.Parameter], device: torch.device, *, sharded: bool) -> None:
         self.total = torch.zeros((), device=device)
-        for parameter in trainable:
+        self.whole = [] if sharded else list(trainable)
+        for parameter in trainable if sharded else ():
             parameter.register_hook(self.see)
 
     def see(self, value: Tensor) -> None:
@@ -114,6 +117,8 @@ class Guard:
 
         The one place of an update where the loop waits for the device.
         """
+        if gradients := [parameter.grad for parameter in self.whole if parameter.grad is not None]:
+            self.total += get_total_norm(gradients)
         said = torch.stack([~self.total.isfinite(), torch.full_like(self.total, stops, dtype=torch.bool)]).float()
         torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX)
         self.total.zero_()
@@ -151,16 +156,18 @@ def train_stages(
         TrainingError: too many updates in a row were not finite.
     """
     per_update = engine.gradient_accumulation_steps()
-    guard = Guard([parameter for parameter in engine.module.parameters() if parameter.requires_grad], engine.device)
+    guard = Guard(
+        [parameter for parameter in engine.module.parameters() if parameter.requires_grad],
+        engine.device,
+        sharded=engine.zero_optimization(),
+    )
     unread: list[Tensor] = []
     for _ in range(state.stage, num_stages + 1):
         pairs = begin_stage(state)
         num_updates = len(pairs.chosen) // feed.optimization.global_batch_size
         for number, batch in enumerate(prefetched(feed.launches(pairs, after=state.cursor)), start=1):
             batch = batch.to(model.device, model.dtype)
-            loss, metrics = loss_of_pairs(
-                model, engine, reference, engine.module, batch, preference_loss=preference_loss
-            )
+            loss, metrics = loss_of_pairs(model, engine, reference, batch, preference_loss=preference_loss)
             guard.see(loss)
             engine.backward(loss)
             unread.append(metrics)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from diffusers import ModelMixin
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,7 +20,6 @@ def sample_values(
     model: TextToImageModel,
     policy: Net,
     reference: Reference,
-    denoiser: ModelMixin,
     bank: SampleBank,
     *,
     beta: float,
@@ -39,7 +37,7 @@ def sample_values(
     all values.
 
     Args:
-        policy, reference, denoiser: as in `update.sample_errors`.
+        policy, reference: as in `update.sample_errors`.
         num_draws: times and noises a prompt, averaged over; more is less noisy.
         samples_per_launch: samples that go through the net at once.
     """
@@ -56,7 +54,6 @@ def sample_values(
             model,
             policy,
             reference,
-            denoiser,
             bank.latents[row],
             rows_of(bank.conditioning, [row] * num_samples),
             [(rows_of(times, same), noise[same]) for times, noise in asked],
@@ -82,7 +79,6 @@ def error_changes(
     model: TextToImageModel,
     policy: Net,
     reference: Reference,
-    denoiser: ModelMixin,
     latents: Tensor,
     conditioning: Conditioning,
     draws: Sequence[tuple[Times, Tensor]],
@@ -92,7 +88,7 @@ def error_changes(
     """Policy error minus reference error of each sample, ``[sample]`` fp32, a mean over the draws.
 
     Args:
-        policy, reference, denoiser: as in `update.sample_errors`.
+        policy, reference: as in `update.sample_errors`.
         latents: ``[sample, channel, height, width]``.
         conditioning: a row a sample.
         draws: times and noise of each draw, a row a sample.
@@ -106,7 +102,6 @@ def error_changes(
                 model,
                 policy,
                 reference,
-                denoiser,
                 latents[part].to(model.device, model.dtype),
                 {name: value[part].to(model.device, model.dtype) for name, value in conditioning.items()},
                 {name: value[part].to(model.device) for name, value in times.items()},

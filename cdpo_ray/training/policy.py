@@ -7,16 +7,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from cdpo_ray.models.family import Net, TextToImageModel
 from cdpo_ray.models.lora import (
     LORA_DIR,
-    adapters_off,
+    Adapters,
     attach_lora,
     continue_from,
     freeze_as_reference,
-    reference_adapter_on,
 )
 from cdpo_ray.models.lora_growth import LoraGrowth
 from cdpo_ray.training.job import LoraJob
@@ -62,16 +62,16 @@ def _lora_policy(
 ) -> Policy:
     denoiser = model.denoiser
     trainable = attach_lora(denoiser, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
-    frozen = adapters_off
     if start_dir:
         continue_from(denoiser, start_dir / LORA_DIR)
         if reference_is_start:
             freeze_as_reference(denoiser)
-            frozen = reference_adapter_on
+    adapters = Adapters(denoiser)
+    frozen = adapters.reference_on if start_dir and reference_is_start else adapters.off
 
     @contextlib.contextmanager
     def reference(policy: Net) -> Iterator[Net]:
-        with frozen(denoiser):
+        with frozen():
             yield policy
 
     if start_dir or len(set(lora.capacities)) <= 1:
@@ -90,6 +90,8 @@ def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_s
     if start_dir:
         model.load_tuned(start_dir)
         model.use_tuned(True)
+    for net in (base, model.denoiser):  # the layout in which DeepSpeed keeps a policy; the same kernels for both
+        net.to(memory_format=torch.contiguous_format)
     frozen = copy.deepcopy(model.denoiser) if reference_is_start or not start_dir else base
     frozen.requires_grad_(False).eval()
     model.denoiser.requires_grad_(True)

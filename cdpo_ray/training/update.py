@@ -3,8 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from diffusers import ModelMixin
-from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 
 from cdpo_ray.models.family import Conditioning, Net, TextToImageModel, Times
@@ -28,7 +26,6 @@ def sample_errors(
     model: TextToImageModel,
     policy: Net,
     reference: Reference,
-    denoiser: ModelMixin,
     latents: Tensor,
     conditioning: Conditioning,
     times: Times,
@@ -38,23 +35,19 @@ def sample_errors(
 
     Args:
         policy: what is called to run the net: the net itself, or the engine around it.
-        denoiser: the net.
         latents, noise: ``[sample, channel, height, width]``.
         conditioning, times: a row a sample.
     """
-    mixed = torch.autocast(model.device, dtype=model.dtype, enabled=model.dtype != torch.float32)
-    with mixed, disable_input_dtype_casting(denoiser):  # fp32 LoRA factors under autocast
-        with torch.no_grad(), reference(policy) as frozen:
-            task = model.denoising_task(frozen, latents, conditioning, times, noise)
-            reference_errors = model.errors(frozen, task)
-        return model.errors(policy, task), reference_errors
+    with torch.no_grad(), reference(policy) as frozen:
+        task = model.denoising_task(frozen, latents, conditioning, times, noise)
+        reference_errors = model.errors(frozen, task)
+    return model.errors(policy, task), reference_errors
 
 
 def loss_of_pairs(
     model: TextToImageModel,
     policy: Net,
     reference: Reference,
-    denoiser: ModelMixin,
     batch: PairBatch,
     *,
     preference_loss: PreferenceLoss,
@@ -64,14 +57,13 @@ def loss_of_pairs(
     Chosen and rejected go through a net together, with the same noise, times and conditioning.
 
     Args:
-        policy, reference, denoiser: as in `sample_errors`.
+        policy, reference: as in `sample_errors`.
         preference_loss: four errors -> loss and margin, ``[pair]`` each.
     """
     policy_errors, reference_errors = sample_errors(
         model,
         policy,
         reference,
-        denoiser,
         torch.cat([batch.latents_w, batch.latents_l]),
         {name: torch.cat([value, value]) for name, value in batch.conditioning.items()},
         {name: torch.cat([value, value]) for name, value in batch.times.items()},

@@ -69,7 +69,6 @@ class Validator:
                 model,
                 policy,
                 reference,
-                model.denoiser,
                 few,
                 beta=1.0,  # changes no order
                 num_draws=self.job.num_margin_draws,

@@ -172,7 +172,6 @@ class Worker:
                 self.model,
                 self.engine,
                 self.policy.reference,
-                self.engine.module,
                 self.bank,
                 beta=self.job.loss.beta,
                 num_draws=self.job.online.num_draws,

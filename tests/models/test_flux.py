@@ -29,7 +29,7 @@ def test_packed_latents_are_those_of_the_stock_pipeline_and_unpack_to_themselves
 
 def test_the_places_of_patches_are_those_of_the_stock_pipeline() -> None:
     expected = FluxPipeline._prepare_latent_image_ids(1, 3, 2, "cpu", torch.int64)
-    assert torch.equal(patch_ids(3, 2), expected)
+    assert torch.equal(patch_ids(3, 2, torch.device("cpu"), torch.int64), expected)
 
 
 def test_errors_are_those_of_the_velocity_in_float64(folder: Path) -> None:

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cdpo_ray.models.lora import LORA_WEIGHTS, adapters_off, attach_lora, save_lora
+from cdpo_ray.models.lora import LORA_WEIGHTS, Adapters, attach_lora, save_lora
 from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.models.stable_diffusion import StableDiffusion
 
@@ -86,7 +86,7 @@ def test_with_adapters_off_a_changed_net_is_the_base_exactly_and_on_again_it_is_
     change(trainable)
     changed = predict(model)
     assert (changed - base_prediction).abs().max() > 1e-2
-    with adapters_off(model.denoiser):
+    with Adapters(model.denoiser).off():
         assert torch.equal(predict(model), base_prediction)
     assert torch.equal(predict(model), changed)
 
@@ -94,7 +94,7 @@ def test_with_adapters_off_a_changed_net_is_the_base_exactly_and_on_again_it_is_
 def test_adapters_are_on_again_after_an_error(tiny_sd15: Path, base_prediction: Tensor) -> None:
     model, trainable = with_lora(tiny_sd15)
     change(trainable)
-    with pytest.raises(RuntimeError, match="in the block"), adapters_off(model.denoiser):
+    with pytest.raises(RuntimeError, match="in the block"), Adapters(model.denoiser).off():
         raise RuntimeError("in the block")
     assert not torch.equal(predict(model), base_prediction)
 

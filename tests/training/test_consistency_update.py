@@ -55,7 +55,6 @@ def loss_and_metrics(model: LatentConsistency, policy: Policy, batch: PairBatch)
         model,
         model.denoiser,
         policy.reference,
-        model.denoiser,
         batch,
         preference_loss=partial(preference_loss, beta=BETA),
     )

@@ -71,7 +71,7 @@ def updated(folder: Path, spread: tuple[str, int, int, int], rank: int) -> None:
             {"timestep": torch.tensor([100, 350, 600, 900])[cut]},
             noise,
         )
-        loss, _ = loss_of_pairs(model, engine, policy.reference, engine.module, batch, preference_loss=LOSS)
+        loss, _ = loss_of_pairs(model, engine, policy.reference, batch, preference_loss=LOSS)
         engine.backward(loss)
         if spread == whole(method):  # without ZeRO the gradient is at hand
             names = {id(parameter): name for name, parameter in engine.module.named_parameters()}

@@ -47,7 +47,6 @@ def values(
         model,
         model.denoiser,
         policy.reference,
-        model.denoiser,
         bank,
         beta=BETA,
         num_draws=NUM_DRAWS,
@@ -73,9 +72,7 @@ def test_the_difference_of_two_values_is_the_pairs_mean_margin(
             conditioning = {name: value[row : row + 1] for name, value in bank.conditioning.items()}
             latents_w, latents_l = bank.latents[row, chosen][None], bank.latents[row, rejected][None]
             batch = PairBatch(latents_w, latents_l, conditioning, times, noise)
-            _, metrics = loss_of_pairs(
-                model, model.denoiser, policy.reference, model.denoiser, batch, preference_loss=loss_at_beta
-            )
+            _, metrics = loss_of_pairs(model, model.denoiser, policy.reference, batch, preference_loss=loss_at_beta)
             margins.append(metrics[METRICS.index("margin")].item())
         assert found[row, chosen] - found[row, rejected] == pytest.approx(np.mean(margins), abs=0.01)
         assert abs(np.mean(margins)) > 0.05

@@ -60,9 +60,7 @@ def metrics_of(model: StableDiffusion, policy: Policy) -> tuple[Tensor, dict[str
         noise_at((2, 4, 8, 8), 0, "noise"),
     )
     loss_at_beta = partial(preference_loss, beta=BETA)
-    loss, metrics = loss_of_pairs(
-        model, model.denoiser, policy.reference, model.denoiser, batch, preference_loss=loss_at_beta
-    )
+    loss, metrics = loss_of_pairs(model, model.denoiser, policy.reference, batch, preference_loss=loss_at_beta)
     return loss, dict(zip(METRICS, metrics.tolist(), strict=True))
 
 
@@ -123,8 +121,10 @@ def test_held_to_its_start_the_margin_is_zero_and_gradients_reach_all_of_the_pol
     assert metrics["margin"] == 0
     assert loss.item() == pytest.approx(0.6931472, abs=1e-7)
     loss.backward()
-    reached = [parameter for parameter in policy.trainable if parameter.grad is not None and parameter.grad.any()]
-    assert len(reached) == len(policy.trainable) - 4  # the middle block attends to one place: its q and k cannot matter
+    sizes = [parameter.grad.abs().max().item() for parameter in policy.trainable if parameter.grad is not None]
+    # The middle block attends to one position, so its q and k cannot matter: 0, or rounding on some processors.
+    reached = [size for size in sizes if size > 1e-6 * max(sizes)]
+    assert len(reached) == len(policy.trainable) - 4
     learning = {id(parameter) for parameter in policy.trainable}
     others = [parameter for parameter in model.denoiser.parameters() if id(parameter) not in learning]
     assert len(others) > len(policy.trainable)

@@ -1,0 +1,45 @@
+"""Tiny models set up as a training worker does, and pairs to train them on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cdpo_ray.models import load_model
+from cdpo_ray.models.family import TextToImageModel
+from cdpo_ray.models.seeds import generator_at, noise_at
+from cdpo_ray.training.batches import PairBatch
+from cdpo_ray.training.job import LoraJob
+from cdpo_ray.training.policy import Policy, make_policy
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+TinyModels = Callable[[str], Path]
+
+
+def load(folder: Path, family: str, **options: Any) -> TextToImageModel:
+    return load_model(family.removesuffix("_schnell"), path=str(folder), device="cpu", for_training=True, **options)
+
+
+def start(
+    folder: Path, family: str = "stable_diffusion", *, dtype: str = "float32", compiled: bool = False
+) -> tuple[TextToImageModel, Policy]:
+    """A model as a training worker sets it up."""
+    model = load(folder, family, dtype=dtype, compile=compiled)
+    policy = make_policy(model, LoraJob(4, 8, TARGETS), start_dir=None, reference_is_start=False, seed=0)
+    model.denoiser.train()
+    return model, policy
+
+
+def make_pairs(model: TextToImageModel, count: int = 4) -> PairBatch:
+    conditioning, _ = model.encode_prompts([f"prompt {number}" for number in range(count)])
+    shape = (count, *model.latent_shape(64, 64))
+    times = [model.draw_times(generator_at(0, "times", number)) for number in range(count)]
+    batch = PairBatch(
+        noise_at(shape, 0, "chosen"),
+        noise_at(shape, 0, "rejected"),
+        conditioning,
+        {name: torch.stack([drawn[name] for drawn in times]) for name in times[0]},
+        noise_at(shape, 0, "noise"),
+    )
+    return batch.to("cpu", model.dtype)

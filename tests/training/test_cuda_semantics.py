@@ -1,0 +1,132 @@
+"""What CUDA does otherwise than a CPU, asked of the CPU: memory formats, and whose autocast counts."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from tiny_models import build_tiny_sd15
+from tiny_policies import TARGETS, TinyModels, make_pairs
+from torch import Tensor
+
+from cdpo_ray.models import load_model
+from cdpo_ray.models.family import TextToImageModel
+from cdpo_ray.training.batches import PairBatch
+from cdpo_ray.training.engine import start_engine
+from cdpo_ray.training.job import LoraJob, Optimization
+from cdpo_ray.training.loop import Guard
+from cdpo_ray.training.losses import preference_loss
+from cdpo_ray.training.policy import Policy, make_policy
+from cdpo_ray.training.update import METRICS, loss_of_pairs
+
+LN2 = torch.tensor(2.0).log().item()
+LORA = LoraJob(4, 8, TARGETS)
+CONVOLUTIONS = LoraJob(4, 8, ("to_q", "conv1", "proj_in"))
+FAMILIES = (
+    "stable_diffusion",
+    "v_prediction",
+    "stable_diffusion_xl",
+    "latent_consistency",
+    "stable_diffusion_3",
+    "flux",
+)
+LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
+"""Far above the rounding of bf16 weights, which keep 8 bits."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_worker() -> Iterator[None]:
+    """A process group of one; DeepSpeed's question whether autocast is on is answered for the device in use."""
+    real = torch.is_autocast_enabled
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)
+        # Without an argument it means CUDA, so that DeepSpeed never finds a CPU's autocast.
+        patch.setattr(torch, "is_autocast_enabled", lambda device_type="cpu": real(device_type))
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def models(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    v_prediction = build_tiny_sd15(tmp_path_factory.mktemp("v") / "v", prediction_type="v_prediction")
+    return lambda family: v_prediction if family == "v_prediction" else tiny_models(family)
+
+
+class Training:
+    """One worker's model, policy, engine and guard, laid out as on CUDA."""
+
+    def __init__(
+        self,
+        folder: Path,
+        family: str,
+        lora: LoraJob | None,
+        *,
+        teacher_dir: Path | None = None,
+        dtype: str = "float32",
+        zero_stage: int = 0,
+    ) -> None:
+        family = "stable_diffusion" if family == "v_prediction" else family
+        teacher = {"teacher": {"path": str(teacher_dir)}} if family == "latent_consistency" else {}
+        self.model: TextToImageModel = load_model(
+            family, path=str(folder), device="cpu", dtype=dtype, for_training=True, **teacher
+        )
+        if self.model.denoiser_name == "unet":
+            self.model.denoiser.to(memory_format=torch.channels_last)
+        self.batch: PairBatch = make_pairs(self.model, 2)
+        self.policy: Policy = make_policy(self.model, lora, start_dir=None, reference_is_start=False, seed=0)
+        self.model.denoiser.train()
+        learning_rate = LEARNING_RATES["lora" if lora else "full"]
+        optimization = Optimization(learning_rate, 1e-4, 0.9, 0.999, 1.0, 2, 2, zero_stage)
+        self.engine: Any = start_engine(self.model.denoiser, self.policy.trainable, optimization, num_workers=1)
+        self.guard = Guard(self.policy.trainable, self.engine.device, sharded=self.engine.zero_optimization())
+
+    def launch(self) -> tuple[Tensor, Tensor]:
+        loss = partial(preference_loss, beta=400.0)
+        return loss_of_pairs(self.model, self.engine, self.policy.reference, self.batch, preference_loss=loss)
+
+    def update(self) -> Tensor:
+        """One update as `train_stages` makes it; returns its metrics."""
+        loss, metrics = self.launch()
+        self.guard.see(loss)
+        self.engine.backward(loss)
+        self.engine.basic_optimizer.skips, _ = self.guard.verdict(stops=False)
+        self.engine.step()
+        return metrics
+
+    def weights(self) -> list[Tensor]:
+        """Of what is trained, whole whatever the ZeRO stage."""
+        sharded = self.engine.zero_optimization_partition_weights()
+        with deepspeed.zero.GatheredParameters(self.policy.trainable, enabled=sharded):
+            return [parameter.detach().clone() for parameter in self.policy.trainable]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "method"), product(FAMILIES, LEARNING_RATES))
+def test_two_updates_start_at_margin_zero_lower_the_loss_and_leave_the_reference(
+    models: TinyModels, family: str, method: str, dtype: str, zero_stage: int
+) -> None:
+    lora = LORA if method == "lora" else None
+    training = Training(
+        models(family), family, lora, teacher_dir=models("stable_diffusion"), dtype=dtype, zero_stage=zero_stage
+    )
+    before = training.weights()
+    first = dict(zip(METRICS, training.update().tolist(), strict=True))
+    training.update()
+    with torch.no_grad():
+        _, metrics = training.launch()
+    last = dict(zip(METRICS, metrics.tolist(), strict=True))
+    assert (first["margin"], first["loss"]) == (0.0, LN2)
+    assert last["loss"] < LN2
+    assert [last[name] for name in METRICS if "reference" in name] == [
+        first[name] for name in METRICS if "reference" in name
+    ]
+    assert not all(map(torch.equal, before, training.weights()))
+    assert training.engine.basic_optimizer.num_steps == 2
+    training.engine.destroy()
