@@ -58,8 +58,7 @@ def evaluate_adapter(
     done = held | set_aside.refuse_too_many()
     makes = (len(ARMS) * sampling.images_per_prompt, "images")
     progress.begin("evaluate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
-    rows_per_call = max(1, sampling.images_per_batch // sampling.images_per_prompt)
-    rows = prompt_rows(prompts, rows_per_call, done)
+    rows = prompt_rows(prompts, sampling.rows_per_call, done)
     compared = rows and in_pool(
         rows,
         Comparer,

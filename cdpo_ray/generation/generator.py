@@ -1,5 +1,6 @@
 """Prompts -> samples, in one process."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -54,6 +55,16 @@ class Sampling:
     images_per_batch: int
     max_masked_fraction: float | None = None
 
+    @property
+    def rows_per_call(self) -> int:
+        """Number of prompts of one call of an actor."""
+        return max(1, self.images_per_batch // self.images_per_prompt)
+
+    def images_per_launch(self, limit: int) -> int:
+        """Images of each launch if all have one size, at most ``limit``: the images of a call, split evenly."""
+        num_images = self.rows_per_call * self.images_per_prompt
+        return math.ceil(num_images / math.ceil(num_images / limit))
+
 
 @dataclass(frozen=True)
 class SampleBatch:
@@ -79,7 +90,8 @@ def sample_batches(
 ) -> Iterator[SampleBatch]:
     """All images of each prompt, prompt by prompt, in batches; where memory does not suffice, in smaller ones.
 
-    The noise of an image is a function of (seed, prompt, index) alone.
+    The noise of an image is a function of (seed, prompt, index) alone. A compiled model sees one batch size: the last
+    batch is filled up by its last image, and the surplus is dropped.
 
     Args:
         conditioning: a row a prompt.
@@ -93,7 +105,11 @@ def sample_batches(
     batch_size = batch_size or BatchSize(sampling.images_per_batch)
     wanted = [(row, index) for row in range(len(prompts)) for index in range(sampling.images_per_prompt)]
 
+    def size() -> int:
+        return sampling.images_per_launch(batch_size.num_images) if model.compiled else batch_size.num_images
+
     def made(batch: list[tuple[int, int]]) -> SampleBatch:
+        num_images, batch = len(batch), batch + batch[-1:] * (size() - len(batch) if model.compiled else 0)
         rows = [row for row, _ in batch]
         noise = torch.stack([noise_at(shape, sampling.seed, "image", prompts[row], index) for row, index in batch])
         asked = {name: value[rows] for name, value in conditioning.items()}
@@ -107,18 +123,18 @@ def sample_batches(
             num_denoising_steps=sampling.num_denoising_steps,
             guidance_scale=sampling.guidance_scale,
         )
-        images, named = model.decode(latents), [prompts[row] for row in rows]
-        return SampleBatch(named, latents, images, scores(images, named) if scores else {})
+        images, named = model.decode(latents)[:num_images], [prompts[row] for row in rows[:num_images]]
+        return SampleBatch(named, latents[:num_images], images, scores(images, named) if scores else {})
 
     start = 0
     while start < len(wanted):
-        batch = wanted[start : start + batch_size.num_images]
+        batch = wanted[start : start + size()]
         try:
             done = made(batch)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            batch_size.halve(error, len(batch), model, shape)
+            batch_size.halve(error, size() if model.compiled else len(batch), model, shape)
             continue
         yield done
         start += len(batch)

@@ -73,8 +73,7 @@ def generate_samples(
     done = held | set_aside.refuse_too_many()
     makes = (sampling.images_per_prompt, "images")
     progress.begin("generate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
-    rows_per_call = max(1, sampling.images_per_batch // sampling.images_per_prompt)
-    rows = prompt_rows(prompts, rows_per_call, done)
+    rows = prompt_rows(prompts, sampling.rows_per_call, done)
     rows = rows and in_pool(
         rows,
         Generator,

@@ -45,6 +45,8 @@ def table(prompts: Sequence[str]) -> pa.Table:
 class Mirror:
     """A model whose latents are the noise it is given."""
 
+    compiled = False
+
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         return 2, 3, 4
 
