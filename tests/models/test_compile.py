@@ -19,6 +19,8 @@ from cdpo_ray.models.lora import LORA_DIR, attach_lora, save_lora
 PROMPTS = ["a red circle", "a blue square", "a green cross"]
 SAMPLING = {"num_denoising_steps": 2, "height": 64, "width": 64}
 DENOISER_AND_DECODER = 2
+UNETS = [pytest.param(name, marks=pytest.mark.nightly) for name in ("stable_diffusion", "stable_diffusion_xl")]
+"""A UNet takes Dynamo a minute here."""
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def write_tuned(model: TextToImageModel, folder: Path, *, lora: bool) -> None:
 
 
 @pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"])
+@pytest.mark.parametrize("family", [*UNETS, "stable_diffusion_3", "flux"])
 def test_base_and_tuned_net_are_compiled_once_each_whatever_the_last_batch(
     family: str, lora: bool, tiny_models: Callable[[str], Path], compiles: Callable[[], int], tmp_path: Path
 ) -> None:
@@ -88,7 +90,7 @@ def test_base_and_tuned_net_are_compiled_once_each_whatever_the_last_batch(
         assert compiles() == 0
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3"])
+@pytest.mark.parametrize("family", [*UNETS, "stable_diffusion_3"])
 def test_guidance_takes_one_graph_and_a_compiled_model_makes_the_same_images(
     family: str, tiny_models: Callable[[str], Path], compiles: Callable[[], int]
 ) -> None:
