@@ -40,9 +40,7 @@ def peak_of_joining(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--prompts", type=int, default=26, help="of the small one; the large has ten times as many"
-    )
+    parser.add_argument("--prompts", type=int, default=26, help="of the small one; the large has ten times as many")
     parser.add_argument("--images", type=int, default=4, help="images per prompt and model")
     parser.add_argument("--image-bytes", type=int, default=450_000, help="a PNG of 512 px")
     options = parser.parse_args()

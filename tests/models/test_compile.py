@@ -19,8 +19,7 @@ from cdpo_ray.models.lora import LORA_DIR, attach_lora, save_lora
 PROMPTS = ["a red circle", "a blue square", "a green cross"]
 SAMPLING = {"num_denoising_steps": 2, "height": 64, "width": 64}
 DENOISER_AND_DECODER = 2
-UNETS = [pytest.param(name, marks=pytest.mark.nightly) for name in ("stable_diffusion", "stable_diffusion_xl")]
-"""A UNet takes Dynamo a minute here."""
+UNETS = ["stable_diffusion", "stable_diffusion_xl"]
 
 
 @pytest.fixture
@@ -70,6 +69,7 @@ def write_tuned(model: TextToImageModel, folder: Path, *, lora: bool) -> None:
         model.denoiser.save_pretrained(folder / model.denoiser_name)
 
 
+@pytest.mark.nightly  # Dynamo takes a minute per UNet
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("family", [*UNETS, "stable_diffusion_3", "flux"])
 def test_base_and_tuned_net_are_compiled_once_each_whatever_the_last_batch(
@@ -90,6 +90,7 @@ def test_base_and_tuned_net_are_compiled_once_each_whatever_the_last_batch(
         assert compiles() == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", [*UNETS, "stable_diffusion_3"])
 def test_guidance_takes_one_graph_and_a_compiled_model_makes_the_same_images(
     family: str, tiny_models: Callable[[str], Path], compiles: Callable[[], int]
