@@ -23,7 +23,7 @@ from rates import CLOCKS, machine, print_rates, rates_in_turns
 from torch import Tensor
 
 from cdpo_ray.generation.generator import Generator, Sampling
-from cdpo_ray.generation.images import decode_png
+from cdpo_ray.generation.images import decode_png, encode_pixels
 from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.testbed import CLIP_DIR
@@ -90,7 +90,8 @@ class Ours:
     def run(self, prompts: list[str]) -> pa.Table:
         starts = range(0, len(prompts), self.rows_per_call)
         rows = pa.concat_tables(
-            self.generator(pa.table({"prompt": prompts[start : start + self.rows_per_call]})) for start in starts
+            encode_pixels(self.generator(pa.table({"prompt": prompts[start : start + self.rows_per_call]})))
+            for start in starts
         )
         pq.write_table(rows, self.output_dir / "samples.parquet")
         return rows

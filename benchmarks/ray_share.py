@@ -120,9 +120,10 @@ class Bare:
 
     def generate(self, prompts: list[str], output_dir: Path) -> None:
         from cdpo_ray.generation.generator import Generator
+        from cdpo_ray.generation.images import encode_pixels
 
         generator = Generator(FAMILY, MODEL, SAMPLING, make_scores=MAKE_REWARD)
-        self._write(generator, prompts, SAMPLING, output_dir / "samples.parquet")
+        self._write(lambda rows: encode_pixels(generator(rows)), prompts, SAMPLING, output_dir / "samples.parquet")
 
     def train(self, job: TrainingJob, output_dir: Path) -> None:
         from alone import form_group_alone
@@ -173,6 +174,8 @@ class Bare:
 
     def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
         from cdpo_ray.evaluation.comparison import Comparer
+        from cdpo_ray.evaluation.looks import measure_looks
+        from cdpo_ray.generation.images import encode_pixels
         from cdpo_ray.generation.set_aside import SetAside
 
         comparer = Comparer(
@@ -185,7 +188,12 @@ class Bare:
             guidance_range=None,
             set_aside=SetAside(output_dir, len(prompts), 0.0),
         )
-        self._write(comparer, prompts, COMPARED, output_dir / "comparison.parquet")
+        self._write(
+            lambda rows: encode_pixels(measure_looks(comparer(rows))),
+            prompts,
+            COMPARED,
+            output_dir / "comparison.parquet",
+        )
 
     def _write(self, make: Callable[[pa.Table], pa.Table], prompts: list[str], sampling: Sampling, path: Path) -> None:
         rows = pa.table(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cdpo_ray.generation.images import encode_pixels
 from cdpo_ray.store import delete, move, read_table, write_table, write_text
 
 PARTS, SET_ASIDE = "parts", "set_aside"
@@ -33,13 +34,13 @@ class Part:
 
 
 def write_part(rows: pa.Table, *, parts_dir: Path) -> pa.Table:
-    """Write rows that were made together, and tell of it in one row; made again, they are the same file."""
+    """Write rows that were made together, pixels as PNGs, and tell of it in one row; made again, the same file."""
     first, images_per_batch = rows["prompt_index"][0], None
     if IMAGES_PER_BATCH in rows.column_names:
         images_per_batch = min(rows[IMAGES_PER_BATCH].to_pylist())
         rows = rows.drop_columns(IMAGES_PER_BATCH)
     path = parts_dir / f"{first.as_py():012d}.parquet"
-    write_table(rows, path)
+    write_table(encode_pixels(rows), path)
     told = {"first": first, "num_rows": rows.num_rows, "num_bytes": path.stat().st_size}
     return pa.Table.from_pylist([told | {"images_per_batch": images_per_batch}], _TOLD)
 

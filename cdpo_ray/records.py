@@ -64,6 +64,8 @@ PERTURBATION = "perturbation"  # the reward that judges no image: how much of it
 ARMS = ("base", "tuned")
 IMPLICIT_VALUE = "implicit_value"
 CONDITIONING = ("prompt_embedding", "pooled_embedding")
+PIXEL_COLUMNS = {"pixels": "images"} | {f"{arm}_pixels": f"{arm}_image" for arm in ARMS}
+"""Column of raw pixels, ``[sample, 3, height, width]`` uint8 a row -> the column of PNGs that is kept in its place."""
 
 
 def prompt_id(prompt: str) -> str:

@@ -1,6 +1,5 @@
 """Held-out prompts -> images of base and fine-tuned model from the same noise, with scores; in one process."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cdpo_ray.evaluation.appearance import APPEARANCE
 from cdpo_ray.evaluation.implicit import implicit_values
-from cdpo_ray.generation.columns import list_column
+from cdpo_ray.generation.columns import list_column, tensor_column
 from cdpo_ray.generation.generator import MakeScores, Sampling, sample_batches
-from cdpo_ray.generation.images import encode_png, pairwise_rms_distance
 from cdpo_ray.generation.memory import BatchSize
 from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.models import load_model
@@ -24,6 +21,8 @@ from cdpo_ray.records import ARMS, IMPLICIT_VALUE, score_column
 
 class Comparer:
     """Rows of prompts -> rows of `5-evaluation` (`records`), a list of images each; a plain class that a pool wraps.
+
+    Images stay pixels: what needs no model, `looks.measure_looks` and PNGs, follows in a task of its own.
 
     Args:
         family, model: name in `FAMILIES` and the arguments of its ``load``.
@@ -53,7 +52,6 @@ class Comparer:
         self.scores = make_scores()
         self.set_aside = set_aside
         self.batch_size = BatchSize(sampling.images_per_batch)
-        self.encoders = ThreadPoolExecutor(2)  # PNG encoding off the sampler's path
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return self.set_aside.sparing(self.compared, rows)
@@ -64,23 +62,15 @@ class Comparer:
         num_images = self.sampling.images_per_prompt
         for arm in ARMS:
             self.model.use_tuned(arm == "tuned")
-            batches, latents, scores = [], [], []
-            pngs: list[Future[bytes]] = []
+            pixels, latents, scores = [], [], []
             for batch in sample_batches(self.model, prompts, conditioning, self.sampling, self.scores, self.batch_size):
                 scores.append(batch.scores)
                 latents.append(batch.latents)
-                batches.append(batch.images.cpu().numpy())
-                pngs.extend(self.encoders.submit(encode_png, image) for image in batches[-1])
-            images = np.concatenate(batches)
-            encoded = list_column([png.result() for png in pngs], num_images, pa.binary())
-            rows = rows.append_column(f"{arm}_image", encoded)
-            columns = {score_column(judge): np.concatenate([batch[judge] for batch in scores]) for judge in scores[0]}
-            columns |= {name: measure(images) for name, measure in APPEARANCE.items()}
-            for name, values in columns.items():
-                rows = rows.append_column(f"{arm}_{name}", list_column(values, num_images, pa.float64()))
-            per_prompt = images.reshape(len(prompts), num_images, *images.shape[1:])
-            diversity = [pairwise_rms_distance(few) if num_images > 1 else None for few in per_prompt]
-            rows = rows.append_column(f"{arm}_diversity", pa.array(diversity, pa.float64()))
+                pixels.append(batch.images.cpu().numpy())
+            rows = rows.append_column(f"{arm}_pixels", tensor_column(np.concatenate(pixels), num_images))
+            for judge in scores[0]:
+                values = np.concatenate([batch[judge] for batch in scores])
+                rows = rows.append_column(f"{arm}_{score_column(judge)}", list_column(values, num_images, pa.float64()))
             if arm == "base" and self.num_margin_draws:
                 values = self._implicit_values(prompts, conditioning, torch.cat(latents))
                 rows = rows.append_column(IMPLICIT_VALUE, list_column(values, num_images, pa.float32()))

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 
 from cdpo_ray.evaluation.comparison import Comparer
+from cdpo_ray.evaluation.joining import join_comparison
 from cdpo_ray.evaluation.labelled import LabelledSamples, Valuer, label_accuracy, only_held_out
+from cdpo_ray.evaluation.looks import measure_looks
 from cdpo_ray.evaluation.metrics import measure
 from cdpo_ray.generation.generator import MakeScores, Sampling
 from cdpo_ray.generation.pool import prompt_rows
@@ -17,7 +18,7 @@ from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.parts import PARTS, find_parts, join_set_aside
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import ARMS, CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
-from cdpo_ray.store import delete, read_table, shard_schema, write_json, write_table
+from cdpo_ray.store import delete, shard_schema, write_json
 from cdpo_ray.streams import PoolSize, in_pool, read_rows, write_parts
 
 
@@ -57,8 +58,7 @@ def evaluate_adapter(
     done = held | set_aside.refuse_too_many()
     makes = (len(ARMS) * sampling.images_per_prompt, "images")
     progress.begin("evaluate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
-    rows_per_call = max(1, sampling.images_per_batch // sampling.images_per_prompt)
-    rows = prompt_rows(prompts, rows_per_call, done)
+    rows = prompt_rows(prompts, sampling.rows_per_call, done)
     compared = rows and in_pool(
         rows,
         Comparer,
@@ -73,9 +73,11 @@ def evaluate_adapter(
         guidance_range=guidance_range,
         set_aside=set_aside,
     )
+    compared = compared and compared.map_batches(
+        measure_looks, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, max_retries=3
+    )
     parts = sorted([*parts, *write_parts(compared, output_dir, "evaluate", progress)])
-    table = pa.concat_tables(read_table(part.path) for part in parts)
-    write_table(_row_per_image(table, sampling.images_per_prompt), output_dir / "comparison.parquet")
+    table = join_comparison(parts, output_dir / "comparison.parquet")
     metrics = measure(table, judges, num_resamples=num_resamples, seed=seed)
     metrics |= {"num_prompts": table.num_rows, "images_per_prompt": sampling.images_per_prompt}
     if labelled and num_margin_draws:
@@ -115,14 +117,3 @@ def _valued(labelled: LabelledSamples, generators: PoolSize, **arguments: Any) -
     )
     valued.set_name("evaluate labels")
     return pa.concat_tables(ray.get(valued.select_columns([*kept, IMPLICIT_VALUE]).to_arrow_refs()))
-
-
-def _row_per_image(rows: pa.Table, num_images: int) -> pa.Table:
-    lists = [name for name in rows.column_names if pa.types.is_list(rows.schema.field(name).type)]
-    repeated = rows.select(["prompt_index", "prompt_id", "prompt"]).take(
-        np.repeat(np.arange(rows.num_rows), num_images)
-    )
-    repeated = repeated.append_column("sample_index", pa.array(np.tile(np.arange(num_images), rows.num_rows)))
-    for name in lists:
-        repeated = repeated.append_column(name, rows[name].combine_chunks().flatten())
-    return repeated

@@ -192,12 +192,11 @@ def image_grid(comparison_path: Path, judges: Sequence[str], num_prompts: int) -
     first = sorted(set(read_table(comparison_path, ["prompt_index"])["prompt_index"].to_pylist()))[:num_prompts]
     columns = ["prompt_index", "prompt", "sample_index", *(f"{arm}_image" for arm in ARMS)]
     columns += [f"{arm}_{score_column(judge)}" for arm in ARMS for judge in judges]
-    rows = read_table(comparison_path, columns, [("prompt_index", "in", first)]) if first else None
+    few = [("prompt_index", "in", first), ("sample_index", "<", MAX_IMAGES)]
+    rows = read_table(comparison_path, columns, few) if first else None
     grid: dict[int, dict[str, Any]] = {}
     for row in rows.sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")]).to_pylist() if rows else ():
         shown = grid.setdefault(row["prompt_index"], {"prompt": row["prompt"], "base": [], "tuned": []})
-        if len(shown["base"]) == MAX_IMAGES:
-            continue
         for arm in ARMS:
             scores = [f"{judge} {_score(row[f'{arm}_{score_column(judge)}'])}" for judge in judges]
             where = f"{comparison_path}: image {row['sample_index']} of prompt {row['prompt_index']}"

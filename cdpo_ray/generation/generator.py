@@ -1,7 +1,7 @@
 """Prompts -> samples, in one process."""
 
+import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdpo_ray.generation.columns import list_column, storable, tensor_column
-from cdpo_ray.generation.images import encode_png
 from cdpo_ray.generation.memory import BatchSize, is_out_of_memory
 from cdpo_ray.generation.perturbation import masked_positions, masked_shares, perturbed
 from cdpo_ray.generation.set_aside import SetAside
@@ -56,6 +55,16 @@ class Sampling:
     images_per_batch: int
     max_masked_fraction: float | None = None
 
+    @property
+    def rows_per_call(self) -> int:
+        """Number of prompts of one call of an actor."""
+        return max(1, self.images_per_batch // self.images_per_prompt)
+
+    def images_per_launch(self, limit: int) -> int:
+        """Images of each launch if all have one size, at most ``limit``: the images of a call, split evenly."""
+        num_images = self.rows_per_call * self.images_per_prompt
+        return math.ceil(num_images / math.ceil(num_images / limit))
+
 
 @dataclass(frozen=True)
 class SampleBatch:
@@ -81,7 +90,8 @@ def sample_batches(
 ) -> Iterator[SampleBatch]:
     """All images of each prompt, prompt by prompt, in batches; where memory does not suffice, in smaller ones.
 
-    The noise of an image is a function of (seed, prompt, index) alone.
+    The noise of an image is a function of (seed, prompt, index) alone. A compiled model sees one batch size: the last
+    batch is filled up by its last image, and the surplus is dropped.
 
     Args:
         conditioning: a row a prompt.
@@ -95,7 +105,11 @@ def sample_batches(
     batch_size = batch_size or BatchSize(sampling.images_per_batch)
     wanted = [(row, index) for row in range(len(prompts)) for index in range(sampling.images_per_prompt)]
 
+    def size() -> int:
+        return sampling.images_per_launch(batch_size.num_images) if model.compiled else batch_size.num_images
+
     def made(batch: list[tuple[int, int]]) -> SampleBatch:
+        num_images, batch = len(batch), batch + batch[-1:] * (size() - len(batch) if model.compiled else 0)
         rows = [row for row, _ in batch]
         noise = torch.stack([noise_at(shape, sampling.seed, "image", prompts[row], index) for row, index in batch])
         asked = {name: value[rows] for name, value in conditioning.items()}
@@ -109,18 +123,18 @@ def sample_batches(
             num_denoising_steps=sampling.num_denoising_steps,
             guidance_scale=sampling.guidance_scale,
         )
-        images, named = model.decode(latents), [prompts[row] for row in rows]
-        return SampleBatch(named, latents, images, scores(images, named) if scores else {})
+        images, named = model.decode(latents)[:num_images], [prompts[row] for row in rows[:num_images]]
+        return SampleBatch(named, latents[:num_images], images, scores(images, named) if scores else {})
 
     start = 0
     while start < len(wanted):
-        batch = wanted[start : start + batch_size.num_images]
+        batch = wanted[start : start + size()]
         try:
             done = made(batch)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            batch_size.halve(error, len(batch), model, shape)
+            batch_size.halve(error, size() if model.compiled else len(batch), model, shape)
             continue
         yield done
         start += len(batch)
@@ -133,8 +147,7 @@ class Generator:
         family, model: name in `FAMILIES` and the arguments of its ``load``.
         tuned_dir: `4-training` of an earlier round, whose model is sampled in place of the base.
         make_scores: builds the judges that score images as they are made; none: no score columns.
-        keep_images: add the PNG of each image.
-        keep_pixels: add the raw pixels, for a pool of judges behind this one.
+        keep_pixels: add the raw pixels, which later tasks score or encode as PNG, so that the model does not wait.
         set_aside: takes prompts that raise inside the model; none: the error is raised.
     """
 
@@ -146,8 +159,7 @@ class Generator:
         *,
         tuned_dir: str | None = None,
         make_scores: MakeScores | None = None,
-        keep_images: bool = True,
-        keep_pixels: bool = False,
+        keep_pixels: bool = True,
         set_aside: SetAside | None = None,
     ) -> None:
         self.model = load_model(family, **model)
@@ -156,11 +168,9 @@ class Generator:
             self.model.use_tuned(True)
         self.sampling = sampling
         self.scores = make_scores() if make_scores else None
-        self.keep_images = keep_images
         self.keep_pixels = keep_pixels
         self.set_aside = set_aside
         self.batch_size = BatchSize(sampling.images_per_batch)
-        self.encoders = ThreadPoolExecutor(2)  # PNG encoding off the sampler's path
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return self.set_aside.sparing(self.made, rows) if self.set_aside else self.made(rows)
@@ -169,22 +179,16 @@ class Generator:
         prompts = rows["prompt"].to_pylist()
         conditioning, num_tokens_cut = self.model.encode_prompts(prompts)
         latents, pixels, scores = [], [], []
-        pngs: list[Future[bytes]] = []
         for batch in sample_batches(self.model, prompts, conditioning, self.sampling, self.scores, self.batch_size):
             scores.append(batch.scores)
             latents.append(batch.latents.cpu())
-            images = batch.images.cpu().numpy()
-            if self.keep_images:
-                pngs.extend(self.encoders.submit(encode_png, image) for image in images)
             if self.keep_pixels:
-                pixels.append(images)
+                pixels.append(batch.images.cpu().numpy())
         num_samples = self.sampling.images_per_prompt
         rows = rows.append_column("latents", tensor_column(storable(torch.cat(latents)), num_samples))
         for name, value in conditioning.items():
             rows = rows.append_column(name, tensor_column(storable(value.cpu())))
         rows = rows.append_column("num_tokens_cut", pa.array(num_tokens_cut, pa.int64()))
-        if pngs:
-            rows = rows.append_column("images", list_column([png.result() for png in pngs], num_samples, pa.binary()))
         if pixels:
             rows = rows.append_column("pixels", tensor_column(np.concatenate(pixels), num_samples))
         if self.sampling.max_masked_fraction is not None:

@@ -3,8 +3,13 @@
 import io
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
+
+from cdpo_ray.records import PIXEL_COLUMNS
+
+PNGS = pa.list_(pa.binary())
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
@@ -12,6 +17,22 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, format="png")
     return buffer.getvalue()
+
+
+def encode_pixels(rows: pa.Table) -> pa.Table:
+    """Replace each column of raw pixels by a column of PNGs, ``list<binary>``, at the same place of the table.
+
+    Each row is a chunk of its own: offsets of one Arrow array of binary values end at 2 GiB.
+    """
+    for pixels, images in PIXEL_COLUMNS.items():
+        if pixels in rows.column_names:
+            encoded = [
+                pa.array([[encode_png(image) for image in row]], PNGS)
+                for chunk in rows[pixels].chunks
+                for row in chunk.to_numpy_ndarray()
+            ]
+            rows = rows.set_column(rows.column_names.index(pixels), images, pa.chunked_array(encoded, PNGS))
+    return rows
 
 
 def decode_png(data: bytes) -> NDArray[np.uint8]:

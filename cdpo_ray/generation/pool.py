@@ -57,7 +57,8 @@ def generate_samples(
     Args:
         tuned_dir: `4-training` of an earlier round, whose model is sampled in place of the base.
         make_scores: judges built inside each generator (fused).
-        score_in_pool: judges in a pool of their own, behind the generators.
+        keep_images: write the PNG of each image.
+        score_in_pool: judges in a pool of their own, behind the generators; drops the pixels unless ``keep_images``.
         max_bad_fraction: of the prompts, that may be set aside.
 
     Returns:
@@ -72,8 +73,7 @@ def generate_samples(
     done = held | set_aside.refuse_too_many()
     makes = (sampling.images_per_prompt, "images")
     progress.begin("generate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
-    rows_per_call = max(1, sampling.images_per_batch // sampling.images_per_prompt)
-    rows = prompt_rows(prompts, rows_per_call, done)
+    rows = prompt_rows(prompts, sampling.rows_per_call, done)
     rows = rows and in_pool(
         rows,
         Generator,
@@ -84,8 +84,7 @@ def generate_samples(
         sampling=sampling,
         tuned_dir=tuned_dir,
         make_scores=make_scores,
-        keep_images=keep_images,
-        keep_pixels=score_in_pool is not None,
+        keep_pixels=keep_images or score_in_pool is not None,
         set_aside=set_aside,
     )
     if rows and score_in_pool is not None:

@@ -70,6 +70,8 @@ class TextToImageModel(ABC):
     load_options: ClassVar[Mapping[str, Any]] = {}
     embedded_dir: ClassVar[Path | None] = None
     """Folder of the embedded world's model of this family, where it has one."""
+    compiled = False
+    """Whether the nets are compiled, so that another batch size would compile them again."""
     guidance_range: tuple[float, float] | None = None
     """Guidance that the net is told of in training, where it has an embedding of it; bounds of a uniform draw."""
     offload: bool = False
@@ -102,7 +104,7 @@ class TextToImageModel(ABC):
 
         Args:
             device: ``cuda`` where there is one, by default.
-            compile: compile the denoiser in place; pays on a GPU when the run is long.
+            compile: compile the denoiser and the VAE's decoder in place; pays on a GPU when the run is long.
             for_training: with what makes denoising tasks, and without the VAE, which only decoding needs.
             keep_vae: for training and decoding both.
             quantization: ``int8`` or ``nf4``: storage of the denoiser's linear layers, which must stay frozen; see
@@ -118,18 +120,25 @@ class TextToImageModel(ABC):
         left_out = {"vae": None} if for_training and not keep_vae else {}
         pipeline = cls.load_pipeline(path, revision, torch_dtype, left_out)
         model = cls(pipeline, dtype=torch_dtype, device=device)
-        model.offload = offload
+        model.compiled, model.offload = compile, offload
         if offload and for_training:
             _ = model.empty_conditioning  # kept
-        denoiser = model.denoiser
         if quantization:
-            quantize_linears(denoiser, quantization, device)
-        (denoiser if offload else pipeline).to(device)
-        if device == "cuda" and cls.denoiser_name == "unet":
-            denoiser.to(memory_format=torch.channels_last)
-        if compile:
-            denoiser.compile()
+            quantize_linears(model.denoiser, quantization, device)
+        (model.denoiser if offload else pipeline).to(device)
+        model.prepare(model.denoiser)
+        if pipeline.vae is not None:
+            lay_out(pipeline.vae, device)
+            if compile:
+                pipeline.vae.decoder.compile(dynamic=False)
         return model
+
+    def prepare(self, denoiser: torch.nn.Module) -> None:
+        """Lay a denoiser out for the device, and compile it if the model is compiled; in place."""
+        if self.denoiser_name == "unet":  # the others are transformers, whose weights have no layout to choose
+            lay_out(denoiser, self.device)
+        if self.compiled:
+            denoiser.compile()
 
     @classmethod
     def load_pipeline(cls, path: str, revision: str | None, dtype: torch.dtype, left_out: Mapping[str, None]) -> Any:
@@ -283,15 +292,13 @@ class TextToImageModel(ABC):
             self._adapters = Adapters(self.denoiser)
             return
         try:
-            self._tuned = (
-                type(self._base)
-                .from_pretrained(
-                    training_dir, subfolder=self.denoiser_name, torch_dtype=self.dtype, use_safetensors=True
-                )
-                .to(self.device)
+            tuned = type(self._base).from_pretrained(
+                training_dir, subfolder=self.denoiser_name, torch_dtype=self.dtype, use_safetensors=True
             )
         except OSError as error:
             raise cannot_be_loaded("trained weights", str(training_dir), None, error) from None
+        self.prepare(tuned.to(self.device))
+        self._tuned = tuned
 
     def use_tuned(self, on: bool) -> None:
         """Whether `sample` uses what `load_tuned` added."""
@@ -309,6 +316,12 @@ class TextToImageModel(ABC):
             yield self.denoiser
         finally:
             self.use_tuned(True)
+
+
+def lay_out(net: torch.nn.Module, device: str) -> None:
+    """Store the weights of convolutions as the kernels of a device read them: channels last on CUDA; in place."""
+    if torch.device(device).type == "cuda":
+        net.to(memory_format=torch.channels_last)
 
 
 def _refuse_own_code(folder: Path) -> None:

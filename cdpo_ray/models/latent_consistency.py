@@ -51,7 +51,6 @@ class LatentConsistency(StableDiffusion):
         path: str,
         *,
         teacher: Mapping[str, str] | None = None,
-        compile: bool = False,
         for_training: bool = False,
         **options: Any,
     ) -> Self:
@@ -61,16 +60,12 @@ class LatentConsistency(StableDiffusion):
             teacher: ``path`` (``embedded``, a folder or a hub id) and ``revision`` of the Stable Diffusion model that
                 this one was distilled from; the embedded one by default. Its UNet is loaded for training only.
         """
-        model = super().load(path, compile=compile, for_training=for_training, **options)
+        model = super().load(path, for_training=for_training, **options)
         if for_training:
             model.teacher, model.teacher_prediction_type = load_teacher(
                 **teacher or {"path": "embedded"}, dtype=model.dtype
             )
-            model.teacher.to(model.device)
-            if model.device == "cuda":
-                model.teacher.to(memory_format=torch.channels_last)
-            if compile:
-                model.teacher.compile()
+            model.prepare(model.teacher.to(model.device))
         return model
 
     @classmethod

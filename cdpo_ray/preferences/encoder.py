@@ -1,7 +1,6 @@
 """Rows with pixels -> rows of samples: each image through the VAE once, its posterior kept."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +8,6 @@ import pyarrow as pa
 import torch
 
 from cdpo_ray.generation.columns import list_column, storable, tensor_column
-from cdpo_ray.generation.images import encode_png
 from cdpo_ray.models import load_model
 from cdpo_ray.records import score_column
 
@@ -24,7 +22,7 @@ class Encoder:
         family, model: name in `FAMILIES` and the arguments of its ``load``.
         images_per_batch: images that go through the VAE at once.
         make_scores: builds the judges that score the images; none: no score columns.
-        keep_images: add the PNG of each image, as it is trained on.
+        keep_images: keep the pixels of each image, as it is trained on; the task that writes them encodes them as PNG.
     """
 
     def __init__(
@@ -40,15 +38,14 @@ class Encoder:
         self.images_per_batch = images_per_batch
         self.scores = make_scores() if make_scores else None
         self.keep_images = keep_images
-        self.encoders = ThreadPoolExecutor(2)  # PNG encoding off the VAE's path
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        pixels = rows["pixels"].combine_chunks().to_numpy_ndarray()
+        column = rows["pixels"]
+        pixels = column.combine_chunks().to_numpy_ndarray()
         num_samples = pixels.shape[1]
         images = torch.from_numpy(pixels.reshape(-1, *pixels.shape[2:]).copy())
         prompts = rows["prompt"].to_pylist()
         conditioning, num_tokens_cut = self.model.encode_prompts(prompts)
-        pngs = [self.encoders.submit(encode_png, image) for image in images.numpy()] if self.keep_images else []
         encoded = [self.model.encode(batch) for batch in images.split(self.images_per_batch)]
         rows = rows.drop_columns("pixels")
         for name, moments in zip(("latents", "latents_std"), zip(*encoded, strict=True), strict=True):
@@ -56,8 +53,8 @@ class Encoder:
         for name, value in conditioning.items():
             rows = rows.append_column(name, tensor_column(storable(value.cpu())))
         rows = rows.append_column("num_tokens_cut", pa.array(num_tokens_cut, pa.int64()))
-        if pngs:
-            rows = rows.append_column("images", list_column([png.result() for png in pngs], num_samples, pa.binary()))
+        if self.keep_images:
+            rows = rows.append_column("pixels", column)
         if self.scores:
             repeated = [prompt for prompt in prompts for _ in range(num_samples)]
             batches = [

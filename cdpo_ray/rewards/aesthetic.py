@@ -12,6 +12,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from cdpo_ray.errors import RewardError
 from cdpo_ray.rewards.pixels import centre_crop, normalized
+from cdpo_ray.rewards.precision import net_precision
 from cdpo_ray.rewards.weights import converted, hub_folder, model_from_folder
 
 LAYERS = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
@@ -47,7 +48,9 @@ class AestheticReward:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
         size = self.model.config.vision_config.image_size
         pixels = normalized(centre_crop(images.to(self.device), size), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-        return ratings(self.model.get_image_features(pixels).pooler_output, self.head).cpu().numpy()
+        with net_precision(self.device):
+            features = self.model.get_image_features(pixels).pooler_output
+        return ratings(features, self.head).cpu().numpy()
 
 
 def ratings(embeddings: Tensor, head: Mapping[str, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cdpo_ray.errors import RewardError
 from cdpo_ray.rewards.agreement import cosines
 from cdpo_ray.rewards.pixels import centre_crop, normalized
+from cdpo_ray.rewards.precision import net_precision
 from cdpo_ray.rewards.weights import hub_file
 from cdpo_ray.testbed.clip import load_clip
 
@@ -50,7 +51,10 @@ class ClipReward:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
-        scores = cosines(self.model.encode_image(self.preprocess(images)), prompts, self._embed)
+        pixels = self.preprocess(images)
+        with net_precision(self.device):
+            features = self.model.encode_image(pixels)
+        scores = cosines(features, prompts, self._embed)
         return (self.scale * scores.double()).cpu().numpy()
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -58,7 +62,9 @@ class ClipReward:
         return normalized(centre_crop(images.to(self.device), self.image_size), self.mean, self.std)
 
     def _embed(self, prompts: list[str]) -> Tensor:
-        return self.model.encode_text(self.tokenizer(prompts).to(self.device))
+        tokens = self.tokenizer(prompts).to(self.device)
+        with net_precision(self.device):
+            return self.model.encode_text(tokens)
 
 
 def check_architecture(architecture: str, *, key: str) -> None:

@@ -11,6 +11,7 @@ from cdpo_ray.errors import RewardError
 from cdpo_ray.rewards.agreement import cosines
 from cdpo_ray.rewards.clip import check_architecture
 from cdpo_ray.rewards.pixels import letterbox, normalized
+from cdpo_ray.rewards.precision import net_precision
 from cdpo_ray.rewards.weights import converted, hub_file
 
 HUB_WEIGHTS = "HPS_v2.1_compressed.pt"
@@ -43,7 +44,10 @@ class HpsV2Reward:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
-        scores = cosines(self.model.encode_image(self.preprocess(images)), prompts, self._embed)
+        pixels = self.preprocess(images)
+        with net_precision(self.device):
+            features = self.model.encode_image(pixels)
+        scores = cosines(features, prompts, self._embed)
         return scores.double().cpu().numpy()
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -52,4 +56,6 @@ class HpsV2Reward:
         return normalized(pixels, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 
     def _embed(self, prompts: list[str]) -> Tensor:
-        return self.model.encode_text(self.tokenizer(prompts).to(self.device))
+        tokens = self.tokenizer(prompts).to(self.device)
+        with net_precision(self.device):
+            return self.model.encode_text(tokens)

@@ -13,6 +13,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from cdpo_ray.errors import RewardError
 from cdpo_ray.rewards.pixels import centre_crop, normalized
+from cdpo_ray.rewards.precision import net_precision
 from cdpo_ray.rewards.weights import converted, hub_file
 
 HUB_WEIGHTS = "ImageReward.pt"
@@ -73,7 +74,9 @@ class ImageReward:
         texts = self.tokenizer(
             list(prompts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.device)
-        found: Tensor = self.model(pixels, texts.input_ids, texts.attention_mask)
+        with net_precision(self.device):
+            read = self.model.read(pixels, texts.input_ids, texts.attention_mask)
+        found: Tensor = self.model.head(read.float())
         return ((found.double() - MEAN) / STD).cpu().numpy()
 
 
@@ -120,9 +123,17 @@ class BlipWithHead(nn.Module):
 
     def forward(self, pixels: Tensor, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Images ``[image, 3, size, size]`` and tokens ``[image, token]`` -> what the head says, ``[image]``."""
+        return self.head(self.read(pixels, token_ids, attention_mask))
+
+    def read(self, pixels: Tensor, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the text's encoder makes of the first token, beside the image: ``[image, channel]``."""
         seen = self.visual_encoder(pixels).last_hidden_state
-        read = self.text_encoder(token_ids, attention_mask, encoder_hidden_states=seen).last_hidden_state
-        score: Tensor = self.mlp["layers"](read[:, 0]).squeeze(-1)
+        states: Tensor = self.text_encoder(token_ids, attention_mask, encoder_hidden_states=seen).last_hidden_state
+        return states[:, 0]
+
+    def head(self, read: Tensor) -> Tensor:
+        """Score of each image, ``[image]``."""
+        score: Tensor = self.mlp["layers"](read).squeeze(-1)
         return score
 
 

@@ -9,6 +9,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from cdpo_ray.errors import RewardError
 from cdpo_ray.rewards.agreement import cosines
+from cdpo_ray.rewards.precision import net_precision
 from cdpo_ray.rewards.weights import from_folder, hub_folder, model_from_folder
 
 
@@ -40,11 +41,13 @@ class PickScoreReward:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
         pixels = self.image_processor(images.to(self.device), return_tensors="pt").pixel_values
-        features = self.model.get_image_features(pixels).pooler_output
+        with net_precision(self.device):
+            features = self.model.get_image_features(pixels).pooler_output
         scores = self.model.logit_scale.exp() * cosines(features, prompts, self._embed)
         return scores.double().cpu().numpy()
 
     def _embed(self, prompts: list[str]) -> Tensor:
         max_length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        return self.model.get_text_features(**tokens.to(self.device)).pooler_output
+        with net_precision(self.device):
+            return self.model.get_text_features(**tokens.to(self.device)).pooler_output

@@ -18,11 +18,17 @@ IMAGES_PER_CALL = 128  # of an actor that reads and judges, in batches: a call c
 
 
 def score_pixels(
-    rows: Dataset, *, rewards: Rewards, scorers: PoolSize, images_per_batch: int, rows_per_call: int
+    rows: Dataset, *, rewards: Rewards, scorers: PoolSize, images_per_batch: int, rows_per_call: int, keep_pixels: bool
 ) -> Dataset:
-    """Rows with `pixels` -> rows with a score column a reward."""
+    """Rows with `pixels` -> rows with a score column a reward, and without the pixels unless ``keep_pixels``."""
     return in_pool(
-        rows, PixelScorer, scorers, rows_per_call=rows_per_call, rewards=rewards, images_per_batch=images_per_batch
+        rows,
+        PixelScorer,
+        scorers,
+        rows_per_call=rows_per_call,
+        rewards=rewards,
+        images_per_batch=images_per_batch,
+        keep_pixels=keep_pixels,
     )
 
 

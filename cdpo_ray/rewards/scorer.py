@@ -87,11 +87,18 @@ def _checked(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) 
 
 
 class PixelScorer:
-    """Rows with `pixels` -> the same rows with score columns in their place; what a pool of judges wraps."""
+    """Rows with `pixels` -> the same rows with score columns; what a pool of judges wraps.
 
-    def __init__(self, rewards: Mapping[str, Mapping[str, Any]], images_per_batch: int) -> None:
+    Args:
+        keep_pixels: leave the pixels in the rows, for the task that writes them.
+    """
+
+    def __init__(
+        self, rewards: Mapping[str, Mapping[str, Any]], images_per_batch: int, *, keep_pixels: bool = False
+    ) -> None:
         self.scores = Scorer(rewards)
         self.images_per_batch = images_per_batch
+        self.keep_pixels = keep_pixels
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         pixels = rows["pixels"].combine_chunks().to_numpy_ndarray()
@@ -102,7 +109,8 @@ class PixelScorer:
             self.scores(images[start : start + self.images_per_batch], prompts[start : start + self.images_per_batch])
             for start in range(0, len(prompts), self.images_per_batch)
         ]
-        rows = rows.drop_columns("pixels")
+        if not self.keep_pixels:
+            rows = rows.drop_columns("pixels")
         for name in self.scores.rewards:
             values = np.concatenate([batch[name] for batch in scores])
             rows = rows.append_column(score_column(name), list_column(values, num_samples, pa.float64()))

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from cdpo_ray.errors import RewardError
 from cdpo_ray.rewards.captions import Caption, EndpointCaptioner, LocalCaptioner
+from cdpo_ray.rewards.precision import net_precision
 from cdpo_ray.rewards.weights import from_folder, hub_folder, model_from_folder
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ class SentenceEncoder:
         tokens = self.tokenizer(
             list(sentences), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(self.device)
-        states = self.model(**tokens).last_hidden_state
+        with net_precision(self.device):
+            states = self.model(**tokens).last_hidden_state.float()
         counted = tokens.attention_mask[..., None]
         return F.normalize((states * counted).sum(1) / counted.sum(1), dim=-1)
 

@@ -20,7 +20,7 @@ from cdpo_ray.steps.arguments import (
     warn_of_set_aside,
 )
 from cdpo_ray.steps.step import Context
-from cdpo_ray.store import RunFolder, StepOutput, differences, link, place, read_shards, refuse_full_disk
+from cdpo_ray.store import RunFolder, StepOutput, differences, link, place, read_shards, read_table, refuse_full_disk
 
 
 def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
@@ -58,6 +58,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
             scorers=pool_size(config.resources.scorers),
             images_per_batch=sampling.images_per_batch,
             rows_per_call=1,
+            keep_pixels=config.generation.keep_images,
         ),
         max_bad_fraction=config.generation.max_bad_fraction,
         progress=context.progress,
@@ -157,10 +158,13 @@ def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *,
         max_bad_fraction=config.generation.max_bad_fraction,
         progress=context.progress,
     )
-    images = read_shards(output_dir, ["images"])["images"]
-    apart = [pairwise_rms_distance(np.stack([decode_png(png.as_py()) for png in pngs])) for pngs in images]
+    apart = [
+        pairwise_rms_distance(np.stack([decode_png(png.as_py()) for png in pngs]))
+        for shard in sorted(output_dir.glob("*.parquet"))  # one at a time: all PNGs may be more than memory holds
+        for pngs in read_table(shard, ["images"])["images"]
+    ]
     output.details["diversity"] = float(np.mean(apart))
-    output.counts |= {"prompts": len(images), "prompts_set_aside": len(prompts) - len(images)}
+    output.counts |= {"prompts": len(apart), "prompts_set_aside": len(prompts) - len(apart)}
     warn_of_set_aside(output)
 
 

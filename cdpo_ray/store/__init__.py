@@ -21,6 +21,7 @@ from cdpo_ray.store.tables import (
     shard_schema,
     table_schema,
     write_table,
+    write_tables,
 )
 
 __all__ = [
@@ -53,5 +54,6 @@ __all__ = [
     "table_schema",
     "write_json",
     "write_table",
+    "write_tables",
     "write_text",
 ]

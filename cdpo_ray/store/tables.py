@@ -1,7 +1,9 @@
 """Parquet files, wherever they lie."""
 
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cdpo_ray.store.places import is_local
+
+COPIED_BYTES = 2**22
 
 
 def arrow_place(path: Path) -> dict[str, Any]:
@@ -20,16 +24,38 @@ def arrow_place(path: Path) -> dict[str, Any]:
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Write a Parquet file whole or not at all."""
-    where = arrow_place(path)
-    if not is_local(path):
-        pq.write_table(table, where["path"], filesystem=where["filesystem"])
+    write_tables([table], path)
+
+
+def write_tables(tables: Iterable[pa.Table], path: Path) -> None:
+    """Write tables of one schema, at least one, one after the other into a Parquet file, whole or not at all.
+
+    Holds one table at a time; each begins a row group.
+    """
+    if is_local(path):
+        aside = path.with_name(f"{path.name}.tmp")
+        with aside.open("wb") as handle:
+            _write_tables(tables, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        aside.replace(path)
         return
-    aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("wb") as handle:
-        pq.write_table(table, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    aside.replace(path)
+    with tempfile.TemporaryFile() as handle:  # an object that was begun would be there, cut off
+        _write_tables(tables, handle)
+        handle.seek(0)
+        with path.open("wb") as writable:
+            shutil.copyfileobj(handle, writable, COPIED_BYTES)
+
+
+def _write_tables(tables: Iterable[pa.Table], handle: Any) -> None:
+    tables = iter(tables)
+    first = next(tables)
+    with pq.ParquetWriter(handle, first.schema) as writer:
+        writer.write_table(first)
+        del first
+        for table in tables:
+            writer.write_table(table)
+            del table  # before the next is made
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, filters: Any = None) -> pa.Table:

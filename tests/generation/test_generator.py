@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cdpo_ray.generation.columns import list_column, tensor_column
 from cdpo_ray.generation.generator import Generator, Sampling, sample_batches
-from cdpo_ray.generation.images import decode_png
+from cdpo_ray.generation.images import decode_png, encode_pixels
 from cdpo_ray.models.seeds import noise_at, seed_of
 from cdpo_ray.records import prompt_id
 from cdpo_ray.rewards.scorer import SampleScorer, Scorer
@@ -44,6 +44,8 @@ def table(prompts: Sequence[str]) -> pa.Table:
 
 class Mirror:
     """A model whose latents are the noise it is given."""
+
+    compiled = False
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         return 2, 3, 4
@@ -91,20 +93,25 @@ def generator(tiny_sd15: Path) -> Generator:
         {"path": str(tiny_sd15), "device": "cpu"},
         SAMPLING,
         make_scores=functools.partial(Scorer, REWARDS),
-        keep_pixels=True,
     )
 
 
 @pytest.fixture(scope="module")
-def rows(generator: Generator) -> pa.Table:
+def made(generator: Generator) -> pa.Table:
     return generator(table(PROMPTS))
+
+
+@pytest.fixture(scope="module")
+def rows(made: pa.Table) -> pa.Table:
+    """As they are written."""
+    return encode_pixels(made)
 
 
 def test_an_images_latents_and_png_are_the_same_whatever_rows_are_beside_it(
     generator: Generator, rows: pa.Table
 ) -> None:
     for prompts in (PROMPTS[::-1], PROMPTS[1:2]):
-        again = generator(table(prompts))
+        again = encode_pixels(generator(table(prompts)))
         for row, prompt in enumerate(prompts):
             for column in ("latents", "images", "score_jpeg_size"):
                 assert again[column][row].as_py() == rows[column][PROMPTS.index(prompt)].as_py(), column
@@ -133,9 +140,9 @@ def test_the_latents_are_what_the_model_samples_from_the_addressed_noise(generat
     np.testing.assert_allclose(stored, latents.numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_the_png_is_the_decoded_latents(generator: Generator, rows: pa.Table) -> None:
+def test_the_png_is_the_decoded_latents(generator: Generator, made: pa.Table, rows: pa.Table) -> None:
     latents = rows["latents"].combine_chunks().to_numpy_ndarray()
-    pixels = rows["pixels"].combine_chunks().to_numpy_ndarray()
+    pixels = made["pixels"].combine_chunks().to_numpy_ndarray()
     for row in range(len(PROMPTS)):
         decoded = generator.model.decode(torch.from_numpy(latents[row].copy())).numpy()
         assert np.array_equal(pixels[row], decoded)
@@ -167,7 +174,7 @@ def test_scoring_again_from_pngs_or_latents_gives_the_fused_scores(
 
 
 def test_columns_are_those_of_the_records_and_plain_parquet_keeps_their_shape(rows: pa.Table, tmp_path: Path) -> None:
-    kept = rows.drop_columns(["pixels", "images_per_batch"])
+    kept = rows.drop_columns(["images_per_batch"])
     pq.write_table(kept, tmp_path / "samples.parquet")
     back = pq.read_table(tmp_path / "samples.parquet")
     assert {name: str(back.schema.field(name).type) for name in back.column_names} == {
@@ -191,11 +198,11 @@ def test_the_embedding_stored_is_the_prompts(generator: Generator, rows: pa.Tabl
 
 
 def test_images_and_scores_are_left_out_when_not_asked_for(generator: Generator) -> None:
-    generator.keep_images, generator.keep_pixels, scores, generator.scores = False, False, generator.scores, None
+    generator.keep_pixels, scores, generator.scores = False, generator.scores, None
     try:
         found = generator(table(["a" * 80]))
     finally:
-        generator.keep_images, generator.keep_pixels, generator.scores = True, True, scores
+        generator.keep_pixels, generator.scores = True, scores
     assert found.column_names[3:] == ["latents", "prompt_embedding", "num_tokens_cut", "images_per_batch"]
     assert found["num_tokens_cut"].to_pylist() == [5]
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cdpo_ray.generation.generator import Generator, Sampling
+from cdpo_ray.generation.images import encode_pixels
 from cdpo_ray.generation.perturbation import masked_positions, masked_shares, perturbed
 
 
@@ -57,7 +58,7 @@ def test_the_first_image_is_the_clean_prompts_the_others_are_not_and_the_scores_
     rows = pa.table({"prompt_index": [0, 1], "prompt": ["a red circle", "a blue square"]})
     plain = Sampling(3, 3, 2, 1.0, None, None, images_per_batch=2)
     masking = Sampling(3, 3, 2, 1.0, None, None, images_per_batch=2, max_masked_fraction=0.8)
-    clean, masked = (Generator(family, model, sampling)(rows) for sampling in (plain, masking))
+    clean, masked = (encode_pixels(Generator(family, model, sampling)(rows)) for sampling in (plain, masking))
     assert masked["score_perturbation"].to_pylist() == [[0, -31 / 77, -62 / 77]] * 2
     assert "score_perturbation" not in clean.column_names
     for row in range(2):

@@ -12,6 +12,7 @@ import torch
 from finished_runs import change, save_policy
 
 from cdpo_ray.evaluation.comparison import Comparer
+from cdpo_ray.evaluation.looks import measure_looks
 from cdpo_ray.generation.generator import Generator, Sampling
 from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.models import load_model
@@ -88,7 +89,7 @@ def test_a_policy_is_judged_as_the_evaluation_judges_what_was_trained(base: Path
     model, policy = start(trained=True)
     found = measured(validator_of(base), model, policy)
     save_policy(model, tmp_path)
-    compared = Comparer(
+    comparer = Comparer(
         FAMILY,
         MODEL,
         Sampling(**SAMPLING),
@@ -97,7 +98,8 @@ def test_a_policy_is_judged_as_the_evaluation_judges_what_was_trained(base: Path
         num_margin_draws=0,
         guidance_range=None,
         set_aside=SetAside(tmp_path, len(PROMPTS), 0.0),
-    )(rows())
+    )
+    compared = measure_looks(comparer(rows()))
     for judge in JUDGES:
         np.testing.assert_allclose(
             found["scores"][judge], np.array(compared[f"tuned_score_{judge}"].to_pylist()), atol=1e-4

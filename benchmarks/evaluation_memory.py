@@ -1,0 +1,58 @@
+"""What joining an evaluation holds in memory: N and 10 N prompts, peak resident memory of a process that only joins.
+
+The parts hold random bytes of a PNG's size, 256 prompts x 4 images x 2 models at the larger size by default.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from cdpo_ray.evaluation.joining import join_comparison
+from cdpo_ray.parts import PARTS, find_parts, write_part
+
+ROW_GROUP_BYTES = 8 * 2**20
+
+
+def write_parts(folder: Path, num_prompts: int, images_per_prompt: int, image_bytes: int) -> None:
+    """One part per prompt, as an evaluation with large images writes them."""
+    rng = np.random.default_rng(0)
+    (folder / PARTS).mkdir()
+    for prompt in range(num_prompts):
+        rows = {"prompt_index": [prompt], "prompt_id": [f"{prompt:016x}"], "prompt": [f"prompt {prompt}"]}
+        for arm in ("base", "tuned"):
+            rows[f"{arm}_image"] = [[rng.bytes(image_bytes) for _ in range(images_per_prompt)]]
+            rows[f"{arm}_score_clip"] = [rng.random(images_per_prompt).tolist()]
+        write_part(pa.table(rows), parts_dir=folder / PARTS)
+
+
+def peak_of_joining(folder: Path) -> int:
+    """Peak resident memory in bytes, beyond what the process held before."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    join_comparison(find_parts(folder, "comparison")[0], folder / "comparison.parquet", row_group_bytes=ROW_GROUP_BYTES)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=26, help="of the small one; the large has ten times as many")
+    parser.add_argument("--images", type=int, default=4, help="images per prompt and model")
+    parser.add_argument("--image-bytes", type=int, default=450_000, help="a PNG of 512 px")
+    options = parser.parse_args()
+    print(f"{'prompts':>8} {'images MB':>10} {'peak MB':>8}")
+    for num_prompts in (options.prompts, 10 * options.prompts):
+        with tempfile.TemporaryDirectory() as scratch:
+            write_parts(Path(scratch), num_prompts, options.images, options.image_bytes)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                peak = process.submit(peak_of_joining, Path(scratch)).result()
+        images = 2 * num_prompts * options.images * options.image_bytes
+        print(f"{num_prompts:8} {images / 1e6:10.0f} {peak / 1e6:8.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

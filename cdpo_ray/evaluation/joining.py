@@ -1,0 +1,49 @@
+"""Parts of an evaluation -> `comparison.parquet`, and the rows that its metrics are measured on."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cdpo_ray.parts import Part, shards_of
+from cdpo_ray.records import PIXEL_COLUMNS
+from cdpo_ray.store import read_table, table_schema, write_tables
+
+ROW_GROUP_BYTES = 64 * 2**20
+
+
+def join_comparison(parts: Sequence[Part], path: Path, *, row_group_bytes: int = ROW_GROUP_BYTES) -> pa.Table:
+    """Write parts, a row a prompt each, as one file with a row per image, in their order, whole or not at all.
+
+    Memory holds one row group, not the images of all parts.
+
+    Args:
+        parts: at least one, in prompt order; left where they are.
+        row_group_bytes: size of the parts that make up a row group; one part may be more.
+
+    Returns:
+        The rows of all parts, a row a prompt, without images.
+    """
+
+    def row_groups() -> Iterator[pa.Table]:
+        for group in shards_of(parts, row_group_bytes):
+            yield row_per_image(pa.concat_tables(read_table(part.path) for part in group))
+
+    write_tables(row_groups(), path)
+    names = [name for name in table_schema(parts[0].path).names if name not in PIXEL_COLUMNS.values()]
+    return pa.concat_tables(read_table(part.path, names) for part in parts)
+
+
+def row_per_image(rows: pa.Table) -> pa.Table:
+    """Rows of prompts, whose list columns have a value per image -> a row per image."""
+    lists = [name for name in rows.column_names if pa.types.is_list(rows.schema.field(name).type)]
+    num_images = len(rows[lists[0]][0])
+    repeated = rows.select(["prompt_index", "prompt_id", "prompt"]).take(
+        np.repeat(np.arange(rows.num_rows), num_images)
+    )
+    repeated = repeated.append_column("sample_index", pa.array(np.tile(np.arange(num_images), rows.num_rows)))
+    for name in lists:  # chunk by chunk: combined first, more than 2 GiB of images overflow Arrow's offsets
+        repeated = repeated.append_column(name, pc.list_flatten(rows[name]))
+    return repeated
