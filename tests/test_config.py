@@ -1,6 +1,7 @@
 """A configuration is whole or refused, with every fault named as the user wrote it."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
