@@ -914,8 +914,13 @@ def test_validation_prompts_have_one_source_and_leave_something_to_train_on(
     ],
 )
 def test_what_quantised_weights_and_moments_do_not_go_with_is_refused(changes: dict[str, object], fault: str) -> None:
+    given = parse_yaml(QUICKSTART.read_text(), where="quickstart")
+    del given["training"]["lora"]
+    for key, value in changes.items():
+        section, name = key.split(".")
+        given[section][name] = value
     with pytest.raises(ConfigError, match=re.escape(fault)):
-        load_config(QUICKSTART, [f"{key}={value}" for key, value in changes.items()])
+        validate(given, where="test")
 
 
 def test_keys_that_need_the_optional_package_are_named() -> None:

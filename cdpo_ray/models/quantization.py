@@ -51,7 +51,7 @@ class Int8Linear(nn.Linear):
         scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / INT8_MAX
         self.weight = nn.Parameter((weight / scale).round().to(torch.int8), requires_grad=False)
         self.register_buffer("scale", scale)
-        self.bias = _frozen_bias(layer, device)
+        self.bias = _frozen_bias(layer, device)  # type: ignore[assignment]
 
     def forward(self, input: Tensor) -> Tensor:
         product: Tensor = _Int8Product.apply(input, self.weight, self.scale, self.bias)
@@ -79,12 +79,12 @@ def _dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _nf4_linear(layer: nn.Linear, device: str) -> nn.Linear:
     try:
-        import bitsandbytes
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
     except ImportError:
         raise ModelError(
             '`model.quantization` nf4 needs bitsandbytes, which is not installed; pip install "cdpo_ray[lowmem]"'
         ) from None
-    quantized = bitsandbytes.nn.Linear4bit(
+    quantized = Linear4bit(
         layer.in_features,
         layer.out_features,
         bias=False,
@@ -92,10 +92,8 @@ def _nf4_linear(layer: nn.Linear, device: str) -> nn.Linear:
         quant_type="nf4",
         device="meta",
     )
-    quantized.weight = bitsandbytes.nn.Params4bit(
-        layer.weight.detach(), requires_grad=False, quant_type="nf4", module=quantized
-    )
-    quantized.bias = _frozen_bias(layer, device)
+    quantized.weight = Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4", module=quantized)
+    quantized.bias = _frozen_bias(layer, device)  # type: ignore[assignment]
     # On CPUs with AVX512-BF16 an evaluation would repack the weights for a kernel that has no backward.
     quantized.support_avx512bf16_for_cpu = False
     moved: nn.Linear = quantized.to(device)  # which quantises

@@ -1,12 +1,12 @@
 """AdamW with 8-bit moments, by bitsandbytes; imported when a configuration asks for it."""
 
-import bitsandbytes
+from bitsandbytes.optim.adamw import AdamW8bit
 from torch import Tensor
 
 from cdpo_ray.training.adamw import STEP, Skipping
 
 
-class SkippingAdamW8bit(Skipping, bitsandbytes.optim.AdamW8bit):  # type: ignore[misc]
+class SkippingAdamW8bit(Skipping, AdamW8bit):  # type: ignore[misc]
     """Moments as codes of 8 bits in blocks of 256 with a scale each; of tensors below 4096 values, fp32.
 
     A checkpoint holds codes and scales as they are. Dequantised moments would not do: the signed map has a code for +1

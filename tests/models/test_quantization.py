@@ -258,7 +258,7 @@ def test_a_merge_starts_from_the_weights_that_the_base_was_rounded_from(
 
 
 def test_a_missing_package_is_named_with_its_extra(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn.modules", None)
     with pytest.raises(ModelError, match=r'`model\.quantization` nf4 needs bitsandbytes.*"cdpo_ray\[lowmem\]"'):
         load(tiny_models, "flux", quantization="nf4")
     load(tiny_models, "flux", quantization="int8")

@@ -143,6 +143,6 @@ def test_an_engine_restored_from_its_tensors_goes_on_bit_for_bit(folder: Path, d
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "cdpo_ray.training.adamw_8bit", raising=False)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(TrainingError, match=r'adamw_8bit needs bitsandbytes.*"cdpo_ray\[lowmem\]"'):
         make_optimizer([nn.Parameter(torch.zeros(1))], optimization())
