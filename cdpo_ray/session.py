@@ -76,13 +76,13 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
 
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)  # from 2.64 on; the version is pinned
 
-    already = ray.is_initialized()
+    already, logging_level = ray.is_initialized(), logging.INFO if verbose else logging.ERROR
     if not already:
         where: dict[str, Any] = {"address": address}
         if not in_cluster:
             where = {"address": "local", "num_cpus": max(MIN_LOCAL_CPUS, os.cpu_count() or 1)}
         try:
-            ray.init(logging_level=logging.INFO if verbose else logging.ERROR, log_to_driver=verbose, **where)
+            ray.init(logging_level=logging_level, log_to_driver=verbose, **where)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise ClusterError(
                 f"Ray at {address or 'this machine'}: does not let us in ({type(error).__name__}); set"
@@ -100,7 +100,7 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
     try:
-        _refuse_open_dashboard()
+        _refuse_open_dashboard(logging_level)
         yield
     except ray.exceptions.RayError as error:
         raise _for_people(error) from error
@@ -139,10 +139,12 @@ def is_exposed(dashboard: str | None) -> bool:
         return False  # not from here
 
 
-def _refuse_open_dashboard() -> None:
+def _refuse_open_dashboard(logging_level: int) -> None:
     import ray
 
-    if is_exposed(dashboard := ray.init(ignore_reinit_error=True).dashboard_url):  # of the Ray we are connected to
+    # The level is given again because Ray would set its default, INFO.
+    connected = ray.init(ignore_reinit_error=True, logging_level=logging_level)
+    if is_exposed(dashboard := connected.dashboard_url):
         raise ClusterError(
             f"Ray's dashboard {dashboard}: runs the code of anyone who reaches it, it asks for no token; start the"
             " cluster with RAY_AUTH_MODE=token on every node, or with --dashboard-host 127.0.0.1"
