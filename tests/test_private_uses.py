@@ -85,6 +85,36 @@ USES = (
         "call BaseTunerLayer.set_adapter, and restore requires_grad of the factors",
     ),
     PrivateUse(
+        "torch.utils._python_dispatch",
+        "TorchDispatchMode",
+        "cost/counting.py sees every operator that a net runs, to count its FLOPs and bytes",
+        "look in torch.utils.flop_counter for what its own counter is made of now",
+    ),
+    PrivateUse(
+        "torch.utils._pytree",
+        "tree_iter",
+        "cost/counting.py finds the tensors in what an operator returns",
+        "use torch.utils.pytree",
+    ),
+    PrivateUse(
+        "torch",
+        "UntypedStorage._cdata",
+        "cost/counting.py tells storages apart; on the meta device they have no address",
+        "find another identity of a storage",
+    ),
+    PrivateUse(
+        "torch._ops",
+        "_overloadpacket",
+        "cost/counting.py looks an operator up in PyTorch's table of FLOP formulas",
+        "look in torch.utils.flop_counter for the keys of its registry",
+    ),
+    PrivateUse(
+        "torch",
+        "ops.aten._scaled_dot_product_efficient_attention",
+        "cost/counting.py counts attention as a fused kernel runs it; on the meta device it would be decomposed",
+        "take another fused operator that has a meta kernel",
+    ),
+    PrivateUse(
         "ray._private.ray_constants",
         "DEBUG_AUTOSCALING_STATUS",
         "cluster_nodes: the key under which the first autoscaler writes what it knows",

@@ -89,20 +89,20 @@ class Meter(TorchDispatchMode):
         self.bytes -= self._sizes.pop(address)
 
 
-def count_folder(folder: Path) -> Footprint:
+def count_folder(model_dir: Path) -> Footprint:
     """Footprint of a model folder in diffusers layout; reads its configurations, not its weights.
 
     Takes half a minute for the architecture of Stable Diffusion 1.5.
     """
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((model_dir / "model_index.json").read_text())
     name = "unet" if "unet" in index else "transformer"
-    config = json.loads((folder / name / "config.json").read_text())
+    config = json.loads((model_dir / name / "config.json").read_text())
     text_configs = [
-        transformers.AutoConfig.from_pretrained(folder / part, local_files_only=True)
+        transformers.AutoConfig.from_pretrained(model_dir / part, local_files_only=True)
         for part in ("text_encoder", "text_encoder_2", "text_encoder_3")
         if index.get(part, [None])[0]
     ]
-    vae = json.loads((folder / "vae" / "config.json").read_text())
+    vae = json.loads((model_dir / "vae" / "config.json").read_text())
     return count(config, vae, text_configs)
 
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -137,14 +137,6 @@ def test_fault_14_another_number_of_workers_takes_up_the_same_samples_and_stage(
         # Sums over one worker round otherwise than over two, which Adam makes more of from update to update.
         assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6 if found["update"] <= 3 else 2e-5)
         assert found["reference_error_w"] == pytest.approx(expected["reference_error_w"], abs=1e-6)
-
-
-@pytest.fixture(scope="module")
-def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    rendezvous = f"file://{tmp_path_factory.mktemp('group') / 'group'}"
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def numbers(number: int, size: int = 1000) -> list[tuple[str, Tensor]]:

@@ -41,17 +41,15 @@ LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_worker() -> Iterator[None]:
-    """A process group of one; DeepSpeed's question whether autocast is on is answered for the device in use."""
+def answers_of_cuda(one_worker: None) -> Iterator[None]:
+    """DeepSpeed's question whether autocast is on is answered for the device in use, as on CUDA.
+
+    Without an argument `torch.is_autocast_enabled` means CUDA, so that DeepSpeed never finds a CPU's autocast.
+    """
     real = torch.is_autocast_enabled
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            patch.setenv(name, value)
-        # Without an argument it means CUDA, so that DeepSpeed never finds a CPU's autocast.
         patch.setattr(torch, "is_autocast_enabled", lambda device_type="cpu": real(device_type))
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         yield
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

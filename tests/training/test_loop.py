@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.policy import make_policy
 from cdpo_ray.training.update import METRICS, PreferenceLoss
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_worker")]
 
 LORA = LoraJob(2, 2, ("to_q",))
 GROWING = LoraJob(2, 2, ("to_v",), (Capacity(1, Fraction(1, 2)), Capacity(2, Fraction(1))))
@@ -44,17 +43,6 @@ OPTIMIZATION = Optimization(
     pairs_per_launch=1,
     zero_stage=0,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("store") / "store"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            patch.setenv(name, value)
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-        yield
-        torch.distributed.destroy_process_group()
 
 
 class Training:

@@ -108,13 +108,11 @@ def test_a_policy_is_judged_as_the_evaluation_judges_what_was_trained(base: Path
     np.testing.assert_allclose(found["diversity"], compared["tuned_diversity"].to_pylist(), atol=1e-4)
 
 
-def test_workers_share_the_prompts_and_find_together_what_one_finds(base: Path, tmp_path: Path) -> None:
+def test_workers_share_the_prompts_and_find_together_what_one_finds(base: Path, group_of_one: None) -> None:
     model, policy = start(trained=True)
     validator = validator_of(base, num_margin_draws=0)
     alone = measured(validator, model, policy)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     shares = [measured(validator, model, policy, rank=rank, num_workers=2) for rank in (0, 1)]
-    torch.distributed.destroy_process_group()
     for judge in JUDGES:
         share_sum = np.sum([share["scores"][judge] for share in shares], axis=0)  # in a group of one, none is added
         np.testing.assert_allclose(share_sum, alone["scores"][judge], atol=1e-4)
