@@ -122,7 +122,7 @@ def train(
     counters.clear()
     model = models.load(family, dtype=dtype, compiled=compiled, training=True)
     feed = feed_of(model, pairs)
-    policy = lora_policy(model, TARGETS[:1] if models.tiny else TARGETS)  # each layer costs seconds when traced
+    policy = lora_policy(model, TARGETS[:1] if models.tiny else TARGETS)  # fewer layers to trace
     if checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     model.denoiser.train()
