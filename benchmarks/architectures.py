@@ -38,15 +38,15 @@ def build_sd15(width: int, pixels: int, *, shallow: bool = False) -> StableDiffu
     The tokenizer is the embedded model's with 77 tokens: what a prompt says means nothing to random weights.
 
     Args:
-        shallow: with one layer where there are several, for rehearsals.
+        shallow: with two levels and one layer where there are more, for rehearsals.
     """
     tokenizer = _tokenizer()
     text = text_config(width, tokenizer, layers=1 if shallow else 12)
     return StableDiffusionPipeline(
-        vae=build_vae(width, pixels),
+        vae=build_vae(width, pixels, shallow=shallow),
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
-        unet=build_unet(width, pixels, text.hidden_size, layers_per_block=1 if shallow else 2),
+        unet=build_unet(width, pixels, text.hidden_size, shallow=shallow),
         scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -59,10 +59,10 @@ def build_lcm(width: int, pixels: int, *, shallow: bool = False) -> LatentConsis
     tokenizer = _tokenizer()
     text = text_config(width, tokenizer, layers=1 if shallow else 12)
     return LatentConsistencyModelPipeline(
-        vae=build_vae(width, pixels),
+        vae=build_vae(width, pixels, shallow=shallow),
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
-        unet=build_unet(width, pixels, text.hidden_size, layers_per_block=1 if shallow else 2, time_cond_proj_dim=256),
+        unet=build_unet(width, pixels, text.hidden_size, shallow=shallow, time_cond_proj_dim=256),
         scheduler=LCMScheduler(**SCHEDULE),
         safety_checker=None,
         feature_extractor=None,
@@ -78,16 +78,16 @@ def build_sdxl(width: int, pixels: int, *, shallow: bool = False) -> StableDiffu
     tokenizer = _tokenizer()
     first = text_config(width, tokenizer, layers=1 if shallow else 12)
     second = text_config(width, tokenizer, channels=1280, layers=1 if shallow else 32, heads=20)
-    size_channels = _scaled(256, width)
+    size_channels, levels = _scaled(256, width), 2 if shallow else 3
     unet = UNet2DConditionModel(
         sample_size=pixels // 8,
-        block_out_channels=(width, 2 * width, 4 * width),
+        block_out_channels=(width, 2 * width, 4 * width)[:levels],
         layers_per_block=1 if shallow else 2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2) if shallow else (1, 2, 10),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")[:levels],
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")[-levels:],
+        transformer_layers_per_block=(1, 1) if shallow else (1, 2, 10),
         cross_attention_dim=first.hidden_size + second.hidden_size,
-        attention_head_dim=(5, 10, 20),
+        attention_head_dim=(5, 10, 20)[:levels],
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=size_channels,
@@ -95,7 +95,7 @@ def build_sdxl(width: int, pixels: int, *, shallow: bool = False) -> StableDiffu
         norm_num_groups=_scaled(32, width),
     )
     return StableDiffusionXLPipeline(
-        vae=build_vae(width, pixels, scaling_factor=0.13025),
+        vae=build_vae(width, pixels, shallow=shallow, scaling_factor=0.13025),
         text_encoder=CLIPTextModel(first),
         text_encoder_2=CLIPTextModelWithProjection(second),
         tokenizer=tokenizer,
@@ -108,15 +108,16 @@ def build_sdxl(width: int, pixels: int, *, shallow: bool = False) -> StableDiffu
 
 
 def build_unet(
-    width: int, pixels: int, text_channels: int, *, layers_per_block: int = 2, **config: int
+    width: int, pixels: int, text_channels: int, *, shallow: bool = False, **config: int
 ) -> UNet2DConditionModel:
-    """Four levels, cross-attention of eight heads in three of them."""
+    """Four levels, cross-attention of eight heads in three of them; if shallow, two and one."""
+    with_attention = 1 if shallow else 3
     return UNet2DConditionModel(
         sample_size=pixels // 8,
-        block_out_channels=(width, 2 * width, 4 * width, 4 * width),
-        layers_per_block=layers_per_block,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(width, 2 * width, 4 * width, 4 * width)[: with_attention + 1],
+        layers_per_block=1 if shallow else 2,
+        down_block_types=("CrossAttnDownBlock2D",) * with_attention + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * with_attention,
         cross_attention_dim=text_channels,
         attention_head_dim=8,
         norm_num_groups=_scaled(32, width),
@@ -124,11 +125,11 @@ def build_unet(
     )
 
 
-def build_vae(width: int, pixels: int, **config: float) -> AutoencoderKL:
+def build_vae(width: int, pixels: int, *, shallow: bool = False, **config: float) -> AutoencoderKL:
     """Eight pixels a latent."""
     return AutoencoderKL(
         block_out_channels=tuple(_scaled(channels, width) for channels in (128, 256, 512, 512)),
-        layers_per_block=2,
+        layers_per_block=1 if shallow else 2,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         latent_channels=4,

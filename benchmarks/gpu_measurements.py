@@ -5,7 +5,7 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,6 @@ from training_step import LORA_RANK, TARGETS, ImagePairs, Stock
 
 from cdpo_ray.generation.generator import Generator, Sampling
 from cdpo_ray.generation.images import encode_png
-from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, save_lora
 from cdpo_ray.models.seeds import generator_at
@@ -48,7 +47,7 @@ TERA, GIB = 1e12, 2**30
 def timed(work: Callable[[], object], models: Models, *, repeats: int, warm: int = 2) -> Found:
     """Median seconds of ``repeats`` calls after ``warm`` ones, seconds of the very first, and the peak memory."""
     first = seconds_of(work, models.device, "wall")
-    for _ in range(warm - 1):
+    for _ in range(0 if models.tiny else warm - 1):
         work()
     reset_peak(models)
     seconds = [seconds_of(work, models.device, "wall") for _ in range(1 if models.tiny else repeats)]
@@ -98,8 +97,10 @@ def feed_of(model: TextToImageModel, pairs: int) -> Feed:
     return feed
 
 
-def lora_policy(model: TextToImageModel) -> Policy:
-    return make_policy(model, LoraJob(LORA_RANK, LORA_RANK, TARGETS), start_dir=None, reference_is_start=False, seed=0)
+def lora_policy(model: TextToImageModel, targets: Sequence[str] = TARGETS) -> Policy:
+    return make_policy(
+        model, LoraJob(LORA_RANK, LORA_RANK, tuple(targets)), start_dir=None, reference_is_start=False, seed=0
+    )
 
 
 def flops_of_pair(models: Models, family: str, *, dtype: str) -> Found:
@@ -121,7 +122,7 @@ def train(
     counters.clear()
     model = models.load(family, dtype=dtype, compiled=compiled, training=True)
     feed = feed_of(model, pairs)
-    policy = lora_policy(model)
+    policy = lora_policy(model, TARGETS[:1] if models.tiny else TARGETS)  # fewer layers to trace
     if checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     model.denoiser.train()
@@ -189,28 +190,29 @@ def toggled_reference(models: Models, *, dtype: str) -> Found:
     """Graphs and breaks of a compiled net after each switch of its adapters, in training and in evaluation.
 
     The count is cumulative: where it does not grow, nothing was compiled again. It is the same for every backend and
-    every size, so the net is the embedded one and no code is generated.
+    every size, so the net is a shallow one and no code is generated.
     """
     counters.clear()
-    embedded = {"path": "embedded", "device": models.device, "dtype": dtype}
-    model = load_model("stable_diffusion", **embedded, for_training=True)
+    shallow = replace(models, scratch=models.scratch / "shallow", tiny=True)
+    model = shallow.load("stable_diffusion", dtype=dtype, training=True)
     feed = feed_of(model, 4)
     small = replace(feed, optimization=replace(feed.optimization, global_batch_size=2, pairs_per_launch=2))
-    policy = lora_policy(model)
+    policy = lora_policy(model, TARGETS[:1])
     model.denoiser.compile(backend="eager")
-    found = {}
-    for name, source in (("training", feed), ("again", feed), ("smaller batch", small)):
+    found, sources = {}, {"training": feed, "again": feed, "smaller batch": small}
+    for name, source in list(sources.items())[: 2 if models.tiny else None]:
         batch = next(source.launches(some_pairs(4))).to(model.device, model.dtype)
         asked = (batch.latents_w, batch.conditioning, batch.times, batch.noise)
         sample_errors(model, model.denoiser, policy.reference, *asked)
         found[name] = graphs()
     torch._dynamo.reset()
     counters.clear()
-    evaluated = _toggled_in_evaluation(load_model("stable_diffusion", **embedded), model)
+    untrained = shallow.load("stable_diffusion", dtype=dtype)
+    evaluated = _toggled_in_evaluation(untrained, model, ((4,) if models.tiny else (4, 3)))
     return found | {f"evaluation: {name}": value for name, value in evaluated.items()}
 
 
-def _toggled_in_evaluation(model: TextToImageModel, trained: TextToImageModel) -> Found:
+def _toggled_in_evaluation(model: TextToImageModel, trained: TextToImageModel, batch_sizes: Sequence[int]) -> Found:
     """As `toggled_reference`, of a LoRA that is loaded into a compiled net."""
     conditioning, _ = model.encode_prompts(["a red circle"] * 4)
     noise = torch.randn(4, *model.latent_shape(None, None))
@@ -226,10 +228,11 @@ def _toggled_in_evaluation(model: TextToImageModel, trained: TextToImageModel) -
         sample(4)
         found["base"] = graphs()
         model.load_tuned(Path(folder))
-    for name, on, number in (("tuned", True, 4), ("off", False, 4), ("on again", True, 4), ("last batch", True, 3)):
-        model.use_tuned(on)
-        sample(number)
-        found[name] = graphs()
+    for number in batch_sizes:
+        for name, on in (("tuned", True), ("off", False), ("on again", True)):
+            model.use_tuned(on)
+            sample(number)
+            found[f"{name}, {number} images"] = graphs()
     return found
 
 
