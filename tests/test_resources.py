@@ -79,13 +79,31 @@ def test_each_step_asks_for_the_actors_that_it_starts() -> None:
     )
     generators = Demand("resources.generators", "actor", 4, 1, 1, 0.5)
     scorers = Demand("resources.scorers", "actor", 1, 1, 2, 0)
+
+    def rows_of(pool: str) -> Demand:
+        return Demand(f"resources.{pool}.cpus_per_actor", "task of Ray Data", 1, 1, 1, 0)
+
     assert {step.verb: demands_of(step, config) for step in STEPS} == {
-        "generate": [generators, scorers],
-        "score": [scorers],
+        "generate": [generators, scorers, rows_of("generators")],
+        "score": [scorers, rows_of("scorers")],
         "pairs": [],
         "train": [trainers(3)],
-        "evaluate": [generators],
+        "evaluate": [generators, rows_of("generators")],
     }
+
+
+def test_an_actor_that_leaves_no_cpu_for_the_tasks_of_its_rows_is_refused() -> None:
+    def checked(**pool: float) -> list[str]:
+        config = config_of("runs", "embedded", resources={"generators": pool})
+        return check_resources("generate", demands_of(STEPS[0], config), [Node("a", 4.0)])
+
+    with pytest.raises(
+        ResourceError, match=r"^`resources.generators.cpus_per_actor`: generate needs 1 task of Ray Data"
+    ):
+        checked(cpus_per_actor=4)
+    assert checked(cpus_per_actor=3) == []
+    assert checked(num_actors=3) == []
+    assert "only 3 fit" in checked(num_actors=4)[0]
 
 
 @pytest.mark.parametrize(

@@ -148,13 +148,19 @@ def demands_of(step: Step, config: Config) -> list[Demand]:
     resources, trainers = config.resources, config.resources.trainers
     generators = Demand("resources.generators", "actor", *_actors(resources.generators))
     scorers = Demand("resources.scorers", "actor", *_actors(resources.scorers))
+    pools: list[Demand] = []
     if step.folder == TRAINING:
         num = config.training.num_workers
         return [Demand("training.num_workers", "worker", num, num, trainers.cpus_per_worker, trainers.gpus_per_worker)]
     if step.folder in (SAMPLES, EVALUATION, VALIDATION, HELDOUT):
         apart = step.folder == SAMPLES and config.rewards.placement == "pool" and config.rewards.judges
-        return [generators, scorers] if apart else [generators]
-    return [scorers] if step.folder == SCORES else []
+        pools = [generators, scorers] if apart else [generators]
+    elif step.folder == SCORES:
+        pools = [scorers]
+    # Tasks of one CPU read and write the actors' rows. Beside actors that hold every CPU they would not start: judges
+    # would wait for rows for ever, and images would be written only once all are made. Tasks of no CPU would start, but
+    # on the head of a cluster too, which has none in order to be spared.
+    return [*pools, *(Demand(f"{pool.key}.cpus_per_actor", "task of Ray Data", 1, 1, 1, 0) for pool in pools[:1])]
 
 
 def _actors(pool: Pool) -> tuple[int, int, float, float]:

@@ -1,12 +1,32 @@
 """AdamW with 8-bit moments, by bitsandbytes; imported when a configuration asks for it."""
 
+from typing import Any
+
+import torch
 from bitsandbytes.optim.adamw import AdamW8bit
 from torch import Tensor
 
 from cdpo_ray.training.adamw import STEP, Skipping
 
 
-class SkippingAdamW8bit(Skipping, AdamW8bit):  # type: ignore[misc]
+class StreamedAdamW8bit(AdamW8bit):  # type: ignore[misc]
+    """bitsandbytes' AdamW without its waits: its own step synchronises with the device after every tensor.
+
+    Its kernels run on the device's default stream, so that without the waits they are in order with work on that stream
+    only. Training uses no other one.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        (group,) = self.param_groups
+        for number, parameter in enumerate(group["params"]):
+            if parameter.grad is not None:
+                if not self.state[parameter]:
+                    self.init_state(group, parameter, 0, number)
+                self.update_step(group, parameter, 0, number)
+
+
+class SkippingAdamW8bit(Skipping, StreamedAdamW8bit):
     """Moments as codes of 8 bits in blocks of 256 with a scale each; of tensors below 4096 values, fp32.
 
     A checkpoint holds codes and scales as they are. Dequantised moments would not do: the signed map has a code for +1

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,29 @@ def test_a_skipped_step_leaves_weights_and_moments_alone() -> None:
     stepped.skips = False
     stepped.step()
     assert stepped.num_steps == 4 and not torch.equal(net.layer.weight, weight)
+
+
+def test_it_steps_as_bitsandbytes_does_without_waiting_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitsandbytes.optim import adamw, optimizer
+
+    waits: list[Tensor] = []
+    monkeypatch.setattr(optimizer, "sync_gpu", waits.append)
+
+    def stepped(make: Callable[[list[nn.Parameter]], Any]) -> list[Tensor]:
+        net = Regression()
+        stepping = make(list(net.parameters()))
+        for step in range(3):
+            net.zero_grad()
+            net(step).backward()
+            stepping.step()
+        state = stepping.state[net.layer.weight]
+        return [net.layer.weight, net.layer.bias, *(state[name] for name in ("state1", "state2", "absmax1", "absmax2"))]
+
+    found = stepped(lambda parameters: make_optimizer(parameters, optimization()))
+    assert not waits
+    expected = stepped(lambda parameters: adamw.AdamW8bit(parameters, lr=1e-2, weight_decay=1e-4))
+    assert len(waits) == 3 * 2, "bitsandbytes waits after each tensor of each step"
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
 
 def resume(rank: int, folder: Path) -> None:
