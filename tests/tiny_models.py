@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -33,6 +34,15 @@ from transformers import (
 )
 
 BuildUnet = Callable[..., UNet2DConditionModel]
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "cross_attention_dim": 64,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 32,
+}
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
@@ -177,24 +187,35 @@ def build_tiny_lcm(folder: Path, *, build_unet: BuildUnet = tiny_unet) -> Path:
     return folder
 
 
-def build_tiny_sdxl(folder: Path) -> Path:
-    """SDXL as published (three levels, cross-attention in two, two text encoders, size embedding), narrow."""
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    unet = UNet2DConditionModel(
-        sample_size=8,
+def tiny_sdxl_unet() -> UNet2DConditionModel:
+    """SDXL's: three levels, cross-attention in two, an embedding of the image's size."""
+    return UNet2DConditionModel(
+        **SDXL_UNET,
         block_out_channels=(32, 64, 64),
-        layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2, 2),
-        cross_attention_dim=64,
         attention_head_dim=(4, 8, 8),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 32,
     )
+
+
+def shallow_sdxl_unet() -> UNet2DConditionModel:
+    """Two levels, each kind of block once."""
+    return UNet2DConditionModel(
+        **SDXL_UNET,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1),
+        attention_head_dim=(4, 8),
+    )
+
+
+def build_tiny_sdxl(folder: Path, *, build_unet: BuildUnet = tiny_sdxl_unet) -> Path:
+    """SDXL as published (three levels, cross-attention in two, two text encoders, size embedding), narrow."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    unet = build_unet()
     StableDiffusionXLPipeline(
         vae=tiny_vae(4, scaling_factor=0.13025),
         text_encoder=CLIPTextModel(tiny_clip_config(tokenizer)),

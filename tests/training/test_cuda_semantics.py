@@ -10,7 +10,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from tiny_models import build_tiny_lcm, build_tiny_sd15, shallow_unet
+from tiny_models import build_tiny_lcm, build_tiny_sd15, build_tiny_sdxl, shallow_sdxl_unet, shallow_unet
 from tiny_policies import TARGETS, TinyModels, make_pairs
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -58,6 +58,7 @@ def models(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) ->
     built = {
         "stable_diffusion": build_tiny_sd15(shallow / "sd", build_unet=shallow_unet),
         "v_prediction": build_tiny_sd15(shallow / "v", prediction_type="v_prediction", build_unet=shallow_unet),
+        "stable_diffusion_xl": build_tiny_sdxl(shallow / "sdxl", build_unet=shallow_sdxl_unet),
         "latent_consistency": build_tiny_lcm(shallow / "lcm", build_unet=shallow_unet),
     }
     return lambda family: built.get(family) or tiny_models(family)
