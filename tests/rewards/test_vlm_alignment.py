@@ -93,7 +93,7 @@ def test_the_score_is_the_cosine_of_caption_and_prompt(encoder_dir: Path, blip_d
     prompts = ["a cat", captions[1].text, "the blue bike"]
     vectors = one_by_one(encoder_dir, [*(caption.text for caption in captions), *prompts])
     expected = torch.nn.functional.cosine_similarity(vectors[:3], vectors[3:])
-    # A captioner of random weights may say nothing of an image, which then has no score: image 0, with transformers 5.17.
+    # A captioner of random weights may say nothing of an image, which then has no score (transformers 5.17).
     expected[[bool(caption.fault) for caption in captions]] = torch.nan
     scorer = alignment(captioner=str(blip_dir), sentence_encoder=str(encoder_dir), max_caption_tokens=6)
     found = scorer(images, prompts)["vlm_alignment"]
