@@ -64,7 +64,7 @@ class Check:
         self.found: dict[str, Any] = {"arguments": sys.argv[1:], "seconds": 0.0, "left_out": [], "failed": {}}
 
     def few(self, number: int) -> int:
-        """So many pairs or images; in a rehearsal one."""
+        """Number of pairs or images to use: ``number``, or 1 in a rehearsal."""
         return 1 if self.models.tiny else number
 
     @property

@@ -1,4 +1,4 @@
-"""Pools of actors on GPUs, which Ray is told of: scheduling alone, nothing computes on them."""
+"""Actor pools on GPUs that exist only as a number given to Ray: scheduling is tested, not computation."""
 
 import subprocess
 import sys

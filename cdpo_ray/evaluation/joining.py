@@ -15,7 +15,7 @@ ROW_GROUP_BYTES = 64 * 2**20
 
 
 def join_comparison(parts: Sequence[Part], path: Path, *, row_group_bytes: int = ROW_GROUP_BYTES) -> pa.Table:
-    """Write parts, a row a prompt each, as one file with a row per image, in their order, whole or not at all.
+    """Write parts, which have one row per prompt, as one file with one row per image; atomic, and in their order.
 
     Memory holds one row group, not the images of all parts.
 
@@ -24,7 +24,7 @@ def join_comparison(parts: Sequence[Part], path: Path, *, row_group_bytes: int =
         row_group_bytes: size of the parts that make up a row group; one part may be more.
 
     Returns:
-        The rows of all parts, a row a prompt, without images.
+        The rows of all parts, one per prompt, without the image columns.
     """
 
     def row_groups() -> Iterator[pa.Table]:
