@@ -1,43 +1,29 @@
-"""Host time to switch a LoRA off and on around a reference launch: ours beside PEFT's and diffusers' own functions.
+"""What a training update costs the host around its launches: ours beside the functions of PEFT and diffusers.
 
-Published architectures with a LoRA on their attention layers, on the meta device: no arithmetic is timed. A training
-launch switches twice, once off and once on; with 16-bit weights, PEFT's cast of each layer's input to the factors' fp32
-was switched off and on around it as well.
+- Switching a LoRA off and on around the reference's launch. With 16-bit weights, PEFT's cast of each layer's input to
+  fp32 had to be switched off and on as well. Published architectures on the meta device: no arithmetic is timed.
+- Operators that check gradients for finite values: a hook per parameter, as under ZeRO, beside one norm of all.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from architectures import build_unet
+from alone import form_group_alone
+from architectures import build_sd15, build_sdxl
 from diffusers import UNet2DConditionModel
 from peft.helpers import disable_input_dtype_casting
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_step import TARGETS
 
 from cdpo_ray.models.lora import Adapters, attach_lora
+from cdpo_ray.training.loop import Guard
 
-
-def sd15() -> UNet2DConditionModel:
-    return build_unet(320, 512, 768)
-
-
-def sdxl() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        cross_attention_dim=2048,
-        attention_head_dim=(5, 10, 20),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
+MODELS = {"sd15": lambda: build_sd15(320, 512).unet, "sdxl": lambda: build_sdxl(320, 1024).unet}
 
 
 def milliseconds(work: Callable[[], None], repeats: int) -> float:
@@ -50,31 +36,71 @@ def milliseconds(work: Callable[[], None], repeats: int) -> float:
     return 1e3 * statistics.median(took)
 
 
+def switching_times(net: UNet2DConditionModel, repeats: int) -> tuple[float, float, float]:
+    """Milliseconds to switch adapters off and on by `Adapters` and by diffusers, and to switch PEFT's casting."""
+    adapters = Adapters(net)
+
+    def ours() -> None:
+        with adapters.off():
+            pass
+
+    def stock() -> None:
+        net.disable_adapters()
+        net.enable_adapters()
+
+    def casting() -> None:
+        with disable_input_dtype_casting(net):
+            pass
+
+    mine, theirs, cast = (milliseconds(work, repeats) for work in (ours, stock, casting))
+    return mine, theirs, cast
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operators_of_check(shapes: list[torch.Size], *, sharded: bool) -> int:
+    """Operators that `Guard` adds to an update of one launch."""
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    loss = sum((parameter.sum() for parameter in parameters), torch.zeros(()))
+    with Operators() as plain:
+        loss.backward(retain_graph=True)
+    for parameter in parameters:
+        parameter.grad = None
+    guard = Guard(parameters, torch.device("cpu"), sharded=sharded)
+    with Operators() as guarded:
+        loss.backward()
+        guard.verdict(stops=False)
+    return guarded.count - plain.count
+
+
 def main() -> None:
+    """Print one row per architecture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    print(f"{'model':6} {'layers':>6} {'ours':>8} {'diffusers':>10} {'and PEFT casting':>17}   (ms)")
-    for name, build in {"sd15": sd15, "sdxl": sdxl}.items():
+    form_group_alone("cpu")
+    print(
+        f"{'':6} {'LoRA':>6} {'switch, ms':>10} {'diffusers,':>10} {'with PEFT':>10} {'check, ops':>11} {'by hooks,':>9}"
+    )
+    print(f"{'model':6} {'layers':>6} {'ours':>10} {'ms':>10} {'cast, ms':>10} {'ours':>11} {'ops':>9}")
+    for name, build in MODELS.items():
         with torch.device("meta"):
             net = build()
-        attach_lora(net, rank=8, alpha=8, targets=TARGETS, seed=0)
-        adapters = Adapters(net)
-
-        def ours(adapters: Adapters = adapters) -> None:
-            with adapters.off():
-                pass
-
-        def stock(net: UNet2DConditionModel = net) -> None:
-            net.disable_adapters()
-            net.enable_adapters()
-
-        def casting(net: UNet2DConditionModel = net) -> None:
-            with disable_input_dtype_casting(net):
-                pass
-
-        mine, switching, cast = (milliseconds(work, options.repeats) for work in (ours, stock, casting))
-        print(f"{name:6} {len(adapters.layers):6} {mine:8.2f} {switching:10.1f} {switching + cast:17.1f}", flush=True)
+        shapes = [one.shape for one in attach_lora(net, rank=8, alpha=8, targets=TARGETS, seed=0)]
+        ours, stock, cast = switching_times(net, options.repeats)
+        norm, hooks = (operators_of_check(shapes, sharded=sharded) for sharded in (False, True))
+        print(
+            f"{name:6} {len(shapes) // 2:6} {ours:10.2f} {stock:10.1f} {stock + cast:10.1f} {norm:11} {hooks:9}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

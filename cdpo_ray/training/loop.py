@@ -98,15 +98,18 @@ class Guard:
     """Sees whether what was computed since the last verdict is finite, without waiting for the device.
 
     Args:
-        trainable: parameters whose gradients are checked. Without ZeRO their norm is taken once per update; ZeRO
-            moves gradients away as they come, so there each is summed by a hook before that.
+        trainable: parameters whose gradients are checked. Their norm is taken once per update. ZeRO moves gradients
+            away as they come, and the norm of fp16 gradients overflows, so those are summed by a hook each, in fp32.
     """
 
     def __init__(self, trainable: Sequence[nn.Parameter], device: torch.device, *, sharded: bool) -> None:
         self.total = torch.zeros((), device=device)
-        self.whole = [] if sharded else list(trainable)
-        for parameter in trainable if sharded else ():
-            parameter.register_hook(self.see)
+        self.whole = []
+        for parameter in trainable:
+            if sharded or parameter.dtype == torch.float16:
+                parameter.register_hook(self.see)
+            else:
+                self.whole.append(parameter)
 
     def see(self, value: Tensor) -> None:
         """A sum is finite only if all of it is."""
