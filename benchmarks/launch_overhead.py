@@ -87,20 +87,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     form_group_alone("cpu")
-    print(
-        f"{'':6} {'LoRA':>6} {'switch, ms':>10} {'diffusers,':>10} {'with PEFT':>10} {'check, ops':>11} {'by hooks,':>9}"
-    )
-    print(f"{'model':6} {'layers':>6} {'ours':>10} {'ms':>10} {'cast, ms':>10} {'ours':>11} {'ops':>9}")
+    columns = ("switch, ms", "diffusers'", "+ PEFT's cast", "check, operators", "by hooks")
+    print(f"{'model':6} {'layers':>6}", *(f"{column:>{len(column) + 1}}" for column in columns))
     for name, build in MODELS.items():
         with torch.device("meta"):
             net = build()
         shapes = [one.shape for one in attach_lora(net, rank=8, alpha=8, targets=TARGETS, seed=0)]
         ours, stock, cast = switching_times(net, options.repeats)
         norm, hooks = (operators_of_check(shapes, sharded=sharded) for sharded in (False, True))
-        print(
-            f"{name:6} {len(shapes) // 2:6} {ours:10.2f} {stock:10.1f} {stock + cast:10.1f} {norm:11} {hooks:9}",
-            flush=True,
-        )
+        values = (f"{ours:.2f}", f"{stock:.1f}", f"{stock + cast:.1f}", norm, hooks)
+        row = (f"{value:>{len(column) + 1}}" for value, column in zip(values, columns, strict=True))
+        print(f"{name:6} {len(shapes) // 2:6}", *row, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from cdpo_ray.models.seeds import generator_at
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
 from cdpo_ray.training.job import LoraJob, Optimization
-from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
+from cdpo_ray.training.loop import Feed, Guard, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.policy import make_policy
 from cdpo_ray.training.update import METRICS, PreferenceLoss
@@ -214,6 +214,17 @@ def test_fault_09_an_update_that_is_not_finite_is_skipped_and_counted_and_change
     assert [record["update"] for record in last.records] == [1, 2, 4, 5, 6]
     assert all(value.isfinite().all() for value in training.state().values())
     assert last.num_updates == 6 and last.num_skipped_last == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_guard_finds_what_is_not_finite_and_takes_no_large_gradient_for_it(dtype: torch.dtype, sharded: bool) -> None:
+    parameter = torch.nn.Parameter(torch.ones(4, dtype=dtype))
+    guard = Guard([parameter], torch.device("cpu"), sharded=sharded)
+    for factor, is_bad in ((60_000, False), (float("inf"), True), (float("nan"), True), (1, False)):
+        parameter.grad = None  # four of 60,000 have a norm of 120,000, beyond fp16
+        (parameter * factor).float().sum().backward()
+        assert guard.verdict(stops=False) == (is_bad, False)
 
 
 def test_fault_09_many_skipped_in_a_row_stop_training(tiny_sd15: Path) -> None:
