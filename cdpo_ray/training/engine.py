@@ -59,16 +59,16 @@ def start_engine(
     }
     if masters := MASTERS.get(trainable[0].dtype):
         config[masters] = {"enabled": True}
-    channels_last = [
-        parameter for parameter in denoiser.parameters() if not (parameter.requires_grad or parameter.is_contiguous())
-    ]
+    # By strides, because a 1x1 kernel is contiguous in both memory formats.
+    frozen = [(parameter, parameter.stride()) for parameter in denoiser.parameters() if not parameter.requires_grad]
     denoiser.to(memory_format=torch.contiguous_format)  # DeepSpeed broadcasts each parameter as a flat array of bytes
     optimizer.skips = not optimization.zero_stage  # around 16-bit parameters DeepSpeed steps once to make the state
     engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config)
     optimizer.skips = False
     if not engine.zero_optimization_partition_weights():  # ZeRO 3 gathers weights from flat shards
-        for parameter in channels_last:
-            parameter.data = parameter.data.to(memory_format=torch.channels_last)
+        for parameter, stride in frozen:
+            if parameter.stride() != stride:
+                parameter.data = parameter.data.to(memory_format=torch.channels_last)
     return engine
 
 

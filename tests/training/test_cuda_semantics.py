@@ -1,4 +1,4 @@
-"""What CUDA does otherwise than a CPU, asked of the CPU: memory formats, and whose autocast counts."""
+"""Behaviour specific to CUDA, checked on a CPU: memory formats, DeepSpeed's autocast check, synchronisations."""
 
 import sys
 from collections.abc import Iterator
@@ -42,9 +42,9 @@ LEARNING_RATES = {"lora": 1e-3, "full": 1e-4}
 
 @pytest.fixture(scope="module", autouse=True)
 def answers_of_cuda(one_worker: None) -> Iterator[None]:
-    """DeepSpeed's question whether autocast is on is answered for the device in use, as on CUDA.
+    """DeepSpeed's check for autocast concerns the device in use, as on CUDA.
 
-    Without an argument `torch.is_autocast_enabled` means CUDA, so that DeepSpeed never finds a CPU's autocast.
+    Without an argument `torch.is_autocast_enabled` means CUDA, so DeepSpeed would never detect autocast on a CPU.
     """
     real = torch.is_autocast_enabled
     with pytest.MonkeyPatch.context() as patch:
@@ -113,10 +113,10 @@ class Training:
 
 
 class Waits(TorchFunctionMode):
-    """Calls that would wait for a GPU: values read by the host, and tensors made in host memory.
+    """Calls that would synchronise with a GPU: values read by the host, and tensors created in host memory.
 
-    Left out: what is read of the optimizer's step counters, which lie in host memory on every machine, and tensors of
-    one value that DeepSpeed makes to clip gradients, whose copies do not wait.
+    Not counted: reads of the optimizer's step counters, which are in host memory on every machine, and the
+    single-value tensors that DeepSpeed creates to clip gradients, whose copies do not synchronise.
     """
 
     READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "nonzero")
@@ -175,8 +175,11 @@ def test_frozen_weights_keep_channels_last_and_trained_ones_are_contiguous(
     models: TinyModels, lora: LoraJob | None, zero_stage: int
 ) -> None:
     training = Training(models("stable_diffusion"), "stable_diffusion", lora, zero_stage=zero_stage)
-    kernels = [value for value in training.model.denoiser.parameters() if value.dim() == 4 and value.shape[-1] > 1]
-    assert len(kernels) > 10
+    every = [value for value in training.model.denoiser.parameters() if value.dim() == 4]
+    kernels = [value for value in every if value.shape[-1] > 1]
+    assert len(kernels) > 10 and len(every) > len(kernels)
+    for kernel in every:  # of 1x1 kernels only the strides differ
+        assert kernel.stride(-1) == (1 if kernel.requires_grad else kernel.shape[1])
     for kernel in kernels:
         assert kernel.is_contiguous(memory_format=torch.channels_last) != kernel.requires_grad
         assert kernel.is_contiguous() == kernel.requires_grad
