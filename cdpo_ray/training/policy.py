@@ -90,9 +90,13 @@ def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_s
     if start_dir:
         model.load_tuned(start_dir)
         model.use_tuned(True)
-    for net in (base, model.denoiser):  # the layout in which DeepSpeed keeps a policy; the same kernels for both
+    for net in (base, model.denoiser):  # DeepSpeed stores the policy so; one layout, the same kernels for both
         net.to(memory_format=torch.contiguous_format)
-    frozen = copy.deepcopy(model.denoiser) if reference_is_start or not start_dir else base
+    frozen = base
+    if reference_is_start or not start_dir:
+        frozen = copy.deepcopy(model.denoiser)
+        if model.compiled:
+            frozen.compile()  # a copy of a compiled module is not compiled
     frozen.requires_grad_(False).eval()
     model.denoiser.requires_grad_(True)
     for parameter in model.denoiser.parameters():

@@ -164,6 +164,17 @@ def test_the_whole_net_learns_and_is_held_to_a_frozen_copy(tiny_sd15: Path) -> N
     assert not torch.allclose(predict(model), base, atol=1e-3)
 
 
+def test_a_frozen_copy_is_compiled_as_its_policy_is(tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(self))
+    for compiles in (False, True):
+        model = StableDiffusion.load(str(tiny_sd15), device="cpu", for_training=True, compile=compiles)
+        policy = make_policy(model, None, start_dir=None, reference_is_start=False, seed=0)
+        with policy.reference(model.denoiser) as frozen:
+            assert frozen is not model.denoiser
+            assert [net in compiled for net in (model.denoiser, frozen)] == [compiles, compiles]
+
+
 @pytest.mark.parametrize("held_to_start", [False, True])
 def test_a_later_full_round_goes_on_from_the_net_and_is_held_to_base_or_start(
     tiny_sd15: Path, first_full_round: Path, held_to_start: bool
