@@ -70,12 +70,12 @@ class TextToImageModel(ABC):
     load_options: ClassVar[Mapping[str, Any]] = {}
     embedded_dir: ClassVar[Path | None] = None
     """Folder of the embedded world's model of this family, where it has one."""
-    compiled = False
-    """Whether the nets are compiled, so that another batch size would compile them again."""
+    compiled: bool = False
+    """Whether the nets are compiled: a new batch size then triggers a recompilation."""
     guidance_range: tuple[float, float] | None = None
     """Guidance that the net is told of in training, where it has an embedding of it; bounds of a uniform draw."""
     offload: bool = False
-    """Whether text encoders and VAE wait in host memory while they are not needed; see `on_device`."""
+    """Whether text encoders and VAE are kept in host memory while they are not in use; see `on_device`."""
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
         self.pipeline = pipeline
@@ -109,7 +109,7 @@ class TextToImageModel(ABC):
             keep_vae: for training and decoding both.
             quantization: ``int8`` or ``nf4``: storage of the denoiser's linear layers, which must stay frozen; see
                 `quantize_linears`.
-            offload: keep text encoders and VAE in host memory while they are not needed. For training, the empty
+            offload: keep text encoders and VAE in host memory while they are not in use. For training, the empty
                 prompt is encoded before the denoiser is put on the device.
 
         Raises:
@@ -122,7 +122,7 @@ class TextToImageModel(ABC):
         model = cls(pipeline, dtype=torch_dtype, device=device)
         model.compiled, model.offload = compile, offload
         if offload and for_training:
-            _ = model.empty_conditioning  # kept
+            _ = model.empty_conditioning  # cached
         if quantization:
             quantize_linears(model.denoiser, quantization, device)
         (model.denoiser if offload else pipeline).to(device)
@@ -134,8 +134,8 @@ class TextToImageModel(ABC):
         return model
 
     def prepare(self, denoiser: torch.nn.Module) -> None:
-        """Lay a denoiser out for the device, and compile it if the model is compiled; in place."""
-        if self.denoiser_name == "unet":  # the others are transformers, whose weights have no layout to choose
+        """Choose a denoiser's memory format for the device, and compile it if the model is compiled; in place."""
+        if self.denoiser_name == "unet":  # a transformer's only convolution, if any, embeds patches
             lay_out(denoiser, self.device)
         if self.compiled:
             denoiser.compile()
@@ -172,15 +172,21 @@ class TextToImageModel(ABC):
 
     @contextlib.contextmanager
     def on_device(self, *names: str) -> Iterator[None]:
-        """Within the block these parts of the pipeline are on the device; with `offload`, in host memory after it."""
+        """Within the block these parts of the pipeline are on the device; with `offload`, in host memory after it.
+
+        The weights do not change, so their host copies are kept during the block instead of being copied back.
+        """
         parts = [part for name in names if self.offload and (part := getattr(self.pipeline, name)) is not None]
+        on_host = [(parameter, parameter.data) for part in parts for parameter in part.parameters()]
         try:
             for part in parts:
                 part.to(self.device)
             yield
         finally:
+            for parameter, value in on_host:
+                parameter.data = value
             for part in parts:
-                part.to("cpu")
+                part.to("cpu")  # buffers
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
@@ -319,7 +325,7 @@ class TextToImageModel(ABC):
 
 
 def lay_out(net: torch.nn.Module, device: str) -> None:
-    """Store the weights of convolutions as the kernels of a device read them: channels last on CUDA; in place."""
+    """Store convolution weights in the memory format that is fast on a device: channels last on CUDA; in place."""
     if torch.device(device).type == "cuda":
         net.to(memory_format=torch.channels_last)
 

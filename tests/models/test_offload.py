@@ -1,12 +1,9 @@
-"""Text encoders and VAE that wait in host memory: moved for their work and back, with the very same images."""
-
-from typing import Any
+"""Text encoders and VAE kept in host memory: moved to the device for their work and back, with identical images."""
 
 import pytest
 import torch
-from tiny_policies import TinyModels
+from tiny_policies import TinyModels, load
 
-from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.seeds import noise_at
 
@@ -14,12 +11,8 @@ FAMILIES = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "fl
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def load(tiny_models: TinyModels, family: str, **options: Any) -> TextToImageModel:
-    return load_model(family, path=str(tiny_models(family)), device="cpu", **options)
-
-
 def record_moves(model: TextToImageModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Moves of the pipeline's parts and launches of its denoiser, in order; `device` is named by a stand-in."""
+    """Moves of the pipeline's parts and launches of its denoiser, in order; the device is recorded as `cpu:0`."""
     events: list[str] = []
     model.device = "cpu:0"
     for name in (*model.text_encoders, "vae"):
@@ -39,7 +32,7 @@ def images(model: TextToImageModel) -> torch.Tensor:
 def test_each_part_is_on_the_device_for_its_work_alone(
     tiny_models: TinyModels, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(tiny_models, family, offload=True)
+    model = load(tiny_models(family), family, offload=True)
     events = record_moves(model, monkeypatch)
     images(model)
     encoders = model.text_encoders
@@ -57,7 +50,7 @@ def test_each_part_is_on_the_device_for_its_work_alone(
 def test_without_offload_nothing_is_moved(
     tiny_models: TinyModels, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(tiny_models, family)
+    model = load(tiny_models(family), family)
     events = record_moves(model, monkeypatch)
     images(model)
     assert events == ["denoiser", "denoiser"]
@@ -65,19 +58,41 @@ def test_without_offload_nothing_is_moved(
 
 @each_family
 def test_images_are_the_same_byte_for_byte(tiny_models: TinyModels, family: str) -> None:
-    assert torch.equal(images(load(tiny_models, family)), images(load(tiny_models, family, offload=True)))
+    assert torch.equal(
+        images(load(tiny_models(family), family)), images(load(tiny_models(family), family, offload=True))
+    )
 
 
 def test_a_part_goes_back_when_its_work_fails(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(tiny_models, "stable_diffusion", offload=True)
+    model = load(tiny_models("stable_diffusion"), "stable_diffusion", offload=True)
     events = record_moves(model, monkeypatch)
     with pytest.raises(RuntimeError):
         model.decode(torch.zeros(1, 3, 8, 8))  # of another number of channels
     assert events == ["vae to cpu:0", "vae to cpu"]
 
 
+@pytest.mark.parametrize("name", ["text_encoder", "vae"])
+def test_weights_return_to_the_same_host_memory(
+    tiny_models: TinyModels, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny_models("stable_diffusion"), "stable_diffusion", offload=True)
+    part = getattr(model.pipeline, name)
+
+    def move(device: str) -> None:  # as between host and GPU: in place, to memory of its own
+        for parameter in part.parameters():
+            if parameter.data_ptr() in on_host and device == "cpu:0":
+                parameter.data = parameter.data.clone()
+
+    on_host = [parameter.data_ptr() for parameter in part.parameters()]
+    model.device = "cpu:0"
+    monkeypatch.setattr(part, "to", move)
+    with model.on_device(name):
+        assert not {parameter.data_ptr() for parameter in part.parameters()} & set(on_host)
+    assert [parameter.data_ptr() for parameter in part.parameters()] == on_host
+
+
 def test_for_training_the_empty_prompt_is_encoded_when_the_model_is_loaded(tiny_models: TinyModels) -> None:
-    model = load(tiny_models, "flux", offload=True, for_training=True)
+    model = load(tiny_models("flux"), "flux", offload=True, for_training=True)
     model.drop_text_encoders()
-    expected = load(tiny_models, "flux").empty_conditioning
+    expected = load(tiny_models("flux"), "flux").empty_conditioning
     assert all(torch.equal(value, expected[name]) for name, value in model.empty_conditioning.items())
