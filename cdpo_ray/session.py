@@ -76,7 +76,8 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
 
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)  # from 2.64 on; the version is pinned
 
-    already, logging_level = ray.is_initialized(), logging.INFO if verbose else logging.ERROR
+    already = ray.is_initialized()
+    logging_level = logging.INFO if verbose else logging.ERROR
     if not already:
         where: dict[str, Any] = {"address": address}
         if not in_cluster:
@@ -142,7 +143,7 @@ def is_exposed(dashboard: str | None) -> bool:
 def _refuse_open_dashboard(logging_level: int) -> None:
     import ray
 
-    # The level is given again because Ray would set its default, INFO.
+    # Returns the existing session; without its level given again, Ray would reset the logger to INFO.
     connected = ray.init(ignore_reinit_error=True, logging_level=logging_level)
     if is_exposed(dashboard := connected.dashboard_url):
         raise ClusterError(

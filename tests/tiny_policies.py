@@ -18,14 +18,14 @@ TinyModels = Callable[[str], Path]
 
 
 def load(folder: Path, family: str, **options: Any) -> TextToImageModel:
-    return load_model(family.removesuffix("_schnell"), path=str(folder), device="cpu", for_training=True, **options)
+    return load_model(family.removesuffix("_schnell"), path=str(folder), device="cpu", **options)
 
 
 def start(
     folder: Path, family: str = "stable_diffusion", *, dtype: str = "float32", compiled: bool = False
 ) -> tuple[TextToImageModel, Policy]:
     """A model as a training worker sets it up."""
-    model = load(folder, family, dtype=dtype, compile=compiled)
+    model = load(folder, family, dtype=dtype, compile=compiled, for_training=True)
     policy = make_policy(model, LoraJob(4, 8, TARGETS), start_dir=None, reference_is_start=False, seed=0)
     model.denoiser.train()
     return model, policy

@@ -133,7 +133,7 @@ def guidance_embedding(guidance: Tensor, num_channels: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-@functools.lru_cache(maxsize=8)  # a copy to the GPU in every forward would wait for it
+@functools.lru_cache(maxsize=8)  # copying it from host memory in every forward would synchronise with the GPU
 def _frequencies(count: int, device: torch.device) -> Tensor:
     step = torch.log(torch.tensor(10000.0)) / (count - 1)
     return torch.exp(torch.arange(count) * -step).to(device)

@@ -90,7 +90,7 @@ def unpack(patches: Tensor, height: int, width: int) -> Tensor:
     return latents.permute(0, 3, 1, 4, 2, 5).reshape(sample, packed // 4, height, width)
 
 
-@functools.lru_cache(maxsize=8)  # a copy to the GPU in every forward would wait for it
+@functools.lru_cache(maxsize=8)  # copying it from host memory in every forward would synchronise with the GPU
 def patch_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Place of each patch in a grid of patches: ``[height * width, 3]``, rows ``(0, row, column)``."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

@@ -36,12 +36,12 @@ _INPUT_DTYPE = {nn.Linear: _InputDtypeLinear, nn.Conv2d: _InputDtypeConv2d}
 
 
 class Adapters:
-    """The LoRA layers of a denoiser, listed once: switching them sets a flag per layer and nothing else.
+    """The LoRA layers of a denoiser, listed once: switching them sets one flag per layer and nothing else.
 
-    PEFT and diffusers switch by walking all modules of the net and all parameters of its layers, at each launch.
+    PEFT and diffusers would walk all modules of the net and all parameters of its layers at each switch.
 
-    The factors compute in the dtype of their input. Their weights, and the gradients of these, stay fp32, so a 16-bit
-    net needs neither autocast nor a second set of weights.
+    The factors compute in the dtype of their input. Their weights and gradients stay fp32, so a 16-bit net needs
+    neither autocast nor a second set of weights.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -52,12 +52,12 @@ class Adapters:
                 factor.__class__ = _INPUT_DTYPE.get(type(factor), type(factor))
 
     def enable(self, on: bool) -> None:
-        """Whether the layers add what the active adapter computes."""
+        """Whether the layers add the output of the active adapter."""
         for layer in self.layers:
             layer._disable_adapters = not on
 
     def activate(self, name: str) -> None:
-        """Choose the adapter that is added; what learns does not change."""
+        """Choose the adapter whose output is added; the trainable parameters stay the same."""
         for layer in self.layers:
             layer._active_adapter = [name]
 

@@ -1,10 +1,10 @@
-"""Frozen linear layers -> the same layers with their weights stored in 8 or 4 bits."""
+"""Frozen linear layers -> the same layers with weights stored in 8 or 4 bits."""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cdpo_ray.errors import ModelError
 
@@ -13,10 +13,10 @@ INT8_MAX = 127
 
 @torch.no_grad()
 def quantize_linears(net: nn.Module, storage: str, device: str) -> None:
-    """Replace every linear layer of a frozen net, in place; layer by layer, so that the device never holds the rest.
+    """Replace every linear layer of a frozen net, in place and one by one: the device never holds the unquantised net.
 
-    Convolutions, norms, embeddings and biases keep their type. Weights alone are rounded: activations are not, so that
-    a sample's output does not depend on the samples beside it, and is a smooth function of a LoRA.
+    Convolutions, norms, embeddings and biases keep their dtype. Only weights are rounded, not activations, so that a
+    sample's output does not depend on the rest of its batch and is a smooth function of a LoRA.
 
     Args:
         storage: ``int8``: `Int8Linear`. ``nf4``: 4-bit NormalFloat in blocks of 64, whose scales are 8-bit in blocks of
@@ -36,11 +36,12 @@ def quantize_linears(net: nn.Module, storage: str, device: str) -> None:
 class Int8Linear(nn.Linear):
     """A frozen linear layer with 8-bit weights, one scale per output channel: ``weight * scale`` is the weight.
 
-    The product is computed in the input's type. Backward multiplies by the weights again instead of keeping a
+    The product is computed in the input's dtype. Backward multiplies by the weights again instead of keeping a
     dequantised copy of them.
 
     Args:
-        layer: the layer to round; its weight is not kept.
+        layer: the layer to quantise; its weight is not kept.
+        device: where the quantised layer is put.
     """
 
     scale: Tensor
@@ -64,7 +65,7 @@ class _Int8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        return functional.linear(input, _dequantized(weight, scale, input.dtype), bias)
+        return F.linear(input, _dequantized(weight, scale, input.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
@@ -94,9 +95,9 @@ def _nf4_linear(layer: nn.Linear, device: str) -> nn.Linear:
     )
     quantized.weight = Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4", module=quantized)
     quantized.bias = _frozen_bias(layer, device)  # type: ignore[assignment]
-    # On CPUs with AVX512-BF16 an evaluation would repack the weights for a kernel that has no backward.
+    # With AVX512-BF16, a CPU forward without gradients would repack the weights for a kernel that has no backward.
     quantized.support_avx512bf16_for_cpu = False
-    moved: nn.Linear = quantized.to(device)  # which quantises
+    moved: nn.Linear = quantized.to(device)  # bitsandbytes quantises on this move
     return moved
 
 

@@ -65,6 +65,6 @@ class StableDiffusionXL(StableDiffusion):
         return _size_ids(height, width, latents.device, latents.dtype).expand(len(latents), -1)
 
 
-@functools.lru_cache(maxsize=8)  # a copy to the GPU in every forward would wait for it
+@functools.lru_cache(maxsize=8)  # copying it from host memory in every forward would synchronise with the GPU
 def _size_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor([height, width, 0, 0, height, width], device=device, dtype=dtype)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +13,16 @@ from cdpo_ray.training.job import Optimization
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
 
-if TYPE_CHECKING:
 
-    class _Optimizer(Protocol):
-        state: Any
-        param_groups: Any
-
-        def step(self, closure: Callable[[], Any] | None = None) -> Any: ...
-
-else:
-    _Optimizer = object
-
-
-class Skipping(_Optimizer):
-    """Leaves weights and moments alone while `skips` is set, under any of DeepSpeed's wrappers."""
+class Skipping(torch.optim.Optimizer):
+    """Mixin: `step` changes neither weights nor moments while `skips` is set, under any of DeepSpeed's wrappers."""
 
     skips = False
     saved_state: ClassVar[tuple[str, ...]]
     """Tensors of a parameter's state that a checkpoint holds, where the parameter has them."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        return None if self.skips else super().step(closure)  # type: ignore[safe-super]
+        return None if self.skips else super().step(closure)
 
     @property
     def num_steps(self) -> float:
@@ -49,10 +38,10 @@ class Skipping(_Optimizer):
 
     @abstractmethod
     def make_state(self, number: int, parameter: Tensor, num_steps: float) -> None:
-        """What the first step would make for a parameter, if ``num_steps`` had been taken; existing moments are kept.
+        """Create a parameter's state as after ``num_steps`` steps, before the first one; existing moments are kept.
 
         Args:
-            number: of the parameter in its group.
+            number: index of the parameter in its group.
         """
 
 

@@ -10,10 +10,10 @@ from cdpo_ray.training.adamw import STEP, Skipping
 
 
 class StreamedAdamW8bit(AdamW8bit):  # type: ignore[misc]
-    """bitsandbytes' AdamW without its waits: its own step synchronises with the device after every tensor.
+    """bitsandbytes' AdamW without synchronisation: its own step waits for the device after every tensor.
 
-    Its kernels run on the device's default stream, so that without the waits they are in order with work on that stream
-    only. Training uses no other one.
+    Its kernels run on the device's default stream, so they are ordered only with other work on that stream, the one
+    that training uses.
     """
 
     @torch.no_grad()
@@ -27,10 +27,10 @@ class StreamedAdamW8bit(AdamW8bit):  # type: ignore[misc]
 
 
 class SkippingAdamW8bit(Skipping, StreamedAdamW8bit):
-    """Moments as codes of 8 bits in blocks of 256 with a scale each; of tensors below 4096 values, fp32.
+    """Moments as 8-bit codes, one scale per block of 256; in fp32 for tensors of fewer than 4096 values.
 
-    A checkpoint holds codes and scales as they are. Dequantised moments would not do: the signed map has a code for +1
-    but none for -1, so that quantising them again changes blocks whose largest value is negative.
+    A checkpoint holds codes and scales unchanged. Dequantised moments would not restore them exactly: the signed map
+    has a code for +1 but none for -1, so quantising again changes blocks whose largest value is negative.
 
     Source: arXiv:2110.02861.
     """

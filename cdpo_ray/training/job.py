@@ -109,7 +109,7 @@ class TrainingJob:
         output_dir: where what was trained is written.
         validation: how the policy is measured at each stage's end; none: it is not.
         plain_peak_bytes: estimated peak of a worker without gradient checkpointing; ``None``: not known.
-        gpu_share: of one GPU that a worker has, 0 to 1.
+        gpu_share: share of one GPU that a worker has, 0 to 1.
     """
 
     samples_dir: str

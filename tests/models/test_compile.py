@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from finished_runs import change
+from tiny_policies import TinyModels, load
 from torch import nn
 from torch._dynamo.utils import counters
 
 from cdpo_ray.generation.generator import Sampling, sample_batches
-from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel, lay_out
 from cdpo_ray.models.lora import LORA_DIR, attach_lora, save_lora
 
@@ -43,10 +42,6 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     counters.clear()
 
 
-def load(tiny_models: Callable[[str], Path], family: str, **options: Any) -> TextToImageModel:
-    return load_model(family, path=str(tiny_models(family)), device="cpu", **options)
-
-
 def make(model: TextToImageModel, guidance_scale: float = 1.0, *, images_per_batch: int = 4) -> torch.Tensor:
     """Images of a call in batches of 4, of which the last lacks one; then of a call that is smaller."""
     sampling = Sampling(
@@ -73,10 +68,10 @@ def write_tuned(model: TextToImageModel, folder: Path, *, lora: bool) -> None:
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("family", [*UNETS, "stable_diffusion_3", "flux"])
 def test_base_and_tuned_net_are_compiled_once_each_whatever_the_last_batch(
-    family: str, lora: bool, tiny_models: Callable[[str], Path], compiles: Callable[[], int], tmp_path: Path
+    family: str, lora: bool, tiny_models: TinyModels, compiles: Callable[[], int], tmp_path: Path
 ) -> None:
-    write_tuned(load(tiny_models, family), tmp_path, lora=lora)
-    model = load(tiny_models, family, compile=True)
+    write_tuned(load(tiny_models(family), family), tmp_path, lora=lora)
+    model = load(tiny_models(family), family, compile=True)
     model.load_tuned(tmp_path)
     made = {}
     for on in (False, True):
@@ -93,11 +88,11 @@ def test_base_and_tuned_net_are_compiled_once_each_whatever_the_last_batch(
 @pytest.mark.nightly
 @pytest.mark.parametrize("family", [*UNETS, "stable_diffusion_3"])
 def test_guidance_takes_one_graph_and_a_compiled_model_makes_the_same_images(
-    family: str, tiny_models: Callable[[str], Path], compiles: Callable[[], int]
+    family: str, tiny_models: TinyModels, compiles: Callable[[], int]
 ) -> None:
-    compiled = make(load(tiny_models, family, compile=True), 4.0)
+    compiled = make(load(tiny_models(family), family, compile=True), 4.0)
     assert compiles() == DENOISER_AND_DECODER
-    eager = make(load(tiny_models, family), 4.0)
+    eager = make(load(tiny_models(family), family), 4.0)
     assert compiles() == 0
     assert (compiled.int() - eager.int()).abs().max() <= 1
 

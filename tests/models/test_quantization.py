@@ -1,4 +1,4 @@
-"""A quantised base: rounded as published, the same net under adapters off, trained around, loaded and merged."""
+"""A quantised base: rounding as published, reference with adapters off, LoRA training, loading and merging."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from tiny_policies import TARGETS, TinyModels, make_pairs
+from tiny_policies import TARGETS, TinyModels, load, make_pairs
 from torch import Tensor, nn
 
 from cdpo_ray.errors import ModelError
@@ -54,10 +54,6 @@ def num_bytes(layer: Any) -> int:
         return layer.weight.nbytes + layer.scale.nbytes
     state = layer.weight.quant_state
     return sum(value.nbytes for value in (layer.weight.data, state.absmax, state.offset, state.state2.absmax))
-
-
-def load(tiny_models: TinyModels, family: str, **options: Any) -> TextToImageModel:
-    return load_model(family, path=str(tiny_models(family)), device="cpu", **options)
 
 
 def prediction(model: TextToImageModel) -> Tensor:
@@ -131,7 +127,7 @@ def test_bytes_of_a_weight_are_as_documented(storage: str) -> None:
 @each_storage
 @each_family
 def test_only_the_denoisers_linear_layers_are_quantised(tiny_models: TinyModels, family: str, storage: str) -> None:
-    whole, model = load(tiny_models, family), load(tiny_models, family, quantization=storage)
+    whole, model = load(tiny_models(family), family), load(tiny_models(family), family, quantization=storage)
     for name, layer in whole.denoiser.named_modules():
         found = model.denoiser.get_submodule(name)
         assert (type(found) is not type(layer)) == (type(layer) is nn.Linear), name
@@ -146,8 +142,8 @@ def test_only_the_denoisers_linear_layers_are_quantised(tiny_models: TinyModels,
 def test_rounding_changes_the_nets_output_a_little(
     tiny_models: TinyModels, family: str, storage: str, largest_change: float
 ) -> None:
-    expected = prediction(load(tiny_models, family))
-    found = prediction(load(tiny_models, family, quantization=storage))
+    expected = prediction(load(tiny_models(family), family))
+    found = prediction(load(tiny_models(family), family, quantization=storage))
     assert 0 < float((found - expected).norm() / expected.norm()) < largest_change
 
 
@@ -165,7 +161,7 @@ def frozen_weights(model: TextToImageModel) -> dict[str, Tensor]:
 
 
 def trained(case: tuple[str, str, str, int, str], base_dir: Path, folder: Path) -> dict[str, Any]:
-    """Three updates, laid out as on CUDA; what was measured at each, and what the base and the LoRA became."""
+    """Three updates in CUDA's memory format: metrics of each, and the base and the predictions afterwards."""
     family, storage, dtype, zero_stage, optimizer = case
     model = load_model(family, path=str(base_dir), device="cpu", dtype=dtype, quantization=storage, for_training=True)
     if family == "stable_diffusion_xl":
@@ -196,7 +192,7 @@ def trained(case: tuple[str, str, str, int, str], base_dir: Path, folder: Path) 
 
 
 def work(rank: int, base_dirs: dict[str, Path], folder: Path) -> None:
-    """All cases in a process of their own: DeepSpeed knows but one process group in its life."""
+    """All cases, in a separate process: DeepSpeed supports one process group per process."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=1)
@@ -230,7 +226,7 @@ def test_updates_train_a_lora_around_a_quantised_base_which_stays_the_reference_
         assert len({each[name] for each in found["metrics"]}) == 1
     assert found["base_unchanged"]
 
-    untuned, tuned = (load(tiny_models, family, dtype=dtype, quantization=storage) for _ in range(2))
+    untuned, tuned = (load(tiny_models(family), family, dtype=dtype, quantization=storage) for _ in range(2))
     tuned.load_tuned(case_dir)
     tuned.use_tuned(False)
     base = prediction(untuned)
@@ -252,7 +248,7 @@ def test_a_merge_starts_from_the_weights_that_the_base_was_rounded_from(
     save_lora(model.pipeline_class, "transformer", model.denoiser, tmp_path / "training" / LORA_DIR)
     write_merged(Trained("run", tmp_path / "training", "flux", arguments), tmp_path / "merged")
     merged = load_model("flux", path=str(tmp_path / "merged"), device="cpu")
-    unquantised = load(tiny_models, "flux")
+    unquantised = load(tiny_models("flux"), "flux")
     unquantised.load_tuned(tmp_path / "training")
     torch.testing.assert_close(prediction(merged), prediction(unquantised), rtol=1e-4, atol=1e-5)
 
@@ -260,5 +256,5 @@ def test_a_merge_starts_from_the_weights_that_the_base_was_rounded_from(
 def test_a_missing_package_is_named_with_its_extra(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn.modules", None)
     with pytest.raises(ModelError, match=r'`model\.quantization` nf4 needs bitsandbytes.*"cdpo_ray\[lowmem\]"'):
-        load(tiny_models, "flux", quantization="nf4")
-    load(tiny_models, "flux", quantization="int8")
+        load(tiny_models("flux"), "flux", quantization="nf4")
+    load(tiny_models("flux"), "flux", quantization="int8")

@@ -1,9 +1,7 @@
-"""8-bit AdamW: near AdamW, a quarter of its state, skipped when told, saved and restored exactly."""
+"""8-bit AdamW: near AdamW, a quarter of its state, skipped on request, saved and restored exactly."""
 
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +15,6 @@ from cdpo_ray.training.engine import restore_training, start_engine, training_te
 from cdpo_ray.training.job import Optimization
 
 WIDTH = 128  # 16,384 values a matrix; below 4,096 moments stay fp32
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 def optimization(optimizer: str = "adamw_8bit", learning_rate: float = 1e-2) -> Optimization:
@@ -112,12 +109,10 @@ def test_it_steps_as_bitsandbytes_does_without_waiting_for_the_device(monkeypatc
     assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
 
-def resume(rank: int, folder: Path) -> None:
-    """An engine stepped six times, and another restored after three of them; their tensors at both points."""
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=1)
+def resumed(dtype: torch.dtype) -> list[dict[str, Tensor]]:
+    """An engine stepped six times, and another restored after three of them; their tensors at each point."""
 
-    def start(dtype: torch.dtype) -> Any:
+    def start() -> Any:
         net = Regression(dtype)
         return start_engine(net, list(net.parameters()), optimization(), num_workers=1)
 
@@ -129,34 +124,24 @@ def resume(rank: int, folder: Path) -> None:
     def state(engine: Any) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in training_tensors(engine)}
 
-    for dtype in DTYPES:
-        found = []
-        whole = start(dtype)
-        found.append(state(whole))
-        step(whole, range(3))
-        found.append(state(whole))
-        step(whole, range(3, 6))
-        found.append(state(whole))
-        resumed = start(dtype)
-        restore_training(resumed, found[1].__getitem__)
-        found.append(state(resumed))
-        step(resumed, range(3, 6))
-        found.append(state(resumed))
-        torch.save(found, folder / f"{dtype}.pt")
-    torch.distributed.destroy_process_group()
+    whole = start()
+    found = [state(whole)]
+    step(whole, range(3))
+    found.append(state(whole))
+    step(whole, range(3, 6))
+    found.append(state(whole))
+    other = start()
+    restore_training(other, found[1].__getitem__)
+    found.append(state(other))
+    step(other, range(3, 6))
+    found.append(state(other))
+    return found
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resumed")
-    torch.multiprocessing.spawn(resume, (folder,), nprocs=1)  # type: ignore[attr-defined]
-    return folder
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_engine_restored_from_its_tensors_goes_on_bit_for_bit(folder: Path, dtype: torch.dtype) -> None:
-    start, middle, end, restored, resumed_end = torch.load(folder / f"{dtype}.pt", weights_only=True)
+@pytest.mark.usefixtures("one_worker")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_engine_restored_from_its_tensors_continues_bit_for_bit(dtype: torch.dtype) -> None:
+    start, middle, end, restored, resumed_end = resumed(dtype)
     assert (float(start["step"]), float(middle["step"]), float(end["step"])) == (0, 3, 6)
     assert middle["state1.layer.weight"].dtype == torch.uint8 and middle["state1.layer.bias"].dtype == torch.float32
     assert not torch.equal(middle["state1.layer.weight"], end["state1.layer.weight"])

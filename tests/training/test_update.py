@@ -78,7 +78,7 @@ def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(
 def test_after_an_update_the_policy_differs_and_the_reference_is_still_the_base(
     tiny_models: TinyModels, family: str, dtype: str
 ) -> None:
-    base = load(tiny_models(family), family, dtype=dtype)
+    base = load(tiny_models(family), family, dtype=dtype, for_training=True)
     model, policy = start(tiny_models(family), family, dtype=dtype)
     batch = make_pairs(model)
     with torch.no_grad():
