@@ -1,11 +1,11 @@
 """What joining an evaluation holds in memory: N and 10 N prompts, peak resident memory of a process that only joins.
 
-The parts hold random bytes of a PNG's size, 256 prompts x 4 images x 2 models at the larger size by default.
+The parts hold random bytes of a PNG's size, 260 prompts x 4 images x 2 models at the larger size by default.
 """
 
 import argparse
 import multiprocessing
-import resource
+import re
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -33,9 +33,15 @@ def write_parts(folder: Path, num_prompts: int, images_per_prompt: int, image_by
 
 def peak_of_joining(folder: Path) -> int:
     """Peak resident memory in bytes, beyond what the process held before."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     join_comparison(find_parts(folder, "comparison")[0], folder / "comparison.parquet", row_group_bytes=ROW_GROUP_BYTES)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return peak_resident_bytes() - before
+
+
+def peak_resident_bytes() -> int:
+    """Of this process. Not `getrusage`'s figure, which a new process inherits from the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Counts the footprints of published architectures on meta tensors, and compares them with the table of `cost/`.
 
-Needs no weights: configurations are written below as the models' pages publish them. With `--write` the table is
-replaced. Its largest model takes some three minutes on one CPU core and 2 GiB.
+Needs no weights: the configurations below are those that the models' pages publish. `--write` updates the table. The
+largest model takes about three minutes on one CPU core, and 2 GiB.
 """
 
 import argparse
@@ -17,20 +17,21 @@ from cdpo_ray.cost.footprint import Footprint
 from cdpo_ray.cost.published import TABLE
 from cdpo_ray.testbed import PIPELINE_DIR
 
-CLIP_L = transformers.CLIPTextConfig(
-    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
-)
-CLIP_H = transformers.CLIPTextConfig(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, projection_dim=512
-)
-CLIP_BIG_G = transformers.CLIPTextConfig(
-    hidden_size=1280,
-    intermediate_size=5120,
-    num_hidden_layers=32,
-    num_attention_heads=20,
-    projection_dim=1280,
-    architectures=["CLIPTextModelWithProjection"],
-)
+
+def clip(width: int, num_layers: int, num_heads: int, projection: int, **rest: Any) -> transformers.CLIPTextConfig:
+    return transformers.CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        projection_dim=projection,
+        **rest,
+    )
+
+
+CLIP_L = clip(768, 12, 12, 768)
+CLIP_H = clip(1024, 23, 16, 512)
+CLIP_BIG_G = clip(1280, 32, 20, 1280, architectures=["CLIPTextModelWithProjection"])
 T5_XXL = transformers.T5Config(
     d_model=4096,
     d_kv=64,
@@ -117,15 +118,15 @@ DEFINING = (
     "dual_attention_layers",
     "in_channels",
 )
-"""Keys of a denoiser's configuration by which the same architecture is known again in a folder."""
+"""Keys of a denoiser's configuration that identify its architecture in a folder."""
 PUBLISHED_TERAFLOPS = {"sd15": 0.803, "sdxl": 6.76, "sd35_medium": 11.25, "flux_dev": 74.4}
-"""Of a forward at the model's own size, known beforehand."""
+"""Known FLOPs of a forward at the model's native size, to check the counts against."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help=f"of {', '.join((*ARCHITECTURES, 'embedded'))}; default: all")
-    parser.add_argument("--write", action="store_true", help="replace what the table says of these models")
+    parser.add_argument("--write", action="store_true", help="update the table's entries of these models")
     asked = parser.parse_args()
     table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
     failed = False

@@ -48,7 +48,7 @@ ON_ONE_GPU = (
     "resources.scorers={num_actors: 1, cpus_per_actor: 1, gpus_per_actor: 0.1}",
     "resources.trainers={cpus_per_worker: 2, gpus_per_worker: 0.5}",
 )
-"""Every role asks for a share of the GPU, which two runs use at once: whether they complete, not how fast, is asked."""
+"""Every role requests a share of the GPU, which two runs use at once: they show whether runs complete, not how fast."""
 
 
 class Check:
@@ -75,20 +75,21 @@ class Check:
         """Record what ``work`` found, or its error.
 
         Args:
-            needs_seconds: with less time left it is not begun; a rehearsal begins everything.
+            needs_seconds: left out if less time is left; a rehearsal leaves nothing out.
         """
         if self.seconds_left < needs_seconds and not self.models.tiny:
             self.found["left_out"].append(name)
             return self.write()
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
-            self.found[name] = work() | {"took_seconds": time.monotonic() - begun}
-            said = json.dumps(rounded(self.found[name]))
-        except Exception as error:  # whatever it is, the other measurements go on
-            said = f"{type(error).__name__}: {error}"[:600]
-            self.found["failed"][name] = {"error": said, "traceback": traceback.format_exc()[-1500:]}
-            said = f"FAILED {said}"
-        print(f"[{time.monotonic() - self.started:6.1f}] {name}: {said}", flush=True)
+            found = work()
+            self.found[name] = {"took_seconds": time.monotonic() - started} | found
+            outcome = json.dumps(rounded(self.found[name]))
+        except Exception as error:  # any error: the other measurements go on
+            outcome = f"{type(error).__name__}: {error}"[:600]
+            self.found["failed"][name] = {"error": outcome, "traceback": traceback.format_exc()[-1500:]}
+            outcome = f"FAILED {outcome}"
+        print(f"[{time.monotonic() - self.started:6.1f}] {name}: {outcome}", flush=True)
         release()
         return self.write()
 
@@ -122,7 +123,7 @@ def release() -> None:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to four significant digits, in whatever dicts and lists."""
+    """Floats rounded to four significant digits, also those in dicts and lists."""
     if isinstance(value, dict):
         return {key: rounded(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -138,21 +139,21 @@ def environment(device: str) -> Found:
             versions[name] = metadata.version(name)
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": asked("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"),
+        "commit": output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"),
         "python": platform.python_version(),
         "num_cpus": os.cpu_count(),
         "device": machine(device),
         "versions": versions,
     }
     if device == "cuda":
-        found["driver"] = asked("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         found["cuda"] = torch.version.cuda
         found["memory_gib"] = torch.cuda.get_device_properties(0).total_memory / 2**30
     return found
 
 
-def asked(*command: str) -> str | None:
-    """What a program prints; None where it is not there or fails."""
+def output_of(*command: str) -> str | None:
+    """Standard output of a program; None if it is missing or fails."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return None
@@ -230,12 +231,13 @@ def compiled(check: Check) -> None:
 def run(check: Check) -> None:
     """The quickstart end to end in fp32 and in bf16, side by side."""
     if check.seconds_left < RUN_SECONDS and not check.models.tiny:
-        check.measure("run", dict, needs_seconds=RUN_SECONDS)
+        check.found["left_out"].append("run")
+        check.write()
         return
     with ThreadPoolExecutor(2) as pool:
-        begun = {dtype: pool.submit(run_whole, check, dtype) for dtype in (FP32, BF16)}
-        for dtype, outcome in begun.items():
-            check.measure(f"run, {dtype}", outcome.result, needs_seconds=0)
+        runs = {dtype: pool.submit(run_whole, check, dtype) for dtype in (FP32, BF16)}
+        for dtype, whole in runs.items():
+            check.measure(f"run, {dtype}", whole.result, needs_seconds=0)
 
 
 PARTS = {
@@ -286,6 +288,7 @@ def run_whole(check: Check, dtype: str) -> Found:
     config = ROOT / "configs" / ("smoke.yaml" if check.models.tiny else "quickstart.yaml")
     settings = ("run.name=check", f"model.dtype={dtype}", *(() if check.models.tiny else ON_ONE_GPU))
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "-m", "cdpo_ray.cli", "run", str(config), f"run.dir={folder}", *settings],
@@ -302,7 +305,8 @@ def run_whole(check: Check, dtype: str) -> Found:
         steps = {path.parent.name: json.loads(path.read_text())["seconds"] for path in manifests}
         (metrics,) = Path(folder).glob("*/5-evaluation/metrics.json")
         judged = json.loads(metrics.read_text())["judges"]
-    return {"step_seconds": steps, "differences": {name: each["difference"] for name, each in judged.items()}}
+    differences = {name: each["difference"] for name, each in judged.items()}
+    return {"step_seconds": steps, "differences": differences, "took_seconds": time.monotonic() - started}
 
 
 def parse() -> argparse.Namespace:
@@ -310,7 +314,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="always in this order")
     parser.add_argument("--seconds", type=float, default=470, help="time limit; what would not end in time is left out")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/gpu/<card>-<date>.json)")
-    parser.add_argument("--tiny", action="store_true", help="rehearsal on a CPU: an eighth of the width, no inductor")
+    parser.add_argument("--tiny", action="store_true", help="rehearsal on a CPU: an eighth of the width, no Inductor")
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
         parser.error("no GPU is visible to PyTorch; --tiny rehearses on a CPU")

@@ -1,7 +1,6 @@
 """What is measured on a GPU: each function runs the package's own code once and returns what it found."""
 
 import functools
-import io
 import statistics
 import tempfile
 import time
@@ -163,7 +162,11 @@ def train(
 
 
 def first_updates(models: Models, family: str, *, dtype: str) -> Found:
-    """Whether the first updates come through and are finite; everything is laid out as in a run."""
+    """The first updates, with everything laid out as in a run.
+
+    Raises:
+        ArithmeticError: one of them was not finite.
+    """
     found = train(models, family, 2, dtype=dtype, checkpointing=family == "stable_diffusion_xl")  # else 80 GB in fp32
     if found["skipped_updates"]:
         raise ArithmeticError(f"{family} in {dtype}: {found['skipped_updates']} updates were not finite")
@@ -240,7 +243,10 @@ def _toggled_in_evaluation(model: TextToImageModel, trained: TextToImageModel, b
 
 
 def generate(models: Models, family: str, images: int, *, dtype: str, compiled: bool = False) -> Found:
-    """The generator that a run's actors wrap: one call, one prompt, PNGs included."""
+    """The generator that a run's actors wrap: one call, one prompt, until the pixels are in host memory.
+
+    A run encodes PNGs in other tasks, see `host_png`.
+    """
     counters.clear()
     usual = models.family(family)
     sampling = Sampling(0, images, usual.num_denoising_steps, usual.guidance_scale, None, None, images)
@@ -256,21 +262,18 @@ def generate(models: Models, family: str, images: int, *, dtype: str, compiled: 
 
 
 def generate_stock(models: Models, family: str, images: int, *, dtype: str) -> Found:
-    """The stock pipeline called by hand, each image saved as a PNG."""
+    """The stock pipeline called by hand, until the images are in host memory."""
     usual = models.family(family)
     pipeline = DiffusionPipeline.from_pretrained(models.folder(family), dtype=getattr(torch, dtype))
     pipeline.to(models.device).set_progress_bar_config(disable=True)
 
-    def work() -> None:
-        made = pipeline(
-            "a red circle",
-            num_images_per_prompt=images,
-            num_inference_steps=usual.num_denoising_steps,
-            guidance_scale=usual.guidance_scale,
-        ).images
-        for image in made:
-            image.save(io.BytesIO(), "png")
-
+    work = functools.partial(
+        pipeline,
+        "a red circle",
+        num_images_per_prompt=images,
+        num_inference_steps=usual.num_denoising_steps,
+        guidance_scale=usual.guidance_scale,
+    )
     found = timed(work, models, repeats=3, warm=1)
     return found | {"images_per_second": images / found["seconds"]}
 

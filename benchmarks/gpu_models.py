@@ -38,7 +38,7 @@ class Models:
     """Builds each family once, on the device, and loads it as a run does.
 
     Attributes:
-        tiny: rehearse with an eighth of the width, shallow, in fp32, with images of 64 pixels, and without an inductor.
+        tiny: rehearse with an eighth of the width, shallow, in fp32, with images of 64 pixels, and without Inductor.
     """
 
     scratch: Path
@@ -62,9 +62,7 @@ class Models:
         if not folder.is_dir():
             torch.manual_seed(0)
             width, pixels = TINY_WIDTH if self.tiny else FULL_WIDTH, self.family(name).pixels
-            with torch.device(
-                self.device
-            ):  # random numbers for billions of weights: seconds on a GPU, minutes on a CPU
+            with torch.device(self.device):  # billions of random weights: seconds on a GPU, minutes on a CPU
                 pipeline = FAMILIES[name].build(width, pixels, shallow=self.tiny)
             pipeline.to(self.device, torch.bfloat16).save_pretrained(folder, safe_serialization=True)
         return folder
@@ -87,7 +85,7 @@ class Models:
         return self.prepared(model, compiled=compiled)
 
     def prepared(self, model: TextToImageModel, *, compiled: bool) -> TextToImageModel:
-        """In a rehearsal, lay the denoiser out as on a GPU, and compile it without an inductor."""
+        """In a rehearsal, lay the denoiser out as on a GPU, and compile it without Inductor."""
         if self.tiny:
             model.denoiser.to(memory_format=torch.channels_last)
             if compiled:

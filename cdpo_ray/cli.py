@@ -31,7 +31,7 @@ from cdpo_ray.steps.cost import workload_of
 from cdpo_ray.store import place
 
 VERBS = {
-    "check": "say what a run will make and cost, or what is wrong with the config; needs no GPU, torch or ray",
+    "check": "say what a run will make and cost, or what is wrong with the config; needs no GPU and starts no Ray",
     "doctor": "say what of this machine, of a cluster or of the storage will not do, and what to do about it",
     "run": "walk the whole way: all of the below, each skipped if it is done already",
     "generate": "prompts -> samples: many images of each prompt, by the base model",
@@ -76,7 +76,7 @@ FORMAT_HELP = (
     " merged: a whole pipeline folder, the only one for training.method=full"
 )
 ALLOW_HELP = "go on with training that was begun with other settings; its manifest will tell them"
-GPU_HELP = "to estimate hours and memory for; default: this machine's if it is one of these, else h100"
+GPU_HELP = "GPU to estimate hours and memory for; default: this machine's if it is listed, otherwise h100"
 ADDRESS_HELP = (
     "head of a Ray cluster; else RAY_ADDRESS, the cluster that this job is in, or a local Ray for this command"
 )

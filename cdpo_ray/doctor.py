@@ -127,7 +127,7 @@ def _storage(config: Config) -> Finding:
 
 
 def _memory(config: Config) -> Iterator[Finding]:
-    """The estimated peak of each role against the memory of this machine's GPU."""
+    """Estimated peak of each role, compared with the memory of this machine's GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -143,7 +143,7 @@ def _memory(config: Config) -> Iterator[Finding]:
     faults = memory_faults(estimate(load))
     yield from (Finding(WARN, fault) for fault in faults)
     if not faults:
-        yield Finding(OK, f"memory: every role fits {device.name} by estimate ({known.source})")
+        yield Finding(OK, f"memory: by estimate every role fits {device.name} ({known.source})")
 
 
 def _ray(config: Config | None, address: str | None) -> Iterator[Finding]:

@@ -34,7 +34,7 @@ class Part:
 
 
 def write_part(rows: pa.Table, *, parts_dir: Path) -> pa.Table:
-    """Write rows that were made together, pixels as PNGs, and tell of it in one row; made again, the same file."""
+    """Write rows that one call made, pixels as PNGs; returns one row about the file. Equal rows give an equal file."""
     first, images_per_batch = rows["prompt_index"][0], None
     if IMAGES_PER_BATCH in rows.column_names:
         images_per_batch = min(rows[IMAGES_PER_BATCH].to_pylist())

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cdpo_ray.config import Config, SearchSection
-from cdpo_ray.config.knobs import grid_points
-from cdpo_ray.config.search import paper_point
 from cdpo_ray.curriculum.capacity import stage_capacities
 from cdpo_ray.curriculum.stages import ORDERED, admitted_gaps, admitted_levels, count_pairs
 from cdpo_ray.models.sizes import Sizes, sizes_of
@@ -29,7 +27,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = ()) ->
     """What `cdpo run` would do with this configuration.
 
     Args:
-        cost: lines of an estimate, see `cdpo_ray.cost.sentences`.
+        cost: lines of an estimate, see `cost_lines`.
     """
     per_prompt, curriculum, training = config.generation.images_per_prompt, config.curriculum, config.training
     num_images = len(prompts.train) * per_prompt
@@ -119,11 +117,7 @@ def _search(config: Config, search: SearchSection, num_prompts: int) -> list[str
     """What `cdpo tune` would do on the samples and scores of the run."""
     curriculum = config.curriculum
     num_stages = search.largest("curriculum.num_stages", curriculum.num_stages)
-    per_stage = search.largest("curriculum.updates_per_stage", curriculum.updates_per_stage)
-    num_updates = search.updates_per_trial or num_stages * per_stage
-    in_grid = sum(1 for _ in grid_points(search.knobs)) if search.num_trials is None else 0
-    apart = {*paper_point(search.knobs, config.plain())} - {*search.space}  # then no point of the grid is the paper's
-    num_trials = search.num_trials or in_grid + bool(apart)
+    num_updates, num_trials = search.max_updates(curriculum), search.max_trials(config.plain())
     objectives = f"{search.objectives[0]} by {config.search_judge}"
     if len(search.objectives) > 1:
         objectives += f", and {', '.join(search.objectives[1:])}; what no other trial beats in all is kept"
@@ -136,8 +130,9 @@ def _search(config: Config, search: SearchSection, num_prompts: int) -> list[str
     early = min(search.early_prompts or num_prompts, num_prompts)
     before = f", of {early:,} before the last" if early < num_prompts else ""
     confirmed = 2 * search.confirm_seeds
+    up_to = "" if search.num_trials else "up to "
     return [
-        f"  search       {'up to ' if in_grid else ''}{num_trials:,} trials by {search.algorithm} for {objectives};"
+        f"  search       {up_to}{num_trials:,} trials by {search.algorithm} for {objectives};"
         " the first is the paper's schedule",
         *(f"                 {knob.sentence}" for knob in search.knobs),
         f"               {stopping}; {f'{at_once} at once' if at_once else 'as many at once as fit'}",

@@ -65,7 +65,9 @@ ARMS = ("base", "tuned")
 IMPLICIT_VALUE = "implicit_value"
 CONDITIONING = ("prompt_embedding", "pooled_embedding")
 PIXEL_COLUMNS = {"pixels": "images"} | {f"{arm}_pixels": f"{arm}_image" for arm in ARMS}
-"""Column of raw pixels, ``[sample, 3, height, width]`` uint8 a row -> the column of PNGs that is kept in its place."""
+"""Column of raw pixels, uint8 ``[sample, 3, height, width]`` per row -> the column of PNGs that is written instead."""
+PREDICTED = "predicted"
+"""Key of a step's estimate in `status.json` and in the details of its manifest: ``gpu`` (its name) and ``seconds``."""
 
 
 def prompt_id(prompt: str) -> str:
@@ -81,7 +83,3 @@ def score_file(reward: str, *, second: bool = False) -> str:
 def score_column(reward: str) -> str:
     """Column of a reward's scores; an own reward's ``module:function`` is kept as it is."""
     return f"score_{reward}"
-
-
-PREDICTED = "predicted"
-"""Key of a step's estimate in `status.json` and in the details of its manifest: ``gpu`` (its name) and ``seconds``."""

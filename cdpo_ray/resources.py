@@ -12,7 +12,7 @@ class Node:
 
     Attributes:
         gpus: the free part of each GPU, 0 to 1.
-        gpu_name: Ray's name of their kind, as ``H100``; ``None``: not known.
+        gpu_name: Ray's name of the GPU model, as ``H100``; ``None``: unknown.
     """
 
     name: str

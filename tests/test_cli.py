@@ -131,7 +131,7 @@ def test_check_needs_neither_torch_nor_ray_and_writes_nothing(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("path", sorted(QUICKSTART.parent.glob("*.yaml")), ids=lambda path: path.stem)
-def test_check_says_of_every_shipped_config_hours_memory_and_verdict(
+def test_check_prints_hours_memory_and_verdict_of_every_shipped_config(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = []
@@ -162,12 +162,16 @@ def test_a_config_for_24_gb_fits_a_4090_and_its_full_size_sibling_does_not(
 def test_check_says_what_would_fit_a_gpu_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(QUICKSTART.with_name("sdxl.yaml")), "--gpu", "t4", "training.lora.rank=16"]) == 0
     out = capsys.readouterr().out
-    assert "DOES NOT FIT" in out and "would fit: `" in out and out.endswith("verdict      does not fit t4\n")
+    assert (
+        "DOES NOT FIT (95% is usable)" in out
+        and "would fit: `" in out
+        and out.endswith("verdict      does not fit t4\n")
+    )
     with pytest.raises(SystemExit, match=r"^2$"):
         main(["check", str(QUICKSTART), "--gpu", "abacus"])
 
 
-def test_check_counts_a_folder_that_cannot_be_counted_as_unknown(
+def test_check_goes_on_without_an_estimate_for_a_folder_that_cannot_be_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, config in (("unet", {"_class_name": "UNet2DConditionModel", "block_out_channels": [1]}), ("vae", {})):

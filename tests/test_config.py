@@ -499,15 +499,15 @@ def test_a_global_batch_that_does_not_divide_is_refused() -> None:
             "`resources.trainers.gpus_per_worker` must be at most 1, because a worker trains on one GPU, got 2; raise",
         ),
         (("resources.trainers.gpus_per_worker=1.5",), "`resources.trainers.gpus_per_worker` must be at most 1"),
-        (("resources.generators.gpus_per_actor=1.5",), "`gpus_per_actor` must be at most 1, or whole, got 1.5"),
+        (("resources.generators.gpus_per_actor=1.5",), "`gpus_per_actor` must be at most 1 or a whole number, got 1.5"),
     ],
 )
-def test_a_share_of_gpus_that_workers_cannot_have_is_refused(overrides: tuple[str, ...], message: str) -> None:
+def test_a_number_of_gpus_that_no_process_can_use_is_refused(overrides: tuple[str, ...], message: str) -> None:
     (fault,) = refused(*overrides)
     assert message in fault
 
 
-def test_a_single_worker_may_have_a_part_of_a_gpu() -> None:
+def test_a_single_worker_may_have_a_fraction_of_a_gpu() -> None:
     given = ("resources.trainers.gpus_per_worker=0.5", "training.num_workers=1")
     assert load_config(QUICKSTART, given).resources.trainers.gpus_per_worker == 0.5
 
@@ -903,17 +903,19 @@ def test_validation_prompts_have_one_source_and_leave_something_to_train_on(
         ),
         (
             {"model.quantization": "int8", "training.zero_stage": 3},
-            "`training.zero_stage` 3 divides the base among workers, which quantised weights do not allow; use 0 to 2"
-            " with `model.quantization`",
+            "`training.zero_stage` 3 shards the base model, which quantised weights do not support; use 0 to 2 with"
+            " `model.quantization`",
         ),
         (
             {"training.optimizer": "adamw_8bit", "training.zero_stage": 2},
-            "`optimizer` 'adamw_8bit' needs `zero_stage` 0, which keeps a tensor's moments whole, got 2; leave out one"
-            " of them",
+            "`optimizer` 'adamw_8bit' needs `zero_stage` 0, because its 8-bit moments cannot be sharded, got 2; leave"
+            " out one of them",
         ),
     ],
 )
-def test_what_quantised_weights_and_moments_do_not_go_with_is_refused(changes: dict[str, object], fault: str) -> None:
+def test_options_incompatible_with_quantised_weights_or_moments_are_refused(
+    changes: dict[str, object], fault: str
+) -> None:
     given = parse_yaml(QUICKSTART.read_text(), where="quickstart")
     del given["training"]["lora"]
     for key, value in changes.items():
@@ -923,7 +925,7 @@ def test_what_quantised_weights_and_moments_do_not_go_with_is_refused(changes: d
         validate(given, where="test")
 
 
-def test_keys_that_need_the_optional_package_are_named() -> None:
+def test_keys_that_need_bitsandbytes_are_named() -> None:
     overrides = ["model.quantization=nf4", "training.optimizer=adamw_8bit"]
     named = ["`model.quantization` nf4", "`training.optimizer` adamw_8bit"]
     assert load_config(QUICKSTART, overrides).keys_that_need_bitsandbytes == named

@@ -56,7 +56,7 @@ def test_a_cluster_that_does_not_answer_is_wrong_and_the_exit_code_says_so(
 
 
 @pytest.mark.parametrize(("gib", "grades"), [(80.0, {OK}), (8.0, {WARN})])
-def test_a_gpu_with_too_little_memory_is_told_with_what_would_fit(
+def test_a_gpu_with_too_little_memory_is_a_warning_that_names_what_would_fit(
     monkeypatch: pytest.MonkeyPatch, gib: float, grades: set[str]
 ) -> None:
     device = SimpleNamespace(name="NVIDIA A100-SXM4-80GB", total_memory=gib * 2**30)

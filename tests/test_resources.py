@@ -92,7 +92,7 @@ def test_each_step_asks_for_the_actors_that_it_starts() -> None:
     }
 
 
-def test_an_actor_that_leaves_no_cpu_for_the_tasks_of_its_rows_is_refused() -> None:
+def test_an_actor_that_leaves_no_cpu_for_ray_data_is_refused() -> None:
     def checked(**pool: float) -> list[str]:
         config = config_of("runs", "embedded", resources={"generators": pool})
         return check_resources("generate", demands_of(STEPS[0], config), [Node("a", 4.0)])

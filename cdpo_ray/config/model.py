@@ -41,7 +41,7 @@ class ModelSection(Section):
     teacher: TeacherSection | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool | Literal["auto"] = False
-    """`auto`: compile the denoiser where a step's estimated eager GPU time exceeds the break-even."""
+    """`auto`: compile the denoiser for the steps in which it is estimated to save more time than it takes."""
     quantization: Literal["int8", "nf4"] | None = None
     """Storage format of the frozen denoiser under a LoRA; `None`: `dtype`."""
     offload: bool = False

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from cdpo_ray.config.curriculum import CurriculumSection
-from cdpo_ray.config.knobs import Knob, as_field, must_be_given, number_type, ordered, why_refused
+from cdpo_ray.config.knobs import Knob, as_field, grid_points, must_be_given, number_type, ordered, why_refused
 from cdpo_ray.config.section import Section
 
 Objective = Literal["reward", "win_rate", "diversity", "implicit_accuracy"]
@@ -198,6 +198,24 @@ class SearchSection(Section):
     def largest(self, key: str, otherwise: int) -> int:
         """The largest number that a trial may have at a key, which is ``otherwise`` where it is not tried."""
         return max([knob.largest for knob in self.knobs if knob.key == key], default=otherwise)
+
+    def max_updates(self, curriculum: CurriculumSection) -> int:
+        """Number of updates of the longest trial."""
+        if self.updates_per_trial:
+            return self.updates_per_trial
+        num_stages = self.largest("curriculum.num_stages", curriculum.num_stages)
+        return num_stages * self.largest("curriculum.updates_per_stage", curriculum.updates_per_stage)
+
+    def max_trials(self, plain: Mapping[str, Any]) -> int:
+        """Number of trials; of a grid every point, plus the paper's schedule if it is not one of them.
+
+        Args:
+            plain: the configuration as plain values, defaults included.
+        """
+        if self.num_trials is not None:
+            return self.num_trials
+        apart = {*paper_point(self.knobs, plain)} - {*self.space}
+        return sum(1 for _ in grid_points(self.knobs)) + bool(apart)
 
 
 def paper_point(knobs: Sequence[Knob], plain: Mapping[str, Any]) -> dict[str, Any]:

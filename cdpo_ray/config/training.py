@@ -68,7 +68,7 @@ class TrainingSection(Section):
     reference: Literal["base", "last_round"] = "base"
     guidance_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """`adamw_8bit`: moments in blocks of 8-bit values, a quarter of the memory."""
+    """`adamw_8bit`: block-wise 8-bit moments, a quarter of the memory."""
     learning_rate: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -111,7 +111,7 @@ class TrainingSection(Section):
             raise ValueError("`lora` must not be given with `method` 'full', which trains the whole net")
         if self.optimizer == "adamw_8bit" and self.zero_stage:
             raise ValueError(
-                f"`optimizer` 'adamw_8bit' needs `zero_stage` 0, which keeps a tensor's moments whole, got"
+                f"`optimizer` 'adamw_8bit' needs `zero_stage` 0, because its 8-bit moments cannot be sharded, got"
                 f" {self.zero_stage}; leave out one of them"
             )
         if self.guidance_range and self.guidance_range[0] > self.guidance_range[1]:

@@ -48,9 +48,9 @@ class Pool(Section):
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
 
     @model_validator(mode="after")
-    def _gpus_are_a_share_or_whole(self) -> "Pool":
+    def _gpus_are_a_fraction_or_whole(self) -> "Pool":
         if self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
-            raise ValueError(f"`gpus_per_actor` must be at most 1, or whole, got {self.gpus_per_actor:g}")
+            raise ValueError(f"`gpus_per_actor` must be at most 1 or a whole number, got {self.gpus_per_actor:g}")
         return self
 
 
@@ -212,8 +212,8 @@ class Config(Section):
             )
         if self.model.quantization and self.training.zero_stage == 3:
             raise ValueError(
-                "`training.zero_stage` 3 divides the base among workers, which quantised weights do not allow; use"
-                " 0 to 2 with `model.quantization`"
+                "`training.zero_stage` 3 shards the base model, which quantised weights do not support; use 0 to 2"
+                " with `model.quantization`"
             )
         if self.training.reference == "last_round" and self.rounds == 1:
             raise ValueError("`training.reference` 'last_round' needs `rounds` > 1")
@@ -225,7 +225,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _workers_have_gpus_of_their_own(self) -> "Config":
+    def _workers_do_not_share_a_gpu(self) -> "Config":
         gpus, workers = self.resources.trainers.gpus_per_worker, self.training.num_workers
         if gpus > 1:
             raise ValueError(
@@ -293,7 +293,7 @@ class Config(Section):
 
     @property
     def keys_that_need_bitsandbytes(self) -> list[str]:
-        """Keys whose values need the optional package, as they are given."""
+        """Keys and values that need the optional package bitsandbytes, for a message."""
         given = {"model.quantization": self.model.quantization, "training.optimizer": self.training.optimizer}
         return [f"`{key}` {value}" for key, value in given.items() if value in ("nf4", "adamw_8bit")]
 

@@ -1,1 +1,1 @@
-"""What a run costs before it is paid: GPU-hours and peak memory from a model's footprint, for a GPU that is named."""
+"""Estimated cost of a run: GPU-hours and peak memory, from a model's footprint and a GPU's published figures."""

@@ -1,4 +1,4 @@
-"""Model folder -> footprint: FLOPs and bytes counted on meta tensors, which hold no memory."""
+"""Model folder -> footprint: FLOPs and bytes, counted on meta tensors, which hold no memory."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ from cdpo_ray.cost.footprint import ATTENTION_TARGETS, BYTES_16_BIT, Footprint, 
 from cdpo_ray.models.lora import attach_lora
 
 SIDES = (32, 64, 96)
-"""Height and width of the latents that are counted: three, because attention's FLOPs are quadratic in positions."""
+"""Heights and widths of latents to count at: three, because attention's FLOPs are quadratic in positions."""
 NUM_SAMPLES = 2
 CLIP_TOKENS, SD3_T5_TOKENS, FLUX_T5_TOKENS = 77, 256, 512
 COUNTED_RANK = 8
@@ -34,16 +34,16 @@ Inputs = Callable[[int, int], dict[str, Any]]
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention as the GPU's fused kernels run it: without a matrix of positions x positions.
+    """Attention as fused GPU kernels compute it, without materializing the positions x positions matrix.
 
-    On meta tensors PyTorch would decompose it. The function is replaced, because a mode is not active in the backward,
-    where checkpointed blocks run forward again.
+    On meta tensors PyTorch would decompose it. The function itself is replaced, because a dispatch mode is not active
+    in the backward, where checkpointed blocks are recomputed.
     """
     before = functional.scaled_dot_product_attention
 
     def fused(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, learns)[0]
+        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, needs_grad)[0]
 
     functional.scaled_dot_product_attention = fused  # type: ignore[assignment]
     try:
@@ -53,9 +53,9 @@ def fused_attention() -> Iterator[None]:
 
 
 class Meter(TorchDispatchMode):
-    """FLOPs of the operators that run (2 per multiply-add), and bytes of the storages they made that are still alive.
+    """FLOPs of the operators that run (2 per multiply-add), and bytes of the live storages that they allocated.
 
-    `FlopCounterMode` itself keeps tensors alive, so its table of operators is used without it.
+    `FlopCounterMode` keeps tensors alive, so only its table of operators is used.
 
     Args:
         known: module whose parameters and buffers are not counted.
@@ -90,9 +90,9 @@ class Meter(TorchDispatchMode):
 
 
 def count_folder(model_dir: Path) -> Footprint:
-    """Footprint of a model folder in diffusers layout; reads its configurations, not its weights.
+    """Footprint of a model folder in diffusers layout, from its configurations without its weights.
 
-    Takes half a minute for the architecture of Stable Diffusion 1.5.
+    Takes half a minute for Stable Diffusion 1.5.
     """
     index = json.loads((model_dir / "model_index.json").read_text())
     name = "unet" if "unet" in index else "transformer"
@@ -107,13 +107,13 @@ def count_folder(model_dir: Path) -> Footprint:
 
 
 def count(config: Mapping[str, Any], vae_config: Mapping[str, Any], text_configs: list[Any]) -> Footprint:
-    """Footprint of a denoiser, a VAE and text encoders by their configurations, as `config.json` has them."""
+    """Footprint of a denoiser, a VAE and text encoders, from the contents of their `config.json`."""
     make, inputs, native_side = denoiser_of(config)
     sides = _sides(config)
     with _half():
         denoiser = make()
         layers = _lora_layers(denoiser, inputs, sides)
-        # SD3's table of places is a buffer as large as a tenth of its parameters
+        # SD3's positional embeddings are a buffer a tenth the size of its parameters
         parameters = _num_parameters(denoiser) + sum(buffer.numel() for buffer in denoiser.buffers())
         linear = sum(each.weight.numel() for each in denoiser.modules() if isinstance(each, nn.Linear))
         forward, inference = _inference(denoiser, inputs, sides)
@@ -133,7 +133,7 @@ def count(config: Mapping[str, Any], vae_config: Mapping[str, Any], text_configs
             few = {side**2: count_training(denoiser, inputs(NUM_SAMPLES, side))[1] for side in sides[1:]}
             checkpointed[method] = _per_sample(few)
             plain = {positions: plain[positions] for positions in few}
-            if method == "lora":  # what grows with the rank is counted by `Footprint.activation_bytes`
+            if method == "lora":  # `Footprint.activation_bytes` adds the part that grows with the rank
                 outputs = [each.outputs for name, each in layers.items() if name.endswith(ATTENTION_TARGETS)]
                 per_rank = NUM_SAMPLES * BYTES_16_BIT * COUNTED_RANK
                 plain = {n: found - per_rank * sum(each(n) for each in outputs) for n, found in plain.items()}
@@ -160,14 +160,14 @@ def count(config: Mapping[str, Any], vae_config: Mapping[str, Any], text_configs
 
 
 def add_lora(denoiser: ModelMixin, *, rank: int, targets: Sequence[str]) -> None:
-    """A LoRA of 16 bits on the meta device."""
+    """Attach a 16-bit LoRA on the meta device."""
     with torch.device("meta"):
         for parameter in attach_lora(denoiser, rank=rank, alpha=rank, targets=targets, seed=0):
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def denoiser_of(config: Mapping[str, Any]) -> tuple[Callable[[], ModelMixin], Inputs, int]:
-    """What makes the denoiser on the meta device, its inputs, and the side of its own latents."""
+    """Constructor of the denoiser on the meta device, its inputs, and the side of its native latents."""
     kind = {each.__name__: each for each in (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel)}[
         config["_class_name"]
     ]
@@ -186,9 +186,9 @@ def denoiser_of(config: Mapping[str, Any]) -> tuple[Callable[[], ModelMixin], In
 
 
 def count_training(denoiser: ModelMixin, inputs: Mapping[str, Any]) -> tuple[int, int]:
-    """FLOPs of the backward alone, and the peak of activations over forward and backward, of a whole batch.
+    """FLOPs of the backward alone, and peak activation bytes over forward and backward, of a whole batch.
 
-    Gradients are dropped as soon as they are there: whoever keeps them counts them.
+    Each gradient is dropped as soon as it is computed: `cost.memory` counts them separately.
     """
 
     def drop(parameter: Tensor) -> None:
@@ -206,7 +206,7 @@ def count_training(denoiser: ModelMixin, inputs: Mapping[str, Any]) -> tuple[int
 
 
 def _inference(denoiser: ModelMixin, inputs: Inputs, sides: Sequence[int]) -> tuple[Polynomial, Polynomial]:
-    """FLOPs and peak of activations per sample of a forward without gradient."""
+    """FLOPs and peak activation bytes per sample of a forward without gradient."""
     flops, peaks = {}, {}
     for side in sides:
         meter = Meter(denoiser)
@@ -217,7 +217,7 @@ def _inference(denoiser: ModelMixin, inputs: Inputs, sides: Sequence[int]) -> tu
 
 
 def _lora_layers(denoiser: ModelMixin, inputs: Inputs, sides: Sequence[int]) -> dict[str, LoraLayers]:
-    """All layers that may get a LoRA, by the end of their names."""
+    """All layers that can take a LoRA, grouped by the end of their names."""
     layers = {name: each for name, each in denoiser.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
     seen = {side**2: _outputs_per_channel(denoiser, layers, inputs(NUM_SAMPLES, side)) for side in sides[:2]}
     by_end: dict[str, list[str]] = {}
@@ -237,7 +237,7 @@ def _lora_layers(denoiser: ModelMixin, inputs: Inputs, sides: Sequence[int]) -> 
 def _outputs_per_channel(
     denoiser: ModelMixin, layers: Mapping[str, nn.Linear | nn.Conv2d], inputs: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Values that each layer gives per output channel, for one sample."""
+    """Number of output values of each layer per output channel, for one sample."""
     outputs: dict[str, float] = {}
 
     def note(name: str, layer: nn.Linear | nn.Conv2d, given: Any, output: Tensor) -> None:
@@ -252,7 +252,7 @@ def _outputs_per_channel(
 
 
 def _vae(config: Mapping[str, Any]) -> tuple[int, Polynomial, Polynomial, Polynomial]:
-    """Parameters, FLOPs of decoding and encoding an image, and the peak of decoding one."""
+    """Parameters, FLOPs to decode and to encode an image, and peak activation bytes of decoding one."""
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(dict(config)).eval()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -274,7 +274,7 @@ def _vae(config: Mapping[str, Any]) -> tuple[int, Polynomial, Polynomial, Polyno
 
 
 def _text(configs: list[Any]) -> tuple[int, float]:
-    """Parameters of all text encoders, and FLOPs of encoding one prompt."""
+    """Parameters of all text encoders, and FLOPs to encode one prompt."""
     parameters, flops = 0, 0.0
     for config in configs:
         kind = getattr(transformers, (config.architectures or ["CLIPTextModel"])[0])
@@ -290,7 +290,7 @@ def _text(configs: list[Any]) -> tuple[int, float]:
 
 
 def _sides(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """`SIDES`, or smaller ones for a transformer whose table of places is too small for them."""
+    """`SIDES`, or smaller ones for a transformer with too few positional embeddings."""
     largest = 2 * (config.get("pos_embed_max_size") or SIDES[-1])
     return SIDES if largest >= SIDES[-1] else tuple(largest * side // SIDES[-1] for side in SIDES)
 
@@ -343,7 +343,7 @@ def _num_parameters(module: nn.Module) -> int:
 
 @contextmanager
 def _half() -> Iterator[None]:
-    """New tensors are of 16 bits."""
+    """Create 16-bit tensors by default."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

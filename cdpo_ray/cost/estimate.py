@@ -1,4 +1,4 @@
-"""Config, footprint and GPU -> GPU-hours per step, peak memory per role, and what to change if it does not fit."""
+"""Config, footprint and GPU -> GPU-hours per step, peak memory per role, and what to change if one does not fit."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -30,12 +30,11 @@ from cdpo_ray.models.sizes import sizes_of
 
 Verb = Literal["generate", "train", "evaluate"]
 VERBS: tuple[Verb, ...] = ("generate", "train", "evaluate")
-WORK: dict[str, Work] = {"generate": "generate", "train": "train", "evaluate": "generate"}
 
 
 @dataclass(frozen=True)
 class NumPrompts:
-    """How many prompts a run trains on, judges by, and validates by."""
+    """Number of prompts for training, evaluation and validation."""
 
     train: int
     heldout: int
@@ -44,7 +43,7 @@ class NumPrompts:
 
 @dataclass(frozen=True)
 class Workload:
-    """What an estimate is made for.
+    """A run and the GPU to estimate it for.
 
     Attributes:
         teacher: of a consistency model.
@@ -66,11 +65,8 @@ class Workload:
     @property
     def passes(self) -> int:
         """Forwards of the denoiser per denoising step."""
-        return 2 if self.config.generation.guidance_scale > 1 and not self._is_told_guidance else 1
-
-    @property
-    def _is_told_guidance(self) -> bool:
-        return self.config.model.family in GUIDANCE_EMBEDDED
+        guidance_conditioned = self.config.model.family in GUIDANCE_EMBEDDED
+        return 2 if self.config.generation.guidance_scale > 1 and not guidance_conditioned else 1
 
     @property
     def storage(self) -> DenoiserStorage:
@@ -83,7 +79,7 @@ class Workload:
         return (training.lora.rank, training.lora.targets) if training.method == "lora" else None
 
     def seconds(self, work: Work, flops: float, *, compiled: bool = False) -> float:
-        """Seconds of one whole GPU."""
+        """Time on one whole GPU."""
         peak = self.gpu.fp32_teraflops if self.config.model.dtype == "float32" else self.gpu.bf16_teraflops
         return flops / (peak * 1e12 * EFFICIENCY[work][compiled])
 
@@ -93,12 +89,13 @@ class StepCost:
     """Time of one step.
 
     Attributes:
-        gpu_seconds: of work, summed over GPUs, without starting.
-        wall_seconds: from begin to end, all processes at once.
-        num_processes, gpus_per_process: that work side by side.
-        compiled: whether the denoiser is.
-        saved_seconds: that compiling saves, or would, each process.
-        compile_seconds: that it takes each process.
+        gpu_seconds: work on whole GPUs, summed over processes, without start-up.
+        wall_seconds: from start to finish, with start-up and compilation.
+        num_processes: that run at the same time.
+        gpus_per_process: may be a fraction.
+        compiled: whether the denoiser is compiled.
+        saved_seconds: what compiling saves each process, or would save it.
+        compile_seconds: what compiling takes each process, or would take it.
     """
 
     verb: Verb
@@ -112,17 +109,17 @@ class StepCost:
 
     @property
     def gpu_hours(self) -> float:
-        """That are paid for: all GPUs for as long as the step lasts."""
+        """GPU-hours to pay for: all GPUs for as long as the step lasts."""
         return self.wall_seconds * self.num_processes * self.gpus_per_process / 3600
 
 
 @dataclass(frozen=True)
 class RoleMemory:
-    """Peak memory of one process of a role beside its share of the GPU.
+    """Peak memory of one process of a role, and its share of a GPU.
 
     Attributes:
         share: of one GPU, 0 to 1.
-        advice: what would fit, if it does not.
+        advice: changes that would make it fit; empty if it fits.
     """
 
     role: str
@@ -145,8 +142,12 @@ class Estimate:
     """Cost of a run on one kind of GPU.
 
     Attributes:
-        search: the trials of `cdpo tune`, beside the steps.
-        notes: what the figures leave out, and other faults.
+        steps: of one round.
+        checkpointing: whether training checkpoints activations.
+        on_gpu: whether the configuration asks for any GPU.
+        notes: what the figures leave out, and other problems.
+        search_gpu_hours: of `cdpo tune`, which the steps do not include; ``None``: no search.
+        rounds: of all steps.
     """
 
     gpu: Gpu
@@ -156,6 +157,7 @@ class Estimate:
     on_gpu: bool
     notes: tuple[str, ...] = ()
     search_gpu_hours: float | None = None
+    rounds: int = 1
 
     @property
     def fits(self) -> bool:
@@ -163,18 +165,19 @@ class Estimate:
 
     @property
     def gpu_hours(self) -> float:
-        return sum(step.gpu_hours for step in self.steps)
+        """Of all steps in all rounds, without the search."""
+        return self.rounds * sum(step.gpu_hours for step in self.steps)
 
     def step(self, verb: str) -> StepCost | None:
-        """Cost of the step of a verb; ``None``: it has none on a GPU."""
+        """Cost of a verb's step; ``None``: not estimated, or not part of the run."""
         return next((step for step in self.steps if step.verb == verb), None)
 
 
 def estimate(load: Workload) -> Estimate:
-    """What a run costs on a GPU; where a role asks for none under `resources`, as if each process had one."""
+    """Cost of a run; a role that asks for no GPU under `resources` is estimated as if each process had one."""
     config = load.config
     checkpointing = _checkpointing(load)
-    verbs = [verb for verb in VERBS if verb != "generate" or not config.preferences]
+    verbs = [verb for verb in VERBS if verb != "generate" or _generates(config)]
     steps = tuple(step_cost(load, verb, checkpointing=checkpointing) for verb in verbs)
     generators, trainers = config.resources.generators, config.resources.trainers
     on_gpu = generators.gpus_per_actor > 0 or trainers.gpus_per_worker > 0
@@ -182,43 +185,50 @@ def estimate(load: Workload) -> Estimate:
     if config.model.dtype == "bfloat16" and not load.gpu.has_bf16:
         notes.append(f"{load.gpu.name} does not compute in bfloat16; use `model.dtype: float16`")
     if config.model.quantization:
-        notes.append(f"turning {config.model.quantization} weights into {config.model.dtype} is left out of the hours")
+        notes.append(f"hours leave out dequantization of the {config.model.quantization} weights")
     _, unknown = judges_cost(config.evaluation_judges)
     if unknown:
-        notes.append(f"judges of unknown cost are left out: {', '.join(unknown)}")
+        notes.append(f"hours and memory leave out judges of unknown cost: {', '.join(unknown)}")
+    if config.rewards.placement == "pool" and config.resources.scorers.gpus_per_actor:
+        notes.append("hours leave out the GPUs of `resources.scorers`")
     if config.preferences:
-        notes.append(
-            "import (one VAE encoding per image) is left out: the number of images is known once they are read"
-        )
+        encoding = load.seconds("decode", 1000 * load.footprint.encode_flops(load.positions)) / 3600
+        notes.append(f"hours leave out the import, whose VAE takes {encoding:.2g} GPU-hours per 1,000 images")
     search = None
     if config.search:
         search = _search_gpu_seconds(load, checkpointing=checkpointing) / 3600
-    return Estimate(load.gpu, steps, tuple(_memory(load, checkpointing)), checkpointing, on_gpu, tuple(notes), search)
+    memory = tuple(_memory(load, checkpointing))
+    return Estimate(load.gpu, steps, memory, checkpointing, on_gpu, tuple(notes), search, config.rounds)
+
+
+def _generates(config: Config) -> bool:
+    """Whether the run makes its own samples."""
+    return not (config.preferences or config.run.samples_from)
 
 
 def step_cost(load: Workload, verb: Verb, *, checkpointing: bool = False) -> StepCost:
     """Time of one step."""
-    config, work = load.config, WORK[verb]
+    config = load.config
     if verb == "train":
         num_processes, gpus = config.training.num_workers, config.resources.trainers.gpus_per_worker or 1
     else:
         num_processes, gpus = _num_actors(load, verb), config.resources.generators.gpus_per_actor or 1
-    compile_seconds = COMPILE_SECONDS[config.model.family] * GRAPHS[work]
+    compile_seconds = COMPILE_SECONDS[config.model.family] * GRAPHS[verb]
     speed = num_processes * min(1.0, gpus)
     eager, fast = (_gpu_seconds(load, verb, compiled=each, checkpointing=checkpointing) for each in (False, True))
-    saved_seconds = (eager - fast) / speed  # each process compiles for itself, and saves its part of the work
+    saved_seconds = (eager - fast) / speed  # of one process, which compiles for itself and has its part of the work
     asked = config.model.compile
     compiled = saved_seconds > compile_seconds if asked == "auto" else asked
     busy = fast if compiled else eager
-    starting = START_SECONDS + LOAD_SECONDS_PER_GIB * _weights_bytes(load, verb) / GIB
-    wall = busy / speed + starting + compiled * compile_seconds
+    starting_up = START_SECONDS + LOAD_SECONDS_PER_GIB * _weights_bytes(load, verb) / GIB
+    wall = busy / speed + starting_up + compiled * compile_seconds
     return StepCost(verb, busy, wall, num_processes, gpus, compiled, saved_seconds, compile_seconds)
 
 
 def pays_to_compile(load: Workload, verb: Verb) -> bool:
     """Whether compiling the denoiser saves a process of the step more time than it takes."""
     auto = load.config.model_copy(update={"model": load.config.model.model_copy(update={"compile": "auto"})})
-    return step_cost(replace(load, config=auto), verb).compiled
+    return step_cost(replace(load, config=auto), verb, checkpointing=_checkpointing(load)).compiled
 
 
 def training_peak(load: Workload, *, checkpointing: bool) -> Peak:
@@ -249,12 +259,13 @@ def _checkpointing(load: Workload) -> bool:
 
 
 def _gpu_seconds(load: Workload, verb: Verb, *, compiled: bool, checkpointing: bool) -> float:
-    """Seconds of work of one whole GPU."""
+    """Time of a step's work on one whole GPU."""
     config, evaluation = load.config, load.config.evaluation
     if verb == "generate":
         num_images = load.prompts.train * config.generation.images_per_prompt
         judges = config.rewards.judges if config.rewards.placement == "fused" else {}
-        return num_images * _image_seconds(load, judges, compiled=compiled)
+        encoding = load.seconds("generate", load.prompts.train * load.footprint.text_flops)
+        return encoding + num_images * _image_seconds(load, judges, compiled=compiled)
     if verb == "train":
         curriculum = config.curriculum
         num_pairs = curriculum.num_stages * curriculum.updates_per_stage * config.training.global_batch_size
@@ -264,12 +275,13 @@ def _gpu_seconds(load: Workload, verb: Verb, *, compiled: bool, checkpointing: b
             seconds += curriculum.num_stages * num_samples * _value_seconds(load, compiled=compiled)
         return seconds
     num_images = load.prompts.heldout * evaluation.images_per_prompt
-    seconds = 2 * num_images * _image_seconds(load, config.evaluation_judges, compiled=compiled)
+    seconds = load.seconds("generate", load.prompts.heldout * load.footprint.text_flops)
+    seconds += 2 * num_images * _image_seconds(load, config.evaluation_judges, compiled=compiled)
     return seconds + num_images * evaluation.num_margin_draws * _value_seconds(load, compiled=compiled)
 
 
 def _image_seconds(load: Workload, judges: dict[str, dict[str, Any]], *, compiled: bool) -> float:
-    """Of sampling, decoding and judging one image."""
+    """Time to sample, decode and judge one image."""
     footprint, steps = load.footprint, load.config.generation.num_denoising_steps
     cost, _ = judges_cost(judges)
     return (
@@ -280,7 +292,7 @@ def _image_seconds(load: Workload, judges: dict[str, dict[str, Any]], *, compile
 
 
 def _pair_seconds(load: Workload, *, compiled: bool, checkpointing: bool) -> float:
-    """Of both samples of a pair, through policy and reference."""
+    """Time of one pair: both samples through policy and reference."""
     method = "lora" if load.lora else "full"
     forward = load.footprint.forward_flops(load.positions)
     policy = forward * (2 if checkpointing else 1) + load.footprint.backward_flops[method](load.positions)
@@ -288,45 +300,47 @@ def _pair_seconds(load: Workload, *, compiled: bool, checkpointing: bool) -> flo
 
 
 def _value_seconds(load: Workload, *, compiled: bool) -> float:
-    """Of one sample through policy and reference, without gradient."""
+    """Time of one sample through policy and reference, without gradient."""
     forward = load.footprint.forward_flops(load.positions)
     return load.seconds("generate", forward + _reference_flops(load), compiled=compiled)
 
 
 def _reference_flops(load: Workload) -> float:
-    """Of one sample through the reference; a consistency model's target takes the guided teacher and it once more."""
+    """FLOPs of one sample through the reference; with a teacher, twice through it and through the guided teacher."""
     forward = load.footprint.forward_flops(load.positions)
     return 2 * forward + 2 * load.teacher.forward_flops(load.positions) if load.teacher else forward
 
 
 def _search_gpu_seconds(load: Workload, *, checkpointing: bool) -> float:
-    """Of all trials of a search and its confirmation, at most."""
+    """Time of all trials of a search and of its confirmation, if no trial is stopped early."""
     config, search = load.config, load.config.search
     assert search is not None, "asked of a config with a search"
-    num_stages = search.largest("curriculum.num_stages", config.curriculum.num_stages)
-    per_stage = search.largest("curriculum.updates_per_stage", config.curriculum.updates_per_stage)
-    num_updates = search.updates_per_trial or num_stages * per_stage
-    num_trials = (search.num_trials or 0) + 2 * search.confirm_seeds
+    num_trials, num_confirmations = search.max_trials(config.plain()), 2 * search.confirm_seeds
     compiled = step_cost(load, "train", checkpointing=checkpointing).compiled
-    pairs = num_updates * config.training.global_batch_size
-    trial = pairs * _pair_seconds(load, compiled=compiled, checkpointing=checkpointing)
-    images = num_stages * load.prompts.validation * search.images_per_prompt
-    trial += images * _image_seconds(load, config.evaluation_judges, compiled=compiled)
-    return num_trials * trial
+    pairs = search.max_updates(config.curriculum) * config.training.global_batch_size
+    training = pairs * _pair_seconds(load, compiled=compiled, checkpointing=checkpointing)
+    num_stages = search.largest("curriculum.num_stages", config.curriculum.num_stages)
+    prompts = num_trials * num_stages * load.prompts.validation + num_confirmations * load.prompts.heldout
+    image = _image_seconds(load, config.evaluation_judges, compiled=compiled)
+    return (num_trials + num_confirmations) * training + prompts * search.images_per_prompt * image
 
 
 def _num_actors(load: Workload, verb: Verb) -> int:
-    """Generators that find work: a call of one takes whole prompts."""
+    """Number of generators that have work: each call takes whole prompts."""
+    num_prompts = load.prompts.heldout if verb == "evaluate" else load.prompts.train
+    calls = math.ceil(num_prompts / _call_of(load, verb)[0])
+    return max(1, min(load.config.resources.generators.num_actors, calls))
+
+
+def _call_of(load: Workload, verb: Verb) -> tuple[int, int]:
+    """Number of prompts of one call of a generator, and of images per prompt."""
     config = load.config
-    generation = config.generation
-    evaluates = verb == "evaluate"
-    per_prompt = config.evaluation.images_per_prompt if evaluates else generation.images_per_prompt
-    num_prompts = load.prompts.heldout if evaluates else load.prompts.train
-    calls = math.ceil(num_prompts / max(1, generation.images_per_batch // per_prompt))
-    return max(1, min(config.resources.generators.num_actors, calls))
+    per_prompt = (config.evaluation if verb == "evaluate" else config.generation).images_per_prompt
+    return max(1, config.generation.images_per_batch // per_prompt), per_prompt
 
 
 def _weights_bytes(load: Workload, verb: Verb) -> float:
+    """Weights that each process of a step loads."""
     footprint, storage = load.footprint, load.storage
     others = footprint.text_parameters + (0 if verb == "train" else footprint.vae_parameters)
     teacher = load.teacher.parameters if load.teacher and verb != "generate" else 0
@@ -336,7 +350,7 @@ def _weights_bytes(load: Workload, verb: Verb) -> float:
 def _memory(load: Workload, checkpointing: bool) -> Iterator[RoleMemory]:
     config, resources = load.config, load.config.resources
     generators = min(1.0, resources.generators.gpus_per_actor or 1)
-    if not config.preferences:
+    if _generates(config):
         judges = config.rewards.judges if config.rewards.placement == "fused" else {}
         yield _role(load, "generator", generators, lambda each: _sampling_peak(each, "generate", judges))
     yield _role(
@@ -354,11 +368,9 @@ def _memory(load: Workload, checkpointing: bool) -> Iterator[RoleMemory]:
 
 def _sampling_peak(load: Workload, verb: Verb, judges: dict[str, dict[str, Any]]) -> Peak:
     config, generation = load.config, load.config.generation
-    evaluates = verb == "evaluate"
-    per_prompt = config.evaluation.images_per_prompt if evaluates else generation.images_per_prompt
-    num_prompts = max(1, generation.images_per_batch // per_prompt)  # of a call
+    num_prompts, per_prompt = _call_of(load, verb)
     extra = 0
-    if evaluates:
+    if verb == "evaluate":
         extra += 0 if load.lora else load.footprint.parameters
         extra += load.teacher.parameters if load.teacher and config.evaluation.num_margin_draws else 0
     return generator_peak(
@@ -380,18 +392,18 @@ def _role(load: Workload, role: str, share: float, peak_of: Callable[[Workload],
     advice = []
     for kind in kinds:
         for size in sizes:  # the largest first
-            words = (*kind.words, *size.words)
+            keys = (*kind.keys, *size.keys)
             changed = _changed(_changed(load, kind), size)
-            if words and peak_of(changed).fits(found.available_bytes):
-                advice.append(" and ".join(words))
+            if keys and peak_of(changed).fits(found.available_bytes):
+                advice.append(" and ".join(keys))
                 break
     return RoleMemory(role, found.peak, share, load.gpu, tuple(advice[:3]))
 
 
 class Change(NamedTuple):
-    """A change of the configuration: in words, and the keys by section."""
+    """A change of the configuration: each key with its new value, as a user writes it, and the values by section."""
 
-    words: tuple[str, ...]
+    keys: tuple[str, ...]
     sections: dict[str, dict[str, Any]]
 
 
@@ -399,16 +411,16 @@ UNCHANGED = Change((), {})
 
 
 def _change(**sections: dict[str, Any]) -> Change:
-    words = [
+    keys = [
         f"`{section}.{key}: {str(value).lower()}`"
         for section, values in sections.items()
         for key, value in values.items()
     ]
-    return Change(tuple(words), sections)
+    return Change(tuple(keys), sections)
 
 
 def _training_changes(load: Workload) -> tuple[list[Change], list[Change]]:
-    """Kinds of change that take less memory, the cheapest in time first; batch sizes, the largest first."""
+    """Changes that save memory, the cheapest in time first; smaller batches, the largest first."""
     training, model = load.config.training, load.config.model
     sizes = [
         _change(training={"batch_size_per_worker": size})
@@ -430,6 +442,7 @@ def _training_changes(load: Workload) -> tuple[list[Change], list[Change]]:
 
 
 def _sampling_changes(load: Workload) -> tuple[list[Change], list[Change]]:
+    """As `_training_changes`."""
     model, images = load.config.model, load.config.generation.images_per_batch
     kinds = [UNCHANGED]
     if not model.offload:

@@ -1,4 +1,4 @@
-"""What a model costs: FLOPs and bytes per sample, as polynomials of the number of latent positions."""
+"""Cost of a model: FLOPs and bytes per sample, as polynomials in the number of latent positions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -6,9 +6,9 @@ from fractions import Fraction
 from typing import Any, Self
 
 Method = str
-"""``lora`` or ``full``: which parameters a training computes gradients of."""
+"""``lora`` or ``full``: which parameters are trained."""
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""LoRA targets of the footprint that is counted for ``lora``; other targets save the inputs of more layers."""
+"""LoRA targets that ``lora`` footprints are counted with; other targets keep more inputs for the backward."""
 BYTES_16_BIT = 2
 
 
@@ -23,30 +23,30 @@ class Polynomial:
 
     @classmethod
     def through(cls, points: Mapping[int, float]) -> Self:
-        """The polynomial of lowest degree through all points, computed in exact arithmetic (Newton's form)."""
-        places = list(points)
-        differences = [Fraction(points[place]) for place in places]
-        for order in range(1, len(places)):
-            for index in range(len(places) - 1, order - 1, -1):
-                step = places[index] - places[index - order]
+        """Interpolating polynomial, in exact arithmetic (Newton's form)."""
+        nodes = list(points)
+        differences = [Fraction(points[node]) for node in nodes]
+        for order in range(1, len(nodes)):
+            for index in range(len(nodes) - 1, order - 1, -1):
+                step = nodes[index] - nodes[index - order]
                 differences[index] = (differences[index] - differences[index - 1]) / step
         coefficients: list[Fraction] = [Fraction(0)]
-        for index in range(len(places) - 1, -1, -1):  # Horner: multiply by (x - place), add the difference
+        for index in range(len(nodes) - 1, -1, -1):  # Horner: multiply by (x - node), add the difference
             shifted = [Fraction(0), *coefficients]
             coefficients = [
-                high - places[index] * low for high, low in zip(shifted, [*coefficients, Fraction(0)], strict=True)
+                high - nodes[index] * low for high, low in zip(shifted, [*coefficients, Fraction(0)], strict=True)
             ]
             coefficients[0] += differences[index]
-        return cls(tuple(float(coefficient) for coefficient in coefficients[: len(places)]))
+        return cls(tuple(float(coefficient) for coefficient in coefficients[: len(nodes)]))
 
 
 @dataclass(frozen=True)
 class LoraLayers:
-    """Layers of a denoiser whose names end alike.
+    """Layers of a denoiser whose names have the same end.
 
     Attributes:
         parameters_per_rank: of a LoRA on all of them.
-        outputs: values per rank that the first factors of all of them give for one sample.
+        outputs: output values per rank of the LoRA's down projections, for one sample.
     """
 
     parameters_per_rank: int
@@ -65,11 +65,11 @@ class Footprint:
         forward_flops: of the denoiser, per sample.
         backward_flops: per sample; by method.
         training_bytes, checkpointed_bytes: peak of activations per sample over forward and backward, without and with
-            gradient checkpointing; by method. Weights and kept gradients are not in it.
-        inference_bytes: peak of activations per sample of a forward without gradient.
+            gradient checkpointing; by method. Weights and gradients of weights are not included.
+        inference_bytes: peak of activations per sample in a forward without gradient.
         decode_flops, encode_flops, decode_bytes: of the VAE, per image.
         text_parameters, text_flops: of all text encoders; FLOPs per prompt.
-        lora_layers: by the end of their names, as ``attn1.to_q``.
+        lora_layers: layers that can take a LoRA, by the end of their names, as ``attn1.to_q``.
     """
 
     parameters: int
@@ -101,7 +101,7 @@ class Footprint:
         if lora is None:
             return (self.checkpointed_bytes if checkpointing else self.training_bytes)["full"](positions)
         rank, targets = lora
-        # Outside attention a LoRA saves the inputs of its layers, as full fine-tuning does.
+        # A LoRA outside attention keeps the inputs of its layers for the backward, as full fine-tuning does.
         method = "lora" if all(_matches(target, ATTENTION_TARGETS) for target in targets) else "full"
         if checkpointing:
             return self.checkpointed_bytes[method](positions)
@@ -112,12 +112,12 @@ class Footprint:
         return [layers for name, layers in self.lora_layers.items() if _matches(name, targets)]
 
     def plain(self) -> dict[str, Any]:
-        """As JSON values; `of` reads them again."""
+        """As JSON values; the inverse of `of`."""
         return _plain(asdict(self))
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """From the values that `plain` gives."""
+        """From JSON values; the inverse of `plain`."""
         read = {name: _read(value) for name, value in values.items() if name != "lora_layers"}
         layers = {
             name: LoraLayers(value["parameters_per_rank"], Polynomial(tuple(value["outputs"])))

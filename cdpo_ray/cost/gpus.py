@@ -13,10 +13,10 @@ class Gpu:
     """One GPU.
 
     Attributes:
-        memory_gib: as PyTorch sees it, which is less than the name says.
-        bf16_teraflops: dense matrix rate in 16 bits with fp32 accumulation, without sparsity, per second.
-        fp32_teraflops: rate of fp32 without TensorFloat-32, per second.
-        has_bf16: whether it computes in bfloat16 at that rate; else in float16 alone.
+        memory_gib: as PyTorch reports it, which is less than the nominal size.
+        bf16_teraflops: dense 16-bit matrix rate with fp32 accumulation, without sparsity.
+        fp32_teraflops: fp32 rate without TensorFloat-32.
+        has_bf16: whether the 16-bit rate holds for bfloat16; otherwise for float16 only.
     """
 
     name: str
@@ -34,7 +34,7 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         # Rates: NVIDIA's data sheets, and for GeForce the architecture white papers (Ada, Ampere, Blackwell), where the
-        # rate with fp32 accumulation is half of that with fp16. Memory: `torch.cuda.get_device_properties`.
+        # rate with fp32 accumulation is half the one with fp16. Memory: `torch.cuda.get_device_properties`.
         Gpu("b200", 178, 2250, 75),
         Gpu("h200", 139, 989, 67),
         Gpu("h100", 79, 989, 67),
@@ -42,7 +42,7 @@ GPUS = {
         Gpu("a100-40gb", 39, 312, 19.5),
         Gpu("l40s", 44, 362, 91.6),
         Gpu("a6000", 47, 155, 38.7),
-        Gpu("a10g", 22, 70, 31.2),
+        Gpu("a10g", 22, 70, 35),
         Gpu("l4", 22, 121, 30.3),
         Gpu("v100", 15.7, 125, 15.7, has_bf16=False),
         Gpu("t4", 14.6, 65, 8.1, has_bf16=False),
@@ -55,11 +55,11 @@ DEFAULT_GPU = GPUS["h100"]
 
 
 def gpu_of_device(device_name: str, memory_gib: float | None = None) -> Gpu | None:
-    """The GPU of the table that a driver's or Ray's device name means; ``None``: it is not there.
+    """GPU of the table for the device name that a driver or Ray reports; ``None``: not listed.
 
     Args:
         device_name: as ``NVIDIA H100 80GB HBM3`` or ``A100-40G``.
-        memory_gib: of the device, where names leave it open.
+        memory_gib: of the device; tells variants of one name apart.
     """
     words = re.split(r"[^a-z0-9]+", device_name.lower())
     found = next((gpu for gpu in GPUS.values() if gpu.name in words and "laptop" not in words), None)
@@ -69,7 +69,7 @@ def gpu_of_device(device_name: str, memory_gib: float | None = None) -> Gpu | No
 
 
 def visible_gpu() -> Gpu | None:
-    """The first GPU of this machine, by its driver; ``None``: there is none, or the table does not have it."""
+    """First GPU of this machine, as its driver reports it; ``None``: there is none, or it is not listed."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
@@ -79,4 +79,5 @@ def visible_gpu() -> Gpu | None:
     except (OSError, subprocess.SubprocessError):
         return None
     name, _, mebibytes = lines[0].rpartition(",") if lines else ("", "", "")
-    return gpu_of_device(name, float(mebibytes) / 1024) if name else None
+    memory_gib = float(mebibytes) / 1024 if mebibytes.strip().isdecimal() else None  # "[N/A]" for unified memory
+    return gpu_of_device(name, memory_gib)

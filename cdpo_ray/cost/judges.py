@@ -1,11 +1,11 @@
-"""What judging an image costs, by reward; needs no torch."""
+"""Cost of judging an image, by reward; needs no torch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class JudgeCost(NamedTuple):
-    """FLOPs per image (2 per multiply-add, the prompt's share left out: a prompt is encoded once), and parameters."""
+    """FLOPs per image (2 per multiply-add; without its prompt, which is encoded once), and parameters."""
 
     flops: float
     parameters: int
@@ -24,13 +24,13 @@ REWARDS = {
     "hpsv2": CLIP_MODELS["ViT-H-14"],
     "pickscore": CLIP_MODELS["ViT-H-14"],
     "aesthetic": CLIP_MODELS["ViT-L-14"],
-    "imagereward": JudgeCost(135e9, 478_000_000),  # BLIP: ViT-L/16 at 224 pixels, and BERT that looks at its tokens
+    "imagereward": JudgeCost(135e9, 478_000_000),  # BLIP: ViT-L/16 at 224 pixels, and BERT with cross-attention to it
 }
 ON_CPU = ("jpeg_size", "oracle", "oracle_strict")
 
 
 def judges_cost(judges: Mapping[str, Mapping[str, Any]]) -> tuple[JudgeCost, list[str]]:
-    """Cost of all judges together, and the names of those whose cost is not known.
+    """Total cost of the judges, and the names of those whose cost is unknown.
 
     Args:
         judges: name -> options, as `RewardsSection.judges`.
@@ -43,9 +43,4 @@ def judges_cost(judges: Mapping[str, Mapping[str, Any]]) -> tuple[JudgeCost, lis
             known.append(cost)
         elif name not in ON_CPU and not options.get("endpoint"):
             unknown.append(name)
-    return _together(known), unknown
-
-
-def _together(costs: Iterable[JudgeCost]) -> JudgeCost:
-    costs = list(costs)
-    return JudgeCost(sum(cost.flops for cost in costs), sum(cost.parameters for cost in costs))
+    return JudgeCost(sum(cost.flops for cost in known), sum(cost.parameters for cost in known)), unknown

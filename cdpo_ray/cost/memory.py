@@ -1,4 +1,4 @@
-"""Peak GPU memory of the processes of a run, by what the bytes are for; plain arithmetic."""
+"""Peak GPU memory of each process of a run, by purpose; plain arithmetic."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from cdpo_ray.cost.footprint import Footprint
 from cdpo_ray.models.sizes import BYTES_OF
 
 CONTEXT_BYTES = 0.9 * 2**30
-"""CUDA context, libraries' workspaces and NCCL's buffers of one process; ESTIMATED."""
+"""CUDA context, library workspaces and NCCL buffers of one process; ESTIMATED."""
 USABLE_SHARE = 0.95
-"""Of a GPU's memory: the allocator's blocks are never all full; ESTIMATED."""
+"""Of a GPU's memory; the rest is lost to fragmentation; ESTIMATED."""
 QUANTIZED_BYTES = {"nf4": 0.53, "int8": 1.01}
 """Per parameter of a linear layer: 4 bits and a scale per block of 64 that is itself quantized; 8 bits and a scale per
 row."""
@@ -23,7 +23,7 @@ JUDGE_BYTES = 4
 
 @dataclass(frozen=True)
 class DenoiserStorage:
-    """How the weights of a model are kept; see `ModelSection` of the config."""
+    """How a model's weights are stored; see `ModelSection` of the config."""
 
     dtype: str
     quantization: str | None = None
@@ -42,7 +42,7 @@ class DenoiserStorage:
         return footprint.linear_parameters * QUANTIZED_BYTES[self.quantization] + others * self.value_bytes
 
     def scaled(self, bytes_16_bit: float) -> float:
-        """Activations of this type, by their bytes in 16 bits."""
+        """Bytes of activations in this dtype, from their bytes in 16 bits."""
         return bytes_16_bit * self.value_bytes / 2
 
 
@@ -51,9 +51,9 @@ class Peak:
     """Peak memory of one process in bytes.
 
     Attributes:
-        weights: that stay, optimizer included.
-        work: the largest of what comes and goes on top: activations, the optimizer's temporaries, loading.
-        context: of CUDA itself.
+        weights: resident for the whole process, optimizer state included.
+        work: largest of the temporary uses: activations, the optimizer's temporaries, loading.
+        context: see `CONTEXT_BYTES`.
     """
 
     weights: float
@@ -65,7 +65,7 @@ class Peak:
         return self.weights + self.work + self.context
 
     def fits(self, gpu_bytes: float) -> bool:
-        """Whether it fits this much memory of a GPU, or of a share of one."""
+        """Whether it fits into the usable share of this much memory."""
         return self.total <= USABLE_SHARE * gpu_bytes
 
 
@@ -93,7 +93,7 @@ def trainer_peak(
         pairs: in one launch.
         lora: rank and targets; ``None``: full fine-tuning.
         teacher: of a consistency model.
-        with_vae: a search validates in the worker.
+        with_vae: the worker decodes images, as a search does to validate.
     """
     share = 1 / num_workers
     trainable = footprint.lora_parameters(*lora) if lora else footprint.parameters
@@ -113,12 +113,15 @@ def trainer_peak(
     vae = footprint.vae_parameters * storage.value_bytes if with_vae else 0
     text = footprint.text_parameters * storage.value_bytes
     activations = 2 * pairs * footprint.activation_bytes(positions, lora=lora, checkpointing=checkpointing)
-    if teacher:  # with and without prompt, at once, without gradient
+    if teacher:  # one forward without gradient, both samples with and without prompt
         activations = max(activations, 4 * pairs * teacher.inference_bytes(positions))
-    # fp32 gradients and AdamW's temporaries of as much again, once the activations are gone
+    # fp32 gradients and AdamW's temporaries of the same size, once activations are freed
     stepping = 2 * 4 * trainable * (share if zero_stage >= 1 else 1)
-    loading = max(0.0, denoiser * (not storage.offload) + text + vae - weights)  # text encoders leave before training
-    return Peak(weights + vae * (not storage.offload), max(storage.scaled(activations), stepping, loading))
+    vae_at_rest = 0 if storage.offload else vae
+    weights += vae_at_rest
+    # text encoders are dropped before training; with offload they are done before the denoiser is put on the GPU
+    loading = text + vae_at_rest + (0 if storage.offload else denoiser) - weights
+    return Peak(weights, max(storage.scaled(activations), stepping, loading))
 
 
 def generator_peak(
@@ -133,13 +136,13 @@ def generator_peak(
 ) -> Peak:
     """Peak of a process that samples and decodes images.
 
-    With offload the denoiser stays, and text encoders and VAE come to it when they are needed.
+    With offload only the denoiser is resident; text encoders and VAE are on the GPU while they run.
 
     Args:
-        images: at once.
-        passes: 2 with guidance by a second pass, else 1.
-        judge_parameters: of judges that score the images in the same process.
-        extra_parameters: that stay too: a tuned whole net, a teacher.
+        images: per batch.
+        passes: forwards per denoising step: 2 with classifier-free guidance, otherwise 1.
+        judge_parameters: of the judges that run in the same process.
+        extra_parameters: of other resident models: a fully fine-tuned net, a teacher.
     """
     judges = judge_parameters * JUDGE_BYTES
     denoiser = storage.denoiser_bytes(footprint) + extra_parameters * storage.value_bytes
@@ -155,8 +158,8 @@ def use_checkpointing(asked: bool | str, peak_without: float | None, gpu_bytes: 
     """Whether training checkpoints activations.
 
     Args:
-        asked: `training.gradient_checkpointing`.
-        peak_without: estimated peak bytes without it; ``None``: not known.
+        asked: `training.gradient_checkpointing`; `auto` decides by the peak.
+        peak_without: estimated peak bytes without it; ``None``: unknown, then `auto` checkpoints.
         gpu_bytes: memory of the GPU, or of the worker's share of it; ``None``: there is no GPU.
     """
     if isinstance(asked, bool):

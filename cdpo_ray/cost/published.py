@@ -1,4 +1,4 @@
-"""Footprints of published models, and which of them a model of a configuration has; needs no torch."""
+"""Footprints of published models, and the lookup of a configuration's model among them; needs no torch."""
 
 import functools
 import json
@@ -32,14 +32,14 @@ OF_FAMILY = {
     "stable_diffusion_3": "sd35_medium",
     "flux": "flux_dev",
 }
-"""What a hub id that is not in `HUB_IDS` is taken for."""
+"""Assumed for hub ids that are not in `HUB_IDS`."""
 
 
 class KnownFootprint(NamedTuple):
-    """A footprint and where it is from.
+    """A footprint and its source.
 
     Attributes:
-        is_assumed: it is another model's of the same family.
+        is_assumed: whether it is that of another model of the same family.
     """
 
     footprint: Footprint
@@ -48,7 +48,7 @@ class KnownFootprint(NamedTuple):
 
 
 def known_footprint(family: str, path: str) -> KnownFootprint | None:
-    """Footprint of a model that is in the table; ``None``: the folder's architecture is not, and must be counted.
+    """Footprint of a model by the table; ``None``: a folder whose architecture is not in it and must be counted.
 
     Args:
         path: ``embedded``, a folder in diffusers layout, or a hub id.
@@ -87,7 +87,7 @@ def _denoiser_config(folder: Path) -> dict[str, Any]:
 
 
 def _name_of(config: Mapping[str, Any]) -> str | None:
-    """The model of the table whose denoiser is built as this configuration says; keys that it lacks are defaults."""
+    """Model of the table with this denoiser configuration; missing keys count as equal, because they are defaults."""
     for name, entry in _table().items():
         if all(config.get(key, value) == value for key, value in entry["denoiser"].items()):
             return name

@@ -1,23 +1,25 @@
-"""An estimate in words, as `cdpo check` prints it."""
+"""An estimate as text, as `cdpo check` prints it."""
 
 from cdpo_ray.cost.estimate import Estimate, RoleMemory, StepCost
 from cdpo_ray.cost.gpus import GIB
+from cdpo_ray.cost.memory import USABLE_SHARE
 from cdpo_ray.progress.pace import duration
 
 
 def cost_lines(estimate: Estimate, source: str) -> list[str]:
-    """Hours per step, peak memory per role and a verdict, a line each.
+    """Hours per step, peak memory per role and a verdict, one per line.
 
     Args:
-        source: where the model's footprint is from.
+        source: of the model's footprint.
     """
     gpu = estimate.gpu
-    where = "" if estimate.on_gpu else "; `resources` asks for no GPU, so this is what it would take on one"
+    where = "" if estimate.on_gpu else "; `resources` asks for no GPU, the figures are for one per process"
     lines = [f"  cost         estimated, not measured, for {gpu.name} ({gpu.memory_gib:g} GiB), {source}{where}"]
     lines += [f"    {step.verb:<11}{_step(step)}" for step in estimate.steps]
-    lines.append(f"    {'all':<11}{estimate.gpu_hours:.3g} GPU-hours")
+    rounds = f" in {estimate.rounds} rounds" if estimate.rounds > 1 else ""
+    lines.append(f"    {'all':<11}{_hours(estimate.gpu_hours)}{rounds}")
     if estimate.search_gpu_hours is not None:
-        lines.append(f"    {'search':<11}{estimate.search_gpu_hours:.3g} GPU-hours at most, trials and confirmation")
+        lines.append(f"    {'search':<11}at most {_hours(estimate.search_gpu_hours)}, trials and confirmation")
     for role in estimate.memory:
         lines += _role(role, estimate)
     lines += [f"    note       {note}" for note in estimate.notes]
@@ -26,10 +28,10 @@ def cost_lines(estimate: Estimate, source: str) -> list[str]:
 
 
 def memory_faults(estimate: Estimate) -> list[str]:
-    """What does not fit the GPU, a line each."""
+    """Roles that do not fit the GPU, one per line."""
     return [
-        f"{role.role}: estimated peak {_gib(role.peak.total)} of {_available(role)} of {estimate.gpu.name};"
-        f" {_advice(role)}"
+        f"{role.role}: estimated peak {_gib(role.peak.total)} does not fit {_available(role)} of {estimate.gpu.name},"
+        f" of which {USABLE_SHARE:.0%} is usable; {_advice(role)}"
         for role in estimate.memory
         if not role.fits
     ]
@@ -39,15 +41,16 @@ def _step(step: StepCost) -> str:
     gpus = (
         f"{step.num_processes} x {step.gpus_per_process:g}" if step.num_processes > 1 else f"{step.gpus_per_process:g}"
     )
-    how = "compiled" if step.compiled else "eager"
-    return (
-        f"{step.gpu_hours:.3g} GPU-hours, {duration(step.wall_seconds)} on {gpus} GPU, {how}"
-        f" (compiling takes {duration(step.compile_seconds)}, saves {duration(step.saved_seconds)})"
-    )
+    takes, saved = duration(step.compile_seconds), duration(step.saved_seconds)
+    if step.compiled:
+        how = f"compiled (compiling takes {takes}, saves {saved})"
+    else:
+        how = f"eager (compiling would take {takes}, save {saved})"
+    return f"{_hours(step.gpu_hours)}, {duration(step.wall_seconds)} on {gpus} GPU, {how}"
 
 
 def _role(role: RoleMemory, estimate: Estimate) -> list[str]:
-    verdict = "fits" if role.fits else "DOES NOT FIT"
+    verdict = "fits" if role.fits else f"DOES NOT FIT ({USABLE_SHARE:.0%} is usable)"
     checkpointed = ", gradient checkpointing" if role.role == "trainer" and estimate.checkpointing else ""
     line = f"    {role.role:<11}peak {_gib(role.peak.total)} of {_available(role)}: {verdict}{checkpointed}"
     return [line] if role.fits else [line, f"    {'':<11}{_advice(role)}"]
@@ -55,13 +58,17 @@ def _role(role: RoleMemory, estimate: Estimate) -> list[str]:
 
 def _advice(role: RoleMemory) -> str:
     if not role.advice:
-        return "no change of the batch, checkpointing, ZeRO, quantization or offload fits; take a larger GPU"
+        return "no smaller batch, checkpointing, ZeRO, quantization or offload is enough; use a GPU with more memory"
     return f"would fit: {'; or '.join(role.advice)}"
 
 
 def _available(role: RoleMemory) -> str:
     share = f" ({role.share:g} of a GPU)" if role.share < 1 else ""
     return f"{_gib(role.available_bytes)}{share}"
+
+
+def _hours(gpu_hours: float) -> str:
+    return f"{gpu_hours:,.0f} GPU-hours" if gpu_hours >= 100 else f"{gpu_hours:.3g} GPU-hours"
 
 
 def _gib(number: float) -> str:

@@ -22,7 +22,7 @@ from cdpo_ray.records import ARMS, IMPLICIT_VALUE, score_column
 class Comparer:
     """Rows of prompts -> rows of `5-evaluation` (`records`), a list of images each; a plain class that a pool wraps.
 
-    Images stay pixels: what needs no model, `looks.measure_looks` and PNGs, follows in a task of its own.
+    Images are returned as pixels: later tasks, which need no model, measure their appearance and encode them as PNG.
 
     Args:
         family, model: name in `FAMILIES` and the arguments of its ``load``.

@@ -20,8 +20,8 @@ def join_comparison(parts: Sequence[Part], path: Path, *, row_group_bytes: int =
     Memory holds one row group, not the images of all parts.
 
     Args:
-        parts: at least one, in prompt order; left where they are.
-        row_group_bytes: size of the parts that make up a row group; one part may be more.
+        parts: at least one, in prompt order; not deleted.
+        row_group_bytes: a row group ends with the part by which it has this size.
 
     Returns:
         The rows of all parts, one per prompt, without the image columns.

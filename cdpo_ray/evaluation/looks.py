@@ -1,4 +1,4 @@
-"""Pixels of compared images -> columns of how they look; needs no model."""
+"""Pixels of compared images -> columns of appearance and diversity; needs no model."""
 
 import pyarrow as pa
 
@@ -9,18 +9,19 @@ from cdpo_ray.records import ARMS
 
 
 def measure_looks(rows: pa.Table) -> pa.Table:
-    """Add to the rows of `Comparer` how the images of each model look, and how much those of a prompt differ.
+    """Add appearance and diversity of each model's images to the rows of `Comparer`.
 
-    After the scores of each model come its columns of `APPEARANCE`, lists, and `diversity`, `None` for one image.
+    Behind the other columns of each model: a list column per measure of `APPEARANCE`, and `diversity`, which is
+    ``None`` where a prompt has one image.
     """
     for arm in ARMS:
         per_prompt = rows[f"{arm}_pixels"].combine_chunks().to_numpy_ndarray()
         num_images = per_prompt.shape[1]
         images = per_prompt.reshape(-1, *per_prompt.shape[2:])
         looks = {name: list_column(measure(images), num_images, pa.float64()) for name, measure in APPEARANCE.items()}
-        apart = [pairwise_rms_distance(few) if num_images > 1 else None for few in per_prompt]
-        looks["diversity"] = pa.array(apart, pa.float64())
-        place = 1 + max(index for index, name in enumerate(rows.column_names) if name.startswith(f"{arm}_"))
+        diversity = [pairwise_rms_distance(few) if num_images > 1 else None for few in per_prompt]
+        looks["diversity"] = pa.array(diversity, pa.float64())
+        position = 1 + max(index for index, name in enumerate(rows.column_names) if name.startswith(f"{arm}_"))
         for offset, (name, values) in enumerate(looks.items()):
-            rows = rows.add_column(place + offset, f"{arm}_{name}", values)
+            rows = rows.add_column(position + offset, f"{arm}_{name}", values)
     return rows

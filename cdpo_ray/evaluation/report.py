@@ -192,8 +192,8 @@ def image_grid(comparison_path: Path, judges: Sequence[str], num_prompts: int) -
     first = sorted(set(read_table(comparison_path, ["prompt_index"])["prompt_index"].to_pylist()))[:num_prompts]
     columns = ["prompt_index", "prompt", "sample_index", *(f"{arm}_image" for arm in ARMS)]
     columns += [f"{arm}_{score_column(judge)}" for arm in ARMS for judge in judges]
-    few = [("prompt_index", "in", first), ("sample_index", "<", MAX_IMAGES)]
-    rows = read_table(comparison_path, columns, few) if first else None
+    shown_rows = [("prompt_index", "in", first), ("sample_index", "<", MAX_IMAGES)]
+    rows = read_table(comparison_path, columns, shown_rows) if first else None
     grid: dict[int, dict[str, Any]] = {}
     for row in rows.sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")]).to_pylist() if rows else ():
         shown = grid.setdefault(row["prompt_index"], {"prompt": row["prompt"], "base": [], "tuned": []})

@@ -57,11 +57,11 @@ class Sampling:
 
     @property
     def rows_per_call(self) -> int:
-        """Number of prompts of one call of an actor."""
+        """Number of prompts per call of an actor."""
         return max(1, self.images_per_batch // self.images_per_prompt)
 
     def images_per_launch(self, limit: int) -> int:
-        """Images of each launch if all have one size, at most ``limit``: the images of a call, split evenly."""
+        """Number of images per launch, at most ``limit``, if a call is split evenly into launches of one size."""
         num_images = self.rows_per_call * self.images_per_prompt
         return math.ceil(num_images / math.ceil(num_images / limit))
 
@@ -90,8 +90,8 @@ def sample_batches(
 ) -> Iterator[SampleBatch]:
     """All images of each prompt, prompt by prompt, in batches; where memory does not suffice, in smaller ones.
 
-    The noise of an image is a function of (seed, prompt, index) alone. A compiled model sees one batch size: the last
-    batch is filled up by its last image, and the surplus is dropped.
+    The noise of an image is a function of (seed, prompt, index) alone. A compiled model sees one batch size: copies
+    of its last image fill up the last batch, and are dropped.
 
     Args:
         conditioning: a row a prompt.

@@ -20,7 +20,7 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def encode_pixels(rows: pa.Table) -> pa.Table:
-    """Replace each column of raw pixels by a column of PNGs, ``list<binary>``, at the same place of the table.
+    """Replace each column of raw pixels by a column of PNGs, ``list<binary>``, at the same position of the table.
 
     Each row is a chunk of its own: offsets of one Arrow array of binary values end at 2 GiB.
     """

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def cosines(images: Tensor, prompts: Sequence[str], embed: Callable[[list[str]], Tensor]) -> Tensor:
-    """Cosine of each image's embedding and its prompt's, -1 to 1, ``[image]`` fp32.
+    """Cosine of each image's embedding and its prompt's, -1 to 1, ``[image]``.
 
     Args:
         images: embeddings ``[image, width]``.
@@ -15,5 +15,5 @@ def cosines(images: Tensor, prompts: Sequence[str], embed: Callable[[list[str]],
         embed: distinct prompts -> embeddings ``[prompt, width]``.
     """
     distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    texts = F.normalize(embed(list(distinct)).float(), dim=-1)
-    return (F.normalize(images.float(), dim=-1) * texts[[distinct[prompt] for prompt in prompts]]).sum(-1)
+    texts = F.normalize(embed(list(distinct)), dim=-1)
+    return (F.normalize(images, dim=-1) * texts[[distinct[prompt] for prompt in prompts]]).sum(-1)

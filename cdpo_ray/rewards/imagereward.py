@@ -75,8 +75,8 @@ class ImageReward:
             list(prompts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         ).to(self.device)
         with net_precision(self.device):
-            read = self.model.read(pixels, texts.input_ids, texts.attention_mask)
-        found: Tensor = self.model.head(read.float())
+            states = self.model.encode(pixels, texts.input_ids, texts.attention_mask)
+        found = self.model.head(states)
         return ((found.double() - MEAN) / STD).cpu().numpy()
 
 
@@ -121,19 +121,20 @@ class BlipWithHead(nn.Module):
             layers.add_module(number, nn.Linear(inputs, outputs))
         self.mlp = nn.ModuleDict({"layers": layers})
 
-    def forward(self, pixels: Tensor, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Images ``[image, 3, size, size]`` and tokens ``[image, token]`` -> what the head says, ``[image]``."""
-        return self.head(self.read(pixels, token_ids, attention_mask))
+    def encode(self, pixels: Tensor, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """State of each text's first token, which has attended to the image: ``[image, channel]``.
 
-    def read(self, pixels: Tensor, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What the text's encoder makes of the first token, beside the image: ``[image, channel]``."""
+        Args:
+            pixels: ``[image, 3, size, size]``.
+            token_ids, attention_mask: ``[image, token]``.
+        """
         seen = self.visual_encoder(pixels).last_hidden_state
         states: Tensor = self.text_encoder(token_ids, attention_mask, encoder_hidden_states=seen).last_hidden_state
         return states[:, 0]
 
-    def head(self, read: Tensor) -> Tensor:
-        """Score of each image, ``[image]``."""
-        score: Tensor = self.mlp["layers"](read).squeeze(-1)
+    def head(self, states: Tensor) -> Tensor:
+        """Score of each image, ``[image]``, from what `encode` returns."""
+        score: Tensor = self.mlp["layers"](states).squeeze(-1)
         return score
 
 

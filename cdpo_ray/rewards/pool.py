@@ -20,7 +20,7 @@ IMAGES_PER_CALL = 128  # of an actor that reads and judges, in batches: a call c
 def score_pixels(
     rows: Dataset, *, rewards: Rewards, scorers: PoolSize, images_per_batch: int, rows_per_call: int, keep_pixels: bool
 ) -> Dataset:
-    """Rows with `pixels` -> rows with a score column a reward, and without the pixels unless ``keep_pixels``."""
+    """Rows with `pixels` -> rows with one score column per reward, and without the pixels unless ``keep_pixels``."""
     return in_pool(
         rows,
         PixelScorer,

@@ -1,4 +1,4 @@
-"""The floating-point precision in which judges run their nets: decided here for all of them."""
+"""Floating-point precision of the judges' nets."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ import torch
 
 @contextlib.contextmanager
 def net_precision(device: str) -> Iterator[None]:
-    """Context to run a judge's net in: matrix products in TF32 on CUDA, elsewhere fp32 as ever.
+    """Within the block, matrix products run in TF32 on CUDA, and in fp32 elsewhere.
 
-    TF32 is a switch of the whole process: it is put back at the end, so that a training in the same process keeps its
-    precision. bf16 does not order the images of a prompt as fp32 does, see `docs/log.md`.
+    The setting belongs to the whole process and is restored at the end: what else runs there keeps its precision. bf16
+    does not order the images of a prompt as fp32 does, see `docs/log.md`.
     """
     if torch.device(device).type != "cuda":
         yield

@@ -101,7 +101,7 @@ class SentenceEncoder:
             list(sentences), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(self.device)
         with net_precision(self.device):
-            states = self.model(**tokens).last_hidden_state.float()
+            states = self.model(**tokens).last_hidden_state
         counted = tokens.attention_mask[..., None]
         return F.normalize((states * counted).sum(1) / counted.sum(1), dim=-1)
 

@@ -157,9 +157,9 @@ def demands_of(step: Step, config: Config) -> list[Demand]:
         pools = [generators, scorers] if apart else [generators]
     elif step.folder == SCORES:
         pools = [scorers]
-    # Tasks of one CPU read and write the actors' rows. Beside actors that hold every CPU they would not start: judges
-    # would wait for rows for ever, and images would be written only once all are made. Tasks of no CPU would start, but
-    # on the head of a cluster too, which has none in order to be spared.
+    # Ray Data tasks of one CPU each read and write the actors' rows. If actors hold every CPU, the tasks cannot start:
+    # judges wait for rows forever, and no image is written before all are made. With zero CPUs they could start, but
+    # also on a cluster's head node, which advertises no CPUs so that it is kept free.
     return [*pools, *(Demand(f"{pool.key}.cpus_per_actor", "task of Ray Data", 1, 1, 1, 0) for pool in pools[:1])]
 
 

@@ -1,4 +1,4 @@
-"""Config, prompts and GPU -> workload to estimate; counts a model that the table of footprints does not have."""
+"""Config, prompts and GPU -> workload to estimate; counts a model that is not in the table of footprints."""
 
 import functools
 import json
@@ -13,12 +13,12 @@ from cdpo_ray.prompts.sources import PromptSplit
 
 
 def workload_of(config: Config, prompts: PromptSplit, gpu: Gpu) -> tuple[Workload, KnownFootprint]:
-    """What is to be estimated, and where the model's footprint is from.
+    """What to estimate, and the model's footprint with its source.
 
-    A folder with an architecture of its own is counted, which imports torch and takes up to a minute.
+    A folder whose architecture is not in the table is counted, which imports torch and takes up to a minute.
 
     Raises:
-        ModelError: the folder's model cannot be counted.
+        ModelError: a folder's model cannot be counted.
     """
     model = config.model
     known = _footprint(model.family, model.path)

@@ -34,7 +34,7 @@ class Context:
         progress: told how far the step is.
         validation: how the policy is measured at each stage's end.
         on_stage: called with the summary of each stage that has ended.
-        gpu: that estimates are made for.
+        gpu: to estimate costs for.
     """
 
     config: Config
@@ -49,7 +49,7 @@ class Context:
 
     @functools.cached_property
     def workload(self) -> Workload | None:
-        """What the cost of the steps is estimated from; ``None``: the model is not known, or another's size is assumed.
+        """Input of the estimates; ``None``: the model's footprint is unknown, or assumed from another model.
 
         A folder with an architecture of its own is counted, once per process.
         """
@@ -61,15 +61,15 @@ class Context:
         return None if known.is_assumed else load
 
     def compiles(self, verb: Verb) -> bool:
-        """Whether a step compiles the denoiser where ``model.compile`` is 'auto'."""
+        """What ``model.compile`` 'auto' means for a step: whether it compiles the denoiser."""
         if self.config.model.compile != "auto" or not self._runs_on_gpu(verb) or self.workload is None:
             return False
         return pays_to_compile(self.workload, verb)
 
     def predicted(self, verb: str) -> dict[str, Any] | None:
-        """The estimate of a step that runs on GPUs, see `records.PREDICTED`; a model is not counted for it."""
-        model, taken = self.config.model, self.config.run.samples_from and verb == "generate"
-        if verb not in VERBS or taken or not self._runs_on_gpu(verb) or not known_footprint(model.family, model.path):
+        """Estimate of a step that runs on GPUs, see `records.PREDICTED`; no model is counted for it."""
+        model = self.config.model
+        if verb not in VERBS or not self._runs_on_gpu(verb) or not known_footprint(model.family, model.path):
             return None
         found = self.workload and estimate(self.workload).step(verb)
         return {"gpu": self.gpu.name, "seconds": round(found.wall_seconds)} if found else None

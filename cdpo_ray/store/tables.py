@@ -28,9 +28,9 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 
 def write_tables(tables: Iterable[pa.Table], path: Path) -> None:
-    """Write tables of one schema, at least one, one after the other into a Parquet file, whole or not at all.
+    """Write a Parquet file whole or not at all, table by table: at least one, all of one schema.
 
-    Holds one table at a time; each begins a row group.
+    One table is held at a time; each starts a row group.
     """
     if is_local(path):
         aside = path.with_name(f"{path.name}.tmp")
@@ -40,7 +40,7 @@ def write_tables(tables: Iterable[pa.Table], path: Path) -> None:
             os.fsync(handle.fileno())
         aside.replace(path)
         return
-    with tempfile.TemporaryFile() as handle:  # an object that was begun would be there, cut off
+    with tempfile.TemporaryFile() as handle:  # were a table not to come, the object would be there, truncated
         _write_tables(tables, handle)
         handle.seek(0)
         with path.open("wb") as writable:

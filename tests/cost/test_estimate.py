@@ -1,12 +1,13 @@
-"""Hours against figures worked out by hand; what follows when a number of the configuration changes."""
+"""Hours against figures computed by hand; how they change with the configuration."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cdpo_ray.config import Config, load_config
-from cdpo_ray.cost.efficiency import COMPILE_SECONDS, EFFICIENCY, START_SECONDS
+from cdpo_ray.cost.efficiency import COMPILE_SECONDS, EFFICIENCY, GRAPHS, START_SECONDS
 from cdpo_ray.cost.estimate import NumPrompts, StepCost, Workload, estimate, pays_to_compile, step_cost, training_peak
 from cdpo_ray.cost.gpus import GPUS
 from cdpo_ray.cost.published import published_footprint
@@ -28,16 +29,17 @@ def busy(load: Workload, verb: str, **options: bool) -> float:
     return step_cost(load, verb, **options).gpu_seconds  # type: ignore[arg-type]
 
 
-def test_generating_takes_its_denoising_steps_twice_with_guidance_and_a_decoding() -> None:
+def test_generation_takes_two_forwards_per_denoising_step_with_guidance_and_one_decoding() -> None:
     load = workload("model.compile=false", "rewards=[jpeg_size]", "rewards.rank_by=null")
     rate = 989e12
     denoising = 30 * 2 * SD15.forward_flops(4096) / (rate * EFFICIENCY["generate"].eager)
     decoding = SD15.decode_flops(4096) / (rate * EFFICIENCY["decode"].eager)
-    assert busy(load, "generate") == pytest.approx(100 * 50 * (denoising + decoding))
+    encoding = 100 * SD15.text_flops / (rate * EFFICIENCY["generate"].eager)
+    assert busy(load, "generate") == pytest.approx(encoding + 100 * 50 * (denoising + decoding))
     unguided = workload(
         "model.compile=false", "rewards=[jpeg_size]", "rewards.rank_by=null", "generation.guidance_scale=1"
     )
-    assert busy(unguided, "generate") == pytest.approx(100 * 50 * (denoising / 2 + decoding))
+    assert busy(unguided, "generate") == pytest.approx(encoding + 100 * 50 * (denoising / 2 + decoding))
 
 
 def test_a_lora_pair_takes_two_forwards_two_backwards_and_two_of_the_reference() -> None:
@@ -51,7 +53,7 @@ def test_a_lora_pair_takes_two_forwards_two_backwards_and_two_of_the_reference()
 
 
 def test_a_consistency_pair_takes_ten_forwards_and_two_backwards() -> None:
-    """Policy 2, reference on both questions 4, the guided teacher 4."""
+    """Policy 2, reference at both timesteps 4, guided teacher 4."""
     load = workload("model.compile=false", config="lcm")
     forward = SD15.forward_flops(96 * 96)
     flops = 10 * forward + 2 * published_footprint("lcm").backward_flops["lora"](96 * 96)
@@ -59,16 +61,17 @@ def test_a_consistency_pair_takes_ten_forwards_and_two_backwards() -> None:
     assert busy(load, "train") == pytest.approx(seconds, rel=1e-3)
 
 
-def test_evaluation_makes_two_images_and_asks_for_implicit_values() -> None:
+def test_evaluation_samples_base_and_tuned_model_and_computes_implicit_values() -> None:
     given = ("model.compile=false", "evaluation.judges=[jpeg_size]", "rewards=[jpeg_size]", "rewards.rank_by=null")
     without, with_values = (workload(*given, f"evaluation.num_margin_draws={draws}") for draws in (0, 4))
-    image = busy(workload(*given), "generate") / (100 * 50)
-    assert busy(without, "evaluate") == pytest.approx(2 * 20 * 8 * image)
+    encoding = SD15.text_flops / (989e12 * EFFICIENCY["generate"].eager)
+    image = (busy(workload(*given), "generate") - 100 * encoding) / (100 * 50)
+    assert busy(without, "evaluate") == pytest.approx(20 * encoding + 2 * 20 * 8 * image)
     values = 20 * 8 * 4 * 2 * SD15.forward_flops(4096) / (989e12 * EFFICIENCY["generate"].eager)
     assert busy(with_values, "evaluate") - busy(without, "evaluate") == pytest.approx(values)
 
 
-def test_wall_time_is_shared_by_processes_and_hours_count_every_gpu() -> None:
+def test_processes_share_the_work_and_gpu_hours_count_every_gpu() -> None:
     one, four = (workload(f"resources.generators.num_actors={num}", "model.compile=false") for num in (1, 4))
     alone, together = (step_cost(load, "generate") for load in (one, four))
     assert together.gpu_seconds == alone.gpu_seconds
@@ -78,11 +81,12 @@ def test_wall_time_is_shared_by_processes_and_hours_count_every_gpu() -> None:
     assert together.gpu_hours == pytest.approx(4 * together.wall_seconds / 3600)
 
 
-def test_a_fraction_of_a_gpu_is_as_much_slower_and_costs_that_fraction() -> None:
+def test_half_a_gpu_takes_twice_the_time_and_the_same_gpu_hours() -> None:
     whole, half = (workload(f"resources.generators.gpus_per_actor={gpus}") for gpus in (1, 0.5))
     full, shared = (step_cost(load, "generate") for load in (whole, half))
     starting = START_SECONDS + COMPILE_SECONDS["stable_diffusion"]
     assert shared.wall_seconds - starting == pytest.approx(2 * (full.wall_seconds - starting), rel=0.01)
+    assert shared.gpu_hours == pytest.approx(full.gpu_hours - starting / 2 / 3600, rel=0.01)
     (generator, _, _) = estimate(half).memory
     assert generator.available_bytes == GPUS["h100"].memory_bytes / 2
 
@@ -113,7 +117,7 @@ def test_a_faster_gpu_takes_less_time_and_memory_does_not_change() -> None:
 
 
 def test_compile_auto_compiles_past_the_break_even_and_not_before() -> None:
-    """SD1.5: the saving of a prompt's images times the number of prompts, against the table's seconds."""
+    """SD1.5: seconds saved per prompt times prompts, against the seconds that compiling takes."""
     auto = workload("model.compile=auto", prompts=1)
     saving = step_cost(auto, "generate").saved_seconds
     enough = int(COMPILE_SECONDS["stable_diffusion"] / saving) + 1
@@ -121,7 +125,7 @@ def test_compile_auto_compiles_past_the_break_even_and_not_before() -> None:
         load = workload("model.compile=auto", prompts=prompts)
         assert step_cost(load, "generate").compiled is compiled is pays_to_compile(load, "generate")
     many = replace(load, config=load.config.model_copy(update={"resources": _actors(load, 4)}))
-    assert not pays_to_compile(many, "generate"), "each of four compiles, and saves a quarter"
+    assert not pays_to_compile(many, "generate"), "each of four compiles and saves a quarter"
 
 
 def _actors(load: Workload, num: int) -> object:
@@ -177,22 +181,71 @@ def _trainer_fits(size: int) -> bool:
     return training_peak(load, checkpointing=True).fits(load.gpu.memory_bytes)
 
 
-def test_a_gpu_without_bfloat16_is_told() -> None:
+def test_a_gpu_without_bfloat16_is_noted() -> None:
     assert any("does not compute in bfloat16" in note for note in estimate(workload(gpu="t4")).notes)
     assert not estimate(workload("model.dtype=float16", gpu="t4")).notes
 
 
-def test_the_lines_say_hours_memory_verdict_and_that_they_are_estimates() -> None:
+def test_lines_give_hours_memory_and_verdict_as_estimates() -> None:
     lines = cost_lines(estimate(workload(gpu="l4")), "the published sizes of sd15")
     assert lines[0] == "  cost         estimated, not measured, for l4 (22 GiB), the published sizes of sd15"
     text = "\n".join(lines)
     assert text.count("GPU-hours") == 4 and "DOES NOT FIT" in text and "would fit: `training." in text
     assert lines[-1] == "  verdict      does not fit l4"
     (fault,) = memory_faults(estimate(workload(gpu="l4")))
-    assert fault.startswith("trainer: estimated peak ") and " of 22.0 GiB of l4; would fit: " in fault
+    assert fault.startswith("trainer: estimated peak ")
+    assert " does not fit 22.0 GiB of l4, of which 95% is usable; would fit: " in fault
     assert memory_faults(estimate(workload())) == []
 
 
-def test_hours_are_of_all_gpus_for_as_long_as_a_step_lasts() -> None:
+def test_gpu_hours_are_those_of_all_gpus_while_a_step_lasts() -> None:
     step = StepCost("train", 7200.0, 3600.0, 4, 0.5, False, 0.0, 0.0)
     assert step.gpu_hours == 2.0
+
+
+def test_rounds_multiply_the_hours_and_not_the_memory() -> None:
+    once, thrice = (estimate(workload(f"rounds={rounds}")) for rounds in (1, 3))
+    assert thrice.gpu_hours == pytest.approx(3 * once.gpu_hours)
+    assert (thrice.steps, thrice.memory) == (once.steps, once.memory)
+    assert any(line.startswith("    all") and line.endswith(" in 3 rounds") for line in cost_lines(thrice, "sd15"))
+
+
+def test_samples_of_another_run_cost_nothing() -> None:
+    found = estimate(workload("run.samples_from=runs/other"))
+    assert found.step("generate") is None
+    assert [role.role for role in found.memory] == ["trainer", "evaluator"]
+
+
+def test_evaluation_compiles_base_and_tuned_model() -> None:
+    steps = {step.verb: step.compile_seconds for step in estimate(workload()).steps}
+    assert steps == {verb: num * COMPILE_SECONDS["stable_diffusion"] for verb, num in GRAPHS.items()}
+    assert steps["evaluate"] == 2 * steps["generate"]
+
+
+def test_a_search_trains_every_point_of_a_grid_the_papers_schedule_and_two_confirmations_per_seed() -> None:
+    common = (
+        "prompts.validation={fraction: 0.1}",
+        "model.compile=false",
+        "curriculum.order=none",
+    )  # the paper's is apart
+    space = "space: {training.beta: [2500, 5000], training.learning_rate: [1e-5, 1e-4]}"
+    grid, sampled = (
+        replace(workload(*common, f"search={{{how}, {space}}}"), prompts=NumPrompts(100, 20, 10))
+        for how in ("algorithm: grid, confirm_seeds: 2", "num_trials: 8, confirm_seeds: 0")
+    )
+    images = {"grid": 5 * 5 * 10 + 4 * 20, "sampled": 8 * 5 * 10}
+    for name, load, num_trainings in (("grid", grid, 5 + 4), ("sampled", sampled, 8)):
+        per_image = busy(load, "evaluate") - load.seconds("generate", 20 * SD15.text_flops)
+        per_image -= load.seconds("generate", 20 * 8 * 4 * 2 * SD15.forward_flops(4096))
+        per_image /= 2 * 20 * 8
+        seconds = num_trainings * busy(load, "train") + 4 * images[name] * per_image
+        assert estimate(load).search_gpu_hours == pytest.approx(seconds / 3600), name
+
+
+def test_hours_in_the_thousands_are_written_out() -> None:
+    lines = cost_lines(estimate(workload("curriculum.updates_per_stage=400000", gpu="l4")), "sd15")
+    (train,) = (line for line in lines if line.startswith("    train "))
+    assert re.search(r"train +\d,\d{3} GPU-hours, ", train)
+    assert "compiling takes" in train and "eager (compiling would take " in "".join(
+        cost_lines(estimate(workload("model.compile=false")), "sd15")
+    )

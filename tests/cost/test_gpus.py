@@ -1,4 +1,4 @@
-"""GPUs by the names that drivers and Ray give them."""
+"""GPUs by the device names that drivers and Ray report."""
 
 from pathlib import Path
 
@@ -26,24 +26,26 @@ from cdpo_ray.cost.gpus import GPUS, gpu_of_device, visible_gpu
         ("AMD Instinct MI300X", 191.0, None),
     ],
 )
-def test_a_device_is_known_by_its_name_and_its_memory(device: str, memory: float | None, name: str | None) -> None:
+def test_a_device_is_identified_by_its_name_and_memory(device: str, memory: float | None, name: str | None) -> None:
     found = gpu_of_device(device, memory)
     assert (found.name if found else None) == name
 
 
-def test_the_drivers_answer_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_is_asked_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'NVIDIA A100-SXM4-40GB, 40960'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert visible_gpu() == GPUS["a100-40gb"]
+    program.write_text("#!/bin/sh\necho 'NVIDIA L4, [N/A]'\n")
+    assert visible_gpu() == GPUS["l4"], "unified memory has no size of its own"
     program.write_text("#!/bin/sh\nexit 9\n")
     assert visible_gpu() is None
     program.unlink()
     assert visible_gpu() is None
 
 
-def test_rates_and_memory_are_of_the_units_they_say() -> None:
+def test_rates_and_memory_are_in_plausible_ranges() -> None:
     for gpu in GPUS.values():
         assert 10 < gpu.memory_gib < 300 and gpu.memory_bytes == gpu.memory_gib * 2**30
         assert 50 < gpu.bf16_teraflops < 3000 and gpu.fp32_teraflops < gpu.bf16_teraflops

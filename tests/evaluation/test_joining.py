@@ -65,6 +65,16 @@ def test_the_file_has_every_image_of_every_part_in_order_whatever_its_row_groups
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.parquet", PARTS]
 
 
+def test_a_part_that_cannot_be_read_leaves_the_earlier_file_whole(tmp_path: Path) -> None:
+    parts, path = write(tmp_path, 2, 50), tmp_path / "comparison.parquet"
+    join_comparison(parts, path)
+    before = path.read_bytes()
+    parts[1].path.write_bytes(b"cut off")
+    with pytest.raises(pa.ArrowInvalid):
+        join_comparison(parts, path, row_group_bytes=1)
+    assert path.read_bytes() == before
+
+
 def peak_of_joining(parts: list[Part], path: Path) -> int:
     """Peak of Arrow's memory, in bytes, in this process."""
     join_comparison(parts, path, row_group_bytes=2 * parts[0].num_bytes)

@@ -59,9 +59,12 @@ class Mirror:
         return latents
 
 
+def embeddings_of(prompts: Sequence[str]) -> dict[str, Tensor]:
+    return {"prompt_embedding": torch.arange(len(prompts)).float()[:, None, None] * 1000}
+
+
 def mirrored(prompts: Sequence[str], sampling: Sampling) -> tuple[list[str], Tensor]:
-    conditioning = {"prompt_embedding": torch.arange(len(prompts)).float()[:, None, None] * 1000}
-    batches = list(sample_batches(Mirror(), prompts, conditioning, sampling))  # type: ignore[arg-type]
+    batches = list(sample_batches(Mirror(), prompts, embeddings_of(prompts), sampling))  # type: ignore[arg-type]
     assert {len(batch.prompts) for batch in batches[:-1]} <= {sampling.images_per_batch}
     return [prompt for batch in batches for prompt in batch.prompts], torch.cat([batch.latents for batch in batches])
 
@@ -77,6 +80,32 @@ def test_noise_of_an_image_does_not_depend_on_the_batch(images_per_batch: int) -
         assert torch.equal(
             values, torch.randn(2, 3, 4, generator=generator) + row * 1000
         )  # and its own prompt's embedding
+
+
+class CompiledMirror(Mirror):
+    compiled = True
+
+    def __init__(self) -> None:
+        self.batch_sizes: list[int] = []
+
+    def sample(self, conditioning: dict[str, Tensor], noise: Tensor, **given: Any) -> Tensor:
+        self.batch_sizes.append(len(noise))
+        return super().sample(conditioning, noise, **given)
+
+
+@pytest.mark.parametrize("images_per_batch", [1, 2, 4, 5, 100])
+def test_a_compiled_model_sees_one_batch_size_and_what_fills_up_a_batch_is_dropped(images_per_batch: int) -> None:
+    sampling = replace(SAMPLING, images_per_prompt=5, images_per_batch=images_per_batch)
+    named, latents = mirrored(PROMPTS, sampling)
+    model, judge = CompiledMirror(), lambda images, prompts: {"number": np.full(len(images), len(prompts))}
+    batches = list(sample_batches(model, PROMPTS, embeddings_of(PROMPTS), sampling, judge))  # type: ignore[arg-type]
+    assert [prompt for batch in batches for prompt in batch.prompts] == named
+    for made in ([batch.latents for batch in batches], [batch.images for batch in batches]):
+        assert torch.equal(torch.cat(made), latents)
+    assert [list(batch.scores["number"]) for batch in batches] == [
+        [len(batch.prompts)] * len(batch.prompts) for batch in batches
+    ]
+    assert set(model.batch_sizes) == {sampling.images_per_launch(images_per_batch)}
 
 
 def test_noise_of_an_image_depends_on_the_seed_the_prompt_and_the_index() -> None:

@@ -4,10 +4,12 @@ import io
 from itertools import combinations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from cdpo_ray.generation.images import decode_png, encode_png, pairwise_rms_distance
+from cdpo_ray.generation.columns import tensor_column
+from cdpo_ray.generation.images import decode_png, encode_pixels, encode_png, pairwise_rms_distance
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (32, 32), (7, 13), (64, 8)])
@@ -30,6 +32,17 @@ def test_the_png_is_one_with_red_green_blue_in_their_places() -> None:
 def test_a_view_with_other_strides_is_encoded_as_what_it_shows() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8).transpose(2, 0, 1)[:, ::2]
     assert np.array_equal(decode_png(encode_png(pixels)), pixels)
+
+
+def test_pixels_of_a_table_become_pngs_at_the_same_position_whatever_its_chunks() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 2, 3, 5, 4), dtype=np.uint8)
+    rows = pa.table({"prompt_index": range(3), "pixels": tensor_column(pixels), "score": [0.1, 0.2, 0.3]})
+    for first, table in ((0, rows), (0, pa.concat_tables([rows.slice(0, 1), rows.slice(1)])), (1, rows.slice(1))):
+        found = encode_pixels(table)
+        assert found.column_names == ["prompt_index", "images", "score"]
+        assert found.schema.field("images").type == pa.list_(pa.binary())
+        back = [[decode_png(png) for png in row] for row in found["images"].to_pylist()]
+        assert np.array_equal(back, pixels[first:])
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1"])

@@ -157,7 +157,7 @@ def test_without_a_run_it_only_counts() -> None:
     told.end()
 
 
-def test_the_estimate_of_a_step_is_in_its_status_and_not_in_the_next_ones(run: TrackedRun) -> None:
+def test_the_estimate_of_a_step_is_in_its_own_status_only(run: TrackedRun) -> None:
     predicted = {"gpu": "h100", "seconds": 60}
     with Progress(run, command="cdpo run c.yaml") as told:
         with told.step("generate", "1-samples", predicted=predicted):

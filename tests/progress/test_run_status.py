@@ -36,7 +36,7 @@ def tell(path: Path, *, seconds_ago: float = 2, **values: Any) -> None:
 TRAINING = {"folder": "4-training", "round": 1, "done": 50, "total": 400, "unit": "update"}
 
 
-def test_the_estimate_is_told_beside_what_is_measured(tmp_path: Path) -> None:
+def test_the_estimate_is_shown_next_to_the_measured_time(tmp_path: Path) -> None:
     run, predicted = tmp_path / "run", {"gpu": "h100", "seconds": 4320}
     run.mkdir()
     with RunFolder(run).writing("1-samples", {}, {}, seed=0, resumable=False) as (_, output):

@@ -1,5 +1,6 @@
 """Judges in reduced precision order images as in fp32; on the CPU nothing is reduced."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,10 @@ def imagereward(folder: Path) -> Any:
 
 
 class EmulatedTF32(TorchDispatchMode):
-    """Rounds what matrix products and convolutions read to TF32's ten bits of fraction."""
+    """Rounds inputs of matrix products and convolutions to TF32's ten bits of fraction, while TF32 is allowed."""
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: Any = None) -> Any:
-        if function.overloadpacket in PRODUCTS:
+        if function.overloadpacket in PRODUCTS and torch.backends.cuda.matmul.allow_tf32:
             arguments = tuple(rounded(value) if isinstance(value, Tensor) else value for value in arguments)
         return function(*arguments, **options or {})
 
@@ -88,8 +89,9 @@ def test_tf32_orders_the_images_of_a_prompt_as_fp32_does(
 ) -> None:
     monkeypatch.setattr(weights, "CONVERTED_DIR", tmp_path / "converted")
     judge = make(tmp_path)
-    full = scored(judge)
     with EmulatedTF32():
+        full = scored(judge)
+        monkeypatch.setattr(sys.modules[type(judge).__module__], "net_precision", lambda device: net_precision("cuda"))
         reduced = scored(judge)
     assert 0 < np.abs(full - reduced).max() < 0.02 * full.std(axis=1).mean()
     assert rank_correlation(full, reduced).min() > 0.99

@@ -1,0 +1,50 @@
+"""Appearance and diversity are columns behind the others of each model, a value per image or per prompt."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cdpo_ray.evaluation.appearance import APPEARANCE
+from cdpo_ray.evaluation.looks import measure_looks
+from cdpo_ray.generation.columns import tensor_column
+from cdpo_ray.generation.images import pairwise_rms_distance
+
+NUM_PROMPTS = 3
+MEASURED = [*APPEARANCE, "diversity"]
+
+
+def pixels_of(arm: str, num_images: int) -> np.ndarray:
+    shape = (NUM_PROMPTS, num_images, 3, 8, 6)
+    return np.random.default_rng(len(arm)).integers(0, 256, shape, dtype=np.uint8)
+
+
+def compared(num_images: int) -> pa.Table:
+    scores = [[0.5] * num_images] * NUM_PROMPTS
+    return pa.table(
+        {
+            "prompt_index": range(NUM_PROMPTS),
+            "base_pixels": tensor_column(pixels_of("base", num_images)),
+            "base_score_clip": scores,
+            "implicit_value": scores,
+            "tuned_pixels": tensor_column(pixels_of("tuned", num_images)),
+            "tuned_score_clip": scores,
+        }
+    )
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+@pytest.mark.parametrize("num_tables", [1, 2])
+def test_each_value_is_that_of_its_image_and_each_column_behind_its_models(num_images: int, num_tables: int) -> None:
+    rows = compared(num_images)
+    rows = rows if num_tables == 1 else pa.concat_tables([rows.slice(0, 1), rows.slice(1)])
+    found = measure_looks(rows)
+    assert found.column_names == [
+        *("prompt_index", "base_pixels", "base_score_clip", *(f"base_{name}" for name in MEASURED), "implicit_value"),
+        *("tuned_pixels", "tuned_score_clip", *(f"tuned_{name}" for name in MEASURED)),
+    ]
+    for arm in ("base", "tuned"):
+        for prompt, images in enumerate(pixels_of(arm, num_images)):
+            for name, measure in APPEARANCE.items():
+                assert found[f"{arm}_{name}"][prompt].as_py() == pytest.approx(list(measure(images)), rel=1e-6)
+            diversity = pairwise_rms_distance(images) if num_images > 1 else None
+            assert found[f"{arm}_diversity"][prompt].as_py() == diversity
