@@ -1,6 +1,18 @@
 """Errors for people: each carries one string that says where, what, what came, and what to do."""
 
 
+def printable(text: object, max_chars: int = 200) -> str:
+    """Text from elsewhere for a message or a terminal: on one line, shortened, control characters escaped.
+
+    Escape sequences, bidirectional overrides and line breaks are shown as ``\\x1b``, ``\\u202e`` and ``\\n``.
+    """
+    whole = str(text)
+    shown = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in whole[:max_chars]
+    )
+    return shown if len(whole) <= max_chars else f"{shown}... ({len(whole):,} characters)"
+
+
 class CdpoError(Exception):
     """Base of every error that a user can cause or mend; the command line prints it without a traceback."""
 

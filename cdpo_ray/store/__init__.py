@@ -1,7 +1,8 @@
 """Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
 
 from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, move, refuse_full_disk
-from cdpo_ray.store.folder import HOW_TO_MEND, RunFolder, StepOutput, differences, fingerprint_of, flat
+from cdpo_ray.store.folder import HOW_TO_MEND, RunFolder, StepOutput, differences, flat
+from cdpo_ray.store.manifests import fingerprint_of
 from cdpo_ray.store.places import (
     MANIFEST,
     exists,

@@ -3,12 +3,15 @@
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from cdpo_ray.errors import StoreError
-from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, read_json
+from cdpo_ray.store.manifests import FILES_MANIFEST
+from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, new_file
+from cdpo_ray.store.untrusted import path_within, read_untrusted
 
 MODE = 0o644  # safetensors writes 0600, which shared disks cannot use
 
@@ -64,7 +67,7 @@ def copy(source: Path, target: Path) -> None:
             target.fs.copy(source.path, target.path)  # type: ignore[attr-defined]
         return
     aside = target.with_name(f"{target.name}.tmp")
-    with source.open("rb") as readable, aside.open("wb") as writable:
+    with source.open("rb") as readable, new_file(aside) as writable:
         shutil.copyfileobj(readable, writable, 2**22)
         writable.flush()
         os.fsync(writable.fileno())
@@ -98,11 +101,12 @@ def local_copy(folder: Path) -> Path:
     """
     if is_local(folder):
         return folder
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_untrusted(folder / MANIFEST, FILES_MANIFEST, remedy=f"delete {folder} to make it anew")
     copies = Path(tempfile.gettempdir()) / f"cdpo_ray-{os.getuid()}"
     copies.mkdir(mode=0o700, exist_ok=True)
-    if copies.stat().st_uid != os.getuid():
-        raise StoreError(f"{copies}: belongs to another user; set TMPDIR to a folder of your own")
+    status = copies.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise StoreError(f"{copies}: belongs to another user, or is a link; set TMPDIR to a folder of your own")
     done = copies / manifest["fingerprint"]
     if done.is_dir():
         return done
@@ -110,7 +114,7 @@ def local_copy(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=copies, ignore_cleanup_errors=True) as beside:
         aside = Path(beside) / "whole"
         for name, expected in manifest["files"].items():
-            copy(folder / name, aside / name)
+            copy(path_within(folder, name), aside / name)
             if describe(aside / name) != expected:
                 raise StoreError(f"{folder / name}: was altered (its SHA-256 differs); delete {folder} to make it anew")
         try:

@@ -2,8 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import platform
 import shutil
@@ -18,9 +16,10 @@ from typing import Any
 from cdpo_ray.errors import CdpoError, StoreError
 from cdpo_ray.store.copies import delete, describe, move, settled
 from cdpo_ray.store.lock import file_lock, object_lock
-from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, read_json, write_json
+from cdpo_ray.store.manifests import BEGUN_WITH, SETTINGS, STEP_MANIFEST, fingerprint_of
+from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, write_json
+from cdpo_ray.store.untrusted import path_within, read_untrusted, refuse_links_out
 
-SETTINGS = "settings.json"  # beside unfinished work: what it was begun with
 DISK_FULL = os.strerror(errno.ENOSPC)
 HOW_TO_MEND = "delete the folder, restore the value, or choose another `run.name`"
 VERSIONS_KEPT = (
@@ -67,14 +66,18 @@ class RunFolder:
             yield
 
     def has(self, folder: str) -> bool:
-        """Whether the step is finished."""
-        return exists(self.path / folder / MANIFEST)
+        """Whether the step is finished.
+
+        Raises:
+            StoreError: its folder is a symbolic link that leads out of the run's.
+        """
+        return exists(path_within(self.path, f"{folder}/{MANIFEST}"))
 
     def step(self, folder: str) -> Path:
         """The folder of a finished step.
 
         Raises:
-            StoreError: the step has not been done.
+            StoreError: the step has not been done, or its folder is a symbolic link that leads out of the run's.
         """
         path = self.path / folder
         if not self.has(folder):
@@ -82,12 +85,16 @@ class RunFolder:
         return path
 
     def manifest(self, folder: str) -> dict[str, Any]:
-        path = self.step(folder) / MANIFEST
-        try:
-            result: dict[str, Any] = read_json(path)
-        except ValueError as error:
-            raise StoreError(f"{path}: is damaged ({error}); delete {path.parent} to make it anew") from None
-        return result
+        """What a finished step says of itself, see `manifests.StepManifest`.
+
+        Raises:
+            StoreError: the step has not been done, or its manifest is damaged.
+        """
+        path = self.step(folder)
+        manifest: dict[str, Any] = read_untrusted(
+            path / MANIFEST, STEP_MANIFEST, remedy=f"delete {path} to make it anew"
+        )
+        return manifest
 
     def is_complete(
         self, folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str], *, grows: bool = False
@@ -135,7 +142,7 @@ class RunFolder:
         """
         path = self.path / folder
         for name, expected in self.manifest(folder)["files"].items():
-            if not exists(path / name):
+            if not exists(path_within(path, name)):
                 raise StoreError(f"{path / name}: is missing; delete {path} to make it anew")
             if describe(path / name) != expected:
                 raise StoreError(f"{path / name}: was altered (its SHA-256 differs); delete {path} to make it anew")
@@ -178,15 +185,16 @@ class RunFolder:
             StoreError: a folder without manifest is in its place, it was begun with other settings or inputs, or the
                 disk is full.
         """
-        place = self.path / folder
+        place = path_within(self.path, folder)
         finished = self.manifest(folder) if grows and self.has(folder) else None
-        aside = place if not is_local(place) and not finished else self.path / f"{folder}.partial"
+        aside = place if not is_local(place) and not finished else path_within(self.path, f"{folder}.partial")
         if not finished and exists(place) and (aside != place or not exists(place / SETTINGS)):
             raise StoreError(f"{place}: is there without its {MANIFEST}; delete it to make it anew")
         begun_with: dict[str, Any] = {"settings": dict(settings), "inputs": dict(inputs)}
         changes: list[str] = []
         if exists(aside):
             if resumable and exists(aside / SETTINGS):
+                refuse_links_out(aside, self.path)
                 changes = _changes_since(aside, begun_with, allow_change=allow_change)
             else:
                 delete(aside)
@@ -248,7 +256,7 @@ def _products(aside: Path) -> dict[str, Path]:
 
 def _changes_since(aside: Path, now: Mapping[str, Any], *, allow_change: bool) -> list[str]:
     """What changed, each time that a step was gone on with, since it was begun."""
-    begun = read_json(aside / SETTINGS)
+    begun = read_untrusted(aside / SETTINGS, BEGUN_WITH, remedy=f"delete {aside} to begin anew")
     if begun["inputs"] != now["inputs"]:
         raise StoreError(f"{aside} was begun from other inputs; delete it to begin anew")
     changes: list[str] = begun.get("changes", [])
@@ -281,11 +289,6 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     before, after = flat(then), flat(now)
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     return "; ".join(f"`{key}` = {before.get(key)}, config says {after.get(key)}" for key in changed)
-
-
-def fingerprint_of(files: Mapping[str, Any]) -> str:
-    """What tells these files, as `describe` does each, from others."""
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

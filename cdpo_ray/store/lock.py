@@ -1,6 +1,7 @@
 """One process at a time writes into a run's folder."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -8,18 +9,33 @@ import os
 import platform
 import secrets
 import signal
+import stat
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TextIO
 
 import fsspec.asyn
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
-from cdpo_ray.errors import StoreError
+from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.store.places import make_folder
+from cdpo_ray.store.untrusted import validate_untrusted
 
 log = logging.getLogger(__name__)
+
+
+class Holder(TypedDict):
+    """Content of a lock in an object store."""
+
+    pid: Annotated[int, Field(ge=1, lt=2**31)]
+    host: str
+    id: str
+
+
+HOLDER: TypeAdapter[Holder] = TypeAdapter(Holder)
 LOCK = ".lock"
 ANSWER_SECONDS = 3.0  # of an object store, before anything slow begins
 RENEW_SECONDS = 15.0
@@ -32,11 +48,11 @@ def file_lock(folder: Path) -> Iterator[None]:
     """Hold a local folder for this process; the lock goes with the process, however that ends.
 
     Raises:
-        StoreError: the folder cannot be made or written, or another process holds it.
+        StoreError: the folder cannot be made or written, its lock file is a link, or another process holds it.
     """
     try:
         make_folder(folder)
-        handle = (folder / LOCK).open("a+")
+        handle = _open_lock(folder / LOCK)
     except OSError as error:
         raise StoreError(f"{folder}: cannot be written: {error.strerror}; choose another `run.dir`") from None
     with handle:
@@ -44,11 +60,31 @@ def file_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.seek(0)
-            raise _held(folder, handle.read().strip() or "unknown process") from None
+            raise _held(folder, printable(handle.read(200).strip()) or "unknown process") from None
         handle.truncate(0)
         handle.write(_holder(os.getpid(), platform.node()))
         handle.flush()
         yield
+
+
+def _open_lock(path: Path) -> TextIO:
+    """Open a lock file, which is emptied later: never what a link of its name leads to.
+
+    Raises:
+        StoreError: it is a symbolic link, a hard link, or no regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise StoreError(f"{path}: is a symbolic link, which no lock file is; delete it") from None
+    handle = os.fdopen(descriptor, "a+")
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        handle.close()
+        raise StoreError(f"{path}: is a link or no regular file, which no lock file is; delete it")
+    return handle
 
 
 @contextlib.contextmanager
@@ -112,7 +148,7 @@ async def _put_object(fs: Any, key: str, content: bytes, create: bool) -> None:
 def _refuse_unless_stale(path: Path) -> None:
     fs: Any = path.fs  # type: ignore[attr-defined]
     try:
-        holder = json.loads(path.read_bytes())
+        holder = validate_untrusted(path.read_bytes(), HOLDER, where=str(path), remedy="delete it")
         renewed = fs.modified(path.path)  # type: ignore[attr-defined]
     except FileNotFoundError:  # released just now
         return
@@ -152,7 +188,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _holder(pid: int, host: str) -> str:
-    return f"pid {pid} on {host}"
+    return f"pid {pid} on {printable(host)}"
 
 
 def _held(folder: Path, holder: str) -> StoreError:

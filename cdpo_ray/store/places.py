@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from upath import UPath
 
@@ -76,13 +76,19 @@ def files_within(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def new_file(path: Path, mode: str = "xb", encoding: str | None = None) -> IO[Any]:
+    """Open a local file for writing that is new: whatever has its name, a symbolic link too, is unlinked first."""
+    path.unlink(missing_ok=True)
+    return path.open(mode, encoding=encoding)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     if not is_local(path):
         path.write_text(text, encoding="utf-8")  # an object is not seen before it is whole
         return
     aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as handle:
+    with new_file(aside, "x", "utf-8") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())

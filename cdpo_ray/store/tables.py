@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cdpo_ray.store.places import is_local
+from cdpo_ray.store.places import is_local, new_file
 
 COPIED_BYTES = 2**22
 
@@ -34,7 +34,7 @@ def write_tables(tables: Iterable[pa.Table], path: Path) -> None:
     """
     if is_local(path):
         aside = path.with_name(f"{path.name}.tmp")
-        with aside.open("wb") as handle:
+        with new_file(aside) as handle:
             _write_tables(tables, handle)
             handle.flush()
             os.fsync(handle.fileno())

@@ -1,0 +1,120 @@
+"""What somebody else may have written into a run's folder: names of files and JSON, checked before they are used."""
+
+import os
+import reprlib
+import stat
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from cdpo_ray.errors import StoreError, printable
+from cdpo_ray.store.places import is_local
+
+MAX_JSON_BYTES = 2**28
+MAX_NAME_CHARS = 1024
+SHOWN_FAULTS = 3
+OTHER_KEYS_ALLOWED = ConfigDict(extra="allow")
+
+
+def _aware(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("has no time zone")
+    return text
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
+Timestamp = Annotated[str, AfterValidator(_aware)]
+"""ISO 8601 with a time zone."""
+
+
+class Predicted(TypedDict):
+    """Estimate of a step, see `records.PREDICTED`."""
+
+    gpu: str
+    seconds: Seconds
+
+
+def path_within(folder: Path, name: str) -> Path:
+    """A path by its name relative to a folder, which it must not leave: neither by ``..`` nor by a symbolic link.
+
+    The folder itself may be a symbolic link. Object stores have no links.
+
+    Raises:
+        StoreError: the name is absolute, leads out of the folder, or holds control characters or backslashes; or a
+            symbolic link on the way leads out of the folder.
+    """
+    parts = name.split("/")
+    if len(name) > MAX_NAME_CHARS or not name.isprintable() or "\\" in name or not {"", ".", ".."}.isdisjoint(parts):
+        raise StoreError(
+            f"{folder}: the file name {printable(repr(name))} leads out of the folder, or is no relative path;"
+            " the folder was altered, do not use it"
+        )
+    path = folder / name
+    if is_local(folder):
+        inside = Path(os.path.realpath(folder))
+        if not Path(os.path.realpath(path)).is_relative_to(inside):
+            raise StoreError(
+                f"{path}: is a symbolic link that leads out of {folder}; replace the link with the file or folder"
+                " itself, if you trust it"
+            )
+    return path
+
+
+def refuse_links_out(folder: Path, within: Path) -> None:
+    """Refuse a local folder in which a symbolic link, at any depth, leads out of the folder ``within``.
+
+    Raises:
+        StoreError: there is such a link.
+    """
+    if not is_local(folder):
+        return
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(parent) / name
+            if path.is_symlink():
+                path_within(within, str(path.relative_to(within)))
+
+
+def read_untrusted(path: Path, kind: TypeAdapter[Any], *, remedy: str) -> Any:
+    """Read a JSON file and validate it, without any conversion of types.
+
+    Args:
+        kind: what it must be; keys that a ``TypedDict`` does not name are kept if it allows them.
+        remedy: what to do about a file that is damaged, for the message.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StoreError: it is not a regular file, too large, not JSON, or not of this kind.
+    """
+    if is_local(path):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+            raise StoreError(f"{path}: is damaged (not a regular file); {remedy}")
+        if status.st_size > MAX_JSON_BYTES:
+            raise StoreError(f"{path}: is damaged ({status.st_size:,} bytes, at most {MAX_JSON_BYTES:,}); {remedy}")
+    return validate_untrusted(path.read_bytes(), kind, where=str(path), remedy=remedy)
+
+
+def validate_untrusted(text: str | bytes, kind: TypeAdapter[Any], *, where: str, remedy: str) -> Any:
+    """Validate JSON as `read_untrusted` does.
+
+    Raises:
+        StoreError: it is not JSON, or not of this kind.
+    """
+    try:
+        return kind.validate_json(text, strict=True)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False)
+        shown = "; ".join(_sentence(fault) for fault in faults[:SHOWN_FAULTS])
+        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+        raise StoreError(f"{where}: is damaged ({shown}{more}); {remedy}") from None
+
+
+def _sentence(fault: Any) -> str:
+    key = printable(".".join(map(str, fault["loc"])))
+    got = "" if fault["type"] in ("json_invalid", "missing") else f", got {printable(reprlib.repr(fault['input']))}"
+    return f"{f'`{key}`: ' if key else ''}{printable(fault['msg'])}{got}"
