@@ -7,8 +7,10 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from cdpo_ray.config import Config, SearchSection
 from cdpo_ray.config.knobs import grid_points
@@ -38,7 +40,18 @@ from cdpo_ray.search.trials import (
 )
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import SIDES_COMPARED, STEPS, demands_of, sampling_to_compare
-from cdpo_ray.store import HOW_TO_MEND, RunFolder, delete, differences, exists, place, read_json, write_json, write_text
+from cdpo_ray.store import (
+    HOW_TO_MEND,
+    RunFolder,
+    delete,
+    differences,
+    exists,
+    path_within,
+    place,
+    read_untrusted,
+    write_json,
+    write_text,
+)
 from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
@@ -126,8 +139,8 @@ class _Search:
     ) -> None:
         self.config, self.search, self.run, self.progress, self.start_ray = config, search, run, progress, start_ray
         self.space = space_of(config)
-        self.trials = Trials(run.path / TRIALS)
-        self.confirmation = Trials(run.path / CONFIRMATION)
+        self.trials = Trials(path_within(run.path, TRIALS))
+        self.confirmation = Trials(path_within(run.path, CONFIRMATION))
 
     @property
     def judge(self) -> str:
@@ -342,7 +355,9 @@ def _refuse_other_search(config: Config, run: RunFolder) -> None:
     path = run.path / BEGUN_WITH
     if not exists(path):
         write_json(path, settings)
-    elif changed := differences(read_json(path), json.loads(json.dumps(settings))):
+    elif changed := differences(
+        read_untrusted(path, TypeAdapter(dict[str, Any]), remedy=HOW_TO_MEND), json.loads(json.dumps(settings))
+    ):
         raise StoreError(f"{run.path}: a search was begun there with {changed}; {HOW_TO_MEND}")
 
 

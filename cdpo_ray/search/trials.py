@@ -3,11 +3,16 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from cdpo_ray.config.knobs import SECTIONS
 from cdpo_ray.errors import StoreError
 from cdpo_ray.records import TRIAL
-from cdpo_ray.store import make_folder, read_json, write_json
+from cdpo_ray.store import make_folder, path_within, read_untrusted, write_json
+from cdpo_ray.store.untrusted import Count, other_keys_allowed
 
 RUNNING, STOPPED, DONE, FAILED = "running", "stopped", "done", "failed"
 OBJECTIVES = ("reward", "win_rate", "diversity", "implicit_accuracy")
@@ -78,6 +83,34 @@ class Halving:
     reduction_factor: float
 
 
+@other_keys_allowed
+class _ReportRecord(TypedDict):
+    """What is read of every report, whoever wrote it."""
+
+    stage: Annotated[int, Field(ge=1, le=10_000)]
+    is_last: bool
+    order: Count
+    reward: NotRequired[float | None]
+    win_rate: NotRequired[float | None]
+    diversity: NotRequired[float | None]
+    implicit_accuracy: NotRequired[float | None]
+
+
+class _TrialRecord(TypedDict):
+    """`trial.json`; its point may choose a schedule, and nothing else of the configuration."""
+
+    number: Annotated[int, Field(ge=1, le=10_000_000)]
+    point: dict[Annotated[str, Field(pattern=rf"^({'|'.join(SECTIONS)})\.[a-z_.]+$")], Any]
+    state: Literal["running", "stopped", "done", "failed"]
+    reports: list[_ReportRecord]
+    error: str | None
+    seed: Count | None
+    num_invalid: Count
+
+
+_TRIAL_RECORD: TypeAdapter[_TrialRecord] = TypeAdapter(_TrialRecord)
+
+
 class Trials(Mapping[str, Trial]):
     """A folder of trials by name; each is a run, with `trial.json` beside its steps. The driver alone writes it.
 
@@ -103,8 +136,9 @@ class Trials(Mapping[str, Trial]):
     def put(self, trial: Trial) -> Trial:
         """Keep a trial, new or as it has become."""
         self._by_name[trial.name] = trial
-        make_folder(self.path / trial.name)
-        write_json(self.path / trial.name / TRIAL, asdict(trial))
+        folder = path_within(self.path, trial.name)
+        make_folder(folder)
+        write_json(folder / TRIAL, asdict(trial))
         return trial
 
     def add_report(self, name: str, report: Report) -> Trial:
@@ -121,10 +155,11 @@ def read_trial(folder: Path) -> Trial:
     """A trial of a folder of trials.
 
     Raises:
-        StoreError: its file is damaged.
+        StoreError: its file is damaged, is of another trial, or lies behind a link that leads out.
     """
-    try:
-        record = read_json(folder / TRIAL)
-        return Trial(**{**record, "reports": tuple(record["reports"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{folder / TRIAL}: is damaged ({error}); delete {folder} to try that point anew") from None
+    remedy = f"delete {folder} to try that point anew"
+    record = read_untrusted(path_within(folder.parent, f"{folder.name}/{TRIAL}"), _TRIAL_RECORD, remedy=remedy)
+    trial = Trial(**record | {"reports": tuple(record["reports"])})
+    if trial.name != folder.name:
+        raise StoreError(f"{folder / TRIAL}: is damaged (it is of trial {trial.name}); {remedy}")
+    return trial

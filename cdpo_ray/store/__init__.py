@@ -2,13 +2,14 @@
 
 from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, move, refuse_full_disk
 from cdpo_ray.store.folder import HOW_TO_MEND, RunFolder, StepOutput, differences, flat
-from cdpo_ray.store.manifests import fingerprint_of
+from cdpo_ray.store.manifests import FILES_MANIFEST, fingerprint_of
 from cdpo_ray.store.places import (
     MANIFEST,
     exists,
     files_within,
     is_local,
     make_folder,
+    new_file,
     place,
     read_json,
     write_json,
@@ -24,8 +25,10 @@ from cdpo_ray.store.tables import (
     write_table,
     write_tables,
 )
+from cdpo_ray.store.untrusted import path_within, read_untrusted, validate_untrusted
 
 __all__ = [
+    "FILES_MANIFEST",
     "HOW_TO_MEND",
     "MANIFEST",
     "RunFolder",
@@ -46,13 +49,17 @@ __all__ = [
     "local_copy",
     "make_folder",
     "move",
+    "new_file",
+    "path_within",
     "place",
     "read_json",
     "read_shards",
     "read_table",
+    "read_untrusted",
     "refuse_full_disk",
     "shard_schema",
     "table_schema",
+    "validate_untrusted",
     "write_json",
     "write_table",
     "write_tables",

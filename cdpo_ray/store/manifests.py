@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import AfterValidator, Field, TypeAdapter
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from cdpo_ray.store.places import MANIFEST
-from cdpo_ray.store.untrusted import OTHER_KEYS_ALLOWED, Count, Predicted, Seconds, Timestamp
+from cdpo_ray.store.untrusted import Count, Predicted, Seconds, Timestamp, other_keys_allowed
 
 SETTINGS = "settings.json"
 """Beside unfinished work: what it was begun with."""
@@ -26,23 +26,23 @@ class FileFacts(TypedDict):
     sha256: Sha256
 
 
+@other_keys_allowed
 class FilesManifest(TypedDict):
     """What every manifest has: of a step, or of a checkpoint."""
 
-    __pydantic_config__ = OTHER_KEYS_ALLOWED
     files: dict[str, FileFacts]
     fingerprint: Sha256
 
 
+@other_keys_allowed
 class Details(TypedDict):
-    __pydantic_config__ = OTHER_KEYS_ALLOWED
     predicted: NotRequired[Predicted]
 
 
+@other_keys_allowed
 class StepManifest(FilesManifest):
     """Of a finished step."""
 
-    __pydantic_config__ = OTHER_KEYS_ALLOWED
     settings: dict[str, Any]
     inputs: dict[str, str]
     counts: dict[str, Count]
@@ -64,7 +64,7 @@ class BegunWith(TypedDict):
 
 
 def _is_consistent(manifest: FilesManifest) -> FilesManifest:
-    """The fingerprint names a cached copy and stands for the files: one that is not theirs passes them off as others."""
+    """The fingerprint names a cached copy and stands for the files: a false one would pass them off as others."""
     if reserved := {MANIFEST, SETTINGS} & set(manifest["files"]):
         raise ValueError(f"`files` must not name {', '.join(reserved)}")
     if manifest["fingerprint"] != fingerprint_of(manifest["files"]):

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from cdpo_ray.errors import StoreError, printable
@@ -16,7 +16,8 @@ from cdpo_ray.store.places import is_local
 MAX_JSON_BYTES = 2**28
 MAX_NAME_CHARS = 1024
 SHOWN_FAULTS = 3
-OTHER_KEYS_ALLOWED = ConfigDict(extra="allow")
+other_keys_allowed = with_config(ConfigDict(extra="allow"))
+"""Decorator of a ``TypedDict``: keys that it does not name are kept, not refused."""
 
 
 def _aware(text: str) -> str:

@@ -16,6 +16,7 @@ from torch import distributed as dist
 
 from cdpo_ray.errors import StoreError, TrainingError
 from cdpo_ray.store import (
+    FILES_MANIFEST,
     MANIFEST,
     copy,
     delete,
@@ -24,7 +25,9 @@ from cdpo_ray.store import (
     is_local,
     local_copy,
     make_folder,
+    path_within,
     read_json,
+    read_untrusted,
     refuse_full_disk,
     write_json,
 )
@@ -102,7 +105,13 @@ class Commits:
         chosen, faults = newest_of(self.folder) if self.worker_rank == 0 else (None, [])
         for fault in faults:
             tell(f"{fault}; going on from {chosen.name}" if chosen else fault)
-        answer = {"chosen": chosen.name} if chosen else {"damaged": "; ".join(faults)} if faults else {}
+        answer = (
+            {"chosen": chosen.name}
+            if chosen
+            else {"damaged": "; ".join(faults)[: MESSAGE_BYTES // 4]}
+            if faults
+            else {}
+        )
         answer = json.loads(self._exchange(json.dumps(answer))[0])
         if "damaged" in answer:
             raise TrainingError(f"{answer['damaged']}; no commit is whole: delete {self.folder.parent} to begin anew")
@@ -152,17 +161,22 @@ def newest_of(folder: Path) -> tuple[Path | None, list[str]]:
 def fault_of(commit: Path) -> str | None:
     """What is wrong with a commit; none if all that its manifest names is there and as it was written."""
     try:
-        files = read_json(commit / MANIFEST)["files"]
+        files = _manifest_of(commit)["files"]
+        paths = {name: path_within(commit, name) for name in files}
     except FileNotFoundError:
         return f"{commit}: has no {MANIFEST}"
-    except (ValueError, KeyError):
-        return f"{commit / MANIFEST}: is damaged"
+    except StoreError as error:
+        return str(error)
     for name, expected in files.items():
-        if not (commit / name).is_file():
+        if not paths[name].is_file():
             return f"{commit / name}: is missing"
         if describe(commit / name) != expected:
             return f"{commit / name}: was altered or cut short (its SHA-256 differs)"
     return None
+
+
+def _manifest_of(commit: Path) -> Any:
+    return read_untrusted(commit / MANIFEST, FILES_MANIFEST, remedy="it is passed over")
 
 
 def state_of(commit: Path) -> dict[str, Any]:
@@ -174,6 +188,7 @@ def state_of(commit: Path) -> dict[str, Any]:
 def tensors_of(commit: Path) -> Callable[[str], Tensor]:
     """A commit's tensors by name, each read when asked for."""
     folder = local_copy(commit)
-    opened = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
+    shares = [path_within(folder, name) for name in _manifest_of(commit)["files"] if name.endswith(".safetensors")]
+    opened = [safe_open(path, framework="pt") for path in shares]
     where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
     return lambda name: where[name].get_tensor(name)
