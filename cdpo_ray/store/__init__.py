@@ -1,8 +1,8 @@
 """Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
 
 from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, move, refuse_full_disk
-from cdpo_ray.store.folder import HOW_TO_MEND, RunFolder, StepOutput, differences, flat
-from cdpo_ray.store.manifests import FILES_MANIFEST, fingerprint_of
+from cdpo_ray.store.folder import HOW_TO_MEND, RunFolder, StepOutput, differences
+from cdpo_ray.store.manifests import CONFIG, FILES_MANIFEST, fingerprint_of, flat
 from cdpo_ray.store.places import (
     MANIFEST,
     exists,
@@ -28,6 +28,7 @@ from cdpo_ray.store.tables import (
 from cdpo_ray.store.untrusted import path_within, read_untrusted, validate_untrusted
 
 __all__ = [
+    "CONFIG",
     "FILES_MANIFEST",
     "HOW_TO_MEND",
     "MANIFEST",

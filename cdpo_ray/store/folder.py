@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import platform
 import shutil
@@ -13,12 +14,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from cdpo_ray.config.reading import parse_yaml
 from cdpo_ray.errors import CdpoError, StoreError
+from cdpo_ray.records import STEP_FOLDERS
 from cdpo_ray.store.copies import delete, describe, move, settled
 from cdpo_ray.store.lock import file_lock, object_lock
-from cdpo_ray.store.manifests import BEGUN_WITH, SETTINGS, STEP_MANIFEST, fingerprint_of
+from cdpo_ray.store.manifests import (
+    BEGUN_WITH,
+    CONFIG,
+    CONFIG_FACTS,
+    SETTINGS,
+    STEP_MANIFEST,
+    contradictions,
+    fingerprint_of,
+    flat,
+)
 from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, write_json
-from cdpo_ray.store.untrusted import path_within, read_untrusted, refuse_links_out
+from cdpo_ray.store.untrusted import bytes_of, damage_sentence, path_within, read_untrusted, refuse_links_out
 
 DISK_FULL = os.strerror(errno.ENOSPC)
 HOW_TO_MEND = "delete the folder, restore the value, or choose another `run.name`"
@@ -134,18 +148,45 @@ class RunFolder:
             if manifest["inputs"].get(name) != fingerprint:
                 raise StoreError(f"{path} was made from another {name}; delete {path} to make it anew")
 
-    def refuse_damage(self, folder: str) -> None:
-        """Read every file of a finished step and compare it with the manifest.
+    def refuse_damage(self, folder: str, *, read_up_to: float = math.inf) -> None:
+        """Compare every file of a finished step with the manifest.
+
+        Args:
+            read_up_to: bytes; larger files are not read, only their size is compared.
 
         Raises:
             StoreError: the step has not been done, or a file is missing or altered.
         """
         path = self.path / folder
         for name, expected in self.manifest(folder)["files"].items():
-            if not exists(path_within(path, name)):
-                raise StoreError(f"{path / name}: is missing; delete {path} to make it anew")
-            if describe(path / name) != expected:
-                raise StoreError(f"{path / name}: was altered (its SHA-256 differs); delete {path} to make it anew")
+            file = path_within(path, name)
+            if not exists(file) or (is_local(file) and not file.is_file()):
+                raise StoreError(f"{file}: is missing; delete {path} to make it anew")
+            size = file.stat().st_size
+            if size != expected["bytes"]:
+                raise StoreError(f"{file}: was altered (its size differs); delete {path} to make it anew")
+            if size <= read_up_to and describe(file) != expected:
+                raise StoreError(f"{file}: was altered (its SHA-256 differs); delete {path} to make it anew")
+
+    def config(self) -> dict[str, Any]:
+        """What `config.yaml` says, as plain values; checked against what the finished steps were made with.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ConfigError: it is not YAML.
+            StoreError: it is no configuration, or says something else than a step was made with.
+        """
+        path = path_within(self.path, CONFIG)
+        remedy = "`cdpo run CONFIG` with the configuration of the run writes it anew"
+        values = parse_yaml(bytes_of(path, remedy=remedy).decode("utf-8", "replace"), where=str(path))
+        try:
+            CONFIG_FACTS.validate_python(values, strict=True)
+        except ValidationError as error:
+            raise StoreError(damage_sentence(error, where=str(path), remedy=remedy)) from None
+        for folder in STEP_FOLDERS:
+            if self.has(folder) and (edited := contradictions(values, self.manifest(folder)["settings"])):
+                raise StoreError(f"{path}: is not the configuration that {folder} was made with: {edited}; {remedy}")
+        return values
 
     def fingerprint(self, folder: str, files: Sequence[str] | None = None) -> str:
         """What tells a finished step's files, or some of them, from others of the same names.
@@ -289,14 +330,3 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     before, after = flat(then), flat(now)
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     return "; ".join(f"`{key}` = {before.get(key)}, config says {after.get(key)}" for key in changed)
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings -> one, with keys as they are written on the command line: ``training.lora.rank``."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            result.update(flat(value, f"{prefix}{key}."))
-        else:
-            result[f"{prefix}{key}"] = value
-    return result

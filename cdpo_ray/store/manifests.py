@@ -1,4 +1,4 @@
-"""What a manifest must be: it lies in a folder that somebody else may have made."""
+"""What manifests and `config.yaml` of a run must be: they lie in a folder that somebody else may have made."""
 
 import hashlib
 import json
@@ -8,11 +8,15 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from cdpo_ray.config.rewards import JUDGE_NO_IMAGE, REWARD_NAMES
+from cdpo_ray.errors import printable
 from cdpo_ray.store.places import MANIFEST
 from cdpo_ray.store.untrusted import Count, Predicted, Seconds, Timestamp, other_keys_allowed
 
 SETTINGS = "settings.json"
 """Beside unfinished work: what it was begun with."""
+CONFIG = "config.yaml"
+"""Beside the steps: the configuration that they were made with."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -63,6 +67,27 @@ class BegunWith(TypedDict):
     changes: NotRequired[list[str]]
 
 
+@other_keys_allowed
+class RewardFacts(TypedDict):
+    names: Annotated[list[str], Field(min_length=1)]
+    rank_by: str | None
+
+
+@other_keys_allowed
+class EvaluationFacts(TypedDict):
+    judges: NotRequired[list[str]]
+    grid_prompts: NotRequired[Annotated[int, Field(ge=0, le=10_000)]]
+
+
+@other_keys_allowed
+class ConfigFacts(TypedDict):
+    """What is read of `config.yaml`; the rest is only shown."""
+
+    rewards: RewardFacts
+    evaluation: NotRequired[EvaluationFacts]
+    preferences: NotRequired[dict[str, Any] | None]
+
+
 def _is_consistent(manifest: FilesManifest) -> FilesManifest:
     """The fingerprint names a cached copy and stands for the files: a false one would pass them off as others."""
     if reserved := {MANIFEST, SETTINGS} & set(manifest["files"]):
@@ -75,3 +100,36 @@ def _is_consistent(manifest: FilesManifest) -> FilesManifest:
 FILES_MANIFEST: TypeAdapter[FilesManifest] = TypeAdapter(Annotated[FilesManifest, AfterValidator(_is_consistent)])
 STEP_MANIFEST: TypeAdapter[StepManifest] = TypeAdapter(Annotated[StepManifest, AfterValidator(_is_consistent)])
 BEGUN_WITH: TypeAdapter[BegunWith] = TypeAdapter(BegunWith)
+CONFIG_FACTS: TypeAdapter[ConfigFacts] = TypeAdapter(ConfigFacts)
+
+
+def contradictions(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """What a configuration says otherwise than the settings that a step was made with; empty if nothing.
+
+    Args:
+        config: plain values that `CONFIG_FACTS` holds for.
+        settings: of the step's manifest.
+    """
+    says, rewards = flat(config), config["rewards"]
+    says["rewards.rank_by"] = rewards["rank_by"] or rewards["names"][0]
+    judges = [*dict.fromkeys([*rewards["names"], *config.get("evaluation", {}).get("judges", [])])]
+    if "evaluation.judges" in says:
+        says["evaluation.judges"] = [name for name in judges if name not in JUDGE_NO_IMAGE]
+    unused = tuple(f"rewards.{name}." for name in REWARD_NAMES if name not in judges)  # scored by an earlier config
+    made = {key: value for key, value in flat(settings).items() if key in says and not key.startswith(unused)}
+    return "; ".join(
+        f"`{printable(key)}` was {printable(value)}, the file says {printable(says[key])}"
+        for key, value in made.items()
+        if value != says[key]
+    )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> one, with keys as they are written on the command line: ``training.lora.rank``."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            result.update(flat(value, f"{prefix}{key}."))
+        else:
+            result[f"{prefix}{key}"] = value
+    return result

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.store.places import is_local
 
-MAX_JSON_BYTES = 2**28
+MAX_TEXT_BYTES = 2**28
 MAX_NAME_CHARS = 1024
 SHOWN_FAULTS = 3
 other_keys_allowed = with_config(ConfigDict(extra="allow"))
@@ -89,15 +89,25 @@ def read_untrusted(path: Path, kind: TypeAdapter[Any], *, remedy: str) -> Any:
 
     Raises:
         FileNotFoundError: it is not there.
-        StoreError: it is not a regular file, too large, not JSON, or not of this kind.
+        StoreError: as of `bytes_of` and `validate_untrusted`.
+    """
+    return validate_untrusted(bytes_of(path, remedy=remedy), kind, where=str(path), remedy=remedy)
+
+
+def bytes_of(path: Path, *, remedy: str) -> bytes:
+    """Content of a text file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        StoreError: it is not a regular file, or too large.
     """
     if is_local(path):
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
             raise StoreError(f"{path}: is damaged (not a regular file); {remedy}")
-        if status.st_size > MAX_JSON_BYTES:
-            raise StoreError(f"{path}: is damaged ({status.st_size:,} bytes, at most {MAX_JSON_BYTES:,}); {remedy}")
-    return validate_untrusted(path.read_bytes(), kind, where=str(path), remedy=remedy)
+        if status.st_size > MAX_TEXT_BYTES:
+            raise StoreError(f"{path}: is damaged ({status.st_size:,} bytes, at most {MAX_TEXT_BYTES:,}); {remedy}")
+    return path.read_bytes()
 
 
 def validate_untrusted(text: str | bytes, kind: TypeAdapter[Any], *, where: str, remedy: str) -> Any:
@@ -109,10 +119,15 @@ def validate_untrusted(text: str | bytes, kind: TypeAdapter[Any], *, where: str,
     try:
         return kind.validate_json(text, strict=True)
     except ValidationError as error:
-        faults = error.errors(include_url=False, include_context=False)
-        shown = "; ".join(_sentence(fault) for fault in faults[:SHOWN_FAULTS])
-        more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
-        raise StoreError(f"{where}: is damaged ({shown}{more}); {remedy}") from None
+        raise StoreError(damage_sentence(error, where=where, remedy=remedy)) from None
+
+
+def damage_sentence(error: ValidationError, *, where: str, remedy: str) -> str:
+    """What is wrong with a file, for a `StoreError`."""
+    faults = error.errors(include_url=False, include_context=False)
+    shown = "; ".join(_sentence(fault) for fault in faults[:SHOWN_FAULTS])
+    more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+    return f"{where}: is damaged ({shown}{more}); {remedy}"
 
 
 def _sentence(fault: Any) -> str:
