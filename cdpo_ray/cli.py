@@ -50,7 +50,9 @@ COMPARE_HELP = """\
 Compare what several runs trained, on the held-out images that their evaluations kept; nothing is generated.
 
 The runs must have been put to the same test: model, seed, sampling, held-out prompts and images per prompt. A judge
-that only some of them had scores the others' images now. compare.html shows
+that only some of them had scores the others' images now. The runs may be somebody else's: what their folders say
+chooses no address, environment variable, file, model or code. A judge that needs one is taken from `--judges`, or
+left out. compare.html shows
   - a row a run (what its pairs were ranked by), a column a judge: mean score, and its difference to the base model
   - for each judge, how often one run's image is better than another's from the same noise
   - how the looks of the images changed: diversity, saturation, edges, compressed size
@@ -80,6 +82,10 @@ GPU_HELP = "GPU to estimate hours and memory for; default: this machine's if it 
 ADDRESS_HELP = (
     "head of a Ray cluster; else RAY_ADDRESS, the cluster that this job is in, or a local Ray for this command"
 )
+JUDGES_HELP = (
+    "your own configuration: its judges, with its options, score the images of runs that lack their scores;"
+    " own rewards are imported from the working folder"
+)
 NO_RAY = ("check", "report", "export", "compare")
 EXIT_UNSOUND = 1  # of `doctor` that found something wrong, and of `status` of a run that stands still
 EXIT_FAULT = 2
@@ -107,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verb == "compare":
             command.add_argument("runs", nargs="+", metavar="RUN", help="two or more finished runs, as runs/<name>")
             command.add_argument("--out", metavar="DIR", help="default: the folder that the first run is in")
+            command.add_argument("--judges", metavar="CONFIG", help=JUDGES_HELP)
             continue
         if verb == "status":
             command.add_argument("run", metavar="RUN", help="runs/<name>, or its place in an object store")
@@ -158,7 +165,8 @@ def _terminate(number: int, frame: object) -> None:
 
 def _do(asked: argparse.Namespace) -> int:
     if asked.verb == "compare":
-        print(compare_runs([place(run) for run in asked.runs], asked.out and place(asked.out)))
+        config = load_config(asked.judges) if asked.judges else None
+        print(compare_runs([place(run) for run in asked.runs], asked.out and place(asked.out), config))
         return 0
     if asked.verb == "status":
         found = run_status(place(asked.run))

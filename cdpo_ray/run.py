@@ -186,14 +186,15 @@ def find_preference_faults(config: Config, *, address: str | None = None, verbos
     return list(dict.fromkeys([*map(str, found.faults), *in_images]))
 
 
-def compare_runs(run_dirs: list[Path], output_dir: Path | None = None) -> str:
+def compare_runs(run_dirs: list[Path], output_dir: Path | None = None, config: Config | None = None) -> str:
     """Compare what finished runs trained, on the held-out images that they kept; needs no Ray.
 
     Args:
         output_dir: of `compare.html` and `compare.json`; the folder that the first run lies in by default.
+        config: the user's own, whose judges may score the images of runs that lack their scores.
 
     Returns:
-        A table, a row a run, and the path of the page.
+        A table with one row per run, a line for each judge that was left out, and the path of the page.
 
     Raises:
         CdpoError: a run is not evaluated, two cannot be compared, or a judge that one lacks cannot score.
@@ -201,8 +202,8 @@ def compare_runs(run_dirs: list[Path], output_dir: Path | None = None) -> str:
     from cdpo_ray.evaluation import runs
 
     output_dir = output_dir or run_dirs[0].parent
-    found = runs.compare_runs(run_dirs, output_dir)
-    return f"{runs.table_of(found)}\n{output_dir / 'compare.html'}"
+    found = runs.compare_runs(run_dirs, output_dir, config.evaluation_judges if config else None)
+    return "\n".join([runs.table_of(found), *found["left_out"].values(), str(output_dir / "compare.html")])
 
 
 def explain_stages(config: Config) -> str:

@@ -12,6 +12,7 @@ from cdpo_ray.config.rewards import (
     REWARD_NAMES,
     RewardsSection,
     VlmAlignmentOptions,
+    options_without_choices,
     ranking_weights,
 )
 from cdpo_ray.config.search import SearchSection
@@ -34,6 +35,7 @@ __all__ = [
     "TrainingSection",
     "VlmAlignmentOptions",
     "load_config",
+    "options_without_choices",
     "parse_yaml",
     "ranking_weights",
     "validate",

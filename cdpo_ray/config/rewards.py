@@ -4,11 +4,12 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from cdpo_ray.config.section import Section, Sha256, check_pinned
+from cdpo_ray.errors import printable
 from cdpo_ray.records import PERTURBATION, PREFERENCE
 
 REWARD_NAMES = (
@@ -29,6 +30,13 @@ JUDGE_NO_IMAGE = (PERTURBATION, PREFERENCE)
 
 COMBINATIONS = ("weighted_sum", "mean_rank", "pareto")
 """Ways to rank by several rewards; `cdpo_ray.curriculum.combination` maps each to its function."""
+
+NEEDS_A_CHOICE = {
+    "aesthetic": "`rewards.aesthetic.head`",
+    "imagereward": "`rewards.imagereward.sha256`",
+    "vlm_alignment": "`rewards.vlm_alignment.captioner` or `rewards.vlm_alignment.endpoint`",
+}
+"""Built-in rewards whose default options do not suffice, and what they lack."""
 
 OWN_REWARD = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
@@ -193,6 +201,37 @@ class PerturbationOptions(Section):
     """Images of ever more masked prompts, of which the less masked is the better: a ranking without a judge."""
 
     max_masked_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+
+def options_without_choices(name: str, recorded: Any) -> dict[str, Any]:
+    """Options of a judge as somebody else recorded them, if they choose no address, variable, file, model or code.
+
+    Numbers and words of a closed list may be anything that the section allows; every other option must have the
+    package's own default, and the defaults must suffice.
+
+    Raises:
+        ValueError: they do choose, or are none; the reason completes "reward `name` ...".
+    """
+    if name not in REWARD_NAMES:
+        raise ValueError("is somebody's own function")
+    field = RewardsSection.model_fields.get(name)
+    kind: Any = field.annotation if field else Section
+    if not isinstance(recorded, dict):
+        raise ValueError("has no options recorded")
+    for key, value in recorded.items():
+        option = kind.model_fields.get(key)
+        if option is None:
+            raise ValueError(f"has no option {printable(repr(key))}")
+        is_harmless = get_origin(option.annotation) is Literal or option.annotation in (int, float, bool)
+        if not is_harmless and value != option.default:
+            raise ValueError(f"needs `rewards.{name}.{key}`, which another run may not choose")
+    try:
+        options = kind.model_validate(recorded, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"has options that cannot be used ({printable(error.errors()[0]['msg'])})") from None
+    if missing := NEEDS_A_CHOICE.get(name):
+        raise ValueError(f"needs {missing}, which another run may not choose")
+    return options.model_dump()
 
 
 class RewardsSection(Section):

@@ -10,7 +10,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from cdpo_ray.errors import StoreError
+from cdpo_ray.errors import printable
+from cdpo_ray.generation.images import open_png
 from cdpo_ray.store import write_text
 
 MAX_PIXELS = 256  # larger images are shrunk, so that the page stays of a size that opens
@@ -45,13 +46,7 @@ def inlined(png: bytes, where: str) -> dict[str, Any]:
     Raises:
         StoreError: it is no PNG; ``where`` tells which.
     """
-    try:
-        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow speaks of a damaged PNG in all three
-        raise StoreError(
-            f"{where}: is not a PNG ({error}); delete its folder and run `cdpo run CONFIG` to make it anew"
-        ) from None
+    image = open_png(png, where)
     if max(image.size) > MAX_PIXELS:
         image.thumbnail((MAX_PIXELS, MAX_PIXELS), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
@@ -119,6 +114,7 @@ def number(value: float, places: int, sign: str = "-") -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines for a terminal, a column as wide as its widest cell."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -1,20 +1,20 @@
 """Run folder -> one self-contained page."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
-import yaml
 from markupsafe import Markup
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from cdpo_ray.config import ranking_weights
-from cdpo_ray.errors import StoreError
+from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.evaluation import figures
 from cdpo_ray.evaluation.page import (
     HERE,
@@ -27,10 +27,10 @@ from cdpo_ray.evaluation.page import (
     write_page,
 )
 from cdpo_ray.records import ARMS, EVALUATION, PREFERENCE, SAMPLES, SCORES, STAGES, TRAINING, score_column
-from cdpo_ray.store import RunFolder, tables
+from cdpo_ray.store import CONFIG, RunFolder, read_untrusted, tables, validate_untrusted
+from cdpo_ray.store.untrusted import Count, Seconds, bytes_of, other_keys_allowed
 
 STEPS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
-CONFIG = "config.yaml"
 DIVERSITY, APPEARANCE = "diversity", "appearance"
 MAX_IMAGES = 6  # shown of a prompt and model; more would be too small to compare
 LARGE_CHANGE = 0.05
@@ -39,6 +39,104 @@ LARGE_CHANGE = 0.05
 Measured on the quickstart: trained on `clip`, a gain that the held-out `oracle` confirms, no interval of saturation,
 edge density or JPEG size reached 3 %; trained on `jpeg_size`, while `oracle` fell, edge density rose by 9 to 16 %.
 """
+
+
+ANEW = "run `cdpo run CONFIG` to make it anew"
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Gap = Annotated[int, Field(ge=0, le=10_000)]
+JudgeName = Annotated[str, Field(pattern=r"^[\w.:]{1,200}$")]
+
+
+class _Interval(TypedDict):
+    mean: Finite
+    low: Finite
+    high: Finite
+    num_prompts: NotRequired[Count]
+
+
+class _Comparison(TypedDict):
+    """`statistics.Comparison` as plain values."""
+
+    base: _Interval
+    tuned: _Interval
+    difference: _Interval
+    win_rate: _Interval
+    num_missing: Count
+
+
+class _Agreement(TypedDict):
+    judges: Annotated[list[str], Field(min_length=2, max_length=2)]
+    base: Finite | None
+    tuned: Finite | None
+
+
+@other_keys_allowed
+class Metrics(TypedDict):
+    """What is read of `metrics.json` to compare runs."""
+
+    images_per_prompt: Annotated[int, Field(ge=1, le=1_000_000)]
+    diversity: NotRequired[_Comparison]
+    appearance: NotRequired[dict[str, _Comparison]]
+
+
+@other_keys_allowed
+class _JudgedMetrics(Metrics):
+    """What the page shows of `metrics.json`."""
+
+    num_prompts: Count
+    judges: Annotated[dict[JudgeName, _Comparison], Field(min_length=1)]
+    agreement: NotRequired[list[_Agreement]]
+    preference_accuracy: NotRequired[dict[str, _Interval | None]]
+    labels: NotRequired[dict[str, _Interval | None]]
+
+
+@other_keys_allowed
+class _PlannedStage(TypedDict):
+    """What the page shows of a stage's pairs, see `curriculum.explanation.describe_stage`."""
+
+    stage: Gap
+    min_rank_gap: Gap
+    max_rank_gap: Gap
+    num_candidate_pairs: Count
+    num_drawn_pairs: Count
+    num_prompts: Count
+    drawn_by_rank_gap: dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], Count]
+
+
+@other_keys_allowed
+class _Update(TypedDict):
+    """What the page shows of an update."""
+
+    stage: Gap
+    loss: float
+    margin: float
+    implicit_accuracy: float
+    policy_error_w: float
+    policy_error_l: float
+    reference_error_w: float
+    reference_error_l: float
+
+
+@other_keys_allowed
+class _NumberedUpdate(_Update):
+    update: Count
+
+
+@other_keys_allowed
+class _TrainedStage(_Update):
+    """What the page shows of a stage's training."""
+
+    num_updates: Count
+    num_pairs: Count
+    seconds: Seconds
+    pairs: NotRequired[_PlannedStage]
+
+
+METRICS: TypeAdapter[Metrics] = TypeAdapter(Metrics)
+_JUDGED_METRICS: TypeAdapter[_JudgedMetrics] = TypeAdapter(_JudgedMetrics)
+_PLANNED_STAGES = TypeAdapter(Annotated[list[_PlannedStage], Field(min_length=1, max_length=1000)])
+_TRAINED_STAGES = TypeAdapter(Annotated[list[_TrainedStage], Field(min_length=1, max_length=1000)])
+_UPDATE: TypeAdapter[_NumberedUpdate] = TypeAdapter(_NumberedUpdate)
 
 
 @dataclass(frozen=True)
@@ -98,15 +196,18 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         output_path: an HTML file; replaced if it is there.
 
     Raises:
-        StoreError: a file of the run is missing or damaged.
+        StoreError: a file of the run is missing, is not as its manifest says, or `config.yaml` was edited.
     """
     run = RunFolder(run_dir)
+    for step in STEPS:  # images and scores are not shown; they may be very large
+        run.refuse_damage(step, read_up_to=0 if step in (SAMPLES, SCORES) else math.inf)
     manifests = {step: run.manifest(step) for step in STEPS}
-    config = read_config(run_dir)
-    metrics = read_json(run_dir / EVALUATION / "metrics.json")
+    config = read_config(run)
+    metrics = read_metrics(run_dir)
     findings = find(metrics, config["rewards"])
     judges = [finding.name for finding in findings if finding.role != APPEARANCE]
     comparison_path = run_dir / EVALUATION / "comparison.parquet"
+    check_comparison(comparison_path, judges)
     write_page(
         output_path,
         HERE / "report.html.jinja",
@@ -120,16 +221,16 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         agreement=agreement_matrix(metrics.get("agreement", []), judges),
         accuracy=[_accuracy(metrics, judge) for judge in judges],
         label_accuracy={name: spoken_share(found) for name, found in metrics.get("labels", {}).items() if found},
-        grid=image_grid(comparison_path, judges, config["evaluation"]["grid_prompts"]),
+        grid=image_grid(comparison_path, judges, config.get("evaluation", {}).get("grid_prompts", 0)),
         shown_images=min(MAX_IMAGES, metrics["images_per_prompt"]),
         charts={name: Markup(svg) for name, svg in _charts(run_dir, comparison_path, metrics, judges).items()},
         pair_stages=_pair_stages(run_dir),
-        trained_stages=read_json(run_dir / TRAINING / "stages.json"),
+        trained_stages=read_record(run_dir / TRAINING / "stages.json", _TRAINED_STAGES),
         manifests=manifests,
         total_seconds=sum(manifest["seconds"] for manifest in manifests.values()),
         versions=_merged(manifests.values(), "versions"),
         machine=_merged(manifests.values(), "machine"),
-        config=_text(run_dir / CONFIG),
+        config=bytes_of(run_dir / CONFIG, remedy=ANEW).decode("utf-8", "replace"),
     )
 
 
@@ -220,13 +321,15 @@ def differences_by_prompt(comparison_path: Path, judges: Sequence[str]) -> dict[
 
 def _pair_stages(run_dir: Path) -> list[dict[str, Any]]:
     """What each stage held: as drawn before training, or as training drew it anew by the policy's margins."""
-    planned = read_json(run_dir / STAGES / "stages.json")
-    trained = read_json(run_dir / TRAINING / "stages.json")
+    planned = read_record(run_dir / STAGES / "stages.json", _PLANNED_STAGES)
+    trained = read_record(run_dir / TRAINING / "stages.json", _TRAINED_STAGES)
+    if len(planned) != len(trained):
+        raise _damaged(run_dir / TRAINING / "stages.json", f"{len(trained)} stages, planned were {len(planned)}")
     return [stage.get("pairs", plan) for stage, plan in zip(trained, planned, strict=True)]
 
 
 def _charts(run_dir: Path, comparison_path: Path, metrics: Mapping[str, Any], judges: Sequence[str]) -> dict[str, str]:
-    return figures.training_curves(_json_lines(run_dir / TRAINING / "updates.jsonl")) | {
+    return figures.training_curves(_read_updates(run_dir / TRAINING / "updates.jsonl")) | {
         "pairs": figures.pairs_by_rank_gap(_pair_stages(run_dir)),
         "gains": figures.gains({judge: metrics["judges"][judge] for judge in judges}),
         "differences": figures.difference_histograms(differences_by_prompt(comparison_path, judges)),
@@ -272,32 +375,39 @@ def _merged(manifests: Any, key: str) -> dict[str, str]:
     return {name: ", ".join(found) for name, found in values.items()}
 
 
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """The configuration that a run was made with, as plain values."""
-    config: dict[str, Any] = yaml.safe_load(_text(run_dir / CONFIG))
-    return config
-
-
-def _text(path: Path) -> str:
+def read_config(run: RunFolder) -> dict[str, Any]:
+    """The configuration that a run was made with, as plain values; raises as `RunFolder.config`."""
     try:
-        return path.read_text(encoding="utf-8")
+        return run.config()
+    except FileNotFoundError:
+        raise _missing(run.path / CONFIG) from None
+
+
+def read_metrics(run_dir: Path) -> dict[str, Any]:
+    """`metrics.json` of a run; raises StoreError with what to do if it is missing or damaged."""
+    metrics: dict[str, Any] = read_record(run_dir / EVALUATION / "metrics.json", _JUDGED_METRICS)
+    return metrics
+
+
+def read_record(path: Path, kind: TypeAdapter[Any]) -> Any:
+    """A JSON file of a step; raises StoreError with what to do if it is missing or damaged."""
+    try:
+        return read_untrusted(path, kind, remedy=f"delete {path.parent} and {ANEW}")
     except FileNotFoundError:
         raise _missing(path) from None
 
 
-def read_json(path: Path) -> Any:
-    """Raises StoreError with what to do if it is missing or damaged."""
+def _read_updates(path: Path) -> list[Any]:
     try:
-        return json.loads(_text(path))
-    except ValueError as error:
-        raise _damaged(path, error) from None
-
-
-def _json_lines(path: Path) -> list[Any]:
-    try:
-        return [json.loads(line) for line in _text(path).splitlines()]
-    except ValueError as error:
-        raise _damaged(path, error) from None
+        lines = bytes_of(path, remedy=ANEW).splitlines()
+    except FileNotFoundError:
+        raise _missing(path) from None
+    if not lines:
+        raise _damaged(path, "it is empty")
+    return [
+        validate_untrusted(line, _UPDATE, where=f"{path}:{number}", remedy=f"delete {path.parent} and {ANEW}")
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def read_table(path: Path, columns: Sequence[str], filters: Any = None) -> pa.Table:
@@ -310,10 +420,42 @@ def read_table(path: Path, columns: Sequence[str], filters: Any = None) -> pa.Ta
         raise _damaged(path, error) from None
 
 
+def check_comparison(path: Path, judges: Sequence[str]) -> None:
+    """Refuse a `comparison.parquet` that lacks a column, or holds something else in one, see `records`.
+
+    Args:
+        judges: whose scores must be there.
+
+    Raises:
+        StoreError: with the first such column, or the file is missing or damaged.
+    """
+    try:
+        schema = tables.table_schema(path)
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(path, error) from None
+    images = [f"{arm}_image" for arm in ARMS]
+    scores = [f"{arm}_{score_column(judge)}" for arm in ARMS for judge in judges]
+    kinds: list[tuple[str, Sequence[str], Callable[[Any], bool]]] = [
+        ("integers", ("prompt_index", "sample_index"), pa.types.is_integer),
+        ("text", ("prompt",), pa.types.is_string),
+        ("bytes", images, pa.types.is_binary),
+        ("numbers", scores, pa.types.is_floating),
+    ]
+    for what, columns, is_kind in kinds:
+        for name in columns:
+            if schema.names.count(name) != 1 or not is_kind(schema.field(name).type):
+                raise _damaged(path, f"must have one column `{name}` of {what}")
+    places = read_table(path, ["prompt_index", "sample_index", "prompt"])
+    if not places.num_rows or any(column.null_count for column in places.columns):
+        raise _damaged(path, "is empty, or has rows without prompt or place")
+
+
 def _missing(path: Path) -> StoreError:
     anew = "" if path.name == CONFIG else f"delete {path.parent} and "  # the configuration is written by every run
-    return StoreError(f"{path}: is missing, and the report needs it; {anew}run `cdpo run CONFIG` to make it anew")
+    return StoreError(f"{path}: is missing, and the report needs it; {anew}{ANEW}")
 
 
-def _damaged(path: Path, error: Exception) -> StoreError:
-    return StoreError(f"{path}: is damaged ({error}); delete {path.parent} and run `cdpo run CONFIG` to make it anew")
+def _damaged(path: Path, error: object) -> StoreError:
+    return StoreError(f"{path}: is damaged ({printable(error)}); delete {path.parent} and {ANEW}")

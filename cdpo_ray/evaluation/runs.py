@@ -1,17 +1,21 @@
 """Evaluated runs -> one comparison of what they trained: `compare.json` and `compare.html`; nothing is generated."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
-from cdpo_ray.errors import StoreError
+from cdpo_ray.config import REWARD_NAMES, options_without_choices
+from cdpo_ray.errors import RewardError, StoreError, printable
 from cdpo_ray.evaluation.appearance import APPEARANCE
 from cdpo_ray.evaluation.metrics import preference_accuracy
 from cdpo_ray.evaluation.page import (
@@ -24,13 +28,24 @@ from cdpo_ray.evaluation.page import (
     spoken_share,
     write_page,
 )
-from cdpo_ray.evaluation.report import DIVERSITY, read_config, read_json, read_table, trained_on
+from cdpo_ray.evaluation.report import (
+    DIVERSITY,
+    METRICS,
+    JudgeName,
+    check_comparison,
+    read_config,
+    read_record,
+    read_table,
+    trained_on,
+)
 from cdpo_ray.evaluation.statistics import Scores, compare
-from cdpo_ray.generation.images import decode_png
+from cdpo_ray.generation.images import decode_pngs
 from cdpo_ray.records import ARMS, EVALUATION, IMPLICIT_VALUE, score_column
 from cdpo_ray.rewards.scorer import Scorer
-from cdpo_ray.store import RunFolder, flat, make_folder, table_schema, write_json
+from cdpo_ray.store import MANIFEST, RunFolder, differences, flat, is_local, make_folder, table_schema, write_json
+from cdpo_ray.store.untrusted import Count, damage_sentence, other_keys_allowed
 
+log = logging.getLogger(__name__)
 BASE = "base model"
 COMPARABLE_BY = (
     "run.seed",
@@ -46,6 +61,26 @@ COMPARABLE_BY = (
 )
 """Settings that decide which images the base model makes: alike, or the runs were not put to the same test."""
 SHOWN_PROMPTS, SHOWN_IMAGES = 8, 2
+
+
+@other_keys_allowed
+class _Evaluation(TypedDict):
+    judges: Annotated[list[JudgeName], Field(min_length=1, max_length=100)]
+    images_per_prompt: Annotated[int, Field(ge=1, le=10_000)]
+    num_bootstrap_resamples: Annotated[int, Field(ge=1, le=100_000)]
+
+
+@other_keys_allowed
+class _Generation(TypedDict):
+    images_per_batch: Annotated[int, Field(ge=1, le=4096)]
+
+
+class _Settings(BaseModel):
+    """What is used of an evaluation's settings; others are compared, and shown."""
+
+    seed: Annotated[Count, Field(alias="run.seed")]
+    generation: _Generation
+    evaluation: _Evaluation
 
 
 @dataclass(frozen=True)
@@ -86,30 +121,41 @@ class EvaluatedRun:
         return self.values(f"{arm}_{score_column(judge)}")
 
 
-def compare_runs(run_dirs: Sequence[Path], output_dir: Path) -> dict[str, Any]:
+def compare_runs(
+    run_dirs: Sequence[Path], output_dir: Path, own_judges: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """Compare what several runs trained, on the images that each of their evaluations kept.
 
-    A judge that one run has and another lacks scores the latter's images now, in this process.
+    A judge that one run has and another lacks scores the latter's images now, in this process, if the options that the
+    run recorded choose no address, environment variable, file, model or code: a run may be somebody else's. Otherwise
+    the judge is left out, unless ``own_judges`` has it.
 
     Args:
         run_dirs: `runs/<name>`, or a round's folder within it, each with a finished evaluation.
         output_dir: where `compare.json` and `compare.html` go.
+        own_judges: of the user's own configuration, by name the keyword arguments of each one's class.
 
     Returns:
         The content of `compare.json`.
 
     Raises:
-        StoreError: a run is not evaluated or is damaged, or two were not put to the same test.
-        RewardError: a missing judge cannot be loaded, or fails.
+        StoreError: a run is not evaluated or is damaged, two were not put to the same test, or no judge is left.
+        RewardError: a missing judge cannot be loaded, or fails, or would be imported from a run's folder.
     """
     runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, names_of(run_dirs), strict=True)]
     for other in runs[1:]:
         refuse_incomparable(runs[0], other)
-    judges = {judge: options for run in reversed(runs) for judge, options in run.judges.items()}
-    judges = {judge: judges[judge] for run in runs for judge in run.judges}  # in the order of the first that has each
+    options, left_out = options_of_missing(runs, own_judges or {})
+    judges = [judge for judge in dict.fromkeys(judge for run in runs for judge in run.judges) if judge not in left_out]
+    if not judges:
+        raise StoreError(f"compare: no judge is left; {' '.join(left_out.values())}")
+    _refuse_code_of_runs(options, run_dirs)
     scored_now = {run.name: [judge for judge in judges if judge not in run.judges] for run in runs}
-    runs = [with_scores(run, {judge: judges[judge] for judge in scored_now[run.name]}) for run in runs]
-    found = measure_runs(runs, list(judges)) | {"scored_now": scored_now}
+    runs = [with_scores(run, {judge: options[judge] for judge in scored_now[run.name]}) for run in runs]
+    try:
+        found = measure_runs(runs, judges) | {"scored_now": scored_now, "left_out": left_out}
+    except ValueError as error:  # scores that no mean has
+        raise StoreError(f"compare: {error}") from None
     try:
         make_folder(output_dir)
         write_json(output_dir / "compare.json", found)
@@ -117,6 +163,50 @@ def compare_runs(run_dirs: Sequence[Path], output_dir: Path) -> dict[str, Any]:
         raise StoreError(f"{output_dir}: cannot be written: {error.strerror}; choose another `--out`") from None
     write_page(output_dir / "compare.html", HERE / "compare.html.jinja", grid=image_grid(runs), **spoken(found))
     return found
+
+
+def options_of_missing(
+    runs: Sequence[EvaluatedRun], own_judges: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
+    """Options of the judges that some runs have and others lack; and of those that cannot be used, a sentence why.
+
+    Args:
+        own_judges: as of `compare_runs`; these are used as they are.
+    """
+    options: dict[str, Mapping[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    for judge, recorded in [pair for run in runs for pair in run.judges.items()]:
+        lacking = [run.name for run in runs if judge not in run.judges]
+        if not lacking or judge in options or judge in left_out:
+            continue
+        if judge in own_judges:
+            options[judge] = own_judges[judge]
+            if changed := differences(recorded, own_judges[judge]):
+                log.warning("compare: `%s` is not set up as it was: %s", judge, printable(changed, 1000))
+            continue
+        try:
+            options[judge] = options_without_choices(judge, recorded)
+        except ValueError as reason:
+            left_out[judge] = (
+                f"`{judge}` is left out: {', '.join(map(printable, lacking))} lacks its scores, and it {reason};"
+                " give `--judges CONFIG`, a configuration of your own that names it."
+            )
+    return options, left_out
+
+
+def _refuse_code_of_runs(options: Mapping[str, Any], run_dirs: Sequence[Path]) -> None:
+    """Own rewards are imported from the working folder, which must not be a run's: its files may be somebody else's.
+
+    Raises:
+        RewardError: it is.
+    """
+    own = [judge for judge in options if judge not in REWARD_NAMES]
+    here = Path.cwd().resolve()
+    if own and any(is_local(run_dir) and here.is_relative_to(run_dir.resolve()) for run_dir in run_dirs):
+        raise RewardError(
+            f"reward `{own[0]}`: would be imported from {here}, the folder of a run that is compared; start the command"
+            " in a folder of your own"
+        )
 
 
 def names_of(run_dirs: Sequence[Path]) -> list[str]:
@@ -141,21 +231,40 @@ def read_run(run_dir: Path, name: str) -> EvaluatedRun:
     """
     run = RunFolder(run_dir)
     if not run.has(EVALUATION) and run.path.is_dir() and (rounds := sorted(run.path.glob("round-*"))):
-        raise StoreError(f"{run_dir}: has rounds; give the folder of one, for example {rounds[-1]}")
+        raise StoreError(f"{run_dir}: has rounds; give the folder of one, for example {printable(rounds[-1], 1000)}")
     run.refuse_damage(EVALUATION)
-    settings = run.manifest(EVALUATION)["settings"]
+    settings, judges = _settings_of(run)
+    metrics = read_record(run_dir / EVALUATION / "metrics.json", METRICS)
     path = run_dir / EVALUATION / "comparison.parquet"
+    check_comparison(path, list(judges))
     kept = [column for column in table_schema(path).names if not column.endswith("_image")]
     rows = read_table(path, kept).sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
-    return EvaluatedRun(
-        name,
-        run_dir,
-        trained_on(read_config(run_dir)),
-        flat(settings),
-        {judge: settings[f"rewards.{judge}"] for judge in settings["evaluation"]["judges"]},
-        read_json(run_dir / EVALUATION / "metrics.json"),
-        rows,
-    )
+    num_images = settings["evaluation.images_per_prompt"]
+    if metrics["images_per_prompt"] != num_images or not _has_images_of_each_prompt(rows, num_images):
+        raise StoreError(f"{path}: must have {num_images} rows of each prompt; delete {path.parent}, do not use it")
+    return EvaluatedRun(name, run_dir, trained_on(read_config(run)), settings, judges, metrics, rows)
+
+
+def _settings_of(run: RunFolder) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Flat settings of an evaluation, and what was recorded of each judge's options."""
+    settings, where = run.manifest(EVALUATION)["settings"], run.path / EVALUATION / MANIFEST
+    remedy = f"delete {where.parent}, do not use it"
+    try:
+        _Settings.model_validate(settings, strict=True)
+    except ValidationError as error:
+        raise StoreError(damage_sentence(error, where=str(where), remedy=remedy)) from None
+    judges = {judge: settings.get(f"rewards.{judge}") for judge in settings["evaluation"]["judges"]}
+    if unknown := [judge for judge, options in judges.items() if not isinstance(options, dict)]:
+        raise StoreError(f"{where}: is damaged (no options of `{unknown[0]}`); {remedy}")
+    return flat(settings), judges
+
+
+def _has_images_of_each_prompt(rows: pa.Table, num_images: int) -> bool:
+    prompts, samples = rows["prompt_index"].to_numpy(), rows["sample_index"].to_numpy()
+    if len(prompts) % num_images:
+        return False
+    prompts, samples = prompts.reshape(-1, num_images), samples.reshape(-1, num_images)
+    return bool((prompts == prompts[:, :1]).all() and (samples == np.arange(num_images)).all())
 
 
 def refuse_incomparable(one: EvaluatedRun, other: EvaluatedRun) -> None:
@@ -169,7 +278,7 @@ def refuse_incomparable(one: EvaluatedRun, other: EvaluatedRun) -> None:
         key for key in sorted({*one.settings, *other.settings}) if key in COMPARABLE_BY or key.startswith(tuple(common))
     ]
     differences = [
-        f"`{key}` is {one.settings.get(key)} and {other.settings.get(key)}"
+        f"`{printable(key)}` is {printable(one.settings.get(key))} and {printable(other.settings.get(key))}"
         for key in keys
         if one.settings.get(key) != other.settings.get(key)
     ]
@@ -201,9 +310,11 @@ def with_scores(run: EvaluatedRun, judges: Mapping[str, Mapping[str, Any]]) -> E
         tqdm(total=num_images, desc=run.name, disable=None) as bar,
     ):
         for batch in file.iter_batches(run.settings["generation.images_per_batch"], columns=columns):
-            places += zip(batch["prompt_index"].to_pylist(), batch["sample_index"].to_pylist(), strict=True)
+            here = list(zip(batch["prompt_index"].to_pylist(), batch["sample_index"].to_pylist(), strict=True))
+            places += here
             for arm in ARMS:
-                images = np.stack([decode_png(png) for png in batch[f"{arm}_image"].to_pylist()])
+                where = [f"{run.comparison_path}: {arm} image {image} of prompt {prompt}" for prompt, image in here]
+                images = decode_pngs(batch[f"{arm}_image"].to_pylist(), where)
                 for judge, scores in scorer(torch.from_numpy(images), batch["prompt"].to_pylist()).items():
                     scored[f"{arm}_{score_column(judge)}"] += scores.tolist()
                 bar.update(len(images))
@@ -337,4 +448,4 @@ def _prompts_differ(one: Sequence[str], other: Sequence[str]) -> str:
     if len(one) != len(other):
         return f"{len(one)} and {len(other)} prompts"
     place = next(index for index, prompts in enumerate(zip(one, other, strict=True)) if len(set(prompts)) > 1)
-    return f"other prompts: number {place + 1} is {one[place]!r} and {other[place]!r}"
+    return f"other prompts: number {place + 1} is {printable(repr(one[place]))} and {printable(repr(other[place]))}"

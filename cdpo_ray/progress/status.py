@@ -41,7 +41,7 @@ READ_UP_TO = 2**20  # bytes; of larger files only presence and size are compared
 MAX_ROUNDS = 1000
 MAX_ERROR_LINES = 20
 SHOWN_OVERRIDE = re.compile(
-    r"(rounds|run\.(name|dir|seed)|(generation|curriculum|training|resources|search)\.[a-z_.]+)=[\w./+,:{}\[\] -]+"
+    r"(rounds|run\.(name|dir|seed)|(generation|curriculum|training|resources)\.[a-z_.]+)=[\w./+,:{}\[\] -]+"
 )
 """Overrides that choose no address, environment variable, code or model."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cdpo_ray.errors import RewardError
 from cdpo_ray.generation.columns import list_column, tensor_column
-from cdpo_ray.generation.images import decode_png
+from cdpo_ray.generation.images import decode_pngs
 from cdpo_ray.generation.memory import is_out_of_memory
 from cdpo_ray.models import load_model
 from cdpo_ray.records import score_column
@@ -132,7 +132,8 @@ class PixelReader:
         return kept.append_column("pixels", tensor_column(pixels))
 
     def _from_pngs(self, rows: pa.Table, row: int) -> NDArray[np.uint8]:
-        return np.stack([decode_png(png) for png in rows["images"][row].as_py()])
+        pngs, where = rows["images"][row].as_py(), f"1-samples: prompt {rows['prompt_index'][row]}"
+        return decode_pngs(pngs, [f"{where}, image {number}" for number in range(len(pngs))])
 
     def _from_latents(self, rows: pa.Table, row: int) -> NDArray[np.uint8]:
         if self.model is None:

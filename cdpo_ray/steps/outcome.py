@@ -7,7 +7,7 @@ from pathlib import Path
 from cdpo_ray.records import EVALUATION, SAMPLES, TRAINING
 from cdpo_ray.steps.arguments import model_arguments, pool_size, sampling_of, warn_of_set_aside
 from cdpo_ray.steps.step import Context
-from cdpo_ray.store import StepOutput, local_copy, read_json
+from cdpo_ray.store import StepOutput, local_copy
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 
 def export(context: Context, format_name: str, output_dir: Path) -> None:
+    from cdpo_ray.evaluation.report import read_metrics
     from cdpo_ray.export.card import RunFacts, model_card
     from cdpo_ray.export.folder import write_export
     from cdpo_ray.export.formats import Trained
@@ -85,6 +86,6 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
         ranking=config.rewards.ranking_sentence,
         curriculum=config.curriculum.sentence,
         training=run.manifest(TRAINING),
-        metrics=read_json(run.step(EVALUATION) / "metrics.json") if run.has(EVALUATION) else None,
+        metrics=read_metrics(run.path) if run.has(EVALUATION) else None,
     )
     write_export(format_name, trained, model_card(facts, format_name, trained.denoiser_name), output_dir)

@@ -139,7 +139,7 @@ def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *,
     """What the base model makes of the prompts of a side, judged by all: made once, for all trials of a search."""
     import numpy as np
 
-    from cdpo_ray.generation.images import decode_png, pairwise_rms_distance
+    from cdpo_ray.generation.images import decode_pngs, pairwise_rms_distance
     from cdpo_ray.generation.pool import generate_samples
     from cdpo_ray.rewards.scorer import Scorer
 
@@ -159,7 +159,7 @@ def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *,
         progress=context.progress,
     )
     apart = [
-        pairwise_rms_distance(np.stack([decode_png(png.as_py()) for png in pngs]))
+        pairwise_rms_distance(decode_pngs(pngs.as_py(), [f"{shard}: image {number}" for number in range(len(pngs))]))
         for shard in sorted(output_dir.glob("*.parquet"))  # one at a time: all PNGs may be more than memory holds
         for pngs in read_table(shard, ["images"])["images"]
     ]

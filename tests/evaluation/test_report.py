@@ -14,6 +14,7 @@ from PIL import Image
 from cdpo_ray.errors import StoreError
 from cdpo_ray.evaluation import figures
 from cdpo_ray.evaluation.report import (
+    STEPS,
     Finding,
     differences_by_prompt,
     find,
@@ -22,7 +23,8 @@ from cdpo_ray.evaluation.report import (
     trained_on,
     write_report,
 )
-from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, TRAINING
+from cdpo_ray.records import EVALUATION, SAMPLES, STAGES, TRAINING
+from cdpo_ray.store import describe, files_within, fingerprint_of
 
 PROMPTS = [
     "a red circle",
@@ -66,19 +68,8 @@ def build_run(
         "rewards": {"names": ["clip", "jpeg_size"], "rank_by": None},
         "evaluation": {"judges": ["oracle", "clip"], "grid_prompts": 4},
     }
-    for step in (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION):
+    for step in STEPS:
         (folder / step).mkdir(parents=True)
-        manifest = {
-            "step": step,
-            "counts": {"images": 1234},
-            "warnings": ["3 prompts <b>cut</b>"] if step == SAMPLES else [],
-            "versions": {"torch": "2.10"},
-            "machine": {"cpus": "2"},
-            "seed": 7,
-            "seconds": 12.5,
-            "created": "2026-01-01T00:00:00+00:00",
-        }
-        (folder / step / "manifest.json").write_text(json.dumps(manifest))
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     write_stages(folder)
     metrics = {
@@ -90,7 +81,30 @@ def build_run(
         json.dumps(metrics | ({"diversity": judge(diversity)} if diversity else {}) | measured)
     )
     pq.write_table(comparison(), folder / EVALUATION / "comparison.parquet")
+    for step in STEPS:
+        write_manifest(folder / step)
     return folder
+
+
+def write_manifest(folder: Path) -> None:
+    """Describe the files as they are now."""
+    files = {name: describe(path) for name, path in files_within(folder).items() if name != "manifest.json"}
+    manifest = {
+        "step": folder.name,
+        "settings": {},
+        "inputs": {},
+        "files": files,
+        "fingerprint": fingerprint_of(files),
+        "counts": {"images": 1234},
+        "warnings": ["3 prompts <b>cut</b>"] if folder.name == SAMPLES else [],
+        "details": {},
+        "versions": {"torch": "2.10"},
+        "machine": {"cpus": "2"},
+        "seed": 7,
+        "seconds": 12.5,
+        "created": "2026-01-01T00:00:00+00:00",
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def write_stages(folder: Path) -> None:
