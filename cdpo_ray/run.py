@@ -14,7 +14,7 @@ import yaml
 
 from cdpo_ray.config import Config
 from cdpo_ray.cost.gpus import DEFAULT_GPU, Gpu, gpu_of_device, visible_gpu
-from cdpo_ray.errors import ConfigError, ResourceError, StoreError
+from cdpo_ray.errors import ConfigError, ResourceError, StoreError, printable
 from cdpo_ray.preferences.files import scan
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
@@ -32,7 +32,7 @@ from cdpo_ray.steps import (
     prompt_source,
     steps_of,
 )
-from cdpo_ray.store import RunFolder, make_folder, place, read_json, write_text
+from cdpo_ray.store import CONFIG, RunFolder, differences, make_folder, place, read_untrusted, write_text
 from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
@@ -122,8 +122,9 @@ def run_steps(
             for step in steps:
                 _perform(step, context, start_ray=start_ray, allow_config_change=allow_config_change)
             if _made_by(config, run, previous):
+                _warn_of_edited_config(config, run)
                 plain = yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
-                write_text(run.path / "config.yaml", plain)
+                write_text(run.path / CONFIG, plain)
     return folders[-1]
 
 
@@ -141,7 +142,10 @@ def write_reports(config: Config, *, anew: bool = False) -> list[Path]:
     Raises:
         StoreError: a step is not done.
     """
-    return [_write_report(run, anew) for run in round_folders(config)]
+    folders = round_folders(config)
+    for run in folders if anew else []:  # else `run_steps` has just written it
+        _warn_of_edited_config(config, run)
+    return [_write_report(run, anew) for run in folders]
 
 
 def check_cluster(config: Config, steps: Iterable[Step]) -> list[str]:
@@ -208,12 +212,13 @@ def compare_runs(run_dirs: list[Path], output_dir: Path | None = None, config: C
 
 def explain_stages(config: Config) -> str:
     """What each stage holds, as a table; draws it to `stages.png` of the run (of each round), the path a line."""
-    from cdpo_ray.curriculum.explanation import draw_stages, stages_table
+    from cdpo_ray.curriculum.explanation import DESCRIBED_STAGES, draw_stages, stages_table
 
     told = []
     for run in round_folders(config):
         if run.has(STAGES):
-            stages = read_json(run.step(STAGES) / "stages.json")
+            path = run.step(STAGES) / "stages.json"
+            stages = read_untrusted(path, DESCRIBED_STAGES, remedy=f"delete {path.parent} to make it anew")
             path = run.path / "stages.png"
             draw_stages(stages, path, title=f"{config.run.name}\n{config.curriculum.sentence}")
             told += [stages_table(stages), str(path)]
@@ -249,6 +254,7 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
         )
         if step.folder in (TRAINING, EVALUATION):  # the others are not read; they may be very large
             run.refuse_damage(step.folder)
+    _warn_of_edited_config(config, run)
     output_dir = output_dir or _run_dir(config) / "export" / format_name
     export(context, format_name, output_dir)
     return output_dir
@@ -292,9 +298,22 @@ def _made_by(config: Config, run: RunFolder, previous: RunFolder | None) -> bool
                 inputs = step.fingerprints(config, run, previous)
                 run.refuse_difference(step.folder, step.settings(config), inputs, grows=step.grows)
             except StoreError as error:
-                log.warning("config.yaml stays as it was: %s", error)
+                log.warning("%s stays as it was: %s", CONFIG, error)
                 return False
     return True
+
+
+def _warn_of_edited_config(config: Config, run: RunFolder) -> None:
+    """Name what the run's `config.yaml` says otherwise than the configuration that was given, if it is there."""
+    try:
+        changed = differences(run.config(), config.plain())
+    except FileNotFoundError:
+        return
+    except (StoreError, ConfigError) as error:
+        log.warning("%s", error)
+        return
+    if changed:
+        log.warning("%s: differs from the configuration: %s", run.path / CONFIG, printable(changed, 1000))
 
 
 def _write_report(run: RunFolder, anew: bool) -> Path:

@@ -3,19 +3,58 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from cdpo_ray.chart_style import BLUE, GREY, STYLE
 from cdpo_ray.curriculum.pairs import PairBatch, PairSet
+from cdpo_ray.store import new_file
+from cdpo_ray.store.untrusted import Count, other_keys_allowed
 
 NUM_BINS = 100
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+Gap = Annotated[int, Field(ge=0, le=10_000)]
+Level = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+@other_keys_allowed
+class ShownStage(TypedDict):
+    """What a page shows of a stage's pairs, see `describe_stage`."""
+
+    stage: Gap
+    min_rank_gap: Gap
+    max_rank_gap: Gap
+    num_candidate_pairs: Count
+    num_drawn_pairs: Count
+    num_prompts: Count
+    drawn_by_rank_gap: dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], Count]
+
+
+@other_keys_allowed
+class DescribedStage(ShownStage):
+    """What `describe_stage` gives."""
+
+    levels: Level
+    min_score_gap: float
+    max_score_gap: float
+    num_distinct_pairs: Count
+    gap_noise: float | None
+    num_drawn_within_noise: Count | None
+    num_prompts_drawn: Count
+    num_prompts_of_run: Count
+    score_gap_quantiles: dict[str, float]
+    score_gap_edges: Annotated[list[float], Field(min_length=NUM_BINS + 1, max_length=NUM_BINS + 1)]
+    drawn_by_score_gap: Annotated[list[Count], Field(min_length=NUM_BINS, max_length=NUM_BINS)]
+
+
+DESCRIBED_STAGES = TypeAdapter(Annotated[list[DescribedStage], Field(min_length=1, max_length=1000)])
 
 
 def describe_stage(
@@ -114,7 +153,7 @@ def draw_stages(stages: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
         grid[0, 0].set_title("drawn pairs by rank gap; shaded: admitted")
         grid[0, 1].set_title("drawn pairs by score gap; shaded: admitted")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-        with path.open("wb") as picture:
+        with new_file(path) as picture:
             figure.savefig(picture, format="png", dpi=160)
 
 

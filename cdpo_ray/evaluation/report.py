@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from cdpo_ray.config import ranking_weights
+from cdpo_ray.curriculum.explanation import Gap, ShownStage
 from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.evaluation import figures
 from cdpo_ray.evaluation.page import (
@@ -43,7 +44,6 @@ edge density or JPEG size reached 3 %; trained on `jpeg_size`, while `oracle` fe
 
 ANEW = "run `cdpo run CONFIG` to make it anew"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Gap = Annotated[int, Field(ge=0, le=10_000)]
 JudgeName = Annotated[str, Field(pattern=r"^[\w.:]{1,200}$")]
 
 
@@ -91,19 +91,6 @@ class _JudgedMetrics(Metrics):
 
 
 @other_keys_allowed
-class _PlannedStage(TypedDict):
-    """What the page shows of a stage's pairs, see `curriculum.explanation.describe_stage`."""
-
-    stage: Gap
-    min_rank_gap: Gap
-    max_rank_gap: Gap
-    num_candidate_pairs: Count
-    num_drawn_pairs: Count
-    num_prompts: Count
-    drawn_by_rank_gap: dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], Count]
-
-
-@other_keys_allowed
 class _Update(TypedDict):
     """What the page shows of an update."""
 
@@ -129,13 +116,13 @@ class _TrainedStage(_Update):
     num_updates: Count
     num_pairs: Count
     seconds: Seconds
-    pairs: NotRequired[_PlannedStage]
+    pairs: NotRequired[ShownStage]
 
 
 METRICS: TypeAdapter[Metrics] = TypeAdapter(Metrics)
 _JUDGED_METRICS: TypeAdapter[_JudgedMetrics] = TypeAdapter(_JudgedMetrics)
-_PLANNED_STAGES = TypeAdapter(Annotated[list[_PlannedStage], Field(min_length=1, max_length=1000)])
-_TRAINED_STAGES = TypeAdapter(Annotated[list[_TrainedStage], Field(min_length=1, max_length=1000)])
+_PLANNED_STAGES = TypeAdapter(Annotated[list[ShownStage], Field(min_length=1, max_length=1000)])
+TRAINED_STAGES = TypeAdapter(Annotated[list[_TrainedStage], Field(min_length=1, max_length=1000)])
 _UPDATE: TypeAdapter[_NumberedUpdate] = TypeAdapter(_NumberedUpdate)
 
 
@@ -225,7 +212,7 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         shown_images=min(MAX_IMAGES, metrics["images_per_prompt"]),
         charts={name: Markup(svg) for name, svg in _charts(run_dir, comparison_path, metrics, judges).items()},
         pair_stages=_pair_stages(run_dir),
-        trained_stages=read_record(run_dir / TRAINING / "stages.json", _TRAINED_STAGES),
+        trained_stages=read_record(run_dir / TRAINING / "stages.json", TRAINED_STAGES),
         manifests=manifests,
         total_seconds=sum(manifest["seconds"] for manifest in manifests.values()),
         versions=_merged(manifests.values(), "versions"),
@@ -322,7 +309,7 @@ def differences_by_prompt(comparison_path: Path, judges: Sequence[str]) -> dict[
 def _pair_stages(run_dir: Path) -> list[dict[str, Any]]:
     """What each stage held: as drawn before training, or as training drew it anew by the policy's margins."""
     planned = read_record(run_dir / STAGES / "stages.json", _PLANNED_STAGES)
-    trained = read_record(run_dir / TRAINING / "stages.json", _TRAINED_STAGES)
+    trained = read_record(run_dir / TRAINING / "stages.json", TRAINED_STAGES)
     if len(planned) != len(trained):
         raise _damaged(run_dir / TRAINING / "stages.json", f"{len(trained)} stages, planned were {len(planned)}")
     return [stage.get("pairs", plan) for stage, plan in zip(trained, planned, strict=True)]

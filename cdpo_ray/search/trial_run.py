@@ -8,13 +8,14 @@ import numpy as np
 
 from cdpo_ray.config import Config
 from cdpo_ray.evaluation.metrics import preference_accuracy
+from cdpo_ray.evaluation.report import TRAINED_STAGES, read_record
 from cdpo_ray.evaluation.statistics import Scores, compare
 from cdpo_ray.records import TRAINING, score_column
 from cdpo_ray.run import run_steps
 from cdpo_ray.search.space import config_of
 from cdpo_ray.search.trials import Report, read_trial
 from cdpo_ray.steps import STEPS
-from cdpo_ray.store import RunFolder, place, read_json, read_shards
+from cdpo_ray.store import RunFolder, place, read_shards
 from cdpo_ray.training.job import ValidationJob
 
 TRIAL_STEPS = STEPS[:4]
@@ -66,7 +67,8 @@ def train_trial(
             tell(summary, is_last=False)
 
     run_steps(own, TRIAL_STEPS, validation=validation, on_stage=on_stage)
-    summaries = read_json(RunFolder(place(trials_dir) / name).step(TRAINING) / "stages.json")
+    path = RunFolder(place(trials_dir) / name).step(TRAINING) / "stages.json"
+    summaries = read_record(path, TRAINED_STAGES)
     for summary in summaries:
         tell(summary, is_last=summary is summaries[-1])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.config import Config
-from cdpo_ray.errors import PreferenceError, StoreError
+from cdpo_ray.errors import PreferenceError, StoreError, printable
 from cdpo_ray.records import LABEL, PREFERENCE, SAMPLES, VALIDATION
 from cdpo_ray.steps.arguments import (
     model_arguments,
@@ -20,7 +20,21 @@ from cdpo_ray.steps.arguments import (
     warn_of_set_aside,
 )
 from cdpo_ray.steps.step import Context
-from cdpo_ray.store import RunFolder, StepOutput, differences, link, place, read_shards, read_table, refuse_full_disk
+from cdpo_ray.store import (
+    RunFolder,
+    StepOutput,
+    differences,
+    link,
+    make_folder,
+    path_within,
+    place,
+    read_shards,
+    read_table,
+    refuse_full_disk,
+    table_schema,
+)
+
+SAMPLE_COLUMNS = {"prompt_index", "prompt_id", "prompt", "latents"}
 
 
 def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
@@ -214,7 +228,13 @@ def _take_samples(other: RunFolder, context: Context, output_dir: Path, output: 
     for left in output_dir.rglob("*.parquet"):  # by an attempt to generate, which may have been cut elsewhere
         left.unlink()
     for name in manifest["files"]:
-        link(other.path / SAMPLES / name, output_dir / name)
+        source, target = path_within(other.step(SAMPLES), name).resolve(), path_within(output_dir, name)
+        columns = {*table_schema(source).names} if name.endswith(".parquet") else SAMPLE_COLUMNS
+        if missing := SAMPLE_COLUMNS - columns:
+            raise StoreError(f"{source}: has no column `{min(missing)}`; the folder was altered, do not use it")
+        make_folder(target.parent)
+        link(source, target)
     output.counts |= manifest["counts"]
-    output.warnings += manifest["warnings"]
-    output.details |= manifest["details"] | {"taken_from": str(other.path)}
+    output.warnings += [printable(warning, 1000) for warning in manifest["warnings"]]
+    kept = {key: manifest["details"][key] for key in ("rewards", "settings_changed") if key in manifest["details"]}
+    output.details |= kept | {"taken_from": str(other.path)}

@@ -9,7 +9,7 @@ from cdpo_ray.prompts.sources import held_out
 from cdpo_ray.records import LABEL, PREFERENCE, SAMPLES, SCORES, score_column, score_file
 from cdpo_ray.steps.arguments import model_arguments, pool_size
 from cdpo_ray.steps.step import Context
-from cdpo_ray.store import RunFolder, StepOutput, link, make_folder, place, read_shards, shard_schema
+from cdpo_ray.store import RunFolder, StepOutput, link, make_folder, path_within, place, read_shards, shard_schema
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
         path = output_dir / score_file(reward, second=second)
         if there.get(part) == settings[part]:
             make_folder(path.parent)
-            link(other_dir / score_file(reward, second=second), path)
+            link(path_within(other_dir, score_file(reward, second=second)).resolve(), path)
         elif with_images.get(reward) == rewards.options(reward) and (reward in JUDGE_NO_IMAGE or not second):
             rows = read_shards(samples_dir, ["prompt_index", "prompt_id", "prompt", score_column(reward)])
             rows = rows.sort_by("prompt_index")

@@ -1,6 +1,8 @@
 import io
 import json
 import re
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,9 @@ def build_run(
     for step in STEPS:
         (folder / step).mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / SAMPLES / "samples.parquet").write_text("not shown")
+    (folder / TRAINING / "lora").mkdir()
+    (folder / TRAINING / "lora" / "adapter.safetensors").write_text("not shown")
     write_stages(folder)
     metrics = {
         "judges": {"oracle": judge(oracle), "clip": judge(clip)},
@@ -339,13 +344,21 @@ def test_run_without_evaluation_says_which_step_is_missing(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["4-training/updates.jsonl", "5-evaluation/comparison.parquet", "5-evaluation/metrics.json", "config.yaml"]
+    "name",
+    [
+        "1-samples/samples.parquet",
+        "4-training/lora/adapter.safetensors",
+        "4-training/updates.jsonl",
+        "5-evaluation/comparison.parquet",
+        "5-evaluation/metrics.json",
+        "config.yaml",
+    ],
 )
-def test_missing_file_is_named_with_what_to_do_and_leaves_the_old_report(name: str, tmp_path: Path) -> None:
+def test_fault_59_missing_file_is_named_with_what_to_do_and_leaves_the_old_report(name: str, tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     (run / "report.html").write_text("old")
     (run / name).unlink()
-    with pytest.raises(StoreError, match=rf"{name}: is missing, and the report needs it; .*run `cdpo run CONFIG`"):
+    with pytest.raises(StoreError, match=rf"{name}: is missing.* to make it anew"):
         page_of(run)
     assert (run / "report.html").read_text() == "old"
 
@@ -356,8 +369,80 @@ def test_missing_file_is_named_with_what_to_do_and_leaves_the_old_report(name: s
 def test_damaged_file_is_named_with_what_to_do(name: str, tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     (run / name).write_text("{broken")
-    with pytest.raises(StoreError, match=rf"{name}: is damaged .* delete .* and run `cdpo run CONFIG`"):
+    with pytest.raises(StoreError, match=rf"{name}: was altered .* delete .* to make it anew"):
         page_of(run)
+    write_manifest((run / name).parent)
+    with pytest.raises(StoreError, match=rf"{name}(:1)?: is damaged .* delete .* and run `cdpo run CONFIG`"):
+        page_of(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("5-evaluation/metrics.json", [[], 3, None, {}, {"judges": {}}, {"judges": {"clip": {"base": 1}}}]),
+        ("3-stages/stages.json", [{}, [], [1], [{"stage": 1}], "\x1b[31m"]),
+        ("4-training/stages.json", [{}, [], [None], [{"stage": 10**9}]]),
+        ("4-training/updates.jsonl", [[], {"update": 1}, "text"]),
+    ],
+)
+def test_fault_52_a_file_that_holds_something_else_is_named(name: str, values: list[Any], tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    for value in values:
+        (run / name).write_text(json.dumps(value))
+        write_manifest((run / name).parent)
+        with pytest.raises(StoreError, match=rf"{name}(:1)?: is damaged") as caught:
+            page_of(run)
+        assert "\x1b" not in str(caught.value)
+
+
+def test_fault_59_a_metric_that_was_edited_is_not_shown(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    path = run / EVALUATION / "metrics.json"
+    path.write_text(path.read_text().replace("0.71", "0.99"))
+    with pytest.raises(StoreError, match=r"metrics\.json: was altered \(its SHA-256 differs\)"):
+        page_of(run)
+
+
+@pytest.mark.parametrize("text", ["[]", "rewards: 3", "rewards: {names: [], rank_by: null}", "rewards: {names: [1]}"])
+def test_fault_52_a_config_of_another_kind_is_named(text: str, tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    (run / "config.yaml").write_text(text)
+    with pytest.raises(StoreError, match=r"config\.yaml: is damaged"):
+        page_of(run)
+
+
+def test_fault_53_images_of_another_format_or_of_too_many_pixels_are_named_by_row(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 20_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    images = {
+        "not a PNG": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n",
+        "too many pixels": bomb + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")),
+        "none": None,
+    }
+    for data in images.values():
+        rows = comparison().to_pylist()
+        rows[3]["tuned_image"] = data
+        table = pa.Table.from_pylist(rows, schema=comparison().schema)
+        pq.write_table(table, run / EVALUATION / "comparison.parquet")
+        write_manifest(run / EVALUATION)
+        with pytest.raises(
+            StoreError, match=r"comparison\.parquet: image 0 of prompt 3: is not a PNG that can be read"
+        ):
+            page_of(run)
+
+
+def test_fault_52_a_table_without_its_columns_is_named(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    for column in ("prompt", "tuned_image", "base_score_oracle", "prompt_index"):
+        for table in (
+            comparison().drop_columns(column),
+            comparison().drop_columns(column).append_column(column, pa.array([True] * comparison().num_rows)),
+        ):
+            pq.write_table(table, run / EVALUATION / "comparison.parquet")
+            write_manifest(run / EVALUATION)
+            with pytest.raises(StoreError, match=rf"comparison\.parquet: is damaged .*one column `{column}`"):
+                page_of(run)
 
 
 def test_same_run_gives_the_same_page(tmp_path: Path) -> None:
