@@ -1,15 +1,12 @@
 """Saved LoRA -> the factors of each layer."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from safetensors import safe_open
 from torch import Tensor
 
-from cdpo_ray.models.lora import LORA_WEIGHTS
+from cdpo_ray.models.lora import read_lora
 
 
 @dataclass(frozen=True)
@@ -38,20 +35,12 @@ def read_factors(lora_dir: Path, denoiser_name: str) -> dict[str, Factors]:
     Args:
         lora_dir: written by `cdpo_ray.models.lora.save_lora`.
         denoiser_name: `unet` or `transformer`, which the file puts before every name.
+
+    Raises:
+        ModelError: the file is damaged, see `read_lora`.
     """
-    with safe_open(lora_dir / LORA_WEIGHTS, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        metadata = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
-    alpha = float(metadata[f"{denoiser_name}.lora_alpha"])
-    suffix = ".lora_A.weight"
-    layers = sorted(name.removesuffix(suffix) for name in tensors if name.endswith(suffix))
-    assert 2 * len(layers) == len(tensors), "two factors a layer, and nothing else"
-    return {
-        layer.removeprefix(f"{denoiser_name}."): Factors(
-            tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"], alpha
-        )
-        for layer in layers
-    }
+    saved = read_lora(lora_dir, denoiser_name)
+    return {layer: Factors(down, up, saved.alpha) for layer, (down, up) in saved.factors.items()}
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from cdpo_ray.errors import ExportError
 from cdpo_ray.export.factors import merge, read_factors
 from cdpo_ray.models import load_model, model_class
-from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS
+from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, read_lora
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,10 @@ def write_diffusers(trained: Trained, output_dir: Path) -> None:
 
     Raises:
         ExportError: the whole net was trained.
+        ModelError: the LoRA is damaged.
     """
-    shutil.copyfile(trained.lora_dir("diffusers") / LORA_WEIGHTS, output_dir / LORA_WEIGHTS)
+    saved = read_lora(trained.lora_dir("diffusers"), trained.denoiser_name)
+    shutil.copyfile(saved.path, output_dir / LORA_WEIGHTS)
 
 
 def write_kohya(trained: Trained, output_dir: Path) -> None:
@@ -92,11 +94,12 @@ def write_merged(trained: Trained, output_dir: Path) -> None:
     into the weights that this base was rounded from.
 
     Raises:
-        ModelError: the base model cannot be loaded.
+        ModelError: the base model cannot be loaded, or the LoRA is damaged or does not fit it.
     """
     as_published = {**trained.model, "compile": False, "quantization": None, "offload": False}
     model = load_model(trained.family, **as_published, device="cpu")
     if trained.is_lora:
+        read_lora(trained.training_dir / LORA_DIR, trained.denoiser_name).refuse_misfit(model.denoiser)
         merge(model.denoiser, read_factors(trained.training_dir / LORA_DIR, trained.denoiser_name))
     else:
         model.load_tuned(trained.training_dir)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from cdpo_ray.errors import ModelError
-from cdpo_ray.models.lora import LORA_DIR, Adapters
+from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, Adapters, read_lora
 from cdpo_ray.models.noising import squared_error
 from cdpo_ray.models.quantization import quantize_linears
 from cdpo_ray.store import local_copy
@@ -291,10 +291,17 @@ class TextToImageModel(ABC):
         return self.error(self.predict(denoiser, task), task.target)
 
     def load_tuned(self, training_dir: Path) -> None:
-        """Add what a training wrote (`4-training`), a LoRA or a whole net; `use_tuned` switches it."""
+        """Add what a training wrote (`4-training`), a LoRA or a whole net; `use_tuned` switches it.
+
+        Raises:
+            ModelError: it cannot be loaded, does not fit the model, or holds values that are not finite.
+        """
         training_dir = local_copy(training_dir)
         if (training_dir / LORA_DIR).is_dir():
-            self.pipeline.load_lora_weights(str(training_dir / LORA_DIR), use_safetensors=True)
+            read_lora(training_dir / LORA_DIR, self.denoiser_name).refuse_misfit(self.denoiser)
+            self.pipeline.load_lora_weights(
+                str(training_dir / LORA_DIR), weight_name=LORA_WEIGHTS, use_safetensors=True
+            )
             self._adapters = Adapters(self.denoiser)
             return
         try:
@@ -303,6 +310,11 @@ class TextToImageModel(ABC):
             )
         except OSError as error:
             raise cannot_be_loaded("trained weights", str(training_dir), None, error) from None
+        if bad := [name for name, value in tuned.named_parameters() if not value.isfinite().all()]:
+            raise ModelError(
+                f"{training_dir / self.denoiser_name}: {len(bad)} weights are not finite: {bad[0]}; train again, or do"
+                " not use it"
+            )
         self.prepare(tuned.to(self.device))
         self._tuned = tuned
 

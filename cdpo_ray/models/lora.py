@@ -1,21 +1,34 @@
 """Denoiser -> denoiser with a LoRA: attach, switch, grow, save where diffusers loads it."""
 
 import contextlib
+import json
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from cdpo_ray.errors import ModelError, printable
+from cdpo_ray.store import path_within
 
 LORA_DIR = "lora"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 """File name that ``pipe.load_lora_weights(folder)`` looks for."""
+
+FIRST, SECOND = "lora_A.weight", "lora_B.weight"
+"""Ends of the names of a layer's factors."""
+TARGETS: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[str, ...])
 
 POLICY, REFERENCE = "default", "reference"
 """Names of the adapter that is trained and, where an earlier round is the reference, of that round's."""
@@ -108,25 +121,117 @@ def attach_lora(
     return trainable
 
 
+@dataclass(frozen=True)
+class SavedLora:
+    """A LoRA that `save_lora` wrote, whole: two finite factors per layer, of one rank.
+
+    Attributes:
+        factors: by layer of the denoiser, the first ``[rank, input, ...]`` and the second ``[output, rank, ...]``.
+        targets: names, or ends of names, of the layers that have one.
+    """
+
+    path: Path
+    factors: dict[str, tuple[Tensor, Tensor]]
+    alpha: float
+    targets: tuple[str, ...]
+
+    def refuse_misfit(self, denoiser: nn.Module) -> None:
+        """Compare the factors with the layers of a denoiser that has no LoRA.
+
+        Raises:
+            ModelError: a layer that is a target has no factors, or factors of another shape, or there are factors of a
+                layer that is not there.
+        """
+        layers = {
+            name: layer
+            for name, layer in denoiser.named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d)
+            and f".{name}".endswith(tuple(f".{end}" for end in self.targets))
+        }
+        if missing := [*(layers.keys() - self.factors), *(self.factors.keys() - layers)]:
+            raise _damaged(
+                self.path, f"{len(missing)} layers are in the LoRA or in the net, but not in both: {min(missing)}"
+            )
+        for name, (first, second) in self.factors.items():
+            layer = layers[name]
+            if isinstance(layer, nn.Linear):
+                inner, outer = (layer.in_features,), (layer.out_features,)
+            else:
+                inner, outer = (layer.in_channels // layer.groups, *layer.kernel_size), (layer.out_channels, 1, 1)
+            if first.shape[1:] != inner or (second.shape[0], *second.shape[2:]) != outer:
+                raise _damaged(self.path, f"its factors of {name} have shapes that do not fit the layer")
+
+
+def read_lora(lora_dir: Path, denoiser_name: str) -> SavedLora:
+    """Read a LoRA and check that it is whole; whether it fits a net, `SavedLora.refuse_misfit` tells.
+
+    Args:
+        lora_dir: written by `save_lora`; it may be somebody else's.
+        denoiser_name: `unet` or `transformer`, which the file puts before every name.
+
+    Raises:
+        ModelError: the file is missing or damaged, holds no tensors or others than pairs of factors, a value that is
+            not finite, or no alpha.
+    """
+    path = path_within(lora_dir.parent, f"{lora_dir.name}/{LORA_WEIGHTS}")
+    if not path.is_file():
+        raise _damaged(path, "is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            told = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        alpha = _metadata_number(told, f"{denoiser_name}.lora_alpha")
+        targets = TARGETS.validate_python(told.get(f"{denoiser_name}.target_modules", []), strict=True)
+    except (SafetensorError, OSError, ValueError, RecursionError, AttributeError) as error:
+        raise _damaged(path, f"cannot be read: {printable(error)}") from None
+    names = {name.removesuffix(f".{FIRST}").removesuffix(f".{SECOND}") for name in tensors}
+    if not tensors or {f"{name}.{end}" for name in names for end in (FIRST, SECOND)} != {*tensors}:
+        raise _damaged(path, f"must hold two factors per layer and nothing else, got {len(tensors)} tensors")
+    if other := [name for name in names if not name.startswith(f"{denoiser_name}.")]:
+        raise _damaged(path, f"holds {printable(min(other))}, which is not of the {denoiser_name}")
+    if bad := [name for name, value in tensors.items() if not value.is_floating_point() or not value.isfinite().all()]:
+        raise _damaged(path, f"{len(bad)} tensors are not finite numbers: {printable(min(bad))}")
+    factors = {
+        name.removeprefix(f"{denoiser_name}."): (tensors[f"{name}.{FIRST}"], tensors[f"{name}.{SECOND}"])
+        for name in sorted(names)
+    }
+    ranks = {(first.shape[:1], second.shape[1:2]) for first, second in factors.values()}
+    if len(ranks) != 1 or len({*next(iter(ranks))}) != 1:
+        raise _damaged(path, "its factors have different ranks")
+    return SavedLora(path, factors, alpha, targets)
+
+
+def _metadata_number(metadata: dict[str, Any], key: str) -> float:
+    value = metadata.get(key)
+    if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"its metadata must have `{key}`, a number > 0, got {printable(value)}")
+    return float(value)
+
+
+def _damaged(path: Path, what: str) -> ModelError:
+    return ModelError(f"{path}: {what}; it is not the LoRA that a training wrote: train again, or do not use it")
+
+
 @torch.no_grad()
-def continue_from(denoiser: ModelMixin, lora_dir: Path) -> None:
+def continue_from(denoiser: ModelMixin, denoiser_name: str, lora_dir: Path) -> None:
     """Put the factors that `save_lora` wrote into the LoRA that is attached; types and rank must be alike.
 
     Raises:
-        ValueError: the file's LoRA has other layers or another rank.
+        ModelError: the file's LoRA is damaged, or has other layers or another rank.
     """
-    saved = load_file(lora_dir / LORA_WEIGHTS)
+    saved = {
+        f"{layer}.{end}": value
+        for layer, pair in read_lora(lora_dir, denoiser_name).factors.items()
+        for end, value in zip((FIRST, SECOND), pair, strict=True)
+    }
     attached = get_peft_model_state_dict(denoiser)
-    prefix = next(iter(saved)).split(".")[0]
-    if {f"{prefix}.{name}": value.shape for name, value in attached.items()} != {
-        name: value.shape for name, value in saved.items()
-    }:
-        raise ValueError(
+    if {name: value.shape for name, value in attached.items()} != {name: value.shape for name, value in saved.items()}:
+        raise ModelError(
             f"{lora_dir}: its LoRA has other layers or another rank than the one to train;"
             " keep `training.lora` as it was"
         )
     for name, value in attached.items():
-        value.copy_(saved[f"{prefix}.{name}"])
+        value.copy_(saved[name])
 
 
 def freeze_as_reference(denoiser: ModelMixin) -> None:

@@ -63,7 +63,7 @@ def _lora_policy(
     denoiser = model.denoiser
     trainable = attach_lora(denoiser, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
     if start_dir:
-        continue_from(denoiser, start_dir / LORA_DIR)
+        continue_from(denoiser, model.denoiser_name, start_dir / LORA_DIR)
         if reference_is_start:
             freeze_as_reference(denoiser)
     adapters = Adapters(denoiser)
