@@ -142,24 +142,27 @@ class SavedLora:
             ModelError: a layer that is a target has no factors, or factors of another shape, or there are factors of a
                 layer that is not there.
         """
+        ends = tuple(f".{target}" for target in self.targets)
         layers = {
             name: layer
             for name, layer in denoiser.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d)
-            and f".{name}".endswith(tuple(f".{end}" for end in self.targets))
+            if isinstance(layer, nn.Linear | nn.Conv2d) and f".{name}".endswith(ends)
         }
         if missing := [*(layers.keys() - self.factors), *(self.factors.keys() - layers)]:
             raise _damaged(
                 self.path, f"{len(missing)} layers are in the LoRA or in the net, but not in both: {min(missing)}"
             )
         for name, (first, second) in self.factors.items():
-            layer = layers[name]
-            if isinstance(layer, nn.Linear):
-                inner, outer = (layer.in_features,), (layer.out_features,)
-            else:
-                inner, outer = (layer.in_channels // layer.groups, *layer.kernel_size), (layer.out_channels, 1, 1)
+            inner, outer = _sizes(layers[name])
             if first.shape[1:] != inner or (second.shape[0], *second.shape[2:]) != outer:
                 raise _damaged(self.path, f"its factors of {name} have shapes that do not fit the layer")
+
+
+def _sizes(layer: nn.Linear | nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a layer's factors without the rank: of the first, of the second."""
+    if isinstance(layer, nn.Linear):
+        return (layer.in_features,), (layer.out_features,)
+    return (layer.in_channels // layer.groups, *layer.kernel_size), (layer.out_channels, 1, 1)
 
 
 def read_lora(lora_dir: Path, denoiser_name: str) -> SavedLora:

@@ -9,6 +9,7 @@ from finished_runs import config_of, policy_of, save_policy
 from safetensors.torch import save_file
 from torch import nn
 
+from cdpo_ray.errors import ModelError
 from cdpo_ray.export.factors import Factors, merge, read_factors
 from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS
 
@@ -51,10 +52,50 @@ def test_merging_rounds_once_so_that_small_changes_are_not_lost_on_the_way() -> 
     assert layer[0].weight.item() == 1 + 2**-7
 
 
-def test_a_file_with_other_tensors_than_pairs_of_factors_is_not_read_in_part(tmp_path: Path) -> None:
-    tensors = {"unet.a.lora_A.weight": torch.ones(1, 2), "unet.a.lora_magnitude_vector": torch.ones(1)}
-    tensors["unet.a.lora_B.weight"] = torch.ones(2, 1)
-    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 1})}
-    save_file(tensors, tmp_path / LORA_WEIGHTS, metadata=metadata)
-    with pytest.raises(AssertionError, match="two factors a layer"):
+FIRST, SECOND = "unet.a.lora_A.weight", "unet.a.lora_B.weight"
+WHOLE = {FIRST: torch.ones(1, 2), SECOND: torch.ones(2, 1)}
+DAMAGES: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "no tensors": ({}, "two factors per layer and nothing else, got 0 tensors"),
+    "half of a pair": ({FIRST: torch.ones(1, 2)}, "two factors per layer and nothing else, got 1 tensors"),
+    "other tensors": (WHOLE | {"unet.a.lora_magnitude_vector": torch.ones(1)}, "two factors per layer"),
+    "not a number": (WHOLE | {SECOND: torch.tensor([[1.0], [float("nan")]])}, "1 tensors are not finite numbers"),
+    "infinite": (WHOLE | {FIRST: torch.tensor([[1.0, float("inf")]])}, "1 tensors are not finite numbers"),
+    "integers": (WHOLE | {FIRST: torch.ones(1, 2, dtype=torch.int8)}, "1 tensors are not finite numbers"),
+    "two ranks": (WHOLE | {SECOND: torch.ones(2, 3)}, "its factors have different ranks"),
+    "another net's": (
+        {name.replace("unet", "text_encoder"): value for name, value in WHOLE.items()},
+        "not of the unet",
+    ),
+}
+
+
+def write_lora(folder: Path, tensors: dict[str, torch.Tensor], told: object) -> None:
+    save_file(tensors, folder / LORA_WEIGHTS, metadata={"lora_adapter_metadata": json.dumps(told)})
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_fault_48_a_lora_that_is_not_whole_is_refused_by_name(damage: str, tmp_path: Path) -> None:
+    tensors, told = DAMAGES[damage]
+    write_lora(tmp_path, tensors, {"unet.lora_alpha": 1})
+    with pytest.raises(ModelError, match=rf"pytorch_lora_weights\.safetensors: .*{told}"):
+        read_factors(tmp_path, "unet")
+
+
+@pytest.mark.parametrize(
+    "told", [{}, {"unet.r": 4}, {"unet.lora_alpha": "1"}, {"unet.lora_alpha": 0}, {"unet.lora_alpha": 1e999}, [], None]
+)
+def test_fault_48_a_lora_without_alpha_is_refused_by_name(told: object, tmp_path: Path) -> None:
+    write_lora(tmp_path, WHOLE, told)
+    with pytest.raises(ModelError, match=r"pytorch_lora_weights\.safetensors: cannot be read"):
+        read_factors(tmp_path, "unet")
+
+
+def test_fault_48_a_lora_that_is_missing_or_no_safetensors_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"pytorch_lora_weights\.safetensors: is missing"):
+        read_factors(tmp_path, "unet")
+    (tmp_path / LORA_WEIGHTS).write_bytes(b"\x80\x04pickle")
+    with pytest.raises(ModelError, match=r"pytorch_lora_weights\.safetensors: cannot be read"):
+        read_factors(tmp_path, "unet")
+    save_file(WHOLE, tmp_path / LORA_WEIGHTS)
+    with pytest.raises(ModelError, match=r"its metadata must have `unet\.lora_alpha`"):
         read_factors(tmp_path, "unet")

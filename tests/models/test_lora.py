@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cdpo_ray.models.lora import LORA_WEIGHTS, Adapters, attach_lora, save_lora
+from cdpo_ray.errors import ModelError
+from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, Adapters, attach_lora, save_lora
 from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.models.stable_diffusion import StableDiffusion
 
@@ -154,3 +156,39 @@ def test_the_saved_file_holds_the_weights_as_trained_and_others_may_read_it(tiny
     assert sum(value.numel() for value in saved.values()) == sum(parameter.numel() for parameter in trainable)
     by_sum = sorted(value.double().sum().item() for value in saved.values())
     assert by_sum == pytest.approx(sorted(parameter.double().sum().item() for parameter in trainable), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ("half of the layers", "layers are in the LoRA or in the net, but not in both"),
+        ("a layer more", "layers are in the LoRA or in the net, but not in both"),
+        ("another shape", "have shapes that do not fit the layer"),
+        ("not finite", "1 tensors are not finite numbers"),
+        ("no metadata", "its metadata must have `unet.lora_alpha`"),
+    ],
+)
+def test_fault_48_a_lora_that_does_not_fit_the_net_is_refused_by_name(
+    tiny_sd15: Path, tmp_path: Path, damage: str, told: str
+) -> None:
+    model, _ = with_lora(tiny_sd15)
+    save_lora(StableDiffusionPipeline, "unet", model.denoiser, tmp_path / LORA_DIR)
+    path = tmp_path / LORA_DIR / LORA_WEIGHTS
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    first = next(name for name in sorted(tensors) if name.endswith("lora_A.weight"))
+    second = first.replace("lora_A", "lora_B")
+    if damage == "half of the layers":
+        tensors = {name: tensors[name] for name in sorted(tensors)[: len(tensors) // 4 * 2]}
+    elif damage == "a layer more":
+        tensors |= {"unet.extra.lora_A.weight": tensors[first], "unet.extra.lora_B.weight": tensors[second].clone()}
+    elif damage == "another shape":
+        tensors[first] = tensors[first][:, :-1].clone()
+    elif damage == "not finite":
+        tensors[second] = torch.full_like(tensors[second], float("nan"))
+    else:
+        metadata = {"format": "pt"}
+    save_file({name: value.clone() for name, value in tensors.items()}, path, metadata=metadata)
+    with pytest.raises(ModelError, match=rf"{LORA_WEIGHTS}: .*{told}"):
+        StableDiffusion.load(str(tiny_sd15), device="cpu").load_tuned(tmp_path)
