@@ -12,7 +12,7 @@ from cdpo_ray.config import Config, load_config
 from cdpo_ray.cost.estimate import estimate
 from cdpo_ray.cost.gpus import DEFAULT_GPU, GPUS, visible_gpu
 from cdpo_ray.cost.sentences import cost_lines
-from cdpo_ray.errors import CdpoError, ConfigError, ModelError, PreferenceError
+from cdpo_ray.errors import CdpoError, ConfigError, ModelError, PreferenceError, printable
 from cdpo_ray.export import FORMATS
 from cdpo_ray.plan import make_plan
 from cdpo_ray.progress.status import run_status
@@ -89,6 +89,7 @@ JUDGES_HELP = (
 NO_RAY = ("check", "report", "export", "compare")
 EXIT_UNSOUND = 1  # of `doctor` that found something wrong, and of `status` of a run that stands still
 EXIT_FAULT = 2
+MAX_LINE_CHARS = 4000  # of an error, which may quote what somebody else wrote
 EXIT_SIGNAL = 128  # and the signal's number, as shells have it
 
 
@@ -152,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _do(asked)
     except CdpoError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        lines = f"{type(error).__name__}: {error}".split("\n")
+        print(*(printable(line, MAX_LINE_CHARS) for line in lines), sep="\n", file=sys.stderr)
         return EXIT_FAULT
     except KeyboardInterrupt as interrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)

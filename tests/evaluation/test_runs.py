@@ -1,6 +1,8 @@
 """Several evaluated runs -> one comparison, from hand-made runs whose every number is known."""
 
 import json
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from cdpo_ray.errors import StoreError
+from cdpo_ray.config import VlmAlignmentOptions, options_without_choices
+from cdpo_ray.errors import RewardError, StoreError
 from cdpo_ray.evaluation.runs import compare_runs, table_of
 from cdpo_ray.generation.images import decode_png, encode_png
 from cdpo_ray.records import EVALUATION
@@ -44,6 +47,7 @@ def evaluated(
         oracle = np.arange(len(places)) + (tuned if arm == "tuned" else 0.0)
         rows |= {f"{arm}_score_{judge}": oracle if judge == "oracle" else jpeg(images[arm]) for judge in judges}
     rows["implicit_value"] = np.arange(len(places), dtype=np.float32)
+    judges += list(settings.get("more_judges", {}))
     made = {
         "run.seed": settings.get("run_seed", 3),
         "model": {"path": "embedded", "compile": settings.get("compile", False)},
@@ -52,6 +56,10 @@ def evaluated(
         "rewards.oracle": {},
         "rewards.jpeg_size": {"quality": settings.get("quality", 90)},
     }
+    for judge, options in settings.get("more_judges", {}).items():
+        made[f"rewards.{judge}"] = options
+        rows |= {f"{arm}_score_{judge}": np.arange(len(places)) * 1.0 for arm in ("base", "tuned")}
+    made |= settings.get("made", {})
     look = {"mean": 0.5, "low": 0.4, "high": 0.6}
     metrics = {"images_per_prompt": NUM_IMAGES}
     if appearance:
@@ -59,6 +67,7 @@ def evaluated(
         metrics |= {"diversity": comparison, "appearance": {"saturation": comparison}}
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"rewards": {"names": ["oracle"], "rank_by": None}}))
+    metrics, rows = settings.get("metrics", metrics), rows | settings.get("rows", {})
     with RunFolder(folder).writing(EVALUATION, made, {}, seed=3, resumable=False) as (output_dir, _):
         pq.write_table(pa.table(rows).take(list(range(len(places)))[::-1]), output_dir / "comparison.parquet")
         (output_dir / "metrics.json").write_text(json.dumps(metrics))
@@ -167,3 +176,157 @@ def test_a_run_given_twice_or_with_rounds_or_altered_is_refused(tmp_path: Path) 
 def test_a_round_is_called_by_its_run(tmp_path: Path) -> None:
     runs = [evaluated(tmp_path / "many" / f"round-{number}", seed=number) for number in (1, 2)]
     assert compare_runs(runs, tmp_path)["arms"][:2] == ["many/round-1", "many/round-2"]
+
+
+SECRET = "CDPO_TEST_SECRET"
+OWN_CODE = """
+import pathlib
+
+pathlib.Path(__file__).with_name("ran").touch()
+
+
+def judge(images, prompts):
+    return [1.0] * len(prompts)
+"""
+
+
+def test_fault_29_another_runs_endpoint_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET, "hunter2")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        asked = VlmAlignmentOptions(endpoint={"url": url, "model": "any", "token_variable": SECRET})
+        theirs = evaluated(tmp_path / "theirs", more_judges={"vlm_alignment": asked.model_dump()})
+        found = compare_runs([evaluated(tmp_path / "mine"), theirs], tmp_path / "out")
+        with pytest.raises(BlockingIOError):  # nobody called
+            server.accept()
+    assert found["judges"] == ["oracle", "jpeg_size"]
+    sentence = found["left_out"]["vlm_alignment"]
+    assert "needs `rewards.vlm_alignment.endpoint`, which another run may not choose" in sentence
+    assert "give `--judges CONFIG`" in sentence
+    assert "vlm_alignment` is left out" in (tmp_path / "out" / "compare.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("judge", "options", "reason"),
+    [
+        ("clip", {"architecture": "ViT-B-32", "checkpoint": "/dev/zero"}, "needs `rewards.clip.architecture`"),
+        ("clip", {"architecture": "embedded", "checkpoint": "x/y"}, "needs `rewards.clip.checkpoint`"),
+        ("pickscore", {"revision": "0" * 40}, "needs `rewards.pickscore.revision`"),
+        ("aesthetic", {}, "needs `rewards.aesthetic.head`"),
+        ("aesthetic", {"head": "/etc/passwd"}, "needs `rewards.aesthetic.head`"),
+        ("imagereward", {"sha256": "0" * 64}, "needs `rewards.imagereward.sha256`"),
+        ("vlm_alignment", {"captioner": "some/model"}, "needs `rewards.vlm_alignment.captioner`"),
+        ("vlm_alignment", {}, "needs `rewards.vlm_alignment.captioner` or"),
+        ("jpeg_size", {"quality": 1e9}, "has options that cannot be used"),
+        ("jpeg_size", {"quality": [90]}, "has options that cannot be used"),
+        ("jpeg_size", {"path": "x"}, "has no option"),
+        ("theirs:judge", {}, "is somebody's own function"),
+        ("os:system", {}, "is somebody's own function"),
+    ],
+)
+def test_fault_29_options_that_choose_something_are_refused(judge: str, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        options_without_choices(judge, options)
+
+
+@pytest.mark.parametrize(
+    ("judge", "options"), [("clip", {"scale": "logit"}), ("jpeg_size", {"quality": 50}), ("oracle", {}), ("hpsv2", {})]
+)
+def test_fault_29_options_that_choose_nothing_are_used(judge: str, options: dict[str, Any]) -> None:
+    assert options_without_choices(judge, options).items() >= options.items()
+
+
+def test_fault_42_another_runs_own_reward_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = evaluated(tmp_path / "theirs", more_judges={"judge_of_theirs:judge": {}})
+    (theirs / "judge_of_theirs.py").write_text(OWN_CODE)
+    monkeypatch.chdir(theirs)
+    runs = [evaluated(tmp_path / "mine"), theirs]
+    found = compare_runs(runs, tmp_path / "out")
+    assert list(found["left_out"]) == ["judge_of_theirs:judge"]
+    with pytest.raises(RewardError, match="would be imported from .*theirs, the folder of a run that is compared"):
+        compare_runs(runs, tmp_path / "out", {"judge_of_theirs:judge": {}})
+    assert not (theirs / "ran").exists() and "judge_of_theirs" not in sys.modules
+
+
+def test_fault_42_my_own_reward_scores_by_my_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "judge_of_mine.py").write_text(OWN_CODE)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    runs = [evaluated(tmp_path / "mine", more_judges={"judge_of_mine:judge": {}}), evaluated(tmp_path / "theirs")]
+    found = compare_runs(runs, tmp_path / "out", {"judge_of_mine:judge": {}})
+    assert found["scored_now"]["theirs"] == ["judge_of_mine:judge"] and not found["left_out"]
+
+
+def test_fault_29_where_no_judge_is_left_the_reason_is_told(tmp_path: Path) -> None:
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run, judge in zip(runs, ("one:judge", "two:judge"), strict=True):
+        made = {"judges": [judge], "images_per_prompt": NUM_IMAGES, "num_bootstrap_resamples": 100}
+        evaluated(run, more_judges={judge: {}}, made={"evaluation": made})
+    with pytest.raises(
+        StoreError, match=r"no judge is left; `one:judge` is left out: two lacks its scores, .*`two:judge`"
+    ):
+        compare_runs(runs, tmp_path / "out")
+
+
+JUDGED = {"judges": ["oracle"], "images_per_prompt": NUM_IMAGES, "num_bootstrap_resamples": 100}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"made": {"evaluation": []}},
+        {"made": {"evaluation": JUDGED | {"judges": [["oracle"]]}}},
+        {"made": {"evaluation": JUDGED | {"judges": ["\x1b[31m"]}}},
+        {"made": {"evaluation": JUDGED | {"judges": ["clip"]}}},
+        {"made": {"evaluation": JUDGED | {"num_bootstrap_resamples": 10**9}}},
+        {"made": {"evaluation": JUDGED | {"images_per_prompt": 3}}},
+        {"made": {"generation": {"images_per_batch": 0}}},
+        {"made": {"run.seed": "zero"}},
+        {"made": {"rewards.oracle": "options"}},
+        {"metrics": []},
+        {"metrics": {"images_per_prompt": 0}},
+        {"metrics": {"images_per_prompt": 3}},
+        {"metrics": {"images_per_prompt": 2, "diversity": {"base": 1}}},
+        {"rows": {"sample_index": [0] * 6}},
+        {"rows": {"prompt": [None] * 6}},
+        {"rows": {"prompt_index": [0.5] * 6}},
+        {"rows": {"base_score_oracle": ["a"] * 6}},
+        {"rows": {"base_score_oracle": [float("nan")] * 6}},
+    ],
+)
+def test_fault_52_a_run_that_holds_something_else_is_refused_by_name(changed: dict[str, Any], tmp_path: Path) -> None:
+    runs = [evaluated(tmp_path / "mine"), evaluated(tmp_path / "theirs", **changed)]
+    with pytest.raises(StoreError, match=r"theirs/5-evaluation|no image has a finite score") as caught:
+        compare_runs(runs, tmp_path / "out")
+    assert str(caught.value).isprintable()
+
+
+def test_fault_53_an_image_that_is_no_png_is_named_by_its_row(tmp_path: Path) -> None:
+    postscript = [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) run\n"] * 6
+    wide = [image(0)] * 5 + [image(0, width=9)]
+    for images, told in ((postscript, "is not a PNG that can be read"), (wide, "is . x 8 pixels, another image")):
+        theirs = evaluated(tmp_path / f"theirs-{told}", without="jpeg_size", rows={"tuned_image": images})
+        with pytest.raises(StoreError, match=rf"comparison\.parquet: tuned image \d of prompt \d: {told}"):
+            compare_runs([evaluated(tmp_path / f"mine-{told}"), theirs], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [EVALUATION, f"{EVALUATION}/comparison.parquet", f"{EVALUATION}/manifest.json"])
+def test_fault_30_a_link_out_of_a_run_is_not_followed(name: str, tmp_path: Path) -> None:
+    theirs = evaluated(tmp_path / "theirs")
+    (theirs / name).rename(tmp_path / "outside")
+    (theirs / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(StoreError, match="is a symbolic link that leads out of"):
+        compare_runs([evaluated(tmp_path / "mine"), theirs], tmp_path / "out")
+
+
+def test_fault_59_an_edited_configuration_is_named_before_it_says_what_a_run_was_trained_on(tmp_path: Path) -> None:
+    theirs = evaluated(tmp_path / "theirs")
+    with RunFolder(theirs).writing("3-stages", {"rewards.rank_by": "oracle"}, {}, seed=3, resumable=False):
+        pass
+    compare_runs([evaluated(tmp_path / "mine"), theirs], tmp_path / "out")
+    (theirs / "config.yaml").write_text("rewards: {names: [oracle, clip], rank_by: clip}")
+    told = r"config\.yaml: is not the configuration that 3-stages was made with: `rewards.rank_by` was oracle, .* clip"
+    with pytest.raises(StoreError, match=told):
+        compare_runs([tmp_path / "mine", theirs], tmp_path / "out")

@@ -182,3 +182,107 @@ def test_a_search_tells_of_its_trials_and_is_done_once_it_has_told_what_it_found
     assert run_status(run, now=NOW).stands_still, "it has not told what it found"
     write_json(run / "tune.json", {})
     assert not run_status(run, now=NOW).stands_still
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[], 3, None, "text", {}, {"state": []}, {"num_rounds": 1e7}, {"num_rounds": 10**7}, {"num_rounds": 0}, {"pid": 0},
+     {"pid": -1}, {"pid": 2**70}, {"pid": "1"}, {"time": "yesterday"}, {"time": "2026-03-04T12:00:00"}, {"time": 3},
+     {"host": {}}, {"done": -1}, {"rate": "fast"}, {"rate": 1e300}, {"predicted": {"gpu": 3}}, {"error": ["a"]},
+     {"run_ids": {"wandb": "../../x"}}, {"command": ["rm"]}],
+)  # fmt: skip
+def test_fault_52_a_status_of_another_kind_is_named(value: Any, tmp_path: Path) -> None:
+    finish(tmp_path / "run", "1-samples")
+    if isinstance(value, dict) and value:
+        tell(tmp_path / "run", **{"state": "running"} | value)
+    else:
+        write_json(tmp_path / "run" / STATUS, value)
+    with pytest.raises(StoreError, match=r"status\.json: is damaged .*; delete it, it holds none of the run's results"):
+        run_status(tmp_path / "run", now=NOW)
+
+
+def test_fault_52_what_is_not_json_or_no_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    finish(tmp_path / "run", "1-samples")
+    path = tmp_path / "run" / STATUS
+    for text in (b"[" * 100_000, b"\xff\xfe", b"", b"9" * 10_000):
+        path.write_bytes(text)
+        with pytest.raises(StoreError, match=r"status\.json: is damaged \(Invalid JSON"):
+            run_status(tmp_path / "run")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(StoreError, match=r"status\.json: is damaged \(not a regular file\)"):
+        run_status(tmp_path / "run")
+
+
+def test_fault_52_control_characters_are_shown_escaped(tmp_path: Path) -> None:
+    run, evil = tmp_path / "run", "\x1b]0;owned\x07\r\u202e\x9b31m"
+    run.mkdir()
+    with RunFolder(run).writing("1-samples", {}, {}, seed=0, resumable=False) as (_, output):
+        output.counts[f"pro{evil}mpts"] = 8
+        output.warnings.append(evil)
+        output.details["predicted"] = {"gpu": evil, "seconds": 5}
+    for state in ("failed", "running", "stopped"):
+        tell(run, **TRAINING | {"unit": evil}, state=state, error=evil, line=evil, host=evil, command=evil, rate=2.0)
+        text = run_status(run, now=NOW).text
+        assert r"\x1b]0;owned\x07\r\u202e\x9b31m" in text
+        assert all(line.isprintable() for line in text.split("\n"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "rm -rf ~",
+        "cdpo run c.yaml; rm -rf ~",
+        "cdpo run $(id).yaml; id",
+        "cdpo compare a b.yaml",
+        "cdpo run -v.yaml",
+        "cdpo run c.yaml --address=evil:1",
+        "cdpo run c.yaml rewards.names=[theirs:judge]",
+        "cdpo run c.yaml rewards.vlm_alignment.endpoint.url=http://evil/v1",
+        "cdpo run c.yaml model.path=evil/model",
+        "cdpo run c.yaml run.samples_from=/evil",
+        "cdpo run c.yaml 'training.beta=1\nrm'",
+        "cdpo run 'c.yaml",
+        "cdpo run {run}/config.yaml",
+        "cdpo",
+        "",
+    ],
+)
+def test_fault_52_a_command_that_may_do_harm_is_not_offered(command: str, tmp_path: Path) -> None:
+    finish(tmp_path / "run", "1-samples")
+    tell(tmp_path / "run", state="ended", command=command.format(run=tmp_path / "run"))
+    last = run_status(tmp_path / "run", now=NOW).text.splitlines()[-1]
+    assert last == "next: give the command that began it again, it continues"
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("cdpo tune configs/tune.yaml", "cdpo tune configs/tune.yaml"),
+        ("cdpo run 'my configs/a b.yaml' training.beta=5", "cdpo run 'my configs/a b.yaml' training.beta=5"),
+        ("cdpo run '$(id).yaml' run.name=x", "cdpo run '$(id).yaml' run.name=x"),
+    ],
+)
+def test_fault_52_a_harmless_command_is_composed_again(command: str, shown: str, tmp_path: Path) -> None:
+    finish(tmp_path / "run", "1-samples")
+    tell(tmp_path / "run", state="ended", command=command)
+    assert run_status(tmp_path / "run", now=NOW).text.endswith(f"next: {shown}")
+
+
+def test_fault_59_damage_and_an_edited_config_are_named_and_the_run_is_not_done(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finish(run, *STEP_FOLDERS[:3], STEP_FOLDERS[4])
+    with RunFolder(run).writing("4-training", {"training": {"beta": 5}}, {}, seed=0, resumable=False) as (folder, _):
+        (folder / "adapter.safetensors").write_text("weights")
+    config = "rewards: {{names: [clip], rank_by: null}}\ntraining: {{beta: {beta}}}\n"
+    (run / "config.yaml").write_text(config.format(beta=5))
+    assert not run_status(run).stands_still
+    (run / "config.yaml").write_text(config.format(beta=6))
+    found = run_status(run)
+    assert found.stands_still
+    assert "edited: " in found.text and "4-training was made with: `training.beta` was 5, the file says 6" in found.text
+    (run / "config.yaml").unlink()
+    (run / "4-training" / "adapter.safetensors").write_text("WEIGHTS")
+    assert "adapter.safetensors: was altered" in run_status(run).text
+    (run / "4-training" / "adapter.safetensors").unlink()
+    assert "adapter.safetensors: is missing" in run_status(run).text
