@@ -244,7 +244,7 @@ def test_fault_42_another_runs_own_reward_is_not_imported(tmp_path: Path, monkey
     runs = [evaluated(tmp_path / "mine"), theirs]
     found = compare_runs(runs, tmp_path / "out")
     assert list(found["left_out"]) == ["judge_of_theirs:judge"]
-    with pytest.raises(RewardError, match="would be imported from .*theirs, the folder of a run that is compared"):
+    with pytest.raises(RewardError, match=r"would be imported from .*theirs, the folder of a run that is compared"):
         compare_runs(runs, tmp_path / "out", {"judge_of_theirs:judge": {}})
     assert not (theirs / "ran").exists() and "judge_of_theirs" not in sys.modules
 
