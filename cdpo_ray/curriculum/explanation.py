@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cdpo_ray.chart_style import BLUE, GREY, STYLE
 from cdpo_ray.curriculum.pairs import PairBatch, PairSet
+from cdpo_ray.store import new_file
 
 NUM_BINS = 100
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -114,7 +115,7 @@ def draw_stages(stages: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
         grid[0, 0].set_title("drawn pairs by rank gap; shaded: admitted")
         grid[0, 1].set_title("drawn pairs by score gap; shaded: admitted")
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-        with path.open("wb") as picture:
+        with new_file(path) as picture:
             figure.savefig(picture, format="png", dpi=160)
 
 

@@ -20,7 +20,17 @@ from cdpo_ray.steps.arguments import (
     warn_of_set_aside,
 )
 from cdpo_ray.steps.step import Context
-from cdpo_ray.store import RunFolder, StepOutput, differences, link, place, read_shards, read_table, refuse_full_disk
+from cdpo_ray.store import (
+    RunFolder,
+    StepOutput,
+    delete,
+    differences,
+    link,
+    place,
+    read_shards,
+    read_table,
+    refuse_full_disk,
+)
 
 
 def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
@@ -212,7 +222,7 @@ def _take_samples(other: RunFolder, context: Context, output_dir: Path, output: 
         raise StoreError(f"{where} is of a later round, not of the base model; name the folder of a first round")
     other.refuse_damage(SAMPLES)
     for left in output_dir.rglob("*.parquet"):  # by an attempt to generate, which may have been cut elsewhere
-        left.unlink()
+        delete(left)
     for name in manifest["files"]:
         link(other.path / SAMPLES / name, output_dir / name)
     output.counts |= manifest["counts"]

@@ -1,6 +1,7 @@
 """Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
 
 from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, move, refuse_full_disk
+from cdpo_ray.store.failures import storage_errors_within
 from cdpo_ray.store.folder import HOW_TO_MEND, RunFolder, StepOutput, differences, fingerprint_of, flat
 from cdpo_ray.store.places import (
     MANIFEST,
@@ -8,6 +9,7 @@ from cdpo_ray.store.places import (
     files_within,
     is_local,
     make_folder,
+    new_file,
     place,
     read_json,
     write_json,
@@ -45,12 +47,14 @@ __all__ = [
     "local_copy",
     "make_folder",
     "move",
+    "new_file",
     "place",
     "read_json",
     "read_shards",
     "read_table",
     "refuse_full_disk",
     "shard_schema",
+    "storage_errors_within",
     "table_schema",
     "write_json",
     "write_table",
