@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from cdpo_ray.generation.images import encode_pixels
-from cdpo_ray.store import delete, move, read_table, write_table, write_text
+from cdpo_ray.store import delete, exists, move, read_table, write_table, write_text
 
 PARTS, SET_ASIDE = "parts", "set_aside"
 IMAGES_PER_BATCH = "images_per_batch"
@@ -55,7 +55,7 @@ def find_parts(output_dir: Path, stem: str) -> tuple[list[Part], set[int]]:
     """
     parts_dir = output_dir / PARTS
     for aside in (*output_dir.glob("*.parquet.tmp"), *parts_dir.glob("*.tmp")):
-        aside.unlink()
+        delete(aside)
     found, held = [], set[int]()
     for path in (*sorted(output_dir.glob(f"{stem}-*.parquet")), *sorted(parts_dir.glob("*.parquet"))):
         try:
@@ -63,7 +63,7 @@ def find_parts(output_dir: Path, stem: str) -> tuple[list[Part], set[int]]:
         except pa.ArrowInvalid:
             indices = []
         if not indices or not held.isdisjoint(indices):
-            path.unlink()
+            delete(path)
             continue
         held |= set(indices)
         is_shard = path.parent == output_dir
@@ -86,19 +86,19 @@ def shards_of(parts: Iterable[Part], min_bytes: int) -> Iterator[list[Part]]:
 
 def join_parts(parts: list[Path], shard: Path) -> None:
     """Parts -> one shard, in their order. Done twice, or broken off between any two files, it ends the same."""
-    if not shard.exists():
+    if not exists(shard):
         if len(parts) == 1:
             move(parts[0], shard)
         else:
             write_table(pa.concat_tables(map(read_table, parts)), shard)
     for part in parts:
-        part.unlink(missing_ok=True)
+        delete(part)
 
 
 def read_set_aside(output_dir: Path) -> list[dict[str, Any]]:
     """What was set aside up to now, an entry each, with its `reason`."""
     paths = [output_dir / f"{SET_ASIDE}.jsonl", *sorted((output_dir / SET_ASIDE).glob("*.jsonl"))]
-    lines = dict.fromkeys(line for path in paths if path.is_file() for line in path.read_text().splitlines())
+    lines = dict.fromkeys(line for path in paths if exists(path) for line in path.read_text().splitlines())
     return [json.loads(line) for line in lines]
 
 

@@ -54,6 +54,7 @@ tune.json               what came of it, see `search/findings.py`
 import hashlib
 
 SAMPLES, SCORES, STAGES, TRAINING, EVALUATION = "1-samples", "2-scores", "3-stages", "4-training", "5-evaluation"
+COMMITS_DIR = "commits"  # of `4-training`, until that is finished
 VALIDATION, HELDOUT = "validation", "heldout"  # of a search: what the base model makes of these prompts
 TRIALS, CONFIRMATION, FOUND = "trials", "confirmation", "tune.json"
 TRIAL = "trial.json"

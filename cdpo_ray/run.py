@@ -264,6 +264,7 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], Gpu], allo
     run, settings = context.run, step.settings(context.config)
     inputs = step.fingerprints(context.config, run, context.previous)
     if run.is_complete(step.folder, settings, inputs, grows=step.grows):
+        run.delete_leftovers(step.folder, step.scratch)
         log.info("%s: done already", step.verb)
         return
     context = replace(context, gpu=start_ray())
@@ -280,6 +281,7 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], Gpu], allo
             resumable=step.resumable,
             grows=step.grows,
             allow_change=allow_config_change,
+            scratch=step.scratch,
         ) as (output_dir, output),
     ):
         output.details |= {PREDICTED: predicted} if predicted else {}

@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny nets gain nothing by two, 
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+from cdpo_ray.store import delete
 from cdpo_ray.testbed import PIPELINE_DIR
 
 settings.register_profile("untimed", deadline=None)  # a busy machine must fail nothing; benchmarks hold the speed
@@ -73,8 +74,7 @@ def s3_server() -> Iterator[Path]:
 def s3(s3_server: Path) -> Iterator[Path]:
     """A bucket of a real S3 server on loopback, empty; `s3://bucket`."""
     yield s3_server
-    if found := s3_server.fs.find("bucket"):
-        s3_server.fs.rm(found)
+    delete(s3_server)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,36 +1,86 @@
-"""A real S3 server on loopback, for tests."""
+"""A real S3 server for tests: moto on loopback, or any other by its endpoint; the former can be told to fail."""
 
 import logging
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
-from moto.server import ThreadedMotoServer
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+from werkzeug.wrappers import Response
 
 from cdpo_ray.store import place
 
+ENDPOINT = "CDPO_TEST_S3_ENDPOINT"
+"""Variable with the URL of a server to test with, which has an empty bucket named `bucket`; credentials as for AWS."""
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "testing",
     "AWS_SECRET_ACCESS_KEY": "testing",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
+Fault = Callable[[str, str], Response | None]
+"""Operation ("get", "head", "list", "put", "copy", "delete" or "delete many") and key -> what to answer instead."""
+
+
+class S3Server:
+    """An S3 server in this process.
+
+    Attributes:
+        bucket: empty at first.
+        fault: asked before each request.
+        requests: operation and key of each request since the last `clear`.
+    """
+
+    def __init__(self) -> None:
+        self.fault: Fault = lambda operation, key: None
+        self.requests: list[tuple[str, str]] = []
+        self._app = DomainDispatcherApplication(create_backend_app)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def stop(self) -> None:
+        self._server.shutdown()
+
+    def _answer(self, environ: dict[str, Any], start_response: Any) -> Any:
+        query, method = environ["QUERY_STRING"], environ["REQUEST_METHOD"]
+        operation = method.lower()
+        if "list-type" in query:
+            operation = "list"
+        elif method == "POST" and "delete" in query:
+            operation = "delete many"
+        elif "HTTP_X_AMZ_COPY_SOURCE" in environ:
+            operation = "copy"
+        _, _, key = environ["PATH_INFO"].lstrip("/").partition("/")
+        self.requests.append((operation, key))
+        return (self.fault(operation, key) or self._app)(environ, start_response)
+
+
+def error(status: int, code: str, message: str = "on purpose") -> Response:
+    """An answer of S3 that tells of an error."""
+    return Response(f"<Error><Code>{code}</Code><Message>{message}</Message></Error>", status, mimetype="text/xml")
 
 
 @contextmanager
-def serve() -> Iterator[Path]:
-    """An empty bucket; processes started in the block find it by the environment."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
+def serve(server: S3Server | None = None) -> Iterator[Path]:
+    """The server's bucket, `s3://bucket`; processes started in the block find it by the environment."""
+    found = os.environ.get(ENDPOINT) if server is None else None
+    started = S3Server() if server is None and not found else server
+    endpoint = found or (started and started.endpoint)
+    given = {name: os.environ.get(name, value) for name, value in CREDENTIALS.items()} if found else CREDENTIALS
     try:
-        with patch.dict(os.environ, CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}):
+        with patch.dict(os.environ, given | {"AWS_ENDPOINT_URL": str(endpoint)}):
             bucket = place("s3://bucket")
             bucket.fs.clear_instance_cache()  # or one that knows another endpoint
             bucket = place("s3://bucket")
-            bucket.fs.mkdir("bucket")
+            if not found:
+                bucket.fs.mkdir("bucket")
             yield bucket
     finally:
-        server.stop()
+        if started:
+            started.stop()

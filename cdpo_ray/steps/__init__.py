@@ -8,7 +8,7 @@ import functools
 
 from cdpo_ray.config import Config, Pool
 from cdpo_ray.preferences.files import fingerprint
-from cdpo_ray.records import EVALUATION, HELDOUT, SAMPLES, SCORES, STAGES, TRAINING, VALIDATION
+from cdpo_ray.records import COMMITS_DIR, EVALUATION, HELDOUT, SAMPLES, SCORES, STAGES, TRAINING, VALIDATION
 from cdpo_ray.resources import Demand
 from cdpo_ray.steps.arguments import (
     preference_frame,
@@ -105,6 +105,7 @@ STEPS = (
         train,
         resumable=True,
         continues=True,
+        scratch=(COMMITS_DIR,),
     ),
     Step(
         "evaluate",

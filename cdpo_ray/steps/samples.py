@@ -23,6 +23,7 @@ from cdpo_ray.steps.step import Context
 from cdpo_ray.store import (
     RunFolder,
     StepOutput,
+    delete,
     differences,
     link,
     make_folder,
@@ -226,7 +227,7 @@ def _take_samples(other: RunFolder, context: Context, output_dir: Path, output: 
         raise StoreError(f"{where} is of a later round, not of the base model; name the folder of a first round")
     other.refuse_damage(SAMPLES)
     for left in output_dir.rglob("*.parquet"):  # by an attempt to generate, which may have been cut elsewhere
-        left.unlink()
+        delete(left)
     for name in manifest["files"]:
         source, target = path_within(other.step(SAMPLES), name).resolve(), path_within(output_dir, name)
         columns = {*table_schema(source).names} if name.endswith(".parquet") else SAMPLE_COLUMNS

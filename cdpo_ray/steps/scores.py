@@ -9,7 +9,17 @@ from cdpo_ray.prompts.sources import held_out
 from cdpo_ray.records import LABEL, PREFERENCE, SAMPLES, SCORES, score_column, score_file
 from cdpo_ray.steps.arguments import model_arguments, pool_size
 from cdpo_ray.steps.step import Context
-from cdpo_ray.store import RunFolder, StepOutput, link, make_folder, path_within, place, read_shards, shard_schema
+from cdpo_ray.store import (
+    RunFolder,
+    StepOutput,
+    exists,
+    link,
+    make_folder,
+    path_within,
+    place,
+    read_shards,
+    shard_schema,
+)
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +113,7 @@ def _describe_scores(reward: str, second: bool, context: Context, output_dir: Pa
     from cdpo_ray.rewards.score_table import read_scores
 
     first_path = output_dir / score_file(reward)
-    if not first_path.is_file():  # made before; this is its second scoring
+    if not exists(first_path):  # made before; this is its second scoring
         first_path = context.run.step(SCORES) / score_file(reward)
     _, scores = read_scores(first_path, reward)
     if second:

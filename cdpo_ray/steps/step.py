@@ -110,6 +110,7 @@ class Step:
         resumable: goes on with what an interrupted attempt left.
         continues: reads what the round before trained.
         grows: each setting is a part of its own, which can be added when others are done.
+        scratch: folders in its own that it is resumed from; deleted once it is in place.
     """
 
     verb: str
@@ -120,6 +121,7 @@ class Step:
     resumable: bool = False
     continues: bool = False
     grows: bool = False
+    scratch: tuple[str, ...] = ()
 
     def fingerprints(self, config: Config, run: RunFolder, previous: RunFolder | None = None) -> dict[str, str]:
         """What tells the files that it reads from others; of the scores it reads only those that rank.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cdpo_ray.config import HOW_NOT_WHAT
 from cdpo_ray.cost.estimate import training_peak
-from cdpo_ray.records import SAMPLES, SCORES, STAGES
+from cdpo_ray.records import COMMITS_DIR, SAMPLES, SCORES, STAGES
 from cdpo_ray.steps.arguments import model_arguments, pairs_per_stage, ranking_rule, schedule
 from cdpo_ray.steps.step import Context
 from cdpo_ray.store import StepOutput
@@ -32,7 +32,7 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
 def train(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.curriculum.capacity import stage_capacities
     from cdpo_ray.training.job import CommitJob, LoraJob, LossJob, OnlineJob, Optimization, TrainingJob
-    from cdpo_ray.training.trainer import COMMITS_DIR, train_adapter
+    from cdpo_ray.training.trainer import train_adapter
 
     config, training = context.config, context.config.training
     gpus = config.resources.trainers.gpus_per_worker

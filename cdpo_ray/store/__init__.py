@@ -1,6 +1,7 @@
 """Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
 
 from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, move, refuse_full_disk
+from cdpo_ray.store.failures import storage_errors_within
 from cdpo_ray.store.folder import HOW_TO_MEND, RunFolder, StepOutput, differences
 from cdpo_ray.store.manifests import CONFIG, FILES_MANIFEST, fingerprint_of, flat
 from cdpo_ray.store.places import (
@@ -59,6 +60,7 @@ __all__ = [
     "read_untrusted",
     "refuse_full_disk",
     "shard_schema",
+    "storage_errors_within",
     "table_schema",
     "validate_untrusted",
     "write_json",

@@ -5,35 +5,43 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cdpo_ray.errors import StoreError
+from cdpo_ray.store.failures import storage_errors
 from cdpo_ray.store.manifests import FILES_MANIFEST
-from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, new_file
+from cdpo_ray.store.places import MANIFEST, files_within, is_local, make_folder, new_file
 from cdpo_ray.store.untrusted import path_within, read_untrusted
 
 MODE = 0o644  # safetensors writes 0600, which shared disks cannot use
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """`bytes` and `sha256` of a file."""
-    with path.open("rb") as handle:
-        digest = hashlib.sha256()
-        size = 0
-        while block := handle.read(2**22):
-            digest.update(block)
-            size += len(block)
+    """`bytes` and `sha256` of a file; raises FileNotFoundError, or StoreError where the disk or the store fails."""
+    digest, size = hashlib.sha256(), 0
+    for block in _blocks(path):
+        digest.update(block)
+        size += len(block)
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """Content of a file, 4 MiB at a time."""
+    with storage_errors(path, "read"), path.open("rb") as handle:
+        while block := handle.read(2**22):
+            yield block
 
 
 def settled(path: Path) -> dict[str, Any]:
     """`describe` of a file that from now on stays: on the disk itself, and for others to read."""
     if is_local(path):
-        if not path.stat().st_mode & 0o004:
-            path.chmod(MODE)
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
+        with storage_errors(path):
+            if not path.stat().st_mode & 0o004:
+                path.chmod(MODE)
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
     return describe(path)
 
 
@@ -49,30 +57,33 @@ def link(source: Path, target: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Move a file within its disk or store."""
+    """Move a file within its disk or store; raises StoreError."""
     make_folder(target.parent)
     if is_local(source):
-        source.replace(target)
+        with storage_errors(target):
+            source.replace(target)
     else:
-        source.fs.mv(source.path, target.path)  # type: ignore[attr-defined]
+        copy(source, target)
+        delete(source)
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file, whole or not at all; from and to local disk and object stores."""
+    """Copy a file, whole or not at all; from and to local disk and object stores.
+
+    Raises:
+        StoreError: a disk or a store fails.
+    """
     make_folder(target.parent)
-    if not is_local(target):
+    if is_local(target):
+        with new_file(target) as writable:
+            for block in _blocks(source):
+                writable.write(block)
+        return
+    with storage_errors(target):
         if is_local(source):
             target.fs.put_file(str(source), target.path)  # type: ignore[attr-defined]
         else:
-            target.fs.copy(source.path, target.path)  # type: ignore[attr-defined]
-        return
-    aside = target.with_name(f"{target.name}.tmp")
-    with source.open("rb") as readable, new_file(aside) as writable:
-        shutil.copyfileobj(readable, writable, 2**22)
-        writable.flush()
-        os.fsync(writable.fileno())
-    aside.chmod(MODE)
-    aside.replace(target)
+            target.fs.cp_file(source.path, target.path)  # type: ignore[attr-defined]
 
 
 def copy_tree(source: Path, target: Path) -> None:
@@ -81,14 +92,23 @@ def copy_tree(source: Path, target: Path) -> None:
         copy(path, target / name)
 
 
-def delete(folder: Path) -> None:
-    """Delete a folder and all in it, if it is there."""
-    if not exists(folder):
-        return
-    if is_local(folder):
-        shutil.rmtree(folder)
-    else:
-        folder.fs.rm(folder.path, recursive=True)  # type: ignore[attr-defined]
+def delete(path: Path) -> None:
+    """Delete a file, or a folder and all in it, if it is there.
+
+    In an object store the objects that it lists are deleted, one by one: some stores cannot delete many at once, and
+    some fail at the name of a folder, which is no object.
+
+    Raises:
+        StoreError: the disk or the store fails.
+    """
+    with storage_errors(path, "deleted"):
+        if not is_local(path):
+            for name in path.fs.find(path.path):  # type: ignore[attr-defined]
+                path.fs.rm_file(name)  # type: ignore[attr-defined]
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def local_copy(folder: Path) -> Path:
@@ -103,25 +123,28 @@ def local_copy(folder: Path) -> Path:
         return folder
     manifest = read_untrusted(folder / MANIFEST, FILES_MANIFEST, remedy=f"delete {folder} to make it anew")
     copies = Path(tempfile.gettempdir()) / f"cdpo_ray-{os.getuid()}"
-    copies.mkdir(mode=0o700, exist_ok=True)
-    status = copies.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise StoreError(f"{copies}: belongs to another user, or is a link; set TMPDIR to a folder of your own")
-    done = copies / manifest["fingerprint"]
-    if done.is_dir():
-        return done
-    refuse_full_disk(copies, sum(file["bytes"] for file in manifest["files"].values()))
-    with tempfile.TemporaryDirectory(dir=copies, ignore_cleanup_errors=True) as beside:
-        aside = Path(beside) / "whole"
-        for name, expected in manifest["files"].items():
-            copy(path_within(folder, name), aside / name)
-            if describe(aside / name) != expected:
-                raise StoreError(f"{folder / name}: was altered (its SHA-256 differs); delete {folder} to make it anew")
-        try:
-            aside.rename(done)
-        except OSError:  # another process of this node was quicker
-            if not done.is_dir():
-                raise
+    with storage_errors(copies):
+        copies.mkdir(mode=0o700, exist_ok=True)
+        status = copies.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise StoreError(f"{copies}: belongs to another user, or is a link; set TMPDIR to a folder of your own")
+        done = copies / manifest["fingerprint"]
+        if done.is_dir():
+            return done
+        refuse_full_disk(copies, sum(file["bytes"] for file in manifest["files"].values()))
+        with tempfile.TemporaryDirectory(dir=copies, ignore_cleanup_errors=True) as beside:
+            aside = Path(beside) / "whole"
+            for name, expected in manifest["files"].items():
+                copy(path_within(folder, name), aside / name)
+                if describe(aside / name) != expected:
+                    raise StoreError(
+                        f"{folder / name}: was altered (its SHA-256 differs); delete {folder} to make it anew"
+                    )
+            try:
+                aside.rename(done)
+            except OSError:  # another process of this node was quicker
+                if not done.is_dir():
+                    raise
     return done
 
 
@@ -129,8 +152,9 @@ def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
     """Raise StoreError with path, needed and free bytes if a local disk has no such room; object stores have no end."""
     if not is_local(folder):
         return
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    with storage_errors(folder, "read"):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free
     if free < needed_bytes:
         raise StoreError(
             f"{folder}: needs {needed_bytes / 2**20:,.1f} MiB, but {free / 2**20:,.1f} MiB are free on its disk;"

@@ -1,11 +1,10 @@
 """A run's folder: a folder a step, written aside, manifest last, then put in place."""
 
 import contextlib
-import errno
+import logging
 import math
 import os
 import platform
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from cdpo_ray.config.reading import parse_yaml
-from cdpo_ray.errors import CdpoError, StoreError
+from cdpo_ray.errors import StoreError
 from cdpo_ray.records import STEP_FOLDERS
 from cdpo_ray.store.copies import delete, describe, move, settled
-from cdpo_ray.store.lock import file_lock, object_lock
+from cdpo_ray.store.failures import storage_errors, storage_errors_within
+from cdpo_ray.store.lock import LOCK, file_lock, renewed_lock
 from cdpo_ray.store.manifests import (
     BEGUN_WITH,
     CONFIG,
@@ -34,7 +34,7 @@ from cdpo_ray.store.manifests import (
 from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, write_json
 from cdpo_ray.store.untrusted import bytes_of, damage_sentence, path_within, read_untrusted, refuse_links_out
 
-DISK_FULL = os.strerror(errno.ENOSPC)
+log = logging.getLogger(__name__)
 HOW_TO_MEND = "delete the folder, restore the value, or choose another `run.name`"
 VERSIONS_KEPT = (
     "cdpo_ray",
@@ -76,7 +76,7 @@ class RunFolder:
         Raises:
             StoreError: the folder cannot be made or written, or another process holds it.
         """
-        with file_lock(self.path) if is_local(self.path) else object_lock(self.path):
+        with file_lock(self.path) if is_local(self.path) else renewed_lock(self.path / LOCK):
             yield
 
     def has(self, folder: str) -> bool:
@@ -212,6 +212,7 @@ class RunFolder:
         resumable: bool,
         grows: bool = False,
         allow_change: bool = False,
+        scratch: Sequence[str] = (),
     ) -> Iterator[tuple[Path, StepOutput]]:
         """Write a step aside; when the block ends well, describe every file in the manifest and put it in place.
 
@@ -221,10 +222,12 @@ class RunFolder:
 
         Args:
             allow_change: go on with what was begun with other settings; the manifest tells the difference.
+            scratch: names of folders in it that an interrupted step is resumed from; they are no part of the step, and
+                are deleted only once it is in place.
 
         Raises:
             StoreError: a folder without manifest is in its place, it was begun with other settings or inputs, or the
-                disk is full.
+                disk or the store fails.
         """
         place = path_within(self.path, folder)
         finished = self.manifest(folder) if grows and self.has(folder) else None
@@ -239,13 +242,13 @@ class RunFolder:
                 changes = _changes_since(aside, begun_with, allow_change=allow_change)
             else:
                 delete(aside)
-        with _full_disk_told(aside):
+        with storage_errors_within(aside):
             make_folder(aside)
             write_json(aside / SETTINGS, begun_with | {"changes": changes})
             started = time.monotonic()
             output = StepOutput(parts=[name for name in settings if not finished or name not in finished["settings"]])
             yield aside.absolute(), output  # workers have folders of their own to be in
-            files = {name: settled(path) for name, path in _products(aside).items()}
+            files = {name: settled(path) for name, path in _products(aside, scratch).items()}
             manifest = {
                 "step": folder,
                 **begun_with,
@@ -269,8 +272,24 @@ class RunFolder:
                 return
             write_json(aside / MANIFEST, manifest)
             if aside != place:
-                aside.rename(place)
-            (place / SETTINGS).unlink()  # last: without it, what was begun would be thrown away
+                with storage_errors(place):
+                    aside.rename(place)
+        self.delete_leftovers(folder, scratch)
+
+    def delete_leftovers(self, folder: str, scratch: Sequence[str]) -> None:
+        """Delete what a finished step was written with and no longer needs; also after a kill in the midst of that.
+
+        A failure is only logged: the step is complete, and the next run tries again.
+
+        Args:
+            scratch: as `writing` was given.
+        """
+        try:
+            if exists(self.path / folder / SETTINGS):
+                for name in (*scratch, SETTINGS):  # the settings last: they tell that there may be more
+                    delete(self.path / folder / name)
+        except StoreError as error:
+            log.warning("%s; the step is complete, only leftovers remain", error)
 
     def _add(self, folder: str, aside: Path, finished: dict[str, Any], added: dict[str, Any]) -> None:
         """Move files into a finished step; they count once the manifest, written last, names them."""
@@ -287,11 +306,12 @@ class RunFolder:
         delete(aside)
 
 
-def _products(aside: Path) -> dict[str, Path]:
+def _products(aside: Path, scratch: Sequence[str]) -> dict[str, Path]:
     """What the step made, once what a broken-off write left is gone."""
-    found = {name: path for name, path in files_within(aside).items() if name not in (SETTINGS, MANIFEST)}
+    others = {SETTINGS, MANIFEST, *scratch}
+    found = {name: path for name, path in files_within(aside).items() if name.partition("/")[0] not in others}
     for name in [name for name in found if name.endswith(".tmp")]:
-        found.pop(name).unlink()
+        delete(found.pop(name))
     return found
 
 
@@ -305,24 +325,6 @@ def _changes_since(aside: Path, now: Mapping[str, Any], *, allow_change: bool) -
     if changed and not allow_change:
         raise StoreError(f"{aside} was begun with {changed}; {HOW_TO_MEND}")
     return [*changes, changed] if changed else changes
-
-
-@contextlib.contextmanager
-def _full_disk_told(folder: Path) -> Iterator[None]:
-    """A full disk as a StoreError, wherever in the block it was met: in this process or an actor's."""
-    try:
-        yield
-    except CdpoError:
-        raise
-    except Exception as error:
-        told = [line for line in str(error).splitlines() if DISK_FULL in line]
-        if not told or not is_local(folder):
-            raise
-        free = shutil.disk_usage(folder.parent).free
-        raise StoreError(
-            f"{folder}: the disk is full, {free / 2**20:,.1f} MiB are free ({told[-1].strip()}); make room and give the"
-            " same command again, or choose another `run.dir`"
-        ) from error
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

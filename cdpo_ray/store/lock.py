@@ -13,16 +13,18 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, BinaryIO
 
 import fsspec.asyn
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from cdpo_ray.errors import StoreError, printable
-from cdpo_ray.store.places import make_folder
-from cdpo_ray.store.untrusted import validate_untrusted
+from cdpo_ray.store.copies import delete
+from cdpo_ray.store.failures import storage_errors
+from cdpo_ray.store.places import is_local, make_folder, new_file, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,10 @@ class Holder(TypedDict):
 
 HOLDER: TypeAdapter[Holder] = TypeAdapter(Holder)
 LOCK = ".lock"
+HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""What `flock` answers on disks without file locks: some network disks, and those of some containers."""
+UNKNOWN = "unknown process"
 ANSWER_SECONDS = 3.0  # of an object store, before anything slow begins
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 60.0
@@ -50,24 +56,30 @@ def file_lock(folder: Path) -> Iterator[None]:
     Raises:
         StoreError: the folder cannot be made or written, its lock file is a link, or another process holds it.
     """
-    try:
-        make_folder(folder)
+    make_folder(folder)
+    with storage_errors(folder):
         handle = _open_lock(folder / LOCK)
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot be written: {error.strerror}; choose another `run.dir`") from None
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            raise _held(folder, printable(handle.read(200).strip()) or "unknown process") from None
-        handle.truncate(0)
-        handle.write(_holder(os.getpid(), platform.node()))
-        handle.flush()
+    with handle, contextlib.ExitStack() as stack:
+        with storage_errors(folder):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in HELD:
+                    handle.seek(0)
+                    raise _held(
+                        folder, printable(handle.read(200).decode(errors="replace").strip()) or UNKNOWN
+                    ) from None
+                if error.errno not in NO_LOCKS:
+                    raise
+                log.warning("%s: its disk has no file locks (%s); using a lock file that is renewed", folder, error)
+                stack.enter_context(renewed_lock(folder / f"{LOCK}.held"))
+            else:
+                handle.truncate(0)
+                handle.write(_holder(os.getpid(), platform.node()).encode())
         yield
 
 
-def _open_lock(path: Path) -> TextIO:
+def _open_lock(path: Path) -> BinaryIO:
     """Open a lock file, which is emptied later: never what a link of its name leads to.
 
     Raises:
@@ -79,7 +91,7 @@ def _open_lock(path: Path) -> TextIO:
         if error.errno != errno.ELOOP:
             raise
         raise StoreError(f"{path}: is a symbolic link, which no lock file is; delete it") from None
-    handle = os.fdopen(descriptor, "a+")
+    handle = os.fdopen(descriptor, "a+b", buffering=0)  # a buffer that a full disk does not take would fail at `close`
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         handle.close()
@@ -88,16 +100,15 @@ def _open_lock(path: Path) -> TextIO:
 
 
 @contextlib.contextmanager
-def object_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder in an object store for this process, by an object that is made only if it is not there.
+def renewed_lock(path: Path) -> Iterator[None]:
+    """Hold the folder that ``path`` lies in for this process, by creating that file: object stores have no other locks.
 
     It is renewed while the process lives. It is taken over from a process of this machine that is dead, and from any
-    that has not renewed it for a minute, by the store's clock.
+    that has not renewed it for a minute, by the storage's clock.
 
     Raises:
-        StoreError: the store does not answer, cannot be written, or another process holds the folder.
+        StoreError: the storage does not answer, cannot be written, or another process holds the folder.
     """
-    path = folder / LOCK
     mine = json.dumps({"pid": os.getpid(), "host": platform.node(), "id": secrets.token_hex(8)}).encode()
     try:
         _put(path, mine, create=True)
@@ -106,8 +117,8 @@ def object_lock(folder: Path) -> Iterator[None]:
         log.warning("%s: taken over from a process that is gone", path)
         _put(path, mine)
         time.sleep(SETTLE_SECONDS)
-        if path.read_bytes() != mine:
-            raise _held(folder, "it took the stale lock over at the same time") from None
+        if _content(path) != mine:
+            raise _held(path.parent, "it took the stale lock over at the same time") from None
     released = threading.Event()
     renewer = threading.Thread(target=_renew, args=(path, mine, released), daemon=True)
     renewer.start()
@@ -116,13 +127,35 @@ def object_lock(folder: Path) -> Iterator[None]:
     finally:
         released.set()
         renewer.join()
-        with contextlib.suppress(FileNotFoundError):
-            if path.read_bytes() == mine:
-                path.unlink()
+        try:
+            if _content(path) == mine:
+                delete(path)
+        except StoreError as error:  # what was done in the block stands
+            log.warning("%s; it counts as gone after %.0f s", error, STALE_SECONDS)
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return read_bytes(path)
+    except FileNotFoundError:
+        return None
 
 
 def _put(path: Path, content: bytes, *, create: bool = False) -> None:
-    """Write an object within `ANSWER_SECONDS`; raises FileExistsError where it is there and shall be created."""
+    """Write a lock, in an object store within `ANSWER_SECONDS`.
+
+    Raises:
+        FileExistsError: it is there and shall be created.
+        StoreError: the storage does not answer, or fails.
+    """
+    if is_local(path):
+        if create:
+            with storage_errors(path, "created"), path.open("xb", buffering=0) as created:
+                created.write(content)
+        else:
+            with new_file(path) as replaced:
+                replaced.write(content)
+        return
     fs: Any = path.fs  # type: ignore[attr-defined]
     try:
         fsspec.asyn.sync(fs.loop, _put_object, fs, path.path, content, create, timeout=ANSWER_SECONDS)  # type: ignore[attr-defined]
@@ -146,29 +179,39 @@ async def _put_object(fs: Any, key: str, content: bytes, create: bool) -> None:
 
 
 def _refuse_unless_stale(path: Path) -> None:
-    fs: Any = path.fs  # type: ignore[attr-defined]
     try:
-        holder = validate_untrusted(path.read_bytes(), HOLDER, where=str(path), remedy="delete it")
-        renewed = fs.modified(path.path)  # type: ignore[attr-defined]
+        content, renewed = read_bytes(path), _modified(path)
     except FileNotFoundError:  # released just now
         return
-    if holder["host"] == platform.node() and not _is_alive(holder["pid"]):
-        return
-    clock = path.with_name(f"{LOCK}.clock")  # no two machines' clocks agree: both times are the store's
+    try:
+        found = HOLDER.validate_json(content, strict=True)
+    except ValidationError:  # not ours, or not written yet
+        holder = UNKNOWN
+    else:
+        if found["host"] == platform.node() and not _is_alive(found["pid"]):
+            return
+        holder = _holder(found["pid"], found["host"])
+    clock = path.with_name(f"{path.name}.clock")  # no two machines' clocks agree: both times are the storage's
     _put(clock, b"")
-    age = (fs.modified(clock.path) - renewed).total_seconds()  # type: ignore[attr-defined]
-    clock.unlink()
+    age = _modified(clock) - renewed
+    delete(clock)
     if age < STALE_SECONDS:
-        raise _held(
-            path.parent,
-            f"{_holder(holder['pid'], holder['host'])}, {age:.0f} s ago; after {STALE_SECONDS:.0f} s it counts as gone",
-        )
+        raise _held(path.parent, f"{holder}, {age:.0f} s ago; after {STALE_SECONDS:.0f} s it counts as gone")
+
+
+def _modified(path: Path) -> float:
+    """When a file was last written, in seconds, by the storage's clock."""
+    with storage_errors(path, "read"):
+        if is_local(path):
+            return path.stat().st_mtime
+        modified: datetime = path.fs.modified(path.path)  # type: ignore[attr-defined]
+        return modified.timestamp()
 
 
 def _renew(path: Path, mine: bytes, released: threading.Event) -> None:
     while not released.wait(RENEW_SECONDS):
         try:
-            if path.read_bytes() != mine:
+            if _content(path) not in (mine, None):
                 log.error("%s: another run has taken this folder over; stopping", path)
                 os.kill(os.getpid(), signal.SIGINT)
                 return

@@ -1,16 +1,29 @@
 """Paths on local disk, s3:// and gs://, with one interface; a file is there whole or not at all."""
 
+import contextlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, BinaryIO, cast
 
 from upath import UPath
 
 from cdpo_ray.config.section import check_place, without_credentials
 from cdpo_ray.errors import StoreError
+from cdpo_ray.store.failures import storage_errors
 
 MANIFEST = "manifest.json"
+CLIENT_OPTIONS = {
+    # Manifests hold SHA-256 sums of all files. Checksums in each request are new, and some servers get them wrong.
+    "s3": {
+        "config_kwargs": {
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        }
+    }
+}
 
 
 def place(text: str | Path) -> Path:
@@ -30,7 +43,8 @@ def place(text: str | Path) -> Path:
     scheme, separator, _ = text.partition("://")
     if not separator:
         return Path(text)
-    path = UPath(text, use_listings_cache=False)  # other processes write too: a listing that is kept goes stale
+    # Other processes write too: a listing that is kept goes stale.
+    path = UPath(text, use_listings_cache=False, **CLIENT_OPTIONS.get(scheme, {}))  # type: ignore[call-overload]
     try:
         _ = path.fs
     except ImportError:
@@ -43,62 +57,96 @@ def is_local(path: Path) -> bool:
 
 
 def make_folder(path: Path) -> None:
-    """Make a local folder and those above it; an object store has none to make."""
+    """Make a local folder and those above it, an object store has none to make; raises StoreError."""
     if is_local(path):
-        path.mkdir(parents=True, exist_ok=True)
+        with storage_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
 
 
 def exists(path: Path) -> bool:
     """Whether a file or a folder is there.
 
     Raises:
-        StoreError: the store does not tell; `UPath.exists` would say no.
+        StoreError: the disk or the store does not tell; `UPath.exists` would say no.
     """
-    if is_local(path):
-        return path.exists()
-    try:
-        path.fs.info(path.path)  # type: ignore[attr-defined]
-    except FileNotFoundError:
-        return False
-    except Exception as error:  # the stores' own libraries have more kinds than OSError
-        raise StoreError(f"{path}: cannot be read: {error}; check the network and the credentials") from None
-    return True
+    with storage_errors(path, "read"):
+        if is_local(path):
+            return path.exists()
+        try:
+            path.fs.info(path.path)  # type: ignore[attr-defined]
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def files_within(folder: Path) -> dict[str, Path]:
-    """All files of a folder and the folders in it, by their names from there, sorted."""
-    if is_local(folder):
-        found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    else:
-        paths = folder.fs.find(folder.path)  # type: ignore[attr-defined]
-        names = [path.removeprefix(f"{folder.path}/") for path in paths]  # type: ignore[attr-defined]
-        found = {name: folder / name for name in names if name and not name.endswith("/")}  # pyarrow marks folders so
+    """All files of a folder and the folders in it, by their names from there, sorted.
+
+    Raises:
+        StoreError: the disk or the store does not tell.
+    """
+    with storage_errors(folder, "read"):
+        if is_local(folder):
+            found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        else:
+            paths = folder.fs.find(folder.path)  # type: ignore[attr-defined]
+            names = [path.removeprefix(f"{folder.path}/") for path in paths]  # type: ignore[attr-defined]
+            found = {name: folder / name for name in names if name and not name.endswith("/")}  # pyarrow marks folders
     return dict(sorted(found.items()))
 
 
-def new_file(path: Path, mode: str = "xb", encoding: str | None = None) -> IO[Any]:
-    """Open a local file for writing that is new: whatever has its name, a symbolic link too, is unlinked first."""
-    path.unlink(missing_ok=True)
-    return path.open(mode, encoding=encoding)
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write, which is put in place when the block ends well; else nothing is left of it.
+
+    It is written beside its place, as a file that is new: a symbolic link of that name is unlinked, not followed.
+
+    Raises:
+        StoreError: the disk or the store fails.
+    """
+    if not is_local(path):
+        with tempfile.NamedTemporaryFile() as handle:  # were a block to fail, the object would be there, cut short
+            with storage_errors(Path(handle.name)):
+                yield handle  # type: ignore[misc]
+                handle.flush()
+            with storage_errors(path):
+                path.fs.put_file(handle.name, path.path)  # type: ignore[attr-defined]
+        return
+    aside = path.with_name(f"{path.name}.tmp")
+    with storage_errors(path):
+        try:
+            aside.unlink(missing_ok=True)
+            with aside.open("xb") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            aside.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    if not is_local(path):
-        path.write_text(text, encoding="utf-8")  # an object is not seen before it is whole
-        return
-    aside = path.with_name(f"{path.name}.tmp")
-    with new_file(aside, "x", "utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    aside.replace(path)
+    """Write a file whole or not at all; raises StoreError."""
+    with new_file(path) as handle:
+        handle.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON whole or not at all; raises StoreError."""
     write_text(path, json.dumps(value, indent=1))
 
 
+def read_bytes(path: Path) -> bytes:
+    """Read a small file; raises FileNotFoundError, or StoreError where the disk or the store fails."""
+    with storage_errors(path, "read"):
+        if is_local(path):
+            return path.read_bytes()
+        content: bytes = path.fs.cat_file(path.path)  # type: ignore[attr-defined]
+        return content
+
+
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read JSON; raises as `read_bytes`, and ValueError where it is not JSON."""
+    return json.loads(read_bytes(path).decode())

@@ -1,18 +1,14 @@
 """Parquet files, wherever they lie."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cdpo_ray.store.failures import storage_errors
 from cdpo_ray.store.places import is_local, new_file
-
-COPIED_BYTES = 2**22
 
 
 def arrow_place(path: Path) -> dict[str, Any]:
@@ -31,23 +27,15 @@ def write_tables(tables: Iterable[pa.Table], path: Path) -> None:
     """Write a Parquet file whole or not at all, table by table: at least one, all of one schema.
 
     One table is held at a time; each starts a row group.
+
+    Raises:
+        StoreError: the disk or the store fails.
     """
-    if is_local(path):
-        aside = path.with_name(f"{path.name}.tmp")
-        with new_file(aside) as handle:
-            _write_tables(tables, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        aside.replace(path)
-        return
-    with tempfile.TemporaryFile() as handle:  # were a table not to come, the object would be there, truncated
+    with new_file(path) as handle:
         _write_tables(tables, handle)
-        handle.seek(0)
-        with path.open("wb") as writable:
-            shutil.copyfileobj(handle, writable, COPIED_BYTES)
 
 
-def _write_tables(tables: Iterable[pa.Table], handle: Any) -> None:
+def _write_tables(tables: Iterable[pa.Table], handle: BinaryIO) -> None:
     tables = iter(tables)
     first = next(tables)
     with pq.ParquetWriter(handle, first.schema) as writer:
@@ -59,9 +47,21 @@ def _write_tables(tables: Iterable[pa.Table], handle: Any) -> None:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, filters: Any = None) -> pa.Table:
-    """Columns of a Parquet file, all by default; raises what pyarrow raises."""
+    """Columns of a Parquet file, all by default.
+
+    Raises:
+        ArrowInvalid: it is no whole Parquet file.
+        FileNotFoundError: there is no such file.
+        StoreError: the disk or the store fails.
+    """
     where = arrow_place(path)
-    return pq.read_table(where["path"], columns=columns, filters=filters, filesystem=where["filesystem"])
+    with storage_errors(path, "read"):
+        try:
+            return pq.read_table(where["path"], columns=columns, filters=filters, filesystem=where["filesystem"])
+        except OSError as error:
+            if type(error) is OSError and error.errno is None:  # Arrow's own, of what it cannot decode
+                raise pa.ArrowInvalid(str(error)) from None
+            raise
 
 
 def read_shards(folder: Path, columns: Sequence[str]) -> pa.Table:

@@ -21,6 +21,8 @@ from cdpo_ray.store import (
     copy,
     delete,
     describe,
+    exists,
+    files_within,
     fingerprint_of,
     is_local,
     local_copy,
@@ -29,6 +31,7 @@ from cdpo_ray.store import (
     read_json,
     read_untrusted,
     refuse_full_disk,
+    storage_errors_within,
     write_json,
 )
 
@@ -72,26 +75,9 @@ class Commits:
             for number, (key, value) in enumerate(tensors)
             if number % self.num_workers == self.worker_rank
         }
-        if self.worker_rank == 0:
-            delete(aside)
-            make_folder(aside)
-        self._exchange("ready")
-        written = self._exchange(self._write_share(aside, mine))
-        faults = [message["error"] for message in map(json.loads, written) if "error" in message]
-        if faults:
-            raise StoreError("; ".join(faults))
-        if self.worker_rank == 0:
-            files = {share.pop("name"): share for share in map(json.loads, written)}
-            write_json(aside / STATE, state)
-            files[STATE] = describe(aside / STATE)
-            manifest = {"num_updates": num_updates, "files": files, "fingerprint": fingerprint_of(files)}
-            write_json(aside / MANIFEST, manifest)
-            if is_local(aside):
-                delete(self.folder / name)  # a damaged one, which was passed over
-                aside.rename(self.folder / name)
-            for old in names_of(self.folder)[self.keep_last :]:
-                delete(self.folder / old)
-        self._exchange("written")
+        self._together(lambda: self._begin(aside))
+        written = self._together(lambda: self._write_share(aside, mine))
+        self._together(lambda: self._put_in_place(aside, name, num_updates, state, written))
 
     def newest(self, tell: Callable[[str], Any]) -> Path | None:
         """The newest commit that is whole, by its manifest alone, for all workers; none if there is no commit.
@@ -117,18 +103,51 @@ class Commits:
             raise TrainingError(f"{answer['damaged']}; no commit is whole: delete {self.folder.parent} to begin anew")
         return self.folder / answer["chosen"] if answer else None
 
-    def _write_share(self, aside: Path, tensors: Mapping[str, Tensor]) -> str:
+    def _begin(self, aside: Path) -> None:
+        if self.worker_rank == 0:
+            delete(aside)
+            make_folder(aside)
+
+    def _write_share(self, aside: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         name = f"share-{self.worker_rank}-of-{self.num_workers}.safetensors"
         num_bytes = sum(value.nbytes for value in tensors.values())
+        refuse_full_disk(aside, num_bytes * self.num_workers)
+        with tempfile.TemporaryDirectory(dir=aside if is_local(aside) else None) as folder:
+            save_file(dict(tensors), Path(folder) / name)
+            copy(Path(folder) / name, aside / name)
+        return {"name": name, **describe(aside / name)}
+
+    def _put_in_place(
+        self, aside: Path, name: str, num_updates: int, state: Mapping[str, Any], written: list[Any]
+    ) -> None:
+        if self.worker_rank > 0:
+            return
+        files = {share.pop("name"): share for share in written}
+        write_json(aside / STATE, state)
+        files[STATE] = describe(aside / STATE)
+        manifest = {"num_updates": num_updates, "files": files, "fingerprint": fingerprint_of(files)}
+        write_json(aside / MANIFEST, manifest)
+        if is_local(aside):
+            delete(self.folder / name)  # a damaged one, which was passed over
+            aside.rename(self.folder / name)
+        for old in names_of(self.folder)[self.keep_last :]:
+            delete(self.folder / old)
+
+    def _together(self, part: Callable[[], Any]) -> list[Any]:
+        """Run a part of a commit; returns what it returned on each worker, by rank.
+
+        Raises:
+            StoreError: it failed on a worker, on all of them: none waits for one that is gone.
+        """
         try:
-            refuse_full_disk(aside, num_bytes * self.num_workers)
-            with tempfile.TemporaryDirectory(dir=aside if is_local(aside) else None) as folder:
-                save_file(dict(tensors), Path(folder) / name)
-                copy(Path(folder) / name, aside / name)
-            return json.dumps({"name": name, **describe(aside / name)})
-        except (StoreError, OSError) as error:
-            told = str(error) if isinstance(error, StoreError) else f"{aside / name}: cannot be written: {error}"
-            return json.dumps({"error": told[: MESSAGE_BYTES // 2]})
+            with storage_errors_within(self.folder):
+                message = json.dumps({"result": part()})
+        except StoreError as error:
+            message = json.dumps({"error": str(error)[: MESSAGE_BYTES // 8]})
+        heard = [json.loads(said) for said in self._exchange(message)]
+        if faults := [said["error"] for said in heard if "error" in said]:
+            raise StoreError("; ".join(faults))
+        return [said["result"] for said in heard]
 
     def _exchange(self, message: str) -> list[str]:
         """What each worker says, by rank; all wait for each other."""
@@ -143,7 +162,7 @@ class Commits:
 
 def names_of(folder: Path) -> list[str]:
     """Of the commits that are there, newest first; which of them are whole is not asked."""
-    found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = {name.partition("/")[0] for name in files_within(folder)}
     return sorted((name for name in found if re.fullmatch(r"update-\d+", name)), reverse=True)
 
 
@@ -168,7 +187,7 @@ def fault_of(commit: Path) -> str | None:
     except StoreError as error:
         return str(error)
     for name, expected in files.items():
-        if not paths[name].is_file():
+        if not exists(paths[name]):
             return f"{commit / name}: is missing"
         if describe(commit / name) != expected:
             return f"{commit / name}: was altered or cut short (its SHA-256 differs)"

@@ -17,14 +17,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.progress import Progress
-from cdpo_ray.store import delete, write_json, write_text
+from cdpo_ray.records import COMMITS_DIR
+from cdpo_ray.store import write_json, write_text
 from cdpo_ray.training.board import Board, News, fault_of
 from cdpo_ray.training.commits import names_of, newest_of, state_of
 from cdpo_ray.training.job import TrainingJob
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
-COMMITS_DIR = "commits"
 
 
 def train_adapter(
@@ -104,11 +104,19 @@ def train_adapter(
         raise TrainingError(
             f"{output_dir}: training ended after update {state['num_updates']}; the same command goes on"
         )
-    records = state["records"]
+    write_history(saved, output_dir)
+    return state
+
+
+def write_history(saved: Mapping[str, Any], output_dir: Path) -> None:
+    """Write `updates.jsonl` and `stages.json`.
+
+    Args:
+        saved: `state_of` the last commit. The commits stay: until the step is in place, only they are certain.
+    """
+    records = saved["state"]["records"]
     write_text(output_dir / "updates.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
     write_json(output_dir / "stages.json", saved["summaries"])
-    delete(output_dir / COMMITS_DIR)
-    return state
 
 
 def _work(config: Mapping[str, Any]) -> None:

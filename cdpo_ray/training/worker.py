@@ -23,11 +23,11 @@ from cdpo_ray.curriculum.dataset import read_ranking_scores
 from cdpo_ray.curriculum.explanation import describe_stage
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum
-from cdpo_ray.errors import CdpoError, StoreError, TrainingError
+from cdpo_ray.errors import CdpoError, TrainingError
 from cdpo_ray.generation.memory import is_out_of_memory, needed_and_free
 from cdpo_ray.models import load_model
 from cdpo_ray.models.seeds import seed_of
-from cdpo_ray.store import copy_tree, is_local, place, write_json
+from cdpo_ray.store import copy_tree, is_local, place, storage_errors_within, write_json
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, state_of, tensors_of
 from cdpo_ray.training.engine import limit_waiting, restore_training, save_trained, start_engine, training_tensors
@@ -54,7 +54,7 @@ def work(job: TrainingJob, board: Any) -> None:
             return
         try:
             Worker(job, board).train(stops)
-        except (TrainingError, StoreError) as error:  # all workers raise it together, so none waits for another
+        except TrainingError as error:  # all workers raise it together, so none waits for another
             ray.get(board.post_fault.remote(type(error).__name__, str(error)))
         except CdpoError as error:
             ray.get(board.post_fault.remote(type(error).__name__, str(error)))
@@ -243,7 +243,7 @@ class Worker:
         self.best["known_until"] = state.num_updates
 
     def _write_trained(self, output_dir: Path) -> None:
-        with tempfile.TemporaryDirectory() as elsewhere:
+        with storage_errors_within(output_dir), tempfile.TemporaryDirectory() as elsewhere:
             folder = output_dir if is_local(output_dir) else Path(elsewhere)
             save_trained(self.engine, self.model, folder, lora=self.job.lora is not None)
             if folder != output_dir:

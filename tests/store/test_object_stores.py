@@ -14,6 +14,7 @@ from cdpo_ray.store import (
     MANIFEST,
     RunFolder,
     copy,
+    delete,
     is_local,
     link,
     local_copy,
@@ -83,7 +84,7 @@ def test_a_step_that_was_broken_off_counts_for_nothing_and_is_begun_anew_or_gone
         assert not run.has(STEP)
         write_step(run, resumable=resumable)
         assert ("half.bin" in run.manifest(STEP)["files"]) == resumable
-        s3.fs.rm("bucket/run", recursive=True)
+        delete(s3 / "run")
     (s3 / "run" / STEP / "foreign.txt").write_text("not ours")
     with pytest.raises(StoreError, match=r"1-samples: is there without its manifest\.json; delete it"):
         write_step(run)
@@ -136,10 +137,10 @@ def test_a_local_copy_is_fetched_once_and_again_when_the_step_was_made_anew(
     assert here.parent.stat().st_mode & 0o777 == 0o700
     made = here.stat().st_ino
     assert local_copy(s3 / "run" / STEP).stat().st_ino == made and local_copy(here) == here
-    s3.fs.rm("bucket/run", recursive=True)
+    delete(s3 / "run")
     write_step(run, b"else")
     assert (local_copy(s3 / "run" / STEP) / "inner" / "shard.bin").read_bytes() == b"else"
-    s3.fs.rm("bucket/run", recursive=True)
+    delete(s3 / "run")
     write_step(run, b"more")
     (s3 / "run" / STEP / "inner" / "shard.bin").write_bytes(b"flip")
     with pytest.raises(StoreError, match=r"inner/shard\.bin: was altered"):
