@@ -25,6 +25,7 @@ from cdpo_ray.store import local_copy
 
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 Conditioning = dict[str, Tensor]

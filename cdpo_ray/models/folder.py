@@ -77,8 +77,8 @@ def check_folder(family: str, folder: Path, *, key: str = "model.path", partial:
         raise ModelError(f"`{key}` {folder}: has no {config_path(INDEX)}; {advice}")
     if faults := _faults(LAYOUTS[family], folder, partial):
         fits = [other for other, layout in LAYOUTS.items() if not _faults(layout, folder, partial)]
-        advice = f"it fits `model.family` {one_of(fits)}" if fits else "give a model of this family"
-        raise _refusal(f"`{key}` {folder}: is no {family} model", faults, advice)
+        advice = f"it fits `model.family` {one_of(fits)}" if fits else "give another model, or correct its files"
+        raise _refusal(f"`{key}` {folder}: does not fit `model.family` {family}", faults, advice)
 
 
 def check_teacher(folder: Path, *, student: Path | None, partial: bool = False) -> None:
@@ -174,6 +174,8 @@ def _faults(layout: Layout, folder: Path, partial: bool) -> list[str]:
         for name, part in layout.parts.items():
             if part.weights and name in configs:
                 faults += _weight_faults(folder / name, part.weights, partial)
+            if part.vocabularies and name in configs and not partial:
+                faults += _vocabulary_faults(folder / name, part.vocabularies)
     return faults or list(layout.faults(configs))
 
 
@@ -190,10 +192,6 @@ def _read(layout: Layout, folder: Path, names: Sequence[str], partial: bool) -> 
             if found_wrong := list(_class_faults(name, named, part)):
                 faults += found_wrong
                 continue
-        if name.startswith("tokenizer"):
-            if not partial and not (folder / name).is_dir():
-                faults.append(f"{name}/ is missing")
-            continue
         if partial and not (folder / file).exists():
             continue
         try:
@@ -230,6 +228,12 @@ def _class_faults(name: str, named: Any, part: Part) -> Faults:
     elif named[0] != part.library or (part.classes and named[1] not in part.classes):
         allowed = [f"{part.library}.{each}" for each in part.classes] or [f"of {part.library}"]
         yield f"{where} must be {one_of(allowed)}, got {got}"
+
+
+def _vocabulary_faults(part_dir: Path, vocabularies: Sequence[Sequence[str]]) -> Faults:
+    """Without its files, transformers makes a tokenizer that knows no words."""
+    if not any(all((part_dir / file).is_file() for file in files) for files in vocabularies):
+        yield f"{part_dir.name}/ must hold {one_of([' and '.join(files) for files in vocabularies])}"
 
 
 def _weight_faults(part_dir: Path, stem: str, partial: bool) -> Faults:

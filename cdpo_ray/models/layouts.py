@@ -33,8 +33,8 @@ DEFAULTS: dict[str, Config] = {
         **{"joint_attention_dim": 4096, "pooled_projection_dim": 2048},
     },
     "FluxTransformer2DModel": {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768},
-    CLIP: {"hidden_size": 512, "projection_dim": 512},
-    CLIP_PROJECTED: {"hidden_size": 512, "projection_dim": 512},
+    CLIP: {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77},
+    CLIP_PROJECTED: {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77},
     T5: {"d_model": 512},
 }
 """Class -> what diffusers and transformers assume where a configuration lacks a key."""
@@ -48,12 +48,14 @@ class Part:
         library: that loads it: ``diffusers`` or ``transformers``.
         classes: that it may be loaded by; none: any, compared otherwise.
         weights: beginning of the names of its weight files; ``None``: it has no weights.
+        vocabularies: sets of files, of which a tokenizer has one.
         optional: whether a model may lack it.
     """
 
     library: str
     classes: tuple[str, ...] = ()
     weights: str | None = None
+    vocabularies: tuple[tuple[str, ...], ...] = ()
     optional: bool = False
 
     @property
@@ -80,6 +82,7 @@ class Layout:
         """What of the configurations does not fit the family, or each other."""
         yield from _scheduler_faults(configs, self.formulations)
         yield from _vae_faults(configs)
+        yield from _tokenizer_faults(configs)
         yield from self.denoiser_faults(configs)
 
 
@@ -87,7 +90,8 @@ def config_path(part: str) -> str:
     """Where a part's configuration lies in a folder."""
     if part == INDEX:
         return f"{INDEX}.json"
-    return f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"
+    kind = part.partition("_")[0]
+    return f"{part}/{kind}_config.json" if kind in ("scheduler", "tokenizer") else f"{part}/config.json"
 
 
 def shown(value: Any) -> str:
@@ -125,16 +129,20 @@ def _is_list(value: Any, lengths: range, is_right: Callable[[Any], bool]) -> boo
     return isinstance(value, list) and len(value) in lengths and all(map(is_right, value))
 
 
-def _choice(*allowed: str) -> tuple[str, Callable[[Any], bool]]:
-    return one_of(allowed), lambda value: value is None or value in allowed
-
-
 _WHOLE = ("a whole number", _is_whole)
-_BETA = ("a number in (0, 1)", lambda value: value is None or (_is_number(value) and 0 < value < 1))
-_SCHEDULER_KINDS = {
-    "prediction_type": _choice("epsilon", "v_prediction"),
-    "beta_schedule": _choice("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "timestep_spacing": _choice("leading", "linspace", "trailing"),
+_BETA = ("a number in (0, 1)", lambda value: _is_number(value) and 0 < value < 1)
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_SCHEDULER_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "prediction_type": (
+        "epsilon or v_prediction",
+        lambda value: value in (None, "epsilon", "v_prediction"),
+    ),
+    "timestep_spacing": (
+        "leading, linspace or trailing",
+        lambda value: value in (None, "leading", "linspace", "trailing"),
+    ),
+    # diffusers' defaults are for pixels
+    "beta_schedule": (one_of(_BETA_SCHEDULES), lambda value: value in _BETA_SCHEDULES),
     "beta_start": _BETA,
     "beta_end": _BETA,
     "trained_betas": (
@@ -170,12 +178,16 @@ def _scheduler_faults(configs: Configs, formulations: tuple[str, ...]) -> Faults
     if "scheduler" not in configs:
         return
     scheduler = configs["scheduler"]
-    named = configs.get(INDEX, {}).get("scheduler") or [None, scheduler.get("_class_name")]
-    for name in dict.fromkeys(str(each) for each in (named[1], scheduler.get("_class_name", named[1]))):
+    own = scheduler.get("_class_name")
+    if not isinstance(own, str):
+        yield f"{config_path('scheduler')}: `_class_name` must be a class of diffusers, got {shown(own)}"
+        return
+    for name in dict.fromkeys((own, configs[INDEX]["scheduler"][1] if INDEX in configs else own)):
         if (kind := _formulation(name, scheduler)) not in formulations:
+            data = f" with `sigma_data` {shown(scheduler['sigma_data'])}" if "sigma_data" in scheduler else ""
             yield (
-                f"{config_path('scheduler')}: {shown(name)[1:-1]} is a scheduler of {kind} models; this family needs"
-                f" one of {one_of(formulations)} models"
+                f"{config_path('scheduler')}: {shown(name)[1:-1]}{data} samples {kind} models, and this family's are"
+                f" {one_of(formulations)} models"
             )
             return
     yield from _expect_kind(
@@ -199,6 +211,16 @@ def _vae_faults(configs: Configs) -> Faults:
         yield from _expect(configs, "vae", key, None, "latents are scaled by `scaling_factor` alone")
     for key, kind in _VAE_KINDS.items():
         yield from _expect_kind(configs, "vae", key, kind)
+
+
+def _tokenizer_faults(configs: Configs) -> Faults:
+    for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        if isinstance(limit := configs.get(encoder, {}).get("max_position_embeddings"), int):
+            kind = (
+                f"at most {limit}, as {encoder} takes",
+                lambda value, limit=limit: _is_whole(value) and value <= limit,
+            )
+            yield from _expect_kind(configs, tokenizer, "model_max_length", kind)
 
 
 def _channel_faults(configs: Configs, denoiser: str, *, per_channel: int = 1) -> Faults:
@@ -291,8 +313,12 @@ def _text_encoder(kind: str, *, optional: bool = False) -> Part:
     return Part("transformers", (kind,), weights="model", optional=optional)
 
 
-_CLIP_TOKENIZER = Part("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))
-_T5_TOKENIZER = Part("transformers", ("T5Tokenizer", "T5TokenizerFast"))
+def _tokenizer(name: str, *vocabulary: str) -> Part:
+    return Part("transformers", (name, f"{name}Fast"), vocabularies=(("tokenizer.json",), vocabulary))
+
+
+_CLIP_TOKENIZER = _tokenizer("CLIPTokenizer", "vocab.json", "merges.txt")
+_T5_TOKENIZER = _tokenizer("T5Tokenizer", "spiece.model")
 _SCHEDULER = Part("diffusers")
 _SD_PARTS = {
     "unet": _net(UNET),

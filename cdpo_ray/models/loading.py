@@ -13,7 +13,7 @@ from cdpo_ray.models.layouts import shown
 
 UNUSED = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "decoder.", "lm_head.")
 """Beginnings of the names of weights that a text encoder may have besides its own: of all of CLIP or T5."""
-MAX_REASON_CHARACTERS = 300
+MAX_REASON_CHARACTERS = 500
 
 
 def fetch(
@@ -58,9 +58,13 @@ def load_part(kind: Any, part_dir: Path, dtype: torch.dtype) -> Any:
         raise ValueError(f"{part_dir.name}/ is missing")
     is_text_encoder = kind.__module__.startswith("transformers.")
     variant = weights_variant(part_dir, "model" if is_text_encoder else "diffusion_pytorch_model")
+    options = {"ignore_mismatched_sizes": True} if is_text_encoder else {}  # else the first of them is not named
     net, report = kind.from_pretrained(
-        part_dir, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
+        part_dir, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True, **options
     )
+    if report["mismatched_keys"]:
+        name, found, expected = min(report["mismatched_keys"])
+        raise ValueError(f"{part_dir.name}/ has {shown(name)[1:-1]} of shape {list(found)}, not {list(expected)}")
     # of sharded weights, diffusers reports what the index promises
     missing = {*report["missing_keys"], *(name for name, value in net.state_dict().items() if value.is_meta)}
     others = {name for name in report["unexpected_keys"] if not name.endswith("position_ids")}
