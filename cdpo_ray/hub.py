@@ -7,19 +7,19 @@ from huggingface_hub import get_token
 FETCH_ERRORS = (Exception,)
 """What huggingface_hub, and the HTTP library under it, raise where something is not here and cannot be fetched."""
 
-_OFFLINE_CAUSES = {
-    "OfflineModeIsEnabled": "is not on this machine, and HF_HUB_OFFLINE is set; unset it",
-    "ProxyError": "the proxy refuses the connection to the hub; correct HTTPS_PROXY",
-    "FileMetadataError": "what answers in place of the hub is no hub; correct HF_ENDPOINT, or the proxy",
-    "TimeoutException": "the hub does not answer in time; try again later",
-    "Timeout": "the hub does not answer in time; try again later",
-    "TimeoutError": "the hub does not answer in time; try again later",
-    "SSLError": "the hub's certificate is not trusted; correct SSL_CERT_FILE, or the proxy",
-    "TransportError": "the hub cannot be reached; check the network, HTTPS_PROXY and HF_ENDPOINT",
-    "ConnectionError": "the hub cannot be reached; check the network, HTTPS_PROXY and HF_ENDPOINT",
-    "LocalEntryNotFoundError": "is not on this machine, or not all of it",
+_NO_ANSWER = {
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
+    "ProxyError": "the proxy refuses the connection: correct HTTPS_PROXY",
+    "FileMetadataError": "what answers is no hub: correct HF_ENDPOINT or the proxy",
+    "TimeoutException": "the hub does not answer in time: try again later",
+    "Timeout": "the hub does not answer in time: try again later",
+    "TimeoutError": "the hub does not answer in time: try again later",
+    "SSLError": "the hub's certificate is not trusted: correct SSL_CERT_FILE or the proxy",
+    "TransportError": "the hub cannot be reached: check the network, HTTPS_PROXY and HF_ENDPOINT",
+    "ConnectionError": "the hub cannot be reached: check the network, HTTPS_PROXY and HF_ENDPOINT",
+    "LocalEntryNotFoundError": "a part of it is not in the cache",
 }
-"""Class of an error, of huggingface_hub or an HTTP library -> cause and advice; staging the files helps too."""
+"""Class of an error, of huggingface_hub or an HTTP library -> why the hub does not answer; the first that fits."""
 
 
 def how_to_stage(
@@ -39,20 +39,18 @@ def how_to_stage(
     cause = cause_of(error)
     if cause and (answer := _answer(cause)):
         return f"{where}: {answer}"
+    why = (cause and _no_answer(cause)) or getattr(error, "strerror", None) or type(error).__name__
     kind = "--repo-type dataset" if dataset else ""
     stage = " ".join(filter(None, ["hf download", kind, hub_id, filename, "--revision", revision]))
-    why = cause and _offline_cause(cause)
     return (
-        f"{where}: {why}, or stage it with `{stage}`, after which HF_HUB_OFFLINE=1 may be set"
-        if why
-        else f"{where}: is not on this machine and cannot be fetched"
-        f" ({type(error).__name__}); stage it with `{stage}`, after which HF_HUB_OFFLINE=1 may be set"
+        f"{where}: is not on this machine and cannot be fetched ({why}); stage it with"
+        f" `{stage}`, after which HF_HUB_OFFLINE=1 may be set"
     )
 
 
 def cause_of(error: BaseException) -> BaseException | None:
     """What of an error and its causes came from the hub or the way to it; none: something else went wrong."""
-    causes = [each for each in _chain(error) if _answer(each) or _offline_cause(each)]
+    causes = [each for each in _chain(error) if _answer(each) or _no_answer(each)]
     absent = "LocalEntryNotFoundError"  # raised from what kept the file from being fetched
     return next((each for each in causes if absent not in _kinds(each)), causes[0] if causes else None)
 
@@ -67,8 +65,8 @@ def _kinds(error: BaseException) -> list[str]:
     return [kind.__name__ for kind in type(error).__mro__]
 
 
-def _offline_cause(error: BaseException) -> str | None:
-    return next((_OFFLINE_CAUSES[kind] for kind in _kinds(error) if kind in _OFFLINE_CAUSES), None)
+def _no_answer(error: BaseException) -> str | None:
+    return next((_NO_ANSWER[kind] for kind in _kinds(error) if kind in _NO_ANSWER), None)
 
 
 def _answer(error: BaseException) -> str | None:

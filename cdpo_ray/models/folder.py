@@ -199,8 +199,6 @@ def _read(layout: Layout, folder: Path, names: Sequence[str], partial: bool) -> 
             kind = config.get("_class_name")
             if part.library == "diffusers" and part.classes and kind not in part.classes:
                 raise ValueError(f"must have `_class_name` {one_of(part.classes)}, got {shown(kind)}")
-            if "transformers_weights" in config:  # a file anywhere
-                raise ValueError("must not have `transformers_weights`")
         except ValueError as error:
             faults.append(f"{file} {error}")
             if name == INDEX:
@@ -208,6 +206,8 @@ def _read(layout: Layout, folder: Path, names: Sequence[str], partial: bool) -> 
             continue
         text = config.get("text_config")  # of a whole CLIP
         configs[name] = {**part.defaults, **config, **(text if isinstance(text, dict) else {})}
+        if "transformers_weights" in configs[name]:  # a file anywhere, which transformers would read
+            faults.append(f"{file} must not have `transformers_weights`")
     return configs, faults
 
 
