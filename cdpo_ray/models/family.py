@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from cdpo_ray.errors import ModelError
-from cdpo_ray.models.folder import check_folder, weighted_parts
+from cdpo_ray.models.folder import check_folder, other_parts, weighted_parts
 from cdpo_ray.models.loading import cannot_be_loaded, fetch, load_part
 from cdpo_ray.models.lora import LORA_DIR, Adapters
 from cdpo_ray.models.noising import squared_error
@@ -152,14 +152,15 @@ class TextToImageModel(ABC):
         Raises:
             ModelError: nothing that can be loaded is there.
         """
-        if path == "embedded" and cls.embedded_dir is None:
+        options = {**cls.load_options, **left_out}
+        model_dir = cls.embedded_dir if path == "embedded" else fetch(cls.pipeline_class, path, revision, options)
+        if model_dir is None:
             raise ModelError(
                 f"`model.path` embedded: the embedded world has no model for {cls.pipeline_class.__name__};"
                 " use the family `stable_diffusion` or `latent_consistency`, or give a folder or a hub id"
             )
-        model_dir = cls.embedded_dir if path == "embedded" else None
-        model_dir = model_dir or fetch(cls.pipeline_class, path, revision, {**cls.load_options, **left_out})
         check_folder(cls.family, model_dir, partial=not Path(path).is_dir())
+        options |= dict.fromkeys(other_parts(cls.family, model_dir))
         try:
             nets = {
                 name: load_part(
@@ -169,7 +170,7 @@ class TextToImageModel(ABC):
                 if name not in left_out
             }
             return cls.pipeline_class.from_pretrained(
-                model_dir, dtype=dtype, use_safetensors=True, **nets, **cls.load_options, **left_out
+                str(model_dir), dtype=dtype, use_safetensors=True, **nets, **options
             )
         except Exception as error:  # a stranger's configuration can make a constructor raise anything
             raise cannot_be_loaded("model.path", path, revision, error) from None

@@ -134,6 +134,12 @@ def weighted_parts(family: str, folder: Path) -> dict[str, Part]:
     return {name: part for name, part in parts.items() if not _is_left_out(part, index.get(name))}
 
 
+def other_parts(family: str, folder: Path) -> list[str]:
+    """Parts that a checked folder names besides those of the family."""
+    index = read_config(folder / config_path(INDEX))
+    return [name for name, value in index.items() if isinstance(value, list) and name not in LAYOUTS[family].parts]
+
+
 def weights_variant(part_dir: Path, stem: str) -> str | None:
     """Variant of a part's safetensors weights, such as ``fp16``, where there are no others.
 

@@ -60,7 +60,7 @@ def load_part(kind: Any, part_dir: Path, dtype: torch.dtype) -> Any:
     variant = weights_variant(part_dir, "model" if is_text_encoder else "diffusion_pytorch_model")
     options = {"ignore_mismatched_sizes": True} if is_text_encoder else {}  # else the first of them is not named
     net, report = kind.from_pretrained(
-        part_dir, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True, **options
+        str(part_dir), dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True, **options
     )
     if report["mismatched_keys"]:
         name, found, expected = min(report["mismatched_keys"])
@@ -70,6 +70,8 @@ def load_part(kind: Any, part_dir: Path, dtype: torch.dtype) -> Any:
     others = {name for name in report["unexpected_keys"] if not name.endswith("position_ids")}
     if is_text_encoder:
         others = {name for name in others if not name.startswith(UNUSED)}
+    if getattr(net, "hf_quantizer", None):  # keeps what it quantized by beside the weights
+        others = set()
     if not missing and not others:
         return net
     what = [

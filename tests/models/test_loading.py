@@ -258,3 +258,17 @@ def test_fault_39_offline_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"cannot be fetched \(HF_HUB_OFFLINE is set\); stage it with `hf download"):
         fetch(StableDiffusionPipeline, "some/gone", COMMIT, {})
+
+
+@pytest.mark.usefixtures("of_hub")
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_a_staged_hub_model_is_loaded_offline_also_where_it_has_one_variant_alone(
+    variant: str, tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "cache" / "models--some--tiny" / "snapshots" / COMMIT
+    shutil.copytree(tiny_sd15, snapshot)
+    for path in list(snapshot.rglob("*.safetensors")):
+        path.rename(path.with_name(path.name.replace(".safetensors", f"{variant}.safetensors")))
+    model = load_model("stable_diffusion", path="some/tiny", revision=COMMIT, device="cpu")
+    assert_same(model.denoiser, UNet2DConditionModel, tiny_sd15 / "unet")
