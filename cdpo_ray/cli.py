@@ -18,6 +18,7 @@ from cdpo_ray.plan import make_plan
 from cdpo_ray.progress.status import run_status
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.run import (
+    check_model_of,
     compare_runs,
     explain_stages,
     export_trained,
@@ -179,6 +180,7 @@ def _do(asked: argparse.Namespace) -> int:
     config, verb = load_config(asked.config, asked.overrides), asked.verb
     goes_on = shlex.join(["cdpo", "tune" if verb == "tune" else "run", asked.config, *asked.overrides])
     if verb == "check":
+        check_model_of(config)
         prompts = read_prompts(config)
         print(make_plan(config, prompts, _cost(config, prompts, asked.gpu)))
     elif verb == "report":

@@ -1,15 +1,33 @@
-"""What the hub does not give -> a line that says how to stage it."""
+"""What the hub does not give -> a line that names the cause and what to do."""
+
+from collections.abc import Iterator
+
+from huggingface_hub import get_token
 
 FETCH_ERRORS = (Exception,)
 """What huggingface_hub, and the HTTP library under it, raise where something is not here and cannot be fetched."""
+
+_NO_ANSWER = {
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
+    "ProxyError": "the proxy refuses the connection: correct HTTPS_PROXY",
+    "FileMetadataError": "what answers is no hub: correct HF_ENDPOINT or the proxy",
+    "TimeoutException": "the hub does not answer in time: try again later",
+    "Timeout": "the hub does not answer in time: try again later",
+    "TimeoutError": "the hub does not answer in time: try again later",
+    "SSLError": "the hub's certificate is not trusted: correct SSL_CERT_FILE or the proxy",
+    "TransportError": "the hub cannot be reached: check the network, HTTPS_PROXY and HF_ENDPOINT",
+    "ConnectionError": "the hub cannot be reached: check the network, HTTPS_PROXY and HF_ENDPOINT",
+    "LocalEntryNotFoundError": "a part of it is not in the cache",
+}
+"""Class of an error, of huggingface_hub or an HTTP library -> why the hub does not answer; the first that fits."""
 
 
 def how_to_stage(
     hub_id: str, filename: str, revision: str | None, error: Exception, *, key: str, dataset: bool = False
 ) -> str:
-    """One line: what is missing, at which revision, and the command that fetches it beforehand.
+    """One line: what is missing, at which revision, why, and what to do; where it helps, how to fetch it beforehand.
 
-    Of the error its name alone is told: what it says may hold an address, or a header with a token.
+    An error's own text is never part of it: it may hold an address, or a header with a token.
 
     Args:
         filename: within the hub id, or the options that choose files of it; empty: all of it.
@@ -17,9 +35,65 @@ def how_to_stage(
         key: of the configuration.
         dataset: the hub id is a data set, not a model.
     """
+    where = f"`{key}` {hub_id} (revision {revision})"
+    cause = cause_of(error)
+    if cause and (answer := _answer(cause)):
+        return f"{where}: {answer}"
+    why = (cause and _no_answer(cause)) or getattr(error, "strerror", None) or type(error).__name__
     kind = "--repo-type dataset" if dataset else ""
     stage = " ".join(filter(None, ["hf download", kind, hub_id, filename, "--revision", revision]))
     return (
-        f"`{key}` {hub_id} (revision {revision}): is not on this machine and cannot be fetched"
-        f" ({type(error).__name__}); stage it with `{stage}`, after which HF_HUB_OFFLINE=1 may be set"
+        f"{where}: is not on this machine and cannot be fetched ({why}); stage it with"
+        f" `{stage}`, after which HF_HUB_OFFLINE=1 may be set"
     )
+
+
+def cause_of(error: BaseException) -> BaseException | None:
+    """What of an error and its causes came from the hub or the way to it; none: something else went wrong."""
+    causes = [each for each in _chain(error) if _answer(each) or _no_answer(each)]
+    absent = "LocalEntryNotFoundError"  # raised from what kept the file from being fetched
+    return next((each for each in causes if absent not in _kinds(each)), causes[0] if causes else None)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _kinds(error: BaseException) -> list[str]:
+    return [kind.__name__ for kind in type(error).__mro__]
+
+
+def _no_answer(error: BaseException) -> str | None:
+    return next((_NO_ANSWER[kind] for kind in _kinds(error) if kind in _NO_ANSWER), None)
+
+
+def _answer(error: BaseException) -> str | None:
+    """What the hub answered, and what to do; ``None``: it did not answer."""
+    kinds = _kinds(error)
+    if "HFValidationError" in kinds:
+        return "is no valid hub id; correct it"
+    if "HfHubHTTPError" not in kinds:
+        return None
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    token = "a token that may read it (HF_TOKEN, or `hf auth login`)"
+    if "GatedRepoError" in kinds:
+        return f"is gated ({status}); accept its terms on its page of the hub, and give {token}"
+    if "RepositoryNotFoundError" in kinds or (status == 401 and not get_token()):
+        return f"is not on the hub, or is private ({status}); correct the name, or give {token}"
+    if "RevisionNotFoundError" in kinds:
+        return f"has no such revision ({status}); give a commit that the hub lists"
+    if "EntryNotFoundError" in kinds:
+        return f"lacks the file at this revision ({status}); correct the name of the file, or the revision"
+    if "DisabledRepoError" in kinds:
+        return f"is disabled on the hub ({status}); use another"
+    if status == 401:
+        return f"the hub refuses the token ({status}), which is invalid or has expired; give {token}"
+    if status == 403:
+        return f"the hub denies access ({status}); give {token}"
+    if status == 429:
+        return f"too many requests to the hub ({status}); wait some minutes, or give a token, which may ask more often"
+    if isinstance(status, int) and status >= 500:
+        return f"the hub fails ({status}); try again later"
+    return f"the hub answers with status {status}; correct the hub id, the revision or HF_ENDPOINT"

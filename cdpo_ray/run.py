@@ -15,6 +15,7 @@ import yaml
 from cdpo_ray.config import Config
 from cdpo_ray.cost.gpus import DEFAULT_GPU, Gpu, gpu_of_device, visible_gpu
 from cdpo_ray.errors import ConfigError, ResourceError, StoreError, printable
+from cdpo_ray.models.folder import check_model
 from cdpo_ray.preferences.files import scan
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
@@ -27,6 +28,7 @@ from cdpo_ray.steps import (
     Step,
     demands_of,
     export,
+    model_arguments,
     preference_frame,
     preference_source,
     prompt_source,
@@ -64,6 +66,15 @@ def _judged_prompts(config: Config) -> list[str]:
     return found.prompts
 
 
+def check_model_of(config: Config) -> None:
+    """Compare the model with its family, as far as it is on this machine; loads no weights.
+
+    Raises:
+        ModelError: they differ.
+    """
+    check_model(config.model.family, **model_arguments(config))
+
+
 def run_steps(
     config: Config,
     steps: Iterable[Step],
@@ -90,6 +101,7 @@ def run_steps(
         CdpoError: of any kind; what was finished before it stays.
     """
     _refuse_missing_package(config)
+    check_model_of(config)
     prompts, steps = read_prompts(config), list(steps)
     folders = round_folders(config)
     with ExitStack() as stack:
@@ -180,7 +192,9 @@ def find_preference_faults(config: Config, *, address: str | None = None, verbos
 
     Raises:
         PreferenceError: there is no such set, or it lacks a column.
+        ModelError: the model is of another family.
     """
+    check_model_of(config)
     source = preference_source(config)
     found = scan(source)
     with ray_session(address=address, verbose=verbose):

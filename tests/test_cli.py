@@ -1,6 +1,5 @@
 """The front door: verbs in the data's order, faults in plain words."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from finished_runs import config_of, write_run
+from hollow_models import build_hollow, change
 from preference_sets import pickapic_rows, write_parquet
 
 from cdpo_ray.cli import VERBS, main
@@ -174,15 +174,26 @@ def test_check_says_what_would_fit_a_gpu_that_is_too_small(capsys: pytest.Captur
 def test_check_goes_on_without_an_estimate_for_a_folder_that_cannot_be_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, config in (("unet", {"_class_name": "UNet2DConditionModel", "block_out_channels": [1]}), ("vae", {})):
-        (tmp_path / "model" / name).mkdir(parents=True)
-        (tmp_path / "model" / name / "config.json").write_text(json.dumps(config))
-    sized = ("generation.height=64", "generation.width=64")
-    (tmp_path / "model" / "vae" / "config.json").write_text('{"block_out_channels": [1], "latent_channels": 4}')
-    assert main(["check", str(QUICKSTART), f"model.path={tmp_path}/model", *sized]) == 0
-    assert f"  cost         not estimated: `model.path` {tmp_path}/model: its cost cannot be counted" in (
+    folder = build_hollow(tmp_path / "model", "stable_diffusion")
+    change(folder, "unet", down_block_types=["NoSuchBlock2D"])
+    assert main(["check", str(QUICKSTART), f"model.path={folder}"]) == 0
+    assert f"  cost         not estimated: `model.path` {folder}: its cost cannot be counted" in (
         capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("family", ["latent_consistency", "stable_diffusion_xl"])
+def test_fault_37_check_refuses_a_model_of_another_family_without_torch(family: str, tmp_path: Path) -> None:
+    folder = build_hollow(tmp_path / "model", family)
+    code = (
+        "import sys; from cdpo_ray.cli import main; code = main(sys.argv[1:]);"
+        "print(sorted({'torch', 'ray', 'diffusers', 'transformers'} & set(sys.modules))); sys.exit(code)"
+    )
+    arguments = ["check", str(QUICKSTART), f"model.path={folder}"]
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (2, "[]\n")
+    assert found.stderr.startswith(f"ModelError: `model.path` {folder}: does not fit `model.family` stable_diffusion: ")
+    assert found.stderr.endswith(f"; it fits `model.family` {family}\n")
 
 
 def test_the_module_itself_is_the_command() -> None:

@@ -1,5 +1,7 @@
 """What to say of files that the hub does not give."""
 
+import errno
+
 from cdpo_ray.hub import how_to_stage
 
 
@@ -13,3 +15,16 @@ def test_fault_25_what_cannot_be_fetched_is_told_in_one_line_with_the_command_th
     assert "`hf download --repo-type dataset some/set data.csv --revision 0f`" in how_to_stage(
         "some/set", "data.csv", "0f", error, key="prompts.train.source", dataset=True
     )
+
+
+def test_fault_39_the_cause_is_found_behind_what_was_raised_from_it() -> None:
+    error = FileNotFoundError("the file is not in the cache")
+    error.__cause__ = TimeoutError("Bearer hf_secret")
+    told = how_to_stage("some/clip", "", "0f", error, key="rewards.clip.checkpoint")
+    assert "cannot be fetched (the hub does not answer in time: try again later); stage it with" in told
+
+
+def test_fault_39_a_full_disk_is_named() -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "/cache/blob")
+    told = how_to_stage("some/clip", "", "0f", error, key="rewards.clip.checkpoint")
+    assert "cannot be fetched (No space left on device); stage it with" in told

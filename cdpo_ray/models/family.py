@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import json
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from cdpo_ray.errors import ModelError
+from cdpo_ray.models.folder import check_folder, other_parts, weighted_parts
+from cdpo_ray.models.loading import cannot_be_loaded, fetch, load_part
 from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, Adapters, read_lora
 from cdpo_ray.models.noising import squared_error
 from cdpo_ray.models.quantization import quantize_linears
@@ -23,6 +25,7 @@ from cdpo_ray.store import local_copy
 
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 Conditioning = dict[str, Tensor]
@@ -64,6 +67,8 @@ def rows_of(values: Mapping[str, Tensor], rows: Any) -> dict[str, Tensor]:
 class TextToImageModel(ABC):
     """A pipeline and what each step of the way needs of it. Latents are scaled as the denoiser sees them."""
 
+    family: ClassVar[str]
+    """Its name in `FAMILIES` and `LAYOUTS`."""
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser_name: ClassVar[str] = "unet"
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
@@ -147,18 +152,27 @@ class TextToImageModel(ABC):
         Raises:
             ModelError: nothing that can be loaded is there.
         """
-        folder = cls.embedded_dir if path == "embedded" else path
-        if folder is None:
+        options = {**cls.load_options, **left_out}
+        model_dir = cls.embedded_dir if path == "embedded" else fetch(cls.pipeline_class, path, revision, options)
+        if model_dir is None:
             raise ModelError(
                 f"`model.path` embedded: the embedded world has no model for {cls.pipeline_class.__name__};"
                 " use the family `stable_diffusion` or `latent_consistency`, or give a folder or a hub id"
             )
+        check_folder(cls.family, model_dir, partial=not Path(path).is_dir())
+        options |= dict.fromkeys(other_parts(cls.family, model_dir))
         try:
-            _refuse_own_code(Path(folder))
+            nets = {
+                name: load_part(
+                    getattr(importlib.import_module(part.library), part.classes[0]), model_dir / name, dtype
+                )
+                for name, part in weighted_parts(cls.family, model_dir).items()
+                if name not in left_out
+            }
             return cls.pipeline_class.from_pretrained(
-                folder, revision=revision, dtype=dtype, use_safetensors=True, **cls.load_options, **left_out
+                str(model_dir), dtype=dtype, use_safetensors=True, **nets, **options
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a stranger's configuration can make a constructor raise anything
             raise cannot_be_loaded("model.path", path, revision, error) from None
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
@@ -305,10 +319,8 @@ class TextToImageModel(ABC):
             self._adapters = Adapters(self.denoiser)
             return
         try:
-            tuned = type(self._base).from_pretrained(
-                training_dir, subfolder=self.denoiser_name, torch_dtype=self.dtype, use_safetensors=True
-            )
-        except OSError as error:
+            tuned = load_part(type(self._base), training_dir / self.denoiser_name, self.dtype)
+        except Exception as error:
             raise cannot_be_loaded("trained weights", str(training_dir), None, error) from None
         if bad := [name for name, value in tuned.named_parameters() if not value.isfinite().all()]:
             raise ModelError(
@@ -340,34 +352,6 @@ def lay_out(net: torch.nn.Module, device: str) -> None:
     """Store convolution weights in the memory format that is fast on a device: channels last on CUDA; in place."""
     if torch.device(device).type == "cuda":
         net.to(memory_format=torch.channels_last)
-
-
-def _refuse_own_code(folder: Path) -> None:
-    """Name the code that a local folder's index asks for; diffusers would refuse it too, without saying which.
-
-    Raises:
-        ModelError: there is such code.
-    """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return
-    named = [value[0] for value in json.loads(index.read_text()).values() if isinstance(value, list) and value]
-    for code in sorted(path for path in folder.rglob("*.py") if path.stem in named):
-        raise ModelError(
-            f"`model.path` {folder}: its model_index.json asks for its own code, {code.relative_to(folder)}, which is"
-            " not run; give a folder whose parts are classes of diffusers and transformers"
-        )
-
-
-def cannot_be_loaded(key: str, path: str, revision: str | None, error: Exception) -> ModelError:
-    """What to tell of weights that are not there or do not load."""
-    reason = str(error).strip().split("\n")[0]
-    stage = (
-        f"; on a machine without the hub, stage it first: `hf download {path} --revision {revision}`"
-        if revision and not Path(path).is_dir()
-        else "; give a folder in diffusers layout with safetensors weights"
-    )
-    return ModelError(f"`{key}` {path} (revision {revision}): cannot be loaded: {reason}{stage}")
 
 
 def uniform_between(bounds: tuple[float, float], generator: torch.Generator) -> Tensor:

@@ -20,6 +20,7 @@ class Flux(FlowMatchingModel):
     FLUX.1-dev is told of the guidance it was distilled with; FLUX.1-schnell is not. Neither needs an empty prompt.
     """
 
+    family = "flux"
     pipeline_class = FluxPipeline
     text_encoders = ("text_encoder", "text_encoder_2")
     guidance_range = (3.5, 3.5)

@@ -1,10 +1,11 @@
 """The latent consistency family (LCM): few denoising steps, by a net distilled from a Stable Diffusion model."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from cdpo_ray.models.consistency import (
@@ -17,7 +18,10 @@ from cdpo_ray.models.consistency import (
     guided,
     pseudo_huber,
 )
-from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, Times, cannot_be_loaded, uniform_between
+from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, Times, uniform_between
+from cdpo_ray.models.folder import check_teacher, folder_of, read_config
+from cdpo_ray.models.layouts import config_path
+from cdpo_ray.models.loading import cannot_be_loaded, fetch, load_part
 from cdpo_ray.models.noising import PredictionType, add_noise
 from cdpo_ray.models.seeds import generator_at
 from cdpo_ray.models.stable_diffusion import StableDiffusion
@@ -33,6 +37,7 @@ class LatentConsistency(StableDiffusion):
     Source: arXiv:2310.04378; arXiv:2405.13637 for preferences.
     """
 
+    family = "latent_consistency"
     pipeline_class = LatentConsistencyModelPipeline
     scheduler_class = LCMScheduler
     guidance_range = (5.0, 15.0)
@@ -63,7 +68,9 @@ class LatentConsistency(StableDiffusion):
         model = super().load(path, for_training=for_training, **options)
         if for_training:
             model.teacher, model.teacher_prediction_type = load_teacher(
-                **teacher or {"path": "embedded"}, dtype=model.dtype
+                **teacher or {"path": "embedded"},
+                student_dir=folder_of(path, options.get("revision")),
+                dtype=model.dtype,
             )
             model.prepare(model.teacher.to(model.device))
         return model
@@ -153,19 +160,26 @@ class LatentConsistency(StableDiffusion):
 
 
 def load_teacher(
-    path: str, revision: str | None = None, *, dtype: torch.dtype
+    path: str, revision: str | None = None, *, student_dir: Path | None, dtype: torch.dtype
 ) -> tuple[UNet2DConditionModel, PredictionType]:
     """The frozen UNet of a Stable Diffusion model, and what it predicts.
 
+    Args:
+        student_dir: folder of the consistency model that was distilled from it.
+
     Raises:
-        ModelError: nothing that can be loaded is there.
+        ModelError: nothing that can be loaded is there, or it is not the student's teacher.
     """
-    folder = PIPELINE_DIR if path == "embedded" else path
+    apart = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
+    model_dir = (
+        PIPELINE_DIR
+        if path == "embedded"
+        else fetch(StableDiffusionPipeline, path, revision, dict.fromkeys(apart), key="model.teacher.path")
+    )
+    check_teacher(model_dir, student=student_dir, partial=not Path(path).is_dir())
     try:
-        unet = UNet2DConditionModel.from_pretrained(
-            folder, subfolder="unet", revision=revision, dtype=dtype, use_safetensors=True
-        )
-        scheduler = DDIMScheduler.load_config(folder, subfolder="scheduler", revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        unet = load_part(UNet2DConditionModel, model_dir / "unet", dtype)
+        scheduler = read_config(model_dir / config_path("scheduler"))
+    except Exception as error:
         raise cannot_be_loaded("model.teacher.path", path, revision, error) from None
     return unet.requires_grad_(False).eval(), scheduler.get("prediction_type", "epsilon")

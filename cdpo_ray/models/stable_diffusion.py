@@ -17,6 +17,7 @@ NUM_TIMESTEPS = 1000
 class StableDiffusion(TextToImageModel):
     """DDIM sampling; epsilon or v prediction, as the model's own scheduler says."""
 
+    family = "stable_diffusion"
     pipeline_class = StableDiffusionPipeline
     scheduler_class: ClassVar = DDIMScheduler
     load_options: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -14,6 +14,7 @@ MAX_T5_TOKENS = 256
 class StableDiffusion3(FlowMatchingModel):
     """Euler sampling by the model's own scheduler."""
 
+    family = "stable_diffusion_3"
     pipeline_class = StableDiffusion3Pipeline
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
 

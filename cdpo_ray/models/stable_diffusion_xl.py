@@ -14,6 +14,7 @@ from cdpo_ray.models.stable_diffusion import StableDiffusion, tokens_cut
 class StableDiffusionXL(StableDiffusion):
     """DDIM sampling, as Stable Diffusion; the net also sees a pooled embedding and the image's size."""
 
+    family = "stable_diffusion_xl"
     pipeline_class = StableDiffusionXLPipeline
     text_encoders = ("text_encoder", "text_encoder_2")
     load_options: ClassVar = {"add_watermarker": False}
@@ -38,13 +39,19 @@ class StableDiffusionXL(StableDiffusion):
             return {name: torch.zeros_like(value) for name, value in encoded.items()}
         return encoded
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """As in every family; a decoder that overflows in 16-bit floats runs in fp32."""
-        vae = self.pipeline.vae
-        if self.dtype == torch.float16 and vae.config.force_upcast:
-            vae.float()
+        self._upcast_vae()
         return super().decode(latents)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self._upcast_vae()
+        mean, std = super().encode(images)
+        return mean.to(self.dtype), std.to(self.dtype)
+
+    def _upcast_vae(self) -> None:
+        """Run a VAE that overflows in fp16 in fp32, as its configuration asks; bf16 has the range of fp32."""
+        if self.dtype == torch.float16 and self.pipeline.vae.config.force_upcast:
+            self.pipeline.vae.float()
 
     def predict(self, denoiser: Net, task: DenoisingTask) -> Tensor:
         prediction: Tensor = denoiser(

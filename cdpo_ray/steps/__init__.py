@@ -11,6 +11,7 @@ from cdpo_ray.preferences.files import fingerprint
 from cdpo_ray.records import COMMITS_DIR, EVALUATION, HELDOUT, SAMPLES, SCORES, STAGES, TRAINING, VALIDATION
 from cdpo_ray.resources import Demand
 from cdpo_ray.steps.arguments import (
+    model_arguments,
     preference_frame,
     preference_source,
     prompt_source,
@@ -39,6 +40,7 @@ __all__ = [
     "Step",
     "demands_of",
     "export",
+    "model_arguments",
     "preference_frame",
     "preference_source",
     "prompt_source",

@@ -89,3 +89,28 @@ def test_a_decoder_that_fits_fp16_stays_fp16(folder: Path, tmp_path: Path) -> No
     model = StableDiffusionXL.load(str(tmp_path), dtype="float16", device="cpu")
     model.decode(torch.zeros(1, 4, 2, 2))
     assert model.pipeline.vae.dtype == torch.float16
+
+
+@pytest.fixture(scope="module")
+def overflowing(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a VAE whose activations are beyond fp16, though its weights are not."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        for net in (pipeline.vae.encoder, pipeline.vae.decoder):
+            net.conv_in.weight.mul_(2.0**18)
+    overflowing_dir = tmp_path_factory.mktemp("overflowing")
+    pipeline.to(torch.float16).save_pretrained(overflowing_dir)
+    return overflowing_dir
+
+
+def test_fault_36_a_vae_that_overflows_in_fp16_encodes_and_decodes_in_fp32(overflowing: Path) -> None:
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    half = StableDiffusionXL.load(str(overflowing), dtype="float16", device="cpu")
+    full = StableDiffusionXL.load(str(overflowing), dtype="float32", device="cpu")
+    plain = half.pipeline.vae.encode((images.float() / 127.5 - 1).half()).latent_dist.mean
+    assert not plain.isfinite().all()
+    for ours, expected in zip(half.encode(images), full.encode(images), strict=True):
+        assert ours.dtype == torch.float16 and ours.isfinite().all()
+        assert torch.equal(ours, expected.half())
+    latents = full.encode(images)[0]
+    assert torch.equal(half.decode(latents), full.decode(latents))

@@ -1,0 +1,270 @@
+"""Model folder -> refused where it is not what the config says; needs no torch.
+
+A model folder is untrusted: no name in its files is followed out of the folder, and no code in it runs.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from cdpo_ray.errors import ModelError
+from cdpo_ray.models.layouts import INDEX, LAYOUTS, Config, Configs, Faults, Layout, Part, config_path, one_of, shown
+from cdpo_ray.testbed import PIPELINE_DIR
+
+MAX_JSON_BYTES = 2**24
+LIBRARIES = ("diffusers", "transformers")
+
+
+def check_model(
+    family: str, path: str, revision: str | None = None, teacher: Mapping[str, Any] | None = None, **_: Any
+) -> None:
+    """Compare a model and its teacher with the family; what is not on this machine is not compared.
+
+    Args:
+        path, revision: ``embedded``, a folder, or a hub id at a revision.
+        teacher: ``path`` and ``revision`` of the teacher of a consistency model.
+
+    Raises:
+        ModelError: they differ; all differences at once.
+    """
+    folder = folder_of(path, revision)
+    if folder and path != "embedded":
+        check_folder(family, folder, partial=not Path(path).is_dir())
+    if teacher and teacher["path"] != "embedded" and (of_teacher := folder_of(**teacher)):
+        check_teacher(of_teacher, student=folder, partial=not Path(teacher["path"]).is_dir())
+
+
+def folder_of(path: str, revision: str | None = None) -> Path | None:
+    """Folder of a model on this machine; of a hub id, its snapshot in the cache."""
+    if path == "embedded":
+        return PIPELINE_DIR
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        found = try_to_load_from_cache(path, config_path(INDEX), revision=revision)
+    except HFValidationError:  # no such name on the hub: loading it tells
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def check_folder(family: str, folder: Path, *, key: str = "model.path", partial: bool = False) -> None:
+    """Compare a model folder with a family.
+
+    Args:
+        key: of the configuration, to name in errors.
+        partial: a file that is not there is no fault.
+
+    Raises:
+        ModelError: they differ; all differences at once, and the family that the folder fits.
+    """
+    if code := _own_code(folder):
+        raise ModelError(
+            f"`{key}` {folder}: its model_index.json asks for its own code, {code}, which is not run; give a folder"
+            " whose parts are classes of diffusers and transformers"
+        )
+    if not (folder / config_path(INDEX)).exists():
+        single = sorted(path.name for path in folder.glob("*.safetensors"))
+        advice = (
+            f"one-file checkpoints ({shown(single[0])[1:-1]}) are not read: load it by `from_single_file` of diffusers,"
+            " and give the folder that its `save_pretrained` writes"
+            if single
+            else "give a folder in diffusers layout with safetensors weights"
+        )
+        raise ModelError(f"`{key}` {folder}: has no {config_path(INDEX)}; {advice}")
+    if faults := _faults(LAYOUTS[family], folder, partial):
+        fits = [other for other, layout in LAYOUTS.items() if not _faults(layout, folder, partial)]
+        advice = f"it fits `model.family` {one_of(fits)}" if fits else "give another model, or correct its files"
+        raise _refusal(f"`{key}` {folder}: does not fit `model.family` {family}", faults, advice)
+
+
+def check_teacher(folder: Path, *, student: Path | None, partial: bool = False) -> None:
+    """Compare UNet and scheduler of a teacher with the consistency model that was distilled from it.
+
+    Args:
+        student: folder of the consistency model, if it is on this machine.
+        partial: as of `check_folder`.
+
+    Raises:
+        ModelError: they differ; all differences at once.
+    """
+    layout = LAYOUTS["stable_diffusion"]
+    configs, faults = _read(layout, folder, ("unet", "scheduler"), partial)
+    of_student = _read(layout, student, ("vae", "text_encoder"), partial=True)[0] if student else {}
+    if not faults:
+        faults = [
+            *_weight_faults(folder / "unet", "diffusion_pytorch_model", partial),
+            *layout.faults({**of_student, **configs}),
+        ]
+    if faults:
+        advice = "give the Stable Diffusion model that the consistency model was distilled from"
+        raise _refusal(f"`model.teacher.path` {folder}: is not the teacher", faults, advice)
+
+
+def read_config(path: Path) -> Config:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file is not there, or holds something else.
+    """
+    try:
+        if not path.is_file():
+            raise ValueError("is missing")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"must not have more than {MAX_JSON_BYTES:,} bytes")
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is no JSON ({type(error).__name__})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"must hold a JSON object, got {shown(found)}")
+    return found
+
+
+def weighted_parts(family: str, folder: Path) -> dict[str, Part]:
+    """Parts of a checked folder that have weights."""
+    index = read_config(folder / config_path(INDEX))
+    parts = {name: part for name, part in LAYOUTS[family].parts.items() if part.weights}
+    return {name: part for name, part in parts.items() if not _is_left_out(part, index.get(name))}
+
+
+def other_parts(family: str, folder: Path) -> list[str]:
+    """Parts that a checked folder names besides those of the family."""
+    index = read_config(folder / config_path(INDEX))
+    return [name for name, value in index.items() if isinstance(value, list) and name not in LAYOUTS[family].parts]
+
+
+def weights_variant(part_dir: Path, stem: str) -> str | None:
+    """Variant of a part's safetensors weights, such as ``fp16``, where there are no others.
+
+    Names are ``model.fp16.safetensors`` and, of sharded weights, ``model.safetensors.index.fp16.json``.
+
+    Args:
+        stem: beginning of the names, here ``model``.
+    """
+    names = {path.name for path in part_dir.glob(f"{stem}.*")}
+    if names & {f"{stem}.safetensors", f"{stem}.safetensors.index.json"}:
+        return None
+    ends = [name.removeprefix(f"{stem}.").split(".") for name in sorted(names)]
+    found = [end[0] for end in ends if end[1:] == ["safetensors"] and "-of-" not in end[0]]
+    found += [end[2] for end in ends if end[:2] == ["safetensors", "index"] and end[3:] == ["json"]]
+    return "fp16" if "fp16" in found else next(iter(found), None)
+
+
+def _refusal(what: str, faults: Sequence[str], advice: str) -> ModelError:
+    if len(faults) == 1:
+        return ModelError(f"{what}: {faults[0]}; {advice}")
+    return ModelError("\n  ".join([f"{what}: {len(faults)} faults", *faults, advice]))
+
+
+def _own_code(folder: Path) -> str | None:
+    """Code that a folder's index asks for; diffusers would refuse it too, without saying which."""
+    try:
+        index = read_config(folder / config_path(INDEX))
+    except ValueError:
+        return None
+    named = [value[0] for value in index.values() if isinstance(value, list) and value]
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py") if path.stem in named)
+    return shown(found[0])[1:-1] if found else None
+
+
+def _faults(layout: Layout, folder: Path, partial: bool) -> list[str]:
+    configs, faults = _read(layout, folder, (INDEX, *layout.parts), partial)
+    if INDEX in configs:
+        for name, part in layout.parts.items():
+            if part.weights and name in configs:
+                faults += _weight_faults(folder / name, part.weights, partial)
+            if part.vocabularies and name in configs and not partial:
+                faults += _vocabulary_faults(folder / name, part.vocabularies)
+    return faults or list(layout.faults(configs))
+
+
+def _read(layout: Layout, folder: Path, names: Sequence[str], partial: bool) -> tuple[Configs, list[str]]:
+    """Configurations of these parts, defaults filled in, and what is wrong with each by itself."""
+    configs: dict[str, Config] = {}
+    faults: list[str] = []
+    for name in names:
+        file, part = config_path(name), layout.parts.get(name, Part("diffusers", layout.pipelines))
+        if INDEX in configs:
+            named = configs[INDEX].get(name)
+            if _is_left_out(part, named):
+                continue
+            if found_wrong := list(_class_faults(name, named, part)):
+                faults += found_wrong
+                continue
+        if partial and not (folder / file).exists():
+            continue
+        try:
+            config = read_config(folder / file)
+            kind = config.get("_class_name")
+            if part.library == "diffusers" and part.classes and kind not in part.classes:
+                raise ValueError(f"must have `_class_name` {one_of(part.classes)}, got {shown(kind)}")
+        except ValueError as error:
+            faults.append(f"{file} {error}")
+            if name == INDEX:
+                break
+            continue
+        text = config.get("text_config")  # of a whole CLIP
+        configs[name] = {**part.defaults, **config, **(text if isinstance(text, dict) else {})}
+        if "transformers_weights" in configs[name]:  # a file anywhere, which transformers would read
+            faults.append(f"{file} must not have `transformers_weights`")
+    return configs, faults
+
+
+def _is_left_out(part: Part, named: Any) -> bool:
+    return part.optional and named in (None, [None, None])
+
+
+def _class_faults(name: str, named: Any, part: Part) -> Faults:
+    """Compare the library and class that the pipeline's index names for a part."""
+    where = f"{config_path(INDEX)}: `{name}`"
+    if not isinstance(named, list) or len(named) != 2 or not all(isinstance(each, str) for each in named):
+        yield f"{where} must be a library and a class, got {shown(named)}"
+        return
+    got = shown(".".join(named))[1:-1]
+    if named[0] not in LIBRARIES:
+        libraries = " and ".join(LIBRARIES)
+        yield f"{where} cannot be loaded: {shown(named[0])[1:-1]} is not one of the libraries {libraries}, got {got}"
+    elif named[0] != part.library or (part.classes and named[1] not in part.classes):
+        allowed = [f"{part.library}.{each}" for each in part.classes] or [f"of {part.library}"]
+        yield f"{where} must be {one_of(allowed)}, got {got}"
+
+
+def _vocabulary_faults(part_dir: Path, vocabularies: Sequence[Sequence[str]]) -> Faults:
+    """Without its files, transformers makes a tokenizer that knows no words."""
+    if not any(all((part_dir / file).is_file() for file in files) for files in vocabularies):
+        yield f"{part_dir.name}/ must hold {one_of([' and '.join(files) for files in vocabularies])}"
+
+
+def _weight_faults(part_dir: Path, stem: str, partial: bool) -> Faults:
+    """What is wrong with the names of a part's weight files."""
+    if (part_dir / "adapter_config.json").exists():  # transformers would load the base model that it names
+        yield f"{part_dir.name}/ holds a PEFT adapter; merge it into the weights, and save them again"
+    variant = weights_variant(part_dir, stem)
+    end = f".{variant}" if variant else ""
+    weights, index = f"{stem}{end}.safetensors", f"{stem}.safetensors.index{end}.json"
+    if (part_dir / weights).is_file() or (partial and not (part_dir / index).exists()):
+        return
+    if not (part_dir / index).exists():
+        pickled = "; pickled weights are not read" if any(part_dir.glob("*.bin")) else ""
+        yield f"{part_dir.name}/{weights} is missing{pickled}"
+        return
+    try:
+        shards = read_config(part_dir / index).get("weight_map")
+    except ValueError as error:
+        yield f"{part_dir.name}/{index} {error}"
+        return
+    if not isinstance(shards, dict) or not all(isinstance(each, str) for each in shards.values()):
+        yield f"{part_dir.name}/{index}: `weight_map` must be an object of file names, got {shown(shards)}"
+        return
+    for shard in sorted(set(shards.values())):
+        if PurePath(shard).name != shard:
+            yield f"{part_dir.name}/{index}: {shown(shard)} is not the name of a file beside it"
+        elif not partial and not (part_dir / shard).is_file():
+            yield f"{part_dir.name}/{shown(shard)[1:-1]} is missing"

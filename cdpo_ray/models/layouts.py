@@ -1,0 +1,381 @@
+"""Family -> what the folders of its models must hold; needs no torch.
+
+Configurations come from a folder that somebody else made: a value may be of any JSON type.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+Config = Mapping[str, Any]
+Configs = Mapping[str, Config]
+"""Part of a pipeline -> its configuration; ``model_index`` is the pipeline's own. Parts may be absent: not read."""
+Faults = Iterator[str]
+
+INDEX = "model_index"
+NUM_TIMESTEPS = 1000
+UNET, VAE = "UNet2DConditionModel", "AutoencoderKL"
+CLIP, CLIP_PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
+DISCRETE_SCHEDULERS = (
+    *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
+    *("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler", "SASolverScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
+    "UniPCMultistepScheduler",
+)
+"""Samplers of discrete noise schedules: DDIM samples the same models, by the same configuration."""
+DEFAULTS: dict[str, Config] = {
+    VAE: {"latent_channels": 4, "scaling_factor": 0.18215, "block_out_channels": [64]},
+    UNET: {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280},
+    "SD3Transformer2DModel": {
+        **{"in_channels": 16, "out_channels": 16},
+        **{"joint_attention_dim": 4096, "pooled_projection_dim": 2048},
+    },
+    "FluxTransformer2DModel": {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768},
+    CLIP: {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77},
+    CLIP_PROJECTED: {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77},
+    T5: {"d_model": 512},
+}
+"""Class -> what diffusers and transformers assume where a configuration lacks a key."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of the pipeline must be.
+
+    Attributes:
+        library: that loads it: ``diffusers`` or ``transformers``.
+        classes: that it may be loaded by; none: any, compared otherwise.
+        weights: beginning of the names of its weight files; ``None``: it has no weights.
+        vocabularies: sets of files, of which a tokenizer has one.
+        optional: whether a model may lack it.
+    """
+
+    library: str
+    classes: tuple[str, ...] = ()
+    weights: str | None = None
+    vocabularies: tuple[tuple[str, ...], ...] = ()
+    optional: bool = False
+
+    @property
+    def defaults(self) -> Config:
+        return DEFAULTS.get(self.classes[0], {}) if self.classes else {}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the folder of a family's models must hold.
+
+    Attributes:
+        pipelines: classes that it may name as its pipeline's.
+        formulations: kinds of scheduler, see `_formulation`.
+        denoiser_faults: compares the denoiser with the other parts.
+    """
+
+    pipelines: tuple[str, ...]
+    parts: Mapping[str, Part]
+    formulations: tuple[str, ...]
+    denoiser_faults: Callable[[Configs], Faults]
+
+    def faults(self, configs: Configs) -> Faults:
+        """What of the configurations does not fit the family, or each other."""
+        yield from _scheduler_faults(configs, self.formulations)
+        yield from _vae_faults(configs)
+        yield from _tokenizer_faults(configs)
+        yield from self.denoiser_faults(configs)
+
+
+def config_path(part: str) -> str:
+    """Where a part's configuration lies in a folder."""
+    if part == INDEX:
+        return f"{INDEX}.json"
+    kind = part.partition("_")[0]
+    return f"{part}/{kind}_config.json" if kind in ("scheduler", "tokenizer") else f"{part}/config.json"
+
+
+def shown(value: Any) -> str:
+    """JSON of a foreign value to show in a message, at most 80 characters; control characters are escaped."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:74]} ...{text[-1]}"
+
+
+def one_of(names: Sequence[str]) -> str:
+    return " or ".join(names)
+
+
+def _expect(configs: Configs, part: str, key: str, expected: Any, why: str) -> Faults:
+    """A fault if a part that was read has another value."""
+    if part in configs and (found := configs[part].get(key)) != expected:
+        yield f"{config_path(part)}: `{key}` must be {shown(expected)} ({why}), got {shown(found)}"
+
+
+def _expect_kind(configs: Configs, part: str, key: str, kind: tuple[str, Callable[[Any], bool]]) -> Faults:
+    """A fault if a part that was read has a value of another kind."""
+    what, is_right = kind
+    if part in configs and not is_right(found := configs[part].get(key)):
+        yield f"{config_path(part)}: `{key}` must be {what}, got {shown(found)}"
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
+
+
+def _is_list(value: Any, lengths: range, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and len(value) in lengths and all(map(is_right, value))
+
+
+_WHOLE = ("a whole number", _is_whole)
+_BETA = ("a number in (0, 1)", lambda value: _is_number(value) and 0 < value < 1)
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_SCHEDULER_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "prediction_type": (
+        "epsilon or v_prediction",
+        lambda value: value in (None, "epsilon", "v_prediction"),
+    ),
+    "timestep_spacing": (
+        "leading, linspace or trailing",
+        lambda value: value in (None, "leading", "linspace", "trailing"),
+    ),
+    # diffusers' defaults are for pixels
+    "beta_schedule": (one_of(_BETA_SCHEDULES), lambda value: value in _BETA_SCHEDULES),
+    "beta_start": _BETA,
+    "beta_end": _BETA,
+    "trained_betas": (
+        f"null or {NUM_TIMESTEPS} numbers",
+        lambda value: value is None or _is_list(value, range(NUM_TIMESTEPS, NUM_TIMESTEPS + 1), _is_number),
+    ),
+    "steps_offset": ("a whole number", lambda value: value is None or _is_whole(value)),
+}
+_VAE_KINDS = {
+    "scaling_factor": ("a positive number", lambda value: _is_number(value) and value > 0),
+    "shift_factor": ("a number or null", lambda value: value is None or _is_number(value)),
+    "latent_channels": _WHOLE,
+    "block_out_channels": ("1 to 10 whole numbers", lambda value: _is_list(value, range(1, 11), _is_whole)),
+}
+
+
+def _formulation(name: str, scheduler: Config) -> str:
+    """Kind of model that a scheduler samples."""
+    if (
+        name.startswith("FlowMatch")
+        or scheduler.get("use_flow_sigmas") is True
+        or scheduler.get("prediction_type") == "flow_prediction"
+    ):
+        return "flow matching"
+    if name in ("LCMScheduler", "TCDScheduler"):
+        return "consistency"
+    if "EDM" in name or scheduler.get("sigma_data") is not None or scheduler.get("timestep_type") == "continuous":
+        return "EDM"
+    return "discrete diffusion" if name in DISCRETE_SCHEDULERS else "unknown"
+
+
+def _scheduler_faults(configs: Configs, formulations: tuple[str, ...]) -> Faults:
+    if "scheduler" not in configs:
+        return
+    scheduler = configs["scheduler"]
+    own = scheduler.get("_class_name")
+    if not isinstance(own, str):
+        yield f"{config_path('scheduler')}: `_class_name` must be a class of diffusers, got {shown(own)}"
+        return
+    for name in dict.fromkeys((own, configs[INDEX]["scheduler"][1] if INDEX in configs else own)):
+        if (kind := _formulation(name, scheduler)) not in formulations:
+            data = f" with `sigma_data` {shown(scheduler['sigma_data'])}" if "sigma_data" in scheduler else ""
+            yield (
+                f"{config_path('scheduler')}: {shown(name)[1:-1]}{data} samples {kind} models, and this family's are"
+                f" {one_of(formulations)} models"
+            )
+            return
+    yield from _expect_kind(
+        configs,
+        "scheduler",
+        "num_train_timesteps",
+        (f"{NUM_TIMESTEPS}", lambda value: value is None or value == NUM_TIMESTEPS),
+    )
+    if "flow matching" in formulations:
+        return
+    for key, kinds in _SCHEDULER_KINDS.items():
+        yield from _expect_kind(configs, "scheduler", key, kinds)
+    if scheduler.get("rescale_betas_zero_snr") and formulations == ("discrete diffusion",):
+        why = "a schedule of zero terminal SNR starts from pure noise"
+        yield from _expect(configs, "scheduler", "timestep_spacing", "trailing", why)
+        yield from _expect(configs, "scheduler", "prediction_type", "v_prediction", why)
+
+
+def _vae_faults(configs: Configs) -> Faults:
+    for key in ("latents_mean", "latents_std"):
+        yield from _expect(configs, "vae", key, None, "latents are scaled by `scaling_factor` alone")
+    for key, kind in _VAE_KINDS.items():
+        yield from _expect_kind(configs, "vae", key, kind)
+
+
+def _tokenizer_faults(configs: Configs) -> Faults:
+    for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        if isinstance(limit := configs.get(encoder, {}).get("max_position_embeddings"), int):
+            kind = (
+                f"at most {limit}, as {encoder} takes",
+                lambda value, limit=limit: _is_whole(value) and value <= limit,
+            )
+            yield from _expect_kind(configs, tokenizer, "model_max_length", kind)
+
+
+def _channel_faults(configs: Configs, denoiser: str, *, per_channel: int = 1) -> Faults:
+    """Compare the denoiser's channels with the VAE's, of which it takes ``per_channel`` values each."""
+    channels = configs.get("vae", {}).get("latent_channels")
+    if not isinstance(channels, int) or denoiser not in configs:
+        return
+    why = f"the VAE has {channels} channels"
+    more = "; others are for an image to inpaint, edit or upscale"
+    yield from _expect(configs, denoiser, "in_channels", channels * per_channel, why + more)
+    if configs[denoiser].get("out_channels") is not None:
+        yield from _expect(configs, denoiser, "out_channels", channels * per_channel, why)
+
+
+def _width_faults(configs: Configs, denoiser: str, key: str, widths: Mapping[str, str], *, plus: int = 0) -> Faults:
+    """Compare an input's width with the sum of what text encoders give.
+
+    Args:
+        widths: text encoder -> key of its width.
+    """
+    found: list[Any] = [configs.get(part, {}).get(each) for part, each in widths.items()]
+    if denoiser in configs and all(map(_is_whole, found)):
+        width, per_block = sum(found) + plus, configs[denoiser].get(key)
+        if not (isinstance(per_block, list) and per_block and all(each == width for each in per_block)):
+            yield from _expect(configs, denoiser, key, width, f"the width of {' + '.join(widths)}")
+
+
+def _size_faults(configs: Configs, denoiser: str) -> Faults:
+    if "sample_size" in configs.get(denoiser, {}):
+        yield from _expect_kind(configs, denoiser, "sample_size", _WHOLE)
+
+
+def _unet_faults(configs: Configs, widths: Mapping[str, str], *, guided: bool = False, sized: bool = False) -> Faults:
+    """Compare a UNet with the other parts.
+
+    Args:
+        guided, sized: whether the guidance, or the image's size, is an input.
+    """
+    unet = configs.get("unet", {})
+    yield from _channel_faults(configs, "unet")
+    yield from _size_faults(configs, "unet")
+    width_key = "cross_attention_dim" if unet.get("encoder_hid_dim_type") is None else "encoder_hid_dim"
+    yield from _width_faults(configs, "unet", width_key, widths)
+    why = "the image's size is an input" if sized else "there is no other input than the prompt"
+    yield from _expect(configs, "unet", "addition_embed_type", "text_time" if sized else None, why)
+    for key in ("num_class_embeds", "class_embed_type"):
+        yield from _expect(configs, "unet", key, None, "a text-to-image model takes no class")
+    if guided:
+        yield from _expect_kind(configs, "unet", "time_cond_proj_dim", ("the width of a guidance embedding", _is_whole))
+    else:
+        why = "of latent consistency models alone the guidance is an input"
+        yield from _expect(configs, "unet", "time_cond_proj_dim", None, why)
+
+
+def _sd_faults(configs: Configs) -> Faults:
+    return _unet_faults(configs, {"text_encoder": "hidden_size"})
+
+
+def _lcm_faults(configs: Configs) -> Faults:
+    return _unet_faults(configs, {"text_encoder": "hidden_size"}, guided=True)
+
+
+def _sdxl_faults(configs: Configs) -> Faults:
+    yield from _unet_faults(configs, {"text_encoder": "hidden_size", "text_encoder_2": "hidden_size"}, sized=True)
+    size = configs.get("unet", {}).get("addition_time_embed_dim")
+    if isinstance(size, int):
+        key, width = "projection_class_embeddings_input_dim", {"text_encoder_2": "projection_dim"}
+        yield from _width_faults(configs, "unet", key, width, plus=6 * size)
+
+
+def _sd3_faults(configs: Configs) -> Faults:
+    yield from _channel_faults(configs, "transformer")
+    yield from _size_faults(configs, "transformer")
+    yield from _width_faults(configs, "transformer", "joint_attention_dim", {"text_encoder_3": "d_model"})
+    pooled = {"text_encoder": "projection_dim", "text_encoder_2": "projection_dim"}
+    yield from _width_faults(configs, "transformer", "pooled_projection_dim", pooled)
+
+
+def _flux_faults(configs: Configs) -> Faults:
+    yield from _channel_faults(configs, "transformer", per_channel=4)
+    yield from _width_faults(configs, "transformer", "joint_attention_dim", {"text_encoder_2": "d_model"})
+    yield from _width_faults(configs, "transformer", "pooled_projection_dim", {"text_encoder": "hidden_size"})
+
+
+def _net(kind: str) -> Part:
+    return Part("diffusers", (kind,), weights="diffusion_pytorch_model")
+
+
+def _text_encoder(kind: str, *, optional: bool = False) -> Part:
+    return Part("transformers", (kind,), weights="model", optional=optional)
+
+
+def _tokenizer(name: str, *vocabulary: str) -> Part:
+    return Part("transformers", (name, f"{name}Fast"), vocabularies=(("tokenizer.json",), vocabulary))
+
+
+_CLIP_TOKENIZER = _tokenizer("CLIPTokenizer", "vocab.json", "merges.txt")
+_T5_TOKENIZER = _tokenizer("T5Tokenizer", "spiece.model")
+_SCHEDULER = Part("diffusers")
+_SD_PARTS = {
+    "unet": _net(UNET),
+    "vae": _net(VAE),
+    "text_encoder": _text_encoder(CLIP),
+    "tokenizer": _CLIP_TOKENIZER,
+    "scheduler": _SCHEDULER,
+}
+_SD_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+
+LAYOUTS = {
+    "stable_diffusion": Layout(_SD_PIPELINES, _SD_PARTS, ("discrete diffusion",), _sd_faults),
+    "stable_diffusion_xl": Layout(
+        ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+        {
+            **_SD_PARTS,
+            "text_encoder_2": _text_encoder(CLIP_PROJECTED),
+            "tokenizer_2": _CLIP_TOKENIZER,
+        },
+        ("discrete diffusion",),
+        _sdxl_faults,
+    ),
+    "latent_consistency": Layout(
+        ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline", *_SD_PIPELINES),
+        _SD_PARTS,
+        ("consistency", "discrete diffusion"),
+        _lcm_faults,
+    ),
+    "stable_diffusion_3": Layout(
+        ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+        {
+            "transformer": _net("SD3Transformer2DModel"),
+            "vae": _net(VAE),
+            "text_encoder": _text_encoder(CLIP_PROJECTED),
+            "text_encoder_2": _text_encoder(CLIP_PROJECTED),
+            "text_encoder_3": _text_encoder(T5, optional=True),
+            "tokenizer": _CLIP_TOKENIZER,
+            "tokenizer_2": _CLIP_TOKENIZER,
+            "tokenizer_3": replace(_T5_TOKENIZER, optional=True),
+            "scheduler": _SCHEDULER,
+        },
+        ("flow matching",),
+        _sd3_faults,
+    ),
+    "flux": Layout(
+        ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline"),
+        {
+            "transformer": _net("FluxTransformer2DModel"),
+            "vae": _net(VAE),
+            "text_encoder": _text_encoder(CLIP),
+            "text_encoder_2": _text_encoder(T5),
+            "tokenizer": _CLIP_TOKENIZER,
+            "tokenizer_2": _T5_TOKENIZER,
+            "scheduler": _SCHEDULER,
+        },
+        ("flow matching",),
+        _flux_faults,
+    ),
+}
+"""Family of the config -> its layout."""
