@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 import yaml
 from PIL import Image
+from safetensors import safe_open
 
 from cdpo_ray.errors import StoreError
 from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, TRAINING, VALIDATION
@@ -36,7 +37,7 @@ SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
 SETTINGS = "settings.json"  # of a step that is not finished
 PR_SET_CHILD_SUBREAPER = 36
 SLOW_TICK_SECONDS, FAST_TICK_SECONDS = 0.01, 0.001
-TITLES_SECONDS = 0.5  # between two looks at which processes there are
+SCAN_SECONDS = 0.5  # between two looks at which processes there are
 LIMIT_SECONDS = 600.0  # of one process; it hangs if it takes longer
 END_SECONDS = 120.0  # for the last process to end: Ray's agents notice only after a while that the rest is dead
 MAX_FAILURES = 3  # of one command, in processes that nothing was killed in
@@ -47,6 +48,12 @@ GENERATOR, PIXEL_SCORER, SAMPLE_SCORER, COMPARER, ENCODER = (
     for name in ("Generator", "PixelScorer", "SampleScorer", "Comparer", "Encoder")
 )
 TRAIN_WORKER, TRIAL = "ray::RayTrainWorker", "ray::(ImplicitFunc|run_one)"
+
+ON_DRIVER: dict[str, Callable[[int], None]] = {
+    DRIVER: lambda pid: os.kill(pid, signal.SIGKILL),
+    GROUP: lambda pid: os.killpg(pid, signal.SIGKILL),
+    TERMINATED: lambda pid: os.killpg(pid, signal.SIGTERM),
+}
 
 Reached = Callable[[], bool]
 
@@ -125,7 +132,7 @@ class Moment:
     """When to kill what.
 
     Attributes:
-        victim: `DRIVER`, `GROUP`, `TERMINATED`, or what the title of a Ray process begins with.
+        victim: a key of `ON_DRIVER`, or a pattern of what the title of a Ray process begins with.
         max_delay: seconds after the event at most.
     """
 
@@ -330,8 +337,8 @@ class Disturbed:
         self.kills: list[Kill] = []
         self.failures: list[str] = []
         self.started = time.monotonic()
-        self.children: list[tuple[psutil.Process, str]] = []
-        self.looked = 0.0
+        self.missed: list[Moment] = []
+        self.known: dict[str, tuple[psutil.Process, str]] = {}
 
     def survive(self) -> None:
         """Give the command until it succeeds.
@@ -345,13 +352,14 @@ class Disturbed:
             name = re.sub(r"\W+", "-", self.command.name).strip("-")
             log = self.folder / "logs" / f"{name}-{num_starts:02d}.log"
             with start(self.command, self.folder, log) as driver:
-                deadline = time.monotonic() + LIMIT_SECONDS
-                num_kills = len(self.kills)
+                deadline, num_kills = time.monotonic() + LIMIT_SECONDS, len(self.kills)
+                self.known.clear()
                 while (reached := self._next(driver, log, deadline)) is not None:
                     self._kill(*reached, driver)
             for kill in self.kills[num_kills:]:
                 kill.exit_code = driver.returncode
             if driver.returncode == 0:
+                self.missed += [moment for moment, _ in self.pending]
                 return
             if len(self.kills) == num_kills:
                 self.failures.append(f"{log}: exit code {driver.returncode}: {last_line(log)}")
@@ -365,58 +373,65 @@ class Disturbed:
         watched = [(pair, pair[0].event.watch(self.run, log)) for pair in first.values()]
         slow = [watch for watch in watched if not watch[0][0].event.is_fast]
         fast = [watch for watch in watched if watch[0][0].event.is_fast]
-        due = 0.0
+        by_title = {moment.victim for (moment, _), _ in fast} - ON_DRIVER.keys()
+        due = scan_due = 0.0
         while driver.poll() is None:
-            now = time.monotonic()
+            now, asked = time.monotonic(), fast
             if now > deadline:
                 os.killpg(driver.pid, signal.SIGKILL)
                 sys.exit(f"{log}: no end after {LIMIT_SECONDS:.0f} s")
-            asked = fast
             if now > due:
                 asked, due = [*fast, *slow], now + SLOW_TICK_SECONDS
-                self._look(driver)
-            for (moment, delay), reached in asked:
+                self.commits.look()
+                reap(driver)
+            if by_title and now > scan_due:  # when the moment comes there is no time to look for it
+                scan_due = now + SCAN_SECONDS
+                for title in by_title:
+                    self._find(title, driver)
+            for pair, reached in asked:
                 if reached():
-                    self.pending.remove((moment, delay))
-                    return moment, delay
+                    self.pending.remove(pair)
+                    return pair
             time.sleep(FAST_TICK_SECONDS if fast else SLOW_TICK_SECONDS)
         self.commits.look()
         return None
 
-    def _look(self, driver: "subprocess.Popen[bytes]") -> None:
-        """Note new commits, and now and then the processes: when a moment comes there is no time for it."""
-        self.commits.look()
-        if time.monotonic() > self.looked + TITLES_SECONDS:
-            self.children, self.looked = children_of(driver), time.monotonic()
-
     def _kill(self, moment: Moment, delay: float, driver: "subprocess.Popen[bytes]") -> None:
-        """Kill, once the delay is over and the victim is there; nothing, if the command ends before."""
-        by_title = moment.victim not in (DRIVER, GROUP, TERMINATED)
-        end = time.monotonic() + delay
-        while (time.monotonic() < end or (by_title and not self._victims(moment))) and driver.poll() is None:
-            self._look(driver)
-            time.sleep(SLOW_TICK_SECONDS)
-        victims = self._victims(moment)
-        if driver.poll() is not None or (by_title and not victims):
+        """Kill, once the delay is over and the victim is there; the moment is missed if the command ends before."""
+        end, victim = time.monotonic() + delay, moment.victim
+        while time.monotonic() < end and driver.poll() is None:
+            self.commits.look()
+            time.sleep(FAST_TICK_SECONDS)
+        if victim not in ON_DRIVER:
+            while (found := self._find(victim, driver)) is None and driver.poll() is None:
+                time.sleep(SLOW_TICK_SECONDS)
+        if driver.poll() is not None:
+            self.missed.append(moment)
             return
-        if moment.victim == DRIVER:
-            os.kill(driver.pid, signal.SIGKILL)
-        elif not by_title:
-            os.killpg(driver.pid, signal.SIGTERM if moment.victim == TERMINATED else signal.SIGKILL)
-        else:
+        if victim in ON_DRIVER:
+            ON_DRIVER[victim](driver.pid)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # what hangs then is told by its deadline
+                driver.wait(LIMIT_SECONDS)
+        elif found:
+            process, victim = found
             with contextlib.suppress(psutil.NoSuchProcess):
-                victims[0].kill()
-                victims[0].wait(10)
-        if moment.victim in (DRIVER, GROUP):
-            driver.wait()
-        victim = moment.victim if not by_title else next(t for p, t in self.children if p == victims[0])
+                process.kill()
+                process.wait(10)
         seconds = time.monotonic() - self.started
         kill = Kill(self.command.name, moment.step, moment.when, victim, seconds, delay, state_of(self.run))
         self.kills.append(kill)
         print(f"--- {kill.step}, {kill.when}: {kill.victim} ({kill.found})", file=sys.stderr, flush=True)
 
-    def _victims(self, moment: Moment) -> list[psutil.Process]:
-        return [child for child, title in self.children if re.match(moment.victim, title) and child.is_running()]
+    def _find(self, title: str, driver: "subprocess.Popen[bytes]") -> tuple[psutil.Process, str] | None:
+        """A process under the driver whose title begins so, with its whole title."""
+        known = self.known.get(title)
+        if known and known[0].is_running():
+            return known
+        for process, found in children_of(driver):
+            if re.match(title, found):
+                self.known[title] = (process, found)
+                return process, found
+        return None
 
 
 def start(command: Command, folder: Path, log: Path) -> "subprocess.Popen[bytes]":
@@ -425,6 +440,13 @@ def start(command: Command, folder: Path, log: Path) -> "subprocess.Popen[bytes]
     log.parent.mkdir(exist_ok=True)
     with log.open("wb") as handle:
         return subprocess.Popen(arguments, cwd=folder, stdout=handle, stderr=handle, start_new_session=True)
+
+
+def reap(driver: "subprocess.Popen[bytes]") -> None:
+    """Let orphans that died go: to Ray's workers a raylet that nobody waited for is alive, and they stay."""
+    with contextlib.suppress(ChildProcessError):
+        while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and dead.si_pid != driver.pid:
+            os.waitpid(dead.si_pid, 0)
 
 
 def children_of(driver: "subprocess.Popen[bytes]") -> list[tuple[psutil.Process, str]]:
@@ -512,7 +534,7 @@ TIMED = {"seconds", "created", "files", "fingerprint", "inputs"}
 
 
 def steady(path: Path) -> Any:
-    """Content of a file but for the times that it tells."""
+    """Content of a file but for the times that it tells; of safetensors also but for the order of their metadata."""
 
     def without_times(value: Any) -> Any:
         if isinstance(value, dict):
@@ -523,6 +545,11 @@ def steady(path: Path) -> Any:
         return without_times(json.loads(path.read_text()))
     if path.suffix == ".html":
         return re.sub(r"\d{4}-\d\d-\d\dT[\d:+]+|\b\d+\.\d\b", "#", path.read_text())
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="np") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            words = sorted(re.findall(r"[\w.]+", json.dumps(file.metadata())))  # its order is chance
+        return words, {name: (str(value.dtype), value.shape, value.tobytes()) for name, value in tensors.items()}
     return path.read_bytes() if path.is_file() else None
 
 
