@@ -373,7 +373,7 @@ class Disturbed:
         watched = [(pair, pair[0].event.watch(self.run, log)) for pair in first.values()]
         slow = [watch for watch in watched if not watch[0][0].event.is_fast]
         fast = [watch for watch in watched if watch[0][0].event.is_fast]
-        by_title = {moment.victim for (moment, _), _ in fast} - ON_DRIVER.keys()
+        by_title = {moment.victim for (moment, _), _ in fast if not moment.max_delay} - ON_DRIVER.keys()
         due = scan_due = 0.0
         while driver.poll() is None:
             now, asked = time.monotonic(), fast
@@ -483,9 +483,9 @@ def state_of(run: Path) -> str:
 BETWEEN = "manifest written, not renamed"
 
 
-def end_all() -> list[str]:
+def end_all(seconds: float) -> list[str]:
     """Wait for all processes that commands left, and kill those that do not end; returns their titles."""
-    end = time.monotonic() + END_SECONDS
+    end = time.monotonic() + seconds
     while (left := psutil.Process().children(recursive=True)) and time.monotonic() < end:
         psutil.wait_procs(left, timeout=0.5)
     titles = []
@@ -553,13 +553,17 @@ def steady(path: Path) -> Any:
     return path.read_bytes() if path.is_file() else None
 
 
+def described(command: Command, moment: Moment) -> str:
+    return f"{command.name}: {moment.step}, {moment.when}: {moment.victim}"
+
+
 def chosen(pattern: str, num_kills: int | None, seed: int) -> dict[Command, list[Moment]]:
     """Moments that match, or so many of them by chance, by their commands, in order."""
     known = [
         (command, moment)
         for command in COMMANDS
         for moment in command.moments
-        if re.search(pattern, f"{command.name}: {moment.step}, {moment.when}: {moment.victim}")
+        if re.search(pattern, described(command, moment))
     ]
     if num_kills is not None and num_kills < len(known):
         known = [known[place] for place in sorted(random.Random(seed).sample(range(len(known)), num_kills))]
@@ -585,7 +589,7 @@ def main() -> None:
     if asked.list:
         for command, moments in wanted.items():
             for moment in moments:
-                print(f"{command.name}: {moment.step}, {moment.when}: {moment.victim}")
+                print(described(command, moment))
         return
     if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:  # processes whose parent died become ours
         sys.exit("prctl: the kernel does not give us orphans")
@@ -593,53 +597,58 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_configs(folder)
-    configs = {command.config for command in wanted}
-    last = {command.config: place for place, command in enumerate(COMMANDS) if command in wanted}
-    commands = [c for place, c in enumerate(COMMANDS) if c.config in configs and place <= last[c.config]]
-    seconds = {}
+    try:
+        found = {"seed": asked.seed} | disturb(wanted, folder, asked.seed)
+    finally:
+        end_all(0)
+    (folder / "chaos.json").write_text(json.dumps(found, indent=1))
+    tell(found, min(20, num_wanted) if asked.min_kills is None else asked.min_kills)
 
+
+def disturb(wanted: dict[Command, list[Moment]], folder: Path, seed: int) -> dict[str, Any]:
+    """Give the commands up to the last with a moment, of each configuration, undisturbed and disturbed.
+
+    Returns:
+        What `chaos.json` holds.
+    """
+    last = {command.config: place for place, command in enumerate(COMMANDS) if command in wanted}
+    commands = [command for place, command in enumerate(COMMANDS) if place <= last.get(command.config, -1)]
     started = time.monotonic()
     for command in commands:
         with start(command, folder, log := folder / "logs" / "quiet.log") as process:
             pass
         if process.returncode:
             sys.exit(f"{log}: {command.name}: exit code {process.returncode}: {last_line(log)}")
-    seconds["quiet"] = time.monotonic() - started
+    quiet_seconds = time.monotonic() - started
     (folder / "runs").rename(folder / "quiet")
 
     started = time.monotonic()
     disturbed = []
     for command in commands:
         moments = wanted.get(command, [])
-        delays = [random.Random(f"{asked.seed} {command.name} {each}").uniform(0, each.max_delay) for each in moments]
+        delays = [random.Random(f"{seed} {command.name} {each}").uniform(0, each.max_delay) for each in moments]
         disturbed.append(Disturbed(command, folder, moments, delays))
         disturbed[-1].survive()
-    seconds["chaos"] = time.monotonic() - started
-    left = end_all()
+    chaos_seconds = time.monotonic() - started
 
+    left = end_all(END_SECONDS)
     kills = [kill for each in disturbed for kill in each.kills]
+    renames = [kill.found for kill in kills if kill.step != "export" and kill.when.endswith("final rename")]
     same, different = compared(folder / "quiet", folder / "runs")
-    renames = [(kill.found, kill) for kill in kills if kill.when.endswith("final rename") and kill.step != "export"]
-    found = {
-        "seed": asked.seed,
-        "seconds": {name: round(value) for name, value in seconds.items()},
+    return {
+        "seconds": {"quiet": round(quiet_seconds), "chaos": round(chaos_seconds)},
         "kills": [asdict(kill) for kill in kills],
-        "missed": [
-            f"{each.command.name}: {m.step}, {m.when}: {m.victim}" for each in disturbed for m, _ in each.pending
-        ],
+        "missed": [described(each.command, moment) for each in disturbed for moment in each.missed],
         "failures": [line for each in disturbed for line in each.failures],
-        "renames": {"hit": sum(BETWEEN in state for state, _ in renames), "tried": len(renames)},
+        "renames": {"hit": sum(state.endswith(BETWEEN) for state in renames), "tried": len(renames)},
         "updates_repeated": sum(each.commits.num_repeated for each in disturbed),
-        "not_terminated_well": [
-            k.when for k in kills if k.victim == TERMINATED and k.exit_code != 128 + signal.SIGTERM
+        "ended_by_sigterm": [
+            {"step": kill.step, "exit_code": kill.exit_code} for kill in kills if kill.victim == TERMINATED
         ],
         "processes_left": left,
         "same": same,
         "different": different,
     }
-    (folder / "chaos.json").write_text(json.dumps(found, indent=1))
-    min_kills = min(20, num_wanted) if asked.min_kills is None else asked.min_kills
-    tell(found, min_kills)
 
 
 def tell(found: dict[str, Any], min_kills: int) -> None:
@@ -665,7 +674,11 @@ def tell(found: dict[str, Any], min_kills: int) -> None:
     faults = [
         *found["different"],
         *(f"still running: {title}" for title in found["processes_left"]),
-        *(f"SIGTERM, {when}: exit code is not 143" for when in found["not_terminated_well"]),
+        *(
+            f"SIGTERM in {ended['step']}: exit code {ended['exit_code']}, not 143"
+            for ended in found["ended_by_sigterm"]
+            if ended["exit_code"] != 128 + signal.SIGTERM
+        ),
     ]
     if found["updates_repeated"]:
         faults.append(f"{found['updates_repeated']} committed updates were done again")
