@@ -1,13 +1,15 @@
 """Files and card -> a folder, put in place whole."""
 
+import contextlib
 import importlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from cdpo_ray.errors import ExportError
 from cdpo_ray.export import FORMATS
 from cdpo_ray.export.formats import Trained
-from cdpo_ray.store import copy_tree, is_local, make_folder
+from cdpo_ray.store import copy_tree, delete, is_local, make_folder
 
 CARD = "README.md"
 
@@ -23,19 +25,34 @@ def write_export(format_name: str, trained: Trained, card: str, output_dir: Path
         raise ExportError(f"{output_dir}: is there already; delete it, or give another folder by `--out`")
     module, _, function = FORMATS[format_name].partition(":")
     write = getattr(importlib.import_module(module), function)
-    beside_dir = output_dir.parent if is_local(output_dir) else None
     try:
-        make_folder(output_dir.parent)
-        with tempfile.TemporaryDirectory(dir=beside_dir, prefix=f".{output_dir.name}-") as beside:
-            aside = Path(beside) / output_dir.name
-            aside.mkdir()
+        with _aside(output_dir) as aside:
             write(trained, aside)
             (aside / CARD).write_text(card, encoding="utf-8")
             for path in aside.rglob("*.safetensors"):
                 path.chmod(0o644)  # safetensors writes 0600, which shared disks cannot use
-            if beside_dir:
+            if is_local(output_dir):
                 aside.rename(output_dir)
-                return
-            copy_tree(aside, output_dir)
+            else:
+                copy_tree(aside, output_dir)
     except OSError as error:
         raise ExportError(f"{output_dir}: cannot be written: {error}; give another folder by `--out`") from None
+
+
+@contextlib.contextmanager
+def _aside(output_dir: Path) -> Iterator[Path]:
+    """An empty local folder, deleted at the end if it is still there; on the same disk if the output is local.
+
+    Its name is fixed, so that the next export deletes what one that was killed left.
+    """
+    if not is_local(output_dir):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    aside = output_dir.with_name(f".{output_dir.name}.partial")
+    delete(aside)
+    make_folder(aside)
+    try:
+        yield aside
+    finally:
+        delete(aside)

@@ -1,7 +1,9 @@
 """`cdpo export`: a finished run -> a folder with its card, whole or not at all, without Ray."""
 
 import contextlib
+import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -177,6 +179,29 @@ def test_a_lora_that_was_altered_after_training_is_not_exported(
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     assert main(["export", config]) == 2
     assert "was altered (its SHA-256 differs)" in capsys.readouterr().err
+
+
+def test_fault_02_an_export_that_is_killed_at_its_final_rename_leaves_nothing_once_it_is_given_again(
+    tmp_path: Path, embedded: Path
+) -> None:
+    config, _ = finished(tmp_path, "embedded", evaluated=False)
+    child = os.fork()
+    if child == 0:
+
+        def die(event: str, arguments: tuple) -> None:
+            if event == "os.rename" and str(arguments[0]).startswith(str(tmp_path)):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(die)
+        try:
+            main(["export", config])
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    beside = tmp_path / "runs" / "tuned" / "export"
+    assert [path.name for path in beside.iterdir()] == [".diffusers.partial"]
+    assert main(["export", config]) == 0
+    assert [path.name for path in beside.iterdir()] == ["diffusers"]
 
 
 @pytest.mark.slow
