@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -32,7 +33,7 @@ from cdpo_ray.steps import (
     prompt_source,
     steps_of,
 )
-from cdpo_ray.store import RunFolder, make_folder, place, read_json, write_text
+from cdpo_ray.store import RunFolder, differences, flat, make_folder, place, read_json, write_text
 from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
@@ -259,6 +260,8 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], Gpu], allo
     if run.is_complete(step.folder, settings, inputs, grows=step.grows):
         log.info("%s: done already", step.verb)
         return
+    _refuse_changed_files(step, settings, context, allow_config_change=allow_config_change)
+    step.refuse_damaged_inputs(context.config, run, context.previous)
     context = replace(context, gpu=start_ray())
     log.info("%s ...", step.verb)
     started = time.monotonic()
@@ -277,10 +280,41 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], Gpu], allo
     ):
         output.details |= {PREDICTED: predicted} if predicted else {}
         step.perform(context, output_dir, output)
+        if changed := differences(settings, step.settings(context.config)):
+            raise StoreError(
+                f"{step.verb}: a file was changed after the step had begun to read it ({changed}); restore it and give"
+                f" the same command again, or delete {output_dir} to begin again"
+            )
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)
     log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)
     for warning in output.warnings:
         log.warning("%s: %s", step.verb, warning)
+
+
+def _refuse_changed_files(step: Step, settings: dict[str, Any], context: Context, *, allow_config_change: bool) -> None:
+    """Prompt files, models and other files of the user's that changed since this command, or an earlier step, read them.
+
+    Raises:
+        StoreError: with the keys of those files.
+    """
+    for side, sha256 in context.prompts.sha256.items():
+        if settings.get(f"prompts.{side}.sha256", sha256) != sha256:
+            raise StoreError(
+                f"`prompts.{side}.source` {getattr(context.config.prompts, side).source}: was changed after this"
+                " command had read it; give the same command again"
+            )
+    if allow_config_change:
+        return
+    for earlier in itertools.takewhile(lambda other: other != step, steps_of(context.config)):
+        if context.run.has(earlier.folder):
+            made, now = flat(context.run.manifest(earlier.folder)["settings"]), flat(earlier.settings(context.config))
+            changed = {key for key in made.keys() & now.keys() if made[key] != now[key]}
+            for key in sorted(key for key in changed if key.endswith(".sha256")):
+                if not any(other.startswith(key.removesuffix("sha256")) for other in changed - {key}):
+                    raise StoreError(
+                        f"{context.run.path / earlier.folder} was made with `{key}` = {made[key]}, the file has"
+                        f" {now[key]}; restore it, or delete the folder to make it with the file as it is"
+                    )
 
 
 def _made_by(config: Config, run: RunFolder, previous: RunFolder | None) -> bool:

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cdpo_ray.parts import PARTS, Part, find_parts, join_parts, join_set_aside, read_set_aside, shards_of, write_part
+from cdpo_ray.parts import Part, find_parts, join_parts, join_set_aside, read_set_aside, shards_of, write_part
+from cdpo_ray.store import PARTS
 
 
 def rows(indices: Sequence[int]) -> pa.Table:

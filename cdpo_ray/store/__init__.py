@@ -1,7 +1,8 @@
 """Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
 
-from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, move, refuse_full_disk
-from cdpo_ray.store.folder import HOW_TO_MEND, RunFolder, StepOutput, differences, fingerprint_of, flat
+from cdpo_ray.store.contents import content_sha256
+from cdpo_ray.store.copies import copy, copy_tree, damage, delete, describe, link, local_copy, move, refuse_full_disk
+from cdpo_ray.store.folder import HOW_TO_MEND, PARTS, RunFolder, StepOutput, differences, fingerprint_of, flat
 from cdpo_ray.store.places import (
     MANIFEST,
     exists,
@@ -10,6 +11,7 @@ from cdpo_ray.store.places import (
     make_folder,
     place,
     read_json,
+    write_bytes,
     write_json,
     write_text,
 )
@@ -19,6 +21,7 @@ from cdpo_ray.store.tables import (
     read_shards,
     read_table,
     shard_schema,
+    table_bytes,
     table_schema,
     write_table,
     write_tables,
@@ -27,12 +30,15 @@ from cdpo_ray.store.tables import (
 __all__ = [
     "HOW_TO_MEND",
     "MANIFEST",
+    "PARTS",
     "RunFolder",
     "StepOutput",
     "arrow_place",
+    "content_sha256",
     "copy",
     "copy_tree",
     "count_rows",
+    "damage",
     "delete",
     "describe",
     "differences",
@@ -51,7 +57,9 @@ __all__ = [
     "read_table",
     "refuse_full_disk",
     "shard_schema",
+    "table_bytes",
     "table_schema",
+    "write_bytes",
     "write_json",
     "write_table",
     "write_tables",

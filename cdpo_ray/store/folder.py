@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.errors import CdpoError, StoreError
-from cdpo_ray.store.copies import delete, describe, move, settled
+from cdpo_ray.store.copies import damage, delete, move, settled
 from cdpo_ray.store.lock import file_lock, object_lock
 from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, read_json, write_json
 
 SETTINGS = "settings.json"  # beside unfinished work: what it was begun with
+PARTS = "parts"  # folder beside unfinished work: what `cdpo_ray.parts` resumes from
 DISK_FULL = os.strerror(errno.ENOSPC)
+FAULTS_SHOWN = 5
 HOW_TO_MEND = "delete the folder, restore the value, or choose another `run.name`"
 VERSIONS_KEPT = (
     "cdpo_ray",
@@ -55,6 +57,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._verified: dict[str, str] = {}  # folder -> fingerprint of the files that this process wrote or verified
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -127,18 +130,39 @@ class RunFolder:
             if manifest["inputs"].get(name) != fingerprint:
                 raise StoreError(f"{path} was made from another {name}; delete {path} to make it anew")
 
-    def refuse_damage(self, folder: str) -> None:
-        """Read every file of a finished step and compare it with the manifest.
+    def refuse_damage(self, folder: str, files: Sequence[str] | None = None, *, once: bool = False) -> None:
+        """Read the files of a finished step and compare them with its manifest.
+
+        Args:
+            files: of the manifest, those to read; ``None``: all. Then a table that the manifest does not name is a
+                fault too, for steps read every table of a folder.
+            once: do nothing if this object wrote or verified the whole step before.
 
         Raises:
-            StoreError: the step has not been done, or a file is missing or altered.
+            StoreError: the step has not been done, or a file is missing, altered or added.
         """
-        path = self.path / folder
-        for name, expected in self.manifest(folder)["files"].items():
-            if not exists(path / name):
-                raise StoreError(f"{path / name}: is missing; delete {path} to make it anew")
-            if describe(path / name) != expected:
-                raise StoreError(f"{path / name}: was altered (its SHA-256 differs); delete {path} to make it anew")
+        path, manifest = self.path / folder, self.manifest(folder)
+        if once and self._verified.get(folder) == manifest["fingerprint"]:
+            return
+        expected = manifest["files"]
+        faults = damage({path / name: expected[name]["sha256"] for name in files or expected}, folder=path)
+        if files is None:
+            faults |= dict.fromkeys(self._added_tables(folder, expected), "is not in the manifest")
+        if faults:
+            told = [f"{file}: {fault}" for file, fault in faults.items()]
+            more = f"; and {len(told) - FAULTS_SHOWN} more" if len(told) > FAULTS_SHOWN else ""
+            raise StoreError(f"{'; '.join(told[:FAULTS_SHOWN])}{more}; delete {path} to make it anew")
+        if files is None:
+            self._verified[folder] = manifest["fingerprint"]
+
+    def _added_tables(self, folder: str, expected: Mapping[str, Any]) -> list[Path]:
+        if exists(self.path / f"{folder}.partial"):  # files that are being added, whose manifest is still to come
+            return []
+        return [
+            path
+            for name, path in files_within(self.path / folder).items()
+            if name.endswith(".parquet") and name not in expected and not name.startswith(f"{PARTS}/")
+        ]
 
     def fingerprint(self, folder: str, files: Sequence[str] | None = None) -> str:
         """What tells a finished step's files, or some of them, from others of the same names.
@@ -221,6 +245,10 @@ class RunFolder:
             write_json(aside / MANIFEST, manifest)
             if aside != place:
                 aside.rename(place)
+            self._verified[folder] = manifest["fingerprint"]
+            delete(
+                place / PARTS
+            )  # not before: without it, what was made could not be verified, and would not be reused
             (place / SETTINGS).unlink()  # last: without it, what was begun would be thrown away
 
     def _add(self, folder: str, aside: Path, finished: dict[str, Any], added: dict[str, Any]) -> None:
@@ -235,12 +263,17 @@ class RunFolder:
         whole["counts"] = {name: counts.get(name, 0) + more.get(name, 0) for name in counts | more}
         whole["seconds"] = finished["seconds"] + added["seconds"]
         write_json(self.path / folder / MANIFEST, whole)
+        self._verified.pop(folder, None)
         delete(aside)
 
 
 def _products(aside: Path) -> dict[str, Path]:
     """What the step made, once what a broken-off write left is gone."""
-    found = {name: path for name, path in files_within(aside).items() if name not in (SETTINGS, MANIFEST)}
+    found = {
+        name: path
+        for name, path in files_within(aside).items()
+        if name not in (SETTINGS, MANIFEST) and not name.startswith(f"{PARTS}/")
+    }
     for name in [name for name in found if name.endswith(".tmp")]:
         found.pop(name).unlink()
     return found

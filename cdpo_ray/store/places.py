@@ -78,12 +78,17 @@ def files_within(folder: Path) -> dict[str, Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     if not is_local(path):
-        path.write_text(text, encoding="utf-8")  # an object is not seen before it is whole
+        path.write_bytes(content)  # an object is not seen before it is whole
         return
     aside = path.with_name(f"{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as handle:
-        handle.write(text)
+    with aside.open("wb") as handle:
+        handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
     aside.replace(path)
