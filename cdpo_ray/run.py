@@ -121,7 +121,7 @@ def run_steps(
             make_folder(run.path)
             context = Context(config, prompts, run, number, previous, progress, validation, on_stage)
             for step in steps:
-                _perform(step, context, start_ray=start_ray, allow_config_change=allow_config_change)
+                perform_step(step, context, start_ray=start_ray, allow_config_change=allow_config_change)
             if _made_by(config, run, previous):
                 plain = yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
                 write_text(run.path / "config.yaml", plain)
@@ -254,7 +254,19 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
     return output_dir
 
 
-def _perform(step: Step, context: Context, *, start_ray: Callable[[], Gpu], allow_config_change: bool) -> None:
+def perform_step(
+    step: Step, context: Context, *, start_ray: Callable[[], Gpu], allow_config_change: bool = False
+) -> None:
+    """Do a step unless it is finished; what it reads is verified before.
+
+    Args:
+        start_ray: called before the step's work begins; returns the GPU to estimate costs for.
+        allow_config_change: as of `run_steps`.
+
+    Raises:
+        StoreError: the step was made otherwise, an input is damaged, or a file that the configuration names was
+            changed.
+    """
     run, settings = context.run, step.settings(context.config)
     inputs = step.fingerprints(context.config, run, context.previous)
     if run.is_complete(step.folder, settings, inputs, grows=step.grows):
@@ -292,10 +304,10 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], Gpu], allo
 
 
 def _refuse_changed_files(step: Step, settings: dict[str, Any], context: Context, *, allow_config_change: bool) -> None:
-    """Prompt files, models and other files of the user's that changed since this command, or an earlier step, read them.
+    """Compare prompt files, models and other files that the configuration names with what was read of them before.
 
     Raises:
-        StoreError: with the keys of those files.
+        StoreError: one was changed since this command, or an earlier step of the run, read it.
     """
     for side, sha256 in context.prompts.sha256.items():
         if settings.get(f"prompts.{side}.sha256", sha256) != sha256:
