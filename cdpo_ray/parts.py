@@ -4,6 +4,7 @@ A part has its SHA-256 in its name. A shard, whose name is fixed, has it in a fi
 until the step is finished. A file that does not match is not used.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -186,13 +187,14 @@ def read_set_aside(output_dir: Path) -> list[dict[str, Any]]:
         paths.remove(path)
     last = {path.stem.partition("-")[0]: path for path in paths}  # of a prompt that was tried twice
     joined = output_dir / f"{SET_ASIDE}.jsonl"
-    entries = {}
+    entries: dict[str, Any] = {}
     for path in [joined, *last.values()] if exists(joined) else last.values():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+            with contextlib.suppress(ValueError):
                 entries[line] = json.loads(line)
-            except ValueError:
-                log.warning("%s: holds a line that is not JSON; its prompt is tried again", path)
+            if not isinstance(entries.get(line), dict):
+                entries.pop(line, None)
+                log.warning("%s: holds a line that is not a JSON object; its prompt is tried again", path)
     return [*entries.values()]
 
 
