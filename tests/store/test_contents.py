@@ -1,7 +1,6 @@
 """The content of files is identified by what they hold; a large set is read again only when a file of it changed."""
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,11 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return contents.KNOWN
 
 
-def model(folder: Path, *, seconds_ago: float = 60) -> dict[str, Path]:
-    """Two files that are not new; a test cannot set the status-change time, so the settling time shrinks instead."""
+def model(folder: Path) -> dict[str, Path]:
     folder.mkdir()
     files = {name: folder / name for name in ("config.json", "weights.safetensors")}
     for path in files.values():
         path.write_bytes(b"0123456789")
-        os.utime(path, (time.time() - seconds_ago,) * 2)
     return files
 
 
@@ -57,7 +54,7 @@ def test_names_and_contents_decide(tmp_path: Path) -> None:
 def test_a_set_is_read_once_also_by_the_next_process_until_a_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contents, "SETTLED_SECONDS", -60.0)
+    monkeypatch.setattr(contents, "SETTLED_SECONDS", -60.0)  # as if the files had been there for a minute
     files, read = model(tmp_path / "a"), count_reads(monkeypatch)
     first = sha256(files)
     assert sha256(files) == first and len(read) == 2
