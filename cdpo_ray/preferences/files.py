@@ -5,6 +5,7 @@ Importable without torch and ray; images are not opened here.
 
 import glob
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -211,19 +212,21 @@ def files_of(source: Source) -> list[Path]:
 def fingerprint(source: Source) -> str:
     """SHA-256 of all files, and of the images that they name: what a finished import is compared with.
 
-    Names count from the files' own folder, so that a set may be moved.
+    Names count from the folder that all files lie in, so that a set may be moved.
 
     Raises:
         PreferenceError: as `scan`.
         StoreError: a file was changed while it was read.
     """
-    files: dict[str, Path] = {}
-    for path in files_of(source):
+    paths, files = [path.absolute() for path in files_of(source)], dict[str, Path]()
+    root = os.path.commonpath([path.parent for path in paths])
+    for path in paths:
+        name = str(path.relative_to(root))
         if path.is_dir():
-            files |= {f"{path.name}/{file.name}": file for file in sorted(path.iterdir())}
+            files |= {f"{name}/{file.name}": file for file in sorted(path.iterdir())}
         else:
-            named = sorted({name for chunk in _chunks(path, source) for name in _named_images(chunk, source)})
-            files |= {path.name: path} | {f"{path.name}: {name}": path.parent / name for name in named}
+            named = sorted({image for chunk in _chunks(path, source) for image in _named_images(chunk, source)})
+            files |= {name: path} | {f"{name}: {image}": path.parent / image for image in named}
     return content_sha256(files, where=f"`preferences.path` {source.path}")
 
 

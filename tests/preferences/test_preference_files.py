@@ -135,6 +135,20 @@ def test_the_fingerprint_follows_names_and_sizes(tmp_path: Path) -> None:
     assert len({first, second, fingerprint(source)}) == 3
 
 
+def test_the_fingerprint_tells_files_of_the_same_name_apart_and_a_set_that_was_moved_is_the_same(
+    tmp_path: Path,
+) -> None:
+    for place, rows in (("a", ["{}"]), ("b", ["[]"])):
+        (tmp_path / "set" / place).mkdir(parents=True)
+        write_jsonl(rows, tmp_path / "set" / place / "train.jsonl")
+    before = fingerprint(Source(str(tmp_path / "set" / "*" / "train.jsonl"), "pairs"))
+    (tmp_path / "set").rename(tmp_path / "moved")
+    source = Source(str(tmp_path / "moved" / "*" / "train.jsonl"), "pairs")
+    assert fingerprint(source) == before
+    write_jsonl(["()"], tmp_path / "moved" / "a" / "train.jsonl")
+    assert fingerprint(source) != before
+
+
 def jsonl_of_paths(folder: Path) -> tuple[Source, Path]:
     return Source(str(write_jsonl(pair_rows(2, folder), folder / "pairs.jsonl")), "pairs"), folder / "1-wrong.png"
 
