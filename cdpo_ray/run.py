@@ -38,6 +38,8 @@ from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"
+CONTENT_KEYS = (".sha256", "preferences.files")
+"""Ends of settings that hold the SHA-256 of files that other keys of their section name."""
 
 
 def read_prompts(config: Config) -> PromptSplit:
@@ -321,8 +323,10 @@ def _refuse_changed_files(step: Step, settings: dict[str, Any], context: Context
         if context.run.has(earlier.folder):
             made, now = flat(context.run.manifest(earlier.folder)["settings"]), flat(earlier.settings(context.config))
             changed = {key for key in made.keys() & now.keys() if made[key] != now[key]}
-            for key in sorted(key for key in changed if key.endswith(".sha256")):
-                if not any(other.startswith(key.removesuffix("sha256")) for other in changed - {key}):
+            contents = {key for key in changed if key.endswith(CONTENT_KEYS)}
+            for key in sorted(contents):
+                section = f"{key.rpartition('.')[0]}."
+                if not any(other.startswith(section) for other in changed - contents):  # else another file was named
                     raise StoreError(
                         f"{context.run.path / earlier.folder} was made with `{key}` = {made[key]}, the file has"
                         f" {now[key]}; restore it, or delete the folder to make it with the file as it is"

@@ -1,5 +1,6 @@
 """What a step reads is what earlier steps wrote and what the configuration named when they ran, or it is refused."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +15,9 @@ from finished_runs import config_of
 from cdpo_ray.config import Config
 from cdpo_ray.cost.gpus import DEFAULT_GPU
 from cdpo_ray.errors import PromptError, StoreError
-from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, STEP_FOLDERS, TRAINING, score_file
+from cdpo_ray.records import EVALUATION, LABEL, SAMPLES, SCORES, STAGES, STEP_FOLDERS, TRAINING, score_file
 from cdpo_ray.run import perform_step, read_prompts, round_folders, run_steps
-from cdpo_ray.steps import STEPS, Context, Step
+from cdpo_ray.steps import STEPS, Context, Step, steps_of
 from cdpo_ray.store import RunFolder
 
 ADAPTER = "lora/pytorch_lora_weights.safetensors"
@@ -57,14 +58,14 @@ def finish(config: Config, *folders: str) -> RunFolder:
     """Finish these steps with small files in place of what they make."""
     (run,) = round_folders(config)
     run.path.mkdir(parents=True)
-    for step in STEPS:
+    for step in steps_of(config):
         if step.folder in folders:
             with run.writing(
                 step.folder, step.settings(config), step.fingerprints(config, run), seed=3, resumable=False
             ) as (path, _):
                 for name in {
                     SAMPLES: ("samples-0.parquet", "samples-1.parquet"),
-                    SCORES: [score_file(name) for name in config.rewards.names],
+                    SCORES: [score_file(name) for name in (*config.rewards.names, LABEL)],
                     STAGES: ("stage-1/pairs-000000.parquet", "stages.json"),
                     TRAINING: (ADAPTER, "stages.json"),
                     EVALUATION: ("metrics.json",),
@@ -166,6 +167,28 @@ def test_fault_47_a_finished_step_is_not_done_already_for_files_of_other_content
     Path(path).write_bytes(Path(path).read_bytes().swapcase()[::-1])
     with pytest.raises(StoreError, match=rf"{made} was made with `[\w.:]+\.sha256` = \w+, config says \w+"):
         run_steps(config, [step_of(made)])
+
+
+@pytest.mark.parametrize(("later", "changed"), [(SAMPLES, "pairs.jsonl"), (TRAINING, "7.png"), (EVALUATION, "7.png")])
+def test_fault_47_preferences_that_were_changed_in_place_are_refused_by_every_step(
+    later: str, changed: str, folder: Path
+) -> None:
+    rows = [{"prompt": f"cat {row}", "chosen": f"{row}.png", "rejected": f"{row + 1}.png"} for row in range(9)]
+    for row in range(10):
+        Path(f"{row}.png").write_bytes(b"an image")
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = made_config().model_dump(mode="json", exclude_unset=True) | {
+        "prompts": {"heldout": {"fraction": 0.3}},
+        "preferences": {"path": "pairs.jsonl", "format": "pairs"},
+        "curriculum": {"measure": "score_gap_quantile", "num_stages": 2, "updates_per_stage": 5},
+    }
+    config = Config.model_validate(given)
+    finish(config, SAMPLES, SCORES, STAGES, TRAINING)
+    if later == TRAINING:
+        shutil.rmtree(Path("runs/tuned/4-training"))
+    flip(Path(changed))
+    with pytest.raises(StoreError, match=r"1-samples was made with `preferences\.files` = \w+, (config|the file)"):
+        run_steps(config, [step for step in steps_of(config) if step.folder == later])
 
 
 @pytest.mark.parametrize("name", ["unet/weights.bin", "unet/.hidden.json"])

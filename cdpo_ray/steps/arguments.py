@@ -133,7 +133,7 @@ def prompts_sha256(config: Config, side: str) -> dict[str, str | None]:
 
 def preferences_sha256(config: Config) -> dict[str, str]:
     """SHA-256 of the preference files and of the images that they name, as a setting."""
-    return {"preferences.sha256": fingerprint(preference_source(config))}
+    return {"preferences.files": fingerprint(preference_source(config))}
 
 
 def model_sha256(config: Config) -> dict[str, str]:
