@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from cdpo_ray.evaluation.joining import join_comparison
-from cdpo_ray.parts import PARTS, find_parts, write_part
+from cdpo_ray.parts import find_parts, write_part
+from cdpo_ray.store import PARTS
 
 ROW_GROUP_BYTES = 8 * 2**20
 

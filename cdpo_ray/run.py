@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -34,11 +35,13 @@ from cdpo_ray.steps import (
     prompt_source,
     steps_of,
 )
-from cdpo_ray.store import CONFIG, RunFolder, differences, make_folder, place, read_untrusted, write_text
+from cdpo_ray.store import CONFIG, RunFolder, differences, flat, make_folder, place, read_untrusted, write_text
 from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"
+CONTENT_KEYS = (".sha256", "preferences.files")
+"""Ends of settings that hold the SHA-256 of files that other keys of their section name."""
 
 
 def read_prompts(config: Config) -> PromptSplit:
@@ -132,7 +135,7 @@ def run_steps(
             make_folder(run.path)
             context = Context(config, prompts, run, number, previous, progress, validation, on_stage)
             for step in steps:
-                _perform(step, context, start_ray=start_ray, allow_config_change=allow_config_change)
+                perform_step(step, context, start_ray=start_ray, allow_config_change=allow_config_change)
             if _made_by(config, run, previous):
                 _warn_of_edited_config(config, run)
                 plain = yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
@@ -274,13 +277,27 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
     return output_dir
 
 
-def _perform(step: Step, context: Context, *, start_ray: Callable[[], Gpu], allow_config_change: bool) -> None:
+def perform_step(
+    step: Step, context: Context, *, start_ray: Callable[[], Gpu], allow_config_change: bool = False
+) -> None:
+    """Do a step unless it is finished; what it reads is verified before.
+
+    Args:
+        start_ray: called before the step's work begins; returns the GPU to estimate costs for.
+        allow_config_change: as of `run_steps`.
+
+    Raises:
+        StoreError: the step was made otherwise, an input is damaged, or a file that the configuration names was
+            changed.
+    """
     run, settings = context.run, step.settings(context.config)
     inputs = step.fingerprints(context.config, run, context.previous)
     if run.is_complete(step.folder, settings, inputs, grows=step.grows):
         run.delete_leftovers(step.folder, step.scratch)
         log.info("%s: done already", step.verb)
         return
+    _refuse_changed_files(step, settings, context, allow_config_change=allow_config_change)
+    step.refuse_damaged_inputs(context.config, run, context.previous)
     context = replace(context, gpu=start_ray())
     log.info("%s ...", step.verb)
     started = time.monotonic()
@@ -300,10 +317,43 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], Gpu], allo
     ):
         output.details |= {PREDICTED: predicted} if predicted else {}
         step.perform(context, output_dir, output)
+        if changed := differences(settings, step.settings(context.config)):
+            raise StoreError(
+                f"{step.verb}: a file was changed after the step had begun to read it ({changed}); restore it and give"
+                f" the same command again, or delete {output_dir} to begin again"
+            )
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)
     log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)
     for warning in output.warnings:
         log.warning("%s: %s", step.verb, warning)
+
+
+def _refuse_changed_files(step: Step, settings: dict[str, Any], context: Context, *, allow_config_change: bool) -> None:
+    """Compare prompt files, models and other files that the configuration names with what was read of them before.
+
+    Raises:
+        StoreError: one was changed since this command, or an earlier step of the run, read it.
+    """
+    for side, sha256 in context.prompts.sha256.items():
+        if settings.get(f"prompts.{side}.sha256", sha256) != sha256:
+            raise StoreError(
+                f"`prompts.{side}.source` {getattr(context.config.prompts, side).source}: was changed after this"
+                " command had read it; give the same command again"
+            )
+    if allow_config_change:
+        return
+    for earlier in itertools.takewhile(lambda other: other != step, steps_of(context.config)):
+        if context.run.has(earlier.folder):
+            made, now = flat(context.run.manifest(earlier.folder)["settings"]), flat(earlier.settings(context.config))
+            changed = {key for key in made.keys() & now.keys() if made[key] != now[key]}
+            contents = {key for key in changed if key.endswith(CONTENT_KEYS)}
+            for key in sorted(contents):
+                section = f"{key.rpartition('.')[0]}."
+                if not any(other.startswith(section) for other in changed - contents):  # else another file was named
+                    raise StoreError(
+                        f"{context.run.path / earlier.folder} was made with `{key}` = {made[key]}, the file has"
+                        f" {now[key]}; restore it, or delete the folder to make it with the file as it is"
+                    )
 
 
 def _made_by(config: Config, run: RunFolder, previous: RunFolder | None) -> bool:

@@ -11,9 +11,9 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset
 
-from cdpo_ray.parts import PARTS, Part, join_parts, shards_of, write_part
+from cdpo_ray.parts import Part, join_parts, shards_of, write_part
 from cdpo_ray.progress import Progress
-from cdpo_ray.store import arrow_place, delete, make_folder
+from cdpo_ray.store import PARTS, arrow_place, make_folder
 
 MIN_SHARD_BYTES = 128 * 2**20
 
@@ -81,7 +81,7 @@ def write_parts(rows: Dataset | None, output_dir: Path, stem: str, progress: Pro
     written.set_name(stem)
     for row in written.iter_rows():
         progress.advance(row["num_rows"])
-        yield Part(path=parts_dir / f"{row['first']:012d}.parquet", **row)
+        yield Part(path=parts_dir / row.pop("name"), **row)
 
 
 def write_shards(
@@ -112,5 +112,4 @@ def write_shards(
         for parts in shards_of(heapq.merge(there, counted()), MIN_SHARD_BYTES)
     ]
     ray.get(joining)
-    delete(output_dir / PARTS)
     return made_with

@@ -7,7 +7,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cdpo_ray.parts import PARTS, Part, find_parts, join_parts, join_set_aside, read_set_aside, shards_of, write_part
+from cdpo_ray.errors import StoreError
+from cdpo_ray.parts import (
+    Part,
+    find_parts,
+    join_parts,
+    join_set_aside,
+    read_set_aside,
+    shards_of,
+    write_part,
+    write_set_aside,
+)
+from cdpo_ray.store import PARTS, write_table
 
 
 def rows(indices: Sequence[int]) -> pa.Table:
@@ -32,7 +43,7 @@ def test_a_part_is_told_in_a_row_and_does_not_keep_how_many_images_were_made_at_
     (told,) = write_part(made, parts_dir=parts_dir).to_pylist()
     (path,) = parts_dir.iterdir()
     size = path.stat().st_size
-    assert told == {"first": 4, "num_rows": 2, "num_bytes": size, "images_per_batch": 4}
+    assert told == {"name": path.name, "first": 4, "num_rows": 2, "num_bytes": size, "images_per_batch": 4}
     assert pq.read_table(path).equals(rows([4, 5]))
 
 
@@ -49,7 +60,7 @@ def test_fault_02_a_part_that_was_cut_off_is_deleted_and_not_counted(kept_bytes:
     (parts_dir / "000000000005.parquet.tmp").write_bytes(b"PAR1")
     found, held = find_parts(parts_dir.parent, "samples")
     assert [part.first for part in found] == [0, 4] and held == {0, 1, 4}
-    assert sorted(path.name for path in parts_dir.iterdir()) == ["000000000000.parquet", "000000000004.parquet"]
+    assert sorted(path.name[:12] for path in parts_dir.iterdir()) == ["000000000000", "000000000004"]
 
 
 def test_fault_02_parts_whose_shard_is_there_are_not_counted_twice(parts_dir: Path) -> None:
@@ -62,7 +73,7 @@ def test_fault_02_parts_whose_shard_is_there_are_not_counted_twice(parts_dir: Pa
     assert held == {0, 1, 2, 3} and not parts[1].exists()
 
 
-@pytest.mark.parametrize("broken_off_after", ["nothing", "the shard", "one part", "all"])
+@pytest.mark.parametrize("broken_off_after", ["nothing", "the shard's rename", "the shard", "one part", "all"])
 def test_a_join_done_again_after_it_was_broken_off_gives_the_same_shard(broken_off_after: str, parts_dir: Path) -> None:
     parts, shard = written(parts_dir, [0, 1], [2], [3, 4]), parts_dir.parent / "samples-000000000000.parquet"
     kept = {path: path.read_bytes() for path in parts}
@@ -70,10 +81,13 @@ def test_a_join_done_again_after_it_was_broken_off_gives_the_same_shard(broken_o
     whole = shard.read_bytes()
     if broken_off_after == "nothing":
         shard.unlink()
-    for path in {"nothing": parts, "the shard": parts, "one part": parts[1:], "all": []}[broken_off_after]:
+    if broken_off_after in ("nothing", "the shard's rename"):
+        (parts_dir / f"{shard.name}.sha256").unlink()
+    for path in {"one part": parts[1:], "all": []}.get(broken_off_after, parts):
         path.write_bytes(kept[path])
     join_parts(parts, shard)
-    assert shard.read_bytes() == whole and not list(parts_dir.iterdir())
+    assert shard.read_bytes() == whole and not list(parts_dir.glob("*.parquet"))
+    assert find_parts(parts_dir.parent, "samples")[1] == {0, 1, 2, 3, 4}
     assert pq.read_table(shard).equals(rows([0, 1, 2, 3, 4]))
 
 
@@ -83,6 +97,98 @@ def test_a_shard_does_not_depend_on_how_its_rows_were_parted(parts_dir: Path) ->
         join_parts(written(parts_dir, *groups), parts_dir.parent / f"{number}.parquet")
         made.append((parts_dir.parent / f"{number}.parquet").read_bytes())
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("groups", [([0, 1],), ([0], [1])])
+def test_a_shard_is_the_file_that_would_have_been_written_in_one_piece(
+    groups: tuple[list[int], ...], parts_dir: Path
+) -> None:
+    join_parts(written(parts_dir, *groups), parts_dir.parent / "samples-0.parquet")
+    write_table(rows([0, 1]), parts_dir.parent / "whole.parquet")
+    assert (parts_dir.parent / "samples-0.parquet").read_bytes() == (parts_dir.parent / "whole.parquet").read_bytes()
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damaged", ["a shard", "a shard of one part", "the SHA-256 of a shard", "a part"])
+def test_fault_51_a_bit_flipped_anywhere_in_a_file_of_an_interrupted_step_costs_its_rows_alone(
+    damaged: str, parts_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = parts_dir.parent
+    shards = [folder / f"samples-{first:012d}.parquet" for first in (0, 2)]
+    join_parts(written(parts_dir, [0], [1]), shards[0])
+    join_parts(written(parts_dir, [2]), shards[1])
+    (part,) = written(parts_dir, [3, 4])
+    path, lost = {
+        "a shard": (shards[0], {0, 1}),
+        "a shard of one part": (shards[1], {2}),
+        "the SHA-256 of a shard": (parts_dir / f"{shards[0].name}.sha256", {0, 1}),
+        "a part": (part, {3, 4}),
+    }[damaged]
+    whole = {file: file.read_bytes() for file in (*shards, part, *parts_dir.glob("*.sha256"))}
+    num_bits = 8 * len(whole[path])
+    for bit in range(0, num_bits, num_bits // 60):
+        flip(path, bit)
+        caplog.clear()
+        found, held = find_parts(folder, "samples")
+        assert held == {0, 1, 2, 3, 4} - lost == {index for one in found for index in indices(one.path)}
+        assert [record.message for record in caplog.records] == [
+            f"{folder}: 1 of 3 files of the interrupted attempt are not whole, the first"
+            f" {path.name.removesuffix('.sha256')}; what they held is made again"
+        ]
+        for file, content in whole.items():
+            file.write_bytes(content)
+    assert find_parts(folder, "samples")[1] == {0, 1, 2, 3, 4}
+
+
+def indices(path: Path) -> list[int]:
+    found: list[int] = pq.read_table(path)["prompt_index"].to_pylist()
+    return found
+
+
+def test_fault_51_parts_of_a_damaged_shard_that_are_still_there_are_used(parts_dir: Path) -> None:
+    parts, shard = written(parts_dir, [0, 1], [2]), parts_dir.parent / "samples-000000000000.parquet"
+    kept = {path: path.read_bytes() for path in parts}
+    join_parts(parts, shard)
+    for path, content in kept.items():
+        path.write_bytes(content)
+    flip(shard, 1000)
+    found, held = find_parts(parts_dir.parent, "samples")
+    assert held == {0, 1, 2} and not any(part.is_shard for part in found)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_fault_51_a_part_that_is_altered_before_it_is_joined_joins_no_shard(num_parts: int, parts_dir: Path) -> None:
+    parts = written(parts_dir, *([index] for index in range(num_parts)))
+    flip(parts[-1], 800)
+    shard = parts_dir.parent / "samples-000000000000.parquet"
+    with pytest.raises(StoreError, match=rf"{parts[-1].name}: was altered .*the same command makes its prompts again"):
+        join_parts(parts, shard)
+    assert not shard.exists()
+
+
+def test_fault_51_a_prompt_whose_quarantine_file_is_damaged_is_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for index in (3, 7):
+        write_set_aside(tmp_path, index, {"prompt_index": index, "reason": "broken"})
+    path = next((tmp_path / "set_aside").glob("*7-*"))
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flip(path, bit)
+        assert [entry["prompt_index"] for entry in read_set_aside(tmp_path)] == [3]
+        path.write_bytes(whole)
+    assert f"{path}: was altered (its SHA-256 differs); its prompt is tried again" in caplog.text
+
+
+def test_a_prompt_that_was_set_aside_twice_counts_once(tmp_path: Path) -> None:
+    for reason in ("one", "other"):
+        write_set_aside(tmp_path, 7, {"prompt_index": 7, "reason": reason})
+    assert len(read_set_aside(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

@@ -226,10 +226,9 @@ def test_generation_goes_on_with_the_parts_that_are_whole_and_makes_only_the_oth
     (shard,) = finished[1].step("1-samples").glob("*.parquet")
     rows = pq.read_table(shard)
     marked = rows.set_column(rows.column_names.index("num_tokens_cut"), "num_tokens_cut", pa.array([9] * 5, pa.int64()))
-    for row in (0, 3):
-        pq.write_table(marked.slice(row, 1), aside / "parts" / f"{row:012d}.parquet")
-    cut_off = aside / "parts" / "000000000001.parquet"
-    pq.write_table(marked.slice(1, 1), cut_off)
+    for row in (0, 1, 3):
+        write_part(marked.slice(row, 1), parts_dir=aside / "parts")
+    (cut_off,) = (aside / "parts").glob("000000000001-*")
     cut_off.write_bytes(cut_off.read_bytes()[:-9])
     (aside / "parts" / "000000000002.parquet.tmp").write_bytes(b"PAR1")
     run = run_steps(config, steps_until("generate"))

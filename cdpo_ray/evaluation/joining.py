@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cdpo_ray.parts import Part, shards_of
+from cdpo_ray.parts import Part, read_part, shards_of
 from cdpo_ray.records import PIXEL_COLUMNS
 from cdpo_ray.store import read_table, table_schema, write_tables
 
@@ -25,11 +25,14 @@ def join_comparison(parts: Sequence[Part], path: Path, *, row_group_bytes: int =
 
     Returns:
         The rows of all parts, one per prompt, without the image columns.
+
+    Raises:
+        StoreError: a part was altered since it was written.
     """
 
     def row_groups() -> Iterator[pa.Table]:
         for group in shards_of(parts, row_group_bytes):
-            yield row_per_image(pa.concat_tables(read_table(part.path) for part in group))
+            yield row_per_image(pa.concat_tables(read_part(part.path) for part in group))
 
     write_tables(row_groups(), path)
     names = [name for name in table_schema(parts[0].path).names if name not in PIXEL_COLUMNS.values()]

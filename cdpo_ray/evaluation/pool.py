@@ -15,10 +15,10 @@ from cdpo_ray.evaluation.metrics import measure
 from cdpo_ray.generation.generator import MakeScores, Sampling
 from cdpo_ray.generation.pool import prompt_rows
 from cdpo_ray.generation.set_aside import SetAside
-from cdpo_ray.parts import PARTS, find_parts, join_set_aside
+from cdpo_ray.parts import find_parts, join_set_aside
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import ARMS, CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
-from cdpo_ray.store import delete, shard_schema, write_json
+from cdpo_ray.store import shard_schema, write_json
 from cdpo_ray.streams import PoolSize, in_pool, read_rows, write_parts
 
 
@@ -94,7 +94,6 @@ def evaluate_adapter(
         metrics["labels"] = label_accuracy(valued, labelled.rewards, num_resamples=num_resamples, seed=seed)
     write_json(output_dir / "metrics.json", metrics)
     join_set_aside(output_dir)
-    delete(output_dir / PARTS)
     return metrics
 
 

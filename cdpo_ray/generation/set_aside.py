@@ -1,6 +1,5 @@
 """Prompts that raise inside the model are set aside with their reason, until there are too many."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +8,7 @@ import torch
 
 from cdpo_ray.errors import CdpoError, GenerationError, ModelError
 from cdpo_ray.generation.memory import is_out_of_memory
-from cdpo_ray.parts import SET_ASIDE, read_set_aside
-from cdpo_ray.store import make_folder, write_text
+from cdpo_ray.parts import read_set_aside, write_set_aside
 
 
 class SetAside:
@@ -70,9 +68,7 @@ class SetAside:
 
     def _put(self, row: pa.Table, reason: str) -> None:
         (entry,) = row.select(["prompt_index", "prompt"]).to_pylist()
-        path = self.output_dir / SET_ASIDE / f"{entry['prompt_index']:012d}.jsonl"
-        make_folder(path.parent)
-        write_text(path, f"{json.dumps(entry | {'reason': reason})}\n")
+        write_set_aside(self.output_dir, entry["prompt_index"], entry | {"reason": reason})
         self.refuse_too_many()
 
 

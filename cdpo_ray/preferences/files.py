@@ -4,8 +4,8 @@ Importable without torch and ray; images are not opened here.
 """
 
 import glob
-import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,10 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cdpo_ray.errors import PreferenceError
+from cdpo_ray.store import content_sha256
 
 ROWS_PER_BLOCK = 256  # read by one task
 ROWS_AT_ONCE = 16  # of Parquet, whose rows hold images
 FAULTS_SHOWN = 20
+MAX_PATH = 4096
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 RANK = re.compile(r"^(\d+)")
 
@@ -208,12 +210,49 @@ def files_of(source: Source) -> list[Path]:
 
 
 def fingerprint(source: Source) -> str:
-    """SHA-256 of names and sizes of all files: what a finished import is compared with; images are not read."""
-    digest = hashlib.sha256()
-    for path in files_of(source):
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            digest.update(f"{file.relative_to(path.parent)}\0{file.stat().st_size}\0".encode())
-    return digest.hexdigest()
+    """SHA-256 of all files, and of the images that they name: what a finished import is compared with.
+
+    Names count from the folder that all files lie in, so that a set may be moved.
+
+    Raises:
+        PreferenceError: as `scan`.
+        StoreError: a file was changed while it was read.
+    """
+    paths, files = [path.absolute() for path in files_of(source)], dict[str, Path]()
+    root = os.path.commonpath([path.parent for path in paths])
+    for path in paths:
+        name = str(path.relative_to(root))
+        if path.is_dir():
+            files |= {f"{name}/{file.name}": file for file in sorted(path.iterdir())}
+        else:
+            named = sorted({image for chunk in _chunks(path, source) for image in _named_images(chunk, source)})
+            files |= {name: path} | {f"{name}: {image}": path.parent / image for image in named}
+    return content_sha256(files, where=f"`preferences.path` {source.path}")
+
+
+def _named_images(chunk: Chunk, source: Source) -> Iterator[str]:
+    """Paths of images as a file of rows gives them; images that it holds itself are not read."""
+    columns = FORMATS[source.format]
+    assert columns is not None, "a ranked folder holds its images"
+    names = [source.column(name) for name in columns.images]
+    if Path(chunk.path).suffix == ".parquet":
+        with _open_parquet(Path(chunk.path), source) as file:
+            wanted = [leaf for name in names if (leaf := _path_leaf(file.schema_arrow.field(name)))]
+            rows = file.read_row_group(chunk.start, columns=wanted).to_pylist() if wanted else []
+    else:
+        rows = [values for _, values in _values(chunk, source, images=True) if isinstance(values, dict)]
+    for row in rows:
+        for value in (row.get(name) for name in names):
+            image = value.get("path") if isinstance(value, Mapping) else value
+            if isinstance(image, str) and len(image) <= MAX_PATH:  # a longer one is the image itself
+                yield image
+
+
+def _path_leaf(field: pa.Field) -> str | None:
+    """The column of Parquet that holds the paths of a column of images; ``None``: it holds bytes alone."""
+    if pa.types.is_struct(field.type):
+        return f"{field.name}.path" if field.type.get_field_index("path") >= 0 else None
+    return None if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type) else str(field.name)
 
 
 def read_rows(chunk: Chunk, source: Source) -> Iterator[Row | Fault]:

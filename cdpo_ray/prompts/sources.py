@@ -49,6 +49,7 @@ class PromptSplit:
         num_read: prompts that the sources hold, doubled and empty ones too.
         num_doubled: left out because the very same prompt came earlier.
         num_empty: left out because they hold nothing but white space.
+        sha256: by side, of the file that was read; nothing of sources that are built in or pinned.
     """
 
     train: list[str]
@@ -57,6 +58,7 @@ class PromptSplit:
     num_doubled: int = 0
     num_empty: int = 0
     validation: list[str] = field(default_factory=list)
+    sha256: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def num_beyond_count(self) -> int:
@@ -73,6 +75,7 @@ class PromptList:
     num_read: int
     num_doubled: int = 0
     num_empty: int = 0
+    sha256: str | None = field(default=None, compare=False)
 
 
 def split_prompts(
@@ -92,13 +95,13 @@ def split_prompts(
         found, train_count = read_prompts(train, "train", seed), train.count
     else:
         found, train_count = _without_doubles(train), None
-    lists, sides, taken, start = [found], {"train": found.prompts}, set[str](), 0.0
+    lists, sides, taken, start = {"train": found}, {"train": found.prompts}, set[str](), 0.0
     for side, source in {"heldout": heldout, "validation": validation}.items():
         if source is None:
             continue
         if source.fraction is None:
-            lists.append(read_prompts(source, side, seed, apart_from=sides.get("heldout", ())))
-            sides[side] = lists[-1].prompts
+            lists[side] = read_prompts(source, side, seed, apart_from=sides.get("heldout", ()))
+            sides[side] = lists[side].prompts
         else:
             end = start + source.fraction
             share = [prompt for prompt in found.prompts if start <= _place(prompt) < end]
@@ -120,10 +123,11 @@ def split_prompts(
     return PromptSplit(
         sides["train"],
         sides["heldout"],
-        sum(each.num_read for each in lists),
-        sum(each.num_doubled for each in lists),
-        sum(each.num_empty for each in lists),
+        sum(each.num_read for each in lists.values()),
+        sum(each.num_doubled for each in lists.values()),
+        sum(each.num_empty for each in lists.values()),
         sides.get("validation", []),
+        {side: each.sha256 for side, each in lists.items() if each.sha256},
     )
 
 
@@ -170,12 +174,13 @@ def read_prompts(source: Source, side: str, seed: int, apart_from: Sequence[str]
             raise PromptError(f"`prompts.{side}.source` scenes: {error}") from None
         return PromptList(scenes, len(scenes))
     built_in = PROMPT_SETS.get(source.source)
-    prompts = [prompt.strip() for prompt in (built_in() if built_in else _read_file(source, side))]
+    given, sha256 = (built_in(), None) if built_in else _read_file(source, side)
+    prompts = [prompt.strip() for prompt in given]
     found = _without_doubles([prompt for prompt in prompts if prompt])
     if not found.prompts:
         raise PromptError(f"`prompts.{side}.source` {source.source}: has no prompts; write one prompt a line")
     return PromptList(
-        found.prompts[: source.count], len(prompts), found.num_doubled, num_empty=len(prompts) - found.num_read
+        found.prompts[: source.count], len(prompts), found.num_doubled, len(prompts) - found.num_read, sha256
     )
 
 
@@ -184,15 +189,23 @@ def _without_doubles(prompts: Sequence[str]) -> PromptList:
     return PromptList(distinct, len(prompts), len(prompts) - len(distinct))
 
 
-def content_sha256(source: Source) -> str | None:
-    """Of a file here, to tell whether it has changed since; none where the name, or the revision, says it already."""
+def content_sha256(source: Source, side: str) -> str | None:
+    """SHA-256 of a local file; ``None`` where the name, or the revision, identifies the content.
+
+    Raises:
+        PromptError: the file cannot be read.
+    """
     if source.source is None or source.source in BUILT_IN or source.file is not None:
         return None
-    with Path(source.source).open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    try:
+        with Path(source.source).open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise _cannot_be_read(side, Path(source.source), error) from None
 
 
-def _read_file(source: Source, side: str) -> list[str]:
+def _read_file(source: Source, side: str) -> tuple[list[str], str | None]:
+    """Prompts as they are written, and `content_sha256`."""
     key, name = f"prompts.{side}.source", str(source.source)
     path = Path(name)
     if source.file is not None:
@@ -200,13 +213,21 @@ def _read_file(source: Source, side: str) -> list[str]:
             path = Path(hf_hub_download(name, source.file, repo_type="dataset", revision=source.revision))
         except FETCH_ERRORS as error:
             raise PromptError(how_to_stage(name, source.file, source.revision, error, key=key, dataset=True)) from None
+    sha256 = content_sha256(source, side)
     try:
-        return read_file(path, source.column)
+        prompts = read_file(path, source.column)
     except OSError as error:
-        raise PromptError(
-            f"`{key}` {path}: {error.strerror}; give a file of prompts, one of {', '.join(BUILT_IN)}, or a hub data set"
-            " with its `file` and `revision`"
-        ) from None
+        raise _cannot_be_read(side, path, error) from None
+    if content_sha256(source, side) != sha256:
+        raise PromptError(f"`{key}` {path}: was changed while it was read; give the same command again")
+    return prompts, sha256
+
+
+def _cannot_be_read(side: str, path: Path, error: OSError) -> PromptError:
+    return PromptError(
+        f"`prompts.{side}.source` {path}: {error.strerror}; give a file of prompts, one of {', '.join(BUILT_IN)}, or a"
+        " hub data set with its `file` and `revision`"
+    )
 
 
 def _refuse_shared(sides: Mapping[str, list[str]]) -> None:

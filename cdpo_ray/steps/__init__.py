@@ -7,13 +7,15 @@ neither torch nor ray.
 import functools
 
 from cdpo_ray.config import Config, Pool
-from cdpo_ray.preferences.files import fingerprint
 from cdpo_ray.records import COMMITS_DIR, EVALUATION, HELDOUT, SAMPLES, SCORES, STAGES, TRAINING, VALIDATION
 from cdpo_ray.resources import Demand
 from cdpo_ray.steps.arguments import (
+    judge_settings,
     model_arguments,
+    model_sha256,
     preference_frame,
     preference_source,
+    preferences_sha256,
     prompt_source,
     prompts_sha256,
     sections_of,
@@ -53,8 +55,9 @@ IMPORT = Step(
     SAMPLES,
     lambda config: (
         sections_of(config, "model", "preferences")
+        | model_sha256(config)
+        | preferences_sha256(config)
         | {
-            "preferences.files": fingerprint(preference_source(config)),
             "generation": config.generation.model_dump(include={"height", "width", "keep_images"}),
         }
     ),
@@ -102,7 +105,12 @@ STEPS = (
     Step(
         "train",
         TRAINING,
-        lambda config: sections_of(config, "model") | {"training": config.training.outcome} | seed_setting(config),
+        lambda config: (
+            sections_of(config, "model")
+            | model_sha256(config)
+            | {"training": config.training.outcome}
+            | seed_setting(config)
+        ),
         (SAMPLES, SCORES, STAGES),
         train,
         resumable=True,
@@ -114,12 +122,13 @@ STEPS = (
         EVALUATION,
         lambda config: (
             sections_of(config, "model")
+            | model_sha256(config)
             | {"prompts": config.prompts.model_dump(mode="json", exclude={"validation"})}
             | {"generation": config.generation.outcome}
             | {"evaluation": config.plain()["evaluation"] | {"judges": list(config.evaluation_judges)}}
             | seed_setting(config)
-            | {f"rewards.{name}": options for name, options in config.evaluation_judges.items()}
-            | {"prompts.heldout.sha256": prompts_sha256(config.prompts.heldout)}
+            | judge_settings(config)
+            | prompts_sha256(config, "heldout")
         ),
         (TRAINING,),
         evaluate,

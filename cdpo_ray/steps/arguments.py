@@ -1,13 +1,23 @@
 """Config -> arguments that several steps share, and what of the config their outcome depends on."""
 
+import importlib.machinery
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 from cdpo_ray.config import Config, Pool, PromptSource
+from cdpo_ray.config.rewards import OWN_REWARD
 from cdpo_ray.errors import ConfigError
-from cdpo_ray.preferences.files import Source
+from cdpo_ray.preferences.files import Source, fingerprint
 from cdpo_ray.prompts import sources
 from cdpo_ray.records import LABEL, score_file
-from cdpo_ray.store import StepOutput
+from cdpo_ray.store import StepOutput, content_sha256
+
+MODEL_ENDINGS = (".json", ".txt", ".jinja", ".model", ".safetensors")
+"""Files of a model's folder that are loaded; pickles and code never are."""
+REWARD_WEIGHTS = ("checkpoint", "processor", "vocabulary", "captioner", "sentence_encoder")
+"""Options of rewards that name a file, a folder or a hub id."""
 
 
 def prompt_source(section: PromptSource) -> sources.Source:
@@ -105,8 +115,104 @@ def seed_setting(config: Config) -> dict[str, Any]:
     return {"run.seed": config.run.seed}
 
 
-def prompts_sha256(section: PromptSource | None) -> str | None:
-    return sources.content_sha256(prompt_source(section)) if section else None
+def prompts_sha256(config: Config, side: str) -> dict[str, str | None]:
+    """SHA-256 of the file that the prompts of a side come from, as a setting.
+
+    A share of the training prompts comes from what those come from.
+
+    Raises:
+        PromptError: the file cannot be read.
+    """
+    section: PromptSource | None = getattr(config.prompts, side)
+    found = {f"prompts.{side}.sha256": sources.content_sha256(prompt_source(section), side) if section else None}
+    if section and section.fraction is not None:
+        shared = preferences_sha256(config) if config.preferences else prompts_sha256(config, "train")
+        found |= {key: sha256 for key, sha256 in shared.items() if sha256}
+    return found
+
+
+def preferences_sha256(config: Config) -> dict[str, str]:
+    """SHA-256 of the preference files and of the images that they name, as a setting."""
+    return {"preferences.files": fingerprint(preference_source(config))}
+
+
+def model_sha256(config: Config) -> dict[str, str]:
+    """SHA-256 of the model's local folders, as settings; a hub id is identified by its revision.
+
+    Raises:
+        StoreError: a file was changed while it was read.
+    """
+    teacher = config.model.teacher
+    places = {"model": config.model.path} | ({"model.teacher": teacher.path} if teacher else {})
+    found = {f"{key}.sha256": _weights_sha256(where, key=f"{key}.path") for key, where in places.items()}
+    return {key: sha256 for key, sha256 in found.items() if sha256}
+
+
+def reward_sha256(config: Config, name: str) -> dict[str, str]:
+    """SHA-256 of the local files that a reward consists of, by option; of an own reward, of its module or package.
+
+    Weights that the configuration pins by a SHA-256 of their own are left out, and so is a module that is not found:
+    the reward will say so.
+
+    Raises:
+        StoreError: a file was changed while it was read.
+    """
+    if OWN_REWARD.match(name):
+        module = name.partition(":")[0].partition(".")[0]
+        files = _module_files(module)
+        return {"sha256": content_sha256(files, where=f"reward `{name}`")} if files else {}
+    options = config.rewards.options(name)
+    pinned = ("checkpoint",) if options.get("sha256") else ()
+    found = {
+        f"{key}.sha256": _weights_sha256(options[key], key=f"rewards.{name}.{key}")
+        for key in REWARD_WEIGHTS
+        if key in options and key not in pinned
+    }
+    return {key: sha256 for key, sha256 in found.items() if sha256}
+
+
+def judged_with(config: Config, name: str) -> dict[str, Any]:
+    """What a reward's scores depend on beside the images: its options, and the SHA-256 of its files."""
+    return config.rewards.options(name) | reward_sha256(config, name)
+
+
+def judge_settings(config: Config) -> dict[str, Any]:
+    """Settings of the evaluation's judges: of each the arguments of its class, and apart from them its SHA-256."""
+    judges = config.evaluation_judges
+    contents = {
+        f"rewards.{name}.{key}": sha256 for name in judges for key, sha256 in reward_sha256(config, name).items()
+    }
+    return {f"rewards.{name}": options for name, options in judges.items()} | contents
+
+
+def _weights_sha256(where: str | None, *, key: str) -> str | None:
+    """SHA-256 of a local model; ``None``: it is not given, ships with the package, or is a hub id."""
+    if where is None or where == "embedded":
+        return None
+    path = Path(where)
+    if path.is_file():
+        files = {path.name: path}
+    elif path.is_dir():
+        within = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
+        files = {
+            name: file
+            for name, file in within.items()
+            if file.suffix in MODEL_ENDINGS and not any(part.startswith(".") for part in Path(name).parts)
+        }
+    else:
+        return None
+    return content_sha256(files, where=f"`{key}` {path}")
+
+
+def _module_files(module: str) -> dict[str, Path]:
+    """The file of a module, or all modules of a package; nothing is imported."""
+    spec = importlib.machinery.PathFinder.find_spec(module, [*sys.path, os.getcwd()])
+    if spec is None:
+        return {}
+    if spec.submodule_search_locations is None:
+        return {module: Path(spec.origin)} if spec.origin else {}
+    folders = map(Path, spec.submodule_search_locations)
+    return {str(file.relative_to(folder)): file for folder in folders for file in sorted(folder.rglob("*.py"))}
 
 
 def warn_of_set_aside(output: StepOutput) -> None:

@@ -19,6 +19,12 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
 
     config = context.config
     judges = config.evaluation_judges
+    labelled = None
+    if config.preferences and (fraction := config.prompts.heldout.fraction):
+        context.run.refuse_damage(SAMPLES, once=True)
+        labelled = LabelledSamples(
+            context.run.step(SAMPLES), fraction, tuple(config.rewards.judges), config.generation.images_per_batch
+        )
     metrics = evaluate_adapter(
         context.prompts.heldout,
         output_dir,
@@ -35,14 +41,7 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         seed=config.run.seed,
         max_bad_fraction=config.generation.max_bad_fraction,
         progress=context.progress,
-        labelled=LabelledSamples(
-            context.run.step(SAMPLES),
-            fraction,
-            tuple(config.rewards.judges),
-            config.generation.images_per_batch,
-        )
-        if config.preferences and (fraction := config.prompts.heldout.fraction)
-        else None,
+        labelled=labelled,
     )
     for judge, found in metrics["judges"].items():
         base, tuned, difference = found["base"], found["tuned"], found["difference"]

@@ -9,7 +9,10 @@ from cdpo_ray.config import Config
 from cdpo_ray.errors import PreferenceError, StoreError, printable
 from cdpo_ray.records import LABEL, PREFERENCE, SAMPLES, VALIDATION
 from cdpo_ray.steps.arguments import (
+    judge_settings,
+    judged_with,
     model_arguments,
+    model_sha256,
     pool_size,
     preference_frame,
     preference_source,
@@ -48,7 +51,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.rewards.scorer import Scorer
 
     config = context.config
-    rewards, judges = {name: config.rewards.options(name) for name in config.rewards.names}, config.rewards.judges
+    rewards, judges = {name: judged_with(config, name) for name in config.rewards.names}, config.rewards.judges
     sampling = sampling_of(config, config.generation.images_per_prompt, context.seed)
     sampling = replace(sampling, max_masked_fraction=config.rewards.max_masked_fraction)
     if sizes := sizes_of(config.model.family, config.model.path, sampling.height, sampling.width):
@@ -143,7 +146,7 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
         "images_cut": int(made["num_images_cut"].to_numpy().sum()),
         "prompts_cut": int((made["num_tokens_cut"].to_numpy() > 0).sum()),
     }
-    output.details["rewards"] = {name: config.rewards.options(name) for name in (PREFERENCE, LABEL, *judges)}
+    output.details["rewards"] = {name: judged_with(config, name) for name in (PREFERENCE, LABEL, *judges)}
     if set_aside:
         output.warnings.append(f"{len(set_aside)} images cannot be used; set_aside.jsonl says which and why")
     if output.counts["prompts_cut"]:
@@ -193,11 +196,12 @@ def sampling_to_compare(config: Config, side: str) -> Any:
 def sample_settings(config: Config) -> dict[str, Any]:
     return (
         sections_of(config, "model")
+        | model_sha256(config)
         | {"generation": config.generation.outcome}
         | seed_setting(config)
+        | prompts_sha256(config, "train")
         | {
             "prompts.train": config.prompts.train.model_dump() if config.prompts.train else None,
-            "prompts.train.sha256": prompts_sha256(config.prompts.train),
             "prompts.heldout.fraction": config.prompts.heldout.fraction,
             "prompts.validation.fraction": config.prompts.validation.fraction if config.prompts.validation else None,
             "rewards.perturbation.max_masked_fraction": config.rewards.max_masked_fraction,
@@ -209,12 +213,14 @@ def settings_to_compare(config: Config, *, side: str) -> dict[str, Any]:
     source = getattr(config.prompts, side)
     return (
         sections_of(config, "model")
+        | model_sha256(config)
         | {"generation": config.generation.outcome}
         | seed_setting(config)
-        | {f"prompts.{side}": source.model_dump(), f"prompts.{side}.sha256": prompts_sha256(source)}
+        | {f"prompts.{side}": source.model_dump()}
+        | prompts_sha256(config, side)
         | {"prompts.train": config.prompts.train and config.prompts.train.model_dump()}
         | {"images_per_prompt": sampling_to_compare(config, side).images_per_prompt}
-        | {f"rewards.{name}": options for name, options in config.evaluation_judges.items()}
+        | judge_settings(config)
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from cdpo_ray.config import JUDGE_NO_IMAGE, Config
 from cdpo_ray.prompts.sources import held_out
 from cdpo_ray.records import LABEL, PREFERENCE, SAMPLES, SCORES, score_column, score_file
-from cdpo_ray.steps.arguments import model_arguments, pool_size
+from cdpo_ray.steps.arguments import judged_with, model_arguments, pool_size
 from cdpo_ray.steps.step import Context
 from cdpo_ray.store import (
     RunFolder,
@@ -39,7 +39,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
         if there.get(part) == settings[part]:
             make_folder(path.parent)
             link(path_within(other_dir, score_file(reward, second=second)).resolve(), path)
-        elif with_images.get(reward) == rewards.options(reward) and (reward in JUDGE_NO_IMAGE or not second):
+        elif with_images.get(reward) == judged_with(config, reward) and (reward in JUDGE_NO_IMAGE or not second):
             rows = read_shards(samples_dir, ["prompt_index", "prompt_id", "prompt", score_column(reward)])
             rows = rows.sort_by("prompt_index")
             if reward == LABEL:
@@ -78,7 +78,7 @@ def score_settings(config: Config) -> dict[str, Any]:
     """What each file of the step was made with: a reward's scores, and its second scores."""
     rewards = config.rewards
     settings = {
-        part: rewards.noise_prompts if second else rewards.options(reward)
+        part: rewards.noise_prompts if second else judged_with(config, reward)
         for part, (reward, second) in _score_parts(config).items()
     }
     if config.preferences:

@@ -134,3 +134,14 @@ class Step:
         if previous and self.continues:
             found["the round before"] = previous.fingerprint(TRAINING)
         return found
+
+    def refuse_damaged_inputs(self, config: Config, run: RunFolder, previous: RunFolder | None = None) -> None:
+        """Read the files that `fingerprints` tells, but for those that this process has written or verified.
+
+        Raises:
+            StoreError: a file is missing, altered or added.
+        """
+        for folder in self.inputs:
+            run.refuse_damage(folder, ranking_files(config) if folder == SCORES else None, once=True)
+        if previous and self.continues:
+            previous.refuse_damage(TRAINING, once=True)

@@ -1,8 +1,9 @@
 """Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
 
-from cdpo_ray.store.copies import copy, copy_tree, delete, describe, link, local_copy, move, refuse_full_disk
+from cdpo_ray.store.contents import content_sha256
+from cdpo_ray.store.copies import copy, copy_tree, damage, delete, describe, link, local_copy, move, refuse_full_disk
 from cdpo_ray.store.failures import storage_errors_within
-from cdpo_ray.store.folder import HOW_TO_MEND, RunFolder, StepOutput, differences
+from cdpo_ray.store.folder import HOW_TO_MEND, PARTS, RunFolder, StepOutput, differences
 from cdpo_ray.store.manifests import CONFIG, FILES_MANIFEST, fingerprint_of, flat
 from cdpo_ray.store.places import (
     MANIFEST,
@@ -12,7 +13,9 @@ from cdpo_ray.store.places import (
     make_folder,
     new_file,
     place,
+    read_bytes,
     read_json,
+    write_bytes,
     write_json,
     write_text,
 )
@@ -22,6 +25,7 @@ from cdpo_ray.store.tables import (
     read_shards,
     read_table,
     shard_schema,
+    table_bytes,
     table_schema,
     write_table,
     write_tables,
@@ -33,12 +37,15 @@ __all__ = [
     "FILES_MANIFEST",
     "HOW_TO_MEND",
     "MANIFEST",
+    "PARTS",
     "RunFolder",
     "StepOutput",
     "arrow_place",
+    "content_sha256",
     "copy",
     "copy_tree",
     "count_rows",
+    "damage",
     "delete",
     "describe",
     "differences",
@@ -54,6 +61,7 @@ __all__ = [
     "new_file",
     "path_within",
     "place",
+    "read_bytes",
     "read_json",
     "read_shards",
     "read_table",
@@ -61,8 +69,10 @@ __all__ = [
     "refuse_full_disk",
     "shard_schema",
     "storage_errors_within",
+    "table_bytes",
     "table_schema",
     "validate_untrusted",
+    "write_bytes",
     "write_json",
     "write_table",
     "write_tables",

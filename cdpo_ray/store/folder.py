@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from cdpo_ray.config.reading import parse_yaml
 from cdpo_ray.errors import StoreError
 from cdpo_ray.records import STEP_FOLDERS
-from cdpo_ray.store.copies import delete, describe, move, settled
+from cdpo_ray.store.copies import damage, delete, move, settled
 from cdpo_ray.store.failures import storage_errors, storage_errors_within
 from cdpo_ray.store.lock import LOCK, file_lock, renewed_lock
 from cdpo_ray.store.manifests import (
@@ -35,6 +35,9 @@ from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make
 from cdpo_ray.store.untrusted import bytes_of, damage_sentence, path_within, read_untrusted, refuse_links_out
 
 log = logging.getLogger(__name__)
+PARTS = "parts"
+"""Folder beside unfinished work from which `cdpo_ray.parts` resumes."""
+FAULTS_SHOWN = 5
 HOW_TO_MEND = "delete the folder, restore the value, or choose another `run.name`"
 VERSIONS_KEPT = (
     "cdpo_ray",
@@ -68,6 +71,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._verified: dict[str, str] = {}  # folder -> fingerprint of the files that this process wrote or verified
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -148,25 +152,40 @@ class RunFolder:
             if manifest["inputs"].get(name) != fingerprint:
                 raise StoreError(f"{path} was made from another {name}; delete {path} to make it anew")
 
-    def refuse_damage(self, folder: str, *, read_up_to: float = math.inf) -> None:
-        """Compare every file of a finished step with the manifest.
+    def refuse_damage(
+        self, folder: str, files: Sequence[str] | None = None, *, once: bool = False, read_up_to: float = math.inf
+    ) -> None:
+        """Read the files of a finished step and compare them with its manifest.
 
         Args:
-            read_up_to: bytes; larger files are not read, only their size is compared.
+            files: of the manifest, those to read; ``None``: all. Then a table that the manifest does not name is a
+                fault too, for steps read every table of a folder.
+            once: do nothing if this object wrote or verified the whole step before.
+            read_up_to: bytes; of larger files only the size is compared.
 
         Raises:
-            StoreError: the step has not been done, or a file is missing or altered.
+            StoreError: the step has not been done, or a file is missing, altered or added.
         """
-        path = self.path / folder
-        for name, expected in self.manifest(folder)["files"].items():
-            file = path_within(path, name)
-            if not exists(file) or (is_local(file) and not file.is_file()):
-                raise StoreError(f"{file}: is missing; delete {path} to make it anew")
-            size = file.stat().st_size
-            if size != expected["bytes"]:
-                raise StoreError(f"{file}: was altered (its size differs); delete {path} to make it anew")
-            if size <= read_up_to and describe(file) != expected:
-                raise StoreError(f"{file}: was altered (its SHA-256 differs); delete {path} to make it anew")
+        path, manifest = self.path / folder, self.manifest(folder)
+        if once and self._verified.get(folder) == manifest["fingerprint"]:
+            return
+        expected = manifest["files"]
+        named = {path_within(path, name): expected[name] for name in files or expected}
+        read = {file: entry["sha256"] for file, entry in named.items() if entry["bytes"] <= read_up_to}
+        faults = damage(read, folder=path)
+        faults |= {
+            file: fault
+            for file, entry in named.items()
+            if file not in read and (fault := _size_fault(file, entry["bytes"]))
+        }
+        if files is None:
+            faults |= dict.fromkeys(self._added_tables(folder, expected), "is not in the manifest")
+        if faults:
+            shown = [f"{file}: {fault}" for file, fault in faults.items()]
+            more = f"; and {len(shown) - FAULTS_SHOWN} more" if len(shown) > FAULTS_SHOWN else ""
+            raise StoreError(f"{'; '.join(shown[:FAULTS_SHOWN])}{more}; delete {path} to make it anew")
+        if files is None and len(read) == len(named):
+            self._verified[folder] = manifest["fingerprint"]
 
     def config(self) -> dict[str, Any]:
         """What `config.yaml` says, as plain values; checked against what the finished steps were made with.
@@ -187,6 +206,15 @@ class RunFolder:
             if self.has(folder) and (edited := contradictions(values, self.manifest(folder)["settings"])):
                 raise StoreError(f"{path}: is not the configuration that {folder} was made with: {edited}; {remedy}")
         return values
+
+    def _added_tables(self, folder: str, expected: Mapping[str, Any]) -> list[Path]:
+        if exists(self.path / f"{folder}.partial"):  # files that are being added, whose manifest is still to come
+            return []
+        return [
+            path
+            for name, path in files_within(self.path / folder).items()
+            if name.endswith(".parquet") and name not in expected and not name.startswith(f"{PARTS}/")
+        ]
 
     def fingerprint(self, folder: str, files: Sequence[str] | None = None) -> str:
         """What tells a finished step's files, or some of them, from others of the same names.
@@ -274,6 +302,7 @@ class RunFolder:
             if aside != place:
                 with storage_errors(place):
                     aside.rename(place)
+            self._verified[folder] = manifest["fingerprint"]
         self.delete_leftovers(folder, scratch)
 
     def delete_leftovers(self, folder: str, scratch: Sequence[str]) -> None:
@@ -286,7 +315,7 @@ class RunFolder:
         """
         try:
             if exists(self.path / folder / SETTINGS):
-                for name in (*scratch, SETTINGS):  # the settings last: they tell that there may be more
+                for name in (*scratch, PARTS, SETTINGS):  # the settings last: they tell that there may be more
                     delete(self.path / folder / name)
         except StoreError as error:
             log.warning("%s; the step is complete, only leftovers remain", error)
@@ -303,12 +332,19 @@ class RunFolder:
         whole["counts"] = {name: counts.get(name, 0) + more.get(name, 0) for name in counts | more}
         whole["seconds"] = finished["seconds"] + added["seconds"]
         write_json(self.path / folder / MANIFEST, whole)
+        self._verified.pop(folder, None)
         delete(aside)
+
+
+def _size_fault(file: Path, num_bytes: int) -> str | None:
+    if not exists(file):
+        return "is missing"
+    return None if file.stat().st_size == num_bytes else "was altered (its size differs)"
 
 
 def _products(aside: Path, scratch: Sequence[str]) -> dict[str, Path]:
     """What the step made, once what a broken-off write left is gone."""
-    others = {SETTINGS, MANIFEST, *scratch}
+    others = {SETTINGS, MANIFEST, PARTS, *scratch}
     found = {name: path for name, path in files_within(aside).items() if name.partition("/")[0] not in others}
     for name in [name for name in found if name.endswith(".tmp")]:
         delete(found.pop(name))

@@ -129,8 +129,13 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; raises StoreError."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; raises StoreError."""
     with new_file(path) as handle:
-        handle.write(text.encode())
+        handle.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,5 +1,6 @@
 """Parquet files, wherever they lie."""
 
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +45,13 @@ def _write_tables(tables: Iterable[pa.Table], handle: BinaryIO) -> None:
         for table in tables:
             writer.write_table(table)
             del table  # before the next is made
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """Content of the Parquet file that `write_table` writes; equal tables give equal bytes."""
+    buffer = io.BytesIO()
+    _write_tables([table], buffer)
+    return buffer.getvalue()
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, filters: Any = None) -> pa.Table:

@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cdpo_ray.errors import StoreError
 from cdpo_ray.evaluation.joining import join_comparison
-from cdpo_ray.parts import PARTS, Part, find_parts, write_part
+from cdpo_ray.parts import Part, find_parts, write_part
+from cdpo_ray.store import PARTS
 
 NUM_IMAGES, PROMPTS_PER_PART = 3, 2
 IMAGE_BYTES = 100_000
@@ -70,7 +72,7 @@ def test_a_part_that_cannot_be_read_leaves_the_earlier_file_whole(tmp_path: Path
     join_comparison(parts, path)
     before = path.read_bytes()
     parts[1].path.write_bytes(b"cut off")
-    with pytest.raises(pa.ArrowInvalid):
+    with pytest.raises(StoreError, match=rf"{parts[1].path.name}: was altered"):
         join_comparison(parts, path, row_group_bytes=1)
     assert path.read_bytes() == before
 

@@ -1,6 +1,8 @@
 """Preference files: every format gives the same rows; what cannot be read is named by file and row."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,95 @@ def test_the_fingerprint_follows_names_and_sizes(tmp_path: Path) -> None:
     second = fingerprint(source)
     write_jsonl(["{ }"], tmp_path / "b.jsonl")
     assert len({first, second, fingerprint(source)}) == 3
+
+
+def test_the_fingerprint_tells_files_of_the_same_name_apart_and_a_set_that_was_moved_is_the_same(
+    tmp_path: Path,
+) -> None:
+    for place, rows in (("a", ["{}"]), ("b", ["[]"])):
+        (tmp_path / "set" / place).mkdir(parents=True)
+        write_jsonl(rows, tmp_path / "set" / place / "train.jsonl")
+    before = fingerprint(Source(str(tmp_path / "set" / "*" / "train.jsonl"), "pairs"))
+    (tmp_path / "set").rename(tmp_path / "moved")
+    source = Source(str(tmp_path / "moved" / "*" / "train.jsonl"), "pairs")
+    assert fingerprint(source) == before
+    write_jsonl(["()"], tmp_path / "moved" / "a" / "train.jsonl")
+    assert fingerprint(source) != before
+
+
+def jsonl_of_paths(folder: Path) -> tuple[Source, Path]:
+    return Source(str(write_jsonl(pair_rows(2, folder), folder / "pairs.jsonl")), "pairs"), folder / "1-wrong.png"
+
+
+def jsonl_of_structs(folder: Path) -> tuple[Source, Path]:
+    rows = [row | {name: {"path": row[name]} for name in ("chosen", "rejected")} for row in pair_rows(2, folder)]
+    return Source(str(write_jsonl(rows, folder / "pairs.jsonl")), "pairs"), folder / "0-right.png"
+
+
+def parquet_of_paths(folder: Path) -> tuple[Source, Path]:
+    return Source(str(write_parquet(pair_rows(2, folder), folder / "a.parquet")), "pairs"), folder / "1-right.png"
+
+
+def parquet_of_structs(folder: Path) -> tuple[Source, Path]:
+    rows = [
+        row | {name: {"bytes": None, "path": row[name]} for name in ("chosen", "rejected")}
+        for row in pair_rows(2, folder)
+    ]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("prompt", pa.string()), ("chosen", kind), ("rejected", kind)])
+    pq.write_table(pa.Table.from_pylist(rows, schema), folder / "a.parquet")
+    return Source(str(folder / "a.parquet"), "pairs"), folder / "0-wrong.png"
+
+
+def ranked(folder: Path) -> tuple[Source, Path]:
+    (folder / "ranked" / "one").mkdir(parents=True)
+    for name in ("prompt.txt", "0-best.png", "1.png"):
+        (folder / "ranked" / "one" / name).write_bytes(b"x" * 50)
+    return Source(str(folder / "ranked"), "ranked_folders"), folder / "ranked" / "one" / "1.png"
+
+
+@pytest.mark.parametrize("write", [jsonl_of_paths, jsonl_of_structs, parquet_of_paths, parquet_of_structs, ranked])
+def test_fault_47_an_image_that_is_changed_in_place_changes_the_fingerprint(
+    write: Callable[[Path], tuple[Source, Path]], tmp_path: Path
+) -> None:
+    source, image = write(tmp_path)
+    before, content = fingerprint(source), bytearray(image.read_bytes())
+    content[40] ^= 1
+    times = image.stat().st_atime_ns, image.stat().st_mtime_ns
+    image.write_bytes(content)
+    os.utime(image, ns=times)
+    after = fingerprint(source)
+    image.unlink()
+    assert len({before, after, fingerprint(source)}) == 3
+
+
+def test_fault_47_winners_that_are_swapped_within_the_same_size_change_the_fingerprint(tmp_path: Path) -> None:
+    rows = [row | {"label_0": 1, "label_1": 0} for row in pickapic_paths(tmp_path)]
+    source = Source(str(write_jsonl(rows, tmp_path / "a.jsonl")), "pickapic")
+    before, size = fingerprint(source), (tmp_path / "a.jsonl").stat().st_size
+    write_jsonl([row | {"label_0": 0, "label_1": 1} for row in rows], tmp_path / "a.jsonl")
+    assert (tmp_path / "a.jsonl").stat().st_size == size and fingerprint(source) != before
+
+
+def pickapic_paths(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {"caption": row["prompt"], "jpg_0": row["chosen"], "jpg_1": row["rejected"]} for row in pair_rows(3, folder)
+    ]
+
+
+def test_fault_47_rows_that_name_no_file_that_can_be_read_keep_no_set_from_a_fingerprint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    names = [
+        "pipe",
+        "/dev/zero",
+        "nul\0.png",
+        "x" * 300,
+        "https://host/cat.png",
+        "data:image/png;base64," + "A" * 10**6,
+    ]
+    rows = [{"prompt": "a cat", "chosen": name, "rejected": "missing.png"} for name in names]
+    source = Source(str(write_jsonl(rows, tmp_path / "pairs.jsonl")), "pairs")
+    assert fingerprint(source) == fingerprint(source)
 
 
 def test_fault_21_every_broken_jsonl_line_is_named_with_file_and_line(tmp_path: Path) -> None:

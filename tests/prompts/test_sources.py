@@ -1,6 +1,7 @@
 """Prompts as they come from the world, and the wall between training and held-out prompts."""
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from cdpo_ray.errors import PromptError
 from cdpo_ray.prompts.animals import animal_photo_prompts, animal_prompts
+from cdpo_ray.prompts.files import read_file
 from cdpo_ray.prompts.sources import (
     BUILT_IN,
     PromptList,
@@ -285,9 +287,32 @@ def test_prompts_that_come_with_preferences_are_split_like_those_of_a_source(tmp
 def test_the_content_of_a_file_is_told_by_its_bytes_and_of_what_is_pinned_by_name_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"abc")
     nist = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
-    assert content_sha256(Source(str(tmp_path / "p.txt"))) == nist
+    assert content_sha256(Source(str(tmp_path / "p.txt")), "train") == nist
     for pinned in (Source("animals"), Source("some/prompts", "a.csv", COMMIT), Source(fraction=0.5)):
-        assert content_sha256(pinned) is None
+        assert content_sha256(pinned, "train") is None
+
+
+def test_fault_33_the_sha256_is_of_the_content_that_was_read(tmp_path: Path) -> None:
+    train, heldout = write(tmp_path / "t.txt", ["a cat"]), write(tmp_path / "h.txt", ["a dog"])
+    found = split_prompts(Source(str(train)), Source(str(heldout)), Source("animals"), seed=0)
+    digests = {"train": hashlib.sha256(train.read_bytes()), "heldout": hashlib.sha256(heldout.read_bytes())}
+    write(heldout, ["a fox"])
+    assert found.sha256 == {side: digest.hexdigest() for side, digest in digests.items()}
+
+
+def test_fault_33_a_file_that_is_changed_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "t.txt", ["a cat"])
+
+    def read_and_change(path: Path, column: str) -> list[str]:
+        prompts = read_file(path, column)
+        write(path, ["a dog"])
+        return prompts
+
+    monkeypatch.setattr("cdpo_ray.prompts.sources.read_file", read_and_change)
+    with pytest.raises(PromptError, match=r"`prompts.train.source` .*t\.txt: was changed while it was read"):
+        read_prompts(Source(str(path)), "train", 0)
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

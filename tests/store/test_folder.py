@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cdpo_ray.errors import StoreError
-from cdpo_ray.store import MANIFEST, RunFolder, link, read_shards, write_json
+from cdpo_ray.store import MANIFEST, PARTS, RunFolder, files_within, link, make_folder, read_shards, write_json
 
 STEP = "1-samples"
 SETTINGS = {"model": {"path": "embedded", "dtype": "float32"}, "run.seed": 0}
@@ -147,6 +147,51 @@ def test_a_missing_file_is_named(run: RunFolder) -> None:
     (run.path / STEP / "inner" / "shard.bin").unlink()
     with pytest.raises(StoreError, match=r"inner/shard\.bin: is missing; delete .*1-samples to make it anew"):
         run.is_complete(STEP, SETTINGS, {})
+
+
+def test_fault_43_all_that_is_wrong_is_told_at_once_and_a_table_that_was_added_too(run: RunFolder) -> None:
+    write_step(run)
+    (run.path / STEP / "inner" / "shard.bin").unlink()
+    (run.path / STEP / "table.txt").write_text("other")
+    (run.path / STEP / "samples-9.parquet").write_bytes(b"another table")
+    (run.path / STEP / "notes.txt").write_text("no step reads this")
+    with pytest.raises(StoreError) as caught:
+        run.refuse_damage(STEP)
+    path = run.path / STEP
+    assert str(caught.value) == (
+        f"{path}/inner/shard.bin: is missing; {path}/table.txt: was altered (its SHA-256 differs);"
+        f" {path}/samples-9.parquet: is not in the manifest; delete {path} to make it anew"
+    )
+    with pytest.raises(StoreError, match=r"1-samples/table\.txt: was altered"):
+        run.refuse_damage(STEP, ["table.txt"])
+
+
+def test_fault_43_what_this_process_wrote_or_verified_is_not_read_again_unless_asked(run: RunFolder) -> None:
+    write_step(run)
+    later = RunFolder(run.path)
+    later.refuse_damage(STEP, once=True)
+    (run.path / STEP / "table.txt").write_text("other")
+    for reader in (run, later):
+        reader.refuse_damage(STEP, once=True)
+        with pytest.raises(StoreError, match="was altered"):
+            reader.refuse_damage(STEP)
+    with pytest.raises(StoreError, match="was altered"):
+        RunFolder(run.path).refuse_damage(STEP, once=True)
+
+
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_fault_51_what_verifies_the_parts_stays_until_the_step_is_finished(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    path = tmp_path if place == "disk" else request.getfixturevalue("s3")
+    run = RunFolder(path / "run")
+    make_folder(run.path)
+    with run.writing(STEP, SETTINGS, {}, seed=0, resumable=True) as (folder, _):
+        make_folder(folder / PARTS)
+        (folder / PARTS / "samples-0.parquet.sha256").write_text("a hash")
+        (folder / "samples-0.parquet").write_bytes(b"a table")
+    assert list(run.manifest(STEP)["files"]) == ["samples-0.parquet"]
+    assert sorted(files_within(run.step(STEP))) == ["manifest.json", "samples-0.parquet"]
 
 
 def fail_in_the_middle(run: RunFolder, *, resumable: bool) -> None:

@@ -1,0 +1,99 @@
+"""SHA-256 of files that a user names, such as a model's folder: to record what was read, and to find a change."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.constants import HF_HOME
+
+from cdpo_ray.errors import StoreError
+from cdpo_ray.store.copies import FILES_AT_ONCE, describe
+from cdpo_ray.store.manifests import fingerprint_of
+from cdpo_ray.store.places import read_json
+
+log = logging.getLogger(__name__)
+KNOWN = Path(HF_HOME) / "cdpo_ray" / "sha256.json"
+"""SHA-256 of large sets of files, by their `_stamp`."""
+_known_here: dict[str, str] = {}
+"""The same of this process, for a home that cannot be written."""
+KNOWN_BYTES = 2**26  # smaller sets are read each time
+MAX_KNOWN = 1000
+SETTLED_SECONDS = 2.0
+"""A file that changed less long ago may change again within one tick of its file system's clock."""
+
+
+def content_sha256(files: Mapping[str, Path], *, where: str) -> str:
+    """SHA-256 of the names and contents of local files; one that cannot be read, or is not a regular file, has none.
+
+    A set of `KNOWN_BYTES` or more is read again only if the size, inode, modification or status-change time of a file
+    differs from when it was read last, by whichever process of this user.
+
+    Args:
+        where: the files' place, for messages.
+
+    Raises:
+        StoreError: a file was changed while it was read.
+    """
+    stamp, num_bytes, newest = _stamp(files)
+    is_large = num_bytes >= KNOWN_BYTES
+    if is_large and (found := _known_here.get(stamp) or _known().get(stamp)):
+        return found
+    if num_bytes >= 2**30:
+        log.info("%s: computing the SHA-256 of %.1f GiB, once until a file changes", where, num_bytes / 2**30)
+    started = time.time()
+    pool = ThreadPoolExecutor(FILES_AT_ONCE)
+    try:
+        sha256 = fingerprint_of(dict(zip(files, pool.map(_described, files.values()), strict=True)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if _stamp(files)[0] != stamp:
+        raise StoreError(f"{where}: was changed while it was read; give the same command again")
+    if is_large and newest < started - SETTLED_SECONDS:
+        _remember(stamp, sha256)
+    return sha256
+
+
+def _described(path: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError, StoreError):  # ValueError: a NUL in its name
+        return describe(path) if path.is_file() else None
+    return None
+
+
+def _stamp(files: Mapping[str, Path]) -> tuple[str, int, float]:
+    """What changes with any of the files, their bytes, and when the last of them changed, in seconds."""
+    digest, num_bytes, newest = hashlib.sha256(), 0, 0
+    for name, path in files.items():
+        entry: list[Any] = [name]
+        with contextlib.suppress(OSError, ValueError):
+            status = path.stat()
+            entry += [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+            num_bytes += status.st_size
+            newest = max(newest, status.st_mtime_ns, status.st_ctime_ns)
+        digest.update(json.dumps(entry).encode())
+    return digest.hexdigest(), num_bytes, newest / 1e9
+
+
+def _known() -> dict[str, str]:
+    try:
+        known = read_json(KNOWN)
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(stamp: str, sha256: str) -> None:
+    _known_here[stamp] = sha256
+    entries = [*(_known() | {stamp: sha256}).items()]
+    with contextlib.suppress(OSError):
+        KNOWN.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=KNOWN.parent, delete=False) as aside:
+            json.dump(dict(entries[-MAX_KNOWN:]), aside)
+        os.replace(aside.name, KNOWN)
