@@ -10,6 +10,7 @@ from cdpo_ray.store.places import (
     make_folder,
     place,
     read_json,
+    refuse_special_file,
     write_json,
     write_text,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "read_shards",
     "read_table",
     "refuse_full_disk",
+    "refuse_special_file",
     "shard_schema",
     "table_schema",
     "write_json",
