@@ -76,11 +76,12 @@ def load_pixels(image: bytes | str, frame: Frame) -> tuple[NDArray[np.uint8], bo
     with _refusing_damage(frame):
         opened.load()
         turn = _turn(opened)
-    if opened.mode == "F" or opened.mode.startswith("I"):
-        opened = _eight_bits(opened)
+    grey = _eight_bits(opened) if opened.mode == "F" or opened.mode.startswith("I") else opened
     with _refusing_damage(frame):
-        upright = _rgb(opened if turn is None else opened.transpose(turn))
+        upright = _rgb(grey if turn is None else grey.transpose(turn))
     fitted = ImageOps.fit(upright, (frame.width, frame.height), Image.Resampling.BICUBIC)
+    if not fitted.getbbox():
+        raise ValueError("is black everywhere, as a safety checker leaves it")
     is_cut = upright.width * frame.height != upright.height * frame.width
     return np.asarray(fitted).transpose(2, 0, 1), is_cut
 

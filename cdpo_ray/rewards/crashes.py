@@ -17,7 +17,8 @@ NUM_LINES_BEFORE_FATAL, NUM_LINES_FROM_FATAL = 3, 4
 LINE_LENGTH = 200
 TAIL_BYTES = 20_000
 OF_OTHERS = re.compile(
-    r":job_id:|:actor_name:|:task_name:|\*\*\* SIG|PC: @|\s+@ |\[[\d ,:-]+ E |Stack \(|Extension modules"
+    r":job_id:|:actor_name:|:task_name:|\*\*\* SIG|PC: @|\s+@ |\[[\d ,:-]+ E "
+    r"|Stack \(|Current thread|Thread 0x|Extension modules"
 )
 """Beginning of lines in a worker's log that are not the reward's."""
 
