@@ -434,10 +434,32 @@ def test_the_models_of_vlm_alignment_are_here_or_pinned(options: str, fault: str
     assert found.startswith(f"rewards.vlm_alignment: {fault}")
 
 
-@pytest.mark.parametrize("url", ["ftp://a/v1", "a/v1", "http://me:secret@a/v1", "http://a/v1?key=secret"])
-def test_an_endpoint_is_a_plain_url_without_a_secret_in_it(url: str) -> None:
-    (fault,) = refused(f"rewards.vlm_alignment.endpoint={{url: '{url}', model: m}}")
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://a/v1",
+        "a/v1",
+        "http://me:secret@a/v1",
+        "http://me:secret/with/slashes@a/v1",
+        "http://me:secret with spaces@a/v1",
+        "http://secret@a/v1",
+        "me:secret@a/v1",
+        "http://a/v1?key=secret",
+        "http://a/v1?secret",
+        "http://a/v1?x=1&api_key=secret",
+        "http://a/v1#secret",
+        "http://a/v1?key='secret'",
+        "http://me:'secret@a/v1",
+        "a/v1?api_key=secret",
+    ],
+)
+def test_fault_62_an_endpoint_is_a_plain_url_and_a_secret_in_it_is_not_shown(url: str) -> None:
+    (fault,) = refused(f'rewards.vlm_alignment.endpoint={{url: "{url}", model: m}}')
     assert fault.startswith("`rewards.vlm_alignment.endpoint.url` must ")
+    (other,) = refused(f'rewards.vlm_alignment.endpoint="{url}"')
+    with pytest.raises(ConfigError, match=r"^override ") as unparsed:
+        load_config(QUICKSTART, (f'rewards.vlm_alignment.endpoint={{url: "{url}"',))
+    assert "secret" not in f"{fault}{other}{unparsed.value}"
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,10 @@ def validate(values: Mapping[str, Any], *, where: str) -> Config:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    where = f"override {without_credentials(repr(override))}"
     if not separator or not key:
-        raise ConfigError(f"override {override!r}: must be `section.key=value`, for example `training.beta=2000`")
-    value = parse_yaml(text, where=f"override {override!r}")
+        raise ConfigError(f"{where}: must be `section.key=value`, for example `training.beta=2000`")
+    value = parse_yaml(text, where=where)
     if key == "rewards" and isinstance(value, list):  # the short form people type: rewards=[clip,jpeg_size]
         key = "rewards.names"
     *parents, last = key.split(".")
@@ -91,7 +92,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for parent in parents:
         child = place.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"override {override!r}: `{parent}` is a value, not a section")
+            raise ConfigError(f"{where}: `{parent}` is a value, not a section")
         place = child
     place[last] = value
 

@@ -22,7 +22,7 @@ def check_place(text: str) -> str:
     Raises:
         ValueError: there are credentials in it, or it is of another kind.
     """
-    if without_credentials(text) != text:
+    if re.search(r"://[^/\s]*@", text):
         raise ValueError("must not hold credentials; give them by the environment")
     scheme, separator, _ = text.partition("://")
     if separator and scheme not in OBJECT_STORES:
@@ -31,8 +31,9 @@ def check_place(text: str) -> str:
 
 
 def without_credentials(text: str) -> str:
-    """A text to show: of an address with a user and a password in it, neither."""
-    return re.sub(r"://[^/\s]*@", "://***@", text)
+    """A text to show: of an address, neither user and password nor what follows a ``?`` or ``#``, such as a key."""
+    text = re.sub(r"(?<=://).*@|[^\s'\"/:@]{1,64}:[^\s/]{1,256}@", "***@", text)
+    return re.sub(r"(://[^\s?#]*[?#]|\?[^\s=]{1,64}=).+?(?=['\"})\]]*$)", r"\1***", text)
 
 
 Place = Annotated[str, Field(min_length=1), AfterValidator(check_place)]

@@ -60,11 +60,13 @@ class Comparer:
         prompts = rows["prompt"].to_pylist()
         conditioning, _ = self.model.encode_prompts(prompts)
         num_images = self.sampling.images_per_prompt
+        are_black = []
         for arm in ARMS:
             self.model.use_tuned(arm == "tuned")
             pixels, latents, scores = [], [], []
             for batch in sample_batches(self.model, prompts, conditioning, self.sampling, self.scores, self.batch_size):
                 scores.append(batch.scores)
+                are_black.append(batch.is_black)
                 latents.append(batch.latents)
                 pixels.append(batch.images.cpu().numpy())
             rows = rows.append_column(f"{arm}_pixels", tensor_column(np.concatenate(pixels), num_images))
@@ -74,6 +76,8 @@ class Comparer:
             if arm == "base" and self.num_margin_draws:
                 values = self._implicit_values(prompts, conditioning, torch.cat(latents))
                 rows = rows.append_column(IMPLICIT_VALUE, list_column(values, num_images, pa.float32()))
+        black = np.concatenate(are_black).reshape(len(ARMS), rows.num_rows, num_images).swapaxes(0, 1)
+        self.set_aside.put_images(rows, black, [f"{arm} {image}" for arm in ARMS for image in range(num_images)])
         return rows.append_column(IMAGES_PER_BATCH, pa.array([self.batch_size.num_images] * len(prompts), pa.int64()))
 
     def _implicit_values(self, prompts: list[str], conditioning: Conditioning, latents: Tensor) -> Any:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdpo_ray.generation.columns import list_column, storable, tensor_column
+from cdpo_ray.generation.images import is_black
 from cdpo_ray.generation.memory import BatchSize, is_out_of_memory
 from cdpo_ray.generation.perturbation import masked_positions, masked_shares, perturbed
 from cdpo_ray.generation.set_aside import SetAside
@@ -72,12 +73,14 @@ class SampleBatch:
 
     Attributes:
         scores: ``[sample]`` a reward, of the judges that were asked.
+        is_black: ``[sample]``, which images have no score, see `images.is_black`.
     """
 
     prompts: list[str]
     latents: Tensor
     images: Tensor
     scores: dict[str, NDArray[np.float64]]
+    is_black: NDArray[np.bool_]
 
 
 def sample_batches(
@@ -124,7 +127,8 @@ def sample_batches(
             guidance_scale=sampling.guidance_scale,
         )
         images, named = model.decode(latents)[:num_images], [prompts[row] for row in rows[:num_images]]
-        return SampleBatch(named, latents[:num_images], images, scores(images, named) if scores else {})
+        found = scores(images, named) if scores else {}
+        return SampleBatch(named, latents[:num_images], images, found, is_black(images))
 
     start = 0
     while start < len(wanted):
@@ -178,13 +182,17 @@ class Generator:
     def made(self, rows: pa.Table) -> pa.Table:
         prompts = rows["prompt"].to_pylist()
         conditioning, num_tokens_cut = self.model.encode_prompts(prompts)
-        latents, pixels, scores = [], [], []
+        latents, pixels, scores, are_black = [], [], [], []
         for batch in sample_batches(self.model, prompts, conditioning, self.sampling, self.scores, self.batch_size):
             scores.append(batch.scores)
+            are_black.append(batch.is_black)
             latents.append(batch.latents.cpu())
             if self.keep_pixels:
                 pixels.append(batch.images.cpu().numpy())
         num_samples = self.sampling.images_per_prompt
+        black = np.concatenate(are_black)
+        if self.set_aside:
+            self.set_aside.put_images(rows, black, range(num_samples))
         rows = rows.append_column("latents", tensor_column(storable(torch.cat(latents)), num_samples))
         for name, value in conditioning.items():
             rows = rows.append_column(name, tensor_column(storable(value.cpu())))
@@ -194,7 +202,8 @@ class Generator:
         if self.sampling.max_masked_fraction is not None:
             num_tokens = conditioning["prompt_embedding"].shape[1]
             spared = np.negative(masked_shares(num_samples, self.sampling.max_masked_fraction, num_tokens))
-            column = list_column(np.tile(spared, len(prompts)), num_samples, pa.float64())
+            values = np.where(black, np.nan, np.tile(spared, len(prompts)))
+            column = list_column(values, num_samples, pa.float64())
             rows = rows.append_column(score_column(PERTURBATION), column)
         for name in scores[0]:
             values = np.concatenate([batch[name] for batch in scores])

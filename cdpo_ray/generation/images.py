@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,9 @@ from PIL import Image
 
 from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.records import PIXEL_COLUMNS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PNGS = pa.list_(pa.binary())
 MAX_PNG_BYTES, MAX_PNG_PIXELS = 2**28, 2**26
@@ -107,3 +111,12 @@ def pairwise_rms_distance(images: NDArray[np.uint8]) -> float:
     squares = np.diag(gram)
     distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * gram, 0) / flat.shape[1])
     return float(distances[np.triu_indices(len(images), k=1)].mean())
+
+
+def is_black(images: "Tensor") -> NDArray[np.bool_]:
+    """Which images, ``[image, 3, height, width]``, are 0 everywhere: such an image has no score.
+
+    It is what a safety checker leaves, and what `TextToImageModel.decode` makes of values that are not finite.
+    """
+    black: NDArray[np.bool_] = (images.flatten(1).amax(dim=1) == 0).cpu().numpy()
+    return black

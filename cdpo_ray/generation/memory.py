@@ -19,8 +19,8 @@ NEEDED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the CPU's allocator, whose error has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
+    """Of a GPU, of Python, or of the CPU's allocator, whose error has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATOR in str(error)
 
 
 def needed_and_free(error: BaseException, device: str) -> str:

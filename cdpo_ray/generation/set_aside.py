@@ -1,20 +1,28 @@
-"""Prompts that raise inside the model are set aside with their reason, until there are too many."""
+"""Prompts that raise inside the model, and images without a score, are named with their reason, until too many."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from cdpo_ray.errors import CdpoError, GenerationError, ModelError
 from cdpo_ray.generation.memory import is_out_of_memory
 from cdpo_ray.parts import read_set_aside, write_set_aside
 
+IMAGES = "images"
+"""Key of an entry whose prompt has a row: the images of it that have no score."""
+
 
 class SetAside:
     """A file a prompt in the step's folder, where every actor and a later attempt find it.
 
-    A prompt that was set aside is not tried again, so that a step interrupted anywhere ends as one that was not.
+    A prompt that was set aside is not tried again, so that a step interrupted anywhere ends as one that was not. A
+    prompt of which only some images are bad keeps its row; it counts by the share of them.
 
     Args:
         output_dir: of the step.
@@ -50,26 +58,54 @@ class SetAside:
         return pa.concat_tables(made) if made else rows.slice(0, 0)
 
     def refuse_too_many(self) -> set[int]:
-        """Indices of the prompts that have been set aside.
+        """Indices of the prompts that have been set aside whole.
 
         Raises:
-            GenerationError: they are too many, or all.
+            GenerationError: they are too many, or all, together with the images without a score.
         """
         found = sorted(read_set_aside(self.output_dir), key=lambda entry: entry["prompt_index"])
-        if len(found) > self.max_bad_fraction * self.num_prompts or 0 < self.num_prompts == len(found):
+        whole = [entry for entry in found if IMAGES not in entry]
+        num_bad = len(whole) + sum(len(entry[IMAGES]) / entry["num_images"] for entry in found if IMAGES in entry)
+        if num_bad > self.max_bad_fraction * self.num_prompts or num_bad >= self.num_prompts > 0:
             first = found[0]
+            what = [f"{len(whole)} of {self.num_prompts} prompts cannot be made into images"] * bool(whole)
+            what += [f"{num_images_without_score(found)} images have no score"] * (len(whole) < len(found))
             raise GenerationError(
-                f"{len(found)} of {self.num_prompts} prompts cannot be made into images;"
+                f"{' and '.join(what)};"
                 f" `generation.max_bad_fraction` = {self.max_bad_fraction} allows fewer; the first,"
                 f" {first['prompt'][:80]!r}: {first['reason']}; raise it, or mend the cause and delete"
                 f" {self.output_dir}"
             )
-        return {entry["prompt_index"] for entry in found}
+        return {entry["prompt_index"] for entry in whole}
 
-    def _put(self, row: pa.Table, reason: str) -> None:
+    def put_images(self, rows: pa.Table, black: NDArray[np.bool_], names: Sequence[Any]) -> None:
+        """Name the images that have no score.
+
+        Args:
+            black: ``[row, ...]``, see `is_black`; of as many images per row as there are names.
+            names: of the images of a row.
+
+        Raises:
+            GenerationError: too many have been set aside.
+        """
+        for row, of_row in enumerate(black.reshape(-1, len(names))):
+            if of_row.any():
+                bad = [name for name, is_bad in zip(names, of_row, strict=True) if is_bad]
+                reason = (
+                    f"images {', '.join(map(str, bad))} of {len(names)} are black everywhere: the model or its VAE gave"
+                    " values that are not finite (try another `model.dtype`), or a safety checker was at work"
+                )
+                self._put(rows.slice(row, 1), reason, {IMAGES: bad, "num_images": len(names)})
+
+    def _put(self, row: pa.Table, reason: str, more: Mapping[str, Any] = MappingProxyType({})) -> None:
         (entry,) = row.select(["prompt_index", "prompt"]).to_pylist()
-        write_set_aside(self.output_dir, entry["prompt_index"], entry | {"reason": reason})
+        write_set_aside(self.output_dir, entry["prompt_index"], {**entry, **more, "reason": reason})
         self.refuse_too_many()
+
+
+def num_images_without_score(set_aside: Sequence[Mapping[str, Any]]) -> int:
+    """Of these entries; images of prompts that have no row are not counted."""
+    return sum(len(entry.get(IMAGES, ())) for entry in set_aside)
 
 
 def _line(error: BaseException) -> str:

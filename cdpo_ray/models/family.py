@@ -257,11 +257,16 @@ class TextToImageModel(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> images, uint8 ``[sample, 3, height, width]``, on the device."""
+        """Latents -> images, uint8 ``[sample, 3, height, width]``, on the device.
+
+        An image of latents or pixels that are not finite is black everywhere, and so has no score; see `is_black`.
+        """
         vae = self.pipeline.vae
         scaled = latents.to(self.device, vae.dtype) / vae.config.scaling_factor
         with self.on_device("vae"):
             pixels = vae.decode(scaled + (vae.config.get("shift_factor") or 0)).sample
+        finite = scaled.flatten(1).isfinite().all(dim=1) & pixels.flatten(1).isfinite().all(dim=1)
+        pixels = torch.where(finite[:, None, None, None], pixels, -1)
         return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     @torch.no_grad()

@@ -1,15 +1,19 @@
 """Rows with pixels -> rows of samples: each image through the VAE once, its posterior kept."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from cdpo_ray.generation.columns import list_column, storable, tensor_column
 from cdpo_ray.models import load_model
-from cdpo_ray.records import score_column
+from cdpo_ray.preferences.reading import MIN_IMAGES
+from cdpo_ray.records import LABEL, PREFERENCE, score_column
 
 if TYPE_CHECKING:
     from cdpo_ray.generation.generator import MakeScores
@@ -22,6 +26,7 @@ class Encoder:
         family, model: name in `FAMILIES` and the arguments of its ``load``.
         images_per_batch: images that go through the VAE at once.
         make_scores: builds the judges that score the images; none: no score columns.
+        set_aside_dir: takes images whose latents are not finite; a row that has fewer than two others is left out.
         keep_images: keep the pixels of each image, as it is trained on; the task that writes them encodes them as PNG.
     """
 
@@ -33,11 +38,13 @@ class Encoder:
         images_per_batch: int,
         make_scores: "MakeScores | None",
         keep_images: bool,
+        set_aside_dir: Path,
     ) -> None:
         self.model = load_model(family, **model)
         self.images_per_batch = images_per_batch
         self.scores = make_scores() if make_scores else None
         self.keep_images = keep_images
+        self.set_aside_dir = set_aside_dir
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         column = rows["pixels"]
@@ -48,8 +55,11 @@ class Encoder:
         conditioning, num_tokens_cut = self.model.encode_prompts(prompts)
         encoded = [self.model.encode(batch) for batch in images.split(self.images_per_batch)]
         rows = rows.drop_columns("pixels")
+        finite = np.ones(len(images), bool)
         for name, moments in zip(("latents", "latents_std"), zip(*encoded, strict=True), strict=True):
-            rows = rows.append_column(name, tensor_column(storable(torch.cat(moments).cpu()), num_samples))
+            values = storable(torch.cat(moments).cpu())
+            finite &= np.isfinite(values).all(axis=(1, 2, 3))
+            rows = rows.append_column(name, tensor_column(values, num_samples))
         for name, value in conditioning.items():
             rows = rows.append_column(name, tensor_column(storable(value.cpu())))
         rows = rows.append_column("num_tokens_cut", pa.array(num_tokens_cut, pa.int64()))
@@ -66,4 +76,25 @@ class Encoder:
             for name in batches[0]:
                 values = np.concatenate([batch[name] for batch in batches])
                 rows = rows.append_column(score_column(name), list_column(values, num_samples, pa.float64()))
-        return rows
+        return rows if finite.all() else self._refused(rows, finite.reshape(-1, num_samples))
+
+    def _refused(self, rows: pa.Table, finite: NDArray[np.bool_]) -> pa.Table:
+        """Name the images whose latents are not finite, and take what people said of them, so that they form no pair.
+
+        Args:
+            finite: ``[row, sample]``.
+        """
+        for row, of_row in zip(rows.select(["prompt_index", "prompt"]).to_pylist(), finite, strict=True):
+            reasons = [
+                f"image {place} of row {row['prompt_index'] + 1}: its latents are not finite; try another `model.dtype`"
+                for place in np.flatnonzero(~of_row).tolist()
+            ]
+            if reasons:
+                path = self.set_aside_dir / f"latents-{row['prompt_index']:012d}.jsonl"
+                path.write_text("".join(f"{json.dumps(row | {'reason': reason})}\n" for reason in reasons))
+        for name in map(score_column, (LABEL, PREFERENCE)):
+            values = np.where(finite, np.array(rows[name].to_pylist()), np.nan)
+            column = list_column(values.ravel(), finite.shape[1], pa.float64())
+            rows = rows.set_column(rows.column_names.index(name), name, column)
+        num_left = np.isfinite(np.array(rows[score_column(LABEL)].to_pylist())).sum(axis=1)
+        return rows.filter(num_left >= MIN_IMAGES)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cdpo_ray.errors import PreferenceError
-from cdpo_ray.store import content_sha256
+from cdpo_ray.store import content_sha256, refuse_special_file
 
 ROWS_PER_BLOCK = 256  # read by one task
 ROWS_AT_ONCE = 16  # of Parquet, whose rows hold images
@@ -348,6 +348,7 @@ def _json_object(line: bytes, *, first: bool) -> Any:
 
 def _ranked_folder(folder: Path) -> Any:
     try:
+        refuse_special_file(folder / "prompt.txt")
         prompt = (folder / "prompt.txt").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         return ValueError(f"`prompt.txt` cannot be read: {error}")

@@ -1,16 +1,35 @@
 """Bytes of an image that somebody has -> pixels of the size that is trained at, or why not."""
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from cdpo_ray.store import refuse_special_file
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_ENLARGEMENT = 4  # what is enlarged by more holds little but blur
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the image upright."""
+BITS_PER_SAMPLE = 258  # tag of a TIFF
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
+PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+"""Keywords of the text chunks of a PNG that may hold its orientation."""
 
 
 @dataclass(frozen=True)
@@ -43,33 +62,99 @@ def load_pixels(image: bytes | str, frame: Frame) -> tuple[NDArray[np.uint8], bo
     Raises:
         ValueError: with the reason why the image cannot be used.
     """
-    data = _bytes(image, frame.max_bytes)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the cap below is ours, and stricter
-            opened = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = opened.size
-        if width * height > frame.max_pixels:
-            raise ValueError(f"has {width} x {height} pixels, more than {frame.max_pixels:,}")
-        if max(frame.width / width, frame.height / height) > MAX_ENLARGEMENT:
-            raise ValueError(
-                f"has {width} x {height} pixels; {frame.width} x {frame.height} would enlarge it more than"
-                f" {MAX_ENLARGEMENT} times"
-            )
-        upright = _rgb(ImageOps.exif_transpose(opened))
-    except UnidentifiedImageError:
-        raise ValueError(f"is none of {', '.join(FORMATS)}") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"has more pixels than {frame.max_pixels:,}: {error}") from None
-    except (OSError, SyntaxError) as error:  # Pillow speaks of a damaged file in both
-        raise ValueError(f"is damaged: {error}") from None
+    data = _without_metadata(_bytes(image, frame.max_bytes))
+    with _refusing_damage(frame):
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height = opened.size
+    if width * height > frame.max_pixels:
+        raise ValueError(f"has {width} x {height} pixels, more than {frame.max_pixels:,}")
+    if max(frame.width / width, frame.height / height) > MAX_ENLARGEMENT:
+        raise ValueError(
+            f"has {width} x {height} pixels; {frame.width} x {frame.height} would enlarge it more than"
+            f" {MAX_ENLARGEMENT} times"
+        )
+    with _refusing_damage(frame):
+        opened.load()
+        turn = _turn(opened)
+    grey = _eight_bits(opened) if opened.mode == "F" or opened.mode.startswith("I") else opened
+    with _refusing_damage(frame):
+        upright = _rgb(grey if turn is None else grey.transpose(turn))
     fitted = ImageOps.fit(upright, (frame.width, frame.height), Image.Resampling.BICUBIC)
+    if not fitted.getbbox():
+        raise ValueError("is black everywhere, as a safety checker leaves it")
     is_cut = upright.width * frame.height != upright.height * frame.width
     return np.asarray(fitted).transpose(2, 0, 1), is_cut
 
 
+@contextlib.contextmanager
+def _refusing_damage(frame: Frame) -> Iterator[None]:
+    """Turn what Pillow raises about a file, whatever its class, into a `ValueError` with the reason."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the number of pixels, for which our cap is stricter, and of metadata
+            yield
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise ValueError(f"is none of {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"has more pixels than {frame.max_pixels:,}: {error}") from None
+    except Exception as error:
+        raise ValueError(f"is damaged: {error or type(error).__name__}") from None
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG without its colour profile and texts, for whose size Pillow has caps; other data as they are.
+
+    Texts that may hold the orientation are kept.
+    """
+    if not data.startswith(PNG_SIGNATURE):
+        return data
+    kept, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4])  # length, kind, content, checksum
+        kind = data[start + 4 : start + 8]
+        if kind != b"iCCP" and (kind not in PNG_TEXT or data.startswith(PNG_ORIENTATION, start + 8)):
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns an image upright; ``None`` where its metadata do not say, or cannot be read.
+
+    Not `ImageOps.exif_transpose`, which writes the metadata back and fails on values of another type.
+    """
+    try:
+        return UPRIGHT.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
+    except MemoryError:
+        raise
+    except Exception:  # whatever Pillow raises about metadata: viewers show such an image as it is stored
+        return None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of more than eight bits, which Pillow would clip, scaled to eight.
+
+    Raises:
+        ValueError: the range of the values does not say what white is.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode.startswith("I;16"):
+        white = 2 ** getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0] - 1
+    elif not (low >= 0 and high <= 65535):
+        raise ValueError(f"has mode {image.mode} with values of {low:g} to {high:g}; save it with 8 or 16 bits")
+    else:
+        whites = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        white = next(white for white in whites if high <= white)
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+
+
 def _bytes(image: bytes | str, max_bytes: int) -> bytes:
     try:
+        if isinstance(image, str):
+            refuse_special_file(Path(image))
         size = len(image) if isinstance(image, bytes) else Path(image).stat().st_size
         if size == 0:
             raise ValueError("is empty")
@@ -82,8 +167,6 @@ def _bytes(image: bytes | str, max_bytes: int) -> bytes:
 
 def _rgb(image: Image.Image) -> Image.Image:
     """Eight bits of red, green and blue; what is transparent becomes white."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip, not scale
-        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")

@@ -68,6 +68,7 @@ def import_samples(
         images_per_batch=images_per_batch,
         make_scores=make_scores,
         keep_images=keep_images,
+        set_aside_dir=set_aside_dir,
     )
     write_shards(rows, output_dir, "samples", progress)
     return join_set_aside(output_dir)

@@ -11,6 +11,7 @@ from typing import BinaryIO
 from cdpo_ray.errors import PromptError
 from cdpo_ray.prompts.faults import FileFaults, missing_column, not_text, undecoded
 from cdpo_ray.prompts.parquet import read_parquet
+from cdpo_ray.store import refuse_special_file
 
 Entries = Iterator[tuple[str, str | PromptError]]
 """Place and prompt, or place and what is wrong there."""
@@ -24,8 +25,9 @@ def read_file(path: Path, column: str) -> list[str]:
 
     Raises:
         PromptError: the ending is unknown, or with all broken lines of the file at once.
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is no regular file.
     """
+    refuse_special_file(path)
     read = FORMATS.get(path.suffix.lower())
     if read is None:
         endings = ", ".join(filter(None, FORMATS))

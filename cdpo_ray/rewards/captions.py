@@ -3,8 +3,10 @@
 import base64
 import json
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,6 @@ from PIL import Image
 from requests.adapters import HTTPAdapter
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from urllib3.util import Retry
 
 from cdpo_ray.errors import RewardError
 from cdpo_ray.generation.images import encode_png
@@ -88,7 +89,7 @@ class EndpointCaptioner:
         url: up to and with ``/v1``.
         model: as the server calls it.
         token_variable: the environment variable, here, that holds the server's token.
-        timeout_seconds: without a sign of the server.
+        timeout_seconds: of an attempt, from its beginning to the end of the answer.
         max_retries: after the first attempt.
         instruction: what the model is asked.
         max_tokens: of a caption.
@@ -112,18 +113,10 @@ class EndpointCaptioner:
         self.url = f"{url.rstrip('/')}/chat/completions"
         self.model, self.instruction, self.max_tokens = model, instruction, max_tokens
         self.timeout_seconds, self.num_concurrent_requests = timeout_seconds, num_concurrent_requests
-        retries = Retry(
-            total=max_retries,
-            status_forcelist=PASSING_FAULTS,
-            allowed_methods={"POST"},
-            backoff_factor=0.5,
-            backoff_max=MAX_WAIT_SECONDS,
-            retry_after_max=MAX_WAIT_SECONDS,
-            raise_on_status=False,
-        )
+        self.max_retries = max_retries
         self.session = requests.Session()
         for scheme in ("http://", "https://"):
-            self.session.mount(scheme, HTTPAdapter(max_retries=retries, pool_maxsize=num_concurrent_requests))
+            self.session.mount(scheme, HTTPAdapter(pool_maxsize=num_concurrent_requests))
         token = _token(token_variable)
 
         def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
@@ -145,23 +138,60 @@ class EndpointCaptioner:
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
+        for wait in [*(0.5 * 2**number for number in range(self.max_retries)), None]:
+            try:
+                caption, retry_after = _within(self.timeout_seconds, lambda: self._answer(question))
+            except TimeoutError:
+                caption, retry_after = Caption("", f"{self.url} did not answer within {self.timeout_seconds:g} s"), 0.0
+            if wait is None or retry_after is None:
+                break
+            time.sleep(min(MAX_WAIT_SECONDS, max(wait, retry_after)))
+        return caption
+
+    def _answer(self, question: dict[str, Any]) -> tuple[Caption, float | None]:
+        """Of one attempt, and after how many seconds at least another one may do better; ``None``: none will."""
         try:
             with self.session.post(
                 self.url, json=question, timeout=self.timeout_seconds, stream=True, allow_redirects=False
             ) as response:
                 if response.status_code != requests.codes.ok:
-                    return Caption("", f"{self.url} answered with status {response.status_code}")
+                    passes = response.status_code in PASSING_FAULTS
+                    after = response.headers.get("Retry-After", "")
+                    fault = f"{self.url} answered with status {response.status_code}"
+                    return Caption("", fault), (float(after) if after.isdecimal() else 0.0) if passes else None
                 body = bytearray()
                 for part in response.iter_content(1 << 16):
                     body += part
                     if len(body) > MAX_RESPONSE_BYTES:
-                        return Caption("", f"{self.url} answered with more than {MAX_RESPONSE_BYTES} bytes")
+                        return Caption("", f"{self.url} answered with more than {MAX_RESPONSE_BYTES} bytes"), None
             text = json.loads(body)["choices"][0]["message"]["content"].strip()
+        except requests.Timeout:
+            raise TimeoutError from None
         except requests.RequestException as error:
-            return Caption("", f"{self.url} did not answer: {str(error).splitlines()[0]}")
+            return Caption("", f"{self.url} did not answer: {str(error).splitlines()[0]}"), 0.0
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            return Caption("", f"{self.url} did not answer with a chat completion")
-        return Caption(text) if text else Caption("", f"{self.url} answered with an empty caption")
+            return Caption("", f"{self.url} did not answer with a chat completion"), None
+        return Caption(text) if text else Caption("", f"{self.url} answered with an empty caption"), None
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What a call returns; one that takes longer is left behind, in a thread that nobody waits for.
+
+    A timeout of `requests` is of one read: a server that sends a byte now and then would never reach it.
+
+    Raises:
+        TimeoutError: the call took longer.
+    """
+    found = Future[Any]()
+
+    def run() -> None:
+        try:
+            found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return found.result(seconds)
 
 
 def _token(variable: str | None) -> str:

@@ -44,11 +44,13 @@ def rescore(
     model: Mapping[str, Any],
     progress: Progress,
     num_prompts: int | None = None,
+    mixed: bool = False,
 ) -> pa.Table:
     """Scores of images that were made before; nothing is generated.
 
     Args:
         num_prompts: score the first so many prompts; none: all.
+        mixed: with other images beside each than when it is scored in order, see `batches_of`.
 
     Returns:
         prompt_index, prompt_id and a list column of scores a reward, in prompt order.
@@ -70,6 +72,7 @@ def rescore(
         model=dict(model),
         rewards=rewards,
         images_per_batch=images_per_batch,
+        mixed=mixed,
     )
     scored.set_name("score")
     wanted = ["prompt_index", "prompt_id", *(score_column(name) for name in rewards)]

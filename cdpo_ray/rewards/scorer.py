@@ -1,9 +1,12 @@
 """Images and prompts -> scores of several rewards, in one process."""
 
+import contextlib
 import importlib
+import logging
+import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,23 +15,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdpo_ray.errors import RewardError
+from cdpo_ray.errors import CdpoError, RewardError
 from cdpo_ray.generation.columns import list_column, tensor_column
-from cdpo_ray.generation.images import decode_pngs
-from cdpo_ray.generation.memory import is_out_of_memory
+from cdpo_ray.generation.images import decode_pngs, is_black
+from cdpo_ray.generation.memory import is_out_of_memory, needed_and_free
 from cdpo_ray.models import load_model
 from cdpo_ray.records import score_column
 from cdpo_ray.rewards import REWARDS
+from cdpo_ray.rewards.crashes import crashes_named
+
+log = logging.getLogger(__name__)
 
 
 class Reward(Protocol):
     """Scores ``[image]`` of uint8 ``[image, 3, height, width]``, a prompt each; higher is better."""
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray[Any]: ...
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Any: ...
 
 
 class Scorer:
-    """Several rewards behind one call.
+    """Several rewards behind one call; none can change what another is given, or what is kept.
 
     Args:
         rewards: name (of `REWARDS`, or one's own ``module:function``) -> keyword arguments of its class.
@@ -36,54 +42,136 @@ class Scorer:
 
     def __init__(self, rewards: Mapping[str, Mapping[str, Any]]) -> None:
         self.rewards = {name: load_reward(name, options) for name, options in rewards.items()}
+        self.max_images = dict.fromkeys(self.rewards, sys.maxsize)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-        """Scores ``[image]`` a reward.
+        """Scores ``[image]`` per reward; NaN of an image that is black everywhere.
 
         Raises:
-            RewardError: a reward raised, or did not return one number an image.
+            RewardError: a reward raised, ended its process, had no memory for one image, or did not return one number
+                per image.
         """
-        return {name: _checked(name, reward, images, prompts) for name, reward in self.rewards.items()}
+        black = is_black(images)
+        return {name: np.where(black, np.nan, self._scores(name, images, prompts)) for name in self.rewards}
+
+    def _scores(self, name: str, images: Tensor, prompts: Sequence[str]) -> NDArray[np.float64]:
+        """Scores ``[image]``; where memory does not suffice, of fewer images at once from then on."""
+        while True:
+            size = max(1, min(self.max_images[name], len(prompts)))
+            try:
+                return np.concatenate(
+                    [
+                        _checked(name, self.rewards[name], images[start : start + size], prompts[start : start + size])
+                        for start in range(0, len(prompts), size)
+                    ]
+                )
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise RewardError(
+                        f"reward `{name}`: out of memory with one image:"
+                        f" {needed_and_free(error, images.device.type)}; choose a smaller image, or give the actors"
+                        " that run it a larger device"
+                    ) from None
+                self.max_images[name] = size // 2
+            log.warning("reward `%s`: out of memory with %d images at once, going on with %d", name, size, size // 2)
 
 
 def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
     """A built-in reward by its name, or one's own ``module:function``, looked up in the working folder too.
 
+    Of a class of one's own an instance is made, without arguments.
+
     Raises:
-        RewardError: it cannot be imported.
+        RewardError: it cannot be imported or made, or cannot be called.
     """
     module_name, _, attribute = REWARDS.get(name, name).partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    with crashes_named(name, ["load"]), _faults_named(name):
+        try:
+            found = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise RewardError(
+                f"reward `{name}`: cannot be imported: {error}; the module must be installed, or lie in the folder"
+                " that the command is started in"
+            ) from None
+        if name in REWARDS:
+            found = found(**options)
+        elif isinstance(found, type):
+            found = found()
+    if not callable(found):
         raise RewardError(
-            f"reward `{name}`: cannot be imported: {error}; the module must be installed, or lie in the folder"
-            " that the command is started in"
-        ) from None
-    return found(**options) if name in REWARDS else found
+            f"reward `{name}`: must be a function of images and prompts, or a class whose instances are, got"
+            f" {type(found).__name__}"
+        )
+    return found
 
 
 def _checked(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> NDArray[np.float64]:
+    with crashes_named(name, prompts), _faults_named(name, but=is_out_of_memory):  # which fewer images may mend
+        returned = reward(images.clone(), list(prompts))  # copies: a reward may write into them
+    scores = as_scores(returned, len(prompts))
+    if scores is None:
+        raise RewardError(
+            f"reward `{name}`: must return one score per image, a tensor, an array or a list of {len(prompts)} numbers,"
+            f" got {_described(returned)}"
+        )
+    return scores
+
+
+def as_scores(returned: Any, num_images: int) -> NDArray[np.float64] | None:
+    """Scores ``[image]`` as a reward returned them; ``None`` where that is not one number per image.
+
+    Accepts tensors of any device and type, with or without gradients; arrays; lists of numbers or of tensors; further
+    dimensions of size 1; and a tuple of which only the first item is scores, as ``(scores, info)``.
+    """
+    if returned is None:
+        return None
+    if isinstance(returned, tuple) and len(returned) > 1:
+        first, *others = (as_scores(item, num_images) for item in returned)
+        if first is not None and all(other is None for other in others):
+            return first
     try:
-        scores = np.asarray(reward(images, prompts), dtype=np.float64)
-    except RewardError:
+        scores = np.array(_plain(returned), dtype=np.float64)  # a copy: a reward may return the same array each time
+    except (TypeError, ValueError):
+        return None
+    return scores.reshape(num_images) if scores.size == num_images and num_images in (*scores.shape, 1) else None
+
+
+def _plain(values: Any) -> Any:
+    """Tensors, and those in a list, as what numpy takes."""
+    if isinstance(values, Tensor):
+        return values.detach().double().cpu().numpy()
+    return [_plain(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+def _described(returned: Any) -> str:
+    kind = type(returned).__name__
+    if isinstance(returned, list | tuple):
+        return f"a {kind} of {len(returned)} items ({', '.join(sorted({type(item).__name__ for item in returned}))})"
+    return f"{kind} of shape {list(returned.shape)}, {returned.dtype}" if hasattr(returned, "dtype") else kind
+
+
+@contextlib.contextmanager
+def _faults_named(name: str, but: Callable[[BaseException], bool] = lambda error: False) -> Iterator[None]:
+    """Whatever somebody else's code raises, as a `RewardError` that says whose it was and where; ``but`` what passes.
+
+    `SystemExit` too, which would end the process.
+    """
+    try:
+        yield
+    except CdpoError:
         raise
-    except Exception as error:
-        if is_out_of_memory(error):  # which fewer images at once may mend
+    except (Exception, SystemExit) as error:
+        if but(error):
             raise
-        # somebody else's code: whatever it raises, say whose it was and where
         trace = error.__traceback__
         while trace and trace.tb_next:
             trace = trace.tb_next
         place = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
         raise RewardError(f"reward `{name}` raised {type(error).__name__}: {error}{place}") from None
-    if scores.shape != (len(prompts),):
-        raise RewardError(
-            f"reward `{name}`: must return one score an image, [{len(prompts)}], got shape {list(scores.shape)}"
-        )
-    return scores
 
 
 class PixelScorer:
@@ -91,30 +179,50 @@ class PixelScorer:
 
     Args:
         keep_pixels: leave the pixels in the rows, for the task that writes them.
+        mixed: see `batches_of`.
     """
 
     def __init__(
-        self, rewards: Mapping[str, Mapping[str, Any]], images_per_batch: int, *, keep_pixels: bool = False
+        self,
+        rewards: Mapping[str, Mapping[str, Any]],
+        images_per_batch: int,
+        *,
+        keep_pixels: bool = False,
+        mixed: bool = False,
     ) -> None:
         self.scores = Scorer(rewards)
         self.images_per_batch = images_per_batch
         self.keep_pixels = keep_pixels
+        self.mixed = mixed
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         pixels = rows["pixels"].combine_chunks().to_numpy_ndarray()
         num_samples = pixels.shape[1]
         images = torch.from_numpy(pixels.reshape(-1, *pixels.shape[2:]))
         prompts = [prompt for prompt in rows["prompt"].to_pylist() for _ in range(num_samples)]
-        scores = [
-            self.scores(images[start : start + self.images_per_batch], prompts[start : start + self.images_per_batch])
-            for start in range(0, len(prompts), self.images_per_batch)
-        ]
+        scores = {name: np.empty(len(prompts)) for name in self.scores.rewards}
+        for batch in batches_of(len(prompts), self.images_per_batch, mixed=self.mixed):
+            for name, values in self.scores(images[batch], prompts[batch]).items():
+                scores[name][batch] = values
         if not self.keep_pixels:
             rows = rows.drop_columns("pixels")
-        for name in self.scores.rewards:
-            values = np.concatenate([batch[name] for batch in scores])
+        for name, values in scores.items():
             rows = rows.append_column(score_column(name), list_column(values, num_samples, pa.float64()))
         return rows
+
+
+def batches_of(num_images: int, images_per_batch: int, *, mixed: bool) -> list[slice]:
+    """Images of a call -> its batches of at most ``images_per_batch``, in order.
+
+    Args:
+        mixed: twice as many batches, each of images that are apart, but at least pairs where there were: no two
+            neighbours are in one batch. A score that depends on the rest of its batch is then another one.
+    """
+    num_batches = math.ceil(num_images / images_per_batch)
+    if mixed:
+        num_batches = max(num_batches, min(2 * num_batches, math.ceil(num_images / 2)))
+        return [slice(first, None, num_batches) for first in range(num_batches)]
+    return [slice(first, first + images_per_batch) for first in range(0, num_images, images_per_batch)]
 
 
 class PixelReader:
@@ -147,10 +255,16 @@ class SampleScorer:
     """Rows of 1-samples -> the same rows with score columns, read and judged in one place; what a pool wraps."""
 
     def __init__(
-        self, family: str, model: dict[str, Any], rewards: Mapping[str, Mapping[str, Any]], images_per_batch: int
+        self,
+        family: str,
+        model: dict[str, Any],
+        rewards: Mapping[str, Mapping[str, Any]],
+        images_per_batch: int,
+        *,
+        mixed: bool = False,
     ) -> None:
         self.read = PixelReader(family, model, images_per_batch)
-        self.score = PixelScorer(rewards, images_per_batch)
+        self.score = PixelScorer(rewards, images_per_batch, mixed=mixed)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return self.score(self.read(rows))

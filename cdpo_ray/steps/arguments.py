@@ -9,6 +9,7 @@ from typing import Any
 from cdpo_ray.config import Config, Pool, PromptSource
 from cdpo_ray.config.rewards import OWN_REWARD
 from cdpo_ray.errors import ConfigError
+from cdpo_ray.parts import read_set_aside
 from cdpo_ray.preferences.files import Source, fingerprint
 from cdpo_ray.prompts import sources
 from cdpo_ray.records import LABEL, score_file
@@ -215,6 +216,14 @@ def _module_files(module: str) -> dict[str, Path]:
     return {str(file.relative_to(folder)): file for folder in folders for file in sorted(folder.rglob("*.py"))}
 
 
-def warn_of_set_aside(output: StepOutput) -> None:
+def warn_of_set_aside(output: StepOutput, output_dir: Path) -> None:
+    from cdpo_ray.generation.set_aside import num_images_without_score
+
     if num_prompts := output.counts["prompts_set_aside"]:
         output.warnings.append(f"{num_prompts} prompts raise inside the model; set_aside.jsonl says which and why")
+    output.counts["images_without_score"] = num_images_without_score(read_set_aside(output_dir))
+    if num_images := output.counts["images_without_score"]:
+        output.warnings.append(
+            f"{num_images} images are black or of values that are not finite and have no score; set_aside.jsonl says"
+            " which and why"
+        )

@@ -64,7 +64,7 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         "images": 2 * num_prompts * config.evaluation.images_per_prompt,
         "prompts_set_aside": len(context.prompts.heldout) - num_prompts,
     }
-    warn_of_set_aside(output)
+    warn_of_set_aside(output, output_dir)
 
 
 def export(context: Context, format_name: str, output_dir: Path) -> None:

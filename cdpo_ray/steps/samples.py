@@ -100,7 +100,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
             f"memory does not suffice for `generation.images_per_batch` = {sampling.images_per_batch};"
             f" {sum(in_smaller.values())} prompts were made with {', '.join(map(str, sorted(in_smaller)))}"
         )
-    warn_of_set_aside(output)
+    warn_of_set_aside(output, output_dir)
 
 
 def import_preferences(context: Context, output_dir: Path, output: StepOutput) -> None:
@@ -183,7 +183,7 @@ def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *,
     ]
     output.details["diversity"] = float(np.mean(apart))
     output.counts |= {"prompts": len(apart), "prompts_set_aside": len(prompts) - len(apart)}
-    warn_of_set_aside(output)
+    warn_of_set_aside(output, output_dir)
 
 
 def sampling_to_compare(config: Config, side: str) -> Any:

@@ -63,6 +63,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
                 family=config.model.family,
                 model=model_arguments(config),
                 num_prompts=rewards.noise_prompts if second else None,
+                mixed=second,
                 progress=context.progress,
             )
             for name in names:

@@ -1,8 +1,10 @@
 """Paths on local disk, s3:// and gs://, with one interface; a file is there whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +52,17 @@ def place(text: str | Path) -> Path:
     except ImportError:
         raise StoreError(f'{text}: {scheme}:// needs `pip install "cdpo_ray[{scheme}]"`') from None
     return cast(Path, path)
+
+
+def refuse_special_file(path: Path) -> None:
+    """Refuse a pipe, a device or a socket where a file is to be read: reading it may never end.
+
+    Raises:
+        OSError: it is one, or nothing is there.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder is refused where it is opened
+        raise OSError(errno.EINVAL, "is a pipe, a device or a socket, not a regular file", str(path))
 
 
 def is_local(path: Path) -> bool:

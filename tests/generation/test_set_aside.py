@@ -1,17 +1,22 @@
 """A prompt that raises inside the model costs itself alone, until there are too many."""
 
+import functools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from tiny_models import poisoned
 
 from cdpo_ray.errors import GenerationError, ModelError, RewardError
 from cdpo_ray.generation.generator import Generator, Sampling
 from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.records import prompt_id
+from cdpo_ray.rewards.scorer import Scorer
 
 SAMPLING = Sampling(
     seed=3, images_per_prompt=2, num_denoising_steps=1, guidance_scale=1.0, height=None, width=None, images_per_batch=8
@@ -88,3 +93,61 @@ def test_a_full_memory_blames_no_prompt(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"the device failed: RuntimeError: DefaultCPUAllocator.*the same command"):
         set_aside.sparing(raises, table(["a cat", "a dog"]))
     assert not list(tmp_path.iterdir())
+
+
+def overflowing(generator: Generator, *images: int, of: str) -> Generator:
+    """The same generator, whose UNet or VAE gives values that are not finite for some images of each batch."""
+
+    def overflow(_: object, __: object, output: object) -> None:
+        for image in images:
+            (output[0] if isinstance(output, tuple) else output)[image, 0, 0, 0] = torch.inf  # type: ignore[index]
+
+    part = generator.model.pipeline.unet if of == "unet" else generator.model.pipeline.vae.decoder
+    part.register_forward_hook(overflow)
+    return generator
+
+
+@pytest.mark.parametrize("of", ["unet", "vae"])
+def test_fault_36_images_that_are_not_finite_have_no_score_and_are_named(
+    tiny_sd15: Path, tmp_path: Path, of: str
+) -> None:
+    set_aside = SetAside(tmp_path, 4, 0.5)
+    sampling = replace(SAMPLING, max_masked_fraction=0.5)
+    model, scores = {"path": str(tiny_sd15), "device": "cpu"}, functools.partial(Scorer, {"jpeg_size": {"quality": 90}})
+
+    def made(**options: object) -> pa.Table:
+        make = Generator("stable_diffusion", model, sampling, make_scores=scores, **options)  # type: ignore[arg-type]
+        return (overflowing(make, 0, 1, 5, of=of) if options else make)(table(PROMPTS))
+
+    whole, found = made(), made(set_aside=set_aside)
+    assert found["prompt"].to_pylist() == PROMPTS, "rows stay"
+    bad = np.array([[True, True], [False, False], [False, True], [False, False]])
+    for name in ("score_jpeg_size", "score_perturbation"):
+        values, expected = np.array(found[name].to_pylist()), np.array(whole[name].to_pylist())
+        np.testing.assert_array_equal(values, np.where(bad, np.nan, expected))
+    black = found["pixels"].combine_chunks().to_numpy_ndarray().max(axis=(2, 3, 4)) == 0
+    np.testing.assert_array_equal(black, bad)
+    assert set_aside.refuse_too_many() == set(), "no prompt is made again or left out"
+    entries = [json.loads(path.read_text()) for path in sorted((tmp_path / "set_aside").iterdir())]
+    assert [(entry["prompt_index"], entry["images"]) for entry in entries] == [(0, [0, 1]), (2, [1])]
+    assert entries[1]["reason"].startswith("images 1 of 2 are black everywhere: the model or its VAE gave values that")
+    told = (
+        "3 images have no score; `generation.max_bad_fraction` = 0.25 allows fewer; the first, 'a cat': images 0, 1 of"
+        " 2 are black everywhere"
+    )
+    with pytest.raises(GenerationError, match=re.escape(told)):
+        SetAside(tmp_path, 4, 0.25).refuse_too_many()
+    with pytest.raises(GenerationError, match=re.escape(told)):
+        made(set_aside=SetAside(tmp_path, 4, 0.25))
+
+
+def test_fault_36_prompts_that_raise_and_images_that_are_black_are_counted_together(tmp_path: Path) -> None:
+    def raises(rows: pa.Table) -> pa.Table:
+        raise IndexError("out of range")
+
+    set_aside = SetAside(tmp_path, 4, 0.6)
+    set_aside.sparing(raises, table(["a zebra"]))
+    set_aside.put_images(table(["a cat", "a dog"]), np.array([[True, False], [False, True]]), range(2))
+    assert set_aside.refuse_too_many() == {1}
+    with pytest.raises(GenerationError, match="1 of 4 prompts cannot be made into images and 3 images have no score;"):
+        set_aside.put_images(table(["a lizard"]), np.array([[[True], [False]]]), ["base 0", "tuned 0"])

@@ -1,5 +1,6 @@
 """Imported images are encoded as diffusers encodes them, once, and come back from what is kept."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def rows_with_pixels() -> pa.Table:
 
 
 def encoder(path: Path, **options: object) -> Encoder:
-    arguments = {"images_per_batch": 4, "make_scores": None, "keep_images": True} | options
+    arguments = {"images_per_batch": 4, "make_scores": None, "keep_images": True, "set_aside_dir": path} | options
     return Encoder("stable_diffusion", {"path": str(path)}, **arguments)  # type: ignore[arg-type]
 
 
@@ -85,3 +86,31 @@ def test_scores_and_images_are_of_the_pixels_that_came_not_of_what_is_decoded(em
     kept = [[decode_png(png) for png in pngs] for pngs in encode_pixels(encoded)["images"].to_pylist()]
     np.testing.assert_array_equal(kept, pixels)
     assert "pixels" not in encoder(embedded, keep_images=False)(rows).column_names
+
+
+def test_fault_36_images_whose_latents_are_not_finite_are_refused_by_name(embedded: Path, tmp_path: Path) -> None:
+    pixels = np.stack([[one.right, one.wrong, one.wrong] for one in judged_scenes(3)])
+    labels = np.array([[2.0, 1, 0]] * 3)
+    labels[2, 2] = np.nan  # black pixels that fill up a row of two
+    rows = pa.table({"prompt_index": pa.array([4, 5, 6], pa.int64()), "prompt": ["a", "b", "c"]})
+    for name in ("score_label", "score_preference"):
+        rows = rows.append_column(name, list_column(labels.ravel(), 3, pa.float64()))
+    rows = rows.append_column("pixels", tensor_column(pixels))
+    encode = encoder(embedded, images_per_batch=100, set_aside_dir=tmp_path)
+    whole = encode(rows)
+
+    def overflow(_: object, __: object, moments: torch.Tensor) -> None:
+        moments[1, 0, 0, 0] = torch.inf
+        moments[7] = torch.nan
+
+    encode.model.pipeline.vae.encoder.register_forward_hook(overflow)
+    encoded = encode(rows)
+    assert encoded["prompt"].to_pylist() == ["a", "b"], "of the third, one image is left"
+    assert encoded.slice(1).equals(whole.slice(1, 1))
+    for name in ("score_label", "score_preference"):
+        np.testing.assert_array_equal(encoded[name].to_pylist(), [[2, np.nan, 0], [2, 1, 0]])
+    entries = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.jsonl"))]
+    assert [(entry["prompt_index"], entry["prompt"], entry["reason"]) for entry in entries] == [
+        (4, "a", "image 1 of row 5: its latents are not finite; try another `model.dtype`"),
+        (6, "c", "image 1 of row 7: its latents are not finite; try another `model.dtype`"),
+    ]

@@ -317,3 +317,13 @@ def test_fault_19_a_ranked_folder_without_prompt_ranks_or_a_second_image_is_name
         "must hold at least 2 images, got 1",
         "names must begin with the rank, 0 the best, got cat.png",
     ]
+
+
+def test_fault_56_a_pipe_among_preferences_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "prompt.txt")
+    (fault,) = scan(Source(str(tmp_path), "ranked_folders")).faults
+    assert "is a pipe, a device or a socket, not a regular file" in fault.reason
+    os.mkfifo(tmp_path / "pairs.jsonl")
+    with pytest.raises(PreferenceError, match="nothing is there"):
+        scan(Source(str(tmp_path / "pairs.jsonl"), "pairs"))

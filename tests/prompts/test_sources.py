@@ -190,6 +190,16 @@ def test_a_missing_file_or_a_folder_is_refused_by_name(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["pipe", "pipe.jsonl", "pipe.parquet"])
+def test_fault_56_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    for path in (tmp_path / name, Path("/dev/zero")):
+        with pytest.raises(
+            PromptError, match=rf"train\.source` {path}: is a pipe, a device or a socket, not a regular"
+        ):
+            read(path)
+
+
 def test_a_count_keeps_prompts_from_the_front(tmp_path: Path) -> None:
     path = write(tmp_path / "p.txt", ["a", "a", "b", "c"])
     assert read(path, count=2) == PromptList(["a", "b"], num_read=4, num_doubled=1)

@@ -1,7 +1,10 @@
 """Captions: a model in this process against greedy decoding by hand; a server against all it may do wrong."""
 
 import base64
+import contextlib
 import logging
+import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -168,9 +171,34 @@ def test_a_server_that_does_not_answer_in_time_is_given_up_after_the_retries() -
 
     with CaptionServer(sleep) as server:
         (caption,) = asking(server.url, timeout_seconds=0.3, max_retries=1)(smooth_images(1))
-    assert caption.fault.startswith(f"{server.url}/chat/completions did not answer: ")
-    assert "Read timed out" in caption.fault
+    assert caption.fault == f"{server.url}/chat/completions did not answer within 0.3 s"
     assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("begins_with", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Slow: ", b""])
+def test_fault_56_a_server_that_drips_is_given_up_at_the_deadline(begins_with: bytes) -> None:
+    def drip(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            connection.sendall(begins_with)
+            while not ended.wait(0.05):
+                connection.sendall(b"x" if begins_with else b"H")
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connections.append(listening.accept()[0])
+                threading.Thread(target=drip, args=(connections[-1],), daemon=True).start()
+
+    ended, connections = threading.Event(), list[socket.socket]()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        began = time.monotonic()
+        found = asking(url, timeout_seconds=0.3, max_retries=1, num_concurrent_requests=2)(smooth_images(2))
+        ended.set()
+    assert found == [("", f"{url}/chat/completions did not answer within 0.3 s")] * 2
+    assert 0.6 < time.monotonic() - began < 5
+    assert len(connections) == 4
 
 
 def test_a_server_that_is_not_there_is_a_fault_and_no_traceback() -> None:

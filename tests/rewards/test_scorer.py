@@ -2,23 +2,30 @@
 
 import importlib
 import inspect
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from cdpo_ray.config import RewardsSection
+from cdpo_ray.curriculum.noise import score_noise
 from cdpo_ray.errors import RewardError
+from cdpo_ray.generation.columns import tensor_column
 from cdpo_ray.rewards import REWARDS
-from cdpo_ray.rewards.scorer import Scorer, load_reward
+from cdpo_ray.rewards.scorer import PixelScorer, Scorer, batches_of, load_reward
 
 IMAGES = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
 PROMPTS = ["a cat", "a dog"]
 OWN = '''"""Rewards of one's own."""
 
+import sys
+
+import numpy as np
 import torch
 
 
@@ -34,8 +41,16 @@ def one_number(images, prompts):
     return 3.0
 
 
-def a_column(images, prompts):
-    return torch.zeros(len(prompts), 1)
+def a_square(images, prompts):
+    return torch.zeros(len(prompts), len(prompts))
+
+
+def nothing(images, prompts):
+    return None
+
+
+def two_scores(images, prompts):
+    return mean(images, prompts), mean(images, prompts)
 
 
 def words(images, prompts):
@@ -46,9 +61,104 @@ def breaks(images, prompts):
     return images / broken
 
 
+def leaves(images, prompts):
+    sys.exit("cannot go on")
+
+
 def not_a_number(images, prompts):
     return torch.tensor([float("nan"), float("inf")])
+
+
+def a_column(images, prompts):
+    return mean(images, prompts)[:, None]
+
+
+def a_row(images, prompts):
+    return mean(images, prompts)[None]
+
+
+def squeezed(images, prompts):
+    return mean(images, prompts)[:, None].squeeze()
+
+
+def in_bfloat16(images, prompts):
+    return mean(images, prompts).bfloat16()
+
+
+def with_gradients(images, prompts):
+    return mean(images, prompts).requires_grad_()
+
+
+def half(images, prompts):
+    return mean(images, prompts).half().numpy()
+
+
+def with_info(images, prompts):
+    return mean(images, prompts), {"model": "mine"}
+
+
+def with_more(images, prompts):
+    return mean(images, prompts), None, prompts
+
+
+def list_of_tensors(images, prompts):
+    return [image.float().mean().requires_grad_() for image in images]
+
+
+buffer = np.zeros(2)
+
+
+def in_a_buffer(images, prompts):
+    buffer[:] = mean(images, prompts)
+    return buffer
+
+
+class Mean:
+    def __call__(self, images, prompts):
+        return mean(images, prompts)
+
+
+class Module(torch.nn.Module):
+    def forward(self, images, prompts):
+        return mean(images, prompts)
+
+
+class WithArguments(Mean):
+    def __init__(self, path):
+        pass
+
+
+class NotCalled:
+    pass
+
+
+def changes_what_it_is_given(images, prompts):
+    scores = mean(images, prompts)
+    images.zero_()
+    prompts.sort()
+    prompts[0] = "changed"
+    return scores
+
+
+def of_two(images, prompts):
+    if len(images) > 2:
+        torch.empty(10**17, dtype=torch.uint8)
+    return mean(images, prompts)
+
+
+def of_none(images, prompts):
+    raise MemoryError("no room")
+
+
+def normalized(images, prompts):
+    values = mean(images, prompts)
+    return (values - values.mean()) / (values.std() + 1e-6)
+
+
+def ranked(images, prompts):
+    return mean(images, prompts).argsort().argsort()
 '''
+MODULE = "own_rewards_of_a_test"
 
 
 @pytest.fixture(autouse=True)
@@ -84,16 +194,132 @@ def test_a_reward_that_raises_is_named_with_its_error_and_its_line(own_module: P
     )
 
 
-def test_a_score_that_is_no_number_is_the_rewards_fault() -> None:
-    with pytest.raises(RewardError, match=r"reward `own_rewards_of_a_test:words` raised ValueError: could not convert"):
-        Scorer({"own_rewards_of_a_test:words": {}})(IMAGES, PROMPTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a_column", "a_row", "squeezed", "in_bfloat16", "with_gradients", "half", "with_info", "with_more",
+        "list_of_tensors", "Mean", "Module",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_usual_shapes_and_types_of_scores_are_taken(name: str, num_images: int) -> None:
+    scores = Scorer({f"{MODULE}:{name}": {}})(IMAGES[:num_images], PROMPTS[:num_images])[f"{MODULE}:{name}"]
+    np.testing.assert_allclose(scores, [23.5, 71.5][:num_images], rtol=1 / 256 if name == "in_bfloat16" else 0)
+    assert scores.dtype == np.float64
 
 
-@pytest.mark.parametrize(("function", "shape"), [("one_number", r"\[\]"), ("a_column", r"\[2, 1\]")])
-def test_scores_of_another_shape_are_refused(function: str, shape: str) -> None:
-    message = rf"reward `own_rewards_of_a_test:{function}`: must return one score an image, \[2\], got shape {shape}"
+@pytest.mark.parametrize(
+    ("name", "got"),
+    [
+        ("one_number", "float"),
+        ("nothing", "NoneType"),
+        ("a_square", r"Tensor of shape \[2, 2\], torch\.float32"),
+        ("two_scores", r"a tuple of 2 items \(Tensor\)"),
+        ("words", r"a list of 2 items \(str\)"),
+    ],
+)
+def test_anything_else_is_refused_with_what_came_and_what_to_return(name: str, got: str) -> None:
+    message = (
+        rf"^reward `{MODULE}:{name}`: must return one score per image, a tensor, an array or a list of 2 numbers,"
+        rf" got {got}$"
+    )
     with pytest.raises(RewardError, match=message):
-        Scorer({f"own_rewards_of_a_test:{function}": {}})(IMAGES, PROMPTS)
+        Scorer({f"{MODULE}:{name}": {}})(IMAGES, PROMPTS)
+
+
+def test_scores_that_a_reward_writes_over_in_its_next_call_are_kept() -> None:
+    scorer = Scorer({f"{MODULE}:in_a_buffer": {}})
+    first = scorer(IMAGES, PROMPTS)[f"{MODULE}:in_a_buffer"]
+    scorer(IMAGES + 1, PROMPTS)
+    assert first.tolist() == [23.5, 71.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("WithArguments", r"raised TypeError: .*missing 1 required positional argument: 'path'"),
+        ("NotCalled", r"must be a function of images and prompts, or a class whose instances are, got NotCalled"),
+        ("buffer", r"must be a function of images and prompts, .* got ndarray"),
+    ],
+)
+def test_what_cannot_be_called_is_named(name: str, reason: str) -> None:
+    with pytest.raises(RewardError, match=rf"^reward `{MODULE}:{name}`:? {reason}"):
+        load_reward(f"{MODULE}:{name}", {})
+
+
+def test_fault_44_a_reward_that_writes_into_its_images_and_prompts_changes_nothing() -> None:
+    images, prompts = IMAGES.clone(), list(PROMPTS[::-1])
+    names = [f"{MODULE}:{name}" for name in ("changes_what_it_is_given", "mean", "as_list")]
+    scores = Scorer({name: {} for name in names})(images, prompts)
+    assert torch.equal(images, IMAGES) and prompts == PROMPTS[::-1]
+    assert scores[names[0]].tolist() == scores[names[1]].tolist() == [23.5, 71.5]
+    assert scores[names[2]].tolist() == [5, 5]
+
+
+def rows_of(num_prompts: int, num_samples: int) -> pa.Table:
+    pixels = np.random.default_rng(0).integers(1, 256, (num_prompts, num_samples, 3, 4, 4), np.uint8)
+    return pa.table({"prompt": ["a cat"] * num_prompts, "pixels": tensor_column(pixels)})
+
+
+@pytest.mark.parametrize("images_per_batch", [2, 3, 4, 8, 16, 100])
+@pytest.mark.parametrize(("num_prompts", "num_samples"), [(2, 4), (5, 2), (4, 4)])
+def test_fault_45_another_composition_of_batches_shows_a_score_that_depends_on_it(
+    num_prompts: int, num_samples: int, images_per_batch: int
+) -> None:
+    rewards = {f"{MODULE}:{name}": {} for name in ("mean", "normalized", "ranked")}
+    rows = rows_of(num_prompts, num_samples)
+    first, second = (
+        {name: np.array(scored[f"score_{name}"].to_pylist()) for name in rewards}
+        for mixed in (False, True)
+        for scored in [PixelScorer(rewards, images_per_batch, mixed=mixed)(rows)]
+    )
+    noise = {name.partition(":")[2]: score_noise(first[name], second[name]) for name in rewards}
+    assert noise["mean"] == 0 and noise["normalized"] > 0.01 and noise["ranked"] > 0.1
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 3, 16, 127, 128])
+@pytest.mark.parametrize("images_per_batch", [1, 2, 3, 16, 200])
+def test_batches_hold_each_image_once_within_the_bound(num_images: int, images_per_batch: int) -> None:
+    for mixed in (False, True):
+        batches = [range(num_images)[one] for one in batches_of(num_images, images_per_batch, mixed=mixed)]
+        assert sorted(number for batch in batches for number in batch) == list(range(num_images))
+        assert all(0 < len(batch) <= images_per_batch for batch in batches)
+    if num_images > 2 and images_per_batch > 1:
+        assert all(1 not in np.diff(batch) for batch in batches), "no two neighbours"
+        assert all(len(batch) > 1 for batch in batches[:-1])
+
+
+def test_fault_36_a_black_image_has_no_score() -> None:
+    images = torch.cat([torch.zeros(1, 3, 4, 4, dtype=torch.uint8), IMAGES])
+    images[1] = 0
+    images[1, 2, 3, 3] = 1
+    scores = Scorer({f"{MODULE}:mean": {}})(images, ["a cat", *PROMPTS])[f"{MODULE}:mean"]
+    np.testing.assert_allclose(scores, [np.nan, 1 / 48, 71.5])
+
+
+def test_fault_61_a_reward_that_leaves_by_sys_exit_is_named(own_module: Path) -> None:
+    line = 1 + OWN.split("\n").index('    sys.exit("cannot go on")')
+    message = rf"^reward `{MODULE}:leaves` raised SystemExit: cannot go on at {own_module}:{line}$"
+    with pytest.raises(RewardError, match=message):
+        Scorer({f"{MODULE}:leaves": {}})(IMAGES, PROMPTS)
+    own_module.write_text("import sys\nsys.exit(3)\n")
+    sys.modules.pop(own_module.stem, None)
+    with pytest.raises(RewardError, match=rf"^reward `{MODULE}:leaves` raised SystemExit: 3 at {own_module}:2$"):
+        load_reward(f"{MODULE}:leaves", {})
+
+
+def test_fault_61_a_reward_without_memory_gets_fewer_images_and_is_named_at_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    images, scorer = IMAGES.repeat(3, 1, 1, 1)[:5], Scorer({f"{MODULE}:of_two": {}})
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert scorer(images, ["a"] * 5)[f"{MODULE}:of_two"].tolist() == [23.5, 71.5, 23.5, 71.5, 23.5]
+    assert caplog.messages == [f"reward `{MODULE}:of_two`: out of memory with 5 images at once, going on with 2"]
+    with pytest.raises(
+        RewardError, match=rf"^reward `{MODULE}:of_none`: out of memory with one image: more than there"
+    ):
+        Scorer({f"{MODULE}:of_none": {}})(images, ["a"] * 5)
 
 
 def test_scores_that_are_not_finite_are_passed_on_to_be_counted() -> None:
