@@ -1,6 +1,7 @@
 """A configuration is whole or refused, with every fault named as the user wrote it."""
 
 import ast
+import itertools
 import os
 import re
 import subprocess
@@ -325,7 +326,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
 
 def nested(names: str, inner: str) -> str:
     """Anchors, each of which stands nine times for the one before."""
-    pairs = zip(names, names[1:], strict=False)
+    pairs = itertools.pairwise(names)
     return f"a: &a {{x: 1}}\n{''.join(f'{b}: &{b} {inner}' % ', '.join([f'*{a}'] * 9) + chr(10) for a, b in pairs)}"
 
 
@@ -364,7 +365,7 @@ def test_fault_54_yaml_that_would_take_long_or_break_the_parser_is_one_line_with
         parse_yaml(text, where="x.yaml")
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
     if "\n" not in text and "\0" not in text:
-        with pytest.raises(ConfigError, match="^override 'run="):
+        with pytest.raises(ConfigError, match=r"^override 'run="):
             load_config(QUICKSTART, [f"run={text}"])
 
 
