@@ -7,6 +7,7 @@ from cdpo_ray.config import Config, SearchSection
 from cdpo_ray.curriculum.capacity import stage_capacities
 from cdpo_ray.curriculum.stages import ORDERED, admitted_gaps, admitted_levels, count_pairs
 from cdpo_ray.models.sizes import Sizes, sizes_of
+from cdpo_ray.preferences.files import Scan
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.store import place
 
@@ -23,11 +24,12 @@ class Plan:
         return "\n".join(self.lines)
 
 
-def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = ()) -> Plan:
+def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), judged: Scan | None = None) -> Plan:
     """What `cdpo run` would do with this configuration.
 
     Args:
         cost: lines of an estimate, see `cost_lines`.
+        judged: the preferences of the configuration.
     """
     per_prompt, curriculum, training = config.generation.images_per_prompt, config.curriculum, config.training
     num_images = len(prompts.train) * per_prompt
@@ -38,6 +40,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = ()) ->
     preferences = config.preferences
     if preferences:
         samples = f"  preferences  {preferences.path} ({preferences.format}), difficulty by {preferences.difficulty}"
+        samples = "\n               ".join([samples, *(judged.lines if judged else ())])
     num_updates = curriculum.num_stages * curriculum.updates_per_stage
     heldout_images = 2 * len(prompts.heldout) * config.evaluation.images_per_prompt
     noise_prompts = min(config.rewards.noise_prompts, len(prompts.train))
