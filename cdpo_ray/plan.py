@@ -9,6 +9,7 @@ from cdpo_ray.curriculum.stages import ORDERED, admitted_gaps, admitted_levels, 
 from cdpo_ray.models.sizes import Sizes, sizes_of
 from cdpo_ray.preferences.files import Scan
 from cdpo_ray.prompts.sources import PromptSplit
+from cdpo_ray.prompts.syntax import literal_syntax
 from cdpo_ray.store import place
 
 PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawings take less
@@ -51,6 +52,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), ju
         f"  prompts      {len(prompts.train):,} to train on, {len(prompts.heldout):,} held out{validated}"
         f" (of {prompts.num_read:,}: {prompts.num_doubled:,} doubled, {prompts.num_empty:,} empty,"
         f" {prompts.num_beyond_count:,} beyond `count` left out)",
+        *(f"               {line}" for line in literal_syntax([*prompts.train, *prompts.heldout, *prompts.validation])),
         samples,
         f"  rewards      {', '.join(config.rewards.names)} ({config.rewards.placement}); ranked by"
         f" {config.rewards.ranking_sentence}{noise}",

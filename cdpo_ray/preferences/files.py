@@ -171,7 +171,7 @@ class Scan:
             more = f"\n  and {len(self.faults) - FAULTS_SHOWN:,} more" if len(self.faults) > FAULTS_SHOWN else ""
             raise PreferenceError(
                 f"{where}: {len(self.faults):,} of {self.num_rows:,} rows cannot be read, more than"
-                f" `preferences.max_bad_fraction` = {max_bad_fraction}; mend or remove them:{shown}{more}"
+                f" `preferences.max_bad_fraction` = {max_bad_fraction}; mend or remove them, or raise it:{shown}{more}"
             )
         if not self.prompts:
             raise PreferenceError(f"{where}: no row can be trained on; {self.counts}")

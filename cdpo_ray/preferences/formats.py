@@ -82,10 +82,9 @@ def is_parquet(path: Path) -> bool:
 def missing_columns(path: Path, absent: Sequence[str], there: Iterable[str]) -> PreferenceError:
     """The error of a table that lacks columns: names those that are there, and the format that they fit best."""
     there = list(there)
-    return PreferenceError(
-        f"{path}: has no column {', '.join(map(shown, absent))}, but {_listed(there)}; say in `preferences.columns`"
-        f" what they are called{_nearest(there)}"
-    )
+    fits = any(_fits(name, there) for name in FORMATS)
+    advice = _nearest(there) if fits else "; say in `preferences.columns` what they are called"
+    return PreferenceError(f"{path}: has no column {', '.join(map(shown, absent))}, but {_listed(there)}{advice}")
 
 
 def other_kind(path: Path) -> PreferenceError:
@@ -165,11 +164,16 @@ def _listed(columns: Sequence[str]) -> str:
     return ", ".join(map(shown, columns[:COLUMNS_SHOWN])) + more or "nothing"
 
 
+def _fits(name: str, columns: Sequence[str]) -> bool:
+    kind = FORMATS[name]
+    return kind is not None and {*kind.required} <= {*columns}
+
+
 def _nearest(columns: Sequence[str]) -> str:
-    """The format of which most columns are there."""
+    """The format that the columns fit, or of which most are there."""
     known = {name: kind.required for name, kind in FORMATS.items() if kind}
     num_there = {name: len({*required} & {*columns}) for name, required in known.items()}
     name = max(known, key=lambda name: num_there[name] / len(known[name]))
-    if num_there[name] == len(known[name]):
+    if _fits(name, columns):
         return f"; they fit `preferences.format` {name}"
     return f"; `preferences.format` {name} has {', '.join(known[name])}" if num_there[name] else ""

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
+from cdpo_ray.config.section import looked_for
 from cdpo_ray.errors import PromptError
 from cdpo_ray.hub import FETCH_ERRORS, how_to_stage
 from cdpo_ray.prompts.animals import animal_photo_prompts, animal_prompts
+from cdpo_ray.prompts.faults import NUM_SHOWN
 from cdpo_ray.prompts.files import read_file
 from cdpo_ray.testbed.scenes import scene_prompts, scene_prompts_apart
 
@@ -203,9 +205,15 @@ def _read_file(source: Source, side: str) -> list[str]:
     try:
         return read_file(path, source.column)
     except OSError as error:
+        reason = f"{error.strerror}: {looked_for(str(path))}"
+        if path.is_dir():
+            files = sorted(file.name for file in path.iterdir() if file.is_file())
+            reason = f"is a folder; name one of its files: {', '.join(files[:NUM_SHOWN]) or 'it holds none'}"
+        elif "://" in name:
+            reason = "is a URL; download the file first"
         raise PromptError(
-            f"`{key}` {path}: {error.strerror}; give a file of prompts, one of {', '.join(BUILT_IN)}, or a hub data set"
-            " with its `file` and `revision`"
+            f"`{key}` {name}: {reason}; give a file of prompts, one of {', '.join(BUILT_IN)}, or a hub data set with"
+            " its `file` and `revision`"
         ) from None
 
 
