@@ -195,7 +195,7 @@ def _do(asked: argparse.Namespace) -> int:
         raise ConfigError(f"{asked.config}: its images are not made by `cdpo {verb}`: `{steps_of(config)[0].verb}` is")
     elif verb == "import" and asked.check:
         judged, faults = find_preference_faults(config, address=asked.address, verbose=asked.verbose)
-        print(*faults, *judged.lines, sep="\n")
+        print(*faults, *judged.lines(with_faults=False), sep="\n")
         if faults:
             raise PreferenceError("1 fault" if len(faults) == 1 else f"{len(faults):,} faults")
         print("no faults")

@@ -41,7 +41,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), ju
     preferences = config.preferences
     if preferences:
         samples = f"  preferences  {preferences.path} ({preferences.format}), difficulty by {preferences.difficulty}"
-        samples = "\n               ".join([samples, *(judged.lines if judged else ())])
+        samples = "\n               ".join([samples, *(judged.lines() if judged else ())])
     num_updates = curriculum.num_stages * curriculum.updates_per_stage
     heldout_images = 2 * len(prompts.heldout) * config.evaluation.images_per_prompt
     noise_prompts = min(config.rewards.noise_prompts, len(prompts.train))

@@ -145,13 +145,12 @@ class Scan:
             f" {self.num_unlabelled:,} unlabelled, {len(self.faults):,} cannot be read"
         )
 
-    @property
-    def lines(self) -> list[str]:
-        """The counts, with the first rows of each kind that is left out, and what else is to be said of the files."""
+    def lines(self, *, with_faults: bool = True) -> list[str]:
+        """The counts, the first rows of each kind that is left out, and what else is to be said of the files."""
         first: dict[str, Sequence[str | Fault]] = {
             "tied": self.tied,
             "unlabelled": self.unlabelled,
-            "cannot be read": self.faults,
+            "cannot be read": self.faults if with_faults else [],
         }
         return [
             f"{self.num_files:,} file{'s' * (self.num_files != 1)}, {self.counts}",

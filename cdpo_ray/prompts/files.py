@@ -111,8 +111,7 @@ def read_json(handle: BinaryIO, column: str) -> Entries:
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise PromptError(f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-        handle.seek(0)
-        yield from read_jsonl(handle, column)
+        yield from read_jsonl(io.BytesIO(text.encode(errors="surrogateescape")), column)
         return
     except (ValueError, RecursionError) as error:
         raise PromptError(f"is not JSON that can be read: {error}") from None

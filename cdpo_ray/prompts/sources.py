@@ -1,6 +1,7 @@
 """Prompt source -> prompts to train on, to judge trials by, and held-out ones."""
 
 import hashlib
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -206,7 +207,7 @@ def _read_file(source: Source, side: str) -> list[str]:
         return read_file(path, source.column)
     except OSError as error:
         reason = f"{error.strerror}: {looked_for(str(path))}"
-        if path.is_dir():
+        if os.path.isdir(path):
             files = sorted(file.name for file in path.iterdir() if file.is_file())
             reason = f"is a folder; name one of its files: {', '.join(files[:NUM_SHOWN]) or 'it holds none'}"
         elif "://" in name:

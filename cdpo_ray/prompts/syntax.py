@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterable
 
 SYNTAX = {
-    "weights, as (cat:1.2) or ((cat))": re.compile(r"\([^()]*:\s*[\d.]+\s*\)|\(\(|\[[^\[\]]+:[^\[\]]*\]"),
+    "weights, as (cat:1.2) or ((cat))": re.compile(r"\([^()]*:\s*[\d.]+\s*\)|\(\(|\[[^\[\]:]+:[^\[\]]*\]"),
     "tags of weights, as <lora:name:0.8>": re.compile(r"<(?:lora|lyco|hypernet|embedding):[^<>]*>", re.IGNORECASE),
     "wildcards, as __animal__": re.compile(r"__[\w/*.-]+?__"),
-    "choices, as {red|blue}": re.compile(r"\{[^{}]*\|[^{}]*\}"),
+    "choices, as {red|blue}": re.compile(r"\{[^{}|]*\|[^{}]*\}"),
     "BREAK or AND": re.compile(r"\b(?:BREAK|AND)\b"),
     "options, as --ar or --neg": re.compile(r"(?:^|\s)--[a-z]"),
     "settings, as Negative prompt: or Steps:": re.compile(r"^(?:Negative prompt|Steps)\s*:", re.IGNORECASE),
