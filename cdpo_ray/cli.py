@@ -25,6 +25,7 @@ from cdpo_ray.run import (
     find_preference_faults,
     read_prompts,
     run_steps,
+    scan_preferences,
     write_reports,
 )
 from cdpo_ray.steps import steps_of
@@ -181,8 +182,9 @@ def _do(asked: argparse.Namespace) -> int:
     goes_on = shlex.join(["cdpo", "tune" if verb == "tune" else "run", asked.config, *asked.overrides])
     if verb == "check":
         check_model_of(config)
-        prompts = read_prompts(config)
-        print(make_plan(config, prompts, _cost(config, prompts, asked.gpu)))
+        judged = scan_preferences(config, with_images=True) if config.preferences else None
+        prompts = read_prompts(config, judged)
+        print(make_plan(config, prompts, _cost(config, prompts, asked.gpu), judged))
     elif verb == "report":
         print(*write_reports(config, anew=True), sep="\n")
     elif verb == "run":
@@ -204,10 +206,10 @@ def _do(asked: argparse.Namespace) -> int:
     elif verb in ("generate", "import") and verb != steps_of(config)[0].verb:
         raise ConfigError(f"{asked.config}: its images are not made by `cdpo {verb}`: `{steps_of(config)[0].verb}` is")
     elif verb == "import" and asked.check:
-        faults = find_preference_faults(config, address=asked.address, verbose=asked.verbose)
-        print(*faults, sep="\n", end="\n" * bool(faults))
+        judged, faults = find_preference_faults(config, address=asked.address, verbose=asked.verbose)
+        print(*faults, *judged.lines(with_faults=False), sep="\n")
         if faults:
-            raise PreferenceError(f"{len(faults)} faults")
+            raise PreferenceError("1 fault" if len(faults) == 1 else f"{len(faults):,} faults")
         print("no faults")
     else:
         run_steps(

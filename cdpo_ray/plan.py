@@ -7,7 +7,9 @@ from cdpo_ray.config import Config, SearchSection
 from cdpo_ray.curriculum.capacity import stage_capacities
 from cdpo_ray.curriculum.stages import ORDERED, admitted_gaps, admitted_levels, count_pairs
 from cdpo_ray.models.sizes import Sizes, sizes_of
+from cdpo_ray.preferences.files import Scan
 from cdpo_ray.prompts.sources import PromptSplit
+from cdpo_ray.prompts.syntax import literal_syntax
 from cdpo_ray.store import place
 
 PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawings take less
@@ -23,11 +25,12 @@ class Plan:
         return "\n".join(self.lines)
 
 
-def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = ()) -> Plan:
+def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), judged: Scan | None = None) -> Plan:
     """What `cdpo run` would do with this configuration.
 
     Args:
         cost: lines of an estimate, see `cost_lines`.
+        judged: the preferences of the configuration.
     """
     per_prompt, curriculum, training = config.generation.images_per_prompt, config.curriculum, config.training
     num_images = len(prompts.train) * per_prompt
@@ -38,6 +41,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = ()) ->
     preferences = config.preferences
     if preferences:
         samples = f"  preferences  {preferences.path} ({preferences.format}), difficulty by {preferences.difficulty}"
+        samples = "\n               ".join([samples, *(judged.lines() if judged else ())])
     num_updates = curriculum.num_stages * curriculum.updates_per_stage
     heldout_images = 2 * len(prompts.heldout) * config.evaluation.images_per_prompt
     noise_prompts = min(config.rewards.noise_prompts, len(prompts.train))
@@ -48,6 +52,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = ()) ->
         f"  prompts      {len(prompts.train):,} to train on, {len(prompts.heldout):,} held out{validated}"
         f" (of {prompts.num_read:,}: {prompts.num_doubled:,} doubled, {prompts.num_empty:,} empty,"
         f" {prompts.num_beyond_count:,} beyond `count` left out)",
+        *(f"               {line}" for line in literal_syntax([*prompts.train, *prompts.heldout, *prompts.validation])),
         samples,
         f"  rewards      {', '.join(config.rewards.names)} ({config.rewards.placement}); ranked by"
         f" {config.rewards.ranking_sentence}{noise}",

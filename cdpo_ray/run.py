@@ -17,7 +17,7 @@ from cdpo_ray.config import Config
 from cdpo_ray.cost.gpus import DEFAULT_GPU, Gpu, gpu_of_device, visible_gpu
 from cdpo_ray.errors import ConfigError, ResourceError, StoreError, printable
 from cdpo_ray.models.folder import check_model
-from cdpo_ray.preferences.files import scan
+from cdpo_ray.preferences.files import Scan, scan
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
@@ -44,29 +44,40 @@ CONTENT_KEYS = (".sha256", "preferences.files")
 """Ends of settings that hold the SHA-256 of files that other keys of their section name."""
 
 
-def read_prompts(config: Config) -> PromptSplit:
-    """The prompts that a configuration names."""
+def read_prompts(config: Config, judged: Scan | None = None) -> PromptSplit:
+    """The prompts that a configuration names.
+
+    Args:
+        judged: the preferences of the configuration, if they were scanned before.
+    """
     return split_prompts(
-        prompt_source(config.prompts.train) if config.prompts.train else _judged_prompts(config),
+        prompt_source(config.prompts.train) if config.prompts.train else (judged or scan_preferences(config)).prompts,
         prompt_source(config.prompts.heldout),
         prompt_source(config.prompts.validation) if config.prompts.validation else None,
         seed=config.run.seed,
     )
 
 
-def _judged_prompts(config: Config) -> list[str]:
-    """Prompts that came with preferences, a row each.
+def scan_preferences(config: Config, *, with_images: bool = False) -> Scan:
+    """The preferences of a configuration, without their images.
+
+    Args:
+        with_images: see whether each image is there.
 
     Raises:
+        PreferenceError: the files are missing or broken, too many rows cannot be read, or none has a preference.
         ConfigError: no row has as many rank gaps as there are stages.
     """
-    found, num_stages = scan(preference_source(config)), config.curriculum.num_stages
+    assert config.preferences is not None, "asked of a config with preferences"
+    source, num_stages = preference_source(config), config.curriculum.num_stages
+    found = scan(source, with_images=with_images)
+    found.refuse_unusable(source, config.preferences.max_bad_fraction)
     if config.curriculum.cuts_by_rank_gap and num_stages > found.num_samples - 1:
         raise ConfigError(
             f"`curriculum.num_stages` is {num_stages}, but at most {found.num_samples} images of a prompt were ranked,"
             f" which have only {found.num_samples - 1} rank gaps; lower it"
         )
-    return found.prompts
+    return found
 
 
 def check_model_of(config: Config) -> None:
@@ -190,8 +201,13 @@ def cluster_gpu(nodes: Iterable[Node]) -> Gpu:
     return next(filter(None, found), None) or visible_gpu() or DEFAULT_GPU
 
 
-def find_preference_faults(config: Config, *, address: str | None = None, verbose: bool = False) -> list[str]:
+def find_preference_faults(
+    config: Config, *, address: str | None = None, verbose: bool = False
+) -> tuple[Scan, list[str]]:
     """All that is wrong with a set of preferences, by file and row; every image is opened, nothing is written.
+
+    Returns:
+        What the rows are, and a line for each fault.
 
     Raises:
         PreferenceError: there is no such set, or it lacks a column.
@@ -204,7 +220,7 @@ def find_preference_faults(config: Config, *, address: str | None = None, verbos
         from cdpo_ray.preferences.pool import find_faults
 
         in_images = find_faults(found.chunks, source=source, frame=preference_frame(config))
-    return list(dict.fromkeys([*map(str, found.faults), *in_images]))
+    return found, list(dict.fromkeys([*map(str, found.faults), *in_images]))
 
 
 def compare_runs(run_dirs: list[Path], output_dir: Path | None = None, config: Config | None = None) -> str:

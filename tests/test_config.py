@@ -1,6 +1,8 @@
 """A configuration is whole or refused, with every fault named as the user wrote it."""
 
 import ast
+import itertools
+import os
 import re
 import subprocess
 import sys
@@ -272,7 +274,7 @@ def test_an_unknown_preset_is_refused_and_no_section_is_no_mapping() -> None:
 
 def test_fault_24_a_repeated_key_is_refused_with_its_line() -> None:
     text = "run:\n  name: one\n  seed: 1\n  name: two\n"
-    with pytest.raises(ConfigError, match=r"^x\.yaml:2:3: not valid YAML: key `name` is given twice$"):
+    with pytest.raises(ConfigError, match=r"^x\.yaml:4:3: not valid YAML: key `name` is given twice$"):
         parse_yaml(text, where="x.yaml")
 
 
@@ -322,6 +324,106 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
     assert load_config(tmp_path / "bom.yaml") == load_config(QUICKSTART)
 
 
+def nested(names: str, inner: str) -> str:
+    """Anchors, each of which stands nine times for the one before."""
+    pairs = itertools.pairwise(names)
+    return f"a: &a {{x: 1}}\n{''.join(f'{b}: &{b} {inner}' % ', '.join([f'*{a}'] * 9) + chr(10) for a, b in pairs)}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (nested("abcdefghijk", "[%s]"), r"5:\d+: not valid YAML: more than 10,000 values, what aliases stand for"),
+        (nested("abcdefghijk", "{<<: [%s]}"), r"5:\d+: not valid YAML: more than 10,000 values"),
+        (f"a: &a {'x' * 90_000}\nb: [{'*a, ' * 20}]", r"2:\d+: not valid YAML: more than 10,000 values"),
+        ("a: &a [*a]", "1:8: not valid YAML: an alias stands for a value that it is part of"),
+        ("a: &a {<<: *a}", "1:12: not valid YAML: an alias stands for a value that it is part of"),
+        (f"a: {'1' * 5000}", "1:4: not valid YAML: a number of 5,000 characters; at most 50 are read"),
+        (f"a: 0x{'f' * 5000}", "1:4: not valid YAML: a number of 5,002 characters"),
+        (f"a: 1{':1' * 5000}.5", "1:4: not valid YAML: a number of 10,003 characters"),
+        (f"%YAML {'1' * 5000}.1\n---\na: 1", "not valid YAML: Exceeds the limit"),
+        ("[" * 10_000, "1:31: not valid YAML: values are nested deeper than 30 levels"),
+        ("{a: " * 10_000, r"1:\d+: not valid YAML: values are nested deeper than 30 levels"),
+        ("".join(f"{' ' * depth}-\n" for depth in range(300)), "31:31: not valid YAML: values are nested deeper"),
+        (f"[{'0, ' * 30_000}]", r"1:\d+: not valid YAML: more than 10,000 values"),
+        ("a: &b 1\nc: *" + "d" * 5000, r"2:4: not valid YAML: found undefined alias 'd+\.\.\.d+'$"),
+        ("1: a", "1:1: not valid YAML: a key must be text, got int '1'; quote it"),
+        ("on: a", "1:1: not valid YAML: a key must be text, got bool 'on'; quote it"),
+        ("? [a]\n: b", "1:3: not valid YAML: a key must be text, got seq"),
+        ("a: 1\nb: \0", r"2: not valid YAML: holds the character U\+0000, which YAML does not allow"),
+        ('a: "\\UFFFFFFFF"', "not valid YAML: "),
+        ("a: !!bool foo", "1:4: not valid YAML: 'foo' is no bool"),
+        ('a: !!int ""', "1:4: not valid YAML: '' is no int"),
+        ("a: !!binary aGk=", "1:4: not valid YAML: could not determine a constructor"),
+        ("a: 1\n---\nb: 1", "2:1: not valid YAML: but found another document"),
+    ],
+)
+def test_fault_54_yaml_that_would_take_long_or_break_the_parser_is_one_line_with_its_place(
+    text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^x\.yaml:(| ){message}") as caught:
+        parse_yaml(text, where="x.yaml")
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+    if "\n" not in text and "\0" not in text:
+        with pytest.raises(ConfigError, match=r"^override 'run="):
+            load_config(QUICKSTART, [f"run={text}"])
+
+
+def test_a_date_is_text_and_merge_keys_take_what_they_do_not_name_themselves() -> None:
+    assert load_config(QUICKSTART, ["run.name=2026-11-26"]).run.name == "2026-11-26"
+    assert parse_yaml("a: 2026-99-99", where="x") == {"a": "2026-99-99"}
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: [*b, *a], z: 4}\nd: *b"
+    b = {"x": 1, "y": 3}
+    assert parse_yaml(text, where="x") == {"a": {"x": 1, "y": 2}, "b": b, "c": b | {"z": 4}, "d": b}
+
+
+def test_an_override_of_a_value_that_has_an_alias_changes_no_other(tmp_path: Path) -> None:
+    text = QUICKSTART.read_text().replace("generators: {num", "generators: &pool {num")
+    path = tmp_path / "alias.yaml"
+    path.write_text(text.replace("scorers: {num_actors: 2}", "scorers: *pool"))
+    resources = load_config(path, ["resources.generators.num_actors=3"]).resources
+    assert (resources.generators.num_actors, resources.scorers.num_actors) == (3, 2)
+
+
+def test_fault_54_many_faults_are_counted_and_the_first_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(QUICKSTART.read_text() + "".join(f"key_{number}: 1\n" for number in range(4000)))
+    with pytest.raises(ConfigError, match=r": 4,000 faults\n") as caught:
+        load_config(path)
+    lines = str(caught.value).split("\n")
+    assert lines[1] == "  unknown key `key_0`" and lines[-1] == "  and 3,980 more" and len(lines) == 22
+    path.write_text("".join(f"key_{number}: 1\n" for number in range(20_000)))
+    with pytest.raises(ConfigError, match=r"keys\.yaml: has more than 100,000 characters"):
+        load_config(path)
+
+
+def test_fault_54_long_values_and_keys_are_shortened_with_control_characters_escaped() -> None:
+    (fault,) = refused(f"run.name={'x' * 50_000}")
+    assert fault == f"`run.name` must have at most 100 characters, got '{'x' * 99}...{'x' * 49}'"
+    assert refused(f"model.path={'x' * 50_000}")[0].startswith("model: `path` must be 'embedded', an existing folder")
+    assert len(refused(f"model.path={'x' * 50_000}")[0]) < 1000
+    (fault,) = refused('run={name: x, "\\e[31m": 1}')
+    assert fault == r"unknown key `run.\x1b[31m`"
+    assert refused(f"{'k' * 5000}=1") == [f"unknown key `{'k' * 100}...{'k' * 50}`"]
+    with pytest.raises(ConfigError, match=r"names 5,000 sections within each other; no key lies so deep") as caught:
+        load_config(QUICKSTART, [f"{'a.' * 5000}b=1"])
+    assert len(str(caught.value)) < 400
+    (fault,) = refused(f"model.revision={{a: 'https://me:5ec2e7{'7' * 300}@host'}}")
+    assert "5ec2e7" not in fault
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_fault_54_a_config_that_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "config.yaml"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    what = {"folder": "a folder", "pipe": "no regular file"}[kind]
+    with pytest.raises(ConfigError, match=f"{path}: is {what}; give the path of a YAML file"):
+        load_config(path)
+
+
 def test_overrides_change_what_they_name_and_nothing_else() -> None:
     plain = load_config(QUICKSTART).plain()
     changed = load_config(QUICKSTART, ["training.lora.rank=4", "run.name=other", "training.learning_rate=1e-5"]).plain()
@@ -365,7 +467,8 @@ def test_a_hub_id_needs_a_full_commit(revision: str | None) -> None:
     (fault,) = refused("model.path=someone/some-model", f"model.revision={revision or 'null'}")
     assert fault == (
         "model: `path` 'someone/some-model' is no folder here, so it is read as a hub id, which needs `revision`"
-        f" (a full commit of 40 hex digits), got {revision!r}"
+        f" (a full commit of 40 hex digits), got {revision!r}; as a folder it would be"
+        f" {Path.cwd()}/someone/some-model (a relative path begins at the working folder)"
     )
 
 
@@ -378,8 +481,45 @@ def test_a_hub_id_with_a_full_commit_is_taken() -> None:
 @pytest.mark.parametrize("path", ["./nowhere/x", "../nowhere", "/nowhere/at/all", "nowhere", "a/b/c"])
 def test_a_model_folder_that_is_missing_is_named(path: str) -> None:
     assert refused(f"model.path={path}") == [
-        f"model: `path` must be 'embedded', an existing folder or a hub id, got {path!r}: no such folder"
+        f"model: `path` must be 'embedded', an existing folder or a hub id, got {path!r}: no folder"
+        f" {os.path.abspath(path)}{'' if path.startswith('/') else ' (a relative path begins at the working folder)'}"
     ]
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("clip.pt", "head.pth", "vocab.txt", "ImageReward.pt", "prompts.txt"):
+        (tmp_path / name).touch()
+    given = {
+        "run.dir": "runs",
+        "run.samples_from": "runs/other",
+        "prompts.train.source": "prompts.txt",
+        "model.path": ".",
+        "rewards.clip.checkpoint": "clip.pt",
+        "rewards.hpsv2.checkpoint": "clip.pt",
+        "rewards.pickscore.checkpoint": ".",
+        "rewards.pickscore.processor": ".",
+        "rewards.aesthetic.head": "head.pth",
+        "rewards.aesthetic.checkpoint": ".",
+        "rewards.imagereward.checkpoint": "ImageReward.pt",
+        "rewards.imagereward.vocabulary": "vocab.txt",
+        "rewards.vlm_alignment.captioner": ".",
+        "rewards.vlm_alignment.sentence_encoder": ".",
+        "tracking.mlflow.tracking_uri": "mlruns",
+    }
+    overrides = [f"{key}=~/{name}" for key, name in given.items()]
+    (tmp_path / "my.yaml").write_bytes(QUICKSTART.read_bytes())
+    config = load_config(
+        "~/my.yaml", ["rewards.clip.architecture=ViT-B-32", "tracking.mlflow.experiment=e", *overrides]
+    ).plain()
+    for key, name in given.items():
+        found = config
+        for part in key.split("."):
+            found = found[part]
+        assert found == f"{tmp_path}/{name}", key
+    judged = ["prompts.train=null", "preferences={path: '~/a b/*.parquet', format: pairs}", "curriculum.order=none"]
+    preferences = load_config(QUICKSTART, judged).preferences
+    assert preferences is not None and preferences.path == f"{tmp_path}/a b/*.parquet"
 
 
 def test_a_clip_checkpoint_must_be_a_file_or_a_pinned_hub_id(tmp_path: Path) -> None:
@@ -483,7 +623,7 @@ def test_published_weights_are_a_pinned_hub_id_or_lie_here(reward: str, key: str
         f"{where}: `{revision_key}` must be a commit of 40 hex digits for a hub id, got 'main'"
     ]
     assert refused(f"{where}.{key}=/nowhere/at/all") == [
-        f"{where}: `{key}` must be an existing {kind} or a hub id, got '/nowhere/at/all'"
+        f"{where}: `{key}` must be an existing {kind} or a hub id, got '/nowhere/at/all': no {kind} /nowhere/at/all"
     ]
 
 
@@ -499,7 +639,7 @@ def test_what_a_reward_lacks_is_a_fault_where_it_is_used(use: str, tmp_path: Pat
     (tmp_path / "head.pth").touch()
     assert load_config(QUICKSTART, (use, f"rewards.aesthetic.head={tmp_path / 'head.pth'}"))
     assert refused("rewards.aesthetic.head=/nowhere/head.pth") == [
-        "rewards.aesthetic: `head` must be an existing file, got '/nowhere/head.pth'"
+        "rewards.aesthetic: `head` must be an existing file, got '/nowhere/head.pth': no file /nowhere/head.pth"
     ]
 
 

@@ -61,7 +61,12 @@ def test_checking_names_the_faulty_image_by_file_and_row_and_writes_nothing(
     assert main(["import", str(config_path), "--check"]) == 2
     printed = capsys.readouterr()
     assert printed.out.startswith(f"{config_path.parent}/judged.parquet:{BROKEN + 1}: image 1 is ")
-    assert printed.err.endswith("PreferenceError: 1 faults\n")
+    assert printed.out.endswith(
+        f"1 file, {NUM_ROWS:,} rows: {NUM_ROWS - 2} with a preference, 1 tied, 1 unlabelled, 0 cannot be read\n"
+        f"tied: {config_path.parent}/judged.parquet:{TIED + 1}\n"
+        f"unlabelled: {config_path.parent}/judged.parquet:{UNLABELLED + 1}\n"
+    )
+    assert printed.err.endswith("PreferenceError: 1 fault\n")
     assert not (config_path.parent / "runs").exists()
 
 
@@ -74,7 +79,7 @@ def run_dir(config_path: Path) -> Path:
 def test_every_row_is_imported_or_counted(run_dir: Path) -> None:
     manifest = json.loads((run_dir / SAMPLES / "manifest.json").read_text())
     counts = manifest["counts"]
-    left_out = counts["rows_tied"] + counts["rows_unlabelled"] + counts["images_set_aside"]
+    left_out = counts["rows_tied"] + counts["rows_unlabelled"] + counts["rows_set_aside"]
     assert (counts["rows"], left_out, counts["rows_imported"]) == (NUM_ROWS, 3, NUM_ROWS - 3)
     (fault,) = map(json.loads, (run_dir / SAMPLES / "set_aside.jsonl").read_text().splitlines())
     assert fault["number"] == BROKEN + 1

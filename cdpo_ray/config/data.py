@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cdpo_ray.config.section import COMMIT, HUB_ID, Section
+from cdpo_ray.config.section import COMMIT, HUB_ID, LocalPath, Section
 
 
 class PromptSource(Section):
@@ -15,7 +15,7 @@ class PromptSource(Section):
     Parquet with a ``column`` of prompts.
     """
 
-    source: str | None = None
+    source: LocalPath | None = None
     file: str | None = None
     revision: str | None = None
     column: str = "prompt"
@@ -65,7 +65,7 @@ class PromptsSection(Section):
 class PreferencesSection(Section):
     """Preferences that people have, trained on in place of generated images; see `preferences/files.py` for formats."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: LocalPath
     format: Literal["pickapic", "pairs", "ranked_folders"]
     columns: Annotated[dict[str, str], Field(default_factory=dict)]
     difficulty: Literal["label", "score", "rank"] = "label"

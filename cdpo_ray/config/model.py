@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cdpo_ray.config.section import Section, check_weights
+from cdpo_ray.config.section import LocalPath, Section, check_weights
 
 Family = Literal["stable_diffusion", "stable_diffusion_xl", "latent_consistency", "stable_diffusion_3", "flux"]
 """`cdpo_ray.models.FAMILIES` maps each to its class (a test keeps the two alike)."""
@@ -23,7 +23,7 @@ PATCHED = ("stable_diffusion_3", "flux")
 class TeacherSection(Section):
     """The diffusion model that a consistency model was distilled from: a folder, or a hub id with its revision."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: LocalPath
     revision: str | None = None
 
     @model_validator(mode="after")
@@ -36,7 +36,7 @@ class ModelSection(Section):
     """The base model: `embedded`, a folder in diffusers layout, or a hub id with its revision."""
 
     family: Family = "stable_diffusion"
-    path: Annotated[str, Field(min_length=1)]
+    path: LocalPath
     revision: str | None = None
     teacher: TeacherSection | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -1,6 +1,7 @@
 """YAML -> Config: all faults at once, in words."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,22 +15,87 @@ from cdpo_ray.config.section import without_credentials
 from cdpo_ray.config.whole import Config
 from cdpo_ray.errors import ConfigError
 
+MAX_CHARACTERS = 100_000
+MAX_VALUES = 10_000
+"""Of a config file; what an alias stands for counts each time, and a text counts 1 for every 100 characters."""
+MAX_DEPTH = 30
+MAX_DIGITS = 50
+MAX_FAULTS_SHOWN = 20
+MAX_VALUE_SHOWN = 200
+MAX_LINE_SHOWN = 1000
+YAML_TAG = "tag:yaml.org,2002:"
+PLAIN_TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
+
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a repeated key is a fault and 1e-5 is a float."""
+    """Safe YAML of plain values, in which a repeated key is a fault, 1e-5 is a float and a date is text.
+
+    Short texts that would take long to read are refused: aliases that multiply, deep nesting, numbers of many digits.
+    """
+
+    yaml_constructors = {  # noqa: RUF012 - PyYAML looks them up on the class
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.removeprefix(YAML_TAG) in PLAIN_TYPES
+    }
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{YAML_TAG}timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = self.num_values = 0
+        self.sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event, before = self.peek_event(), self.num_values
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise _fault(f"values are nested deeper than {MAX_DEPTH} levels", event.start_mark)
+        node: Any = super().compose_node(parent, index)
+        self.depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if node not in self.sizes:
+                raise _fault("an alias stands for a value that it is part of", event.start_mark)
+            self.num_values += self.sizes[node]
+        else:
+            self.num_values += 1 + (len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 0)
+            self.sizes[node] = self.num_values - before
+        if self.num_values > MAX_VALUES:
+            raise _fault(f"more than {MAX_VALUES:,} values, what aliases stand for included", event.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = set()
+        for key, _ in node.value:
+            kind = key.tag.removeprefix(YAML_TAG)
+            if not isinstance(key, yaml.ScalarNode) or kind not in ("str", "merge"):
+                raise _fault(f"a key must be text, got {kind} {_shown(key.value)}; quote it", key.start_mark)
+            if key.value in names:
+                raise _fault(f"key `{_key(key.value)}` is given twice", key.start_mark)
+            names.add(key.value)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        kind = node.tag.removeprefix(YAML_TAG)
+        if kind in ("int", "float") and len(node.value) > MAX_DIGITS:
+            raise _fault(f"a number of {len(node.value):,} characters; at most {MAX_DIGITS} are read", node.start_mark)
+        try:
+            value = super().construct_object(node, deep=True)
+        except (ValueError, LookupError):
+            raise _fault(f"{_shown(node.value)} is no {kind}", node.start_mark) from None
+        del self.constructed_objects[node]  # an alias gets a value of its own, which an override changes alone
+        return value
 
 
-def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-    for (key_node, _), key in zip(node.value, keys, strict=True):
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"key `{key}` is given twice", key_node.start_mark)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+def _fault(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    f"{YAML_TAG}float",
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),
     list("-+0123456789."),
 )
@@ -39,10 +105,16 @@ def parse_yaml(text: str, *, where: str) -> Any:
     """Safe YAML; raises ConfigError with file, line and column."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.reader.ReaderError as error:
+        where = f"{where}:{text.count(chr(10), 0, error.position) + 1}"
+        reason = f"holds the character U+{ord(text[error.position]):04X}, which YAML does not allow"
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        raise ConfigError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        where = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        reason = str(getattr(error, "problem", None) or error)
+    except (ValueError, OverflowError) as error:  # PyYAML's scanner, of an escape such as "\UFFFFFFFF"
+        reason = str(error)
+    raise ConfigError(f"{where}: not valid YAML: {_shortened(reason)}")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -51,11 +123,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file cannot be read, or with all faults of the configuration at once.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; give the path of a YAML file") from None
-    values = parse_yaml(text, where=str(path))
+    path = Path(os.path.expanduser(path))
+    values = parse_yaml(_read_text(path), where=str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of sections, got {type(values).__name__}")
     for override in overrides:
@@ -63,49 +132,79 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validate(values, where=str(path))
 
 
+def _read_text(path: Path) -> str:
+    hint = "give the path of a YAML file"
+    try:
+        if path.exists() and not path.is_file():  # a pipe might never end
+            raise ConfigError(f"{path}: is {'a folder' if path.is_dir() else 'no regular file'}; {hint}")
+        with path.open("rb") as handle:
+            text = handle.read(MAX_CHARACTERS + 1).decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}: {path.absolute()}; {hint}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; save it as UTF-8") from None
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(f"{path}: has more than {MAX_CHARACTERS:,} characters; {hint}")
+    return text
+
+
 def validate(values: Mapping[str, Any], *, where: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        found = error.errors()
+        found = error.errors(include_url=False)
         inside = {fault["loc"][:-1] for fault in found}  # a faulty item also makes its list too short: told once
-        faults = [
-            line
-            for fault in found
-            if fault["type"] != "too_short" or fault["loc"] not in inside
-            for line in _speak(fault)
-        ]
-        counted = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise ConfigError("\n".join([f"{where}: {counted}", *(f"  {line}" for line in faults)])) from None
+        faults = [fault for fault in found if fault["type"] != "too_short" or fault["loc"] not in inside]
+        lines = [line for fault in faults[:MAX_FAULTS_SHOWN] for line in _speak(fault)]
+        num_hidden = len(faults[MAX_FAULTS_SHOWN:])
+        num_faults = len(lines) + num_hidden
+        counted = "1 fault" if num_faults == 1 else f"{num_faults:,} faults"
+        more = [f"  and {num_hidden:,} more"] if num_hidden else []
+        lines = [f"  {_shortened(without_credentials(line), MAX_LINE_SHOWN)}" for line in lines]
+        raise ConfigError("\n".join([f"{where}: {counted}", *lines, *more])) from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    where = f"override {without_credentials(repr(override))}"
+    shown = f"override {_shown(override)}"
     if not separator or not key:
-        raise ConfigError(f"{where}: must be `section.key=value`, for example `training.beta=2000`")
-    value = parse_yaml(text, where=where)
+        raise ConfigError(f"{shown}: must be `section.key=value`, for example `training.beta=2000`")
+    value = parse_yaml(text, where=shown)
     if key == "rewards" and isinstance(value, list):  # the short form people type: rewards=[clip,jpeg_size]
         key = "rewards.names"
     *parents, last = key.split(".")
+    if len(parents) > MAX_DEPTH:
+        raise ConfigError(f"{shown}: names {len(parents):,} sections within each other; no key lies so deep")
     place = values
     for parent in parents:
         child = place.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{where}: `{parent}` is a value, not a section")
+            raise ConfigError(f"{shown}: `{_key(parent)}` is a value, not a section")
         place = child
     place[last] = value
 
 
+def _shown(value: Any) -> str:
+    """A value to show in one line: control characters escaped, without credentials, not too long."""
+    return _shortened(without_credentials(repr(value)))
+
+
+def _key(name: Any) -> str:
+    return _shortened(repr(str(name))[1:-1])
+
+
+def _shortened(text: str, limit: int = MAX_VALUE_SHOWN) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 4 :]}"
+
+
 def _speak(fault: Any) -> Iterable[str]:
     """One pydantic fault as a sentence with the key as the user wrote it."""
-    where = ".".join(str(part) for part in fault["loc"])
+    where = ".".join(map(_key, fault["loc"]))
     kind, got = fault["type"], fault["input"]
-    shown = without_credentials(repr(got))
     context = {name: int(x) if x == 0.0 or x == 1.0 else x for name, x in fault.get("ctx", {}).items()}  # 0, not 0.0
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(fault["loc"][-1]), _keys_beside(fault["loc"]), n=1)
-        parent = ".".join(str(part) for part in fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1])[:MAX_VALUE_SHOWN], _keys_beside(fault["loc"]), n=1)
+        parent = ".".join(map(_key, fault["loc"][:-1]))
         suggestion = f"{parent}.{near[0]}".lstrip(".") if near else ""
         yield f"unknown key `{where}`" + (f"; did you mean `{suggestion}`?" if near else "")
     elif kind == "missing":
@@ -115,11 +214,11 @@ def _speak(fault: Any) -> Iterable[str]:
             if isinstance(got, dict):
                 yield f"{where}: {message}" if where else message
             elif fault["loc"][-1:] == ("[key]",):  # of a section whose keys are the user's own
-                yield f"{'.'.join(map(str, fault['loc'][:-2]))}: {message}"
+                yield f"{'.'.join(map(_key, fault['loc'][:-2]))}: {message}"
             else:
                 what, separator, hint = message.partition("; ")
-                yield f"`{where}` {what}, got {shown}{separator}{hint}"
-    elif kind == "too_short":
+                yield f"`{where}` {what}, got {_shown(got)}{separator}{hint}"
+    elif kind in ("too_short", "string_too_short"):
         yield f"`{where}` must not be empty"
     else:
         limit = {
@@ -130,9 +229,10 @@ def _speak(fault: Any) -> Iterable[str]:
             "multiple_of": "be a multiple of {multiple_of}",
             "literal_error": "be {expected}",
             "string_pattern_mismatch": "match {pattern}",
+            "string_too_long": "have at most {max_length} characters",
         }.get(kind)
         wish = limit.format(**context) if limit else fault["msg"].removeprefix("Input should ")
-        yield f"`{where}` must {wish}, got {shown}"
+        yield f"`{where}` must {wish}, got {_shown(got)}"
 
 
 def _keys_beside(location: tuple[int | str, ...]) -> list[str]:

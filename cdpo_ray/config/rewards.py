@@ -1,14 +1,14 @@
 """Rewards: which judges score training images, what each needs, and which of them rank."""
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from cdpo_ray.config.section import Section, Sha256, check_pinned
+from cdpo_ray.config.section import LocalPath, Section, Sha256, check_pinned, looked_for
 from cdpo_ray.errors import printable
 from cdpo_ray.records import PERTURBATION, PREFERENCE
 
@@ -80,7 +80,7 @@ class ClipOptions(Section):
     """An open_clip model: `embedded`, or an architecture with a checkpoint (a file, or a hub id with its revision)."""
 
     architecture: str = "embedded"
-    checkpoint: str | None = None
+    checkpoint: LocalPath | None = None
     revision: str | None = None
     scale: Literal["cosine", "logit"] = "cosine"
 
@@ -98,7 +98,7 @@ class HpsV2Options(Section):
     """HPS v2.1: the released file or its hub id."""
 
     architecture: str = "ViT-H-14"
-    checkpoint: str = "xswu/HPSv2"
+    checkpoint: LocalPath = "xswu/HPSv2"
     revision: str | None = "697403c78157020a1ae59d23f111aa58ced35b0a"
     sha256: Sha256 = "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"
 
@@ -111,9 +111,9 @@ class HpsV2Options(Section):
 class PickScoreOptions(Section):
     """PickScore: its model, and whose tokenizer and image settings it goes with; folders or hub ids."""
 
-    checkpoint: str = "yuvalkirstain/PickScore_v1"
+    checkpoint: LocalPath = "yuvalkirstain/PickScore_v1"
     revision: str | None = "a4e4367c6dfa7288a00c550414478f865b875800"
-    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    processor: LocalPath = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     processor_revision: str | None = "1c2b8495b28150b8a4922ee1c8edee224c284c0c"
 
     @model_validator(mode="after")
@@ -128,15 +128,15 @@ class PickScoreOptions(Section):
 class AestheticOptions(Section):
     """LAION's aesthetic predictor: the head, a file that no hub has under a name of its authors, on CLIP."""
 
-    head: str | None = None
+    head: LocalPath | None = None
     head_sha256: Sha256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
-    checkpoint: str = "openai/clip-vit-large-patch14"
+    checkpoint: LocalPath = "openai/clip-vit-large-patch14"
     revision: str | None = "32bd64288804d66eefd0ccbe215aa642df71cc41"
 
     @model_validator(mode="after")
     def _is_pinned(self) -> "AestheticOptions":
-        if self.head is not None and not Path(self.head).is_file():
-            raise ValueError(f"`head` must be an existing file, got {self.head!r}")
+        if self.head is not None and not os.path.isfile(self.head):
+            raise ValueError(f"`head` must be an existing file, got {self.head!r}: no file {looked_for(self.head)}")
         check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="folder")
         return self
 
@@ -144,10 +144,10 @@ class AestheticOptions(Section):
 class ImageRewardOptions(Section):
     """The released checkpoint and BERT's vocabulary, each a file or its hub id."""
 
-    checkpoint: str = "zai-org/ImageReward"
+    checkpoint: LocalPath = "zai-org/ImageReward"
     revision: str | None = "5736be03b2652728fb87788c9797b0570450ab72"
     sha256: Sha256 | None = None
-    vocabulary: str = "google-bert/bert-base-uncased"
+    vocabulary: LocalPath = "google-bert/bert-base-uncased"
     vocabulary_revision: str | None = "86b5e0934494bd15c9632b12f734a8a67f723594"
 
     @model_validator(mode="after")
@@ -173,12 +173,12 @@ class EndpointSection(Section):
 class VlmAlignmentOptions(Section):
     """Who captions (`captioner`: a folder or hub id run here; or `endpoint`), and who compares caption and prompt."""
 
-    captioner: str | None = None
+    captioner: LocalPath | None = None
     captioner_revision: str | None = None
     endpoint: EndpointSection | None = None
     instruction: Annotated[str, Field(min_length=1)] = "Describe this image in one sentence."
     max_caption_tokens: Annotated[int, Field(ge=1, le=1000)] = 64
-    sentence_encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    sentence_encoder: LocalPath = "sentence-transformers/all-MiniLM-L6-v2"
     sentence_encoder_revision: str | None = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """What every section shares: frozen, nothing unknown, weights pinned."""
 
+import os
 import re
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -17,7 +17,7 @@ class Section(BaseModel):
 
 
 def check_place(text: str) -> str:
-    """A folder on local disk or in an object store.
+    """A folder on local disk, `~` expanded, or in an object store.
 
     Raises:
         ValueError: there are credentials in it, or it is of another kind.
@@ -27,7 +27,7 @@ def check_place(text: str) -> str:
     scheme, separator, _ = text.partition("://")
     if separator and scheme not in OBJECT_STORES:
         raise ValueError(f"must be a local folder, {' or '.join(f'{store}://...' for store in OBJECT_STORES)}")
-    return text
+    return os.path.expanduser(text)
 
 
 def without_credentials(text: str) -> str:
@@ -36,26 +36,38 @@ def without_credentials(text: str) -> str:
     return re.sub(r"(://[^\s?#]*[?#]|\?[^\s=]{1,64}=).+?(?=['\"})\]]*$)", r"\1***", text)
 
 
+def looked_for(path: str) -> str:
+    """Where a path that is missing was looked for, for a message."""
+    absolute = os.path.abspath(path)
+    return absolute if path == absolute else f"{absolute} (a relative path begins at the working folder)"
+
+
 Place = Annotated[str, Field(min_length=1), AfterValidator(check_place)]
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+"""A path, or what may stand in its place: a built-in name or a hub id."""
 
 
 def check_pinned(place: str, revision: str | None, *, key: str, revision_key: str, kind: str) -> None:
     """A file or folder (`kind`) that is here, or a hub id at a commit; the keys are named in errors."""
-    if Path(place).is_file() if kind == "file" else Path(place).is_dir():
+    if os.path.isfile(place) if kind == "file" else os.path.isdir(place):
         return
     if not HUB_ID.match(place):
-        raise ValueError(f"`{key}` must be an existing {kind} or a hub id, got {place!r}")
+        raise ValueError(
+            f"`{key}` must be an existing {kind} or a hub id, got {place!r}: no {kind} {looked_for(place)}"
+        )
     if revision is None or not COMMIT.match(revision):
         raise ValueError(f"`{revision_key}` must be a commit of 40 hex digits for a hub id, got {revision!r}")
 
 
 def check_weights(path: str, revision: str | None) -> None:
-    if path == "embedded" or Path(path).is_dir():
+    if path == "embedded" or os.path.isdir(path):
         return
     if not HUB_ID.match(path) or path.startswith(("./", "../")):
-        raise ValueError(f"`path` must be 'embedded', an existing folder or a hub id, got {path!r}: no such folder")
+        raise ValueError(
+            f"`path` must be 'embedded', an existing folder or a hub id, got {path!r}: no folder {looked_for(path)}"
+        )
     if revision is None or not COMMIT.match(revision):
         raise ValueError(
             f"`path` {path!r} is no folder here, so it is read as a hub id, which needs `revision`"
-            f" (a full commit of 40 hex digits), got {revision!r}"
+            f" (a full commit of 40 hex digits), got {revision!r}; as a folder it would be {looked_for(path)}"
         )

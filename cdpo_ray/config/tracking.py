@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from cdpo_ray.config.section import Section
+from cdpo_ray.config.section import LocalPath, Section
 
 
 class WandbOptions(Section):
@@ -19,7 +19,7 @@ class WandbOptions(Section):
 class MlflowOptions(Section):
     """An experiment on an MLflow server; user and password, or token, are MLFLOW_TRACKING_... of the environment."""
 
-    tracking_uri: Annotated[str, Field(min_length=1)]
+    tracking_uri: LocalPath
     experiment: Annotated[str, Field(min_length=1)]
 
     @model_validator(mode="after")

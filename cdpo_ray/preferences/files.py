@@ -3,71 +3,43 @@
 Importable without torch and ray; images are not opened here.
 """
 
+import codecs
+import contextlib
 import glob
+import gzip
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cdpo_ray.config.section import looked_for
 from cdpo_ray.errors import PreferenceError
+from cdpo_ray.preferences.formats import FORMATS, is_parquet, is_table, missing_columns, no_tables, other_kind
+from cdpo_ray.preferences.values import URL, image_of, is_false, name_of, number_of, printable, prompt_of
 from cdpo_ray.store import content_sha256, refuse_special_file
 
 ROWS_PER_BLOCK = 256  # read by one task
 ROWS_AT_ONCE = 16  # of Parquet, whose rows hold images
+PAGE_BYTES = 2**20
+"""Read of a column of Parquet at a time, in place of all that a row group holds of it."""
+MAX_ROW_GROUP_BYTES = 10**9
+REWRITE = (
+    "python -c \"import pyarrow.parquet as pq; f = pq.ParquetFile({path!r}); w = pq.ParquetWriter('small.parquet',"
+    ' f.schema_arrow); [w.write_batch(b) for b in f.iter_batches(256)]; w.close()"'
+)
 FAULTS_SHOWN = 20
-MAX_PATH = 4096
+ROWS_SHOWN = 3
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 RANK = re.compile(r"^(\d+)")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What a format calls its columns.
-
-    Attributes:
-        labels: none: the first image is the preferred one.
-        scores, ranks: of the two images, if the file has them and they are asked for.
-        has_label: false in rows that nobody judged.
-    """
-
-    prompt: str
-    images: tuple[str, str]
-    labels: tuple[str, str] | None
-    scores: tuple[str, str]
-    ranks: tuple[str, str]
-    has_label: str | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        has_label = (self.has_label,) if self.has_label else ()
-        return (self.prompt, *self.images, *(self.labels or ()), *self.scores, *self.ranks, *has_label)
-
-
-FORMATS: dict[str, Columns | None] = {
-    "pickapic": Columns(
-        "caption",
-        ("jpg_0", "jpg_1"),
-        ("label_0", "label_1"),
-        ("score_0", "score_1"),
-        ("rank_0", "rank_1"),
-        "has_label",
-    ),
-    "pairs": Columns(
-        "prompt",
-        ("chosen", "rejected"),
-        None,
-        ("chosen_score", "rejected_score"),
-        ("chosen_rank", "rejected_rank"),
-    ),
-    "ranked_folders": None,
-}
-"""A folder a prompt has no columns: `prompt.txt`, and images whose names begin with their rank, 0 the best."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +47,8 @@ class Source:
     """Where preferences lie and how they are read.
 
     Attributes:
-        path: a Parquet or JSONL file, or several by a pattern (``data/train-*.parquet``); of ``ranked_folders``, the
-            folder that holds them.
+        path: a Parquet or JSONL file, a folder of them, or a pattern (``data/**/train-*.parquet``); of
+            ``ranked_folders``, the folder that holds them.
         format: a key of `FORMATS`.
         columns: our name of a column -> its name in the files, where it is another.
         difficulty: what ranks the images: ``label``, the files' ``score`` or the files' ``rank`` (0 the best).
@@ -120,7 +92,7 @@ class Fault:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.number}: {self.reason}"
+        return printable(f"{self.file}:{self.number}: {self.reason}")
 
 
 @dataclass(frozen=True)
@@ -129,6 +101,7 @@ class Chunk:
 
     Attributes:
         start: byte offset of the first line, or the row group of Parquet.
+        num_rows: rows, or lines, some of which may be empty.
         first_number: of the first row within its file.
         first_index: of the first row within all files.
     """
@@ -147,32 +120,68 @@ class Scan:
     Attributes:
         prompts: of each row that is to be imported.
         num_tied, num_unlabelled: rows without a preference, which are left out.
+        tied, unlabelled: file and number of the first of them.
         num_samples: images of the row that has most.
         faults: rows that cannot be read.
+        warnings: of files that can be read, but badly.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
+    num_files: int = 0
     num_rows: int = 0
     num_tied: int = 0
     num_unlabelled: int = 0
     num_samples: int = 2
+    tied: list[str] = field(default_factory=list)
+    unlabelled: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
-    def refuse_faults(self) -> None:
-        """Raise what `faults` says.
+    @property
+    def counts(self) -> str:
+        """What the rows are, for people."""
+        return (
+            f"{self.num_rows:,} rows: {len(self.prompts):,} with a preference, {self.num_tied:,} tied,"
+            f" {self.num_unlabelled:,} unlabelled, {len(self.faults):,} cannot be read"
+        )
+
+    def lines(self, *, with_faults: bool = True) -> list[str]:
+        """The counts, the first rows of each kind that is left out, and what else is to be said of the files."""
+        first: dict[str, Sequence[str | Fault]] = {
+            "tied": self.tied,
+            "unlabelled": self.unlabelled,
+            "cannot be read": self.faults if with_faults else [],
+        }
+        return [
+            f"{self.num_files:,} file{'s' * (self.num_files != 1)}, {self.counts}",
+            *(f"{kind}: {row}" for kind, rows in first.items() for row in rows[:ROWS_SHOWN]),
+            *self.warnings,
+        ]
+
+    def refuse_unusable(self, source: "Source", max_bad_fraction: float) -> None:
+        """Refuse files of which too many rows cannot be read, or none has a preference.
 
         Raises:
             PreferenceError: with the file and row of the first faults, and how many there are.
         """
-        if self.faults:
+        where = f"`preferences.path` {source.path}"
+        if len(self.faults) > max_bad_fraction * self.num_rows:
             shown = "".join(f"\n  {fault}" for fault in self.faults[:FAULTS_SHOWN])
-            more = f"\n  ... and {len(self.faults) - FAULTS_SHOWN} more" if len(self.faults) > FAULTS_SHOWN else ""
-            raise PreferenceError(f"{len(self.faults)} rows cannot be read; mend or remove them:{shown}{more}")
+            more = f"\n  and {len(self.faults) - FAULTS_SHOWN:,} more" if len(self.faults) > FAULTS_SHOWN else ""
+            raise PreferenceError(
+                f"{where}: {len(self.faults):,} of {self.num_rows:,} rows cannot be read, more than"
+                f" `preferences.max_bad_fraction` = {max_bad_fraction}; mend or remove them, or raise it:{shown}{more}"
+            )
+        if not self.prompts:
+            raise PreferenceError(f"{where}: no row can be trained on; {self.counts}")
 
 
-def scan(source: Source) -> Scan:
+def scan(source: Source, *, with_images: bool = False) -> Scan:
     """Read everything but the images.
+
+    Args:
+        with_images: see whether each image that is to be imported is there; it is not opened.
 
     Raises:
         PreferenceError: no file is there, a file cannot be read, or lacks a column.
@@ -185,8 +194,10 @@ def scan(source: Source) -> Scan:
         )
     found = Scan()
     for path in files_of(source):
+        found.num_files += 1
+        found.warnings += _large_row_groups(path, source)
         for chunk in _chunks(path, source):
-            _scan_chunk(chunk, source, found)
+            _scan_chunk(chunk, source, found, with_images=with_images)
     if not found.num_rows:
         raise PreferenceError(f"`preferences.path` {source.path}: has no rows")
     return found
@@ -198,15 +209,46 @@ def files_of(source: Source) -> list[Path]:
     Raises:
         PreferenceError: there is none.
     """
+    where = f"`preferences.path` {source.path}"
+    if URL.match(source.path):
+        raise PreferenceError(f"{where}: is a URL; download the files first, and give their folder")
     if source.format == "ranked_folders":
-        found = sorted(path for path in Path(source.path).glob("*") if path.is_dir())
+        found = sorted(Path(path) for path in glob.glob(f"{glob.escape(source.path)}/*/"))
         wanted = "a folder that holds a folder a prompt"
     else:
-        found = sorted(Path(path) for path in glob.glob(source.path) if Path(path).is_file())
-        wanted = "a Parquet or JSONL file, or a pattern such as data/train-*.parquet"
+        found = _tables(source.path)
+        wanted = "a Parquet or JSONL file, a folder of them, or a pattern such as data/**/train-*.parquet"
     if not found:
-        raise PreferenceError(f"`preferences.path` {source.path}: nothing is there; give {wanted}")
+        raise PreferenceError(f"{where}: nothing is there: {looked_for(source.path)}; give {wanted}")
     return found
+
+
+def _tables(text: str) -> list[Path]:
+    """Files that a path, a folder or a pattern stands for, each once whatever links lead to it; hidden ones are not.
+
+    Raises:
+        PreferenceError: a folder was given that holds none.
+    """
+    found: dict[Path, Path] = {}
+    matches = list(map(Path, _matches(text)))
+    for path in matches:
+        within = [Path(name) for name in glob.glob(f"{glob.escape(str(path))}/**", recursive=True)]
+        files = [file for file in within if file.is_file()] if path.is_dir() else [path]
+        tables = [file for file in files if is_table(file)] if path.is_dir() else files
+        if not path.is_dir() and not path.is_file():
+            raise PreferenceError(f"{path}: is no regular file, or a link to none; give a file")
+        if [path] == matches and not tables:
+            raise no_tables(path, files)
+        for table in tables:
+            found.setdefault(table.resolve(), table)
+    return sorted(found.values())
+
+
+def _matches(text: str) -> list[str]:
+    """What lies at a path or fits a pattern; what is there is no pattern, so that `set [v2]/*` is found."""
+    there = next(path for path in (Path(text), *Path(text).parents) if os.path.exists(path))
+    pattern = Path(text).relative_to(there)
+    return sorted(glob.glob(str(Path(glob.escape(str(there)), pattern)), recursive=True))
 
 
 def fingerprint(source: Source) -> str:
@@ -226,26 +268,29 @@ def fingerprint(source: Source) -> str:
             files |= {f"{name}/{file.name}": file for file in sorted(path.iterdir())}
         else:
             named = sorted({image for chunk in _chunks(path, source) for image in _named_images(chunk, source)})
-            files |= {name: path} | {f"{name}: {image}": path.parent / image for image in named}
+            files |= {name: path}
+            files |= {f"{name}: {os.path.relpath(image, path.parent)}": Path(image) for image in named}
     return content_sha256(files, where=f"`preferences.path` {source.path}")
 
 
 def _named_images(chunk: Chunk, source: Source) -> Iterator[str]:
-    """Paths of images as a file of rows gives them; images that it holds itself are not read."""
-    columns = FORMATS[source.format]
+    """Paths of the images that rows name; images that a file holds itself are not read."""
+    path, columns = Path(chunk.path), FORMATS[source.format]
     assert columns is not None, "a ranked folder holds its images"
     names = [source.column(name) for name in columns.images]
-    if Path(chunk.path).suffix == ".parquet":
-        with _open_parquet(Path(chunk.path), source) as file:
-            wanted = [leaf for name in names if (leaf := _path_leaf(file.schema_arrow.field(name)))]
-            rows = file.read_row_group(chunk.start, columns=wanted).to_pylist() if wanted else []
+    if is_parquet(path):
+        with _refusing_damage(path), _open_parquet(path, source) as file:
+            leaves = [leaf for name in names if (leaf := _path_leaf(file.schema_arrow.field(name)))]
+            batches = file.iter_batches(row_groups=[chunk.start], columns=leaves) if leaves else []
+            rows = [_record(batch, row) for batch in batches for row in range(batch.num_rows)]
     else:
-        rows = [values for _, values in _values(chunk, source, images=True) if isinstance(values, dict)]
+        rows = [values for _, values in _values(chunk, source, images=True)]
     for row in rows:
-        for value in (row.get(name) for name in names):
-            image = value.get("path") if isinstance(value, Mapping) else value
-            if isinstance(image, str) and len(image) <= MAX_PATH:  # a longer one is the image itself
-                yield image
+        for name in names if isinstance(row, dict) else ():
+            with contextlib.suppress(ValueError):  # no image, which the import reports
+                image = image_of(row, name, path.parent)
+                if isinstance(image, str):
+                    yield image
 
 
 def _path_leaf(field: pa.Field) -> str | None:
@@ -275,75 +320,151 @@ def blocks_of(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
         yield block
 
 
-def _scan_chunk(chunk: Chunk, source: Source, found: Scan) -> None:
+def _scan_chunk(chunk: Chunk, source: Source, found: Scan, *, with_images: bool) -> None:
     """Add what a chunk holds."""
-    found.chunks.append(replace(chunk, first_index=found.num_rows))
-    found.num_rows += chunk.num_rows
-    for number, values in _values(chunk, source, images=False):
-        row = _row(chunk.path, number, values, source, images=Path(chunk.path).suffix != ".parquet")
+    last = found.chunks[-1] if found.chunks else None
+    found.chunks.append(replace(chunk, first_index=last.first_index + last.num_rows if last else 0))
+    reads_images = with_images or not is_parquet(Path(chunk.path))
+    for number, values in _values(chunk, source, images=reads_images):
+        found.num_rows += 1
+        row = _row(chunk.path, number, values, source, images=reads_images)
+        if with_images and isinstance(row, Row) and (missing := _missing_images(row)):
+            row = missing
         if isinstance(row, Fault):
             found.faults.append(row)
         elif row is None:
             found.num_unlabelled += 1
+            _keep_first(found.unlabelled, f"{chunk.path}:{number}")
         elif len(set(row.labels)) == 1:
             found.num_tied += 1
+            _keep_first(found.tied, f"{chunk.path}:{number}")
         else:
             found.prompts.append(row.prompt)
             found.num_samples = max(found.num_samples, len(row.labels))
 
 
+def _missing_images(row: Row) -> Fault | None:
+    missing = [image for image in row.images if isinstance(image, str) and not os.path.exists(image)]
+    return Fault(row.file, row.number, f"{name_of(missing[0])}: no such file") if missing else None
+
+
+def _keep_first(rows: list[str], row: str) -> None:
+    if len(rows) < ROWS_SHOWN:
+        rows.append(row)
+
+
+def _large_row_groups(path: Path, source: Source) -> Iterator[str]:
+    """What is to be said of row groups that hold too much for one task to read."""
+    if source.format == "ranked_folders" or not is_parquet(path):
+        return
+    metadata = _open_parquet(path, source).metadata
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    largest = max(groups, key=lambda group: group.total_byte_size, default=None)
+    if largest and largest.total_byte_size > MAX_ROW_GROUP_BYTES:
+        yield (
+            f"{path}: has a row group of {largest.num_rows:,} rows and {largest.total_byte_size / 1e9:.1f} GB, which"
+            f" one task reads alone, slowly and with much memory; write smaller ones: {REWRITE.format(path=path.name)}"
+        )
+
+
 def _chunks(path: Path, source: Source) -> Iterator[Chunk]:
     if source.format == "ranked_folders":
         yield Chunk(str(path), 0, 1, 1, 0)
-    elif path.suffix == ".parquet":
+    elif is_parquet(path):
         file = _open_parquet(path, source)
         number = 1
         for group in range(file.num_row_groups):
             num_rows = file.metadata.row_group(group).num_rows
             yield Chunk(str(path), group, num_rows, number, 0)
             number += num_rows
-    elif path.suffix in (".jsonl", ".ndjson"):
-        with path.open("rb") as handle:
+    elif is_table(path):
+        with _refusing_damage(path), _open_lines(path) as handle:
             number, offset = 1, 0
-            while lines := [line for _, line in zip(range(ROWS_PER_BLOCK), handle, strict=False)]:
+            while lines := list(islice(handle, ROWS_PER_BLOCK)):
+                if number == 1:
+                    _refuse_other_objects(path, lines, source)
                 yield Chunk(str(path), offset, len(lines), number, 0)
                 number, offset = number + len(lines), offset + sum(map(len, lines))
     else:
-        raise PreferenceError(f"{path}: must end in .parquet or .jsonl, got {path.suffix!r}")
+        raise other_kind(path)
+
+
+def _open_lines(path: Path) -> Any:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+@contextmanager
+def _refusing_damage(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged file raises into an error that names it.
+
+    Raises:
+        PreferenceError: the file cannot be read.
+    """
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise PreferenceError(f"{path}: cannot be read: {reason}; fetch or write it again") from None
 
 
 def _values(chunk: Chunk, source: Source, *, images: bool) -> Iterator[tuple[int, Any]]:
-    """Number and columns of each row; a `ValueError` in place of columns that cannot be read."""
+    """Number and columns of each row, a `ValueError` in place of what cannot be read; empty lines are no rows."""
     path = Path(chunk.path)
     if source.format == "ranked_folders":
         yield 1, _ranked_folder(path)
-    elif path.suffix == ".parquet":
-        file = _open_parquet(path, source)
-        columns = _wanted(source, images=images) + _has_label(source, file)
-        at_once = ROWS_AT_ONCE if images else None
-        batches = file.iter_batches(
-            **({"batch_size": at_once} if at_once else {}), row_groups=[chunk.start], columns=columns
-        )
-        number = chunk.first_number
-        for batch in batches:
-            for values in batch.to_pylist():
-                yield number, values
-                number += 1
-    else:
-        with path.open("rb") as handle:
-            handle.seek(chunk.start)
-            for number in range(chunk.first_number, chunk.first_number + chunk.num_rows):
-                yield number, _json_object(handle.readline(), first=number == 1)
+        return
+    with _refusing_damage(path):
+        if is_parquet(path):
+            file = _open_parquet(path, source)
+            columns = _wanted(source, images=images) + _has_label(source, file)
+            at_once = {"batch_size": ROWS_AT_ONCE} if images else {}
+            number = chunk.first_number
+            for batch in file.iter_batches(**at_once, row_groups=[chunk.start], columns=columns):
+                for row in range(batch.num_rows):
+                    yield number, _record(batch, row)
+                    number += 1
+        else:
+            with _open_lines(path) as handle:
+                handle.seek(chunk.start)
+                for number in range(chunk.first_number, chunk.first_number + chunk.num_rows):
+                    if line := _line(handle.readline(), first=number == 1):
+                        yield number, _json_object(line)
 
 
-def _json_object(line: bytes, *, first: bool) -> Any:
+def _record(batch: pa.RecordBatch, row: int) -> Any:
     try:
-        values = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+        return {name: column[row].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     except UnicodeDecodeError as error:
-        return ValueError(f"is not UTF-8 (byte {line[error.start]:#04x})")
-    except ValueError as error:
+        return _not_utf8(error)
+
+
+def _line(line: bytes, *, first: bool) -> bytes:
+    return (line.removeprefix(codecs.BOM_UTF8) if first else line).strip()
+
+
+def _json_object(line: bytes) -> Any:
+    try:
+        values = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return _not_utf8(error)
+    except (ValueError, RecursionError) as error:  # the latter of lists within lists within ...
         return ValueError(f"is not JSON: {error}")
     return values if isinstance(values, dict) else ValueError(f"must be an object, got {type(values).__name__}")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"is not UTF-8 (byte {error.object[error.start]:#04x})")
+
+
+def _refuse_other_objects(path: Path, lines: Sequence[bytes], source: Source) -> None:
+    """Refuse a file of which none of the first lines has a column that is needed."""
+    bare = [_line(line, first=number == 0) for number, line in enumerate(lines)]
+    objects = [values for values in map(_json_object, filter(None, bare)) if isinstance(values, dict)]
+    there = dict.fromkeys(name for values in objects for name in values)
+    if there and (absent := [name for name in _wanted(source, images=True) if name not in there]):
+        raise missing_columns(path, absent, there)
+    if not there and bare[0].startswith(b"["):
+        raise other_kind(path)
 
 
 def _ranked_folder(folder: Path) -> Any:
@@ -362,56 +483,32 @@ def _ranked_folder(folder: Path) -> Any:
 
 
 def _row(file: str, number: int, values: Any, source: Source, *, images: bool = True) -> Row | Fault | None:
-    """A row, what is wrong with it, or none where nobody judged; without ``images``, they were not read."""
+    """A row, what is wrong with it, or none where nobody judged; a tie, or without ``images``, has no images."""
     try:
         if isinstance(values, ValueError):
             raise values
         columns = FORMATS[source.format]
         if columns is None:
             labels = tuple(values["labels"])
-            return Row(file, number, _prompt(values, "prompt"), tuple(values["images"]), labels, labels)
-        if columns.has_label and values.get(source.column(columns.has_label)) is False:
+            return Row(file, number, prompt_of(values, "prompt"), tuple(values["images"]), labels, labels)
+
+        def numbers(names: tuple[str, ...]) -> tuple[float, ...]:
+            return tuple(number_of(values, source.column(name)) for name in names)
+
+        if columns.has_label and is_false(values.get(source.column(columns.has_label))):
             return None
-        prompt = _prompt(values, source.column(columns.prompt))
-        labels = (1.0, 0.0) if columns.labels is None else _numbers(values, columns.labels, source)
+        prompt = prompt_of(values, source.column(columns.prompt))
+        labels = (1.0, 0.0) if columns.labels is None else numbers(columns.labels)
         scores = labels
         if source.difficulty == "score":
-            scores = _numbers(values, columns.scores, source)
+            scores = numbers(columns.scores)
         elif source.difficulty == "rank":
-            scores = tuple(-rank for rank in _numbers(values, columns.ranks, source))
-        names = columns.images if images else ()
-        found = tuple(_image(values, source.column(name), Path(file).parent) for name in names)
+            scores = tuple(-rank for rank in numbers(columns.ranks))
+        names = columns.images if images and len(set(labels)) > 1 else ()
+        found = tuple(image_of(values, source.column(name), Path(file).parent) for name in names)
         return Row(file, number, prompt, found, labels, scores)
     except ValueError as error:
         return Fault(file, number, str(error))
-
-
-def _prompt(values: Mapping[str, Any], name: str) -> str:
-    prompt = values.get(name)
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"`{name}` must be a text that is not empty, got {prompt!r}")
-    return prompt.strip()
-
-
-def _numbers(values: Mapping[str, Any], names: tuple[str, str], source: Source) -> tuple[float, ...]:
-    found = []
-    for name in map(source.column, names):
-        value = values.get(name)
-        if not isinstance(value, int | float) or value != value:
-            raise ValueError(f"`{name}` must be a number, got {value!r}")
-        found.append(float(value))
-    return tuple(found)
-
-
-def _image(values: Mapping[str, Any], name: str, folder: Path) -> bytes | str:
-    value = values.get(name)
-    if isinstance(value, Mapping):  # how hub data sets keep an image
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        return str(folder / value)
-    if isinstance(value, bytes):
-        return value
-    raise ValueError(f"`{name}` must be an image's bytes or its path, got {type(value).__name__}")
 
 
 def _wanted(source: Source, *, images: bool) -> list[str]:
@@ -431,16 +528,13 @@ def _has_label(source: Source, file: pq.ParquetFile) -> list[str]:
 
 def _open_parquet(path: Path, source: Source) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, buffer_size=PAGE_BYTES, pre_buffer=False)
     except (OSError, pa.ArrowException) as error:
         raise PreferenceError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
     schema = file.schema_arrow
     columns = _wanted(source, images=True)
     if absent := [name for name in columns if name not in schema.names]:
-        raise PreferenceError(
-            f"{path}: has no column {', '.join(map(repr, absent))}, but {', '.join(map(repr, schema.names))};"
-            " say in `preferences.columns` what they are called"
-        )
+        raise missing_columns(path, absent, schema.names)
     for name in columns:
         column = schema.field(name)
         if isinstance(column.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (column.metadata or {}):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cdpo_ray.generation.columns import list_column, tensor_column
 from cdpo_ray.preferences.files import Chunk, Fault, Row, Source, read_rows
 from cdpo_ray.preferences.images import Frame, load_pixels
+from cdpo_ray.preferences.values import name_of
 from cdpo_ray.records import LABEL, PREFERENCE, prompt_id, score_column
 
 MIN_IMAGES = 2
@@ -74,7 +75,7 @@ def prepared(row: Row, frame: Frame, num_samples: int) -> tuple[Group | None, li
         try:
             pixels[place], is_cut = load_pixels(image, frame)
         except ValueError as error:
-            name = image if isinstance(image, str) else f"image {place}"
+            name = name_of(image) if isinstance(image, str) else f"image {place}"
             faults.append(Fault(row.file, row.number, f"{name} {error}"))
             continue
         labels[place], scores[place] = row.labels[place], row.scores[place]

@@ -2,7 +2,7 @@
 
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cdpo_ray.errors import PromptError
@@ -37,8 +37,25 @@ class FileFaults:
 
 def missing_column(column: str, there: Iterable[str]) -> PromptError:
     names = list(there)
-    shown = ", ".join(f"`{name}`" for name in names[:NUM_SHOWN]) + ", ..." * (len(names) > NUM_SHOWN)
+    shown = ", ".join(f"`{reprlib.repr(name)[1:-1]}`" for name in names[:NUM_SHOWN])
+    shown += ", ..." * (len(names) > NUM_SHOWN)
     return PromptError(f"has no `{column}`, but {shown or 'nothing'}; name one by `column`")
+
+
+def column_of(column: str, there: Sequence[str]) -> str:
+    """The name of a column in a file: as it is asked for, or the only one that differs in case and spaces alone.
+
+    Raises:
+        PromptError: there is none, or several.
+    """
+    named = [name for name in there if name == column] or [
+        name for name in there if name.strip().casefold() == column.strip().casefold()
+    ]
+    if not named:
+        raise missing_column(column, there)
+    if len(named) > 1:
+        raise PromptError(f"has `{column}` twice; leave one out, or name another by `column`")
+    return named[0]
 
 
 def not_text(column: str, value: object) -> PromptError:

@@ -1,24 +1,35 @@
 """Prompt file -> its prompts as they are written, or every line that is broken."""
 
 import csv
+import functools
+import gzip
 import io
+import itertools
 import json
+import re
 import reprlib
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from cdpo_ray.errors import PromptError
-from cdpo_ray.prompts.faults import FileFaults, missing_column, not_text, undecoded
+from cdpo_ray.prompts.faults import FileFaults, column_of, not_text, undecoded
 from cdpo_ray.prompts.parquet import read_parquet
 from cdpo_ray.store import refuse_special_file
 
 Entries = Iterator[tuple[str, str | PromptError]]
 """Place and prompt, or place and what is wrong there."""
 
+DELIMITERS = (",", ";", "\t", "|")
+EXCEL_SEPARATOR = re.compile(r'^"?sep=(.)"?\r?\n?$', re.IGNORECASE)
+"""First line by which Excel is told the delimiter."""
+
 
 def read_file(path: Path, column: str) -> list[str]:
     """All prompts of a file in its order, empty and doubled ones too; a reader of `FORMATS` by its ending.
+
+    A further ending ``.gz`` is of a file that is unpacked while it is read.
 
     Args:
         column: of the file that holds the prompts; plain text has none.
@@ -28,12 +39,14 @@ def read_file(path: Path, column: str) -> list[str]:
         OSError: the file cannot be opened, or is no regular file.
     """
     refuse_special_file(path)
-    read = FORMATS.get(path.suffix.lower())
-    if read is None:
-        endings = ", ".join(filter(None, FORMATS))
-        raise PromptError(f"{path}: must end in {endings} (or in nothing: plain text), got {path.suffix!r}")
+    is_packed = path.suffix.lower() == ".gz"
+    ending = Path(path.stem if is_packed else path.name).suffix.lower()
     prompts, faults = [], FileFaults(path)
-    with path.open("rb") as handle:
+    with cast(BinaryIO, gzip.open(path) if is_packed else path.open("rb")) as handle:
+        read = FORMATS.get(ending)
+        if read is None:
+            endings = ", ".join(filter(None, FORMATS))
+            raise PromptError(f"{path}: must end in {endings} (or in nothing: plain text), got {ending!r}")
         try:
             for place, prompt in read(handle, column):
                 fault = undecoded(prompt) if isinstance(prompt, str) else prompt
@@ -43,6 +56,8 @@ def read_file(path: Path, column: str) -> list[str]:
                     prompts.append(str(prompt))
         except PromptError as error:
             raise PromptError(f"{path}: {error}") from None
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise PromptError(f"{path}: cannot be unpacked: {error}; fetch or write it again") from None
     faults.refuse()
     return prompts
 
@@ -53,22 +68,24 @@ def read_text(handle: BinaryIO, column: str) -> Entries:
         yield str(number), line.removesuffix("\n")
 
 
-def read_csv(handle: BinaryIO, column: str) -> Entries:
+def read_csv(handle: BinaryIO, column: str, delimiters: tuple[str, ...] = DELIMITERS) -> Entries:
     """The field of each record under the header's ``column``; a record's place is the line that it begins on.
+
+    Args:
+        delimiters: the first by which the header has the column is taken, unless Excel's first line names one.
 
     Raises:
         PromptError: the header does not have the column once.
     """
     header: list[str] | None = None
-    for place, record in _csv_records(handle):
+    for place, record in _csv_records(handle, column, delimiters):
         if isinstance(record, PromptError):
             yield place, record
             if header is None:
                 return
         elif header is None:
             header = [name.strip() for name in record]
-            if header.count(column) != 1:
-                raise PromptError(f"has `{column}` twice") if column in header else missing_column(column, header)
+            column = column_of(column, header)
         elif not record:
             yield place, ""
         elif len(record) != len(header):
@@ -84,10 +101,34 @@ def read_jsonl(handle: BinaryIO, column: str) -> Entries:
         yield str(number), undecoded(line) or _json_prompt(line.removesuffix("\n"), column)
 
 
+def read_json(handle: BinaryIO, column: str) -> Entries:
+    """The items of a list: texts, or objects with a text under ``column``. Of JSON lines, as `read_jsonl`.
+
+    Raises:
+        PromptError: it is no list.
+    """
+    text = _decoded(handle).read()
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise PromptError(f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        yield from read_jsonl(io.BytesIO(text.encode(errors="surrogateescape")), column)
+        return
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"is not JSON that can be read: {error}") from None
+    if not isinstance(found, list):
+        raise PromptError(f'must be a list of texts, or of objects like {{"{column}": "a cat"}}, got {_shown(found)}')
+    for number, item in enumerate(found, start=1):
+        yield f"item {number}", _whole(item, "it") if isinstance(item, str) else _prompt_in(item, column)
+
+
 FORMATS: dict[str, Callable[[BinaryIO, str], Entries]] = {
     "": read_text,
     ".txt": read_text,
     ".csv": read_csv,
+    ".tsv": functools.partial(read_csv, delimiters=("\t",)),
+    ".json": read_json,
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".parquet": read_parquet,
@@ -100,10 +141,20 @@ def _decoded(handle: BinaryIO, newline: str | None = None) -> io.TextIOWrapper:
     return io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _csv_records(handle: BinaryIO) -> Iterator[tuple[str, list[str] | PromptError]]:
-    records = csv.reader(_decoded(handle, newline=""), strict=True, skipinitialspace=True)
+def _csv_records(
+    handle: BinaryIO, column: str, delimiters: tuple[str, ...]
+) -> Iterator[tuple[str, list[str] | PromptError]]:
+    lines, num_before = _decoded(handle, newline=""), 0
+    first = lines.readline()
+    if named := EXCEL_SEPARATOR.match(first):
+        first, num_before, delimiters = lines.readline(), 1, (named[1],)
+    usual = max(delimiters, key=first.count)  # for the error, where the column is missing
+    delimiter = next((each for each in delimiters if _has_column(first, column, each)), usual)
+    records = csv.reader(
+        itertools.chain([first] if first else [], lines), delimiter=delimiter, strict=True, skipinitialspace=True
+    )
     while True:
-        place = str(records.line_num + 1)
+        place = str(records.line_num + num_before + 1)
         try:
             record = next(records, None)
         except csv.Error as error:
@@ -112,6 +163,14 @@ def _csv_records(handle: BinaryIO) -> Iterator[tuple[str, list[str] | PromptErro
         if record is None:
             return
         yield place, undecoded("".join(record)) or record
+
+
+def _has_column(header: str, column: str, delimiter: str) -> bool:
+    try:
+        column_of(column, next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), []))
+    except (PromptError, csv.Error):
+        return False
+    return True
 
 
 def _json_prompt(line: str, column: str) -> str | PromptError:
@@ -123,15 +182,27 @@ def _json_prompt(line: str, column: str) -> str | PromptError:
         return PromptError(f"is not JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # a number of too many digits, lists within lists within ...
         return PromptError(f"is not JSON that can be read: {error}")
+    return _prompt_in(found, column)
+
+
+def _prompt_in(found: Any, column: str) -> str | PromptError:
     if not isinstance(found, dict):
-        return PromptError(f'must be an object like {{"{column}": "a cat"}}, got {reprlib.repr(found)}')
-    if column not in found:
-        return missing_column(column, found)
-    prompt = found[column]
-    if not isinstance(prompt, str):
-        return not_text(column, prompt)
+        return PromptError(f'must be an object like {{"{column}": "a cat"}}, got {_shown(found)}')
     try:
-        prompt.encode()
+        prompt = found[column_of(column, list(found))]
+    except PromptError as error:
+        return error
+    return _whole(prompt, f"`{column}`") if isinstance(prompt, str) else not_text(column, prompt)
+
+
+def _whole(prompt: str, name: str) -> str | PromptError:
+    """A prompt, unless it cannot be encoded."""
+    try:
+        prompt.encode(errors="surrogateescape")  # bytes that are not UTF-8 are found by `undecoded`
     except UnicodeEncodeError as error:
-        return PromptError(f"`{column}` holds half of a character ({prompt[error.start]!r}); write both halves")
+        return PromptError(f"{name} holds half of a character ({prompt[error.start]!r}); write both halves")
     return prompt
+
+
+def _shown(found: Any) -> str:
+    return f"an object with the keys {reprlib.repr(list(found))}" if isinstance(found, dict) else reprlib.repr(found)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cdpo_ray.errors import PromptError
-from cdpo_ray.prompts.faults import missing_column, not_text
+from cdpo_ray.prompts.faults import column_of, not_text
 
 ROWS_AT_ONCE = 10_000
 
@@ -22,7 +22,7 @@ def read_parquet(handle: BinaryIO, column: str) -> Iterator[tuple[str, str | Pro
     """
     try:
         file = pq.ParquetFile(handle)
-        _refuse_what_is_no_text(file.schema_arrow, column)
+        column = _text_column(file.schema_arrow, column)
         row = 0
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column]):
             # As bytes: pyarrow would stop at the first value that is not UTF-8, without saying where.
@@ -37,13 +37,12 @@ def read_parquet(handle: BinaryIO, column: str) -> Iterator[tuple[str, str | Pro
         raise PromptError(f"cannot be read as Parquet: {reason}") from None
 
 
-def _refuse_what_is_no_text(schema: pa.Schema, column: str) -> None:
-    kinds = [field.type for field in schema if field.name == column]
-    if not kinds:
-        raise missing_column(column, schema.names)
-    if len(kinds) > 1 or not _is_text(kinds[0]):
-        got = ", ".join(map(str, kinds))
-        raise PromptError(f"`{column}` must be one column of text, got {got}; nothing of it was read")
+def _text_column(schema: pa.Schema, column: str) -> str:
+    column = column_of(column, schema.names)
+    kind = schema.field(column).type
+    if not _is_text(kind):
+        raise PromptError(f"`{column}` must be one column of text, got {kind}; nothing of it was read")
+    return column
 
 
 def _is_text(kind: pa.DataType) -> bool:

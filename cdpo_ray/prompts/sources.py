@@ -1,6 +1,7 @@
 """Prompt source -> prompts to train on, to judge trials by, and held-out ones."""
 
 import hashlib
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -9,10 +10,13 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
+from cdpo_ray.config.section import looked_for
 from cdpo_ray.errors import PromptError
 from cdpo_ray.hub import FETCH_ERRORS, how_to_stage
 from cdpo_ray.prompts.animals import animal_photo_prompts, animal_prompts
+from cdpo_ray.prompts.faults import NUM_SHOWN
 from cdpo_ray.prompts.files import read_file
+from cdpo_ray.store import refuse_special_file
 from cdpo_ray.testbed.scenes import scene_prompts, scene_prompts_apart
 
 PROMPT_SETS = {"animals": animal_prompts, "animal_photos": animal_photo_prompts}
@@ -197,11 +201,13 @@ def content_sha256(source: Source, side: str) -> str | None:
     """
     if source.source is None or source.source in BUILT_IN or source.file is not None:
         return None
+    path = Path(source.source)
     try:
-        with Path(source.source).open("rb") as handle:
+        refuse_special_file(path)
+        with path.open("rb") as handle:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError as error:
-        raise _cannot_be_read(side, Path(source.source), error) from None
+        raise _cannot_be_read(side, source.source, path, error) from None
 
 
 def _read_file(source: Source, side: str) -> tuple[list[str], str | None]:
@@ -217,16 +223,22 @@ def _read_file(source: Source, side: str) -> tuple[list[str], str | None]:
     try:
         prompts = read_file(path, source.column)
     except OSError as error:
-        raise _cannot_be_read(side, path, error) from None
+        raise _cannot_be_read(side, name, path, error) from None
     if content_sha256(source, side) != sha256:
-        raise PromptError(f"`{key}` {path}: was changed while it was read; give the same command again")
+        raise PromptError(f"`{key}` {name}: was changed while it was read; give the same command again")
     return prompts, sha256
 
 
-def _cannot_be_read(side: str, path: Path, error: OSError) -> PromptError:
+def _cannot_be_read(side: str, name: str, path: Path, error: OSError) -> PromptError:
+    reason = f"{error.strerror}: {looked_for(str(path))}"
+    if os.path.isdir(path):
+        files = sorted(file.name for file in path.iterdir() if file.is_file())
+        reason = f"is a folder; name one of its files: {', '.join(files[:NUM_SHOWN]) or 'it holds none'}"
+    elif "://" in name:
+        reason = "is a URL; download the file first"
     return PromptError(
-        f"`prompts.{side}.source` {path}: {error.strerror}; give a file of prompts, one of {', '.join(BUILT_IN)}, or a"
-        " hub data set with its `file` and `revision`"
+        f"`prompts.{side}.source` {name}: {reason}; give a file of prompts, one of {', '.join(BUILT_IN)}, or a hub data"
+        " set with its `file` and `revision`"
     )
 
 

@@ -104,7 +104,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 
 def import_preferences(context: Context, output_dir: Path, output: StepOutput) -> None:
-    from cdpo_ray.preferences.files import scan
+    from cdpo_ray.preferences.files import Fault, scan
     from cdpo_ray.preferences.pool import import_samples
     from cdpo_ray.rewards.scorer import Scorer
 
@@ -112,7 +112,7 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
     preferences = config.preferences
     assert preferences is not None, "the step of a config with preferences"
     found = scan(source)
-    found.refuse_faults()
+    found.refuse_unusable(source, preferences.max_bad_fraction)
     judges = config.rewards.judges
     context.progress.begin("import", total=found.num_rows, unit="row")
     set_aside = import_samples(
@@ -129,12 +129,13 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
         encoders=pool_size(config.resources.generators),
         progress=context.progress,
     )
-    too_many = len(set_aside) > preferences.max_bad_fraction * found.num_rows * found.num_samples
+    num_faulty = len({(fault["file"], fault["number"]) for fault in set_aside})
+    too_many = num_faulty > preferences.max_bad_fraction * found.num_rows
     if too_many or not any(output_dir.glob("*.parquet")):
         raise PreferenceError(
-            f"`preferences.path` {source.path}: {len(set_aside)} images of {found.num_rows} rows cannot be used, more"
-            f" than `preferences.max_bad_fraction` = {preferences.max_bad_fraction}; `cdpo import --check` names each;"
-            f" the first: {set_aside[0]['reason']}"
+            f"`preferences.path` {source.path}: {num_faulty:,} of {found.num_rows:,} rows, or images of them, cannot be"
+            f" used, more than `preferences.max_bad_fraction` = {preferences.max_bad_fraction}; `cdpo import --check`"
+            f" names each; the first: {Fault(**set_aside[0])}"
         )
     made = read_shards(output_dir, ["num_tokens_cut", "num_images_cut"])
     output.counts |= {
@@ -142,13 +143,15 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
         "rows_imported": made.num_rows,
         "rows_tied": found.num_tied,
         "rows_unlabelled": found.num_unlabelled,
-        "images_set_aside": len(set_aside),
+        "rows_set_aside": found.num_rows - made.num_rows - found.num_tied - found.num_unlabelled,
+        "rows_with_faults": num_faulty,
         "images_cut": int(made["num_images_cut"].to_numpy().sum()),
         "prompts_cut": int((made["num_tokens_cut"].to_numpy() > 0).sum()),
     }
     output.details["rewards"] = {name: judged_with(config, name) for name in (PREFERENCE, LABEL, *judges)}
     if set_aside:
-        output.warnings.append(f"{len(set_aside)} images cannot be used; set_aside.jsonl says which and why")
+        output.warnings.append(f"{num_faulty:,} rows, or images of them, cannot be used; see set_aside.jsonl")
+    output.warnings += found.warnings
     if output.counts["prompts_cut"]:
         output.warnings.append(f"{output.counts['prompts_cut']} prompts are longer than the text encoder reads")
 

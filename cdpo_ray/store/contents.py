@@ -84,7 +84,7 @@ def _stamp(files: Mapping[str, Path]) -> tuple[str, int, float]:
 def _known() -> dict[str, str]:
     try:
         known = read_json(KNOWN)
-    except (OSError, ValueError):
+    except (OSError, ValueError, StoreError):
         return {}
     return known if isinstance(known, dict) else {}
 

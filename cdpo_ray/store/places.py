@@ -39,7 +39,7 @@ def place(text: str | Path) -> Path:
     if isinstance(text, Path | UPath):
         return text
     try:
-        check_place(text)
+        text = check_place(text)
     except ValueError as error:
         raise StoreError(f"{without_credentials(text)}: {error}") from None
     scheme, separator, _ = text.partition("://")

@@ -1,7 +1,11 @@
 """Preference files: every format gives the same rows; what cannot be read is named by file and row."""
 
+import gzip
 import json
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,11 +251,12 @@ def test_fault_21_every_broken_jsonl_line_is_named_with_file_and_line(tmp_path: 
         (5, "`prompt` must be a text that is not empty, got ' '"),
         (6, "`chosen` must be an image's bytes or its path, got int"),
         (7, "`rejected` must be an image's bytes or its path, got NoneType"),
-        (8, "is not JSON"),
     ]
-    assert found.prompts == [good["prompt"]] * 2
-    with pytest.raises(PreferenceError, match=r"7 rows cannot be read; .*\n  .*pairs\.jsonl:2: is not JSON"):
-        found.refuse_faults()
+    assert found.prompts == [good["prompt"]] * 2 and found.num_rows == 8
+    source = Source(str(path), "pairs")
+    with pytest.raises(PreferenceError, match=r"6 of 8 rows cannot be read, more .*= 0\.7; .*\n  .*l:2: is not JSON"):
+        found.refuse_unusable(source, 0.7)
+    found.refuse_unusable(source, 0.75)
 
 
 def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path: Path) -> None:
@@ -286,16 +291,17 @@ def test_fault_23_a_column_of_pickled_objects_is_refused_and_not_read(tmp_path: 
 @pytest.mark.parametrize(
     ("name", "format_name", "message"),
     [
-        ("nothing-*.parquet", "pairs", r"nothing-\*\.parquet: nothing is there; give a Parquet or JSONL file"),
-        ("empty", "ranked_folders", r"empty: nothing is there; give a folder that holds a folder a prompt"),
-        ("a.csv", "pairs", r"a\.csv: must end in \.parquet or \.jsonl, got '\.csv'"),
+        ("nothing-*.parquet", "pairs", r"nothing-\*\.parquet: nothing is there: /.*; give a Parquet or JSONL file"),
+        ("empty", "ranked_folders", r"empty: nothing is there: /.*; give a folder that holds a folder a prompt"),
+        ("empty", "pairs", r"empty: holds no \.parquet or \.jsonl file, but nothing"),
+        ("a.txt", "pairs", r"a\.txt: must end in \.parquet, \.jsonl or \.jsonl\.gz, got '\.txt'"),
         ("a.parquet", "pairs", r"a\.parquet: cannot be read as Parquet"),
         ("empty.jsonl", "pairs", r"empty\.jsonl: has no rows"),
     ],
 )
 def test_files_that_are_none_are_named(tmp_path: Path, name: str, format_name: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.csv").write_text("prompt\n")
+    (tmp_path / "a.txt").write_text("prompt\n")
     (tmp_path / "a.parquet").write_text("no Parquet")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(PreferenceError, match=message):
@@ -327,3 +333,211 @@ def test_fault_56_a_pipe_among_preferences_is_refused_and_not_waited_for(tmp_pat
     os.mkfifo(tmp_path / "pairs.jsonl")
     with pytest.raises(PreferenceError, match="nothing is there"):
         scan(Source(str(tmp_path / "pairs.jsonl"), "pairs"))
+
+
+def faulty(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of Pick-a-Pic, some of which cannot be read, by their number."""
+    rows[1]["caption"] = None
+    rows[2]["caption"] = " "
+    rows[3]["label_0"] = None
+    rows[4]["label_1"] = float("nan")
+    rows[5]["label_0"] = float("inf")
+    rows[6] |= {"label_0": 0.5, "label_1": 0.5}
+    rows[7] |= {"has_label": False, "label_0": None}
+    rows[8]["jpg_0"] = None
+    rows[9] |= {"label_0": 0.5, "label_1": 0.5, "jpg_0": None}
+    return rows
+
+
+def as_json(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value.hex() if isinstance(value, bytes) else value for name, value in row.items()} for row in rows]
+
+
+def test_fault_38_bad_rows_are_counted_alike_in_jsonl_and_parquet(tmp_path: Path) -> None:
+    write_parquet(faulty(pickapic_rows(20)), tmp_path / "a.parquet")
+    write_jsonl(as_json(faulty(pickapic_rows(20))), tmp_path / "a.jsonl")
+    told = {}
+    for name in ("a.parquet", "a.jsonl"):
+        source = Source(str(tmp_path / name), "pickapic")
+        found = scan(source)
+        assert (found.num_rows, found.num_tied, found.num_unlabelled) == (20, 2, 1)
+        assert [row.rpartition(":")[2] for row in (*found.tied, *found.unlabelled)] == ["7", "10", "8"]
+        read = [row for chunk in found.chunks for row in read_rows(chunk, source)]
+        told[name] = [(fault.number, fault.reason) for fault in read if isinstance(fault, Fault)]
+        assert len(read) == 17
+    assert told["a.parquet"] == told["a.jsonl"]
+    assert told["a.jsonl"] == [
+        (2, "`caption` must be a text that is not empty, got None"),
+        (3, "`caption` must be a text that is not empty, got ' '"),
+        (4, "`label_0` must be a number, got None"),
+        (5, "`label_1` must be a number, got nan"),
+        (6, "`label_0` must be a number, got inf"),
+        (9, "`jpg_0` must be an image's bytes or its path, got NoneType"),
+    ]
+
+
+def test_fault_38_a_scan_with_images_sees_which_are_not_there(tmp_path: Path) -> None:
+    write_parquet(faulty(pickapic_rows(20)), tmp_path / "a.parquet")
+    pairs = pair_rows(3, tmp_path)
+    (tmp_path / "1-right.png").unlink()
+    write_jsonl(pairs, tmp_path / "b.jsonl")
+    in_parquet = scan(Source(str(tmp_path / "a.parquet"), "pickapic"), with_images=True)
+    assert [fault.number for fault in in_parquet.faults] == [2, 3, 4, 5, 6, 9]
+    found = scan(Source(str(tmp_path / "b.jsonl"), "pairs"), with_images=True)
+    assert [str(fault) for fault in found.faults] == [f"{tmp_path}/b.jsonl:2: {tmp_path}/1-right.png: no such file"]
+    assert found.lines() == [
+        "1 file, 3 rows: 2 with a preference, 0 tied, 0 unlabelled, 1 cannot be read",
+        f"cannot be read: {found.faults[0]}",
+    ]
+
+
+def test_fault_38_blank_lines_and_windows_line_ends_are_no_faults(tmp_path: Path) -> None:
+    lines = [json.dumps(row) for row in pair_rows(3, tmp_path)]
+    text = f"\ufeff\r\n{lines[0]}\r\n\r\n  \r\n{lines[1]}\r\n{lines[2]}\r\n\r\n\r\n"
+    (tmp_path / "a.jsonl").write_bytes(text.encode())
+    source = Source(str(tmp_path / "a.jsonl"), "pairs")
+    found = scan(source)
+    assert (found.num_rows, found.faults) == (3, [])
+    assert [row.number for row in rows_of(source)] == [2, 5, 6]
+    write_jsonl(pair_rows(1, tmp_path), tmp_path / "b.jsonl")
+    starts = [chunk.first_index for chunk in scan(Source(str(tmp_path / "*.jsonl"), "pairs")).chunks]
+    assert starts == [0, 8], "an index for each line, so that no two rows share one"
+
+
+@pytest.mark.parametrize("off", [0, False, "0", "false", 0.0])
+def test_fault_38_a_flag_may_be_a_number_or_text_and_a_label_text(tmp_path: Path, off: object) -> None:
+    rows = as_json(pickapic_rows(2))
+    rows[0] |= {"has_label": off}
+    rows[1] |= {"has_label": 1, "label_0": "0", "label_1": "1.0"}
+    source = Source(str(write_jsonl(rows, tmp_path / "a.jsonl")), "pickapic")
+    assert scan(source).num_unlabelled == 1
+    (row,) = rows_of(source)
+    assert isinstance(row, Row) and row.labels == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("[" * 100_000, "is not JSON: maximum recursion depth"),
+        ('{"prompt": ' + "1" * 5000 + "}", "is not JSON: Exceeds the limit"),
+        ('{"prompt": "half \\ud83d"}', r"`prompt` holds half of a character ('\ud83d')"),
+        ('{"prompt": "' + "x" * 50_000 + '", "chosen": 5}', "`chosen` must be an image's bytes or its path, got int"),
+        ('{"prompt": {"a": "' + "x" * 50_000 + '"}}', "`prompt` must be a text that is not empty, got {'a': 'xxx"),
+    ],
+)
+def test_fault_38_a_line_that_breaks_a_parser_is_a_fault_of_its_row(tmp_path: Path, value: str, reason: str) -> None:
+    good = pair_rows(1, tmp_path)[0]
+    found = scan(Source(str(write_jsonl([good, value, good], tmp_path / "a.jsonl")), "pairs"))
+    (fault,) = found.faults
+    assert fault.number == 2 and fault.reason.startswith(reason) and len(fault.reason) < 300
+
+
+def test_fault_38_text_of_parquet_that_is_not_utf8_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    captions = pa.array([b"a cat", b"caf\xe9", b"a dog"], pa.binary()).view(pa.string())
+    table = pa.table({"prompt": captions, "chosen": [b"x"] * 3, "rejected": [b"y"] * 3})
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = scan(Source(str(tmp_path / "a.parquet"), "pairs"))
+    assert [(fault.number, fault.reason) for fault in found.faults] == [(2, "is not UTF-8 (byte 0xe9)")]
+    assert found.prompts == ["a cat", "a dog"]
+
+
+def test_fault_38_control_characters_of_a_file_are_shown_escaped(tmp_path: Path) -> None:
+    row = {"prompt": "a cat", "chosen": "\x1b[31m.png", "rejected": "0-right.png"}
+    pair_rows(1, tmp_path)
+    found = scan(Source(str(write_jsonl([row], tmp_path / "a.jsonl")), "pairs"), with_images=True)
+    assert str(found.faults[0]) == rf"{tmp_path}/a.jsonl:1: {tmp_path}/\x1b[31m.png: no such file"
+
+
+def test_fault_38_no_row_with_a_preference_is_told_by_what_the_rows_are(tmp_path: Path) -> None:
+    rows = as_json(pickapic_rows(3))
+    for row in rows:
+        row |= {"label_0": 0.5, "label_1": 0.5}
+    source = Source(str(write_jsonl(rows, tmp_path / "a.jsonl")), "pickapic")
+    with pytest.raises(PreferenceError, match=r"no row can be trained on; 3 rows: 0 with a preference, 3 tied"):
+        scan(source).refuse_unusable(source, 0.01)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{}", "{}/**/*.parquet", "{}/**", "{}/*", "{}/x/../**/*.p*t", "{}/**/[a-c].PARQUET"]
+)
+def test_folders_and_patterns_name_every_file_once(tmp_path: Path, pattern: str) -> None:
+    folder = tmp_path / "set [v2] (final)"
+    (folder / "x" / "y").mkdir(parents=True)
+    for name in ("a.parquet", "x/b.parquet", "x/y/c.parquet", ".cache.parquet"):
+        write_parquet(
+            pickapic_rows(2), folder / name.replace(".parquet", ".PARQUET" if "PAR" in pattern else ".parquet")
+        )
+    (folder / "again").symlink_to(folder / "x")
+    (folder / "a-link.parquet").symlink_to(folder / "x" / "y")
+    found = scan(Source(pattern.format(folder), "pickapic"))
+    assert (found.num_files, found.num_rows) == (3, 6)
+    assert len(rows_of(Source(pattern.format(folder), "pickapic"))) == 6
+
+
+def test_a_folder_is_taken_with_what_else_lies_in_it(tmp_path: Path) -> None:
+    write_jsonl(pair_rows(2, tmp_path), tmp_path / "a.JSONL")
+    (tmp_path / "README.md").touch()
+    assert scan(Source(str(tmp_path), "pairs")).num_rows == 2
+    with pytest.raises(PreferenceError, match=r"0-right\.png: must end in \.parquet, \.jsonl or"):
+        scan(Source(f"{tmp_path}/*", "pairs"))
+
+
+def test_packed_lines_are_read_and_a_damaged_file_is_named(tmp_path: Path) -> None:
+    rows = pair_rows(600, tmp_path)
+    packed = gzip.compress("".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    source = Source(str(tmp_path / "a.jsonl.gz"), "pairs")
+    assert [row.number for row in rows_of(source)] == list(range(1, 601))
+    for content in (packed[:-20], packed[:40] + b"\xff" * 40 + packed[80:], b"no gzip"):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        with pytest.raises(PreferenceError, match=r"a\.jsonl\.gz: cannot be read: .*; fetch or write it again"):
+            scan(source)
+
+
+def test_a_damaged_page_of_parquet_is_named_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(pickapic_rows(4)), path, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[4:12] = b"\xff" * 8
+    path.write_bytes(content)
+    with pytest.raises(PreferenceError, match=r"a\.parquet: cannot be read: "):
+        scan(Source(str(path), "pickapic"))
+
+
+def test_a_pipe_and_a_broken_link_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere")
+    for name in ("a.jsonl", "*"):
+        with pytest.raises(PreferenceError, match=r"a\.jsonl: is no regular file, or a link to none"):
+            scan(Source(str(tmp_path / name), "pairs"))
+
+
+def test_large_row_groups_are_told_with_a_command_that_rewrites_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_parquet(pickapic_rows(600), tmp_path / "a.parquet", rows_per_group=600)
+    source = Source(str(path), "pickapic")
+    assert scan(source).warnings == []
+    monkeypatch.setattr("cdpo_ray.preferences.files.MAX_ROW_GROUP_BYTES", 1000)
+    (warning,) = scan(source).lines()[1:]
+    assert warning.startswith(f"{path}: has a row group of 600 rows and 0.0 GB, which one task reads alone")
+    command = shlex.split(warning.partition("write smaller ones: ")[2])
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    assert pq.ParquetFile(tmp_path / "small.parquet").num_row_groups == 3
+    assert pq.read_table(tmp_path / "small.parquet").equals(pq.read_table(path))
+
+
+def test_a_row_group_is_read_page_by_page(tmp_path: Path) -> None:
+    """Memory follows the pages, not the row group: pandas writes one for the whole file."""
+    rng = np.random.default_rng(0)
+    image = rng.bytes(20_000)
+    rows = {"prompt": ["a cat"] * 1500, "chosen": [image] * 1500, "rejected": [image] * 1500}
+    pq.write_table(
+        pa.table(rows), tmp_path / "a.parquet", use_dictionary=False, write_batch_size=50, compression="none"
+    )
+    source = Source(str(tmp_path / "a.parquet"), "pairs")
+    (chunk,) = scan(source).chunks
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in read_rows(chunk, source):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 20e6 < 2 * 1500 * len(image) == 60e6

@@ -1,6 +1,7 @@
 """Files of prompts: what is whole is read as it is, what is broken is named with its place, all of it at once."""
 
 import csv
+import gzip
 import io
 import json
 import pickle
@@ -36,9 +37,10 @@ def faults_of(path: Path, column: str = "prompt") -> list[str]:
 
 def test_an_unknown_ending_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(
-        PromptError, match=r"p\.json: must end in \.txt, \.csv, \.jsonl, \.ndjson, \.parquet .*, got '\.json'"
+        PromptError,
+        match=r"p\.xml: must end in \.txt, \.csv, \.tsv, \.json, \.jsonl, \.ndjson, \.parquet .*, got '\.xml'",
     ):
-        read_file(saved(tmp_path / "p.json", "[]"), "prompt")
+        read_file(saved(tmp_path / "p.xml", "[]"), "prompt")
     assert read_file(saved(tmp_path / "P.TXT", "a cat"), "prompt") == ["a cat"]
 
 
@@ -178,7 +180,7 @@ def test_fault_21_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> Non
     with pytest.raises(PromptError, match=r"p\.csv: has `prompt` twice"):
         read_file(saved(tmp_path / "p.csv", "prompt,prompt\na,b\n"), "prompt")
     pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["prompt"] * 2), tmp_path / "p.parquet")
-    with pytest.raises(PromptError, match=r"p\.parquet: `prompt` must be one column of text, got string, string;"):
+    with pytest.raises(PromptError, match=r"p\.parquet: has `prompt` twice"):
         read_file(tmp_path / "p.parquet", "prompt")
 
 
@@ -284,8 +286,58 @@ def test_other_columns_of_a_parquet_file_are_not_read(tmp_path: Path) -> None:
         pq.read_table(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.csv", "prompt;category\na cat, asleep;x\na dog;y\n"),
+        ("p.csv", "sep=;\r\nprompt;category\r\na cat, asleep;x\r\na dog;y"),
+        ("p.csv", '"sep=|"\nid|Prompt\n1|a cat, asleep\n2|a dog\n'),
+        ("p.csv", 'category\tprompt\nx\t"a cat, asleep"\ny\ta dog\n'),
+        ("p.csv", 'PROMPT ,category\n"a cat, asleep",x\na dog,y\n'),
+        ("p.tsv", "Prompt\tCategory\na cat, asleep\tx\na dog\ty\n"),
+        ("p.tsv", "prompt\na cat, asleep\na dog\n"),
+        ("p.json", '["a cat, asleep", "a dog"]'),
+        ("p.json", '[\n  {"prompt": "a cat, asleep"},\n  {"id": 2, "Prompt": "a dog"}\n]\n'),
+        ("p.json", '{"prompt": "a cat, asleep"}\n{"prompt": "a dog"}\n'),
+        ("p.jsonl", '{"Prompt": "a cat, asleep"}\n{"prompt": "a dog"}\n'),
+        ("P.TXT", "a cat, asleep\r\na dog\r\n"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_files_as_people_and_programs_write_them_are_read(tmp_path: Path, name: str, text: str, ending: str) -> None:
+    content = b"\xef\xbb\xbf" + text.encode()
+    path = saved(tmp_path / f"{name}{ending}", gzip.compress(content) if ending else content)
+    assert read_file(path, "prompt") == ["a cat, asleep", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "text;category\na cat;x\n", r"has no `prompt`, but `text`, `category`; name one by `column`"),
+        ("p.csv", "Prompt,PROMPT\na,b\n", r"has `prompt` twice; leave one out"),
+        ("p.json", '{"prompts": ["a cat"]}', r"must be a list of texts, .*, got an object with the keys \['prompts'\]"),
+        ("p.json", '["a cat"', r"is not JSON: Expecting ',' delimiter at line 1, column 9"),
+        ("p.json", "[" * 100_000, r"is not JSON that can be read"),
+        (
+            "p.json",
+            '["a cat", 3, {"text": "a dog"}, "half \\ud83d"]',
+            r"3 faults\n.*item 2: must be an object.*\n.*item 3",
+        ),
+        ("p.json", b'["caf\xe9"]', r"item 1: is not UTF-8 \(byte 0xe9\)"),
+        ("p.csv", "sep=;\nprompt;id\na cat;1\na;b;c\n", r"p\.csv:4: has 3 fields, but the header 2"),
+        ("p.txt.gz", b"not packed", r"p\.txt\.gz: cannot be unpacked: Not a gzipped file"),
+        ("p.txt.gz", gzip.compress(b"a cat\n" * 1000)[:-9], r"p\.txt\.gz: cannot be unpacked: .*end-of-stream"),
+    ],
+)
+def test_fault_21_what_is_no_list_of_prompts_is_named_with_what_is_there(
+    tmp_path: Path, name: str, content: bytes | str, message: str
+) -> None:
+    with pytest.raises(PromptError, match=message):
+        read_file(saved(tmp_path / name, content), "prompt")
+
+
 def test_every_format_reads_an_empty_file_of_its_kind_as_no_prompts(tmp_path: Path) -> None:
-    empty = {ending: b"" for ending in FORMATS if ending != ".parquet"}
+    empty = {ending: b"[]" if ending == ".json" else b"" for ending in FORMATS if ending != ".parquet"}
     for ending, content in empty.items():
         assert read_file(saved(tmp_path / f"p{ending}", content), "prompt") == []
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "p.parquet")

@@ -186,7 +186,7 @@ def test_a_missing_file_or_a_folder_is_refused_by_name(tmp_path: Path) -> None:
     )
     with pytest.raises(PromptError, match=message):
         read(tmp_path / "nowhere.txt", "heldout")
-    with pytest.raises(PromptError, match="Is a directory"):
+    with pytest.raises(PromptError, match="is a folder; name one of its files: it holds none"):
         read(tmp_path)
 
 

@@ -1,0 +1,96 @@
+"""Values of rows as people and programs write them."""
+
+import base64
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from preference_sets import encoded, judged_scenes
+
+from cdpo_ray.preferences.values import image_of, is_false, number_of, printable
+
+IMAGE = next(judged_scenes(1)).right
+PNG = encoded(IMAGE)
+TEXT = base64.b64encode(PNG).decode()
+
+
+def image(value: Any, folder: Path = Path("/data")) -> bytes | str:
+    return image_of({"jpg_0": value}, "jpg_0", folder)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "bmp", "tiff"])
+def test_every_kind_of_image_is_known_as_base64(kind: str) -> None:
+    data = encoded(IMAGE, kind)
+    assert image(base64.b64encode(data).decode()) == data
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        PNG,
+        TEXT,
+        TEXT.encode(),
+        TEXT.rstrip("="),
+        "\n".join(TEXT[start : start + 76] for start in range(0, len(TEXT), 76)),
+        f"data:image/png;base64,{TEXT}",
+        f"data:image/png;charset=utf-8;base64,{quote(TEXT)}",
+        f"data:image/png,{quote(PNG)}",
+        {"bytes": PNG, "path": None},
+        {"bytes": TEXT, "path": "a.png"},
+        {"bytes": None, "path": f"data:;base64,{TEXT}"},
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_bytes_of_an_image_are_taken_however_they_are_written(value: Any) -> None:
+    assert image(value) == PNG
+
+
+@pytest.mark.parametrize(
+    "path", ["a.png", "/9j/a.png", "Qk/very/long/" + "x" * 100 + ".png", "/9j/" + "x" * 100 + "_y"]
+)
+def test_a_path_is_no_base64(path: str) -> None:
+    assert image(path) == str(Path("/data") / path)
+    assert image({"bytes": None, "path": path}) == str(Path("/data") / path)
+
+
+def test_separators_of_windows_are_taken_where_no_file_has_such_a_name(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").touch()
+    (tmp_path / ".\\sub\\b.png").touch()
+    assert image(".\\sub\\a.png", tmp_path) == str(tmp_path / "sub" / "a.png")
+    assert image(".\\sub\\b.png", tmp_path) == str(tmp_path / ".\\sub\\b.png")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("https://host/a.png", "`jpg_0` is a URL, 'https://host/a.png'; download the image first, and give its path"),
+        ("s3://bucket/a.png", "`jpg_0` is a URL, "),
+        ({"bytes": None, "path": "file:///a.png"}, "`jpg_0` is a URL, "),
+        (f"https://host/{'x' * 5000}", r"`jpg_0` is a URL, 'https://host/x+\.\.\.x+'; "),
+        ("data:image/png;base64,iVBORw0KGgo", "`jpg_0` is a data URI whose base64 cannot be read: "),
+        ([1, 2], "`jpg_0` must be an image's bytes or its path, got list"),
+        ({"bytes": None, "path": None}, "`jpg_0` must be an image's bytes or its path, got NoneType"),
+    ],
+)
+def test_what_is_no_image_is_told_by_what_it_is(value: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as caught:
+        image(value)
+    assert len(str(caught.value)) < 250
+
+
+def test_numbers_may_be_text_and_are_finite() -> None:
+    assert [number_of({"n": value}, "n") for value in (1, True, 0.5, "1", " 2.5 ")] == [1, 1, 0.5, 1, 2.5]
+    for value in (None, "left", "nan", float("inf"), [1], "1" * 400, 10**400):
+        with pytest.raises(ValueError, match="`n` must be a number, got "):
+            number_of({"n": value}, "n")
+
+
+def test_flags_are_off_by_any_of_their_spellings() -> None:
+    assert all(map(is_false, (False, 0, 0.0, "0", "False", " false ")))
+    assert not any(map(is_false, (True, 1, None, "", "yes", "true")))
+
+
+def test_control_characters_are_escaped_and_other_scripts_are_not() -> None:
+    assert printable("a\x1b[31m\n猫 é") == "a\\x1b[31m\\n猫 é"

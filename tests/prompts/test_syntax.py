@@ -1,0 +1,47 @@
+"""Syntax of other programs is counted, and plain prompts hold none."""
+
+import time
+
+import pytest
+
+from cdpo_ray.prompts.animals import animal_prompts
+from cdpo_ray.prompts.syntax import literal_syntax
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kinds"),
+    [
+        ("(masterpiece:1.3), a cat", ["weights"]),
+        ("((best quality)), 1girl", ["weights"]),
+        ("a [cat:dog:0.5] in a hat", ["weights"]),
+        ("a cat <lora:owlStyle:0.8>", ["tags"]),
+        ("a __season/winter__ light", ["wildcards"]),
+        ("{red|blue} bicycle, __season__", ["wildcards", "choices"]),
+        ("a cat BREAK a dog", ["BREAK"]),
+        ("a cat --ar 16:9", ["options"]),
+        ("Negative prompt: lowres", ["settings"]),
+        ("Steps: 20, Sampler: Euler a", ["settings"]),
+        ("# a comment", ["a"]),
+    ],
+)
+def test_each_syntax_is_told_with_the_number_of_prompts(prompt: str, kinds: list[str]) -> None:
+    lines = literal_syntax([prompt, prompt, "a plain cat"])
+    assert [line.split()[3].rstrip(",") for line in lines] == kinds
+    assert all(line.startswith("2 prompts contain ") and line.endswith("; it is read literally") for line in lines)
+
+
+def test_plain_prompts_hold_no_syntax() -> None:
+    plain = [
+        "a sign (old, from 1:2 on) that says {hello}",
+        "snake_case and __init",
+        "step by step: a well-known - cat",
+        "[a] b",
+    ]
+    assert literal_syntax([*animal_prompts(), *plain]) == []
+
+
+@pytest.mark.parametrize("unit", ["(", "(:", "{|", "{", "|", "[:", "[", "__", "__a", "<lora:", ":1", "_", "-- "])
+def test_a_long_prompt_is_searched_in_no_time(unit: str) -> None:
+    started = time.process_time()
+    literal_syntax([f"{opening}{unit * 20_000}" for opening in ("", "(", "{", "[", "__", "<lora:")])
+    assert time.process_time() - started < 2
