@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.errors import CdpoError, StoreError
+from cdpo_ray.resources import usable_cpus
 from cdpo_ray.store.copies import delete, describe, move, settled
 from cdpo_ray.store.lock import file_lock, object_lock
 from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, read_json, write_json
@@ -209,7 +210,7 @@ class RunFolder:
                 "machine": {
                     "system": platform.platform(),
                     "python": platform.python_version(),
-                    "cpus": str(os.cpu_count()),
+                    "cpus": str(usable_cpus()),
                 },
                 "seed": seed,
                 "seconds": round(time.monotonic() - started, 2),
