@@ -32,7 +32,7 @@ from cdpo_ray.steps import (
     prompt_source,
     steps_of,
 )
-from cdpo_ray.store import RunFolder, make_folder, place, read_json, write_text
+from cdpo_ray.store import RunFolder, make_folder, output_place, read_json, write_text
 from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
@@ -93,10 +93,10 @@ def run_steps(
     prompts, steps = read_prompts(config), list(steps)
     folders = round_folders(config)
     with ExitStack() as stack:
-        stack.enter_context(RunFolder(_run_dir(config)).locked())
+        stack.enter_context(RunFolder(run_dir_of(config)).locked())
         progress = stack.enter_context(
             Progress(
-                TrackedRun(config.run.name, _run_dir(config), config.plain()),
+                TrackedRun(config.run.name, run_dir_of(config), config.plain()),
                 tracking=config.tracking.options,
                 command=command,
                 num_rounds=len(folders),
@@ -129,7 +129,7 @@ def run_steps(
 
 def round_folders(config: Config) -> list[RunFolder]:
     """Folder of each round: the run's own, or `round-1`, `round-2`, ... within it."""
-    path = _run_dir(config)
+    path = run_dir_of(config)
     if config.rounds == 1:
         return [RunFolder(path)]
     return [RunFolder(path / f"round-{number}") for number in range(1, config.rounds + 1)]
@@ -200,7 +200,7 @@ def compare_runs(run_dirs: list[Path], output_dir: Path | None = None) -> str:
     """
     from cdpo_ray.evaluation import runs
 
-    output_dir = output_dir or run_dirs[0].parent
+    output_dir = output_place(output_dir or run_dirs[0].parent, "--out")
     found = runs.compare_runs(run_dirs, output_dir)
     return f"{runs.table_of(found)}\n{output_dir / 'compare.html'}"
 
@@ -248,7 +248,7 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
         )
         if step.folder in (TRAINING, EVALUATION):  # the others are not read; they may be very large
             run.refuse_damage(step.folder)
-    output_dir = output_dir or _run_dir(config) / "export" / format_name
+    output_dir = output_dir or run_dir_of(config) / "export" / format_name
     export(context, format_name, output_dir)
     return output_dir
 
@@ -316,5 +316,10 @@ def _refuse_missing_package(config: Config) -> None:
         raise ConfigError(f'{", ".join(keys)}: bitsandbytes is not installed; pip install "cdpo_ray[lowmem]"')
 
 
-def _run_dir(config: Config) -> Path:
-    return place(config.run.dir) / config.run.name
+def run_dir_of(config: Config) -> Path:
+    """Folder of a run.
+
+    Raises:
+        StoreError: it would be lost with the Ray job that this process is.
+    """
+    return output_place(config.run.dir, "run.dir") / config.run.name

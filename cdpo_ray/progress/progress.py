@@ -85,7 +85,7 @@ class Progress:
             self._state |= {"state": "stopped"}
         self._send()
         if self._trackers:
-            self._trackers.close()
+            self._trackers.close(self._state["state"])
         self._write()
 
     @contextlib.contextmanager

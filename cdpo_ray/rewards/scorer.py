@@ -53,8 +53,8 @@ def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
         RewardError: it cannot be imported.
     """
     module_name, _, attribute = REWARDS.get(name, name).partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    if name not in REWARDS and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last: a file there hides no module that is installed
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:

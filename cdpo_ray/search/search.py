@@ -17,7 +17,7 @@ from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.records import CONFIRMATION, FOUND, HELDOUT, TRAINING, TRIALS, VALIDATION
 from cdpo_ray.resources import Demand, check_resources, how_often
-from cdpo_ray.run import run_steps
+from cdpo_ray.run import run_dir_of, run_steps
 from cdpo_ray.search.findings import best, find, spoken, spoken_objective, table_of
 from cdpo_ray.search.importance import importance
 from cdpo_ray.search.proposals import propose
@@ -38,7 +38,7 @@ from cdpo_ray.search.trials import (
 )
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import SIDES_COMPARED, STEPS, demands_of, sampling_to_compare
-from cdpo_ray.store import HOW_TO_MEND, RunFolder, delete, differences, exists, place, read_json, write_json, write_text
+from cdpo_ray.store import HOW_TO_MEND, RunFolder, delete, differences, exists, read_json, write_json, write_text
 from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def find_schedule(
             stack.enter_context(ray_session(address=address, verbose=verbose))
             return max_concurrent_trials(config, section)
 
-        run = RunFolder(place(config.run.dir) / config.run.name)
+        run = RunFolder(run_dir_of(config))
         if not all(run.has(step.folder) for step in SHARED_STEPS):
             start_ray()
         run_steps(config, SHARED_STEPS, address=address, verbose=verbose, command=command)

@@ -11,6 +11,8 @@ from cdpo_ray.config.section import check_place, without_credentials
 from cdpo_ray.errors import StoreError
 
 MANIFEST = "manifest.json"
+JOB_COPIES = "/runtime_resources/working_dir_files/"
+"""Ray keeps its copies of jobs' working folders in such a folder of its session."""
 
 
 def place(text: str | Path) -> Path:
@@ -36,6 +38,24 @@ def place(text: str | Path) -> Path:
     except ImportError:
         raise StoreError(f'{text}: {scheme}:// needs `pip install "cdpo_ray[{scheme}]"`') from None
     return cast(Path, path)
+
+
+def output_place(text: str | Path, key: str) -> Path:
+    """A place to write to, which stays when the process has ended.
+
+    Args:
+        key: of the configuration or the command line, for the message.
+
+    Raises:
+        StoreError: as of `place`; or it is in the copy of the working folder that a Ray job runs in.
+    """
+    path = place(text)
+    if is_local(path) and JOB_COPIES in str(path.resolve()):
+        raise StoreError(
+            f"`{key}` {text}: is {path.resolve()}, in this Ray job's copy of the working folder, which Ray deletes;"
+            f" give an absolute path on storage that all nodes see, as `{key}` /shared/runs, or s3://bucket/runs"
+        )
+    return path
 
 
 def is_local(path: Path) -> bool:
