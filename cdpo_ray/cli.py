@@ -228,7 +228,7 @@ def _is_of_the_machine(error: BaseException) -> bool:
     if not type(error).__module__.startswith("ray."):
         return False
     cause = getattr(error, "cause", None)  # what a task raised; Ray's own errors have none
-    return cause is None or cause is not error and _is_of_the_machine(cause)
+    return cause is None or (cause is not error and _is_of_the_machine(cause))
 
 
 def _in_a_line(error: BaseException, verb: str) -> str:

@@ -9,7 +9,6 @@ import wandb
 from cdpo_ray.progress.trackers import Point, TrackedRun
 from cdpo_ray.store import is_local
 
-
 EXIT_CODES = {"ended": 0, "failed": 1, "stopped": 255}
 """What W&B's own exit hook gives, and its server shows as finished, failed and killed."""
 
