@@ -13,13 +13,14 @@ from typing import Any
 import yaml
 
 from cdpo_ray.config import Config
+from cdpo_ray.config.section import without_credentials
 from cdpo_ray.cost.gpus import DEFAULT_GPU, Gpu, gpu_of_device, visible_gpu
 from cdpo_ray.errors import ConfigError, ResourceError, StoreError
 from cdpo_ray.preferences.files import scan
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
-from cdpo_ray.records import EVALUATION, PREDICTED, STAGES, STEP_FOLDERS, TRAINING
+from cdpo_ray.records import EVALUATION, PREDICTED, SAMPLES, SCORES, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.resources import Node, check_resources
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import (
@@ -264,7 +265,13 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], Gpu], allo
     started = time.monotonic()
     predicted = context.predicted(step.verb)
     with (
-        context.progress.step(step.verb, step.folder, round=context.round, predicted=predicted),
+        context.progress.step(
+            step.verb,
+            step.folder,
+            round=context.round,
+            predicted=predicted,
+            waits_for=_workers_of(step, context.config),
+        ),
         run.writing(
             step.folder,
             settings,
@@ -281,6 +288,16 @@ def _perform(step: Step, context: Context, *, start_ray: Callable[[], Gpu], allo
     log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)
     for warning in output.warnings:
         log.warning("%s: %s", step.verb, warning)
+
+
+def _workers_of(step: Step, config: Config) -> str:
+    """What does the work of a step, in words: its model, its rewards, their endpoints."""
+    judges = {SAMPLES: config.rewards.judges, SCORES: config.rewards.judges, EVALUATION: config.evaluation_judges}
+    told = [f"model `{config.model.path}`"] if step.folder in (SAMPLES, EVALUATION) else []
+    for name, options in judges.get(step.folder, {}).items():
+        endpoint = options.get("endpoint")
+        told.append(f"reward `{name}`" + (f" at {without_credentials(endpoint['url'])}" if endpoint else ""))
+    return ", ".join(told) or "its workers"
 
 
 def _made_by(config: Config, run: RunFolder, previous: RunFolder | None) -> bool:
