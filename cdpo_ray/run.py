@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from cdpo_ray.config import Config
-from cdpo_ray.config.section import without_credentials
 from cdpo_ray.cost.gpus import DEFAULT_GPU, Gpu, gpu_of_device, visible_gpu
 from cdpo_ray.errors import ConfigError, ResourceError, StoreError
 from cdpo_ray.preferences.files import scan
@@ -296,7 +295,7 @@ def _workers_of(step: Step, config: Config) -> str:
     told = [f"model `{config.model.path}`"] if step.folder in (SAMPLES, EVALUATION) else []
     for name, options in judges.get(step.folder, {}).items():
         endpoint = options.get("endpoint")
-        told.append(f"reward `{name}`" + (f" at {without_credentials(endpoint['url'])}" if endpoint else ""))
+        told.append(f"reward `{name}`" + (f" at {endpoint['url']}" if endpoint else ""))
     return ", ".join(told) or "its workers"
 
 
