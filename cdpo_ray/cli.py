@@ -88,6 +88,7 @@ ADDRESS_HELP = (
 NO_RAY = ("check", "report", "export", "compare")
 EXIT_UNSOUND = 1  # of `doctor` that found something wrong, and of `status` of a run that stands still
 EXIT_FAULT = 2
+NETWORK_LIBRARIES = ("aiohttp", "botocore", "google", "urllib3")  # not all of their errors are OSErrors
 MAX_FOREIGN = 500  # characters of an error of other libraries
 EXIT_SIGNAL = 128  # and the signal's number, as shells have it
 
@@ -225,8 +226,9 @@ def _is_of_the_machine(error: BaseException) -> bool:
         return any(words in str(error) for words in ("annot allocate memory", "failed to map segment"))
     if isinstance(error, OSError | MemoryError):
         return True
-    if not type(error).__module__.startswith("ray."):
-        return False
+    library = type(error).__module__.partition(".")[0]
+    if library != "ray":
+        return library in NETWORK_LIBRARIES
     cause = getattr(error, "cause", None)  # what a task raised; Ray's own errors have none
     return cause is None or (cause is not error and _is_of_the_machine(cause))
 

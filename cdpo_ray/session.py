@@ -80,7 +80,7 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "3")  # else a wrong token is told after 20 s
     else:
         refuse_small_limits()
-        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "90")  # 30 s are few on a busy machine
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "60")  # 30 s are few on a busy machine
         if "RAY_AUTH_MODE" not in os.environ:
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this process and its children only
@@ -175,7 +175,7 @@ def _local_ray(options: dict[str, Any]) -> Iterator[None]:
         except (Exception, SystemExit) as error:
             keeps_logs = True
             raise ClusterError(
-                f"Ray on this machine: does not start ({type(error).__name__}: {_first_line(error)}); is there enough"
+                f"Ray on this machine: does not start ({type(error).__name__}: {_in_short(error)}); is there enough"
                 f" memory and disk, and is the machine not overloaded? Ray's logs are in {folder}"
             ) from None
         try:
@@ -254,10 +254,10 @@ def _refusal(address: str, error: Exception) -> ClusterError:
     """What to tell of a cluster that cannot be joined."""
     import ray
 
-    what = f"{type(error).__name__}: {_first_line(error)}"
-    if "ersion mismatch" in str(error):
+    what = f"{type(error).__name__}: {_in_short(error)}"
+    if "ersion mismatch" in what:
         told = f"is of another version ({what}); install the same Ray and Python here and on the cluster"
-    elif address == "auto" and isinstance(error, ConnectionError) and "find any running" in str(error):
+    elif address == "auto" and isinstance(error, ConnectionError) and "find any running" in what:
         told = "none runs on this machine; give its head as HOST:PORT, or leave RAY_ADDRESS out to start a local Ray"
     elif isinstance(error, ConnectionError | ray.exceptions.AuthenticationError):
         told = (
@@ -269,8 +269,8 @@ def _refusal(address: str, error: Exception) -> ClusterError:
     return ClusterError(f"Ray at {address}: {told}")
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")[:300]
+def _in_short(error: BaseException) -> str:
+    return " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
 
 
 def cluster_nodes() -> tuple[list[Node], bool]:

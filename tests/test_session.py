@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import re
 import resource
 import secrets
 import subprocess
@@ -23,6 +24,7 @@ from cdpo_ray.session import (
     LONGEST_IN_PARENT,
     LONGEST_SOCKET,
     _private_folder,
+    _refusal,
     is_exposed,
     ray_session,
     refuse_small_limits,
@@ -137,6 +139,29 @@ def test_fault_34_a_port_that_is_not_a_heads_is_told_before_ray_is_asked() -> No
         with pytest.raises(ClusterError, match="what listens there is not a head"), ray_session(address=address):
             pass
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "told"),
+    [
+        (
+            "a:1",
+            RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59.0"),
+            "version .*2.59.0.*; ins",
+        ),
+        (
+            "auto",
+            ConnectionError("Could not find any running Ray instance."),
+            "none runs on this machine; give its head",
+        ),
+        ("a:1", ConnectionError("Failed to connect"), "does not let us in .*; set RAY_AUTH_MODE=token"),
+        ("a:1", ValueError("strange"), r"cannot be joined \(ValueError: strange\)"),
+    ],
+)
+def test_fault_34_what_keeps_us_out_of_a_cluster_is_told_by_its_cause(
+    address: str, error: Exception, told: str
+) -> None:
+    assert re.match(rf"Ray at {address}: .*{told}", str(_refusal(address, error)))
 
 
 def test_fault_32_a_local_rays_folder_is_private_and_short_wherever_tmpdir_is(
