@@ -28,7 +28,7 @@ from cdpo_ray.resources import Node, usable_cpus
 CONNECT_SECONDS = 5
 MIN_LOCAL_CPUS = 4  # with fewer logical CPUs, pipelines of several actor pools starve
 
-MIN_OPEN_FILES = 512  # with 256 a local Ray comes up, and stops answering once its workers start
+MIN_OPEN_FILES = 512  # Ray itself warns below 4096; with very few its processes hang
 MIN_ADDRESS_SPACE_BYTES = 32 * 2**30  # a worker maps PyTorch and Ray's shared memory, most of it never touched
 LONGEST_SOCKET = 107  # characters that a path of a Unix socket may have
 LONGEST_IN_PARENT = len("/cdpo-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_MetricsHead")
@@ -84,13 +84,10 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
         if "RAY_AUTH_MODE" not in os.environ:
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this process and its children only
-        os.environ.setdefault(
-            "RAY_worker_maximum_startup_concurrency", "8"
-        )  # with fewer it prints that trials have many
-        if not verbose:
-            os.environ.setdefault(
-                "RAY_BACKEND_LOG_LEVEL", "fatal"
-            )  # its core logs warnings of its own making as errors
+        # With fewer it prints that trials have many.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+        if not verbose:  # its core logs warnings of its own making as errors
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray  # the environment above is read at import
     import ray.data
     import ray.train
@@ -107,9 +104,8 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
             for handler in logging.getLogger(name).handlers:
                 if not isinstance(handler, logging.FileHandler):
                     handler.setLevel(logging.CRITICAL)  # what it would tell, it also raises
-        logging.getLogger("ray.tune").setLevel(
-            logging.NOTSET if verbose else logging.CRITICAL
-        )  # nor has Tune another way
+        # Nor has Tune another way.
+        logging.getLogger("ray.tune").setLevel(logging.NOTSET if verbose else logging.CRITICAL)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # `Progress` has one of its own
         context.enable_operator_progress_bars = False
