@@ -94,7 +94,7 @@ def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int,
         *(pytest.param(verb, marks=pytest.mark.nightly) for verb in ("run", "report")),  # each draws a page many times
     ],
 )
-def test_fault_34_35_each_file_operation_that_fails_below_a_verb_is_one_line(
+def test_fault_34_each_file_operation_that_fails_below_a_verb_is_one_line(
     verb: str, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [verb, str(finished / "runs" / "tuned" if verb == "status" else finished / "config.yaml")]

@@ -237,7 +237,7 @@ print(json.dumps(found | {"group": os.getpgrp(), "kept": os.path.exists(found["r
 
 @pytest.mark.ray
 @pytest.mark.nightly
-def test_fault_32_50_57_a_local_ray_is_private_apart_from_us_and_imports_nothing_from_the_working_folder(
+def test_fault_32_and_50_a_local_ray_is_private_apart_from_us_and_imports_nothing_from_the_working_folder(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "work"
