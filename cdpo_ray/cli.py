@@ -1,11 +1,15 @@
 """The front door: `cdpo run CONFIG`, and one verb per step of the way, in its order."""
 
 import argparse
+import contextlib
 import logging
+import os
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from cdpo_ray import __version__
 from cdpo_ray.config import Config, load_config
@@ -24,13 +28,14 @@ from cdpo_ray.run import (
     export_trained,
     find_preference_faults,
     read_prompts,
+    run_dir_of,
     run_steps,
     scan_preferences,
     write_reports,
 )
 from cdpo_ray.steps import steps_of
 from cdpo_ray.steps.cost import workload_of
-from cdpo_ray.store import place
+from cdpo_ray.store import output_place, place
 
 VERBS = {
     "check": "say what a run will make and cost, or what is wrong with the config; needs no GPU and starts no Ray",
@@ -92,10 +97,29 @@ NO_RAY = ("check", "report", "export", "compare")
 EXIT_UNSOUND = 1  # of `doctor` that found something wrong, and of `status` of a run that stands still
 EXIT_FAULT = 2
 MAX_LINE_CHARS = 4000  # of an error, which may quote what somebody else wrote
+NETWORK_LIBRARIES = ("aiohttp", "botocore", "google", "urllib3")  # not all of their errors are OSErrors
+MAX_FOREIGN = 500  # characters of an error of other libraries
 EXIT_SIGNAL = 128  # and the signal's number, as shells have it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what a command line asks; returns the exit code."""
+    _open_standard_streams()
+    try:
+        try:
+            return _main(arguments)
+        except SystemExit:  # argparse has printed
+            _tell()
+            raise
+    except _OutputError as error:
+        _discard_output()
+        if isinstance(error.__cause__, BrokenPipeError):  # as `head` ends it: nothing is wrong
+            return EXIT_SIGNAL + signal.SIGPIPE
+        _tell_error(f"standard output: {error.__cause__}; what this command made is kept, but not printed")
+        return EXIT_FAULT
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="cdpo",
         description="Align a text-to-image model by Curriculum DPO:"
@@ -138,6 +162,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verb == "export":
             command.add_argument("--format", choices=FORMATS, default="diffusers", help=FORMAT_HELP)
             command.add_argument("--out", metavar="DIR", help="default: export/<format> of the run")
+    asked = _parsed(parser, arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("cdpo_ray").setLevel(logging.INFO)
+    try:
+        return _do(asked)
+    except CdpoError as error:
+        lines = f"{type(error).__name__}: {error}".split("\n")
+        _tell_error("\n".join(printable(line, MAX_LINE_CHARS) for line in lines))
+        return EXIT_FAULT
+    except KeyboardInterrupt as interrupt:
+        _tell_error("interrupted; the same command goes on where it stopped")
+        return EXIT_SIGNAL + (interrupt.args or (signal.SIGINT,))[0]
+    except Exception as error:
+        if asked.verbose or not _is_of_the_machine(error):
+            raise
+        _tell_error(_in_a_line(error, asked.verb))
+        return EXIT_FAULT
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     asked, after_options = parser.parse_known_args(arguments)
     comparing = asked.verb == "compare"
     if any(value.startswith("-") or not (comparing or "=" in value) for value in after_options) or (
@@ -149,18 +194,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (asked.runs if comparing else asked.overrides).extend(after_options)
     if comparing and len(asked.runs) < 2:
         parser.error(f"compare: needs two runs or more, got {asked.runs}")
-    signal.signal(signal.SIGTERM, _terminate)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("cdpo_ray").setLevel(logging.INFO)
+    return asked
+
+
+class _OutputError(Exception):
+    """Standard output cannot be written."""
+
+
+def _tell(*lines: object) -> None:
+    """Print lines; a fault of standard output is then none of storage or cluster."""
     try:
-        return _do(asked)
-    except CdpoError as error:
-        lines = f"{type(error).__name__}: {error}".split("\n")
-        print(*(printable(line, MAX_LINE_CHARS) for line in lines), sep="\n", file=sys.stderr)
-        return EXIT_FAULT
-    except KeyboardInterrupt as interrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return EXIT_SIGNAL + (interrupt.args or (signal.SIGINT,))[0]
+        print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
+    except OSError as error:
+        raise _OutputError from error
+
+
+def _tell_error(line: str) -> None:
+    with contextlib.suppress(OSError):  # where else could it be told?
+        print(line, file=sys.stderr, flush=True)
+
+
+def _open_standard_streams() -> None:
+    """Open what the caller closed (``>&-``): else the next file would be where others print to."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
+
+
+def _discard_output() -> None:
+    """What is left in the buffer of standard output would fail again when the process ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_of_the_machine(error: BaseException) -> bool:
+    """Whether an error comes from storage, network, memory or the cluster, and not from a fault of this program."""
+    if isinstance(error, ImportError):  # too little address space for a shared library
+        return any(words in str(error) for words in ("annot allocate memory", "failed to map segment"))
+    if isinstance(error, OSError | MemoryError):
+        return True
+    library = type(error).__module__.partition(".")[0]
+    if library != "ray":
+        return library in NETWORK_LIBRARIES
+    cause = getattr(error, "cause", None)  # what a task raised; Ray's own errors have none
+    return cause is None or (cause is not error and _is_of_the_machine(cause))
+
+
+def _in_a_line(error: BaseException, verb: str) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(__file__).parent in Path(frame.filename).parents] or frames
+    said = printable(next(iter(str(error).strip().splitlines()), ""), MAX_FOREIGN)
+    return (
+        f"{type(error).__name__}: cdpo {verb}: {said or 'no reason was given'} (in `{ours[-1].name}`,"
+        f" {Path(ours[-1].filename).name}:{ours[-1].lineno}); check disk, memory, network and cluster, then give the"
+        f" same command again, which goes on where it stopped; `cdpo -v {verb} ...` shows the whole traceback"
+    )
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -170,23 +262,25 @@ def _terminate(number: int, frame: object) -> None:
 def _do(asked: argparse.Namespace) -> int:
     if asked.verb == "compare":
         config = load_config(asked.judges) if asked.judges else None
-        print(compare_runs([place(run) for run in asked.runs], asked.out and place(asked.out), config))
+        output_dir = asked.out and output_place(asked.out, "--out")
+        _tell(compare_runs([place(run) for run in asked.runs], output_dir, config))
         return 0
     if asked.verb == "status":
         found = run_status(place(asked.run))
-        print(found.text)
+        _tell(found.text)
         return EXIT_UNSOUND if found.stands_still else 0
     if asked.verb == "doctor":
         return _examine(asked)
     config, verb = load_config(asked.config, asked.overrides), asked.verb
     goes_on = shlex.join(["cdpo", "tune" if verb == "tune" else "run", asked.config, *asked.overrides])
     if verb == "check":
+        run_dir_of(config)
         check_model_of(config)
         judged = scan_preferences(config, with_images=True) if config.preferences else None
         prompts = read_prompts(config, judged)
-        print(make_plan(config, prompts, _cost(config, prompts, asked.gpu), judged))
+        _tell(make_plan(config, prompts, _cost(config, prompts, asked.gpu), judged))
     elif verb == "report":
-        print(*write_reports(config, anew=True), sep="\n")
+        _tell(*write_reports(config, anew=True))
     elif verb == "run":
         run_steps(
             config,
@@ -196,21 +290,21 @@ def _do(asked: argparse.Namespace) -> int:
             command=goes_on,
             allow_config_change=asked.allow_config_change,
         )
-        print(*write_reports(config), sep="\n")
+        _tell(*write_reports(config))
     elif verb == "tune":
         from cdpo_ray.search.search import find_schedule  # brings optuna and matplotlib
 
-        print(find_schedule(config, address=asked.address, verbose=asked.verbose, command=goes_on))
+        _tell(find_schedule(config, address=asked.address, verbose=asked.verbose, command=goes_on))
     elif verb == "export":
-        print(export_trained(config, asked.format, asked.out and place(asked.out)))
+        _tell(export_trained(config, asked.format, asked.out and output_place(asked.out, "--out")))
     elif verb in ("generate", "import") and verb != steps_of(config)[0].verb:
         raise ConfigError(f"{asked.config}: its images are not made by `cdpo {verb}`: `{steps_of(config)[0].verb}` is")
     elif verb == "import" and asked.check:
         judged, faults = find_preference_faults(config, address=asked.address, verbose=asked.verbose)
-        print(*faults, *judged.lines(with_faults=False), sep="\n")
+        _tell(*faults, *judged.lines(with_faults=False))
         if faults:
             raise PreferenceError("1 fault" if len(faults) == 1 else f"{len(faults):,} faults")
-        print("no faults")
+        _tell("no faults")
     else:
         run_steps(
             config,
@@ -221,7 +315,7 @@ def _do(asked: argparse.Namespace) -> int:
             allow_config_change=verb == "train" and asked.allow_config_change,
         )
         if verb == "pairs" and asked.explain:
-            print(explain_stages(config))
+            _tell(explain_stages(config))
     return 0
 
 
@@ -238,7 +332,7 @@ def _examine(asked: argparse.Namespace) -> int:
 
     wrong = False
     for finding in examine(load_config(asked.config, asked.overrides) if asked.config else None, address=asked.address):
-        print(finding, flush=True)
+        _tell(finding)
         wrong |= finding.grade == WRONG
     return EXIT_UNSOUND if wrong else 0
 

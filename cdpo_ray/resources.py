@@ -1,7 +1,10 @@
 """What a step's actors need, against the nodes that are there."""
 
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 from cdpo_ray.errors import ResourceError
 
@@ -69,6 +72,46 @@ def check_resources(step: str, demands: Sequence[Demand], nodes: Sequence[Node])
                 " that are there"
             )
     return told
+
+
+def usable_cpus(root: Path = Path("/")) -> int:
+    """CPUs that this process may use: the host's, limited by its affinity and by the quotas of its cgroups.
+
+    Args:
+        root: of the file system that holds ``proc`` and ``sys``.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(affinity, max(1, math.ceil(min(_cpu_quotas(root), default=affinity))))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """CPUs that each cgroup of this process may use, where it has a limit."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounts = ["sys/fs/cgroup", "sys/fs/cgroup/unified"] if not controllers else ["sys/fs/cgroup/cpu"]
+        mounts += [f"sys/fs/cgroup/{controllers}"] if controllers not in ("", "cpu") else []
+        path = PurePosixPath("/", name)
+        # A limit of a group above holds too. In a container the own group may be mounted as the root.
+        for mount in mounts:
+            for group in (path, *path.parents):
+                yield from _quota_of(root / mount / group.relative_to("/"))
+
+
+def _quota_of(group: Path) -> Iterator[float]:
+    """CPUs of one cgroup, of version 2 or 1; nothing if it has no limit, or cannot be read."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((group / name).read_text() for name in names).split()
+            if int(quota) > 0:  # "max" and -1 are none
+                yield int(quota) / int(period)
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
 
 
 def how_often(demands: Sequence[Demand], nodes: Sequence[Node]) -> int:

@@ -21,7 +21,7 @@ from cdpo_ray.preferences.files import Scan, scan
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
-from cdpo_ray.records import EVALUATION, PREDICTED, STAGES, STEP_FOLDERS, TRAINING
+from cdpo_ray.records import EVALUATION, PREDICTED, SAMPLES, SCORES, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.resources import Node, check_resources
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import (
@@ -35,7 +35,16 @@ from cdpo_ray.steps import (
     prompt_source,
     steps_of,
 )
-from cdpo_ray.store import CONFIG, RunFolder, differences, flat, make_folder, place, read_untrusted, write_text
+from cdpo_ray.store import (
+    CONFIG,
+    RunFolder,
+    differences,
+    flat,
+    make_folder,
+    output_place,
+    read_untrusted,
+    write_text,
+)
 from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
@@ -119,10 +128,10 @@ def run_steps(
     prompts, steps = read_prompts(config), list(steps)
     folders = round_folders(config)
     with ExitStack() as stack:
-        stack.enter_context(RunFolder(_run_dir(config)).locked())
+        stack.enter_context(RunFolder(run_dir_of(config)).locked())
         progress = stack.enter_context(
             Progress(
-                TrackedRun(config.run.name, _run_dir(config), config.plain()),
+                TrackedRun(config.run.name, run_dir_of(config), config.plain()),
                 tracking=config.tracking.options,
                 command=command,
                 num_rounds=len(folders),
@@ -156,7 +165,7 @@ def run_steps(
 
 def round_folders(config: Config) -> list[RunFolder]:
     """Folder of each round: the run's own, or `round-1`, `round-2`, ... within it."""
-    path = _run_dir(config)
+    path = run_dir_of(config)
     if config.rounds == 1:
         return [RunFolder(path)]
     return [RunFolder(path / f"round-{number}") for number in range(1, config.rounds + 1)]
@@ -238,7 +247,7 @@ def compare_runs(run_dirs: list[Path], output_dir: Path | None = None, config: C
     """
     from cdpo_ray.evaluation import runs
 
-    output_dir = output_dir or run_dirs[0].parent
+    output_dir = output_place(output_dir or run_dirs[0].parent, "--out")
     found = runs.compare_runs(run_dirs, output_dir, config.evaluation_judges if config else None)
     return "\n".join([runs.table_of(found), *found["left_out"].values(), str(output_dir / "compare.html")])
 
@@ -288,7 +297,7 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
         if step.folder in (TRAINING, EVALUATION):  # the others are not read; they may be very large
             run.refuse_damage(step.folder)
     _warn_of_edited_config(config, run)
-    output_dir = output_dir or _run_dir(config) / "export" / format_name
+    output_dir = output_dir or run_dir_of(config) / "export" / format_name
     export(context, format_name, output_dir)
     return output_dir
 
@@ -319,7 +328,13 @@ def perform_step(
     started = time.monotonic()
     predicted = context.predicted(step.verb)
     with (
-        context.progress.step(step.verb, step.folder, round=context.round, predicted=predicted),
+        context.progress.step(
+            step.verb,
+            step.folder,
+            round=context.round,
+            predicted=predicted,
+            waits_for=_workers_of(step, context.config),
+        ),
         run.writing(
             step.folder,
             settings,
@@ -342,6 +357,16 @@ def perform_step(
     log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)
     for warning in output.warnings:
         log.warning("%s: %s", step.verb, warning)
+
+
+def _workers_of(step: Step, config: Config) -> str:
+    """What does the work of a step, in words: its model, its rewards, their endpoints."""
+    judges = {SAMPLES: config.rewards.judges, SCORES: config.rewards.judges, EVALUATION: config.evaluation_judges}
+    told = [f"model `{config.model.path}`"] if step.folder in (SAMPLES, EVALUATION) else []
+    for name, options in judges.get(step.folder, {}).items():
+        endpoint = options.get("endpoint")
+        told.append(f"reward `{name}`" + (f" at {endpoint['url']}" if endpoint else ""))
+    return ", ".join(told) or "its workers"
 
 
 def _refuse_changed_files(step: Step, settings: dict[str, Any], context: Context, *, allow_config_change: bool) -> None:
@@ -418,5 +443,10 @@ def _refuse_missing_package(config: Config) -> None:
         raise ConfigError(f'{", ".join(keys)}: bitsandbytes is not installed; pip install "cdpo_ray[lowmem]"')
 
 
-def _run_dir(config: Config) -> Path:
-    return place(config.run.dir) / config.run.name
+def run_dir_of(config: Config) -> Path:
+    """Folder of a run.
+
+    Raises:
+        StoreError: it would be lost with the Ray job that this process is.
+    """
+    return output_place(config.run.dir, "run.dir") / config.run.name

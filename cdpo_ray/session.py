@@ -1,28 +1,43 @@
 """The Ray that a run works on: the cluster it is in, the one that is named, or a local one with token access."""
 
 import contextlib
+import functools
 import ipaddress
 import json
 import logging
 import os
 import re
+import resource
 import secrets
+import shutil
+import signal
 import socket
+import tempfile
+import threading
 import urllib.request
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from cdpo_ray import errors
+from cdpo_ray.config.section import without_credentials
 from cdpo_ray.errors import CdpoError, ClusterError
-from cdpo_ray.resources import Node
+from cdpo_ray.resources import Node, usable_cpus
 
 CONNECT_SECONDS = 5
 MIN_LOCAL_CPUS = 4  # with fewer logical CPUs, pipelines of several actor pools starve
 
+MIN_OPEN_FILES = 512  # Ray itself warns below 4096; with very few its processes hang
+MIN_ADDRESS_SPACE_BYTES = 32 * 2**30  # a worker maps PyTorch and Ray's shared memory, most of it never touched
+LONGEST_SOCKET = 107  # characters that a path of a Unix socket may have
+LONGEST_IN_PARENT = len("/cdpo-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_MetricsHead")
+"""Longest path of a Ray socket, from the parent of the private folder on."""
+
 GPU_KIND = "accelerator_type:"
 """Prefix of the resource by which Ray names a node's GPUs."""
 
+log = logging.getLogger(__name__)
 _ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` uploads the working folder and starts workers through uv
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # reports are collected at this pace
@@ -44,14 +59,17 @@ _QUIET = ("ray.data", "ray.train", "ray.tune", "ray._private.worker", "ray.serve
 def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterator[None]:
     """Connect to Ray for the block; a local Ray started here ends with it.
 
-    Inside a Ray job, or with ``RAY_ADDRESS`` set, that cluster is used as it is.
+    Inside a Ray job, or with ``RAY_ADDRESS`` set, that cluster is used as it is. A local Ray keeps its session in a
+    folder that only this user can open, which is deleted when the block ends, unless Ray failed or ``RAY_TMPDIR``,
+    which chooses its parent, is set.
 
     Args:
         address: ``host:port`` of a cluster's head, before ``RAY_ADDRESS``.
         verbose: show what workers print and what Ray logs.
 
     Raises:
-        ClusterError: the address is none, nobody answers there, our token is not the cluster's, or anyone may use it.
+        ClusterError: the address is not one, nobody answers there, our token is not the cluster's, anyone may use it,
+            or a local Ray cannot start.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -60,15 +78,16 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
     if in_cluster:
         _refuse_silence(str(address))
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "3")  # else a wrong token is told after 20 s
-    elif "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this process and its children only
-    if not in_cluster:
-        os.environ.setdefault(
-            "RAY_worker_maximum_startup_concurrency", "8"
-        )  # with fewer it prints that trials have many
-    if not in_cluster and not verbose:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its core logs warnings of its own making as errors
+    else:
+        refuse_small_limits()
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "60")  # 30 s are few on a busy machine
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for this process and its children only
+        # With fewer it prints that trials have many.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+        if not verbose:  # its core logs warnings of its own making as errors
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray  # the environment above is read at import
     import ray.data
     import ray.train
@@ -76,38 +95,178 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
 
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)  # from 2.64 on; the version is pinned
 
-    already = ray.is_initialized()
     logging_level = logging.INFO if verbose else logging.ERROR
-    if not already:
-        where: dict[str, Any] = {"address": address}
-        if not in_cluster:
-            where = {"address": "local", "num_cpus": max(MIN_LOCAL_CPUS, os.cpu_count() or 1)}
+    options = {"logging_level": logging_level, "log_to_driver": verbose}
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            stack.enter_context(_connected(str(address), options) if in_cluster else _local_ray(options))
+        for name in () if verbose else _QUIET:
+            for handler in logging.getLogger(name).handlers:
+                if not isinstance(handler, logging.FileHandler):
+                    handler.setLevel(logging.CRITICAL)  # what it would tell, it also raises
+        # Nor has Tune another way.
+        logging.getLogger("ray.tune").setLevel(logging.NOTSET if verbose else logging.CRITICAL)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False  # `Progress` has one of its own
+        context.enable_operator_progress_bars = False
+        context.execution_options.preserve_order = True
+        context.execution_options.verbose_progress = False
         try:
-            ray.init(logging_level=logging_level, log_to_driver=verbose, **where)
-        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            _refuse_open_dashboard(logging_level)
+            yield
+        except ray.exceptions.RayError as error:
+            raise _for_people(error) from error
+
+
+def refuse_small_limits() -> None:
+    """Check this process's resource limits, below which a local Ray hangs instead of failing.
+
+    Raises:
+        ClusterError: the limit of open files or of address space is too low.
+    """
+    for kind, what, needed, command in (
+        (resource.RLIMIT_NOFILE, "open files", MIN_OPEN_FILES, "ulimit -n 65536"),
+        (resource.RLIMIT_AS, "bytes of address space", MIN_ADDRESS_SPACE_BYTES, "ulimit -v unlimited"),
+    ):
+        soft, hard = resource.getrlimit(kind)
+        limit = hard if kind == resource.RLIMIT_NOFILE else soft  # Ray raises the first to its hard limit
+        if limit != resource.RLIM_INFINITY and limit < needed:
             raise ClusterError(
-                f"Ray at {address or 'this machine'}: does not let us in ({type(error).__name__}); set"
-                " RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token, before ray is first"
-                " imported"
-            ) from None
-    for name in () if verbose else _QUIET:
-        for handler in logging.getLogger(name).handlers:
-            if not isinstance(handler, logging.FileHandler):
-                handler.setLevel(logging.CRITICAL)  # what it would tell, it also raises
-    logging.getLogger("ray.tune").setLevel(logging.NOTSET if verbose else logging.CRITICAL)  # nor has Tune another way
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # `Progress` has one of its own
-    context.enable_operator_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.execution_options.verbose_progress = False
+                f"Ray on this machine: needs at least {needed:,} {what}, the limit is {limit:,}; `{command}` in this"
+                " shell, or raise the limit of the service or container"
+            )
+
+
+@contextlib.contextmanager
+def _connected(address: str, options: dict[str, Any]) -> Iterator[None]:
+    import ray
+
     try:
-        _refuse_open_dashboard(logging_level)
+        with _own_sigterm():
+            ray.init(address=address, **options)
+    except Exception as error:
+        raise _refusal(address, error) from None
+    try:
         yield
-    except ray.exceptions.RayError as error:
-        raise _for_people(error) from error
     finally:
-        if not already:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _local_ray(options: dict[str, Any]) -> Iterator[None]:
+    """Start Ray in a folder of its own."""
+    import ray
+
+    folder = _private_folder()
+    keeps_logs = "RAY_TMPDIR" in os.environ
+    job_config = ray.job_config.JobConfig(_client_job=True)  # else Ray puts the working folder before all others
+    num_cpus = max(MIN_LOCAL_CPUS, usable_cpus())
+    try:
+        try:
+            with _own_sigterm(), _own_processes():
+                # Ray gives its own folder mode 0777, so the private one is around it.
+                ray.init(
+                    address="local", num_cpus=num_cpus, _temp_dir=f"{folder}/ray", job_config=job_config, **options
+                )
+        except (Exception, SystemExit) as error:
+            keeps_logs = True
+            raise ClusterError(
+                f"Ray on this machine: does not start ({type(error).__name__}: {_in_short(error)}); is there enough"
+                f" memory and disk, and is the machine not overloaded? Ray's logs are in {folder}"
+            ) from None
+        try:
+            yield
+        except ray.exceptions.RayError:
+            keeps_logs = True
+            log.warning("Ray's logs are in %s", folder)
+            raise
+        finally:
             ray.shutdown()
+    finally:
+        if not keeps_logs:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _private_folder() -> Path:
+    """Make a folder that only this user can open, with a path short enough for Ray's sockets."""
+    given = os.environ.get("RAY_TMPDIR")
+    parents = [given] if given else [tempfile.gettempdir(), "/tmp", "/var/tmp"]
+    longest = LONGEST_SOCKET - LONGEST_IN_PARENT
+    faults = []
+    for parent in parents:
+        path = os.path.abspath(parent)
+        if len(os.fsencode(path)) > longest:
+            faults.append(f"{path} has more than {longest} characters, too long for Ray's sockets")
+            continue
+        try:
+            return Path(tempfile.mkdtemp(prefix="cdpo-", dir=path))
+        except OSError as error:
+            faults.append(f"{path}: {error.strerror}")
+    raise ClusterError(
+        f"Ray on this machine: has no temporary folder ({'; '.join(faults)}); set RAY_TMPDIR to a short path that you"
+        " can write"
+    )
+
+
+@contextlib.contextmanager
+def _own_processes() -> Iterator[None]:
+    """Whatever Ray starts in the block is in process groups of its own, and does not import from the working folder.
+
+    A signal to our process group (a terminal's Ctrl-C, `timeout`, a batch system) then reaches this process alone,
+    which stops Ray in order. If this process dies, the kernel ends Ray's.
+    """
+    from ray._private import services
+
+    start, safe_path = services.ConsolePopen, os.environ.get("PYTHONSAFEPATH")
+    services.ConsolePopen = functools.partial(start, process_group=0)
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        services.ConsolePopen = start
+        os.environ.pop("PYTHONSAFEPATH")
+        if safe_path is not None:
+            os.environ["PYTHONSAFEPATH"] = safe_path
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep our handler of SIGTERM, which `ray.init` replaces by one that ends the process without a word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as stopped:
+        if stopped.code != signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt(signal.SIGTERM) from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _refusal(address: str, error: Exception) -> ClusterError:
+    """What to tell of a cluster that cannot be joined."""
+    import ray
+
+    what = f"{type(error).__name__}: {_in_short(error)}"
+    if "ersion mismatch" in what:
+        told = f"is of another version ({what}); install the same Ray and Python here and on the cluster"
+    elif address == "auto" and isinstance(error, ConnectionError) and "find any running" in what:
+        told = "none runs on this machine; give its head as HOST:PORT, or leave RAY_ADDRESS out to start a local Ray"
+    elif isinstance(error, ConnectionError | ray.exceptions.AuthenticationError):
+        told = (
+            f"does not let us in ({type(error).__name__}); set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file"
+            " with the cluster's token, before ray is first imported"
+        )
+    else:
+        told = f"cannot be joined ({what}); is this the port of a head (6379, unless it was chosen)?"
+    return ClusterError(f"Ray at {address}: {told}")
+
+
+def _in_short(error: BaseException) -> str:
+    return " ".join(f"{error} {error.__cause__ or ''}".split())[:300]
 
 
 def cluster_nodes() -> tuple[list[Node], bool]:
@@ -144,7 +303,8 @@ def _refuse_open_dashboard(logging_level: int) -> None:
     import ray
 
     # Returns the existing session; without its level given again, Ray would reset the logger to INFO.
-    connected = ray.init(ignore_reinit_error=True, logging_level=logging_level)
+    with _own_sigterm():
+        connected = ray.init(ignore_reinit_error=True, logging_level=logging_level)
     if is_exposed(dashboard := connected.dashboard_url):
         raise ClusterError(
             f"Ray's dashboard {dashboard}: runs the code of anyone who reaches it, it asks for no token; start the"
@@ -153,18 +313,41 @@ def _refuse_open_dashboard(logging_level: int) -> None:
 
 
 def _refuse_silence(address: str) -> None:
-    """Ray itself waits for 80 s, and then ends the process."""
-    if address == "auto" or "://" in address:
+    """Check an address before Ray does, which waits for 80 s and then ends the process."""
+    if address == "auto":
         return
+    shown = repr(without_credentials(address)[:200])[1:-1]
+    scheme, is_url, _ = address.partition("://")
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except ValueError:
-        raise ClusterError(f"Ray address: must be host:port, as 10.0.0.1:6379, got {address!r}") from None
-    except OSError as error:
+    if is_url or not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        instead = {
+            "http": f"; jobs go there: `ray job submit --address {shown} --working-dir . -- cdpo ...`",
+            "ray": "; Ray Client is not supported",
+        }.get(scheme.removesuffix("s") if is_url else "", "")
         raise ClusterError(
-            f"Ray at {address}: does not answer ({error}); is its head running, and is the port open to this machine?"
+            f"Ray address: must be host:port of a cluster's head, as 10.0.0.1:6379, got '{shown}'{instead}; correct"
+            " --address or RAY_ADDRESS, or leave both out to start a local Ray"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:  # a name that no host can have is a ValueError
+        raise ClusterError(
+            f"Ray at {shown}: does not answer ({error}); is its head running, and is the port open to this machine?"
         ) from None
+    if os.environ.get("RAY_USE_TLS", "0") == "0" and not _speaks_grpc(host.strip("[]"), int(port)):
+        raise ClusterError(
+            f"Ray at {shown}: what listens there is not a head; give the port that `ray start --head` was given (6379,"
+            " unless chosen)"
+        )
+
+
+def _speaks_grpc(host: str, port: int) -> bool:
+    """Whether a server answers the opening of HTTP/2 by its settings, as every gRPC server does."""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=CONNECT_SECONDS) as server:
+        server.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        frame = server.recv(9, socket.MSG_WAITALL)
+        return len(frame) == 9 and frame[3] == 4
+    return False
 
 
 def _node(name: str, resources: Any) -> Node:

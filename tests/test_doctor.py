@@ -55,6 +55,16 @@ def test_a_cluster_that_does_not_answer_is_wrong_and_the_exit_code_says_so(
     assert capsys.readouterr().out.splitlines()[-1].startswith("wrong  Ray at 127.0.0.1:1: does not answer")
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "nonsense"])
+def test_fault_34_an_address_that_is_none_is_wrong(
+    address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("wrong  Ray address: must be host:port")
+
+
 @pytest.mark.parametrize(("gib", "grades"), [(80.0, {OK}), (8.0, {WARN})])
 def test_a_gpu_with_too_little_memory_is_a_warning_that_names_what_would_fit(
     monkeypatch: pytest.MonkeyPatch, gib: float, grades: set[str]

@@ -133,6 +133,30 @@ USES = (
         "ask Ray's state API for the autoscaler's groups",
     ),
     PrivateUse(
+        "ray._private",
+        "services",
+        "as below",
+        "as below",
+    ),
+    PrivateUse(
+        "ray._private.services",
+        "ConsolePopen",
+        "_own_processes starts Ray's processes in process groups of their own; Ray has no option for it",
+        "look in ray._private.services.start_ray_process for what starts a process; tests/test_session.py is the proof",
+    ),
+    PrivateUse(
+        "ray.job_config",
+        "JobConfig._client_job",
+        "_local_ray: with it Ray does not put the working folder first on the import path of its workers",
+        "look in ray._private.worker.connect for where it adds the current directory; tests/test_session.py proves it",
+    ),
+    PrivateUse(
+        "ray._private.worker",
+        "_temp_dir",
+        "_local_ray gives Ray a private folder; the public way is RAY_TMPDIR, whose subfolder anyone can open",
+        "look in ray.init for the new name of the option",
+    ),
+    PrivateUse(
         "ray._private.worker",
         "logger",
         "session silences this logger by its name, for what it logs is also raised",

@@ -1,10 +1,13 @@
 """Actors against hand-made nodes: who fits, who does not, and what is told."""
 
+import os
+from pathlib import Path
+
 import pytest
 from finished_runs import config_of
 
 from cdpo_ray.errors import ResourceError
-from cdpo_ray.resources import Demand, Node, check_resources, how_often
+from cdpo_ray.resources import Demand, Node, check_resources, how_often, usable_cpus
 from cdpo_ray.steps import STEPS, demands_of
 
 CPU_HEAD, ONE_GPU, TWO_GPUS = Node("head", 8), Node("a", 8, (1.0,)), Node("b", 8, (1.0, 1.0))
@@ -124,3 +127,44 @@ def test_trials_side_by_side_are_counted_with_the_driver_that_each_has(
     driver = Demand("search", "driver of a trial", 1, 1, 0.01, 0)
     nodes = [Node("a", 8.0, (1.0,)), Node("b", 8.0, (1.0, 1.0)), Node("c", 8.0)]
     assert how_often([driver, trainers(workers, cpus=cpus, gpus=gpus)], nodes) == times
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, 3),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 3),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "10000 100000\n"}, 1),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "4800000 100000\n"}, 3),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "100000 100000\n"}, 1),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/cpu.max": "max 1\n", "sys/fs/cgroup/cpu.max": "2 1\n"}, 2),
+        (
+            {
+                "proc/self/cgroup": "5:memory:/m\n4:cpu,cpuacct:/docker/x\n0::/\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "200000\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            },
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": "1:cpu:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            3,
+        ),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "damaged\n"}, 3),
+    ],
+)
+def test_fault_41_usable_cpus_are_limited_by_affinity_and_by_cgroups_of_both_versions(
+    files: dict[str, str], cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr(os, "cpu_count", lambda: 48)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert usable_cpus(tmp_path) == cpus

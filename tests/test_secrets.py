@@ -45,7 +45,7 @@ def test_fault_27_no_secret_is_in_what_a_run_writes_or_tells_nor_in_rays_logs(tm
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
-    run, logs = tmp_path / "smoke", next(ray_tmp.glob("ray/session_2*/logs"))
+    run, logs = tmp_path / "smoke", next(ray_tmp.glob("cdpo-*/ray/session_2*/logs"))
     files = {path: content(path) for folder in (run, logs) for path in folder.rglob("*") if path.is_file()}
     assert run / "4-training" / "manifest.json" in files and run / "report.html" in files
     assert list(logs.glob("worker-*")) and places_of("session_2", files), "logs of the run's own Ray, not empty"

@@ -3,8 +3,11 @@
 import contextlib
 import http.server
 import json
+import re
+import resource
 import secrets
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -17,7 +20,15 @@ from ray.util import get_node_ip_address
 from ray_nodes import BIN, ROOT, Head, environment, free_port, started_head
 
 from cdpo_ray.errors import ClusterError
-from cdpo_ray.session import is_exposed, ray_session
+from cdpo_ray.session import (
+    LONGEST_IN_PARENT,
+    LONGEST_SOCKET,
+    _private_folder,
+    _refusal,
+    is_exposed,
+    ray_session,
+    refuse_small_limits,
+)
 
 
 def called(*command: str, cwd: Path = ROOT, **changes: str) -> "subprocess.CompletedProcess[str]":
@@ -88,10 +99,170 @@ def test_an_address_where_nobody_answers_is_told_before_ray_is_asked() -> None:
         pass
 
 
-@pytest.mark.parametrize("address", ["head", "10.0.0.1:", "10.0.0.1:ray"])
-def test_an_address_that_is_none_is_told(address: str) -> None:
+@pytest.mark.parametrize(
+    "address",
+    ["head", "10.0.0.1:", "10.0.0.1:ray", ":6379", "10.0.0.1:0", "10.0.0.1:99999", "10.0.0.1:-1", "ftp://a:1", "auto:"],
+)
+def test_fault_34_what_is_not_an_address_is_refused(address: str) -> None:
     with pytest.raises(ClusterError, match="must be host:port"), ray_session(address=address):
         pass
+
+
+@pytest.mark.parametrize(
+    ("address", "what_to_do"),
+    [
+        ("http://10.0.0.1:8265", r"jobs go there: `ray job submit --address http://10\.0\.0\.1:8265 "),
+        ("https://me:5ec2e7@host", r"got 'https://\*\*\*@host'; jobs go there"),
+        ("ray://10.0.0.1:10001", "Ray Client is not supported"),
+        ("\x1b[31mhead", r"got '\\x1b\[31mhead'"),
+    ],
+)
+def test_fault_34_an_address_of_another_kind_is_refused_with_what_to_do(
+    address: str, what_to_do: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ClusterError, match=what_to_do), ray_session():
+        pass
+
+
+@pytest.mark.parametrize("host", ["no such host", "a..b", "x" * 5000, "[::1]"])
+def test_fault_34_a_host_that_is_none_is_told_in_a_short_line(host: str) -> None:
+    with pytest.raises(ClusterError, match="does not answer") as caught, ray_session(address=f"{host}:1"):
+        pass
+    assert len(str(caught.value)) < 500
+
+
+def test_fault_34_a_port_that_is_not_a_heads_is_told_before_ray_is_asked() -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        with pytest.raises(ClusterError, match="what listens there is not a head"), ray_session(address=address):
+            pass
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "told"),
+    [
+        (
+            "a:1",
+            RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.59.0"),
+            "version .*2.59.0.*; ins",
+        ),
+        (
+            "auto",
+            ConnectionError("Could not find any running Ray instance."),
+            "none runs on this machine; give its head",
+        ),
+        ("a:1", ConnectionError("Failed to connect"), "does not let us in .*; set RAY_AUTH_MODE=token"),
+        ("a:1", ValueError("strange"), r"cannot be joined \(ValueError: strange\)"),
+    ],
+)
+def test_fault_34_what_keeps_us_out_of_a_cluster_is_told_by_its_cause(
+    address: str, error: Exception, told: str
+) -> None:
+    assert re.match(rf"Ray at {address}: .*{told}", str(_refusal(address, error)))
+
+
+def test_fault_32_a_local_rays_folder_is_private_and_short_wherever_tmpdir_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    long = tmp_path / ("x" * 72)
+    long.mkdir()
+    for tempdir in (str(long), "/tmp"):
+        monkeypatch.setattr(tempfile, "tempdir", tempdir)
+        folder = _private_folder()
+        try:
+            assert folder.stat().st_mode & 0o777 == 0o700
+            assert len(str(folder.parent)) + LONGEST_IN_PARENT <= LONGEST_SOCKET
+        finally:
+            folder.rmdir()
+
+
+def test_fault_34_a_ray_tmpdir_that_is_too_long_or_missing_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, reason in ((str(tmp_path / ("x" * 72)), "too long for Ray's sockets"), ("/nowhere", "No such file")):
+        monkeypatch.setenv("RAY_TMPDIR", given)
+        with pytest.raises(ClusterError, match=rf"has no temporary folder .*{reason}.*; set RAY_TMPDIR"):
+            _private_folder()
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [(resource.RLIMIT_NOFILE, "open files"), (resource.RLIMIT_AS, "address space")]
+)
+def test_fault_49_a_low_limit_is_told_before_ray_starts(kind: int, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(resource, "getrlimit", lambda asked: (64, 64) if asked == kind else unlimited)
+    with (
+        pytest.raises(ClusterError, match=rf"needs at least [\d,]+ .*{what}, the limit is 64; `ulimit -"),
+        ray_session(),
+    ):
+        pass
+    monkeypatch.setattr(resource, "getrlimit", lambda asked: unlimited)
+    refuse_small_limits()
+
+
+PROGRAM = """
+import json, os, signal
+import psutil
+from cdpo_ray.session import ray_session
+
+ours = lambda *_: None
+signal.signal(signal.SIGTERM, ours)
+with ray_session():
+    import ray
+
+    @ray.remote
+    def look():
+        import sys, statistics
+        from cdpo_ray.rewards.scorer import load_reward
+        found = {"path": sys.path, "cwd": os.getcwd(), "statistics": statistics.__file__}
+        return found | {"score": load_reward("own:score", {})([], ["a"]), "own_path": sys.path[-1]}
+
+    found = ray.get(look.remote())
+    session = ray.get_runtime_context().get_session_name()
+    processes = psutil.Process().children(recursive=True)
+    found["groups"] = [os.getpgid(process.pid) for process in processes]
+    arguments = [argument for process in processes for argument in process.cmdline()]
+    found["root"] = next(each for each in arguments if each.startswith("--temp-dir=")).partition("=")[2]
+    found["mode"] = oct(os.stat(os.path.dirname(found["root"])).st_mode & 0o777)
+    found["cpus"] = ray.cluster_resources()["CPU"]
+print(json.dumps(found | {"group": os.getpgrp(), "kept": os.path.exists(found["root"]),
+    "handler": signal.getsignal(signal.SIGTERM) is ours}))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.nightly
+def test_fault_32_and_50_a_local_ray_is_private_apart_from_us_and_imports_nothing_from_the_working_folder(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for name in ("random", "json", "types", "statistics", "calendar"):
+        (folder / f"{name}.py").write_text("raise SystemExit('imported from the working folder')\n")
+    (folder / "own.py").write_text("def score(images, prompts):\n    return [1.0] * len(prompts)\n")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = called("python", "-P", str(tmp_path / "program.py"), cwd=folder, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["mode"], found["kept"], found["handler"]) == ("0o700", False, True)
+    assert found["group"] not in found["groups"]
+    assert str(folder) not in found["path"] and found["cwd"] == found["own_path"] == str(folder)
+    assert found["score"] == [1.0] and not found["statistics"].startswith(str(folder))
+
+
+@pytest.mark.ray
+@pytest.mark.nightly
+def test_fault_46_a_job_does_not_write_into_rays_copy_of_the_working_folder(head: Head, tmp_path: Path) -> None:
+    (tmp_path / "smoke.yaml").write_bytes((ROOT / "configs" / "smoke.yaml").read_bytes())
+    submit = ("ray", "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--", "cdpo", "run")
+    refused = called(*submit, "smoke.yaml", cwd=tmp_path, **head.access)
+    assert refused.returncode == 1
+    assert "StoreError: `run.dir` runs: is /" in refused.stdout + refused.stderr
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 """Points -> a run of MLflow on its tracking server."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # our output holds results alone
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
@@ -14,10 +17,12 @@ from cdpo_ray.store import flat
 MAX_BATCH = 100  # params a call; the API's limit
 MAX_METRICS = 1000
 MAX_PARAM_LENGTH = 6000
+STATUSES = {"ended": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 # A server that is away for a minute is waited for; the defaults would hold up the end of a run for many.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+logging.getLogger("mlflow").setLevel(logging.ERROR)  # what goes wrong it also raises
 
 
 class MLflow:
@@ -53,5 +58,5 @@ class MLflow:
         for start in range(0, len(metrics), MAX_METRICS):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + MAX_METRICS])
 
-    def close(self) -> None:
-        self._client.set_terminated(self.run_id)
+    def close(self, state: str) -> None:
+        self._client.set_terminated(self.run_id, status=STATUSES[state])

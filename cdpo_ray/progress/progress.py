@@ -22,6 +22,7 @@ from cdpo_ray.store import write_json
 
 log = logging.getLogger(__name__)
 BEAT_SECONDS = 5.0  # between two signs of life in `status.json`
+IDLE_SECONDS = 120.0  # without progress, before a line names what is waited for; then twice as long
 LINE_SECONDS = 60.0  # between two lines in a log, and two points of a rate
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}{postfix}]"
 
@@ -63,6 +64,8 @@ class Progress:
         self._unit, self._makes = "", (1, "")
         self._bar: tqdm | None = None
         self._line_due = 0.0
+        self._waits_for = ""
+        self._moved, self._idle_due = time.monotonic(), IDLE_SECONDS
         self._writable = True
         self._lock = threading.RLock()  # never held while something is written
         self._writing = threading.Lock()
@@ -85,29 +88,39 @@ class Progress:
             self._state |= {"state": "stopped"}
         self._send()
         if self._trackers:
-            self._trackers.close()
+            self._trackers.close(self._state["state"])
         self._write()
 
     @contextlib.contextmanager
     def step(
-        self, verb: str, folder: str, *, round: int = 1, predicted: Mapping[str, Any] | None = None
+        self,
+        verb: str,
+        folder: str,
+        *,
+        round: int = 1,
+        predicted: Mapping[str, Any] | None = None,
+        waits_for: str = "its workers",
     ) -> Iterator[None]:
         """The block is a step of the run.
 
         Args:
             round: 1-based.
+            waits_for: what works on it, named once nothing has progressed for a while.
             predicted: estimate to compare with, see `records.PREDICTED`; ``None``: there is none.
         """
         started = time.monotonic()
         with self._lock:
             self._verb, self._place = verb, f"round-{round}/{verb}" if self._about["num_rounds"] != 1 else verb
             self._state = {"state": "running", "folder": folder, "round": round}
+            self._waits_for = waits_for
+            self._move()
             if predicted:
                 self._state[PREDICTED] = dict(predicted)
         self._write()
         try:
             yield
         finally:
+            self._waits_for = ""
             self.end()
         with self._lock:
             self._points.append(Point(self._place, self._state.get("done", 0), {"seconds": time.monotonic() - started}))
@@ -126,6 +139,7 @@ class Progress:
             self._verb, self._unit, self._makes = verb, unit, makes or (1, f"{unit}s")
             self._pace = Pace(time.monotonic(), total=total, done=done)
             self._line_due = time.monotonic() + LINE_SECONDS
+            self._move()
             known = self._told.get(place, done) if done else 0  # what begins anew is told anew
             if place in self._told:
                 self._taken[place] = self._told[place] = known
@@ -140,6 +154,7 @@ class Progress:
         with self._lock:
             if self._pace and num:
                 self._pace.advance(num, time.monotonic())
+                self._move()
         if self._bar is not None:
             self._bar.update(num)
 
@@ -171,6 +186,17 @@ class Progress:
         self._send()
         self._write()
 
+    def _move(self) -> None:
+        self._moved, self._idle_due = time.monotonic(), IDLE_SECONDS
+
+    def _tell_idle(self) -> None:
+        """Say that nothing progresses, and what is waited for: after `IDLE_SECONDS`, then after twice as long."""
+        idle = time.monotonic() - self._moved
+        if self._waits_for and idle > self._idle_due:
+            self._idle_due = 2 * idle
+            reached = f" at {self._pace.done}/{self._pace.total} {self._unit}s" if self._pace else ""
+            self.tell(f"{self._verb}: no progress for {duration(idle)}{reached}; waiting for {self._waits_for}")
+
     def _live(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
             with self._lock:
@@ -183,6 +209,7 @@ class Progress:
                 if pace and self._bar is not None:
                     left = pace.seconds_left(time.monotonic())
                     self._bar.set_postfix_str(f"{duration(left)} left" if left is not None else "")
+                self._tell_idle()
             self._send()
             self._write()
 

@@ -47,7 +47,7 @@ class TensorBoard:
                 for path in (self._local_dir / place).iterdir():
                     copy(path, self._dir / place / path.name)
 
-    def close(self) -> None:
+    def close(self, state: str) -> None:
         for file in self._files.values():
             file.close()
 

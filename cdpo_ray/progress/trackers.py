@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from cdpo_ray.errors import ConfigError
+from cdpo_ray.store import output_place
 
 log = logging.getLogger(__name__)
 TRACKERS = {
@@ -62,7 +64,12 @@ class Tracker(Protocol):
     def log(self, points: Sequence[Point]) -> None:
         """Keep them; a kill after the return loses none."""
 
-    def close(self) -> None: ...
+    def close(self, state: str) -> None:
+        """The run is over.
+
+        Args:
+            state: `ended`, `failed` or `stopped` (by a signal).
+        """
 
 
 class Trackers:
@@ -74,12 +81,14 @@ class Trackers:
 
     Raises:
         ConfigError: what a tracker needs is not installed or not given.
+        StoreError: what a tracker keeps would be lost with the Ray job that this process is.
     """
 
     def __init__(
         self, run: TrackedRun, options: Mapping[str, Mapping[str, Any]], run_ids: Mapping[str, str] | None = None
     ) -> None:
         _refuse_missing(options)
+        _refuse_lost(options)
         self.run_ids = dict(run_ids or {})
         self._run = run
         self._options: dict[str, Mapping[str, Any]] = {name: {} for name in ALWAYS} | dict(options)
@@ -93,9 +102,13 @@ class Trackers:
         """Tell all trackers, and do something when they were told."""
         self._thread.submit(self._each, lambda tracker: tracker.log(points)).add_done_callback(lambda _: then())
 
-    def close(self) -> None:
-        """Wait until all is told."""
-        self._thread.submit(self._close)
+    def close(self, state: str) -> None:
+        """Wait until all is told.
+
+        Args:
+            state: how the run ended, see `Tracker.close`.
+        """
+        self._thread.submit(self._close, state)
         self._thread.shutdown()
 
     def _each(self, tell: Callable[[Tracker], None]) -> None:
@@ -108,9 +121,9 @@ class Trackers:
                 del self._open[name]
                 _warn(name, error)
 
-    def _close(self) -> None:
+    def _close(self, state: str) -> None:
         if self._open is not None:
-            self._each(lambda tracker: tracker.close())
+            self._each(lambda tracker: tracker.close(state))
 
     def _opened(self) -> Iterable[tuple[str, Tracker]]:
         for name, options in self._options.items():
@@ -138,3 +151,9 @@ def _refuse_missing(options: Mapping[str, Mapping[str, Any]]) -> None:
         raise ConfigError(
             "`tracking.wandb`: WANDB_API_KEY is not set in the environment; set it, or `tracking.wandb.mode` to offline"
         )
+
+
+def _refuse_lost(options: Mapping[str, Mapping[str, Any]]) -> None:
+    uri = urlsplit(options.get("mlflow", {}).get("tracking_uri", ""))
+    if uri.scheme in ("", "file", "sqlite") and uri.path:
+        output_place(uri.path.removeprefix("/") if uri.scheme == "sqlite" else uri.path, "tracking.mlflow.tracking_uri")

@@ -9,6 +9,9 @@ import wandb
 from cdpo_ray.progress.trackers import Point, TrackedRun
 from cdpo_ray.store import is_local
 
+EXIT_CODES = {"ended": 0, "failed": 1, "stopped": 255}
+"""What W&B's own exit hook gives, and its server shows as finished, failed and killed."""
+
 
 class WeightsAndBiases:
     """Steps have an axis each: W&B's own counts through all of them.
@@ -45,5 +48,5 @@ class WeightsAndBiases:
             values = {f"{point.place}/{name}": value for name, value in point.values.items()}
             self._run.log({**values, f"{point.place}/at": point.at})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, state: str) -> None:
+        self._run.finish(exit_code=EXIT_CODES[state])

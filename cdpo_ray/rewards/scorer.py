@@ -2,11 +2,14 @@
 
 import contextlib
 import importlib
+import importlib.util
 import logging
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,11 +90,10 @@ def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
         RewardError: it cannot be imported or made, or cannot be called.
     """
     module_name, _, attribute = REWARDS.get(name, name).partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     with crashes_named(name, ["load"]), _faults_named(name):
         try:
-            found = getattr(importlib.import_module(module_name), attribute)
+            module = importlib.import_module(module_name) if name in REWARDS else _own_module(module_name)
+            found = getattr(module, attribute)
         except (ImportError, AttributeError) as error:
             raise RewardError(
                 f"reward `{name}`: cannot be imported: {error}; the module must be installed, or lie in the folder"
@@ -107,6 +109,25 @@ def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
             f" {type(found).__name__}"
         )
     return found
+
+
+def _own_module(name: str) -> ModuleType:
+    """Import the file of this name in the working folder if there is one, else an installed module.
+
+    The folder itself comes last on the import path: no other file there hides a module.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    spec = importlib.util.spec_from_file_location(name, Path(f"{name}.py").absolute())
+    if name in sys.modules or not Path(f"{name}.py").is_file() or not spec or not spec.loader:
+        return importlib.import_module(name)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _checked(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.records import CONFIRMATION, FOUND, HELDOUT, TRAINING, TRIALS, VALIDATION
 from cdpo_ray.resources import Demand, check_resources, how_often
-from cdpo_ray.run import run_steps
+from cdpo_ray.run import run_dir_of, run_steps
 from cdpo_ray.search.findings import best, find, spoken, spoken_objective, table_of
 from cdpo_ray.search.importance import importance
 from cdpo_ray.search.proposals import propose
@@ -47,7 +47,6 @@ from cdpo_ray.store import (
     differences,
     exists,
     path_within,
-    place,
     read_untrusted,
     write_json,
     write_text,
@@ -89,7 +88,7 @@ def find_schedule(
             stack.enter_context(ray_session(address=address, verbose=verbose))
             return max_concurrent_trials(config, section)
 
-        run = RunFolder(place(config.run.dir) / config.run.name)
+        run = RunFolder(run_dir_of(config))
         if not all(run.has(step.folder) for step in SHARED_STEPS):
             start_ray()
         run_steps(config, SHARED_STEPS, address=address, verbose=verbose, command=command)

@@ -206,7 +206,9 @@ def _weights_sha256(where: str | None, *, key: str) -> str | None:
 
 
 def _module_files(module: str) -> dict[str, Path]:
-    """The file of a module, or all modules of a package; nothing is imported."""
+    """The file of a module, or all modules of a package, as `rewards.scorer` finds it; nothing is imported."""
+    if (own := Path(f"{module}.py").absolute()).is_file():
+        return {module: own}
     spec = importlib.machinery.PathFinder.find_spec(module, [*sys.path, os.getcwd()])
     if spec is None:
         return {}

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pydantic import ValidationError
 from cdpo_ray.config.reading import parse_yaml
 from cdpo_ray.errors import StoreError
 from cdpo_ray.records import STEP_FOLDERS
+from cdpo_ray.resources import usable_cpus
 from cdpo_ray.store.copies import damage, delete, move, settled
 from cdpo_ray.store.failures import storage_errors, storage_errors_within
 from cdpo_ray.store.lock import LOCK, file_lock, renewed_lock
@@ -289,7 +289,7 @@ class RunFolder:
                 "machine": {
                     "system": platform.platform(),
                     "python": platform.python_version(),
-                    "cpus": str(os.cpu_count()),
+                    "cpus": str(usable_cpus()),
                 },
                 "seed": seed,
                 "seconds": round(time.monotonic() - started, 2),

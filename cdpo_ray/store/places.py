@@ -26,6 +26,8 @@ CLIENT_OPTIONS = {
         }
     }
 }
+JOB_COPIES = "/runtime_resources/working_dir_files/"
+"""Ray keeps its copies of jobs' working folders in such a folder of its session."""
 
 
 def place(text: str | Path) -> Path:
@@ -63,6 +65,24 @@ def refuse_special_file(path: Path) -> None:
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder is refused where it is opened
         raise OSError(errno.EINVAL, "is a pipe, a device or a socket, not a regular file", str(path))
+
+
+def output_place(text: str | Path, key: str) -> Path:
+    """A place to write to, which stays when the process has ended.
+
+    Args:
+        key: of the configuration or the command line, for the message.
+
+    Raises:
+        StoreError: as of `place`; or it is in the copy of the working folder that a Ray job runs in.
+    """
+    path = place(text)
+    if is_local(path) and JOB_COPIES in str(path.resolve()):
+        raise StoreError(
+            f"`{key}` {text}: is {path.resolve()}, in this Ray job's copy of the working folder, which Ray deletes;"
+            f" give an absolute path on storage that all nodes see, as `{key}` /shared/runs, or s3://bucket/runs"
+        )
+    return path
 
 
 def is_local(path: Path) -> bool:

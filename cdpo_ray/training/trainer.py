@@ -6,7 +6,7 @@ import logging
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from cdpo_ray.training.job import TrainingJob
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
+ANSWER_SECONDS = 10.0  # of the board, which answers at once while Ray lives
 
 
 def train_adapter(
@@ -83,7 +84,13 @@ def train_adapter(
             with _stopping_at_signals(board) as asked:
                 fit.start()
                 news = _followed(
-                    board, fit, progress, done, silent_seconds=job.collective_timeout_seconds / 2, on_stage=on_stage
+                    board,
+                    fit,
+                    progress,
+                    done,
+                    asked,
+                    silent_seconds=job.collective_timeout_seconds / 2,
+                    on_stage=on_stage,
                 )
         finally:
             progress.end()
@@ -138,6 +145,7 @@ def _followed(
     fit: threading.Thread,
     progress: Progress,
     num_done: int,
+    asked: Sequence[int],
     *,
     silent_seconds: float,
     on_stage: Callable[[dict[str, Any]], Any],
@@ -146,19 +154,25 @@ def _followed(
 
     Args:
         num_done: updates that were done before.
+        asked: signals that asked training to stop.
+
+    Raises:
+        KeyboardInterrupt: a signal came, and the board no longer answers: the signal ended Ray too.
     """
     num_lines = num_stages = last_record = 0
     named: set[str] = set()
     while True:
         over = not fit.is_alive()
-        news: News = ray.get(
-            board.read.remote(
-                after_update=last_record,
-                num_lines_seen=num_lines,
-                num_stages_seen=num_stages,
-                silent_seconds=silent_seconds,
-            )
+        reading = board.read.remote(
+            after_update=last_record,
+            num_lines_seen=num_lines,
+            num_stages_seen=num_stages,
+            silent_seconds=silent_seconds,
         )
+        while not ray.wait([reading], timeout=ANSWER_SECONDS)[0]:
+            if asked:
+                raise KeyboardInterrupt(asked[0])
+        news: News = ray.get(reading)
         for record in news.records:
             last_record = int(record["update"])
             progress.record({name: value for name, value in record.items() if name != "update"}, update=last_record)

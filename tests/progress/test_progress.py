@@ -141,6 +141,29 @@ def test_a_log_shows_life_and_the_time_left(run: TrackedRun, caplog: pytest.LogC
         )
 
 
+def test_fault_56_what_is_waited_for_is_named_once_nothing_has_progressed_for_a_while(
+    run: TrackedRun, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "IDLE_SECONDS", 0.2)
+    caplog.set_level(logging.INFO, logger="cdpo_ray")
+
+    def lines() -> list[str]:
+        return [line for line in caplog.messages if "no progress" in line]
+
+    with Progress(run) as told, told.step("score", "2-scores", waits_for="reward `own:slow`"):
+        wait_until(lines)
+        assert lines()[0] == "score: no progress for 0 s; waiting for reward `own:slow`"
+        told.begin("score", total=8, unit="prompt")
+        told.advance(2)
+        caplog.clear()
+        wait_until(lines)
+        assert lines() == ["score: no progress for 0 s at 2/8 prompts; waiting for reward `own:slow`"]
+        wait_until(lambda: status(run).get("line") == lines()[0])
+    caplog.clear()
+    time.sleep(0.3)
+    assert lines() == []
+
+
 def test_a_status_that_cannot_be_written_stops_nothing(run: TrackedRun, caplog: pytest.LogCaptureFixture) -> None:
     (run.dir / "status.json.tmp").mkdir()
     train(run, range(1, 9), done=0)

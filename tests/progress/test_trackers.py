@@ -1,5 +1,6 @@
 """Each tracker keeps what it is told, and one that fails holds up nothing."""
 
+import contextlib
 import threading
 import time
 import urllib.request
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from cdpo_ray.config import Config, load_config
-from cdpo_ray.errors import ConfigError
+from cdpo_ray.errors import ConfigError, StoreError, TrainingError
 from cdpo_ray.progress import Progress, trackers
 from cdpo_ray.progress.trackers import TRACKERS, Point, TrackedRun, Trackers
 from cdpo_ray.steps import STEPS
@@ -81,7 +82,7 @@ def test_a_slow_tracker_holds_up_no_step(tmp_path: Path, monkeypatch: pytest.Mon
         def __init__(self, *_: object) -> None:
             self.begin = self.log = lambda *_: released.wait(20)
 
-        def close(self) -> None: ...
+        def close(self, state: str) -> None: ...
 
     monkeypatch.setattr(trackers, "Slow", Slow, raising=False)
     monkeypatch.setitem(TRACKERS, "tensorboard", "cdpo_ray.progress.trackers:Slow")
@@ -89,7 +90,7 @@ def test_a_slow_tracker_holds_up_no_step(tmp_path: Path, monkeypatch: pytest.Mon
     told.log([Point("train", 1, {"loss": 1.0})], lambda: kept.append("all"))
     assert kept == []
     released.set()
-    told.close()
+    told.close("ended")
     assert kept == ["all"]
 
 
@@ -144,6 +145,71 @@ def test_ray_exports_each_value_as_a_gauge(tmp_path: Path) -> None:
             time.sleep(1)
             page = urllib.request.urlopen(url, timeout=10).read().decode()
             lines = [line for line in page.splitlines() if line.startswith("ray_cdpo_generate_images_per_second{")]
-        told.close()
+        told.close("ended")
     (line,) = lines
     assert 'run="demo"' in line and line.endswith(" 3.5")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (TrainingError("no"), "FAILED"), (KeyboardInterrupt(15), "KILLED")]
+)
+def test_mlflow_shows_how_a_run_ended_and_prints_nothing(
+    error: BaseException | None,
+    status: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    from mlflow import MlflowClient
+
+    where = {"tracking_uri": (tmp_path / "store").as_uri(), "experiment": "pictures"}
+    capfd.readouterr()
+    ids = track_until(error, tmp_path / "run", {"mlflow": where})
+    assert capfd.readouterr() == ("", "")
+    assert MlflowClient(tracking_uri=where["tracking_uri"]).get_run(ids["mlflow"]).info.status == status
+
+
+@pytest.mark.parametrize(("error", "code"), [(TrainingError("no"), 1), (KeyboardInterrupt(15), 255)])
+def test_wandb_is_given_an_exit_code_that_says_how_a_run_ended(
+    error: BaseException, code: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    track_until(error, tmp_path, {"wandb": OFFLINE})
+    assert capfd.readouterr() == ("", "")
+    (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content, place, codes = kept.read_bytes(), 7, list[int]()  # a header, then records: checksum, length, type, bytes
+    while place < len(content):
+        end = place + 7 + int.from_bytes(content[place + 4 : place + 6], "little")
+        record = Record.FromString(content[place + 7 : end])
+        codes += [record.exit.exit_code] if record.HasField("exit") else []
+        place = end
+    assert codes == [code]
+
+
+def track_until(error: BaseException | None, run_dir: Path, tracking: dict[str, dict[str, Any]]) -> dict[str, str]:
+    run_dir.mkdir(exist_ok=True)
+    with (
+        contextlib.suppress(type(error) if error else ()),
+        Progress(TrackedRun("demo", run_dir, SETTINGS), tracking=tracking) as told,
+    ):
+        told.begin("train", total=9, unit="update")
+        told.record({"loss": 0.5}, update=1)
+        if error:
+            raise error
+    assert told._trackers is not None
+    return told._trackers.run_ids
+
+
+def test_fault_46_a_local_store_in_a_jobs_copy_of_the_working_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    for uri in ("./mlruns", "mlruns", "sqlite:///mlflow.db", copy.as_uri()):
+        with pytest.raises(StoreError, match=r"^`tracking\.mlflow\.tracking_uri` .*, in this Ray job's copy of"):
+            Progress(TrackedRun("demo", tmp_path), tracking={"mlflow": {"tracking_uri": uri, "experiment": "e"}})
+    for uri in ("https://host", f"sqlite:////{tmp_path}/mlflow.db"):
+        Progress(TrackedRun("demo", tmp_path), tracking={"mlflow": {"tracking_uri": uri, "experiment": "e"}})

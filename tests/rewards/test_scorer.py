@@ -352,3 +352,26 @@ def test_the_config_gives_each_builtin_reward_the_arguments_it_takes(name: str, 
     module, _, kind = where.partition(":")
     options = RewardsSection(names=[name]).options(name)
     inspect.signature(getattr(importlib.import_module(module), kind)).bind(**options)
+
+
+def test_fault_50_in_the_working_folder_only_the_module_that_is_named_hides_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("this", "sched"):  # of the standard library
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text("def score(images, prompts):\n    return [7.0] * len(prompts)\n")
+    load_reward("jpeg_size", {})
+    assert str(tmp_path) not in sys.path
+    assert list(load_reward("this:score", {})(IMAGES, PROMPTS)) == [7.0, 7.0]
+    assert importlib.import_module("sched").__file__ != str(tmp_path / "sched.py")
+    monkeypatch.delitem(sys.modules, "this")
+
+
+def test_an_own_module_that_fails_is_imported_again(tmp_path: Path) -> None:
+    path = tmp_path / "fails_at_first.py"
+    path.write_text("import no_such_package")
+    with pytest.raises(RewardError, match="No module named 'no_such_package'"):
+        load_reward("fails_at_first:score", {})
+    path.write_text("def score(images, prompts):\n    return [7.0] * len(prompts)\n")
+    assert load_reward("fails_at_first:score", {})(IMAGES, PROMPTS)
+    del sys.modules["fails_at_first"]

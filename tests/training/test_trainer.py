@@ -70,7 +70,9 @@ def a_run(config: Path, name: str) -> Path:
 @contextmanager
 def training(config: Path, name: str, *overrides: str) -> Iterator[subprocess.Popen[str]]:
     command = [CDPO, "train", config, f"run.name={name}", *overrides]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(config.parent))
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment(config.parent), start_new_session=True
+    )
     try:
         yield process
     finally:
@@ -181,6 +183,46 @@ def test_fault_04_one_signal_commits_the_update_and_leaves_no_process(
         _, log = process.communicate(timeout=200)
     assert process.returncode == 0, log
     assert f"goes on after update {int(newest.removeprefix('update-'))} " in log
+    assert_same(run, quiet)
+
+
+@pytest.mark.nightly
+def test_fault_57_sigterm_to_the_whole_process_group_is_as_one_ctrl_c(
+    config: Path, quiet: dict[str, torch.Tensor]
+) -> None:
+    run = a_run(config, "group")
+    with training(config, run.name) as process:
+        wait_for(lambda: committed(run, UPDATES_PER_COMMIT))
+        left = descendants(process)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 143, log
+    assert "stopping at the end of this update" in log and "goes on where it stopped" in log
+    (*_, newest) = sorted(path.name for path in (run / COMMITS).iterdir())
+    assert int(newest.removeprefix("update-")) % UPDATES_PER_COMMIT, "committed out of turn"
+    assert_gone(left)
+
+
+@pytest.mark.nightly
+def test_fault_57_sigterm_to_every_process_ends_with_a_line_and_the_last_commit(
+    config: Path, quiet: dict[str, torch.Tensor]
+) -> None:
+    run = a_run(config, "everyone")
+    with training(config, run.name) as process:
+        wait_for(lambda: committed(run, UPDATES_PER_COMMIT))
+        left = descendants(process)
+        for each in (*left, process):  # as systemd does
+            each.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        _, log = process.communicate(timeout=90)
+    assert process.returncode == 143, log
+    assert "goes on where it stopped" in log and "Traceback" not in log
+    assert time.monotonic() - started < 40
+    assert_gone(left)
+    with training(config, run.name) as process:
+        _, log = process.communicate(timeout=200)
+    assert process.returncode == 0, log
+    assert "training goes on after update" in log
     assert_same(run, quiet)
 
 

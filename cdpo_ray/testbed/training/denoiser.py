@@ -15,6 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from cdpo_ray.resources import usable_cpus
 from cdpo_ray.testbed.scenes import caption
 from cdpo_ray.testbed.training.figures import save_figures
 from cdpo_ray.testbed.training.pool import Pool, cosine_schedule, draw_pool
@@ -133,7 +134,7 @@ def train_denoiser(
     )
     rendezvous.unlink(missing_ok=True)
     images_seen = num_updates * BATCH_SIZE_PER_WORKER * num_workers
-    figures = {"seed": seed, "num_updates": num_updates, "images_seen": images_seen, "num_cpus": os.cpu_count()}
+    figures = {"seed": seed, "num_updates": num_updates, "images_seen": images_seen, "num_cpus": usable_cpus()}
     save_figures(weights_dir, "denoiser", {**figures, "train_seconds": time.perf_counter() - start})
 
 

@@ -1,0 +1,194 @@
+"""Whatever fails below a verb reaches the user as one line and an exit code, never as a traceback."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from finished_runs import config_of, judged, write_run
+
+from cdpo_ray import run
+from cdpo_ray.cli import main
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+FAULTS = (OSError(errno.EIO, os.strerror(errno.EIO)), ConnectionResetError("reset by peer"), TimeoutError("timed out"))
+BEST_EFFORT = ("status.json", "tensorboard", ".lock")
+"""Their failure stops no verb."""
+TOUCHES = (
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.scandir",
+    "os.listdir",
+    "os.truncate",
+    "os.link",
+)
+
+
+class Failing:
+    """Raises at the n-th different file operation below a folder."""
+
+    def __init__(self) -> None:
+        self.folder: str | None = None
+        self.fails_at: int | None = None
+        self.seen: list[tuple[str, str]] = []
+
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.folder is None or event not in TOUCHES or not isinstance(arguments[0], str | os.PathLike):
+            return
+        path = os.fspath(arguments[0])
+        if not isinstance(path, str) or not path.startswith(self.folder) or (event, path) in self.seen:
+            return
+        if event == "os.mkdir" and os.path.isdir(path):  # fails in any case, and may
+            return
+        self.seen.append((event, path))
+        if len(self.seen) - 1 == self.fails_at:
+            raise FAULTS[self.fails_at % len(FAULTS)]
+
+    @contextmanager
+    def below(self, folder: Path, fails_at: int | None) -> Iterator[None]:
+        self.folder, self.fails_at, self.seen = str(folder), fails_at, []
+        try:
+            yield
+        finally:
+            self.folder = None
+
+
+FAILING = Failing()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hooked() -> None:
+    sys.addaudithook(FAILING.hook)  # stays until the process ends; without a folder it does nothing
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config beside its finished run."""
+    folder = tmp_path_factory.mktemp("boundary")
+    config = config_of(folder / "runs", "embedded")
+    write_run(config, lambda number, folder: None, lambda number: {"judges": {"oracle": judged(0.4, 0.5)}})
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    return folder
+
+
+def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    capsys.readouterr()
+    code = main(arguments)
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        *("check", "generate", "train", "status"),
+        *(pytest.param(verb, marks=pytest.mark.nightly) for verb in ("run", "report")),  # each draws a page many times
+    ],
+)
+def test_fault_34_each_file_operation_that_fails_below_a_verb_is_one_line(
+    verb: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [verb, str(finished / "runs" / "tuned" if verb == "status" else finished / "config.yaml")]
+    with FAILING.below(finished, None):
+        told(arguments, capsys)
+    operations = list(FAILING.seen)
+    assert operations
+    for number, (event, path) in enumerate(operations):
+        with FAILING.below(finished, number):
+            code, err = told(arguments, capsys)
+        where = f"{event} {path}: {err}"
+        assert "Traceback" not in err, where
+        if code == 0:
+            assert any(name in path for name in BEST_EFFORT), where
+        else:
+            assert any(line.partition(":")[0].endswith("Error") for line in err.splitlines()) or verb == "status", where
+
+
+@pytest.mark.parametrize("verb", ["run", "generate", "train"])
+@pytest.mark.parametrize("name", ["ray_session", "cluster_nodes"])
+def test_fault_34_each_call_to_ray_that_fails_below_a_verb_is_one_line(
+    verb: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tmp_path / "runs", "embedded")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+
+    @contextmanager
+    def session(**options: Any) -> Iterator[None]:
+        yield
+
+    def fail(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(run, "ray_session", session)
+    monkeypatch.setattr(run, name, fail)
+    for fault in (*FAULTS, MemoryError()):
+        code, err = told([verb, str(tmp_path / "config.yaml")], capsys)
+        assert code == 2 and "Traceback" not in err
+        if verb in ("run", "generate"):
+            assert err.splitlines()[-1].startswith(f"{type(fault).__name__}: cdpo {verb}: "), err
+
+
+def test_what_a_foreign_error_says_is_shortened_and_escaped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cdpo_ray.cli.run_status", raises(OSError("\x1b[31m" + "x" * 9000 + "\nnext")))
+    code, err = told(["status", "runs/any"], capsys)
+    assert code == 2 and "\x1b" not in err and "\\x1b[31mxxx" in err and len(err) < 1000 and err.count("\n") == 1
+
+
+def test_a_fault_of_the_program_itself_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fault in (KeyError("no such key"), ZeroDivisionError("by zero"), ImportError("cannot import name")):
+        monkeypatch.setattr("cdpo_ray.cli.run_status", raises(fault))
+        with pytest.raises(type(fault), match=str(fault)):
+            main(["status", "runs/any"])
+    monkeypatch.setattr("cdpo_ray.cli.run_status", raises(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        main(["-v", "status", "runs/any"])
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    def function(*_: object, **__: object) -> None:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "told"),
+    [
+        (">/dev/full", 2, "standard output: [Errno 28] No space left on device; "),
+        (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        ("2>/dev/full", 0, ""),
+    ],
+)
+def test_fault_49_output_that_is_full_or_closed_is_told_without_a_traceback(
+    redirection: str, code: int, told: str
+) -> None:
+    done = cdpo(f"check {QUICKSTART} {redirection}")
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+    assert done.stderr.startswith(told) if told else done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", ["--help", f"check {QUICKSTART}"])
+def test_fault_49_a_pipe_that_is_closed_ends_a_verb_quietly(arguments: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = cdpo(arguments, stdout=writer)
+    os.close(writer)
+    assert done.stderr == "" and done.returncode in (0, 141)  # argparse passes over what it cannot print
+
+
+def cdpo(arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+    shell = f"exec {sys.executable} -m cdpo_ray.cli {arguments}"
+    given = {"stdout": subprocess.PIPE} | options
+    return subprocess.run(["bash", "-c", shell], cwd=ROOT, text=True, stderr=subprocess.PIPE, timeout=60, **given)
