@@ -98,6 +98,8 @@ EXIT_UNSOUND = 1  # of `doctor` that found something wrong, and of `status` of a
 EXIT_FAULT = 2
 MAX_LINE_CHARS = 4000  # of an error, which may quote what somebody else wrote
 NETWORK_LIBRARIES = ("aiohttp", "botocore", "google", "urllib3")  # not all of their errors are OSErrors
+OUT_OF_MEMORY = ("annot allocate memory", "failed to map segment", "can't start new thread")
+"""Of a shared library, or of a thread, for which a limit leaves no room."""
 MAX_FOREIGN = 500  # characters of an error of other libraries
 EXIT_SIGNAL = 128  # and the signal's number, as shells have it
 
@@ -233,8 +235,8 @@ def _discard_output() -> None:
 
 def _is_of_the_machine(error: BaseException) -> bool:
     """Whether an error comes from storage, network, memory or the cluster, and not from a fault of this program."""
-    if isinstance(error, ImportError):  # too little address space for a shared library
-        return any(words in str(error) for words in ("annot allocate memory", "failed to map segment"))
+    if isinstance(error, ImportError | RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY):
+        return True
     if isinstance(error, OSError | MemoryError):
         return True
     library = type(error).__module__.partition(".")[0]

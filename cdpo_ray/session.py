@@ -29,6 +29,8 @@ CONNECT_SECONDS = 5
 MIN_LOCAL_CPUS = 4  # with fewer logical CPUs, pipelines of several actor pools starve
 
 MIN_OPEN_FILES = 512  # Ray itself warns below 4096; with very few its processes hang
+MIN_THREADS = 512  # a local Ray has some hundreds
+MIN_DATA_BYTES = 4 * 2**30
 MIN_ADDRESS_SPACE_BYTES = 32 * 2**30  # a worker maps PyTorch and Ray's shared memory, most of it never touched
 LONGEST_SOCKET = 107  # characters that a path of a Unix socket may have
 LONGEST_IN_PARENT = len("/cdpo-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_MetricsHead")
@@ -122,11 +124,13 @@ def refuse_small_limits() -> None:
     """Check this process's resource limits, below which a local Ray hangs instead of failing.
 
     Raises:
-        ClusterError: the limit of open files or of address space is too low.
+        ClusterError: the limit of open files, threads, address space or data is too low.
     """
     for kind, what, needed, command in (
         (resource.RLIMIT_NOFILE, "open files", MIN_OPEN_FILES, "ulimit -n 65536"),
+        (resource.RLIMIT_NPROC, "processes and threads", MIN_THREADS, "ulimit -u unlimited"),
         (resource.RLIMIT_AS, "bytes of address space", MIN_ADDRESS_SPACE_BYTES, "ulimit -v unlimited"),
+        (resource.RLIMIT_DATA, "bytes of data", MIN_DATA_BYTES, "ulimit -d unlimited"),
     ):
         soft, hard = resource.getrlimit(kind)
         limit = hard if kind == resource.RLIMIT_NOFILE else soft  # Ray raises the first to its hard limit

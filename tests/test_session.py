@@ -190,7 +190,8 @@ def test_fault_34_a_ray_tmpdir_that_is_too_long_or_missing_is_refused_with_the_r
 
 
 @pytest.mark.parametrize(
-    ("kind", "what"), [(resource.RLIMIT_NOFILE, "open files"), (resource.RLIMIT_AS, "address space")]
+    ("kind", "what"),
+    [(resource.RLIMIT_NOFILE, "open files"), (resource.RLIMIT_AS, "address space"), (resource.RLIMIT_NPROC, "threads")],
 )
 def test_fault_49_a_low_limit_is_told_before_ray_starts(kind: int, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
