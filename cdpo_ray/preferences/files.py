@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cdpo_ray.errors import PreferenceError
-from cdpo_ray.store import content_sha256
+from cdpo_ray.store import files_sha256
 
 ROWS_PER_BLOCK = 256  # read by one task
 ROWS_AT_ONCE = 16  # of Parquet, whose rows hold images
@@ -227,7 +227,7 @@ def fingerprint(source: Source) -> str:
         else:
             named = sorted({image for chunk in _chunks(path, source) for image in _named_images(chunk, source)})
             files |= {name: path} | {f"{name}: {image}": path.parent / image for image in named}
-    return content_sha256(files, where=f"`preferences.path` {source.path}")
+    return files_sha256(files, where=f"`preferences.path` {source.path}")
 
 
 def _named_images(chunk: Chunk, source: Source) -> Iterator[str]:

@@ -64,7 +64,7 @@ def damage(files: Mapping[Path, str], *, folder: Path) -> dict[Path, str]:
 
 def _sha256(path: Path) -> str | None:
     """``None``: there is no such file."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return str(describe(path)["sha256"])
     return None
 

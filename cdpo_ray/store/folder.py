@@ -246,9 +246,8 @@ class RunFolder:
             if aside != place:
                 aside.rename(place)
             self._verified[folder] = manifest["fingerprint"]
-            delete(
-                place / PARTS
-            )  # not before: without it, what was made could not be verified, and would not be reused
+            # Not before: without it, what was made could not be verified, and would not be reused.
+            delete(place / PARTS)
             (place / SETTINGS).unlink()  # last: without it, what was begun would be thrown away
 
     def _add(self, folder: str, aside: Path, finished: dict[str, Any], added: dict[str, Any]) -> None:
