@@ -25,7 +25,7 @@ from cdpo_ray.config.section import looked_for
 from cdpo_ray.errors import PreferenceError
 from cdpo_ray.preferences.formats import FORMATS, is_parquet, is_table, missing_columns, no_tables, other_kind
 from cdpo_ray.preferences.values import URL, image_of, is_false, name_of, number_of, printable, prompt_of
-from cdpo_ray.store import content_sha256, refuse_special_file
+from cdpo_ray.store import files_sha256, refuse_special_file
 
 ROWS_PER_BLOCK = 256  # read by one task
 ROWS_AT_ONCE = 16  # of Parquet, whose rows hold images
@@ -270,7 +270,7 @@ def fingerprint(source: Source) -> str:
             named = sorted({image for chunk in _chunks(path, source) for image in _named_images(chunk, source)})
             files |= {name: path}
             files |= {f"{name}: {os.path.relpath(image, path.parent)}": Path(image) for image in named}
-    return content_sha256(files, where=f"`preferences.path` {source.path}")
+    return files_sha256(files, where=f"`preferences.path` {source.path}")
 
 
 def _named_images(chunk: Chunk, source: Source) -> Iterator[str]:

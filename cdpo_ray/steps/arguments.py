@@ -13,7 +13,7 @@ from cdpo_ray.parts import read_set_aside
 from cdpo_ray.preferences.files import Source, fingerprint
 from cdpo_ray.prompts import sources
 from cdpo_ray.records import LABEL, score_file
-from cdpo_ray.store import StepOutput, content_sha256
+from cdpo_ray.store import StepOutput, files_sha256
 
 MODEL_ENDINGS = (".json", ".txt", ".jinja", ".model", ".safetensors")
 """Files of a model's folder that are loaded; pickles and code never are."""
@@ -161,7 +161,7 @@ def reward_sha256(config: Config, name: str) -> dict[str, str]:
     if OWN_REWARD.match(name):
         module = name.partition(":")[0].partition(".")[0]
         files = _module_files(module)
-        return {"sha256": content_sha256(files, where=f"reward `{name}`")} if files else {}
+        return {"sha256": files_sha256(files, where=f"reward `{name}`")} if files else {}
     options = config.rewards.options(name)
     pinned = ("checkpoint",) if options.get("sha256") else ()
     found = {
@@ -202,7 +202,7 @@ def _weights_sha256(where: str | None, *, key: str) -> str | None:
         }
     else:
         return None
-    return content_sha256(files, where=f"`{key}` {path}")
+    return files_sha256(files, where=f"`{key}` {path}")
 
 
 def _module_files(module: str) -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
 
-from cdpo_ray.store.contents import content_sha256
+from cdpo_ray.store.contents import files_sha256
 from cdpo_ray.store.copies import copy, copy_tree, damage, delete, describe, link, local_copy, move, refuse_full_disk
 from cdpo_ray.store.failures import storage_errors_within
 from cdpo_ray.store.folder import HOW_TO_MEND, PARTS, RunFolder, StepOutput, differences
@@ -43,7 +43,6 @@ __all__ = [
     "RunFolder",
     "StepOutput",
     "arrow_place",
-    "content_sha256",
     "copy",
     "copy_tree",
     "count_rows",
@@ -52,6 +51,7 @@ __all__ = [
     "describe",
     "differences",
     "exists",
+    "files_sha256",
     "files_within",
     "fingerprint_of",
     "flat",

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -16,7 +17,6 @@ from huggingface_hub.constants import HF_HOME
 
 from cdpo_ray.errors import StoreError
 from cdpo_ray.store.copies import FILES_AT_ONCE, describe
-from cdpo_ray.store.manifests import fingerprint_of
 from cdpo_ray.store.places import read_json
 
 log = logging.getLogger(__name__)
@@ -26,11 +26,12 @@ _known_here: dict[str, str] = {}
 """The same of this process, for a home that cannot be written."""
 KNOWN_BYTES = 2**26  # smaller sets are read each time
 MAX_KNOWN = 1000
+FILES_PER_BATCH = 64  # Ctrl-C waits for one; a set may be of a million images
 SETTLED_SECONDS = 2.0
 """A file that changed less long ago may change again within one tick of its file system's clock."""
 
 
-def content_sha256(files: Mapping[str, Path], *, where: str) -> str:
+def files_sha256(files: Mapping[str, Path], *, where: str) -> str:
     """SHA-256 of the names and contents of local files; one that cannot be read, or is not a regular file, has none.
 
     A set of `KNOWN_BYTES` or more is read again only if the size, inode, modification or status-change time of a file
@@ -44,21 +45,21 @@ def content_sha256(files: Mapping[str, Path], *, where: str) -> str:
     """
     stamp, num_bytes, newest = _stamp(files)
     is_large = num_bytes >= KNOWN_BYTES
-    if is_large and (found := _known_here.get(stamp) or _known().get(stamp)):
-        return found
+    if is_large and (known := _known_here.get(stamp) or _known().get(stamp)):
+        return known
     if num_bytes >= 2**30:
         log.info("%s: computing the SHA-256 of %.1f GiB, once until a file changes", where, num_bytes / 2**30)
-    started = time.time()
-    pool = ThreadPoolExecutor(FILES_AT_ONCE)
-    try:
-        sha256 = fingerprint_of(dict(zip(files, pool.map(_described, files.values()), strict=True)))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    started, digest, entries = time.time(), hashlib.sha256(), iter(files.items())
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        while batch := list(itertools.islice(entries, FILES_PER_BATCH)):
+            described = pool.map(_described, [path for _, path in batch])
+            for (name, _), found in zip(batch, described, strict=True):
+                digest.update(json.dumps([name, found]).encode())
     if _stamp(files)[0] != stamp:
         raise StoreError(f"{where}: was changed while it was read; give the same command again")
     if is_large and newest < started - SETTLED_SECONDS:
-        _remember(stamp, sha256)
-    return sha256
+        _remember(stamp, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def _described(path: Path) -> dict[str, Any] | None:

@@ -1,6 +1,5 @@
 """Parquet files, wherever they lie."""
 
-import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,9 +48,10 @@ def _write_tables(tables: Iterable[pa.Table], handle: BinaryIO) -> None:
 
 def table_bytes(table: pa.Table) -> bytes:
     """Content of the Parquet file that `write_table` writes; equal tables give equal bytes."""
-    buffer = io.BytesIO()
+    buffer = pa.BufferOutputStream()
     _write_tables([table], buffer)
-    return buffer.getvalue()
+    content: bytes = buffer.getvalue().to_pybytes()
+    return content
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, filters: Any = None) -> pa.Table:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cdpo_ray.errors import StoreError
-from cdpo_ray.store import content_sha256, contents
+from cdpo_ray.store import contents, files_sha256
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def model(folder: Path) -> dict[str, Path]:
 
 
 def sha256(files: dict[str, Path]) -> str:
-    return content_sha256(files, where="`model.path`")
+    return files_sha256(files, where="`model.path`")
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
