@@ -20,7 +20,7 @@ from cdpo_ray.store import read_shards
 pytestmark = pytest.mark.ray
 
 NUM_ROWS, FRACTION = 60, 0.3
-TIED, UNLABELLED, BROKEN, SWAPPED = 1, 4, 7, (10, 11, 12)
+TIED, UNLABELLED, BROKEN, NO_PROMPT, SWAPPED = 1, 4, 7, 20, (10, 11, 12)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,19 +31,20 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def config_path(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pick-a-Pic's columns, CLIP's gap as difficulty; one image cannot be used, some labels are against CLIP."""
+    """Pick-a-Pic's columns, CLIP's gap as difficulty; two rows cannot be used, some labels are against CLIP."""
     folder = tmp_path_factory.mktemp("imported")
     rows = pickapic_rows(NUM_ROWS)
     rows[TIED] |= {"label_0": 0.5, "label_1": 0.5}
     rows[UNLABELLED]["has_label"] = False
     rows[BROKEN]["jpg_1"] = rows[BROKEN]["jpg_1"][:50]
+    rows[NO_PROMPT]["caption"] = None
     for row in SWAPPED:
         rows[row] |= {"label_0": rows[row]["label_1"], "label_1": rows[row]["label_0"]}
     write_parquet(rows, folder / "judged.parquet", rows_per_group=25)
     values = {
         "run": {"name": "judged", "dir": str(folder / "runs")},
         "prompts": {"heldout": {"fraction": FRACTION, "count": 4}},
-        "preferences": {"path": str(folder / "*.parquet"), "format": "pickapic", "max_bad_fraction": 0.02},
+        "preferences": {"path": str(folder / "*.parquet"), "format": "pickapic", "max_bad_fraction": 0.04},
         "model": {"path": "embedded"},
         "generation": {"num_denoising_steps": 3, "guidance_scale": 1.0, "images_per_batch": 16},
         "rewards": {"names": ["clip"]},
@@ -60,13 +61,15 @@ def test_checking_names_the_faulty_image_by_file_and_row_and_writes_nothing(
 ) -> None:
     assert main(["import", str(config_path), "--check"]) == 2
     printed = capsys.readouterr()
-    assert printed.out.startswith(f"{config_path.parent}/judged.parquet:{BROKEN + 1}: image 1 is ")
+    where = f"{config_path.parent}/judged.parquet"
+    no_prompt, broken, *_ = printed.out.split("\n")
+    assert no_prompt == f"{where}:{NO_PROMPT + 1}: `caption` must be a text that is not empty, got None"
+    assert broken.startswith(f"{where}:{BROKEN + 1}: image 1 is ")
     assert printed.out.endswith(
-        f"1 file, {NUM_ROWS:,} rows: {NUM_ROWS - 2} with a preference, 1 tied, 1 unlabelled, 0 cannot be read\n"
-        f"tied: {config_path.parent}/judged.parquet:{TIED + 1}\n"
-        f"unlabelled: {config_path.parent}/judged.parquet:{UNLABELLED + 1}\n"
+        f"1 file, {NUM_ROWS} rows: {NUM_ROWS - 3} with a preference, 1 tied, 1 unlabelled, 1 cannot be read\n"
+        f"tied: {where}:{TIED + 1}\nunlabelled: {where}:{UNLABELLED + 1}\n"
     )
-    assert printed.err.endswith("PreferenceError: 1 fault\n")
+    assert printed.err.endswith("PreferenceError: 2 faults\n")
     assert not (config_path.parent / "runs").exists()
 
 
@@ -80,11 +83,12 @@ def test_every_row_is_imported_or_counted(run_dir: Path) -> None:
     manifest = json.loads((run_dir / SAMPLES / "manifest.json").read_text())
     counts = manifest["counts"]
     left_out = counts["rows_tied"] + counts["rows_unlabelled"] + counts["rows_set_aside"]
-    assert (counts["rows"], left_out, counts["rows_imported"]) == (NUM_ROWS, 3, NUM_ROWS - 3)
-    (fault,) = map(json.loads, (run_dir / SAMPLES / "set_aside.jsonl").read_text().splitlines())
-    assert fault["number"] == BROKEN + 1
+    assert (counts["rows"], left_out, counts["rows_imported"]) == (NUM_ROWS, 4, NUM_ROWS - 4)
+    faults = list(map(json.loads, (run_dir / SAMPLES / "set_aside.jsonl").read_text().splitlines()))
+    assert [fault["number"] for fault in faults] == [BROKEN + 1, NO_PROMPT + 1]
+    assert counts["rows_with_faults"] == 2
     imported = read_shards(run_dir / SAMPLES, ["prompt_index"])["prompt_index"].to_pylist()
-    assert imported == [row for row in range(NUM_ROWS) if row not in (TIED, UNLABELLED, BROKEN)]
+    assert imported == [row for row in range(NUM_ROWS) if row not in (TIED, UNLABELLED, BROKEN, NO_PROMPT)]
 
 
 def test_pairs_are_in_the_labels_order_with_clips_gap_and_never_of_a_held_out_prompt(run_dir: Path) -> None:

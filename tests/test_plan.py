@@ -1,6 +1,7 @@
 """A plan's numbers, counted by hand."""
 
 import itertools
+import json
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -10,10 +11,10 @@ import pytest
 
 from cdpo_ray.config import Config, load_config
 from cdpo_ray.config.search import StopEarly
-from cdpo_ray.errors import ConfigError
+from cdpo_ray.errors import ConfigError, PreferenceError
 from cdpo_ray.plan import make_plan, same_beta_elsewhere
 from cdpo_ray.prompts.sources import PromptSplit
-from cdpo_ray.run import read_prompts
+from cdpo_ray.run import read_prompts, scan_preferences
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 PROMPTS = PromptSplit([f"t{i}" for i in range(6)], [f"h{i}" for i in range(4)], 17, num_doubled=2, num_empty=1)
@@ -182,6 +183,37 @@ def test_of_ranked_folders_no_more_is_told_than_is_known_and_too_many_stages_are
         ConfigError, match=r"is 3, but at most 3 images of a prompt were ranked, which have only 2 rank"
     ):
         read_prompts(config(*given, "curriculum.num_stages=3"))
+
+
+def test_preferences_are_told_with_what_is_left_out_and_prompts_with_the_syntax_of_other_programs(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.png").touch()
+    rows = [{"caption": f"cat {number}", "jpg_0": "a.png", "jpg_1": "a.png"} for number in range(12)]
+    for number, row in enumerate(rows):
+        row |= {"label_0": 1 if number else 0.5, "label_1": 0 if number else 0.5, "has_label": int(number != 1)}
+    rows[2] |= {"caption": None}
+    rows[3] |= {"caption": "(cat:1.2)"}
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n\n" for row in rows))
+    given = (
+        "prompts.train=null",
+        "prompts.heldout={fraction: 0.5}",
+        f"preferences={{path: {tmp_path}, format: pickapic, max_bad_fraction: 0.1}}",
+        "curriculum.order=none",
+    )
+    judged = scan_preferences(config(*given), with_images=True)
+    plan = str(make_plan(config(*given), read_prompts(config(*given), judged), judged=judged))
+    where = f"{tmp_path}/a.jsonl"
+    for line in (
+        "1 prompt contains weights, as (cat:1.2) or ((cat)): read literally",
+        "1 file, 12 rows: 9 with a preference, 1 tied, 1 unlabelled, 1 cannot be read",
+        f"tied: {where}:1",
+        f"unlabelled: {where}:3",
+        f"cannot be read: {where}:5: `caption` must be a text that is not empty, got None",
+    ):
+        assert f"               {line}\n" in plan
+    with pytest.raises(PreferenceError, match=r"1 of 12 rows cannot be read, more than .* = 0\.05; mend or remove"):
+        read_prompts(config(*given, "preferences.max_bad_fraction=0.05"))
 
 
 SEARCHED = PromptSplit(PROMPTS.train, PROMPTS.heldout, 30, validation=[f"v{i}" for i in range(5)])

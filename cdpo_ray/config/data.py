@@ -11,8 +11,8 @@ from cdpo_ray.config.section import COMMIT, HUB_ID, LocalPath, Section
 class PromptSource(Section):
     """A built-in set, a file by its ending, or a ``file`` of a hub data set at its ``revision``.
 
-    Built-in are `scenes`, `animals` and `animal_photos`. Files are text with one prompt a line, or CSV, JSONL and
-    Parquet with a ``column`` of prompts.
+    Built-in are `scenes`, `animals` and `animal_photos`. Files are text with one prompt a line, a JSON list, or CSV,
+    TSV, JSON, JSONL and Parquet with a ``column`` of prompts.
     """
 
     source: LocalPath | None = None

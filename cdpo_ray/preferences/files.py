@@ -23,7 +23,15 @@ import pyarrow.parquet as pq
 
 from cdpo_ray.config.section import looked_for
 from cdpo_ray.errors import PreferenceError
-from cdpo_ray.preferences.formats import FORMATS, is_parquet, is_table, missing_columns, no_tables, other_kind
+from cdpo_ray.preferences.formats import (
+    FORMATS,
+    is_parquet,
+    is_table,
+    missing_columns,
+    no_tables,
+    other_kind,
+    with_small_row_groups,
+)
 from cdpo_ray.preferences.values import URL, image_of, is_false, name_of, number_of, printable, prompt_of
 from cdpo_ray.store import files_sha256, refuse_special_file
 
@@ -32,10 +40,6 @@ ROWS_AT_ONCE = 16  # of Parquet, whose rows hold images
 PAGE_BYTES = 2**20
 """Read of a column of Parquet at a time, in place of all that a row group holds of it."""
 MAX_ROW_GROUP_BYTES = 10**9
-REWRITE = (
-    "python -c \"import pyarrow.parquet as pq; f = pq.ParquetFile({path!r}); w = pq.ParquetWriter('small.parquet',"
-    ' f.schema_arrow); [w.write_batch(b) for b in f.iter_batches(256)]; w.close()"'
-)
 FAULTS_SHOWN = 20
 ROWS_SHOWN = 3
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -232,14 +236,16 @@ def _tables(text: str) -> list[Path]:
     found: dict[Path, Path] = {}
     matches = list(map(Path, _matches(text)))
     for path in matches:
-        within = [Path(name) for name in glob.glob(f"{glob.escape(str(path))}/**", recursive=True)]
-        files = [file for file in within if file.is_file()] if path.is_dir() else [path]
-        tables = [file for file in files if is_table(file)] if path.is_dir() else files
-        if not path.is_dir() and not path.is_file():
+        files = [path]
+        if path.is_dir():
+            within = map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True))
+            there = [file for file in within if file.is_file()]
+            files = [file for file in there if is_table(file)]
+            if not files and matches == [path]:
+                raise no_tables(path, there)
+        elif not path.is_file():
             raise PreferenceError(f"{path}: is no regular file, or a link to none; give a file")
-        if [path] == matches and not tables:
-            raise no_tables(path, files)
-        for table in tables:
+        for table in files:
             found.setdefault(table.resolve(), table)
     return sorted(found.values())
 
@@ -324,7 +330,7 @@ def _scan_chunk(chunk: Chunk, source: Source, found: Scan, *, with_images: bool)
     """Add what a chunk holds."""
     last = found.chunks[-1] if found.chunks else None
     found.chunks.append(replace(chunk, first_index=last.first_index + last.num_rows if last else 0))
-    reads_images = with_images or not is_parquet(Path(chunk.path))
+    reads_images = not is_parquet(Path(chunk.path)) or (with_images and _may_lack_images(chunk, source))
     for number, values in _values(chunk, source, images=reads_images):
         found.num_rows += 1
         row = _row(chunk.path, number, values, source, images=reads_images)
@@ -341,6 +347,21 @@ def _scan_chunk(chunk: Chunk, source: Source, found: Scan, *, with_images: bool)
         else:
             found.prompts.append(row.prompt)
             found.num_samples = max(found.num_samples, len(row.labels))
+
+
+def _may_lack_images(chunk: Chunk, source: Source) -> bool:
+    """Whether a row group of Parquet names files of images, or says that it lacks some; their bytes are not read."""
+    file, columns = _open_parquet(Path(chunk.path), source), FORMATS[source.format]
+    assert columns is not None, "a ranked folder is no table"
+    names = [source.column(name) for name in columns.images]
+    kinds = [file.schema_arrow.field(name).type for name in names]
+    if any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds):
+        return True
+    group = file.metadata.row_group(chunk.start)
+    leaves = [group.column(number) for number in range(group.num_columns)]
+    wanted = {leaf for name in names for leaf in (name, f"{name}.bytes")}
+    counted = [leaf.statistics for leaf in leaves if leaf.path_in_schema in wanted and leaf.is_stats_set]
+    return any(statistics.null_count for statistics in counted)
 
 
 def _missing_images(row: Row) -> Fault | None:
@@ -363,7 +384,7 @@ def _large_row_groups(path: Path, source: Source) -> Iterator[str]:
     if largest and largest.total_byte_size > MAX_ROW_GROUP_BYTES:
         yield (
             f"{path}: has a row group of {largest.num_rows:,} rows and {largest.total_byte_size / 1e9:.1f} GB, which"
-            f" one task reads alone, slowly and with much memory; write smaller ones: {REWRITE.format(path=path.name)}"
+            f" one task reads alone, slowly and with much memory; write smaller ones: {with_small_row_groups(path)}"
         )
 
 
@@ -379,18 +400,25 @@ def _chunks(path: Path, source: Source) -> Iterator[Chunk]:
             number += num_rows
     elif is_table(path):
         with _refusing_damage(path), _open_lines(path) as handle:
-            number, offset = 1, 0
-            while lines := list(islice(handle, ROWS_PER_BLOCK)):
-                if number == 1:
-                    _refuse_other_objects(path, lines, source)
+            lines, number, offset = list(islice(handle, ROWS_PER_BLOCK)), 1, 0
+            _refuse_other_objects(path, lines, source)
+            if lines and _is_packed(path):  # one chunk: a line is found only by unpacking all before it
+                yield Chunk(str(path), 0, len(lines) + sum(1 for _ in handle), 1, 0)
+                return
+            while lines:
                 yield Chunk(str(path), offset, len(lines), number, 0)
                 number, offset = number + len(lines), offset + sum(map(len, lines))
+                lines = list(islice(handle, ROWS_PER_BLOCK))
     else:
         raise other_kind(path)
 
 
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
 def _open_lines(path: Path) -> Any:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+    return gzip.open(path) if _is_packed(path) else path.open("rb")
 
 
 @contextmanager
@@ -463,7 +491,7 @@ def _refuse_other_objects(path: Path, lines: Sequence[bytes], source: Source) ->
     there = dict.fromkeys(name for values in objects for name in values)
     if there and (absent := [name for name in _wanted(source, images=True) if name not in there]):
         raise missing_columns(path, absent, there)
-    if not there and bare[0].startswith(b"["):
+    if not there and bare and bare[0].startswith(b"["):
         raise other_kind(path)
 
 

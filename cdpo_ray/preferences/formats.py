@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -67,8 +68,12 @@ FORMATS: dict[str, Columns | None] = {
 TABLES = (".parquet", ".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 """Endings of files that are read, in lower case."""
 
-_TO_JSONL = "python -c \"import pandas; pandas.{read}.to_json({to!r}, orient='records', lines=True)\""
-_TO_PARQUET = 'python -c "import datasets; datasets.load_from_disk({folder!r}).to_parquet({to!r})"'
+_TO_JSONL = 'import pandas; pandas.read_csv({name}, sep="{separator}").to_json({to}, orient="records", lines=True)'
+_TO_PARQUET = "import datasets; datasets.load_from_disk({name}).to_parquet({to})"
+_TO_SMALL_ROW_GROUPS = (
+    "import pyarrow.parquet as pq; f = pq.ParquetFile({name}); w = pq.ParquetWriter({to}, f.schema_arrow);"
+    " [w.write_batch(b) for b in f.iter_batches(256)]; w.close()"
+)
 
 
 def is_table(path: Path) -> bool:
@@ -92,17 +97,17 @@ def other_kind(path: Path) -> PreferenceError:
     to = f"{path.name.partition('.')[0]}.jsonl"
     ending = path.suffix.lower()
     if ending in (".csv", ".tsv"):
-        separator = "\t" if ending == ".tsv" else ","
+        separator = {".csv": ",", ".tsv": "\t"}[ending]
         header = _beginning(path).partition("\n")[0][:HEADER_LOOKED_AT].rstrip("\r")
         columns = next(csv.reader([header], delimiter=separator), [])
-        read = f"read_csv({path.name!r}" + (", sep='\\t')" if ending == ".tsv" else ")")
+        command = _command(_TO_JSONL, name=path.name, to=to, separator=separator.replace("\t", "\\t"))
         what = f"a table of text with the columns {_listed(columns)}{_nearest(columns)}"
-        return PreferenceError(f"{path}: is {what}; write it as JSONL: {_TO_JSONL.format(read=read, to=to)}")
+        return PreferenceError(f"{path}: is {what}; write it as JSONL: {command}")
     if ending in (".json", ".jsonl", ".ndjson"):
         return _other_json(path, to)
     if ending == ".arrow" and (path.parent / "dataset_info.json").is_file():
-        to_parquet = _TO_PARQUET.format(folder=path.parent.name, to=f"{path.parent.name}.parquet")
-        return PreferenceError(f"{path.parent}: is a folder of `save_to_disk`; write it as Parquet: {to_parquet}")
+        command = _command(_TO_PARQUET, name=path.parent.name, to=f"{path.parent.name}.parquet")
+        return PreferenceError(f"{path.parent}: is a folder of `save_to_disk`; write it as Parquet: {command}")
     if path.name.lower().endswith((".tar", ".tar.gz", ".tgz", ".zip")):
         return PreferenceError(
             f"{path}: is an archive; unpack it, and write a JSONL file beside its images that names them (`prompt`,"
@@ -129,13 +134,23 @@ def no_tables(folder: Path, files: Sequence[Path]) -> PreferenceError:
     return PreferenceError(f"{folder}: holds no .parquet or .jsonl file, but {found or 'nothing'}")
 
 
+def with_small_row_groups(path: Path) -> str:
+    """The command that writes a Parquet file again, with row groups that a task reads with little memory."""
+    return _command(_TO_SMALL_ROW_GROUPS, name=path.name, to=f"small-{path.name}")
+
+
+def _command(code: str, *, name: str, to: str, **values: str) -> str:
+    """A line of Python for the shell, in which the names of files are nothing but text."""
+    return f"python -c {shlex.quote(code.format(name=json.dumps(name), to=json.dumps(to), **values))}"
+
+
 def _other_json(path: Path, to: str) -> PreferenceError:
     text = _beginning(path).strip()
     first, is_list = _first_value(text.removeprefix("[")), text.startswith("[")
     columns = list(first) if isinstance(first, dict) else []
     if is_list:
         of = f"objects with {_listed(columns)}{_nearest(columns)}" if columns else "other values"
-        advice = f"write one object a line: `jq -c '.[]' {path.name} > {to}`"
+        advice = f"write one object a line: jq -c '.[]' {shlex.quote(path.name)} > {shlex.quote(to)}"
         return PreferenceError(f"{path}: is a JSON list of {of}; {advice}")
     if columns and "\n" in text:
         return PreferenceError(

@@ -22,7 +22,7 @@ Entries = Iterator[tuple[str, str | PromptError]]
 """Place and prompt, or place and what is wrong there."""
 
 DELIMITERS = (",", ";", "\t", "|")
-EXCEL_SEPARATOR = re.compile(r'^"?sep=(.)"?\r?\n?$', re.IGNORECASE)
+EXCEL_SEPARATOR = re.compile(r'^"?sep=([^"\r\n])"?\r?\n?$', re.IGNORECASE)
 """First line by which Excel is told the delimiter."""
 
 
@@ -105,15 +105,17 @@ def read_json(handle: BinaryIO, column: str) -> Entries:
     """The items of a list: texts, or objects with a text under ``column``. Of JSON lines, as `read_jsonl`.
 
     Raises:
-        PromptError: it is no list.
+        PromptError: it is no list, or not UTF-8.
     """
     text = _decoded(handle).read()
+    if fault := undecoded(text):
+        raise fault
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise PromptError(f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-        yield from read_jsonl(io.BytesIO(text.encode(errors="surrogateescape")), column)
+        yield from read_jsonl(io.BytesIO(text.encode()), column)
         return
     except (ValueError, RecursionError) as error:
         raise PromptError(f"is not JSON that can be read: {error}") from None
@@ -198,7 +200,7 @@ def _prompt_in(found: Any, column: str) -> str | PromptError:
 def _whole(prompt: str, name: str) -> str | PromptError:
     """A prompt, unless it cannot be encoded."""
     try:
-        prompt.encode(errors="surrogateescape")  # bytes that are not UTF-8 are found by `undecoded`
+        prompt.encode()
     except UnicodeEncodeError as error:
         return PromptError(f"{name} holds half of a character ({prompt[error.start]!r}); write both halves")
     return prompt

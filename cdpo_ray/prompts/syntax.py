@@ -17,13 +17,13 @@ SYNTAX = {
 
 
 def literal_syntax(prompts: Iterable[str]) -> list[str]:
-    """A line for each kind of `SYNTAX` that prompts hold: it is read literally, as any other text."""
+    """A line for each kind of `SYNTAX` that prompts hold; all of it is read as any other text."""
     counts = dict.fromkeys(SYNTAX, 0)
     for prompt in prompts:
         for what, pattern in SYNTAX.items():
             counts[what] += pattern.search(prompt) is not None
     return [
-        f"{number:,} prompt{'s contain' if number > 1 else ' contains'} {what}; it is read literally"
+        f"{number:,} prompt{'s contain' if number > 1 else ' contains'} {what}: read literally"
         for what, number in counts.items()
         if number
     ]

@@ -1,6 +1,7 @@
 """Files of another kind are refused with what they hold and how they are made readable."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -39,11 +40,20 @@ def test_a_table_of_text_is_refused_with_the_command_that_writes_it_as_jsonl(tmp
     assert scan(Source(str(tmp_path / "a.jsonl"), "pairs")).prompts == ["a cat"]
 
 
+def test_the_name_of_a_file_is_text_in_the_command_that_is_offered(tmp_path: Path) -> None:
+    name = "$(touch ran) `touch ran`'; \"{to} touch ran #.csv"
+    (tmp_path / name).write_text("prompt,chosen,rejected\na cat,a.png,b.png\n")
+    command = refused(tmp_path).partition("write it as JSONL: ")[2]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, env=os.environ | {"PATH": path})
+    assert not (tmp_path / "ran").exists() and len(list(tmp_path.glob("*.jsonl"))) == 1
+
+
 def test_json_that_is_no_jsonl_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"prompt": "a cat", "image_path": ["a", "b"]}] * 3, indent=1))
     assert refused(tmp_path) == (
         f"{tmp_path}/a.json: is a JSON list of objects with 'prompt', 'image_path'; `preferences.format` pairs has"
-        " prompt, chosen, rejected; write one object a line: `jq -c '.[]' a.json > a.jsonl`"
+        " prompt, chosen, rejected; write one object a line: jq -c '.[]' a.json > a.jsonl"
     )
     (tmp_path / "a.json").write_text(f"{json.dumps(PAIR)}\n{json.dumps(PAIR)}\n")
     assert "a.json: must end in .jsonl if it holds one object a line" in refused(tmp_path)

@@ -383,12 +383,27 @@ def test_fault_38_a_scan_with_images_sees_which_are_not_there(tmp_path: Path) ->
     write_jsonl(pairs, tmp_path / "b.jsonl")
     in_parquet = scan(Source(str(tmp_path / "a.parquet"), "pickapic"), with_images=True)
     assert [fault.number for fault in in_parquet.faults] == [2, 3, 4, 5, 6, 9]
+    structs = [row | {"jpg_0": {"bytes": row["jpg_0"], "path": None}} for row in faulty(pickapic_rows(20))]
+    write_parquet(structs, tmp_path / "c.parquet")
+    in_structs = scan(Source(str(tmp_path / "c.parquet"), "pickapic"), with_images=True)
+    assert [fault.number for fault in in_structs.faults] == [2, 3, 4, 5, 6, 9]
     found = scan(Source(str(tmp_path / "b.jsonl"), "pairs"), with_images=True)
     assert [str(fault) for fault in found.faults] == [f"{tmp_path}/b.jsonl:2: {tmp_path}/1-right.png: no such file"]
     assert found.lines() == [
         "1 file, 3 rows: 2 with a preference, 0 tied, 0 unlabelled, 1 cannot be read",
         f"cannot be read: {found.faults[0]}",
     ]
+
+
+def test_fault_38_images_of_parquet_that_are_all_there_are_not_read_by_a_scan(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(pickapic_rows(4)), path, use_dictionary=False, compression="none")
+    image = pq.read_metadata(path).row_group(0).column(1)
+    content = bytearray(path.read_bytes())
+    start, size = image.data_page_offset, image.total_compressed_size
+    content[start : start + size] = b"\xff" * size
+    path.write_bytes(content)
+    assert len(scan(Source(str(path), "pickapic"), with_images=True).prompts) == 4
 
 
 def test_fault_38_blank_lines_and_windows_line_ends_are_no_faults(tmp_path: Path) -> None:
@@ -488,6 +503,7 @@ def test_packed_lines_are_read_and_a_damaged_file_is_named(tmp_path: Path) -> No
     (tmp_path / "a.jsonl.gz").write_bytes(packed)
     source = Source(str(tmp_path / "a.jsonl.gz"), "pairs")
     assert [row.number for row in rows_of(source)] == list(range(1, 601))
+    assert len(scan(source).chunks) == 1
     for content in (packed[:-20], packed[:40] + b"\xff" * 40 + packed[80:], b"no gzip"):
         (tmp_path / "a.jsonl.gz").write_bytes(content)
         with pytest.raises(PreferenceError, match=r"a\.jsonl\.gz: cannot be read: .*; fetch or write it again"):
@@ -523,8 +539,8 @@ def test_large_row_groups_are_told_with_a_command_that_rewrites_them(
     assert warning.startswith(f"{path}: has a row group of 600 rows and 0.0 GB, which one task reads alone")
     command = shlex.split(warning.partition("write smaller ones: ")[2])
     subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
-    assert pq.ParquetFile(tmp_path / "small.parquet").num_row_groups == 3
-    assert pq.read_table(tmp_path / "small.parquet").equals(pq.read_table(path))
+    assert pq.ParquetFile(tmp_path / "small-a.parquet").num_row_groups == 3
+    assert pq.read_table(tmp_path / "small-a.parquet").equals(pq.read_table(path))
 
 
 def test_a_row_group_is_read_page_by_page(tmp_path: Path) -> None:

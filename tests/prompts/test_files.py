@@ -320,10 +320,10 @@ def test_files_as_people_and_programs_write_them_are_read(tmp_path: Path, name: 
         ("p.json", "[" * 100_000, r"is not JSON that can be read"),
         (
             "p.json",
-            '["a cat", 3, {"text": "a dog"}, "half \\ud83d"]',
-            r"3 faults\n.*item 2: must be an object.*\n.*item 3",
+            '["a cat", 3, {"text": "a dog"}, "half \\ud83d", "half \\udc80"]',
+            r"4 faults\n.*item 2: must be an object.*\n.*item 3",
         ),
-        ("p.json", b'["caf\xe9"]', r"item 1: is not UTF-8 \(byte 0xe9\)"),
+        ("p.json", b'["caf\xe9"]', r"p\.json: is not UTF-8 \(byte 0xe9\); save the file"),
         ("p.csv", "sep=;\nprompt;id\na cat;1\na;b;c\n", r"p\.csv:4: has 3 fields, but the header 2"),
         ("p.txt.gz", b"not packed", r"p\.txt\.gz: cannot be unpacked: Not a gzipped file"),
         ("p.txt.gz", gzip.compress(b"a cat\n" * 1000)[:-9], r"p\.txt\.gz: cannot be unpacked: .*end-of-stream"),

@@ -27,7 +27,7 @@ from cdpo_ray.prompts.syntax import literal_syntax
 def test_each_syntax_is_told_with_the_number_of_prompts(prompt: str, kinds: list[str]) -> None:
     lines = literal_syntax([prompt, prompt, "a plain cat"])
     assert [line.split()[3].rstrip(",") for line in lines] == kinds
-    assert all(line.startswith("2 prompts contain ") and line.endswith("; it is read literally") for line in lines)
+    assert all(line.startswith("2 prompts contain ") and line.endswith(": read literally") for line in lines)
 
 
 def test_plain_prompts_hold_no_syntax() -> None:
