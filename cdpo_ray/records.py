@@ -20,7 +20,7 @@
 2-scores/<reward>.parquet      a row a sample, in prompt and sample order
     prompt_index, prompt_id, sample_index, score_<reward> float64 (higher is better)
 2-scores/label.parquet         as a reward's, of imported images that may be trained on: no prompt held out is there
-2-scores/second/<reward>.parquet   the same of the first `rewards.noise_prompts` prompts, scored once more in other batches
+2-scores/second/<reward>.parquet   the same of the first `rewards.noise_prompts` prompts, scored in other batches
 
 3-stages/stage-<k>/*.parquet   a row a drawn pair, easy to hard; training takes them by `draw`, easy and hard mixed
     stage             int64   1-based
