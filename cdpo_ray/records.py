@@ -15,11 +15,12 @@
     score_<reward>    list<float64> a sample; only rewards computed with the images
 1-samples/set_aside.jsonl, 5-evaluation/set_aside.jsonl   prompts that raised inside the model and have no row, if any
     prompt_index, prompt, reason (of imported images: those that cannot be used, by file and row)
+    images, num_images   of a prompt that has a row: which of how many images are black or not finite, without a score
 
 2-scores/<reward>.parquet      a row a sample, in prompt and sample order
     prompt_index, prompt_id, sample_index, score_<reward> float64 (higher is better)
 2-scores/label.parquet         as a reward's, of imported images that may be trained on: no prompt held out is there
-2-scores/second/<reward>.parquet   the same of the first `rewards.noise_prompts` prompts, scored once more
+2-scores/second/<reward>.parquet   the same of the first `rewards.noise_prompts` prompts, scored in other batches
 
 3-stages/stage-<k>/*.parquet   a row a drawn pair, easy to hard; training takes them by `draw`, easy and hard mixed
     stage             int64   1-based

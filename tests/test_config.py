@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 import cdpo_ray
 from cdpo_ray.config import COMBINATIONS, REWARD_NAMES, Config, load_config, parse_yaml, validate
+from cdpo_ray.config.section import without_credentials
 from cdpo_ray.curriculum.schedule import Schedule
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.rewards import REWARDS
@@ -595,11 +596,12 @@ def test_the_models_of_vlm_alignment_are_here_or_pinned(options: str, fault: str
 )
 def test_fault_62_an_endpoint_is_a_plain_url_and_a_secret_in_it_is_not_shown(url: str) -> None:
     (fault,) = refused(f'rewards.vlm_alignment.endpoint={{url: "{url}", model: m}}')
-    assert fault.startswith("`rewards.vlm_alignment.endpoint.url` must ")
+    assert fault.startswith("`rewards.vlm_alignment.endpoint.url` must be an http or https URL without user, password")
     (other,) = refused(f'rewards.vlm_alignment.endpoint="{url}"')
     with pytest.raises(ConfigError, match=r"^override ") as unparsed:
         load_config(QUICKSTART, (f'rewards.vlm_alignment.endpoint={{url: "{url}"',))
     assert "secret" not in f"{fault}{other}{unparsed.value}"
+    assert without_credentials(fault) == fault and fault.endswith("in `token_variable`")
 
 
 @pytest.mark.parametrize(

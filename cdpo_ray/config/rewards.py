@@ -159,10 +159,19 @@ class ImageRewardOptions(Section):
         return self
 
 
+def _plain_url(url: str) -> str:
+    if not re.fullmatch(r"https?://[^@\s?#]+", url):
+        raise ValueError(
+            "must be an http or https URL without user, password, query or fragment; name the variable that holds the"
+            " token in `token_variable`"
+        )
+    return url
+
+
 class EndpointSection(Section):
     """An OpenAI-compatible server; `token_variable` names the environment variable that holds its token."""
 
-    url: Annotated[str, Field(pattern=r"^https?://[^@\s?#]+$")]
+    url: Annotated[str, AfterValidator(_plain_url)]
     model: Annotated[str, Field(min_length=1)]
     token_variable: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
     timeout_seconds: Annotated[float, Field(gt=0)] = 60

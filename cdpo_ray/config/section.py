@@ -33,7 +33,8 @@ def check_place(text: str) -> str:
 def without_credentials(text: str) -> str:
     """A text to show: of an address, neither user and password nor what follows a ``?`` or ``#``, such as a key."""
     text = re.sub(r"(?<=://).*@|[^\s'\"/:@]{1,64}:[^\s/]{1,256}@", "***@", text)
-    return re.sub(r"(://[^\s?#]*[?#]|\?[^\s=]{1,64}=).+?(?=['\"})\]]*$)", r"\1***", text)
+    ends = r"(?=['\"](?:[,;:})\]\s]|$)|$)"  # a quote may be part of a key
+    return re.sub(rf"(://[^\s?#]*[?#]|\?[^\s=]{{1,64}}=).+?{ends}", r"\1***", text)
 
 
 def looked_for(path: str) -> str:

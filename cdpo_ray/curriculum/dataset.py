@@ -101,7 +101,7 @@ def write_stages(
     if num_bad > max_bad_fraction * table.scores.size:
         raise CurriculumError(
             f"{num_bad} of {table.scores.size} scores are not finite, more than `rewards.max_bad_fraction`"
-            f" = {max_bad_fraction}; mend the reward"
+            f" = {max_bad_fraction}; mend the reward, or what made images without a score"
         )
     curriculum = Curriculum(ranking, schedule, seed=seed, gap_noise=table.gap_noise)
     whole = curriculum.formed.extent

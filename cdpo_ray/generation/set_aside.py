@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ IMAGES = "images"
 
 
 class SetAside:
-    """A file a prompt in the step's folder, where every actor and a later attempt find it.
+    """A file per prompt in the step's folder, where every actor and a later attempt find it.
 
     A prompt that was set aside is not tried again, so that a step interrupted anywhere ends as one that was not. A
     prompt of which only some images are bad keeps its row; it counts by the share of them.
@@ -95,9 +94,9 @@ class SetAside:
                     f"images {', '.join(map(str, bad))} of {len(names)} are black everywhere: the model or its VAE gave"
                     " values that are not finite (try another `model.dtype`), or a safety checker was at work"
                 )
-                self._put(rows.slice(row, 1), reason, {IMAGES: bad, "num_images": len(names)})
+                self._put(rows.slice(row, 1), reason, **{IMAGES: bad}, num_images=len(names))
 
-    def _put(self, row: pa.Table, reason: str, more: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def _put(self, row: pa.Table, reason: str, **more: Any) -> None:
         (entry,) = row.select(["prompt_index", "prompt"]).to_pylist()
         write_set_aside(self.output_dir, entry["prompt_index"], {**entry, **more, "reason": reason})
         self.refuse_too_many()

@@ -266,7 +266,7 @@ class TextToImageModel(ABC):
         with self.on_device("vae"):
             pixels = vae.decode(scaled + (vae.config.get("shift_factor") or 0)).sample
         finite = scaled.flatten(1).isfinite().all(dim=1) & pixels.flatten(1).isfinite().all(dim=1)
-        pixels = torch.where(finite[:, None, None, None], pixels, -1)
+        pixels.masked_fill_(~finite[:, None, None, None], -1)
         return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     @torch.no_grad()

@@ -68,7 +68,7 @@ def load_pixels(image: bytes | str, frame: Frame) -> tuple[NDArray[np.uint8], bo
     width, height = opened.size
     if width * height > frame.max_pixels:
         raise ValueError(f"has {width} x {height} pixels, more than {frame.max_pixels:,}")
-    if max(frame.width / width, frame.height / height) > MAX_ENLARGEMENT:
+    if frame.width > MAX_ENLARGEMENT * width or frame.height > MAX_ENLARGEMENT * height:
         raise ValueError(
             f"has {width} x {height} pixels; {frame.width} x {frame.height} would enlarge it more than"
             f" {MAX_ENLARGEMENT} times"
@@ -100,7 +100,7 @@ def _refusing_damage(frame: Frame) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise ValueError(f"has more pixels than {frame.max_pixels:,}: {error}") from None
     except Exception as error:
-        raise ValueError(f"is damaged: {error or type(error).__name__}") from None
+        raise ValueError(f"is damaged: {str(error) or type(error).__name__}") from None
 
 
 def _without_metadata(data: bytes) -> bytes:

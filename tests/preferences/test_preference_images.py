@@ -103,6 +103,8 @@ def test_fault_22_a_rotated_photograph_stands_upright() -> None:
         (encoded(np.random.default_rng(0).integers(0, 256, (3, 64, 64), np.uint8))[:3000], r"^is damaged: "),
         (encoded(np.random.default_rng(0).integers(0, 256, (3, 64, 64), np.uint8), "jpeg")[:2000], r"^is damaged: "),
         (encoded(np.zeros((3, 1, 1), np.uint8)), r"^has 1 x 1 pixels; 32 x 32 would enlarge it more than 4 times$"),
+        (encoded(np.zeros((3, 32, 32), np.uint8)), r"^is black everywhere, as a safety checker leaves it$"),
+        (header_of(0, 10), r"^(is none of|is damaged|has 0 x 10 pixels)"),
         (header_of(10_000, 10_000), r"^has 10000 x 10000 pixels, more than 50,000,000$"),
         (header_of(100_000, 100_000), r"^has more pixels than 50,000,000"),
         (b"\x89PNG" + bytes(10_000_000), r"^has 10,000,004 bytes, more than 10,000,000$"),

@@ -110,7 +110,7 @@ def test_an_image_without_a_caption_scores_nan_with_one_warning_and_the_others_k
     encoder_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers: list[Answer] = [saying("a cat"), failing(500), saying(""), saying("the red bird")]
-    images, prompts = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), ["a cat", "a cat", "a cat", "a dog"]
+    images, prompts = torch.ones(4, 3, 8, 8, dtype=torch.uint8), ["a cat", "a cat", "a cat", "a dog"]
     with CaptionServer(lambda _: answers.pop(0)) as server:
         scorer = served(server, encoder_dir)
         with caplog.at_level(logging.WARNING, logger="cdpo_ray"):
@@ -129,7 +129,7 @@ def test_a_batch_without_any_caption_stops_with_the_reason(encoder_dir: Path) ->
         with pytest.raises(
             RewardError, match=r"none of 2 images could be captioned: http://.* answered with status 401$"
         ):
-            scorer(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ["a cat", "a dog"])
+            scorer(torch.ones(2, 3, 8, 8, dtype=torch.uint8), ["a cat", "a dog"])
 
 
 def evil_pickle(canary: Path) -> bytes:
