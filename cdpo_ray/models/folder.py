@@ -12,7 +12,19 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from cdpo_ray.errors import ModelError
-from cdpo_ray.models.layouts import INDEX, LAYOUTS, Config, Configs, Faults, Layout, Part, config_path, one_of, shown
+from cdpo_ray.models.layouts import (
+    INDEX,
+    LAYOUTS,
+    Config,
+    Configs,
+    Faults,
+    Layout,
+    Part,
+    config_path,
+    one_of,
+    shown,
+    unquoted,
+)
 from cdpo_ray.testbed import PIPELINE_DIR
 
 MAX_JSON_BYTES = 2**24
@@ -69,7 +81,7 @@ def check_folder(family: str, folder: Path, *, key: str = "model.path", partial:
     if not (folder / config_path(INDEX)).exists():
         single = sorted(path.name for path in folder.glob("*.safetensors"))
         advice = (
-            f"one-file checkpoints ({shown(single[0])[1:-1]}) are not read: load it by `from_single_file` of diffusers,"
+            f"one-file checkpoints ({unquoted(single[0])}) are not read: load it by `from_single_file` of diffusers,"
             " and give the folder that its `save_pretrained` writes"
             if single
             else "give a folder in diffusers layout with safetensors weights"
@@ -121,7 +133,7 @@ def read_config(path: Path) -> Config:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is no JSON ({type(error).__name__})") from None
+        raise ValueError(f"is not JSON ({type(error).__name__})") from None
     if not isinstance(found, dict):
         raise ValueError(f"must hold a JSON object, got {shown(found)}")
     return found
@@ -137,7 +149,8 @@ def weighted_parts(family: str, folder: Path) -> dict[str, Part]:
 def other_parts(family: str, folder: Path) -> list[str]:
     """Parts that a checked folder names besides those of the family."""
     index = read_config(folder / config_path(INDEX))
-    return [name for name, value in index.items() if isinstance(value, list) and name not in LAYOUTS[family].parts]
+    known = (*LAYOUTS[family].parts, "_class_name")
+    return [name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and name not in known]
 
 
 def weights_variant(part_dir: Path, stem: str) -> str | None:
@@ -171,7 +184,7 @@ def _own_code(folder: Path) -> str | None:
         return None
     named = [value[0] for value in index.values() if isinstance(value, list) and value]
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py") if path.stem in named)
-    return shown(found[0])[1:-1] if found else None
+    return unquoted(found[0]) if found else None
 
 
 def _faults(layout: Layout, folder: Path, partial: bool) -> list[str]:
@@ -227,10 +240,10 @@ def _class_faults(name: str, named: Any, part: Part) -> Faults:
     if not isinstance(named, list) or len(named) != 2 or not all(isinstance(each, str) for each in named):
         yield f"{where} must be a library and a class, got {shown(named)}"
         return
-    got = shown(".".join(named))[1:-1]
+    got = unquoted(".".join(named))
     if named[0] not in LIBRARIES:
         libraries = " and ".join(LIBRARIES)
-        yield f"{where} cannot be loaded: {shown(named[0])[1:-1]} is not one of the libraries {libraries}, got {got}"
+        yield f"{where} cannot be loaded: {unquoted(named[0])} is not one of the libraries {libraries}, got {got}"
     elif named[0] != part.library or (part.classes and named[1] not in part.classes):
         allowed = [f"{part.library}.{each}" for each in part.classes] or [f"of {part.library}"]
         yield f"{where} must be {one_of(allowed)}, got {got}"
@@ -267,4 +280,4 @@ def _weight_faults(part_dir: Path, stem: str, partial: bool) -> Faults:
         if PurePath(shard).name != shard:
             yield f"{part_dir.name}/{index}: {shown(shard)} is not the name of a file beside it"
         elif not partial and not (part_dir / shard).is_file():
-            yield f"{part_dir.name}/{shown(shard)[1:-1]} is missing"
+            yield f"{part_dir.name}/{unquoted(shard)} is missing"
