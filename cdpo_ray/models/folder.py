@@ -63,11 +63,10 @@ def folder_of(path: str, revision: str | None = None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def check_folder(family: str, folder: Path, *, key: str = "model.path", partial: bool = False) -> None:
+def check_folder(family: str, folder: Path, *, partial: bool = False) -> None:
     """Compare a model folder with a family.
 
     Args:
-        key: of the configuration, to name in errors.
         partial: a file that is not there is no fault.
 
     Raises:
@@ -75,7 +74,7 @@ def check_folder(family: str, folder: Path, *, key: str = "model.path", partial:
     """
     if code := _own_code(folder):
         raise ModelError(
-            f"`{key}` {folder}: its model_index.json asks for its own code, {code}, which is not run; give a folder"
+            f"`model.path` {folder}: its model_index.json asks for its own code, {code}, which is not run; give a folder"
             " whose parts are classes of diffusers and transformers"
         )
     if not (folder / config_path(INDEX)).exists():
@@ -86,11 +85,11 @@ def check_folder(family: str, folder: Path, *, key: str = "model.path", partial:
             if single
             else "give a folder in diffusers layout with safetensors weights"
         )
-        raise ModelError(f"`{key}` {folder}: has no {config_path(INDEX)}; {advice}")
+        raise ModelError(f"`model.path` {folder}: has no {config_path(INDEX)}; {advice}")
     if faults := _faults(LAYOUTS[family], folder, partial):
         fits = [other for other, layout in LAYOUTS.items() if not _faults(layout, folder, partial)]
         advice = f"it fits `model.family` {one_of(fits)}" if fits else "give another model, or correct its files"
-        raise _refusal(f"`{key}` {folder}: does not fit `model.family` {family}", faults, advice)
+        raise _refusal(f"`model.path` {folder}: does not fit `model.family` {family}", faults, advice)
 
 
 def check_teacher(folder: Path, *, student: Path | None, partial: bool = False) -> None:
