@@ -74,8 +74,8 @@ def check_folder(family: str, folder: Path, *, partial: bool = False) -> None:
     """
     if code := _own_code(folder):
         raise ModelError(
-            f"`model.path` {folder}: its model_index.json asks for its own code, {code}, which is not run; give a folder"
-            " whose parts are classes of diffusers and transformers"
+            f"`model.path` {folder}: its model_index.json asks for its own code, {code}, which is not run; give a"
+            " folder whose parts are classes of diffusers and transformers"
         )
     if not (folder / config_path(INDEX)).exists():
         single = sorted(path.name for path in folder.glob("*.safetensors"))
