@@ -85,7 +85,7 @@ def _answer(error: BaseException) -> str | None:
     if "RevisionNotFoundError" in kinds:
         return f"has no such revision ({status}); give a commit that the hub lists"
     if "EntryNotFoundError" in kinds:
-        return f"lacks the file at this revision ({status}); correct the name of the file, or the revision"
+        return f"lacks a file that it must have ({status}); correct the hub id, the revision or the name of the file"
     if "DisabledRepoError" in kinds:
         return f"is disabled on the hub ({status}); use another"
     if status == 401:

@@ -523,6 +523,14 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path: Path, mon
     assert preferences is not None and preferences.path == f"{tmp_path}/a b/*.parquet"
 
 
+def test_fault_37_a_one_file_checkpoint_is_told_how_to_convert(tmp_path: Path) -> None:
+    (tmp_path / "v1-5.safetensors").touch()
+    with pytest.raises(
+        ConfigError, match=r"`path` must be a folder in diffusers layout, got the file .*from_single_file"
+    ):
+        load_config(QUICKSTART, [f"model.path={tmp_path}/v1-5.safetensors"])
+
+
 def test_a_clip_checkpoint_must_be_a_file_or_a_pinned_hub_id(tmp_path: Path) -> None:
     assert "`checkpoint` must be a file or a hub id" in refused("rewards.clip.architecture=ViT-B-32")[0]
     both = ("rewards.clip.architecture=ViT-B-32", "rewards.clip.checkpoint=someone/clip")

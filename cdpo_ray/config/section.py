@@ -63,6 +63,11 @@ def check_pinned(place: str, revision: str | None, *, key: str, revision_key: st
 def check_weights(path: str, revision: str | None) -> None:
     if path == "embedded" or os.path.isdir(path):
         return
+    if Path(path).is_file():
+        raise ValueError(
+            f"`path` must be a folder in diffusers layout, got the file {path!r}; load a one-file checkpoint by"
+            " `from_single_file` of diffusers, and give the folder that its `save_pretrained` writes"
+        )
     if not HUB_ID.match(path) or path.startswith(("./", "../")):
         raise ValueError(
             f"`path` must be 'embedded', an existing folder or a hub id, got {path!r}: no folder {looked_for(path)}"

@@ -118,7 +118,8 @@ class TextToImageModel(ABC):
                 prompt is encoded before the denoiser is put on the device.
 
         Raises:
-            ModelError: nothing that can be loaded is there, or a package that ``quantization`` needs is missing.
+            ModelError: nothing that can be loaded is there, it is a model of another family, its weights are not those
+                of its nets, or a package that ``quantization`` needs is missing.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         torch_dtype: torch.dtype = getattr(torch, dtype)
@@ -150,7 +151,7 @@ class TextToImageModel(ABC):
         """The stock pipeline, without the parts ``left_out``.
 
         Raises:
-            ModelError: nothing that can be loaded is there.
+            ModelError: nothing that can be loaded is there, or it is a model of another family.
         """
         options = {**cls.load_options, **left_out}
         model_dir = cls.embedded_dir if path == "embedded" else fetch(cls.pipeline_class, path, revision, options)

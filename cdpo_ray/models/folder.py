@@ -12,7 +12,19 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from cdpo_ray.errors import ModelError
-from cdpo_ray.models.layouts import INDEX, LAYOUTS, Config, Configs, Faults, Layout, Part, config_path, one_of, shown
+from cdpo_ray.models.layouts import (
+    INDEX,
+    LAYOUTS,
+    Config,
+    Configs,
+    Faults,
+    Layout,
+    Part,
+    config_path,
+    one_of,
+    shown,
+    unquoted,
+)
 from cdpo_ray.testbed import PIPELINE_DIR
 
 MAX_JSON_BYTES = 2**24
@@ -51,11 +63,10 @@ def folder_of(path: str, revision: str | None = None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def check_folder(family: str, folder: Path, *, key: str = "model.path", partial: bool = False) -> None:
+def check_folder(family: str, folder: Path, *, partial: bool = False) -> None:
     """Compare a model folder with a family.
 
     Args:
-        key: of the configuration, to name in errors.
         partial: a file that is not there is no fault.
 
     Raises:
@@ -63,22 +74,22 @@ def check_folder(family: str, folder: Path, *, key: str = "model.path", partial:
     """
     if code := _own_code(folder):
         raise ModelError(
-            f"`{key}` {folder}: its model_index.json asks for its own code, {code}, which is not run; give a folder"
-            " whose parts are classes of diffusers and transformers"
+            f"`model.path` {folder}: its model_index.json asks for its own code, {code}, which is not run; give a"
+            " folder whose parts are classes of diffusers and transformers"
         )
     if not (folder / config_path(INDEX)).exists():
         single = sorted(path.name for path in folder.glob("*.safetensors"))
         advice = (
-            f"one-file checkpoints ({shown(single[0])[1:-1]}) are not read: load it by `from_single_file` of diffusers,"
+            f"one-file checkpoints ({unquoted(single[0])}) are not read: load it by `from_single_file` of diffusers,"
             " and give the folder that its `save_pretrained` writes"
             if single
             else "give a folder in diffusers layout with safetensors weights"
         )
-        raise ModelError(f"`{key}` {folder}: has no {config_path(INDEX)}; {advice}")
+        raise ModelError(f"`model.path` {folder}: has no {config_path(INDEX)}; {advice}")
     if faults := _faults(LAYOUTS[family], folder, partial):
         fits = [other for other, layout in LAYOUTS.items() if not _faults(layout, folder, partial)]
         advice = f"it fits `model.family` {one_of(fits)}" if fits else "give another model, or correct its files"
-        raise _refusal(f"`{key}` {folder}: does not fit `model.family` {family}", faults, advice)
+        raise _refusal(f"`model.path` {folder}: does not fit `model.family` {family}", faults, advice)
 
 
 def check_teacher(folder: Path, *, student: Path | None, partial: bool = False) -> None:
@@ -121,7 +132,7 @@ def read_config(path: Path) -> Config:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is no JSON ({type(error).__name__})") from None
+        raise ValueError(f"is not JSON ({type(error).__name__})") from None
     if not isinstance(found, dict):
         raise ValueError(f"must hold a JSON object, got {shown(found)}")
     return found
@@ -137,7 +148,8 @@ def weighted_parts(family: str, folder: Path) -> dict[str, Part]:
 def other_parts(family: str, folder: Path) -> list[str]:
     """Parts that a checked folder names besides those of the family."""
     index = read_config(folder / config_path(INDEX))
-    return [name for name, value in index.items() if isinstance(value, list) and name not in LAYOUTS[family].parts]
+    known = (*LAYOUTS[family].parts, "_class_name")
+    return [name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and name not in known]
 
 
 def weights_variant(part_dir: Path, stem: str) -> str | None:
@@ -171,7 +183,7 @@ def _own_code(folder: Path) -> str | None:
         return None
     named = [value[0] for value in index.values() if isinstance(value, list) and value]
     found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py") if path.stem in named)
-    return shown(found[0])[1:-1] if found else None
+    return unquoted(found[0]) if found else None
 
 
 def _faults(layout: Layout, folder: Path, partial: bool) -> list[str]:
@@ -227,10 +239,10 @@ def _class_faults(name: str, named: Any, part: Part) -> Faults:
     if not isinstance(named, list) or len(named) != 2 or not all(isinstance(each, str) for each in named):
         yield f"{where} must be a library and a class, got {shown(named)}"
         return
-    got = shown(".".join(named))[1:-1]
+    got = unquoted(".".join(named))
     if named[0] not in LIBRARIES:
         libraries = " and ".join(LIBRARIES)
-        yield f"{where} cannot be loaded: {shown(named[0])[1:-1]} is not one of the libraries {libraries}, got {got}"
+        yield f"{where} cannot be loaded: {unquoted(named[0])} is not one of the libraries {libraries}, got {got}"
     elif named[0] != part.library or (part.classes and named[1] not in part.classes):
         allowed = [f"{part.library}.{each}" for each in part.classes] or [f"of {part.library}"]
         yield f"{where} must be {one_of(allowed)}, got {got}"
@@ -267,4 +279,4 @@ def _weight_faults(part_dir: Path, stem: str, partial: bool) -> Faults:
         if PurePath(shard).name != shard:
             yield f"{part_dir.name}/{index}: {shown(shard)} is not the name of a file beside it"
         elif not partial and not (part_dir / shard).is_file():
-            yield f"{part_dir.name}/{shown(shard)[1:-1]} is missing"
+            yield f"{part_dir.name}/{unquoted(shard)} is missing"

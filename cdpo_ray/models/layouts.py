@@ -100,6 +100,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:74]} ...{text[-1]}"
 
 
+def unquoted(text: str) -> str:
+    """A foreign name to show in a message, as `shown`."""
+    return shown(text)[1:-1]
+
+
 def one_of(names: Sequence[str]) -> str:
     return " or ".join(names)
 
@@ -186,7 +191,7 @@ def _scheduler_faults(configs: Configs, formulations: tuple[str, ...]) -> Faults
         if (kind := _formulation(name, scheduler)) not in formulations:
             data = f" with `sigma_data` {shown(scheduler['sigma_data'])}" if "sigma_data" in scheduler else ""
             yield (
-                f"{config_path('scheduler')}: {shown(name)[1:-1]}{data} samples {kind} models, and this family's are"
+                f"{config_path('scheduler')}: {unquoted(name)}{data} samples {kind} models, and this family's are"
                 f" {one_of(formulations)} models"
             )
             return
@@ -271,7 +276,7 @@ def _unet_faults(configs: Configs, widths: Mapping[str, str], *, guided: bool = 
     if guided:
         yield from _expect_kind(configs, "unet", "time_cond_proj_dim", ("the width of a guidance embedding", _is_whole))
     else:
-        why = "of latent consistency models alone the guidance is an input"
+        why = "the guidance is an input of latent consistency models only"
         yield from _expect(configs, "unet", "time_cond_proj_dim", None, why)
 
 

@@ -9,7 +9,7 @@ import torch
 from cdpo_ray.errors import ModelError
 from cdpo_ray.hub import cause_of, how_to_stage
 from cdpo_ray.models.folder import weights_variant
-from cdpo_ray.models.layouts import shown
+from cdpo_ray.models.layouts import unquoted
 
 UNUSED = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "decoder.", "lm_head.")
 """Beginnings of the names of weights that a text encoder may have besides its own: of all of CLIP or T5."""
@@ -64,7 +64,7 @@ def load_part(kind: Any, part_dir: Path, dtype: torch.dtype) -> Any:
     )
     if report["mismatched_keys"]:
         name, found, expected = min(report["mismatched_keys"])
-        raise ValueError(f"{part_dir.name}/ has {shown(name)[1:-1]} of shape {list(found)}, not {list(expected)}")
+        raise ValueError(f"{part_dir.name}/ has {unquoted(name)} of shape {list(found)}, not {list(expected)}")
     # of sharded weights, diffusers reports what the index promises
     missing = {*report["missing_keys"], *(name for name, value in net.state_dict().items() if value.is_meta)}
     others = {name for name in report["unexpected_keys"] if not name.endswith("position_ids")}
@@ -74,14 +74,14 @@ def load_part(kind: Any, part_dir: Path, dtype: torch.dtype) -> Any:
         others = set()
     if not missing and not others:
         return net
-    what = [
-        f"{does} {len(names)} {of} {kind.__name__}, the first {shown(min(names))[1:-1]}"
-        for does, of, names in (("lacks", "weights of", missing), ("has", "weights that are none of", others))
-        if names
-    ]
+    what = []
+    if missing:
+        what.append(f"lacks {len(missing)} weights of {kind.__name__}, the first {unquoted(min(missing))}")
+    if others:
+        what.append(f"has {len(others)} weights that {kind.__name__} does not have, the first {unquoted(min(others))}")
     has_adapter = any(".base_layer." in name or ".lora_" in name for name in others)
     advice = "; it was saved with a LoRA attached: merge or unload the LoRA, and save it again" if has_adapter else ""
-    raise ValueError(f"{part_dir.name}/ {' and '.join(what)}{advice}")
+    raise ValueError(f"{part_dir.name}/ {', and '.join(what)}{advice}")
 
 
 def cannot_be_loaded(key: str, path: str, revision: str | None, error: Exception) -> ModelError:

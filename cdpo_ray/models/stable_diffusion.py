@@ -8,10 +8,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, TextToImageModel, Times
+from cdpo_ray.models.layouts import NUM_TIMESTEPS
 from cdpo_ray.models.noising import add_noise, denoising_target
 from cdpo_ray.testbed import PIPELINE_DIR
-
-NUM_TIMESTEPS = 1000
 
 
 class StableDiffusion(TextToImageModel):

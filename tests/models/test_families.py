@@ -207,4 +207,5 @@ def test_families_are_those_that_a_config_can_name_and_each_can_be_imported() ->
     assert set(FAMILIES) == set(get_args(Family))
     for place in FAMILIES.values():
         module, _, name = place.partition(":")
-        assert issubclass(getattr(importlib.import_module(module), name), TextToImageModel)
+        kind = getattr(importlib.import_module(module), name)
+        assert issubclass(kind, TextToImageModel) and FAMILIES[kind.family] == place
