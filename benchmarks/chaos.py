@@ -192,7 +192,7 @@ COMMANDS = (
             Moment("train", "final rename", DRIVER, Renames(TRAINING)),
             Moment("evaluate", "a part is written", COMPARER, Appears(f"{EVALUATION}.partial/{PARTS}"), 0.5),
             Moment("evaluate", "a part is written", TERMINATED, Appears(f"{EVALUATION}.partial/{PARTS}"), 0.2),
-            Moment("evaluate", "joining", GROUP, Appears(f"{EVALUATION}.partial/comparison.parquet"), 0.2),
+            Moment("evaluate", "joining", GROUP, Appears(f"{EVALUATION}.partial/comparison.parquet"), 0.05),
             Moment("evaluate", "final rename", DRIVER, Renames(EVALUATION)),
             Moment("report", "after the last step", DRIVER, Says("evaluate: done already"), 2),
         ),
