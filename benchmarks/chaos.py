@@ -215,7 +215,7 @@ COMMANDS = (
     ),
     Command(
         "export", "run", ("--format", "kohya"),
-        (Moment("export", "final rename", DRIVER, Appears("export/.kohya.partial/README.md")),),
+        (Moment("export", "its weights are written", DRIVER, Appears("export/.kohya.partial/run.safetensors")),),
         "is there already",
     ),
     Command(
@@ -637,7 +637,7 @@ def disturb(wanted: dict[Command, list[Moment]], folder: Path, seed: int) -> dic
 
     left = end_all(END_SECONDS)
     kills = [kill for each in disturbed for kill in each.kills]
-    renames = [kill.found for kill in kills if kill.step != "export" and kill.when.endswith("final rename")]
+    renames = [kill.found for kill in kills if kill.when.endswith("final rename")]
     same, different = compared(folder / "quiet", folder / "runs")
     return {
         "seconds": {"quiet": round(quiet_seconds), "chaos": round(chaos_seconds)},
