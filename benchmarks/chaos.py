@@ -151,12 +151,14 @@ class Command:
 
     Attributes:
         config: the verb that the configuration is of, see `write_configs`.
+        says_when_done: part of what it refuses with, if it was killed when its work was done already.
     """
 
     verb: str
     config: str
     arguments: tuple[str, ...]
     moments: tuple[Moment, ...]
+    says_when_done: str | None = None
 
     @property
     def name(self) -> str:
@@ -192,7 +194,7 @@ COMMANDS = (
             Moment("train", "final rename", DRIVER, Renames(TRAINING)),
             Moment("evaluate", "a part is written", COMPARER, Appears(f"{EVALUATION}.partial/{PARTS}"), 0.5),
             Moment("evaluate", "a part is written", TERMINATED, Appears(f"{EVALUATION}.partial/{PARTS}"), 0.2),
-            Moment("evaluate", "joining", GROUP, Appears(f"{EVALUATION}.partial/comparison.parquet"), 0.2),
+            Moment("evaluate", "joining", GROUP, Appears(f"{EVALUATION}.partial/comparison.parquet"), 0.05),
             Moment("evaluate", "final rename", DRIVER, Renames(EVALUATION)),
             Moment("report", "after the last step", DRIVER, Says("evaluate: done already"), 2),
         ),
@@ -209,10 +211,12 @@ COMMANDS = (
     Command(
         "export", "run", ("--format", "merged"),
         (Moment("export", "writing", GROUP, Appears("export/*merged*"), 0.3),),
+        "is there already",
     ),
     Command(
         "export", "run", ("--format", "kohya"),
-        (Moment("export", "final rename", DRIVER, Appears("export/*kohya*/**/README.md")),),
+        (Moment("export", "its weights are written", DRIVER, Appears("export/.kohya.partial/run.safetensors")),),
+        "is there already",
     ),
     Command(
         "import", "import", (),
@@ -336,16 +340,13 @@ class Disturbed:
         self.commits = Commits(self.run)
         self.kills: list[Kill] = []
         self.failures: list[str] = []
+        self.gave_up = False
         self.started = time.monotonic()
         self.missed: list[Moment] = []
         self.known: dict[str, tuple[psutil.Process, str]] = {}
 
     def survive(self) -> None:
-        """Give the command until it succeeds.
-
-        Raises:
-            SystemExit: it hangs, or fails again and again with nothing killed.
-        """
+        """Give the command until it succeeds, or fails again and again with nothing killed, which is a fault."""
         num_starts = 0
         while True:
             num_starts += 1
@@ -358,14 +359,15 @@ class Disturbed:
                     self._kill(*reached, driver)
             for kill in self.kills[num_kills:]:
                 kill.exit_code = driver.returncode
-            if driver.returncode == 0:
-                self.missed += [moment for moment, _ in self.pending]
-                return
-            if len(self.kills) == num_kills:
+            refusal = self.kills and self.command.says_when_done
+            done = driver.returncode == 0 or (refusal and refusal in last_line(log))
+            if not done and len(self.kills) == num_kills:
                 self.failures.append(f"{log}: exit code {driver.returncode}: {last_line(log)}")
                 print(self.failures[-1], file=sys.stderr)
-                if len(self.failures) >= MAX_FAILURES:
-                    sys.exit(f"{self.command.name}: failed {MAX_FAILURES} times with nothing killed")
+            self.gave_up = not done and len(self.failures) >= MAX_FAILURES
+            if done or self.gave_up:
+                self.missed += [moment for moment, _ in self.pending]
+                return
 
     def _next(self, driver: "subprocess.Popen[bytes]", log: Path, deadline: float) -> tuple[Moment, float] | None:
         """Wait for the next moment whose event comes; none: the command ended."""
@@ -378,8 +380,10 @@ class Disturbed:
         while driver.poll() is None:
             now, asked = time.monotonic(), fast
             if now > deadline:
+                print(f"{log}: no end after {LIMIT_SECONDS:.0f} s", file=sys.stderr)
                 os.killpg(driver.pid, signal.SIGKILL)
-                sys.exit(f"{log}: no end after {LIMIT_SECONDS:.0f} s")
+                driver.wait()
+                return None
             if now > due:
                 asked, due = [*fast, *slow], now + SLOW_TICK_SECONDS
                 self.commits.look()
@@ -543,7 +547,7 @@ def steady(path: Path) -> Any:
 
     if path.suffix == ".json":
         return without_times(json.loads(path.read_text()))
-    if path.suffix == ".html":
+    if path.suffix in (".html", ".md"):
         return re.sub(r"\d{4}-\d\d-\d\dT[\d:+]+|\b\d+\.\d\b", "#", path.read_text())
     if path.suffix == ".safetensors":
         with safe_open(path, framework="np") as file:
@@ -633,13 +637,14 @@ def disturb(wanted: dict[Command, list[Moment]], folder: Path, seed: int) -> dic
 
     left = end_all(END_SECONDS)
     kills = [kill for each in disturbed for kill in each.kills]
-    renames = [kill.found for kill in kills if kill.step != "export" and kill.when.endswith("final rename")]
+    renames = [kill.found for kill in kills if kill.when.endswith("final rename")]
     same, different = compared(folder / "quiet", folder / "runs")
     return {
         "seconds": {"quiet": round(quiet_seconds), "chaos": round(chaos_seconds)},
         "kills": [asdict(kill) for kill in kills],
         "missed": [described(each.command, moment) for each in disturbed for moment in each.missed],
         "failures": [line for each in disturbed for line in each.failures],
+        "given_up": [each.command.name for each in disturbed if each.gave_up],
         "renames": {"hit": sum(state.endswith(BETWEEN) for state in renames), "tried": len(renames)},
         "updates_repeated": sum(each.commits.num_repeated for each in disturbed),
         "ended_by_sigterm": [
@@ -673,6 +678,7 @@ def tell(found: dict[str, Any], min_kills: int) -> None:
     print(f"seconds: {found['seconds']['quiet']} quiet, {found['seconds']['chaos']} under {len(found['kills'])} kills")
     faults = [
         *found["different"],
+        *(f"{name}: failed {MAX_FAILURES} times with nothing killed" for name in found["given_up"]),
         *(f"still running: {title}" for title in found["processes_left"]),
         *(
             f"SIGTERM in {ended['step']}: exit code {ended['exit_code']}, not 143"
