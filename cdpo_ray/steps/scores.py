@@ -87,12 +87,15 @@ def _score_parts(config: Config) -> dict[str, tuple[str, bool]]:
 
 def _scores_elsewhere(context: Context) -> tuple[Path, dict[str, Any]]:
     """Where the run that gave the images keeps their scores, and with what settings it made them."""
-    other = RunFolder(place(context.config.run.samples_from or ""))
-    if context.config.run.samples_from and other.has(SCORES):
+    config = context.config
+    other = RunFolder(place(config.run.samples_from or ""))
+    if config.run.samples_from and other.has(SCORES):
         other.refuse_damage(SCORES)
         manifest = other.manifest(SCORES)
         if manifest["inputs"] == {SAMPLES: context.run.fingerprint(SAMPLES)}:
-            return other.step(SCORES), manifest["settings"]
+            files = {part: score_file(name, second=second) for part, (name, second) in _score_parts(config).items()}
+            listed = {part: made for part, made in manifest["settings"].items() if files.get(part) in manifest["files"]}
+            return other.step(SCORES), listed
     return other.path, {}
 
 
