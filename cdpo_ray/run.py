@@ -32,7 +32,7 @@ from cdpo_ray.steps import (
     prompt_source,
     steps_of,
 )
-from cdpo_ray.store import CONFIG, RunFolder, differences, make_folder, place, read_untrusted, write_text
+from cdpo_ray.store import CONFIG, RunFolder, differences, make_folder, path_within, place, read_untrusted, write_text
 from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def round_folders(config: Config) -> list[RunFolder]:
     path = _run_dir(config)
     if config.rounds == 1:
         return [RunFolder(path)]
-    return [RunFolder(path / f"round-{number}") for number in range(1, config.rounds + 1)]
+    return [RunFolder(path_within(path, f"round-{number}")) for number in range(1, config.rounds + 1)]
 
 
 def write_reports(config: Config, *, anew: bool = False) -> list[Path]:
@@ -255,7 +255,7 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
         if step.folder in (TRAINING, EVALUATION):  # the others are not read; they may be very large
             run.refuse_damage(step.folder)
     _warn_of_edited_config(config, run)
-    output_dir = output_dir or _run_dir(config) / "export" / format_name
+    output_dir = output_dir or path_within(_run_dir(config), f"export/{format_name}")
     export(context, format_name, output_dir)
     return output_dir
 

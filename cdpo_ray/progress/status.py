@@ -173,7 +173,7 @@ def _rounds(run_dir: Path, status: dict[str, Any] | None) -> list[RunFolder]:
     count = (status or {}).get("num_rounds") or min(sum(1 for _ in run_dir.glob("round-*")), MAX_ROUNDS) or 1
     if count == 1:
         return [RunFolder(run_dir)]
-    return [RunFolder(run_dir / f"round-{number}") for number in range(1, count + 1)]
+    return [RunFolder(path_within(run_dir, f"round-{number}")) for number in range(1, count + 1)]
 
 
 def _step_lines(run: RunFolder, folder: str, here: dict[str, Any] | None, *, alive: bool) -> list[str]:
