@@ -143,9 +143,10 @@ def write_reports(config: Config, *, anew: bool = False) -> list[Path]:
         StoreError: a step is not done.
     """
     folders = round_folders(config)
+    paths = [_write_report(run, anew) for run in folders]
     for run in folders if anew else []:  # else `run_steps` has just written it
         _warn_of_edited_config(config, run)
-    return [_write_report(run, anew) for run in folders]
+    return paths
 
 
 def check_cluster(config: Config, steps: Iterable[Step]) -> list[str]:
@@ -310,7 +311,7 @@ def _warn_of_edited_config(config: Config, run: RunFolder) -> None:
     except FileNotFoundError:
         return
     except (StoreError, ConfigError) as error:
-        log.warning("%s", error)
+        log.warning("%s", printable(error, 1000))
         return
     if changed:
         log.warning("%s: differs from the configuration: %s", run.path / CONFIG, printable(changed, 1000))

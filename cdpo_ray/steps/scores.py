@@ -19,7 +19,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
 
     config, samples_dir = context.config, context.run.step(SAMPLES)
     rewards, settings, parts = config.rewards, score_settings(config), _score_parts(config)
-    with_images = context.run.manifest(SAMPLES)["details"]["rewards"]
+    with_images = context.run.manifest(SAMPLES)["details"].get("rewards", {})
     other_dir, there = _scores_elsewhere(context)
     num_samples = shard_schema(samples_dir).field("latents").type.shape[0]
     missing: dict[bool, list[str]] = {False: [], True: []}

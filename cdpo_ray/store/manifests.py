@@ -41,6 +41,7 @@ class FilesManifest(TypedDict):
 @other_keys_allowed
 class Details(TypedDict):
     predicted: NotRequired[Predicted]
+    rewards: NotRequired[dict[str, Any]]
 
 
 @other_keys_allowed
