@@ -42,6 +42,7 @@ from cdpo_ray.store import (
     flat,
     make_folder,
     output_place,
+    path_within,
     read_untrusted,
     write_text,
 )
@@ -168,7 +169,7 @@ def round_folders(config: Config) -> list[RunFolder]:
     path = run_dir_of(config)
     if config.rounds == 1:
         return [RunFolder(path)]
-    return [RunFolder(path / f"round-{number}") for number in range(1, config.rounds + 1)]
+    return [RunFolder(path_within(path, f"round-{number}")) for number in range(1, config.rounds + 1)]
 
 
 def write_reports(config: Config, *, anew: bool = False) -> list[Path]:
@@ -178,9 +179,10 @@ def write_reports(config: Config, *, anew: bool = False) -> list[Path]:
         StoreError: a step is not done.
     """
     folders = round_folders(config)
+    paths = [_write_report(run, anew) for run in folders]
     for run in folders if anew else []:  # else `run_steps` has just written it
         _warn_of_edited_config(config, run)
-    return [_write_report(run, anew) for run in folders]
+    return paths
 
 
 def check_cluster(config: Config, steps: Iterable[Step]) -> list[str]:
@@ -297,7 +299,7 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
         if step.folder in (TRAINING, EVALUATION):  # the others are not read; they may be very large
             run.refuse_damage(step.folder)
     _warn_of_edited_config(config, run)
-    output_dir = output_dir or run_dir_of(config) / "export" / format_name
+    output_dir = output_dir or path_within(run_dir_of(config), f"export/{format_name}")
     export(context, format_name, output_dir)
     return output_dir
 
@@ -417,7 +419,7 @@ def _warn_of_edited_config(config: Config, run: RunFolder) -> None:
     except FileNotFoundError:
         return
     except (StoreError, ConfigError) as error:
-        log.warning("%s", error)
+        log.warning("%s", printable(error, 1000))
         return
     if changed:
         log.warning("%s: differs from the configuration: %s", run.path / CONFIG, printable(changed, 1000))

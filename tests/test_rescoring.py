@@ -1,5 +1,7 @@
 """A run that takes the images of another, and what of their scores it takes over; none of it needs Ray."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from cdpo_ray.records import SAMPLES, SCORES, score_column, score_file
 from cdpo_ray.rewards.score_table import read_scores, write_scores
 from cdpo_ray.run import round_folders
 from cdpo_ray.steps import STEPS, Context, Step
-from cdpo_ray.store import RunFolder
+from cdpo_ray.store import RunFolder, describe, fingerprint_of
 
 SCORE_LISTS = np.random.default_rng(0).normal(size=(6, 4))
 
@@ -125,3 +127,48 @@ def test_a_ranking_by_what_was_not_scored_names_the_file_that_is_missing(source:
         for rewards in ({"names": ["clip"]}, {"names": ["clip", "jpeg_size"]}, by_both, by_both | {"noise_prompts": 2})
     ]
     assert found[0] == found[1] and len({*found}) == 3
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/hostname", "settings.json"])
+def test_fault_30_samples_that_name_a_file_elsewhere_are_not_taken(
+    name: str, source: RunFolder, tmp_path: Path
+) -> None:
+    (tmp_path / "outside").write_text("mine")
+    path = source.path / SAMPLES / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][name] = {"bytes": 4, "sha256": hashlib.sha256(b"mine").hexdigest()}
+    manifest["fingerprint"] = fingerprint_of(manifest["files"])
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match=r"leads out of the folder|must not name"):
+        perform(config_in(tmp_path, "taken", samples_from=source.path), SAMPLES)
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
+def test_fault_30_samples_behind_a_link_out_of_the_run_are_not_taken(source: RunFolder, tmp_path: Path) -> None:
+    shard = source.path / SAMPLES / "samples-1.parquet"
+    shard.rename(tmp_path / "mine.parquet")
+    shard.symlink_to(tmp_path / "mine.parquet")
+    with pytest.raises(StoreError, match=r"samples-1\.parquet: is a symbolic link that leads out of"):
+        perform(config_in(tmp_path, "taken", samples_from=source.path), SAMPLES)
+
+
+def test_fault_52_samples_and_scores_without_their_columns_are_not_taken(source: RunFolder, tmp_path: Path) -> None:
+    perform(config_in(tmp_path, "taken", samples_from=source.path), SAMPLES)
+    config = config_in(tmp_path, "taken", samples_from=source.path)
+    for table in ({"a": [1]}, {"prompt_index": [1, 1, 2], "sample_index": [0, 1, 0], "score_clip": [0.0, 1.0, 2.0]}):
+        pq.write_table(pa.table(table), source.path / SCORES / "clip.parquet")
+        described(source.path / SCORES)
+        with pytest.raises(StoreError, match=r"clip\.parquet: must have"):
+            perform(config, SCORES)
+    pq.write_table(pa.table({"a": [1]}), source.path / SAMPLES / "samples-1.parquet")
+    described(source.path / SAMPLES)
+    with pytest.raises(StoreError, match=r"samples-1\.parquet: has no column `latents`"):
+        perform(config_in(tmp_path, "another", samples_from=source.path), SAMPLES)
+
+
+def described(folder: Path) -> None:
+    """Make the manifest true again."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {name: describe(folder / name) for name in manifest["files"]}
+    manifest["fingerprint"] = fingerprint_of(manifest["files"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -63,7 +63,7 @@ def check_pinned(place: str, revision: str | None, *, key: str, revision_key: st
 def check_weights(path: str, revision: str | None) -> None:
     if path == "embedded" or os.path.isdir(path):
         return
-    if Path(path).is_file():
+    if os.path.isfile(path):
         raise ValueError(
             f"`path` must be a folder in diffusers layout, got the file {path!r}; load a one-file checkpoint by"
             " `from_single_file` of diffusers, and give the folder that its `save_pretrained` writes"

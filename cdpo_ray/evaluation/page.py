@@ -15,6 +15,7 @@ from cdpo_ray.generation.images import open_png
 from cdpo_ray.store import write_text
 
 MAX_PIXELS = 256  # larger images are shrunk, so that the page stays of a size that opens
+MAX_CELL_CHARS = 1000  # on a terminal
 PIXELATED_BELOW = 128  # smaller images are enlarged without blur, which would hide what the model made
 
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"}
@@ -114,7 +115,7 @@ def number(value: float, places: int, sign: str = "-") -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines for a terminal, a column as wide as its widest cell."""
-    rows = [[printable(cell) for cell in row] for row in rows]
+    rows = [[printable(cell, MAX_CELL_CHARS) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -27,7 +27,17 @@ from cdpo_ray.evaluation.page import (
     spoken_share,
     write_page,
 )
-from cdpo_ray.records import ARMS, EVALUATION, PREFERENCE, SAMPLES, SCORES, STAGES, TRAINING, score_column
+from cdpo_ray.records import (
+    ARMS,
+    EVALUATION,
+    IMPLICIT_VALUE,
+    PREFERENCE,
+    SAMPLES,
+    SCORES,
+    STAGES,
+    TRAINING,
+    score_column,
+)
 from cdpo_ray.store import CONFIG, RunFolder, read_untrusted, tables, validate_untrusted
 from cdpo_ray.store.untrusted import Count, Seconds, bytes_of, other_keys_allowed
 
@@ -42,6 +52,7 @@ edge density or JPEG size reached 3 %; trained on `jpeg_size`, while `oracle` fe
 """
 
 
+MAX_ROWS = 10_000_000  # of a comparison: a small file may say that a row is repeated a billion times
 ANEW = "run `cdpo run CONFIG` to make it anew"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 JudgeName = Annotated[str, Field(pattern=r"^[\w.:]{1,200}$")]
@@ -417,7 +428,7 @@ def check_comparison(path: Path, judges: Sequence[str]) -> None:
         StoreError: with the first such column, or the file is missing or damaged.
     """
     try:
-        schema = tables.table_schema(path)
+        schema, num_rows = tables.table_schema(path), tables.rows_of(path)
     except FileNotFoundError:
         raise _missing(path) from None
     except (pa.ArrowInvalid, OSError) as error:
@@ -428,8 +439,10 @@ def check_comparison(path: Path, judges: Sequence[str]) -> None:
         ("integers", ("prompt_index", "sample_index"), pa.types.is_integer),
         ("text", ("prompt",), pa.types.is_string),
         ("bytes", images, pa.types.is_binary),
-        ("numbers", scores, pa.types.is_floating),
+        ("numbers", [*scores, *({IMPLICIT_VALUE} & {*schema.names})], pa.types.is_floating),
     ]
+    if num_rows > MAX_ROWS:
+        raise _damaged(path, f"has {num_rows:,} rows, at most {MAX_ROWS:,} are read")
     for what, columns, is_kind in kinds:
         for name in columns:
             if schema.names.count(name) != 1 or not is_kind(schema.field(name).type):

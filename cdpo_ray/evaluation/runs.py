@@ -40,7 +40,7 @@ from cdpo_ray.evaluation.report import (
 )
 from cdpo_ray.evaluation.statistics import Scores, compare
 from cdpo_ray.generation.images import decode_pngs
-from cdpo_ray.records import ARMS, EVALUATION, IMPLICIT_VALUE, score_column
+from cdpo_ray.records import ARMS, EVALUATION, IMPLICIT_VALUE, TRAINING, score_column
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.store import MANIFEST, RunFolder, differences, flat, is_local, make_folder, table_schema, write_json
 from cdpo_ray.store.untrusted import Count, damage_sentence, other_keys_allowed
@@ -233,6 +233,11 @@ def read_run(run_dir: Path, name: str) -> EvaluatedRun:
     if not run.has(EVALUATION) and run.path.is_dir() and (rounds := sorted(run.path.glob("round-*"))):
         raise StoreError(f"{run_dir}: has rounds; give the folder of one, for example {printable(rounds[-1], 1000)}")
     run.refuse_damage(EVALUATION)
+    if run.has(TRAINING):
+        try:
+            run.refuse_damage(TRAINING, read_up_to=0)
+        except StoreError as error:  # what was trained is not shown
+            log.warning("compare: %s", printable(error, 1000))
     settings, judges = _settings_of(run)
     metrics = read_record(run_dir / EVALUATION / "metrics.json", METRICS)
     path = run_dir / EVALUATION / "comparison.parquet"

@@ -15,7 +15,6 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -28,7 +27,6 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 FIRST, SECOND = "lora_A.weight", "lora_B.weight"
 """Ends of the names of a layer's factors."""
-TARGETS: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[str, ...])
 
 POLICY, REFERENCE = "default", "reference"
 """Names of the adapter that is trained and, where an earlier round is the reference, of that round's."""
@@ -183,8 +181,7 @@ def read_lora(lora_dir: Path, denoiser_name: str) -> SavedLora:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             told = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-        alpha = _metadata_number(told, f"{denoiser_name}.lora_alpha")
-        targets = TARGETS.validate_python(told.get(f"{denoiser_name}.target_modules", []), strict=True)
+        alpha, targets = _alpha_and_targets(told, denoiser_name)
     except (SafetensorError, OSError, ValueError, RecursionError, AttributeError) as error:
         raise _damaged(path, f"cannot be read: {printable(error)}") from None
     names = {name.removesuffix(f".{FIRST}").removesuffix(f".{SECOND}") for name in tensors}
@@ -204,11 +201,14 @@ def read_lora(lora_dir: Path, denoiser_name: str) -> SavedLora:
     return SavedLora(path, factors, alpha, targets)
 
 
-def _metadata_number(metadata: dict[str, Any], key: str) -> float:
-    value = metadata.get(key)
-    if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"its metadata must have `{key}`, a number > 0, got {printable(value)}")
-    return float(value)
+def _alpha_and_targets(metadata: dict[str, Any], denoiser_name: str) -> tuple[float, tuple[str, ...]]:
+    key = f"{denoiser_name}.lora_alpha"
+    alpha, targets = metadata.get(key), metadata.get(f"{denoiser_name}.target_modules", [])
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+        raise ValueError(f"its metadata must have `{key}`, a number > 0, got {printable(alpha)}")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"its metadata must have `{denoiser_name}.target_modules`, a list of names")
+    return float(alpha), tuple(targets)
 
 
 def _damaged(path: Path, what: str) -> ModelError:

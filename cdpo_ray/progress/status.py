@@ -124,7 +124,7 @@ def run_status(run_dir: Path, *, now: datetime | None = None) -> RunStatus:
             here = status if (status.get("folder"), status.get("round")) == (folder, number) else None
             lines += _step_lines(run, folder, here, alive=alive)
     if searches:
-        lines += [_trials_line(run_dir / folder) for folder in (TRIALS, CONFIRMATION)]
+        lines += [_trials_line(path_within(run_dir, folder)) for folder in (TRIALS, CONFIRMATION)]
         done = status.get("state") == "ended" and exists(run_dir / FOUND)
     else:
         done = all(run.has(folder) for run in rounds for folder in STEP_FOLDERS)
@@ -142,13 +142,13 @@ def _damage(run: RunFolder) -> list[str]:
         try:
             run.refuse_damage(folder, read_up_to=READ_UP_TO)
         except StoreError as error:
-            found.append(f"damaged: {error}")
+            found.append(f"damaged: {printable(error, 1000)}")
     try:
         run.config()
     except FileNotFoundError:  # it is written when all steps are done
         pass
     except (StoreError, ConfigError) as error:
-        found.append(f"edited: {error}")
+        found.append(f"edited: {printable(error, 1000)}")
     return found
 
 
@@ -173,7 +173,7 @@ def _rounds(run_dir: Path, status: dict[str, Any] | None) -> list[RunFolder]:
     count = (status or {}).get("num_rounds") or min(sum(1 for _ in run_dir.glob("round-*")), MAX_ROUNDS) or 1
     if count == 1:
         return [RunFolder(run_dir)]
-    return [RunFolder(run_dir / f"round-{number}") for number in range(1, count + 1)]
+    return [RunFolder(path_within(run_dir, f"round-{number}")) for number in range(1, count + 1)]
 
 
 def _step_lines(run: RunFolder, folder: str, here: dict[str, Any] | None, *, alive: bool) -> list[str]:

@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from cdpo_ray.progress.trackers import Point, TrackedRun
-from cdpo_ray.store import copy, is_local
+from cdpo_ray.store import copy, is_local, path_within
 
 
 class TensorBoard:
@@ -23,7 +23,7 @@ class TensorBoard:
     run_id = None
 
     def __init__(self, run: TrackedRun, options: Mapping[str, Any], run_id: str | None) -> None:
-        self._dir = run.dir / "tensorboard"
+        self._dir = path_within(run.dir, "tensorboard")
         # an object cannot be appended to: a file is written here, and copied whole
         self._local_dir = self._dir if is_local(self._dir) else Path(tempfile.mkdtemp(prefix="cdpo-tensorboard-"))
         self._files: dict[str, EventsWriter] = {}
@@ -31,8 +31,9 @@ class TensorBoard:
     def begin(self, place: str, at: int) -> None:
         if place in self._files:
             self._files[place].close()
-        (self._local_dir / place).mkdir(parents=True, exist_ok=True)
-        self._files[place] = EventsWriter(str(self._local_dir / place / "events"), f".{time.time_ns()}")
+        folder = path_within(self._local_dir, place)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._files[place] = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._write(place, at, session_log=SessionLog(status=SessionLog.START))  # TensorBoard forgets what is from `at`
 
     def log(self, points: Sequence[Point]) -> None:

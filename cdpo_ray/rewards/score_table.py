@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from cdpo_ray.errors import StoreError
 from cdpo_ray.records import score_column
 from cdpo_ray.store import make_folder, read_table, write_table
 
@@ -28,7 +29,18 @@ def read_scores(path: Path, reward: str) -> tuple[np.ndarray, np.ndarray]:
     """Read one reward's scores: ``[prompt]`` prompt indices and ``[prompt, sample]`` float64, NaN where one is missing.
 
     Both are in prompt and sample order, whatever the order of the rows.
+
+    Raises:
+        StoreError: the table, which may be another run's, lacks a column or has more scores of one prompt than of
+            another.
     """
-    table = read_table(path).sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
-    prompt_index = np.unique(table["prompt_index"].to_numpy())
+    table = read_table(path)
+    columns = {"prompt_index": pa.int64(), "sample_index": pa.int64(), score_column(reward): pa.float64()}
+    for name, kind in columns.items():
+        if table.column_names.count(name) != 1 or table.schema.field(name).type != kind:
+            raise StoreError(f"{path}: must have one column `{name}` of {kind}; delete {path.parent} to make it anew")
+    table = table.sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
+    prompt_index, counts = np.unique(table["prompt_index"].to_numpy(), return_counts=True)
+    if len(set(counts.tolist())) != 1:
+        raise StoreError(f"{path}: must have as many scores of each prompt; delete {path.parent} to make it anew")
     return prompt_index, table[score_column(reward)].to_numpy().reshape(len(prompt_index), -1)

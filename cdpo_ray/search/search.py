@@ -351,7 +351,7 @@ def _refuse_other_search(config: Config, run: RunFolder) -> None:
     settings = {key: plain[key] for key in ("model", "prompts", "curriculum", "evaluation")}
     settings |= {"training": config.training.outcome, "run.seed": config.run.seed}
     settings["search"] = {key: value for key, value in plain["search"].items() if key not in ONLY_HOW_MUCH}
-    path = run.path / BEGUN_WITH
+    path = path_within(run.path, BEGUN_WITH)
     if not exists(path):
         write_json(path, settings)
     elif changed := differences(

@@ -57,7 +57,7 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
             for judge, found in metrics["judges"].items()
             for name in ("base", "tuned", "difference", "win_rate")
         },
-        update=context.run.manifest(TRAINING)["counts"]["updates"],
+        update=context.run.manifest(TRAINING)["counts"].get("updates", 0),
     )
     output.counts |= {
         "prompts": num_prompts,

@@ -29,7 +29,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
 
     config, samples_dir = context.config, context.run.step(SAMPLES)
     rewards, settings, parts = config.rewards, score_settings(config), _score_parts(config)
-    with_images = context.run.manifest(SAMPLES)["details"]["rewards"]
+    with_images = context.run.manifest(SAMPLES)["details"].get("rewards", {})
     other_dir, there = _scores_elsewhere(context)
     num_samples = shard_schema(samples_dir).field("latents").type.shape[0]
     missing: dict[bool, list[str]] = {False: [], True: []}
@@ -98,12 +98,15 @@ def _score_parts(config: Config) -> dict[str, tuple[str, bool]]:
 
 def _scores_elsewhere(context: Context) -> tuple[Path, dict[str, Any]]:
     """Where the run that gave the images keeps their scores, and with what settings it made them."""
-    other = RunFolder(place(context.config.run.samples_from or ""))
-    if context.config.run.samples_from and other.has(SCORES):
+    config = context.config
+    other = RunFolder(place(config.run.samples_from or ""))
+    if config.run.samples_from and other.has(SCORES):
         other.refuse_damage(SCORES)
         manifest = other.manifest(SCORES)
         if manifest["inputs"] == {SAMPLES: context.run.fingerprint(SAMPLES)}:
-            return other.step(SCORES), manifest["settings"]
+            files = {part: score_file(name, second=second) for part, (name, second) in _score_parts(config).items()}
+            listed = {part: made for part, made in manifest["settings"].items() if files.get(part) in manifest["files"]}
+            return other.step(SCORES), listed
     return other.path, {}
 
 

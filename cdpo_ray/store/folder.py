@@ -196,7 +196,7 @@ class RunFolder:
             StoreError: it is no configuration, or says something else than a step was made with.
         """
         path = path_within(self.path, CONFIG)
-        remedy = "`cdpo run CONFIG` with the configuration of the run writes it anew"
+        remedy = "`cdpo run CONFIG` with the run's configuration rewrites it"
         values = parse_yaml(bytes_of(path, remedy=remedy).decode("utf-8", "replace"), where=str(path))
         try:
             CONFIG_FACTS.validate_python(values, strict=True)

@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 
 from cdpo_ray.config.rewards import JUDGE_NO_IMAGE, REWARD_NAMES
 from cdpo_ray.errors import printable
+from cdpo_ray.records import PERTURBATION
 from cdpo_ray.store.places import MANIFEST
 from cdpo_ray.store.untrusted import Count, Predicted, Seconds, Timestamp, other_keys_allowed
 
@@ -41,6 +42,7 @@ class FilesManifest(TypedDict):
 @other_keys_allowed
 class Details(TypedDict):
     predicted: NotRequired[Predicted]
+    rewards: NotRequired[dict[str, Any]]
 
 
 @other_keys_allowed
@@ -115,7 +117,8 @@ def contradictions(config: Mapping[str, Any], settings: Mapping[str, Any]) -> st
     judges = [*dict.fromkeys([*rewards["names"], *config.get("evaluation", {}).get("judges", [])])]
     if "evaluation.judges" in says:
         says["evaluation.judges"] = [name for name in judges if name not in JUDGE_NO_IMAGE]
-    unused = tuple(f"rewards.{name}." for name in REWARD_NAMES if name not in judges)  # scored by an earlier config
+    rewards_unused = [name for name in (*REWARD_NAMES, PERTURBATION) if name not in judges]  # or by an earlier config
+    unused = tuple(f"rewards.{name}." for name in rewards_unused)
     made = {key: value for key, value in flat(settings).items() if key in says and not key.startswith(unused)}
     return "; ".join(
         f"`{printable(key)}` was {printable(value)}, the file says {printable(says[key])}"

@@ -7,8 +7,12 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.store.failures import storage_errors
 from cdpo_ray.store.places import is_local, new_file
+
+EXTENSION = b"ARROW:extension:name"
+"""Key of a field's metadata where its extension type is not registered in this process."""
 
 
 def arrow_place(path: Path) -> dict[str, Any]:
@@ -60,16 +64,18 @@ def read_table(path: Path, columns: Sequence[str] | None = None, filters: Any = 
     Raises:
         ArrowInvalid: it is no whole Parquet file.
         FileNotFoundError: there is no such file.
-        StoreError: the disk or the store fails.
+        StoreError: as of `table_schema`.
     """
     where = arrow_place(path)
     with storage_errors(path, "read"):
         try:
-            return pq.read_table(where["path"], columns=columns, filters=filters, filesystem=where["filesystem"])
+            table = pq.read_table(where["path"], columns=columns, filters=filters, filesystem=where["filesystem"])
         except OSError as error:
             if type(error) is OSError and error.errno is None:  # Arrow's own, of what it cannot decode
                 raise pa.ArrowInvalid(str(error)) from None
             raise
+    _refuse_objects(table.schema, path)
+    return table
 
 
 def read_shards(folder: Path, columns: Sequence[str]) -> pa.Table:
@@ -84,14 +90,41 @@ def shard_schema(folder: Path) -> pa.Schema:
 
 def count_rows(folder: Path) -> int:
     """Rows of a folder's Parquet shards; reads none of them."""
-    count = 0
-    for path in folder.glob("*.parquet"):
-        with path.open("rb") as handle:
-            count += pq.read_metadata(handle).num_rows
-    return count
+    return sum(map(rows_of, folder.glob("*.parquet")))
+
+
+def rows_of(path: Path) -> int:
+    """Rows of a Parquet file; reads none of them."""
+    with path.open("rb") as handle:
+        return int(pq.read_metadata(handle).num_rows)
 
 
 def table_schema(path: Path) -> pa.Schema:
-    """Columns of a Parquet file; reads no rows."""
+    """Columns of a Parquet file; reads no rows.
+
+    Raises:
+        StoreError: a column is of an extension type other than fixed-shape tensors.
+    """
     with path.open("rb") as handle:
-        return pq.read_schema(handle)
+        schema = pq.read_schema(handle)
+    _refuse_objects(schema, path)
+    return schema
+
+
+def _refuse_objects(schema: pa.Schema, path: Path) -> None:
+    """Refuse columns of pickled objects, an extension type of Ray Data: reading one of their values runs its code."""
+    if objects := [field.name for field in schema if _may_hold_objects(field)]:
+        raise StoreError(
+            f"{path}: column {printable(repr(objects[0]))} may hold pickled objects, which are not read; the file was"
+            " altered, do not use it"
+        )
+
+
+def _may_hold_objects(field: pa.Field) -> bool:
+    kind = field.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return not isinstance(kind, pa.FixedShapeTensorType)
+    if EXTENSION in (field.metadata or {}):  # of a type that only other processes know
+        return True
+    inner = [kind.field(index) for index in range(kind.num_fields)]
+    return any(map(_may_hold_objects, [pa.field("", kind.value_type)] if pa.types.is_dictionary(kind) else inner))

@@ -99,15 +99,19 @@ def bytes_of(path: Path, *, remedy: str) -> bytes:
 
     Raises:
         FileNotFoundError: it is not there.
-        StoreError: it is not a regular file, or too large.
+        StoreError: it is not a regular file, is too large, or cannot be read.
     """
-    if is_local(path):
+    try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+        if is_local(path) and not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
             raise StoreError(f"{path}: is damaged (not a regular file); {remedy}")
         if status.st_size > MAX_TEXT_BYTES:
             raise StoreError(f"{path}: is damaged ({status.st_size:,} bytes, at most {MAX_TEXT_BYTES:,}); {remedy}")
-    return path.read_bytes()
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def validate_untrusted(text: str | bytes, kind: TypeAdapter[Any], *, where: str, remedy: str) -> Any:

@@ -293,6 +293,7 @@ JUDGED = {"judges": ["oracle"], "images_per_prompt": NUM_IMAGES, "num_bootstrap_
         {"rows": {"prompt": [None] * 6}},
         {"rows": {"prompt_index": [0.5] * 6}},
         {"rows": {"base_score_oracle": ["a"] * 6}},
+        {"rows": {"implicit_value": ["a"] * 6}},
         {"rows": {"base_score_oracle": [float("nan")] * 6}},
     ],
 )

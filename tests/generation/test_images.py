@@ -1,15 +1,20 @@
 """Pixels survive PNG, whatever wrote it."""
 
 import io
+import struct
+import warnings
+import zlib
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
+from cdpo_ray.errors import StoreError
 from cdpo_ray.generation.columns import tensor_column
-from cdpo_ray.generation.images import decode_png, encode_pixels, encode_png, pairwise_rms_distance
+from cdpo_ray.generation.images import decode_png, decode_pngs, encode_pixels, encode_png, pairwise_rms_distance
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (32, 32), (7, 13), (64, 8)])
@@ -51,6 +56,44 @@ def test_pngs_of_other_kinds_are_read_as_rgb(mode: str) -> None:
     buffer = io.BytesIO()
     image.save(buffer, format="png")
     assert np.array_equal(decode_png(buffer.getvalue()), np.full((3, 3, 4), 255, np.uint8))
+
+
+def encoded(kind: str, size: tuple[int, int] = (4, 3)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def with_width(png: bytes, width: int) -> bytes:
+    """The same file with a header that says another width."""
+    header = b"IHDR" + struct.pack(">I", width) + png[20:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (encoded("EPS"), "cannot identify image file"),
+        (encoded("JPEG"), "cannot identify image file"),
+        (b"", "cannot identify image file"),
+        (encoded("PNG")[:40], "."),
+        (with_width(encoded("PNG"), 2**30), "pixels"),
+        (with_width(encoded("PNG", (4, 8192)), 8193), "8193 x 8192 pixels, at most 67,108,864"),
+        (None, "must be bytes"),
+        ("text", "must be bytes"),
+    ],
+)
+def test_fault_53_what_is_no_png_of_a_bounded_size_is_refused_by_name(data: Any, told: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(StoreError, match=rf"row 7: is not a PNG that can be read \(.*{told}.*\); delete") as caught:
+            decode_png(data, "row 7")
+    assert str(caught.value).isprintable()
+
+
+def test_fault_53_images_of_two_sizes_are_refused_by_name() -> None:
+    with pytest.raises(StoreError, match="second: is 5 x 3 pixels, another image of the run is 4 x 3"):
+        decode_pngs([encoded("PNG"), encoded("PNG", (5, 3))], ["first", "second"])
 
 
 def test_diversity_equals_brute_force_over_all_pairs() -> None:

@@ -1,5 +1,6 @@
 """Trials in their files: nothing twice, nothing lost."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,38 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "001" / "trial.json").write_text('{"number": 1')
     with pytest.raises(StoreError, match=r"001/trial\.json: is damaged .*; delete .*001 to try that point anew"):
         read_trial(tmp_path / "001")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"number": "1"},
+        {"number": 2},
+        {"number": 0},
+        {"seed": 7},
+        {"state": "finished"},
+        {"point": {"rewards.names": ["theirs:judge"]}},
+        {"point": {"model.path": "theirs/model"}},
+        {"point": {"training.beta/../x": 1}},
+        {"point": []},
+        {"reports": [{"stage": 1}]},
+        {"reports": [{"stage": "1", "is_last": True, "order": 1}]},
+        {"reports": [{"stage": 1, "is_last": True, "order": 1, "reward": "high"}]},
+        {"reports": 3},
+        {"error": ["a"]},
+    ],
+)
+def test_fault_52_a_trial_that_holds_something_else_is_named(changed: dict[str, Any], tmp_path: Path) -> None:
+    Trials(tmp_path).put(Trial(1, {"training.beta": 5}))
+    path = tmp_path / "001" / "trial.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(StoreError, match=r"001/trial\.json: is damaged .*; delete .*001 to try that point anew"):
+        Trials(tmp_path)
+
+
+def test_fault_30_a_trial_behind_a_link_out_of_the_search_is_refused(tmp_path: Path) -> None:
+    Trials(tmp_path / "elsewhere").put(Trial(1, {}))
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials" / "001").symlink_to(tmp_path / "elsewhere" / "001")
+    with pytest.raises(StoreError, match="leads out of"):
+        Trials(tmp_path / "trials")

@@ -9,7 +9,18 @@ import pyarrow as pa
 import pytest
 
 from cdpo_ray.errors import StoreError, printable
-from cdpo_ray.store import MANIFEST, RunFolder, copy, fingerprint_of, local_copy, path_within, write_table, write_text
+from cdpo_ray.store import (
+    MANIFEST,
+    RunFolder,
+    copy,
+    fingerprint_of,
+    local_copy,
+    path_within,
+    read_table,
+    table_schema,
+    write_table,
+    write_text,
+)
 from cdpo_ray.store.lock import LOCK
 
 STEP = "1-samples"
@@ -167,6 +178,36 @@ def test_fault_52_what_unfinished_work_was_begun_with_is_checked(begun: Any, tmp
         run.writing(STEP, {}, {}, seed=7, resumable=True),
     ):
         pass
+
+
+class Kept(pa.ExtensionType):
+    """Stands for the type by which Ray Data keeps pickled objects, which it registers under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(pa.binary(), "cdpo_ray.test.pickled")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, serialized: bytes) -> "Kept":
+        return cls()
+
+
+@pytest.mark.parametrize("is_registered", [True, False])
+def test_fault_30_a_table_with_objects_in_a_column_is_not_read(is_registered: bool, tmp_path: Path) -> None:
+    objects = pa.ExtensionArray.from_storage(Kept(), pa.array([b"pickle"]))
+    for column in (objects, pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), objects)):
+        write_table(pa.table({"prompt_index": [1], "prompt": column}), tmp_path / "a.parquet")
+        if is_registered:
+            pa.register_extension_type(Kept())
+        try:
+            for read in (table_schema, read_table):
+                with pytest.raises(StoreError, match=r"a\.parquet: column 'prompt' may hold pickled objects"):
+                    read(tmp_path / "a.parquet")
+        finally:
+            if is_registered:
+                pa.unregister_extension_type("cdpo_ray.test.pickled")
 
 
 def test_text_from_elsewhere_is_shortened_and_on_one_line() -> None:
