@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from finished_runs import config_of
 
+from cdpo_ray.cli import main
 from cdpo_ray.config import VlmAlignmentOptions, options_without_choices
 from cdpo_ray.errors import RewardError, StoreError
 from cdpo_ray.evaluation.runs import compare_runs, table_of
@@ -257,6 +259,24 @@ def test_fault_42_my_own_reward_scores_by_my_configuration(tmp_path: Path, monke
     runs = [evaluated(tmp_path / "mine", more_judges={"judge_of_mine:judge": {}}), evaluated(tmp_path / "theirs")]
     found = compare_runs(runs, tmp_path / "out", {"judge_of_mine:judge": {}})
     assert found["scored_now"]["theirs"] == ["judge_of_mine:judge"] and not found["left_out"]
+
+
+def test_fault_42_the_command_says_what_to_pass_and_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    judge = "judge_of_the_command:judge"
+    (tmp_path / "judge_of_the_command.py").write_text(OWN_CODE)
+    config = config_of(tmp_path, "embedded", evaluation={"judges": [judge]})
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    runs = [str(evaluated(tmp_path / "one", more_judges={judge: {}})), str(evaluated(tmp_path / "two"))]
+    assert main(["compare", *runs]) == 0
+    assert f"`{judge}` is left out: two lacks its scores" in capsys.readouterr().out
+    assert not (tmp_path / "ran").exists()
+    assert main(["compare", *runs, "--judges", "mine.yaml"]) == 0
+    header = capsys.readouterr().out.splitlines()[0].split()
+    assert header == ["run", "trained", "on", "oracle", "jpeg_size", judge] and (tmp_path / "ran").exists()
 
 
 def test_fault_29_where_no_judge_is_left_the_reason_is_told(tmp_path: Path) -> None:
