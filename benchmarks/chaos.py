@@ -241,7 +241,7 @@ COMMANDS = (
 
 
 def write_configs(folder: Path) -> None:
-    """Write `run.yaml`, `import.yaml` with its images, and `tune.yaml`; all paths in them are relative to this folder."""
+    """Write `run.yaml`, `import.yaml` with its images, and `tune.yaml`; their paths are relative to this folder."""
     smoke = yaml.safe_load(SMOKE.read_text())
     smoke["training"]["updates_per_commit"] = 1
     run = smoke | {
