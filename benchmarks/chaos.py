@@ -1,7 +1,7 @@
-"""Kill every step at named moments, and compare what is left with an undisturbed run, byte for byte.
+"""Kill processes at named moments of every step, and compare the result with an undisturbed run, byte for byte.
 
-A moment is an event (a line in the log, a file that appears), a delay after it that the seed fixes, and what is killed
-then. A command that does not succeed is given again until it does. Linux only.
+A moment is an event (a line in the log, a file that appears), a delay after it that the seed determines, and a victim.
+A command that fails is run again until it succeeds. Linux only.
 """
 
 import argparse
@@ -60,7 +60,7 @@ Reached = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Starts:
-    """The command was given."""
+    """The command was started."""
 
     is_fast = False
 
@@ -82,7 +82,7 @@ class Says:
 
 @dataclass(frozen=True)
 class Appears:
-    """A file of the run is there, or was written again, since the watch began."""
+    """A file of the run was created or rewritten since the watch began."""
 
     pattern: str
 
@@ -104,7 +104,7 @@ class Appears:
 
 @dataclass(frozen=True)
 class Renames:
-    """The manifest of a step is written, but the folder is not yet in its place; or a moment later."""
+    """A step has written its manifest and is about to rename its folder, or has just done so."""
 
     folder: str
     is_fast = True
@@ -115,7 +115,7 @@ class Renames:
             return lambda: False
 
         def reached() -> bool:
-            if os.path.exists(f"{written}.tmp"):  # a few microseconds lie between what follows: no sleep
+            if os.path.exists(f"{written}.tmp"):  # the rename follows within microseconds: no sleep
                 end = time.monotonic() + 1
                 while not os.path.exists(written) and not os.path.exists(in_place) and time.monotonic() < end:
                     pass
@@ -132,8 +132,8 @@ class Moment:
     """When to kill what.
 
     Attributes:
-        victim: a key of `ON_DRIVER`, or a pattern of what the title of a Ray process begins with.
-        max_delay: seconds after the event at most.
+        victim: a key of `ON_DRIVER`, or a regular expression that the title of a Ray process starts with.
+        max_delay: largest delay after the event, in seconds.
     """
 
     step: str
@@ -145,13 +145,13 @@ class Moment:
 
 @dataclass(frozen=True)
 class Command:
-    """What is given until it succeeds, and when it is disturbed.
+    """A command and the moments at which it is disturbed.
 
-    Moments of equal events are taken one after the other, the next from the next such event on.
+    Moments with the same event are hit in their order, each at another occurrence of the event.
 
     Attributes:
-        config: the verb that the configuration is of, see `write_configs`.
-        says_when_done: part of what it refuses with, if it was killed when its work was done already.
+        config: name of its configuration, see `write_configs`.
+        says_when_done: part of the message with which it refuses to run again once its work is complete.
     """
 
     verb: str
@@ -241,7 +241,7 @@ COMMANDS = (
 
 
 def write_configs(folder: Path) -> None:
-    """Write `run.yaml`, `import.yaml` with its images, and `tune.yaml`; all paths are meant from this folder."""
+    """Write `run.yaml`, `import.yaml` with its images, and `tune.yaml`; their paths are relative to this folder."""
     smoke = yaml.safe_load(SMOKE.read_text())
     smoke["training"]["updates_per_commit"] = 1
     run = smoke | {
@@ -267,7 +267,7 @@ def write_configs(folder: Path) -> None:
         "search": {
             "algorithm": "random",
             "num_trials": 2,
-            "max_concurrent_trials": 1,  # in turns, or the order of their reports would differ from run to run
+            "max_concurrent_trials": 1,  # else the order of their reports would depend on timing
             "images_per_prompt": 2,
             "stop_early": None,
             "confirm_seeds": 0,
@@ -291,9 +291,9 @@ class Kill:
     """A moment that was hit.
 
     Attributes:
-        seconds: since the command was given first.
-        found: what lay in the run's folder after the kill.
-        exit_code: of the process that was disturbed; negative: the signal that ended it.
+        seconds: since the command was first started.
+        found: state of the run's folder after the kill.
+        exit_code: of the driver that was running; negative: the signal that ended it.
     """
 
     command: str
@@ -307,7 +307,7 @@ class Kill:
 
 
 class Commits:
-    """Which commits of a run were seen, and how often each was written."""
+    """The commits of a run, and how often each was written."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -322,15 +322,15 @@ class Commits:
 
     @property
     def num_repeated(self) -> int:
-        """Of updates that were committed, and done again nevertheless."""
+        """Number of updates that were done again although they were committed."""
         return sum(len(times) - 1 for times in self.seen.values())
 
 
 class Disturbed:
-    """A command that is given until it succeeds, killed at each of its moments.
+    """A command that is killed at its moments, and run again until it succeeds.
 
     Args:
-        folder: that the command is given in.
+        folder: working folder of the command.
         delays: seconds after each moment's event.
     """
 
@@ -346,7 +346,7 @@ class Disturbed:
         self.known: dict[str, tuple[psutil.Process, str]] = {}
 
     def survive(self) -> None:
-        """Give the command until it succeeds, or fails again and again with nothing killed, which is a fault."""
+        """Run the command until it succeeds; give up after `MAX_FAILURES` failures without a kill."""
         num_starts = 0
         while True:
             num_starts += 1
@@ -370,7 +370,7 @@ class Disturbed:
                 return
 
     def _next(self, driver: "subprocess.Popen[bytes]", log: Path, deadline: float) -> tuple[Moment, float] | None:
-        """Wait for the next moment whose event comes; none: the command ended."""
+        """Wait for the event of a pending moment; ``None``: the driver ended."""
         first = {moment.event: (moment, delay) for moment, delay in reversed(self.pending)}
         watched = [(pair, pair[0].event.watch(self.run, log)) for pair in first.values()]
         slow = [watch for watch in watched if not watch[0][0].event.is_fast]
@@ -388,7 +388,7 @@ class Disturbed:
                 asked, due = [*fast, *slow], now + SLOW_TICK_SECONDS
                 self.commits.look()
                 reap(driver)
-            if by_title and now > scan_due:  # when the moment comes there is no time to look for it
+            if by_title and now > scan_due:  # a scan at the moment itself would be too slow
                 scan_due = now + SCAN_SECONDS
                 for title in by_title:
                     self._find(title, driver)
@@ -401,7 +401,7 @@ class Disturbed:
         return None
 
     def _kill(self, moment: Moment, delay: float, driver: "subprocess.Popen[bytes]") -> None:
-        """Kill, once the delay is over and the victim is there; the moment is missed if the command ends before."""
+        """Kill the victim after the delay; the moment is missed if the driver ends before."""
         end, victim = time.monotonic() + delay, moment.victim
         while time.monotonic() < end and driver.poll() is None:
             self.commits.look()
@@ -414,7 +414,7 @@ class Disturbed:
             return
         if victim in ON_DRIVER:
             ON_DRIVER[victim](driver.pid)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # what hangs then is told by its deadline
+            with contextlib.suppress(subprocess.TimeoutExpired):  # `_next` reports a hang
                 driver.wait(LIMIT_SECONDS)
         elif found:
             process, victim = found
@@ -427,7 +427,7 @@ class Disturbed:
         print(f"--- {kill.step}, {kill.when}: {kill.victim} ({kill.found})", file=sys.stderr, flush=True)
 
     def _find(self, title: str, driver: "subprocess.Popen[bytes]") -> tuple[psutil.Process, str] | None:
-        """A process under the driver whose title begins so, with its whole title."""
+        """A descendant of the driver whose title matches, and its title."""
         known = self.known.get(title)
         if known and known[0].is_running():
             return known
@@ -439,7 +439,7 @@ class Disturbed:
 
 
 def start(command: Command, folder: Path, log: Path) -> "subprocess.Popen[bytes]":
-    """The command in a process group of its own."""
+    """Start a command in its own process group."""
     arguments = [str(CDPO), command.verb, f"{command.config}.yaml", *command.arguments]
     log.parent.mkdir(exist_ok=True)
     with log.open("wb") as handle:
@@ -447,14 +447,14 @@ def start(command: Command, folder: Path, log: Path) -> "subprocess.Popen[bytes]
 
 
 def reap(driver: "subprocess.Popen[bytes]") -> None:
-    """Let orphans that died go: to Ray's workers a raylet that nobody waited for is alive, and they stay."""
+    """Reap dead orphans: Ray's workers take a zombie raylet for alive, and would not exit."""
     with contextlib.suppress(ChildProcessError):
         while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and dead.si_pid != driver.pid:
             os.waitpid(dead.si_pid, 0)
 
 
 def children_of(driver: "subprocess.Popen[bytes]") -> list[tuple[psutil.Process, str]]:
-    """All processes under a driver, with their titles."""
+    """All descendants of a driver, with their titles."""
     found = []
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(driver.pid).children(recursive=True):
@@ -469,7 +469,7 @@ def last_line(log: Path) -> str:
 
 
 def state_of(run: Path) -> str:
-    """What a kill left of the step that was under way."""
+    """State of the step that was interrupted, from the files that it left."""
     partials = [path for path in run.rglob("*.partial") if path.is_dir()]
     if partials:
         partial = max(partials, key=lambda path: path.stat().st_mtime)
@@ -488,7 +488,7 @@ BETWEEN = "manifest written, not renamed"
 
 
 def end_all(seconds: float) -> list[str]:
-    """Wait for all processes that commands left, and kill those that do not end; returns their titles."""
+    """Wait for all remaining processes of the commands; kill those that do not end, and return their titles."""
     end = time.monotonic() + seconds
     while (left := psutil.Process().children(recursive=True)) and time.monotonic() < end:
         psutil.wait_procs(left, timeout=0.5)
@@ -502,7 +502,7 @@ def end_all(seconds: float) -> list[str]:
 
 
 def compared(quiet: Path, chaos: Path) -> tuple[dict[str, int], list[str]]:
-    """Number of equal files in each folder of each run; and what differs, a line a file."""
+    """Compare all files of two folders: number of identical files by folder, and one line for each that differs."""
     same: dict[str, int] = {}
     different = []
     files = [{str(path.relative_to(root)): path for path in contents_of(root)} for root in (quiet, chaos)]
@@ -525,7 +525,7 @@ def compared(quiet: Path, chaos: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def contents_of(root: Path) -> Iterable[Path]:
-    """Files whose content a run decides, and folders that must not be there at its end."""
+    """Files that must be identical, and folders that must not remain."""
     for path in root.rglob("*"):
         if "tensorboard" in path.parts or path.name in (".lock", "status.json"):
             continue
@@ -534,11 +534,11 @@ def contents_of(root: Path) -> Iterable[Path]:
 
 
 TIMED = {"seconds", "created", "files", "fingerprint", "inputs"}
-"""Keys of JSON files that tell times, or hashes of files that do; the files themselves are compared."""
+"""Keys of JSON files with times, or with hashes of files that contain times; those files are compared themselves."""
 
 
 def steady(path: Path) -> Any:
-    """Content of a file but for the times that it tells; of safetensors also but for the order of their metadata."""
+    """Content of a file without times, and without the order of metadata in safetensors files."""
 
     def without_times(value: Any) -> Any:
         if isinstance(value, dict):
@@ -552,7 +552,7 @@ def steady(path: Path) -> Any:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            words = sorted(re.findall(r"[\w.]+", json.dumps(file.metadata())))  # its order is chance
+            words = sorted(re.findall(r"[\w.]+", json.dumps(file.metadata())))  # their order is random
         return words, {name: (str(value.dtype), value.shape, value.tobytes()) for name, value in tensors.items()}
     return path.read_bytes() if path.is_file() else None
 
@@ -562,7 +562,7 @@ def described(command: Command, moment: Moment) -> str:
 
 
 def chosen(pattern: str, num_kills: int | None, seed: int) -> dict[Command, list[Moment]]:
-    """Moments that match, or so many of them by chance, by their commands, in order."""
+    """The moments that match, or a random selection of ``num_kills`` of them, by command and in order."""
     known = [
         (command, moment)
         for command in COMMANDS
@@ -579,10 +579,10 @@ def chosen(pattern: str, num_kills: int | None, seed: int) -> dict[Command, list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--moments", default="", help="only those that match this regular expression, see --list")
-    parser.add_argument("--kills", type=int, help="so many of them, chosen by the seed; default: all")
-    parser.add_argument("--min-kills", type=int, help="fewer are no proof; default: 20, or as many as are asked for")
-    parser.add_argument("--seed", type=int, default=0, help="of the delays, and of the choice")
+    parser.add_argument("--moments", default="", help="regular expression that selects moments, see --list")
+    parser.add_argument("--kills", type=int, help="number of moments, selected by the seed; default: all")
+    parser.add_argument("--min-kills", type=int, help="fail with fewer; default: 20, or all selected")
+    parser.add_argument("--seed", type=int, default=0, help="of delays and selection")
     parser.add_argument(
         "--dir", type=Path, default=Path("runs/chaos"), help="emptied first; chaos.json is written there"
     )
@@ -595,8 +595,8 @@ def main() -> None:
             for moment in moments:
                 print(described(command, moment))
         return
-    if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:  # processes whose parent died become ours
-        sys.exit("prctl: the kernel does not give us orphans")
+    if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:  # orphans are reparented to this process
+        sys.exit("prctl(PR_SET_CHILD_SUBREAPER) failed")
     folder = asked.dir.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -610,7 +610,7 @@ def main() -> None:
 
 
 def disturb(wanted: dict[Command, list[Moment]], folder: Path, seed: int) -> dict[str, Any]:
-    """Give the commands up to the last with a moment, of each configuration, undisturbed and disturbed.
+    """Run the commands undisturbed and disturbed; of each configuration, up to the last one with a moment.
 
     Returns:
         What `chaos.json` holds.
@@ -660,7 +660,7 @@ def tell(found: dict[str, Any], min_kills: int) -> None:
     """Print the table and the verdict.
 
     Raises:
-        SystemExit: something differs, was left or done again, or there were too few kills.
+        SystemExit: a check failed.
     """
     print(f"{'command':34} {'step':9} {'when':40} {'killed':38} {'s':>5} {'exit':>5}  found")
     for kill in found["kills"]:
@@ -674,7 +674,7 @@ def tell(found: dict[str, Any], min_kills: int) -> None:
         f"final renames: {found['renames']['hit']} of {found['renames']['tried']} kills hit between manifest and rename"
     )
     for where, count in found["same"].items():
-        print(f"{where}: {count} files, the very same")
+        print(f"{where}: {count} identical files")
     print(f"seconds: {found['seconds']['quiet']} quiet, {found['seconds']['chaos']} under {len(found['kills'])} kills")
     faults = [
         *found["different"],
@@ -691,8 +691,8 @@ def tell(found: dict[str, Any], min_kills: int) -> None:
     if len(found["kills"]) < min_kills:
         faults.append(f"{len(found['kills'])} kills, fewer than {min_kills}")
     if faults:
-        sys.exit("\n".join(["NOT the very same:", *faults]))
-    print(f"{len(found['kills'])} kills: everything the very same")
+        sys.exit("\n".join(["FAILED:", *faults]))
+    print(f"{len(found['kills'])} kills: everything identical")
 
 
 if __name__ == "__main__":
