@@ -32,7 +32,7 @@ from cdpo_ray.steps import (
     prompt_source,
     steps_of,
 )
-from cdpo_ray.store import RunFolder, make_folder, place, read_json, write_text
+from cdpo_ray.store import RunFolder, make_folder, place, read_json, storage_errors_within, write_text
 from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ def run_steps(
     prompts, steps = read_prompts(config), list(steps)
     folders = round_folders(config)
     with ExitStack() as stack:
+        stack.enter_context(storage_errors_within(_run_dir(config)))
         stack.enter_context(RunFolder(_run_dir(config)).locked())
         progress = stack.enter_context(
             Progress(
@@ -232,8 +233,9 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
         The folder.
 
     Raises:
-        StoreError: a step up to training is not done, or one was made with another configuration or is damaged.
-        ExportError: the format cannot hold what was trained, or the folder cannot be made.
+        StoreError: a step up to training is not done, one was made with another configuration or is damaged, or the
+            folder cannot be written.
+        ExportError: the format cannot hold what was trained, or the folder is there already.
         ModelError: the base model is needed and cannot be loaded.
     """
     folders = round_folders(config)

@@ -27,7 +27,7 @@ from cdpo_ray.evaluation.page import (
     write_page,
 )
 from cdpo_ray.records import ARMS, EVALUATION, PREFERENCE, SAMPLES, SCORES, STAGES, TRAINING, score_column
-from cdpo_ray.store import RunFolder, tables
+from cdpo_ray.store import RunFolder, read_bytes, tables
 
 STEPS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 CONFIG = "config.yaml"
@@ -280,7 +280,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path).decode()
     except FileNotFoundError:
         raise _missing(path) from None
 

@@ -99,7 +99,8 @@ def compare_runs(run_dirs: Sequence[Path], output_dir: Path) -> dict[str, Any]:
         The content of `compare.json`.
 
     Raises:
-        StoreError: a run is not evaluated or is damaged, or two were not put to the same test.
+        StoreError: a run is not evaluated or is damaged, two were not put to the same test, or ``output_dir`` cannot be
+            written.
         RewardError: a missing judge cannot be loaded, or fails.
     """
     runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, names_of(run_dirs), strict=True)]
@@ -110,11 +111,8 @@ def compare_runs(run_dirs: Sequence[Path], output_dir: Path) -> dict[str, Any]:
     scored_now = {run.name: [judge for judge in judges if judge not in run.judges] for run in runs}
     runs = [with_scores(run, {judge: judges[judge] for judge in scored_now[run.name]}) for run in runs]
     found = measure_runs(runs, list(judges)) | {"scored_now": scored_now}
-    try:
-        make_folder(output_dir)
-        write_json(output_dir / "compare.json", found)
-    except OSError as error:
-        raise StoreError(f"{output_dir}: cannot be written: {error.strerror}; choose another `--out`") from None
+    make_folder(output_dir)
+    write_json(output_dir / "compare.json", found)
     write_page(output_dir / "compare.html", HERE / "compare.html.jinja", grid=image_grid(runs), **spoken(found))
     return found
 

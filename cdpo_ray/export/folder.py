@@ -7,7 +7,7 @@ from pathlib import Path
 from cdpo_ray.errors import ExportError
 from cdpo_ray.export import FORMATS
 from cdpo_ray.export.formats import Trained
-from cdpo_ray.store import copy_tree, is_local, make_folder
+from cdpo_ray.store import copy_tree, is_local, make_folder, storage_errors_within
 
 CARD = "README.md"
 
@@ -16,7 +16,8 @@ def write_export(format_name: str, trained: Trained, card: str, output_dir: Path
     """Write what was trained in a format of `FORMATS`, with its card; whole or not at all on local disk.
 
     Raises:
-        ExportError: the format cannot hold what was trained, the folder is there already, or cannot be written.
+        ExportError: the format cannot hold what was trained, or the folder is there already.
+        StoreError: the disk or the store fails.
         ModelError: the base model is needed and cannot be loaded.
     """
     if output_dir.exists():
@@ -24,18 +25,18 @@ def write_export(format_name: str, trained: Trained, card: str, output_dir: Path
     module, _, function = FORMATS[format_name].partition(":")
     write = getattr(importlib.import_module(module), function)
     beside_dir = output_dir.parent if is_local(output_dir) else None
-    try:
-        make_folder(output_dir.parent)
-        with tempfile.TemporaryDirectory(dir=beside_dir, prefix=f".{output_dir.name}-") as beside:
-            aside = Path(beside) / output_dir.name
-            aside.mkdir()
-            write(trained, aside)
-            (aside / CARD).write_text(card, encoding="utf-8")
-            for path in aside.rglob("*.safetensors"):
-                path.chmod(0o644)  # safetensors writes 0600, which shared disks cannot use
-            if beside_dir:
-                aside.rename(output_dir)
-                return
+    make_folder(output_dir.parent)
+    with (
+        storage_errors_within(output_dir),
+        tempfile.TemporaryDirectory(dir=beside_dir, prefix=f".{output_dir.name}-") as beside,
+    ):
+        aside = Path(beside) / output_dir.name
+        aside.mkdir()
+        write(trained, aside)
+        (aside / CARD).write_text(card, encoding="utf-8")
+        for path in aside.rglob("*.safetensors"):
+            path.chmod(0o644)  # safetensors writes 0600, which shared disks cannot use
+        if beside_dir:
+            aside.rename(output_dir)
+        else:
             copy_tree(aside, output_dir)
-    except OSError as error:
-        raise ExportError(f"{output_dir}: cannot be written: {error}; give another folder by `--out`") from None

@@ -20,7 +20,7 @@ import fsspec.asyn
 
 from cdpo_ray.errors import StoreError
 from cdpo_ray.store.copies import delete
-from cdpo_ray.store.failures import storage_errors
+from cdpo_ray.store.failures import one_line, storage_errors
 from cdpo_ray.store.places import is_local, make_folder, new_file, read_bytes
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,8 @@ def _put(path: Path, content: bytes, *, create: bool = False) -> None:
     except TimeoutError:
         told = f"the store did not answer in {ANSWER_SECONDS:g} s; check the network and AWS_ENDPOINT_URL"
     except Exception as error:  # the stores' own libraries have more kinds than OSError
-        told = f"cannot be written: {error}; check its bucket and the credentials, or choose another `run.dir`"
+        reason = one_line(str(error))
+        told = f"cannot be written: {reason}; check its bucket and the credentials, or choose another `run.dir`"
     else:
         return
     raise StoreError(f"{path.parent}: {told}")
