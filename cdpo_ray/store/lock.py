@@ -44,9 +44,7 @@ def file_lock(folder: Path) -> Iterator[None]:
     """
     make_folder(folder)
     with storage_errors(folder):
-        handle = (folder / LOCK).open(
-            "a+b", buffering=0
-        )  # a buffer that a full disk does not take would fail at `close`
+        handle = (folder / LOCK).open("a+b", buffering=0)  # what a full disk does not take would fail again at `close`
     with handle, contextlib.ExitStack() as stack:
         with storage_errors(folder):
             try:
