@@ -126,7 +126,10 @@ def _put(path: Path, content: bytes, *, create: bool = False) -> None:
     except FileExistsError:
         raise
     except TimeoutError:
-        told = f"the store did not answer in {ANSWER_SECONDS:g} s; check the network and AWS_ENDPOINT_URL"
+        told = (
+            f"the store did not answer in {ANSWER_SECONDS:g} s, or only with errors that are retried; check the network"
+            " and AWS_ENDPOINT_URL"
+        )
     except Exception as error:  # the stores' own libraries have more kinds than OSError
         reason = one_line(str(error))
         told = f"cannot be written: {reason}; check its bucket and the credentials, or choose another `run.dir`"
