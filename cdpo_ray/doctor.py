@@ -22,7 +22,7 @@ from cdpo_ray.run import check_cluster, read_prompts
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import steps_of
 from cdpo_ray.steps.cost import workload_of
-from cdpo_ray.store.places import is_local, output_place
+from cdpo_ray.store import delete, is_local, output_place, write_text
 
 OK, WARN, WRONG = "ok", "warn", "wrong"
 FLOORS = {"ray": "2.60", "diffusers": "0.42.1", "transformers": "5.3", "torch": "2.10"}
@@ -115,8 +115,8 @@ def _storage(config: Config) -> Finding:
         run_dir = output_place(config.run.dir, "run.dir")
         there = next((folder for folder in (run_dir, *run_dir.parents) if folder.exists()), run_dir)
         probe = there / f".doctor-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        write_text(probe, "")
+        delete(probe)
     except StoreError as error:
         return Finding(WRONG, str(error))
     except OSError as error:

@@ -44,6 +44,7 @@ from cdpo_ray.store import (
     output_place,
     path_within,
     read_untrusted,
+    storage_errors_within,
     write_text,
 )
 from cdpo_ray.training.job import ValidationJob
@@ -129,6 +130,7 @@ def run_steps(
     prompts, steps = read_prompts(config), list(steps)
     folders = round_folders(config)
     with ExitStack() as stack:
+        stack.enter_context(storage_errors_within(run_dir_of(config)))
         stack.enter_context(RunFolder(run_dir_of(config)).locked())
         progress = stack.enter_context(
             Progress(
@@ -282,8 +284,9 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
         The folder.
 
     Raises:
-        StoreError: a step up to training is not done, or one was made with another configuration or is damaged.
-        ExportError: the format cannot hold what was trained, or the folder cannot be made.
+        StoreError: a step up to training is not done, one was made with another configuration or is damaged, or the
+            folder cannot be written.
+        ExportError: the format cannot hold what was trained, or the folder is there already.
         ModelError: the base model is needed and cannot be loaded.
     """
     folders = round_folders(config)

@@ -139,7 +139,8 @@ def compare_runs(
         The content of `compare.json`.
 
     Raises:
-        StoreError: a run is not evaluated or is damaged, two were not put to the same test, or no judge is left.
+        StoreError: a run is not evaluated or is damaged, two were not put to the same test, no judge is left, or
+            ``output_dir`` cannot be written.
         RewardError: a missing judge cannot be loaded, or fails, or would be imported from a run's folder.
     """
     runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, names_of(run_dirs), strict=True)]
@@ -156,11 +157,8 @@ def compare_runs(
         found = measure_runs(runs, judges) | {"scored_now": scored_now, "left_out": left_out}
     except ValueError as error:  # scores that no mean has
         raise StoreError(f"compare: {error}") from None
-    try:
-        make_folder(output_dir)
-        write_json(output_dir / "compare.json", found)
-    except OSError as error:
-        raise StoreError(f"{output_dir}: cannot be written: {error.strerror}; choose another `--out`") from None
+    make_folder(output_dir)
+    write_json(output_dir / "compare.json", found)
     write_page(output_dir / "compare.html", HERE / "compare.html.jinja", grid=image_grid(runs), **spoken(found))
     return found
 

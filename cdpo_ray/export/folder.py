@@ -9,7 +9,7 @@ from pathlib import Path
 from cdpo_ray.errors import ExportError
 from cdpo_ray.export import FORMATS
 from cdpo_ray.export.formats import Trained
-from cdpo_ray.store import copy_tree, delete, is_local, make_folder
+from cdpo_ray.store import copy_tree, delete, is_local, make_folder, storage_errors_within
 
 CARD = "README.md"
 
@@ -18,25 +18,24 @@ def write_export(format_name: str, trained: Trained, card: str, output_dir: Path
     """Write what was trained in a format of `FORMATS`, with its card; whole or not at all on local disk.
 
     Raises:
-        ExportError: the format cannot hold what was trained, the folder is there already, or cannot be written.
+        ExportError: the format cannot hold what was trained, or the folder is there already.
+        StoreError: the disk or the store fails.
         ModelError: the base model is needed and cannot be loaded.
     """
     if output_dir.exists():
         raise ExportError(f"{output_dir}: is there already; delete it, or give another folder by `--out`")
     module, _, function = FORMATS[format_name].partition(":")
     write = getattr(importlib.import_module(module), function)
-    try:
-        with _aside(output_dir) as aside:
-            write(trained, aside)
-            (aside / CARD).write_text(card, encoding="utf-8")
-            for path in aside.rglob("*.safetensors"):
-                path.chmod(0o644)  # safetensors writes 0600, which shared disks cannot use
-            if is_local(output_dir):
-                aside.rename(output_dir)
-            else:
-                copy_tree(aside, output_dir)
-    except OSError as error:
-        raise ExportError(f"{output_dir}: cannot be written: {error}; give another folder by `--out`") from None
+    make_folder(output_dir.parent)
+    with storage_errors_within(output_dir), _aside(output_dir) as aside:
+        write(trained, aside)
+        (aside / CARD).write_text(card, encoding="utf-8")
+        for path in aside.rglob("*.safetensors"):
+            path.chmod(0o644)  # safetensors writes 0600, which shared disks cannot use
+        if is_local(output_dir):
+            aside.rename(output_dir)
+        else:
+            copy_tree(aside, output_dir)
 
 
 @contextlib.contextmanager

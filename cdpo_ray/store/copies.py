@@ -150,7 +150,8 @@ def delete(path: Path) -> None:
     with storage_errors(path, "deleted"):
         if not is_local(path):
             for name in path.fs.find(path.path):  # type: ignore[attr-defined]
-                path.fs.rm_file(name)  # type: ignore[attr-defined]
+                with contextlib.suppress(FileNotFoundError):
+                    path.fs.rm_file(name)  # type: ignore[attr-defined]
         elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from cdpo_ray.errors import CdpoError, StoreError
+from cdpo_ray.errors import CdpoError, StoreError, printable
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 STORAGE_ERRNOS = (
@@ -80,15 +80,19 @@ def storage_errors_within(folder: Path) -> Iterator[None]:
 
 
 def _storage_reason(error: BaseException) -> str | None:
-    """The line that tells how the storage failed; ``None``: it did not."""
+    """The line that tells how the storage failed; ``None``: it did not, or an error of ours tells it already."""
     seen: BaseException | None = error
     while seen is not None:
+        if isinstance(seen, CdpoError):
+            return None
         if isinstance(seen, OSError) and seen.errno in STORAGE_ERRNOS:
             return str(seen)
         if type(seen).__module__.partition(".")[0] in STORE_CLIENTS:
             return str(seen)
         cause = getattr(seen, "cause", None) or seen.__cause__  # Ray keeps what a worker raised in `cause`
         seen = cause if cause is not seen else None
+    if f"{CdpoError.__module__}." in str(error):
+        return None
     lines = [line for line in str(error).splitlines() if STORAGE_TEXT.search(line)]
     return lines[-1] if lines else None
 
@@ -103,11 +107,9 @@ def _store_error(path: Path, doing: str, reason: str) -> StoreError:
         with contextlib.suppress(OSError, StopIteration):
             there = next(folder for folder in (path, *path.parents) if folder.is_dir())
             what_to_do = f"{shutil.disk_usage(there).free / 2**20:,.1f} MiB are free there; make room"
-    return StoreError(f"{path}: cannot be {doing}: {_one_line(reason)}; {what_to_do}, and give the same command again")
+    return StoreError(f"{path}: cannot be {doing}: {one_line(reason)}; {what_to_do}, and give the same command again")
 
 
-def _one_line(text: str) -> str:
-    """A foreign text, shortened, its control characters escaped."""
-    line = " ".join(text.split())
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-    return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]}..."
+def one_line(text: str) -> str:
+    """A foreign text on one line, see `errors.printable`."""
+    return printable(" ".join(text.split()).rstrip("."), MAX_REASON)

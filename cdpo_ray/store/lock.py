@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 
 from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.store.copies import delete
-from cdpo_ray.store.failures import storage_errors
+from cdpo_ray.store.failures import one_line, storage_errors
 from cdpo_ray.store.places import is_local, make_folder, new_file, read_bytes
 
 log = logging.getLogger(__name__)
@@ -162,9 +162,13 @@ def _put(path: Path, content: bytes, *, create: bool = False) -> None:
     except FileExistsError:
         raise
     except TimeoutError:
-        told = f"the store did not answer in {ANSWER_SECONDS:g} s; check the network and AWS_ENDPOINT_URL"
+        told = (
+            f"the store did not answer in {ANSWER_SECONDS:g} s, or only with errors that are retried; check the network"
+            " and AWS_ENDPOINT_URL"
+        )
     except Exception as error:  # the stores' own libraries have more kinds than OSError
-        told = f"cannot be written: {error}; check its bucket and the credentials, or choose another `run.dir`"
+        reason = one_line(str(error))
+        told = f"cannot be written: {reason}; check its bucket and the credentials, or choose another `run.dir`"
     else:
         return
     raise StoreError(f"{path.parent}: {told}")

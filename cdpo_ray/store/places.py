@@ -17,7 +17,7 @@ from cdpo_ray.errors import StoreError
 from cdpo_ray.store.failures import storage_errors
 
 MANIFEST = "manifest.json"
-CLIENT_OPTIONS = {
+CLIENT_OPTIONS: dict[str, Any] = {
     # Manifests hold SHA-256 sums of all files. Checksums in each request are new, and some servers get them wrong.
     "s3": {
         "config_kwargs": {

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from typing_extensions import TypedDict
 
 from cdpo_ray.errors import StoreError, printable
-from cdpo_ray.store.places import is_local
+from cdpo_ray.store.places import is_local, read_bytes
 
 MAX_TEXT_BYTES = 2**28
 MAX_NAME_CHARS = 1024
@@ -107,7 +107,7 @@ def bytes_of(path: Path, *, remedy: str) -> bytes:
             raise StoreError(f"{path}: is damaged (not a regular file); {remedy}")
         if status.st_size > MAX_TEXT_BYTES:
             raise StoreError(f"{path}: is damaged ({status.st_size:,} bytes, at most {MAX_TEXT_BYTES:,}); {remedy}")
-        return path.read_bytes()
+        return read_bytes(path)
     except FileNotFoundError:
         raise
     except OSError as error:

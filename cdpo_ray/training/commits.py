@@ -161,8 +161,12 @@ class Commits:
 
 
 def names_of(folder: Path) -> list[str]:
-    """Of the commits that are there, newest first; which of them are whole is not asked."""
-    found = {name.partition("/")[0] for name in files_within(folder)}
+    """Of the commits that are there, newest first; which of them are whole is not asked.
+
+    In an object store, where a commit is written in place, it is there once its manifest is.
+    """
+    files = [name for name in files_within(folder) if is_local(folder) or name.endswith(f"/{MANIFEST}")]
+    found = {name.partition("/")[0] for name in files}
     return sorted((name for name in found if re.fullmatch(r"update-\d+", name)), reverse=True)
 
 

@@ -1,15 +1,19 @@
 """What is told of a stage, counted by hand."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from brute_force import formed_pairs, rows
 from PIL import Image
 
 from cdpo_ray.curriculum.explanation import describe_stage, draw_stages, stages_table
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
+from cdpo_ray.errors import StoreError
 
 SCORES = np.array([[0.0, 1.0, 3.0, 7.0], [5.0, 5.0, 5.0, 5.0], [2.0, 2.0, 2.0, 4.0]])
 
@@ -80,3 +84,15 @@ def test_the_picture_grows_with_the_stages_and_shows_what_differs(tmp_path: Path
             pixels.append(picture.tobytes())
     assert sizes[0][1] < sizes[1][1] and sizes[1] == sizes[2]
     assert pixels[1] != pixels[2]
+
+
+def test_fault_55_a_chart_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StoreError, match=r"stages\.png: cannot be written: Disk quota exceeded"):
+        draw_stages(described(Schedule(num_stages=2)), tmp_path / "stages.png", title="a title")
+    assert not list(tmp_path.iterdir())

@@ -168,7 +168,7 @@ def test_a_folder_that_is_there_is_left_alone(
     assert not list(mine.iterdir())
     (tmp_path / "file").touch()
     assert main(["export", config, "--out", str(tmp_path / "file" / "out")]) == 2
-    assert re.search(r"ExportError: .*/file/out: cannot be written: .*; give another", capsys.readouterr().err)
+    assert re.search(r"StoreError: .*/file: cannot be written: File exists; check", capsys.readouterr().err)
 
 
 def test_a_lora_that_was_altered_after_training_is_not_exported(

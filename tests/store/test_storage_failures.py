@@ -1,0 +1,192 @@
+"""Disks that fail: full, over quota, read-only, broken; each with path and reason, and nothing is left behind."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from safetensors import SafetensorError
+
+from cdpo_ray.errors import GenerationError, StoreError
+from cdpo_ray.store import (
+    RunFolder,
+    copy,
+    delete,
+    describe,
+    exists,
+    move,
+    new_file,
+    read_json,
+    read_table,
+    storage_errors_within,
+    write_json,
+    write_table,
+    write_text,
+)
+
+ERRNOS = ("ENOSPC", "EDQUOT", "EIO", "EROFS", "ESTALE", "EFBIG", "EACCES", "EPERM")
+
+
+def failing(name: str) -> Callable[..., None]:
+    def fail(*arguments: object, **options: object) -> None:
+        number = getattr(errno, name)
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def copy_from_beside(path: Path) -> None:
+    source = path.with_name("source")
+    source.write_bytes(b"new")
+    copy(source, path)
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "text": lambda path: write_text(path, "new"),
+    "JSON": lambda path: write_json(path, {"new": 1}),
+    "table": lambda path: write_table(pa.table({"x": [1]}), path),
+    "copy": copy_from_beside,
+}
+MOMENTS = {"open": (Path, "open"), "fsync": (os, "fsync"), "rename": (Path, "replace")}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("name", ERRNOS)
+def test_fault_60_a_write_that_fails_is_told_with_path_and_reason_and_leaves_what_was_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, writer: str, moment: str
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    reason = os.strerror(getattr(errno, name))
+    with monkeypatch.context() as patched:
+        patched.setattr(*MOMENTS[moment], failing(name))
+        with pytest.raises(StoreError, match=f"^{path}: cannot be written: {reason}; "):
+            WRITERS[writer](path)
+    assert path.read_bytes() == b"old" and {*os.listdir(tmp_path)} <= {"file", "source"}
+
+
+@pytest.mark.parametrize("name", ERRNOS)
+def test_fault_60_a_read_a_move_and_a_deletion_that_fail_are_told_with_path_and_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path, reason = tmp_path / "file", os.strerror(getattr(errno, name))
+    path.write_bytes(b"{}")
+    for owner, method, doing, what in (
+        (Path, "open", "read", describe),
+        (Path, "read_bytes", "read", read_json),
+        (Path, "exists", "read", exists),
+        (Path, "unlink", "deleted", delete),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, method, failing(name))
+            with pytest.raises(StoreError, match=f"^{path}: cannot be {doing}: {reason};"):
+                what(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", failing(name))
+        with pytest.raises(StoreError, match=f"/moved: cannot be written: {reason};"):
+            move(path, tmp_path / "moved")
+    assert path.read_bytes() == b"{}"
+
+
+def test_that_there_is_no_such_file_is_an_answer_to_a_reader(tmp_path: Path) -> None:
+    for read in (read_json, describe, read_table):
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "none")
+    (tmp_path / "half.parquet").write_bytes(b"PAR1")
+    with pytest.raises(pa.ArrowInvalid, match="Parquet"):
+        read_table(tmp_path / "half.parquet")
+    delete(tmp_path / "none")
+
+
+def test_fault_55_a_block_that_is_interrupted_leaves_no_file_behind(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with new_file(tmp_path / "file") as handle:
+            handle.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not os.listdir(tmp_path)
+
+
+def test_fault_55_how_much_is_free_is_told_where_a_disk_is_full(tmp_path: Path) -> None:
+    told = r"[\d,]+\.\d MiB are free there; make room, and give the same command again$"
+    with pytest.raises(StoreError, match=told), storage_errors_within(tmp_path / "not" / "there"):
+        failing("ENOSPC")()
+
+
+class WorkerError(Exception):
+    """As Ray raises in the driver: the text of a worker's traceback, or the error itself in `cause`."""
+
+    def __init__(self, text: str, cause: BaseException | None = None) -> None:
+        super().__init__(text)
+        self.cause = cause
+
+
+def from_a_worker(text: str) -> WorkerError:
+    return WorkerError(f"worker died\nTraceback (most recent call last):\n  File 'x.py', line 1\n{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (from_a_worker("OSError: [Errno 122] Disk quota exceeded"), "OSError: .* Disk quota exceeded; .* make room"),
+        (
+            from_a_worker("OSError: Error writing bytes. Detail: [errno 5] Input/output error"),
+            "Input/output error; check",
+        ),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), r"\(os error 28\); .* make room"),
+        (WorkerError("in a worker", OSError(errno.ESTALE, "Stale file handle", "a.bin")), "Stale file handle: 'a.bin'"),
+        (
+            from_a_worker("botocore.exceptions.ClientError: An error occurred (SlowDown) when calling PutObject"),
+            r"An error occurred \(SlowDown\)",
+        ),
+        (WorkerError("\x1b[31m\x07[Errno 30] Read-only file system"), r"\\x1b\[31m\\x07\[Errno 30\]"),
+    ],
+)
+def test_fault_60_errors_of_the_storage_are_recognized_in_libraries_and_workers(error: Exception, told: str) -> None:
+    where = Path("runs/a/1-samples")
+    with (
+        pytest.raises(StoreError, match=f"^{where}: cannot be written or read: .*{told}"),
+        storage_errors_within(where),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("beta"),
+        ConnectionRefusedError(111, "refused"),
+        GenerationError("bad"),
+        WorkerError("No space left on device", StoreError("runs/a: cannot be written: No space left on device")),
+        from_a_worker("cdpo_ray.errors.StoreError: runs/a: cannot be written: No space left on device"),
+    ],
+)
+def test_errors_of_other_kinds_stay_what_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, storage_errors_within(Path("runs/a")):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("name", ERRNOS)
+def test_fault_60_a_step_whose_disk_fails_can_be_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run = RunFolder(tmp_path)
+
+    def attempt() -> None:
+        with run.writing("1-samples", {}, {}, seed=0, resumable=True) as (folder, _):
+            (folder / "shard").write_bytes(b"shard")
+            monkeypatch.setattr(os, "fsync", failing(name))
+
+    with pytest.raises(StoreError, match=f"1-samples.partial/shard: cannot be .*: {os.strerror(getattr(errno, name))}"):
+        attempt()
+    monkeypatch.undo()
+    assert not run.has("1-samples")
+    with run.writing("1-samples", {}, {}, seed=0, resumable=True):
+        pass
+    assert run.is_complete("1-samples", {}, {}) and not list(tmp_path.rglob("*.tmp"))

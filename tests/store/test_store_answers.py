@@ -1,0 +1,189 @@
+"""Object stores that answer errors, and such as can do less than AWS: nothing is lost."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import s3fs
+from object_store import S3Server, error, serve
+from werkzeug.wrappers import Response
+
+from cdpo_ray.errors import StoreError
+from cdpo_ray.store import (
+    RunFolder,
+    copy,
+    delete,
+    exists,
+    files_within,
+    move,
+    read_json,
+    read_shards,
+    read_table,
+    write_json,
+    write_table,
+)
+from cdpo_ray.training.commits import names_of, newest_of
+
+STEP = "1-samples"
+
+
+@pytest.fixture(scope="module")
+def server_and_bucket() -> Iterator[tuple[S3Server, Path]]:
+    server = S3Server()
+    with serve(server) as bucket:
+        yield server, bucket
+    server.stop()
+
+
+@pytest.fixture
+def bucket(server_and_bucket: tuple[S3Server, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.2)
+    server, bucket = server_and_bucket
+    with_attempts(1, bucket, monkeypatch)
+    yield bucket
+    server.fault = lambda operation, key: None
+    delete(bucket)
+
+
+@pytest.fixture
+def server(server_and_bucket: tuple[S3Server, Path], bucket: Path) -> S3Server:
+    server_and_bucket[0].requests.clear()
+    return server_and_bucket[0]
+
+
+def with_attempts(number: int, bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request is tried so often by botocore, and as often by s3fs; both wait in between."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", str(number))
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", number)
+    bucket.fs.connect(refresh=True)
+
+
+def write_step(run: RunFolder, folder: str = STEP) -> None:
+    with run.writing(folder, {"seed": 0}, {}, seed=0, resumable=True, scratch=("commits",)) as (output_dir, _):
+        write_json(output_dir / "stages.json", [1])
+        write_table(pa.table({"x": [1]}), output_dir / "inner" / "a.parquet")
+        write_json(output_dir / "commits" / "update-000001" / "state.json", {})
+
+
+def silence(status: int, code: str) -> Response:
+    time.sleep(0.4)  # longer than the client waits
+    return error(500, "InternalError")
+
+
+ANSWERS: dict[str, tuple[Callable[[int, str], Response], int, str, str]] = {
+    "an internal error": (error, 500, "InternalError", "on purpose"),
+    "too many requests": (error, 503, "SlowDown", "on purpose"),
+    "no permission": (error, 403, "AccessDenied", "on purpose|Forbidden"),
+    "nothing in time": (silence, 0, "", "[Tt]imeout"),
+}
+USES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "JSON is read": ("get", lambda there: read_json(there / "stages.json")),
+    "a table is read": ("get", lambda there: read_table(there / "inner" / "a.parquet")),
+    "shards are read": ("get", lambda there: read_shards(there / "inner", ["x"])),
+    "a file is looked for": ("head", lambda there: exists(there / "stages.json")),
+    "files are listed": ("list", files_within),
+    "commits are listed": ("list", names_of),
+    "JSON is written": ("put", lambda there: write_json(there / "stages.json", [2])),
+    "a table is written": ("put", lambda there: write_table(pa.table({"x": [2]}), there / "inner" / "a.parquet")),
+    "a file is copied": ("copy", lambda there: copy(there / "stages.json", there / "b")),
+    "a file is moved": ("copy", lambda there: move(there / "stages.json", there / "b")),
+    "a moved file is deleted": ("delete", lambda there: move(there / "stages.json", there / "b")),
+    "a folder is deleted": ("delete", lambda there: delete(there / "inner")),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("answer", ["an internal error", "no permission"])
+def test_fault_35_an_error_of_the_store_is_told_with_path_and_reason_and_nothing_is_lost(
+    server: S3Server, bucket: Path, use: str, answer: str
+) -> None:
+    write_step(RunFolder(bucket / "run"))
+    respond, status, code, told = ANSWERS[answer]
+    operation, act = USES[use]
+    server.fault = lambda asked, key: respond(status, code) if asked == operation else None
+    with pytest.raises(
+        StoreError, match=rf"^s3://bucket/run/1-samples.*: cannot be (read|written|deleted): .*({told})"
+    ):
+        act(bucket / "run" / STEP)
+    server.fault = lambda asked, key: None
+    assert RunFolder(bucket / "run").is_complete(STEP, {"seed": 0}, {})
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("operation", ["head", "list", "put", "delete"])
+def test_fault_35_a_step_whose_store_fails_goes_on_with_the_same_command(
+    server: S3Server, bucket: Path, operation: str, answer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    respond, status, code, told = ANSWERS[answer]
+    server.fault = lambda asked, key: respond(status, code) if asked == operation else None
+    run = RunFolder(bucket / "run")
+    if operation == "delete":  # of leftovers only: the step is in place
+        write_step(run)
+        assert run.has(STEP) and "the step is complete, only leftovers remain" in caplog.text
+    else:
+        with pytest.raises(StoreError, match=rf"^s3://bucket/run/1-samples.*: cannot be (read|written): .*({told})"):
+            write_step(run)
+    server.fault = lambda asked, key: None
+    if not run.has(STEP):
+        write_step(run)
+    assert run.is_complete(STEP, {"seed": 0}, {})
+    run.delete_leftovers(STEP, ["commits"])
+    assert set(files_within(bucket / "run" / STEP)) == {"manifest.json", "stages.json", "inner/a.parquet"}
+
+
+def test_fault_35_errors_that_pass_are_not_noticed_and_retries_are_bounded(
+    server: S3Server, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_attempts(2, bucket, monkeypatch)
+    asked: Counter[tuple[str, str]] = Counter()
+
+    def once(operation: str, key: str) -> Response | None:
+        asked[operation, key] += 1
+        return error(503, "SlowDown") if asked[operation, key] == 1 else None
+
+    server.fault = once
+    write_step(RunFolder(bucket / "run"))
+    assert RunFolder(bucket / "run").is_complete(STEP, {"seed": 0}, {})
+    server.requests.clear()
+    server.fault = lambda operation, key: error(503, "SlowDown")
+    with pytest.raises(StoreError, match="cannot be read"):
+        read_json(bucket / "run" / STEP / "manifest.json")
+    assert 2 <= len(server.requests) <= 4
+
+
+def test_fault_35_a_store_that_fails_is_not_taken_for_one_without_commits(server: S3Server, bucket: Path) -> None:
+    write_json(bucket / "commits" / "update-000001" / "manifest.json", {"files": {"state.json": {}}})
+    server.fault = lambda operation, key: error(500, "InternalError") if operation in ("list", "head") else None
+    with pytest.raises(StoreError, match="cannot be read"):
+        newest_of(bucket / "commits")
+
+
+def test_fault_35_a_server_without_deletes_of_many_and_of_folders_is_enough(server: S3Server, bucket: Path) -> None:
+    objects: set[str] = set()
+
+    def strict(operation: str, key: str) -> Response | None:
+        if operation in ("put", "copy"):
+            objects.add(key)
+        elif operation == "delete many":
+            return error(501, "NotImplemented")
+        elif operation == "delete" and key not in objects:
+            return error(500, "InternalError")
+        return None
+
+    server.fault = strict
+    run = RunFolder(bucket / "run")
+    with run.locked():
+        write_step(run)
+        with run.writing("2-scores", {"a": 1}, {}, seed=0, resumable=False, grows=True) as (folder, _):
+            write_json(folder / "a.json", 1)
+        with run.writing("2-scores", {"a": 1, "b": 2}, {}, seed=0, resumable=False, grows=True) as (folder, _):
+            write_json(folder / "b.json", 2)
+        delete(bucket / "run" / STEP / "inner")
+        delete(bucket / "run" / "nothing")
+    assert set(files_within(bucket)) == {
+        *(f"run/{STEP}/{name}" for name in ("manifest.json", "stages.json")),
+        *(f"run/2-scores/{name}" for name in ("a.json", "b.json", "manifest.json")),
+    }
