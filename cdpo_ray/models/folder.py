@@ -263,11 +263,11 @@ def _weight_faults(part_dir: Path, stem: str, partial: bool) -> Faults:
     variant = weights_variant(part_dir, stem)
     end = f".{variant}" if variant else ""
     weights, index = f"{stem}{end}.safetensors", f"{stem}.safetensors.index{end}.json"
-    if (part_dir / weights).is_file() or (partial and not (part_dir / index).exists()):
-        return
+    whole = (part_dir / weights).is_file()
     if not (part_dir / index).exists():
-        pickled = "; pickled weights are not read" if any(part_dir.glob("*.bin")) else ""
-        yield f"{part_dir.name}/{weights} is missing{pickled}"
+        if not whole and not partial:
+            pickled = "; pickled weights are not read" if any(part_dir.glob("*.bin")) else ""
+            yield f"{part_dir.name}/{weights} is missing{pickled}"
         return
     try:
         shards = read_config(part_dir / index).get("weight_map")
@@ -280,5 +280,5 @@ def _weight_faults(part_dir: Path, stem: str, partial: bool) -> Faults:
     for shard in sorted(set(shards.values())):
         if PurePath(shard).name != shard:
             yield f"{part_dir.name}/{index}: {shown(shard)} is not the name of a file beside it"
-        elif not partial and not (part_dir / shard).is_file():
+        elif not whole and not partial and not (part_dir / shard).is_file():
             yield f"{part_dir.name}/{unquoted(shard)} is missing"
