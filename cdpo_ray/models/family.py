@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from cdpo_ray.errors import ModelError
-from cdpo_ray.models.folder import check_folder, other_parts, weighted_parts
+from cdpo_ray.models.folder import check_folder, named_parts, other_parts
 from cdpo_ray.models.loading import cannot_be_loaded, fetch, load_part
 from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, Adapters, read_lora
 from cdpo_ray.models.noising import squared_error
@@ -167,8 +167,8 @@ class TextToImageModel(ABC):
                 name: load_part(
                     getattr(importlib.import_module(part.library), part.classes[0]), model_dir / name, dtype
                 )
-                for name, part in weighted_parts(cls.family, model_dir).items()
-                if name not in left_out
+                for name, part in named_parts(cls.family, model_dir).items()
+                if part.weights and name not in left_out
             }
             return cls.pipeline_class.from_pretrained(
                 str(model_dir), dtype=dtype, use_safetensors=True, **nets, **options

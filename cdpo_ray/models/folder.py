@@ -90,6 +90,14 @@ def check_folder(family: str, folder: Path, *, partial: bool = False) -> None:
         fits = [other for other, layout in LAYOUTS.items() if not _faults(layout, folder, partial)]
         advice = f"it fits `model.family` {one_of(fits)}" if fits else "give another model, or correct its files"
         raise _refusal(f"`model.path` {folder}: does not fit `model.family` {family}", faults, advice)
+    faults = [
+        fault
+        for name, part in named_parts(family, folder).items()
+        for fault in _file_faults(folder / name, part, partial)
+    ]
+    if faults:
+        advice = "give a folder in diffusers layout with safetensors weights"
+        raise _refusal(f"`model.path` {folder}: cannot be loaded", faults, advice)
 
 
 def check_teacher(folder: Path, *, student: Path | None, partial: bool = False) -> None:
@@ -105,11 +113,8 @@ def check_teacher(folder: Path, *, student: Path | None, partial: bool = False) 
     layout = LAYOUTS["stable_diffusion"]
     configs, faults = _read(layout, folder, ("unet", "scheduler"), partial)
     of_student = _read(layout, student, ("vae", "text_encoder"), partial=True)[0] if student else {}
-    if not faults:
-        faults = [
-            *_weight_faults(folder / "unet", "diffusion_pytorch_model", partial),
-            *layout.faults({**of_student, **configs}),
-        ]
+    faults += _file_faults(folder / "unet", layout.parts["unet"], partial)
+    faults = faults or list(layout.faults({**of_student, **configs}))
     if faults:
         advice = "give the Stable Diffusion model that the consistency model was distilled from"
         raise _refusal(f"`model.teacher.path` {folder}: is not the teacher", faults, advice)
@@ -138,11 +143,10 @@ def read_config(path: Path) -> Config:
     return found
 
 
-def weighted_parts(family: str, folder: Path) -> dict[str, Part]:
-    """Parts of a checked folder that have weights."""
+def named_parts(family: str, folder: Path) -> dict[str, Part]:
+    """Parts of the family that a folder's index names; optional ones may be absent."""
     index = read_config(folder / config_path(INDEX))
-    parts = {name: part for name, part in LAYOUTS[family].parts.items() if part.weights}
-    return {name: part for name, part in parts.items() if not _is_left_out(part, index.get(name))}
+    return {name: part for name, part in LAYOUTS[family].parts.items() if not _is_left_out(part, index.get(name))}
 
 
 def other_parts(family: str, folder: Path) -> list[str]:
@@ -188,12 +192,6 @@ def _own_code(folder: Path) -> str | None:
 
 def _faults(layout: Layout, folder: Path, partial: bool) -> list[str]:
     configs, faults = _read(layout, folder, (INDEX, *layout.parts), partial)
-    if INDEX in configs:
-        for name, part in layout.parts.items():
-            if part.weights and name in configs:
-                faults += _weight_faults(folder / name, part.weights, partial)
-            if part.vocabularies and name in configs and not partial:
-                faults += _vocabulary_faults(folder / name, part.vocabularies)
     return faults or list(layout.faults(configs))
 
 
@@ -248,24 +246,28 @@ def _class_faults(name: str, named: Any, part: Part) -> Faults:
         yield f"{where} must be {one_of(allowed)}, got {got}"
 
 
-def _vocabulary_faults(part_dir: Path, vocabularies: Sequence[Sequence[str]]) -> Faults:
-    """Without its files, transformers makes a tokenizer that knows no words."""
-    if not any(all((part_dir / file).is_file() for file in files) for files in vocabularies):
-        yield f"{part_dir.name}/ must hold {one_of([' and '.join(files) for files in vocabularies])}"
+def _file_faults(part_dir: Path, part: Part, partial: bool) -> Faults:
+    """What is wrong with the names of a part's weight files and vocabulary."""
+    if part.weights:
+        yield from _weight_faults(part_dir, part.weights, partial)
+    if not part.vocabularies or partial:
+        return
+    # without its files, transformers makes a tokenizer that knows no words
+    if not any(all((part_dir / file).is_file() for file in files) for files in part.vocabularies):
+        yield f"{part_dir.name}/ must hold {one_of([' and '.join(files) for files in part.vocabularies])}"
 
 
 def _weight_faults(part_dir: Path, stem: str, partial: bool) -> Faults:
-    """What is wrong with the names of a part's weight files."""
     if (part_dir / "adapter_config.json").exists():  # transformers would load the base model that it names
         yield f"{part_dir.name}/ holds a PEFT adapter; merge it into the weights, and save them again"
     variant = weights_variant(part_dir, stem)
     end = f".{variant}" if variant else ""
     weights, index = f"{stem}{end}.safetensors", f"{stem}.safetensors.index{end}.json"
-    if (part_dir / weights).is_file() or (partial and not (part_dir / index).exists()):
-        return
+    whole = (part_dir / weights).is_file()
     if not (part_dir / index).exists():
-        pickled = "; pickled weights are not read" if any(part_dir.glob("*.bin")) else ""
-        yield f"{part_dir.name}/{weights} is missing{pickled}"
+        if not whole and not partial:
+            pickled = "; pickled weights are not read" if any(part_dir.glob("*.bin")) else ""
+            yield f"{part_dir.name}/{weights} is missing{pickled}"
         return
     try:
         shards = read_config(part_dir / index).get("weight_map")
@@ -278,5 +280,5 @@ def _weight_faults(part_dir: Path, stem: str, partial: bool) -> Faults:
     for shard in sorted(set(shards.values())):
         if PurePath(shard).name != shard:
             yield f"{part_dir.name}/{index}: {shown(shard)} is not the name of a file beside it"
-        elif not partial and not (part_dir / shard).is_file():
+        elif not whole and not partial and not (part_dir / shard).is_file():
             yield f"{part_dir.name}/{unquoted(shard)} is missing"

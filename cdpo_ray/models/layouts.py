@@ -166,17 +166,16 @@ _VAE_KINDS = {
 
 def _formulation(name: str, scheduler: Config) -> str:
     """Kind of model that a scheduler samples."""
-    if (
-        name.startswith("FlowMatch")
-        or scheduler.get("use_flow_sigmas") is True
-        or scheduler.get("prediction_type") == "flow_prediction"
-    ):
+    if name.startswith("FlowMatch") and name.endswith("Scheduler"):
         return "flow matching"
     if name in ("LCMScheduler", "TCDScheduler"):
         return "consistency"
-    if "EDM" in name or scheduler.get("sigma_data") is not None or scheduler.get("timestep_type") == "continuous":
-        return "EDM"
-    return "discrete diffusion" if name in DISCRETE_SCHEDULERS else "unknown"
+    if name in DISCRETE_SCHEDULERS:
+        if scheduler.get("use_flow_sigmas") is True or scheduler.get("prediction_type") == "flow_prediction":
+            return "flow matching"
+        is_discrete = scheduler.get("sigma_data") is None and scheduler.get("timestep_type") != "continuous"
+        return "discrete diffusion" if is_discrete else "EDM"
+    return "EDM" if "EDM" in name else "unknown"
 
 
 def _scheduler_faults(configs: Configs, formulations: tuple[str, ...]) -> Faults:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cdpo_ray.config.section import HUB_ID
 from cdpo_ray.errors import ModelError
 from cdpo_ray.hub import cause_of, how_to_stage
 from cdpo_ray.models.folder import weights_variant
@@ -31,6 +32,8 @@ def fetch(
     """
     if Path(path).is_dir():
         return Path(path)
+    if not HUB_ID.match(path):
+        raise cannot_be_loaded(key, path, revision, FileNotFoundError("there is no such folder"))
     options = {"revision": revision, "use_safetensors": True, **left_out}
     try:
         try:

@@ -80,6 +80,7 @@ def test_each_family_has_a_layout_and_the_embedded_pipeline_fits_its_own() -> No
         (SD, changed("scheduler", _class_name=None), r"`_class_name` must be a class of diffusers"),
         (SD, replaced("scheduler", "LCMScheduler", {"_class_name": "LCMScheduler"}), r"consistency models"),
         (SDXL, replaced("scheduler", EDM["_class_name"], EDM), r"samples EDM models"),
+        (SD3, replaced("scheduler", "FluxPipeline", FLOW | {"use_flow_sigmas": True}), r"FluxPipeline samples unknown"),
         (SDXL, replaced("scheduler", FLOW["_class_name"], FLOW), r"samples flow matching models"),
         (SDXL, changed("unet", addition_time_embed_dim=128), r"must be 2048 .*got 2816"),
         (SDXL, changed("text_encoder_2", hidden_size=1024), r"must be 1792 .*got 2048"),
@@ -193,6 +194,14 @@ def test_fault_37_shards_outside_the_folder_or_missing_are_named(weight_map: Any
     weights.with_name(f"{weights.name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     weights.unlink()
     with pytest.raises(ModelError, match=told):
+        check_folder("stable_diffusion", folder)
+
+
+def test_fault_37_an_index_beside_whole_weights_does_not_lead_out_of_the_folder_either(tmp_path: Path) -> None:
+    folder = build_hollow(tmp_path / "model", "stable_diffusion")  # of the two, diffusers reads the index
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "../../secret.safetensors"}}))
+    with pytest.raises(ModelError, match="is not the name of a file beside it"):
         check_folder("stable_diffusion", folder)
 
 
