@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cdpo_ray.config.section import looked_for
-from cdpo_ray.errors import PreferenceError
+from cdpo_ray.errors import PreferenceError, printable
 from cdpo_ray.preferences.formats import (
     FORMATS,
     is_parquet,
@@ -32,7 +32,7 @@ from cdpo_ray.preferences.formats import (
     other_kind,
     with_small_row_groups,
 )
-from cdpo_ray.preferences.values import URL, image_of, is_false, name_of, number_of, printable, prompt_of
+from cdpo_ray.preferences.values import URL, image_of, is_false, name_of, number_of, prompt_of
 from cdpo_ray.store import files_sha256, refuse_special_file
 
 ROWS_PER_BLOCK = 256  # read by one task
@@ -41,6 +41,7 @@ PAGE_BYTES = 2**20
 """Read of a column of Parquet at a time, in place of all that a row group holds of it."""
 MAX_ROW_GROUP_BYTES = 10**9
 FAULTS_SHOWN = 20
+MAX_FAULT_SHOWN = 2000  # characters
 ROWS_SHOWN = 3
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 RANK = re.compile(r"^(\d+)")
@@ -96,7 +97,7 @@ class Fault:
     reason: str
 
     def __str__(self) -> str:
-        return printable(f"{self.file}:{self.number}: {self.reason}")
+        return printable(f"{self.file}:{self.number}: {self.reason}", MAX_FAULT_SHOWN)
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,6 @@ def name_of(image: str) -> str:
     return image if len(image) <= MAX_PATH_SHOWN else shown(image)
 
 
-def printable(text: str) -> str:
-    """A text with its control characters escaped."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
-
-
 def prompt_of(values: Mapping[str, Any], name: str) -> str:
     """The text of a column, without white space around it.
 
