@@ -142,14 +142,14 @@ def test_the_fingerprint_follows_names_and_sizes(tmp_path: Path) -> None:
 def test_the_fingerprint_tells_files_of_the_same_name_apart_and_a_set_that_was_moved_is_the_same(
     tmp_path: Path,
 ) -> None:
-    for place, rows in (("a", ["{}"]), ("b", ["[]"])):
+    for place, rows in (("a", ["{}"]), ("b", ["{} "])):
         (tmp_path / "set" / place).mkdir(parents=True)
         write_jsonl(rows, tmp_path / "set" / place / "train.jsonl")
     before = fingerprint(Source(str(tmp_path / "set" / "*" / "train.jsonl"), "pairs"))
     (tmp_path / "set").rename(tmp_path / "moved")
     source = Source(str(tmp_path / "moved" / "*" / "train.jsonl"), "pairs")
     assert fingerprint(source) == before
-    write_jsonl(["()"], tmp_path / "moved" / "a" / "train.jsonl")
+    write_jsonl([" {}"], tmp_path / "moved" / "a" / "train.jsonl")
     assert fingerprint(source) != before
 
 
@@ -331,7 +331,7 @@ def test_fault_56_a_pipe_among_preferences_is_refused_and_not_waited_for(tmp_pat
     (fault,) = scan(Source(str(tmp_path), "ranked_folders")).faults
     assert "is a pipe, a device or a socket, not a regular file" in fault.reason
     os.mkfifo(tmp_path / "pairs.jsonl")
-    with pytest.raises(PreferenceError, match="nothing is there"):
+    with pytest.raises(PreferenceError, match="is no regular file, or a link to none"):
         scan(Source(str(tmp_path / "pairs.jsonl"), "pairs"))
 
 
