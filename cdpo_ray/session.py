@@ -175,8 +175,8 @@ def _local_ray(options: dict[str, Any]) -> Iterator[None]:
         except (Exception, SystemExit) as error:
             keeps_logs = True
             raise ClusterError(
-                f"Ray on this machine: does not start ({type(error).__name__}: {_in_short(error)}); is there enough"
-                f" memory and disk, and is the machine not overloaded? Ray's logs are in {folder}"
+                f"Ray on this machine: does not start ({type(error).__name__}: {_in_short(error)}); free"
+                f" memory and disk, or wait until the machine is less busy, and try again; Ray's logs are in {folder}"
             ) from None
         try:
             yield
