@@ -95,16 +95,14 @@ def test_a_full_memory_blames_no_prompt(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def overflowing(generator: Generator, *images: int, of: str) -> Generator:
-    """The same generator, whose UNet or VAE gives values that are not finite for some images of each batch."""
+def let_overflow(part: torch.nn.Module, *images: int) -> None:
+    """The part gives values that are not finite for some images of each batch."""
 
     def overflow(_: object, __: object, output: object) -> None:
         for image in images:
             (output[0] if isinstance(output, tuple) else output)[image, 0, 0, 0] = torch.inf  # type: ignore[index]
 
-    part = generator.model.pipeline.unet if of == "unet" else generator.model.pipeline.vae.decoder
     part.register_forward_hook(overflow)
-    return generator
 
 
 @pytest.mark.parametrize("of", ["unet", "vae"])
@@ -112,14 +110,16 @@ def test_fault_36_images_that_are_not_finite_have_no_score_and_are_named(
     tiny_sd15: Path, tmp_path: Path, of: str
 ) -> None:
     set_aside = SetAside(tmp_path, 4, 0.5)
-    sampling = replace(SAMPLING, max_masked_fraction=0.5)
-    model, scores = {"path": str(tiny_sd15), "device": "cpu"}, functools.partial(Scorer, {"jpeg_size": {"quality": 90}})
-
-    def made(**options: object) -> pa.Table:
-        make = Generator("stable_diffusion", model, sampling, make_scores=scores, **options)  # type: ignore[arg-type]
-        return (overflowing(make, 0, 1, 5, of=of) if options else make)(table(PROMPTS))
-
-    whole, found = made(), made(set_aside=set_aside)
+    make = Generator(
+        "stable_diffusion",
+        {"path": str(tiny_sd15), "device": "cpu"},
+        replace(SAMPLING, max_masked_fraction=0.5),
+        make_scores=functools.partial(Scorer, {"jpeg_size": {"quality": 90}}),
+    )
+    whole = make(table(PROMPTS))
+    pipeline, make.set_aside = make.model.pipeline, set_aside
+    let_overflow(pipeline.unet if of == "unet" else pipeline.vae.decoder, 0, 1, 5)
+    found = make(table(PROMPTS))
     assert found["prompt"].to_pylist() == PROMPTS, "rows stay"
     bad = np.array([[True, True], [False, False], [False, True], [False, False]])
     for name in ("score_jpeg_size", "score_perturbation"):
@@ -137,8 +137,9 @@ def test_fault_36_images_that_are_not_finite_have_no_score_and_are_named(
     )
     with pytest.raises(GenerationError, match=re.escape(told)):
         SetAside(tmp_path, 4, 0.25).refuse_too_many()
+    make.set_aside = SetAside(tmp_path, 4, 0.25)
     with pytest.raises(GenerationError, match=re.escape(told)):
-        made(set_aside=SetAside(tmp_path, 4, 0.25))
+        make(table(PROMPTS))
 
 
 def test_fault_36_prompts_that_raise_and_images_that_are_black_are_counted_together(tmp_path: Path) -> None:
