@@ -14,7 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny nets gain nothing by two, 
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-from cdpo_ray.store import delete
 from cdpo_ray.testbed import PIPELINE_DIR
 
 settings.register_profile("untimed", deadline=None)  # a busy machine must fail nothing; benchmarks hold the speed
@@ -72,7 +71,9 @@ def s3_server() -> Iterator[Path]:
 
 @pytest.fixture
 def s3(s3_server: Path) -> Iterator[Path]:
-    """A bucket of a real S3 server on loopback, empty; `s3://bucket`."""
+    """A bucket of a real S3 server, empty; `s3://bucket`."""
+    from cdpo_ray.store import delete
+
     yield s3_server
     delete(s3_server)
 
