@@ -9,7 +9,7 @@ ROWS = re.findall(r"^\| (\d+) \|.*\| ([^|]+) \|$", TABLE, flags=re.MULTILINE)
 NAME = re.compile(r"\bdef test_fault_(\d\d)_(?:and_(\d\d)_)?")
 
 
-def tested_faults() -> dict[str, set[int]]:
+def faults_by_file() -> dict[str, set[int]]:
     """Numbers of the faults that each test file names."""
     return {
         str(path.relative_to(TESTS)): {
@@ -20,7 +20,7 @@ def tested_faults() -> dict[str, set[int]]:
 
 
 def test_every_fault_has_a_row_and_the_files_that_it_names_test_it() -> None:
-    tested = tested_faults()
+    tested = faults_by_file()
     assert [int(number) for number, _ in ROWS] == sorted(set.union(*tested.values()))
     for number, files in ROWS:
         first = re.findall(r"`([\w/]+(?:\.py|/))`", files)[0]

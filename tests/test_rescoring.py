@@ -152,6 +152,15 @@ def test_fault_30_samples_behind_a_link_out_of_the_run_are_not_taken(source: Run
         perform(config_in(tmp_path, "taken", samples_from=source.path), SAMPLES)
 
 
+def test_fault_30_only_a_run_of_ones_own_may_link_to_a_step_of_another(source: RunFolder, tmp_path: Path) -> None:
+    linked = RunFolder(tmp_path / "linked")
+    linked.path.mkdir()
+    (linked.path / SAMPLES).symlink_to(source.path / SAMPLES)
+    linked.refuse_damage(SAMPLES)
+    with pytest.raises(StoreError, match=r"linked/1-samples: is a symbolic link that leads out of"):
+        perform(config_in(tmp_path, "taken", samples_from=linked.path), SAMPLES)
+
+
 def test_fault_52_samples_and_scores_without_their_columns_are_not_taken(source: RunFolder, tmp_path: Path) -> None:
     perform(config_in(tmp_path, "taken", samples_from=source.path), SAMPLES)
     config = config_in(tmp_path, "taken", samples_from=source.path)

@@ -227,7 +227,7 @@ def read_run(run_dir: Path, name: str) -> EvaluatedRun:
     Raises:
         StoreError: it is not there or is damaged.
     """
-    run = RunFolder(run_dir)
+    run = RunFolder(run_dir, foreign=True)
     if not run.has(EVALUATION) and run.path.is_dir() and (rounds := sorted(run.path.glob("round-*"))):
         raise StoreError(f"{run_dir}: has rounds; give the folder of one, for example {printable(rounds[-1], 1000)}")
     run.refuse_damage(EVALUATION)

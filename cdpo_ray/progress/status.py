@@ -29,7 +29,7 @@ from cdpo_ray.records import (
     VALIDATION,
 )
 from cdpo_ray.store import MANIFEST, RunFolder, exists, is_local, path_within, read_untrusted
-from cdpo_ray.store.untrusted import Count, Predicted, Seconds, Timestamp, other_keys_allowed
+from cdpo_ray.store.untrusted import Count, Predicted, Timestamp, other_keys_allowed
 
 STATUS = "status.json"
 SHARED_FOLDERS = (SAMPLES, SCORES, VALIDATION, HELDOUT)
@@ -44,6 +44,10 @@ SHOWN_OVERRIDE = re.compile(
     r"(rounds|run\.(name|dir|seed)|(generation|curriculum|training|resources)\.[a-z_.]+)=[\w./+,:{}\[\] -]+"
 )
 """Overrides that choose no address, environment variable, code or model."""
+
+
+Bounded = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
+"""Of a rate and what follows from it: below 0 while units are done again."""
 
 
 @other_keys_allowed
@@ -61,8 +65,8 @@ class Status(TypedDict):
     done: NotRequired[Count]
     total: NotRequired[Count]
     unit: NotRequired[str]
-    rate: NotRequired[Seconds | None]
-    seconds_left: NotRequired[Seconds | None]
+    rate: NotRequired[Bounded | None]
+    seconds_left: NotRequired[Bounded | None]
     predicted: NotRequired[Predicted]
     line: NotRequired[str]
     error: NotRequired[str]

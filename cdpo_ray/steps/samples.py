@@ -43,7 +43,7 @@ SAMPLE_COLUMNS = {"prompt_index", "prompt_id", "prompt", "latents"}
 
 def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     if context.config.run.samples_from:
-        _take_samples(RunFolder(place(context.config.run.samples_from)), context, output_dir, output)
+        _take_samples(RunFolder(place(context.config.run.samples_from), foreign=True), context, output_dir, output)
         return
     from cdpo_ray.generation.pool import generate_samples
     from cdpo_ray.models.sizes import sizes_of

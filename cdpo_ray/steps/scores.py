@@ -99,7 +99,7 @@ def _score_parts(config: Config) -> dict[str, tuple[str, bool]]:
 def _scores_elsewhere(context: Context) -> tuple[Path, dict[str, Any]]:
     """Where the run that gave the images keeps their scores, and with what settings it made them."""
     config = context.config
-    other = RunFolder(place(config.run.samples_from or ""))
+    other = RunFolder(place(config.run.samples_from or ""), foreign=True)
     if config.run.samples_from and other.has(SCORES):
         other.refuse_damage(SCORES)
         manifest = other.manifest(SCORES)

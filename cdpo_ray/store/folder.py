@@ -67,11 +67,17 @@ class StepOutput:
 
 
 class RunFolder:
-    """``runs/<name>``: reads finished steps, writes one at a time."""
+    """``runs/<name>``: reads finished steps, writes one at a time.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        foreign: it may be somebody else's, so that no step may be a symbolic link that leads out of it. In a run of
+            one's own a finished step may be a link to another run's.
+    """
+
+    def __init__(self, path: Path, *, foreign: bool = False) -> None:
         self.path = path
         self._verified: dict[str, str] = {}  # folder -> fingerprint of the files that this process wrote or verified
+        self.foreign = foreign
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -87,15 +93,16 @@ class RunFolder:
         """Whether the step is finished.
 
         Raises:
-            StoreError: its folder is a symbolic link that leads out of the run's.
+            StoreError: a symbolic link on the way leads out of the step, or a foreign run's step out of the run.
         """
-        return exists(path_within(self.path, f"{folder}/{MANIFEST}"))
+        path = path_within(self.path, folder) if self.foreign else self.path / folder
+        return exists(path_within(path, MANIFEST))
 
     def step(self, folder: str) -> Path:
         """The folder of a finished step.
 
         Raises:
-            StoreError: the step has not been done, or its folder is a symbolic link that leads out of the run's.
+            StoreError: the step has not been done, or as of `has`.
         """
         path = self.path / folder
         if not self.has(folder):
