@@ -321,6 +321,7 @@ class RunFolder:
             scratch: as `writing` was given.
         """
         try:
+            delete(self.path / f"{folder}.partial")  # of files that were added, which the manifest names by now
             if exists(self.path / folder / SETTINGS):
                 for name in (*scratch, PARTS, SETTINGS):  # the settings last: they tell that there may be more
                     delete(self.path / folder / name)

@@ -340,6 +340,15 @@ def is_done(run: RunFolder, settings: dict = GROWN) -> bool:
     return run.is_complete(STEP, settings, {"in": "1"}, grows=True)
 
 
+def test_fault_02_a_folder_of_added_files_that_a_kill_left_behind_is_deleted(run: RunFolder) -> None:
+    write_step(run)
+    left = run.path / f"{STEP}.partial"
+    left.mkdir()
+    (left / "added.bin").write_bytes(b"added")
+    run.delete_leftovers(STEP, ())
+    assert not left.exists() and run.is_complete(STEP, SETTINGS, {})
+
+
 def test_a_step_that_grows_makes_what_it_lacks_and_leaves_what_it_has(run: RunFolder) -> None:
     clip = {"clip": {"size": 8}}
     assert score(run, clip) == ["clip"]
