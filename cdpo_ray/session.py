@@ -14,6 +14,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 import urllib.request
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ MIN_OPEN_FILES = 512  # Ray itself warns below 4096; with very few its processes
 MIN_THREADS = 512  # a local Ray has some hundreds
 MIN_DATA_BYTES = 4 * 2**30
 MIN_ADDRESS_SPACE_BYTES = 32 * 2**30  # a worker maps PyTorch and Ray's shared memory, most of it never touched
+DELETE_ATTEMPTS = 25
 LONGEST_SOCKET = 107  # characters that a path of a Unix socket may have
 LONGEST_IN_PARENT = len("/cdpo-12345678/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_MetricsHead")
 """Longest path of a Ray socket, from the parent of the private folder on."""
@@ -187,8 +189,11 @@ def _local_ray(options: dict[str, Any]) -> Iterator[None]:
         finally:
             ray.shutdown()
     finally:
-        if not keeps_logs:
+        for _ in range(0 if keeps_logs else DELETE_ATTEMPTS):
             shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.2)  # some of Ray's processes write until they have noticed its end
 
 
 def _private_folder() -> Path:
