@@ -18,7 +18,7 @@ from cdpo_ray.cost.gpus import DEFAULT_GPU
 from cdpo_ray.errors import StoreError
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.records import COMMITS_DIR, TRAINING
-from cdpo_ray.run import _perform
+from cdpo_ray.run import perform_step
 from cdpo_ray.steps import STEPS, Context
 from cdpo_ray.store import RunFolder, copy_tree, delete, files_within, read_bytes
 from cdpo_ray.training.commits import Commits, names_of, newest_of, state_of
@@ -58,7 +58,7 @@ def give_command(run: RunFolder, *, num_updates: int = NUM_UPDATES) -> list[int]
     step = replace(step, settings=lambda config: {"beta": 1}, inputs=(), perform=perform)
     config = config_of(Path(os.environ["CDPO_TEST_DIR"]), "embedded")
     context = Context(config, PromptSplit([], [], 0), run)
-    _perform(step, context, start_ray=lambda: DEFAULT_GPU, allow_config_change=False)
+    perform_step(step, context, start_ray=lambda: DEFAULT_GPU, allow_config_change=False)
     return made
 
 
