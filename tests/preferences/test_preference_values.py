@@ -8,7 +8,8 @@ from urllib.parse import quote
 import pytest
 from preference_sets import encoded, judged_scenes
 
-from cdpo_ray.preferences.values import image_of, is_false, number_of, printable
+from cdpo_ray.errors import printable
+from cdpo_ray.preferences.values import image_of, is_false, number_of
 
 IMAGE = next(judged_scenes(1)).right
 PNG = encoded(IMAGE)
