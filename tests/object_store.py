@@ -78,9 +78,10 @@ def serve(server: S3Server | None = None) -> Iterator[Path]:
             bucket = place("s3://bucket")
             bucket.fs.clear_instance_cache()  # or one that knows another endpoint
             bucket = place("s3://bucket")
-            if not found:
+            if not found and not bucket.fs.exists("bucket"):  # all servers of this process hold the same buckets
                 bucket.fs.mkdir("bucket")
             yield bucket
+            bucket.fs.clear_instance_cache()  # others would be given this client, and ask this server
     finally:
         if started:
             started.stop()

@@ -192,10 +192,11 @@ def test_fused_scores_are_those_computed_afterwards_from_the_pngs(rows: pa.Table
 def test_scoring_again_from_pngs_or_latents_gives_the_fused_scores(
     rows: pa.Table, tiny_sd15: Path, kept: str, images_per_batch: int
 ) -> None:
-    plain = pa.concat_tables([rows.select(["prompt", kept]).slice(0, 1), rows.select(["prompt", kept]).slice(1)])
+    plain = rows.select(["prompt_index", "prompt", kept])
+    plain = pa.concat_tables([plain.slice(0, 1), plain.slice(1)])
     model = {"path": str(tiny_sd15), "device": "cpu"}
     scored = SampleScorer("stable_diffusion", model, REWARDS, images_per_batch)(plain)
-    assert scored.column_names == ["prompt", *(f"score_{name}" for name in REWARDS)]
+    assert scored.column_names == ["prompt_index", "prompt", *(f"score_{name}" for name in REWARDS)]
     for name in REWARDS:
         found, fused = (np.array(table[f"score_{name}"].to_pylist()) for table in (scored, rows))
         # decoded one by one and not two together, a pixel may round to the next level

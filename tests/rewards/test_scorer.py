@@ -62,7 +62,7 @@ def breaks(images, prompts):
 
 
 def leaves(images, prompts):
-    sys.exit("cannot go on")
+    raise SystemExit("cannot go on")
 
 
 def not_a_number(images, prompts):
@@ -297,12 +297,12 @@ def test_fault_36_a_black_image_has_no_score() -> None:
     np.testing.assert_allclose(scores, [np.nan, 1 / 48, 71.5])
 
 
-def test_fault_61_a_reward_that_leaves_by_sys_exit_is_named(own_module: Path) -> None:
-    line = 1 + OWN.split("\n").index('    sys.exit("cannot go on")')
+def test_fault_61_a_reward_that_raises_system_exit_is_named(own_module: Path) -> None:
+    line = 1 + OWN.split("\n").index('    raise SystemExit("cannot go on")')
     message = rf"^reward `{MODULE}:leaves` raised SystemExit: cannot go on at {own_module}:{line}$"
     with pytest.raises(RewardError, match=message):
         Scorer({f"{MODULE}:leaves": {}})(IMAGES, PROMPTS)
-    own_module.write_text("import sys\nsys.exit(3)\n")
+    own_module.write_text("\nraise SystemExit(3)\n")
     sys.modules.pop(own_module.stem, None)
     with pytest.raises(RewardError, match=rf"^reward `{MODULE}:leaves` raised SystemExit: 3 at {own_module}:2$"):
         load_reward(f"{MODULE}:leaves", {})

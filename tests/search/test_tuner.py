@@ -51,7 +51,7 @@ def climb(name: str, report: Callable[[dict[str, Any]], None], *, trials_dir: Pa
     num_started = len(starts.read_text().splitlines())
     starts.write_text(starts.read_text() + f"{os.getpid()}\n")
     for stage in range(trial.last_stage + 1, NUM_STAGES + 1):
-        match trial.point.get("ends") if stage == 2 else None:
+        match trial.point.get("training.ends") if stage == 2 else None:
             case "error of ours":
                 raise TrainingError("training: loss was not finite; lower `training.learning_rate`")
             case "error":
@@ -60,7 +60,7 @@ def climb(name: str, report: Callable[[dict[str, Any]], None], *, trials_dir: Pa
                 os.kill(os.getpid(), signal.SIGKILL)
             case "never":
                 time.sleep(600)
-        report(stage_report(stage, trial.point["worth"] * stage))
+        report(stage_report(stage, trial.point["training.worth"] * stage))
 
 
 def run(trials: Trials, points: list[dict[str, Any]], again: tuple[str, ...] = (), **options: Any) -> list[Trial]:
@@ -82,8 +82,8 @@ def run(trials: Trials, points: list[dict[str, Any]], again: tuple[str, ...] = (
 
 def test_a_poor_trial_ends_after_its_first_stage(tmp_path: Path) -> None:
     trials = Trials(tmp_path)
-    run(trials, [{"worth": 1.0}, {"worth": 5.0}, {"worth": 3.0}, {"worth": 2.0}])
-    reached = {trial.point["worth"]: (trial.state, trial.last_stage) for trial in trials.values()}
+    run(trials, [{"training.worth": 1.0}, {"training.worth": 5.0}, {"training.worth": 3.0}, {"training.worth": 2.0}])
+    reached = {trial.point["training.worth"]: (trial.state, trial.last_stage) for trial in trials.values()}
     # By hand, in this order: 5 is above 1. 3 is the median of 1 and 5 at the first stage, and goes on; at the second it
     # is 6, the median of 2 and 10; at the fourth all have ended. 2 is below 3, the median of 1, 5 and 3.
     assert reached == {1.0: (DONE, 4), 5.0: (DONE, 4), 3.0: (DONE, 4), 2.0: (STOPPED, 1)}
@@ -95,11 +95,11 @@ def test_a_poor_trial_ends_after_its_first_stage(tmp_path: Path) -> None:
 def test_fault_28_a_trial_that_crashes_or_fails_holds_up_no_other(tmp_path: Path) -> None:
     trials = Trials(tmp_path)
     points = [
-        {"worth": 1.0},
-        {"worth": 1.0, "ends": "kill"},
-        {"worth": 1.0, "ends": "error"},
-        {"worth": 1.0, "ends": "error of ours"},
-        {"worth": 1.0},
+        {"training.worth": 1.0},
+        {"training.worth": 1.0, "training.ends": "kill"},
+        {"training.worth": 1.0, "training.ends": "error"},
+        {"training.worth": 1.0, "training.ends": "error of ours"},
+        {"training.worth": 1.0},
     ]
     run(trials, points, halving=None)
     whole, killed, broken, failed, last = trials.values()
@@ -115,7 +115,11 @@ def test_fault_28_ctrl_c_ends_what_runs_and_leaves_it_to_be_taken_up_again(tmp_p
     trials = Trials(tmp_path)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run(trials, [{"worth": 1.0, "ends": "never"}], on_change=lambda trial: os.kill(os.getpid(), signal.SIGINT))
+        run(
+            trials,
+            [{"training.worth": 1.0, "training.ends": "never"}],
+            on_change=lambda trial: os.kill(os.getpid(), signal.SIGINT),
+        )
     assert time.monotonic() - started < 60
     (trial,) = Trials(tmp_path).values()
     assert (trial.state, trial.last_stage) == (RUNNING, 1)
@@ -127,12 +131,12 @@ def test_fault_28_ctrl_c_ends_what_runs_and_leaves_it_to_be_taken_up_again(tmp_p
 def test_fault_28_a_search_that_was_broken_off_stops_what_it_would_have_stopped(tmp_path: Path) -> None:
     trials = Trials(tmp_path)
     for number, worth in enumerate([4.0, 6.0, 5.0], start=1):
-        trials.put(Trial(number, {"worth": worth}))
+        trials.put(Trial(number, {"training.worth": worth}))
     trials.add_report("002", stage_report(1, 6.0))
     trials.add_report("001", stage_report(1, 4.0))  # below 6, but the paper's goes on however poor it is
     trials.add_report("003", stage_report(1, 4.5))  # below 5, the median; the process was killed before it said so
     again = Trials(tmp_path)
-    told = run(again, [{"worth": 1.0}], again=("001", "002"))
+    told = run(again, [{"training.worth": 1.0}], again=("001", "002"))
     assert again["003"].state == STOPPED and again["004"].state == STOPPED
     assert again["001"].state == DONE and again["002"].state == DONE
     for name in ("001", "002"):

@@ -69,13 +69,13 @@ def write_step(run: RunFolder, folder: str = STEP) -> None:
 
 
 def silence(status: int, code: str) -> Response:
-    time.sleep(0.4)  # longer than the client waits
+    time.sleep(0.8)  # longer than the client waits
     return error(500, "InternalError")
 
 
 ANSWERS: dict[str, tuple[Callable[[int, str], Response], int, str, str]] = {
-    "an internal error": (error, 500, "InternalError", "on purpose"),
-    "too many requests": (error, 503, "SlowDown", "on purpose"),
+    "an internal error": (error, 500, "InternalError", "on purpose|Internal Server Error"),
+    "too many requests": (error, 503, "SlowDown", "on purpose|Service Unavailable"),
     "no permission": (error, 403, "AccessDenied", "on purpose|Forbidden"),
     "nothing in time": (silence, 0, "", "[Tt]imeout"),
 }
