@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 FAULTS = (OSError(errno.EIO, os.strerror(errno.EIO)), ConnectionResetError("reset by peer"), TimeoutError("timed out"))
 BEST_EFFORT = ("status.json", "tensorboard", ".lock", ".partial", "manifest.json")
-"""Their failure stops no verb: `.partial` is a leftover of a finished step, and a manifest that cannot be read may be of
+"""Their failure stops no verb: `.partial` is a leftover of a finished step. A manifest that cannot be read may be of
 another step, for which `config.yaml` then stays as it was, with a warning."""
 TOUCHES = (
     "open",
@@ -114,7 +114,8 @@ def test_fault_34_each_file_operation_that_fails_below_a_verb_is_one_line(
         where = f"{event} {path}: {err}"
         assert "Traceback" not in err, where
         if code == 0:
-            assert any(name in path for name in BEST_EFFORT), where
+            is_only_compared = event == "open" and path.endswith("config.yaml")  # then there is a warning
+            assert is_only_compared or any(name in path for name in BEST_EFFORT), where
         else:
             assert any(line.partition(":")[0].endswith("Error") for line in err.splitlines()) or verb == "status", where
 
