@@ -220,7 +220,7 @@ with ray_session():
     def look():
         import sys, statistics
         from cdpo_ray.rewards.scorer import load_reward
-        found = {"path": sys.path, "cwd": os.getcwd(), "statistics": statistics.__file__}
+        found = {"path": list(sys.path), "cwd": os.getcwd(), "statistics": statistics.__file__}
         return found | {"score": load_reward("own:score", {})([], ["a"]), "own_path": sys.path[-1]}
 
     found = ray.get(look.remote())
