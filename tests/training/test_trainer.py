@@ -204,9 +204,7 @@ def test_fault_57_sigterm_to_the_whole_process_group_is_as_one_ctrl_c(
 
 
 @pytest.mark.nightly
-def test_fault_57_sigterm_to_every_process_leaves_the_last_commit(
-    config: Path, quiet: dict[str, torch.Tensor]
-) -> None:
+def test_fault_57_sigterm_to_every_process_leaves_the_last_commit(config: Path, quiet: dict[str, torch.Tensor]) -> None:
     run = a_run(config, "everyone")
     with training(config, run.name) as process:
         wait_for(lambda: committed(run, UPDATES_PER_COMMIT))
