@@ -1,7 +1,5 @@
 """Run folder -> what is done, what runs, what failed and why, what is next: `cdpo status RUN`; asks nobody else."""
 
-import contextlib
-import os
 import platform
 import re
 import shlex
@@ -28,7 +26,7 @@ from cdpo_ray.records import (
     TRIALS,
     VALIDATION,
 )
-from cdpo_ray.store import MANIFEST, RunFolder, exists, is_local, path_within, read_untrusted
+from cdpo_ray.store import MANIFEST, RunFolder, exists, is_alive, is_local, path_within, read_untrusted
 from cdpo_ray.store.untrusted import Count, Predicted, Timestamp, other_keys_allowed
 
 STATUS = "status.json"
@@ -256,9 +254,4 @@ def _is_alive(status: dict[str, Any], now: datetime) -> bool:
         return False
     if status["host"] != platform.node():
         return True
-    with contextlib.suppress(PermissionError):  # it is another user's, so it is there
-        try:
-            os.kill(status["pid"], 0)
-        except ProcessLookupError:
-            return False
-    return True
+    return is_alive(status["pid"])

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cdpo_ray.errors import RewardError
+from cdpo_ray.store import is_alive
 
 MAX_CRASHES = 3
 """Processes that may end in one and the same call of a reward: other causes strike in different calls."""
@@ -43,7 +44,7 @@ def crashes_named(reward: str, call: Sequence[str]) -> Iterator[None]:
         return
     told = json.dumps([os.environ["RAY_JOB_ID"], reward, *call])
     stem = f"reward-{hashlib.blake2b(told.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}-"
-    crashed = [path for path in log.parent.glob(f"{stem}*") if not _is_alive(int(path.name.removeprefix(stem)))]
+    crashed = [path for path in log.parent.glob(f"{stem}*") if not is_alive(int(path.name.removeprefix(stem)))]
     running = log.parent / f"{stem}{os.getpid()}"
     try:
         if len(crashed) >= MAX_CRASHES:
@@ -68,16 +69,6 @@ def _log_of_this_process() -> Path | None:
     except OSError:
         return None
     return log if log.is_file() else None
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _last_words(crashed: Path) -> str:

@@ -4,6 +4,7 @@ from cdpo_ray.store.contents import files_sha256
 from cdpo_ray.store.copies import copy, copy_tree, damage, delete, describe, link, local_copy, move, refuse_full_disk
 from cdpo_ray.store.failures import storage_errors_within
 from cdpo_ray.store.folder import HOW_TO_MEND, PARTS, RunFolder, StepOutput, differences
+from cdpo_ray.store.lock import is_alive
 from cdpo_ray.store.manifests import CONFIG, FILES_MANIFEST, fingerprint_of, flat
 from cdpo_ray.store.places import (
     MANIFEST,
@@ -55,6 +56,7 @@ __all__ = [
     "files_within",
     "fingerprint_of",
     "flat",
+    "is_alive",
     "is_local",
     "link",
     "local_copy",

@@ -168,7 +168,7 @@ def local_copy(folder: Path) -> Path:
     """
     if is_local(folder):
         return folder
-    manifest = read_untrusted(folder / MANIFEST, FILES_MANIFEST, remedy=f"delete {folder} to make it anew")
+    manifest = read_untrusted(folder / MANIFEST, FILES_MANIFEST, remedy=f"delete {folder} to make it again")
     copies = Path(tempfile.gettempdir()) / f"cdpo_ray-{os.getuid()}"
     with storage_errors(copies):
         copies.mkdir(mode=0o700, exist_ok=True)
@@ -185,7 +185,7 @@ def local_copy(folder: Path) -> Path:
                 copy(path_within(folder, name), aside / name)
                 if describe(aside / name) != expected:
                     raise StoreError(
-                        f"{folder / name}: was altered (its SHA-256 differs); delete {folder} to make it anew"
+                        f"{folder / name}: was altered (its SHA-256 differs); delete {folder} to make it again"
                     )
             try:
                 aside.rename(done)

@@ -117,7 +117,7 @@ class RunFolder:
         """
         path = self.step(folder)
         manifest: dict[str, Any] = read_untrusted(
-            path / MANIFEST, STEP_MANIFEST, remedy=f"delete {path} to make it anew"
+            path / MANIFEST, STEP_MANIFEST, remedy=f"delete {path} to make it again"
         )
         return manifest
 
@@ -157,7 +157,7 @@ class RunFolder:
             raise StoreError(f"{path} was made with {changed}; {HOW_TO_MEND}")
         for name, fingerprint in inputs.items():
             if manifest["inputs"].get(name) != fingerprint:
-                raise StoreError(f"{path} was made from another {name}; delete {path} to make it anew")
+                raise StoreError(f"{path} was made from another {name}; delete {path} to make it again")
 
     def refuse_damage(
         self, folder: str, files: Sequence[str] | None = None, *, once: bool = False, read_up_to: float = math.inf
@@ -190,7 +190,7 @@ class RunFolder:
         if faults:
             shown = [f"{file}: {fault}" for file, fault in faults.items()]
             more = f"; and {len(shown) - FAULTS_SHOWN} more" if len(shown) > FAULTS_SHOWN else ""
-            raise StoreError(f"{'; '.join(shown[:FAULTS_SHOWN])}{more}; delete {path} to make it anew")
+            raise StoreError(f"{'; '.join(shown[:FAULTS_SHOWN])}{more}; delete {path} to make it again")
         if files is None and len(read) == len(named):
             self._verified[folder] = manifest["fingerprint"]
 
@@ -268,7 +268,7 @@ class RunFolder:
         finished = self.manifest(folder) if grows and self.has(folder) else None
         aside = place if not is_local(place) and not finished else path_within(self.path, f"{folder}.partial")
         if not finished and exists(place) and (aside != place or not exists(place / SETTINGS)):
-            raise StoreError(f"{place}: is there without its {MANIFEST}; delete it to make it anew")
+            raise StoreError(f"{place}: is there without its {MANIFEST}; delete it to make it again")
         begun_with: dict[str, Any] = {"settings": dict(settings), "inputs": dict(inputs)}
         changes: list[str] = []
         if exists(aside):
@@ -361,9 +361,9 @@ def _products(aside: Path, scratch: Sequence[str]) -> dict[str, Path]:
 
 def _changes_since(aside: Path, now: Mapping[str, Any], *, allow_change: bool) -> list[str]:
     """What changed, each time that a step was gone on with, since it was begun."""
-    begun = read_untrusted(aside / SETTINGS, BEGUN_WITH, remedy=f"delete {aside} to begin anew")
+    begun = read_untrusted(aside / SETTINGS, BEGUN_WITH, remedy=f"delete {aside} to start over")
     if begun["inputs"] != now["inputs"]:
-        raise StoreError(f"{aside} was begun from other inputs; delete it to begin anew")
+        raise StoreError(f"{aside} was begun from other inputs; delete it to start over")
     changes: list[str] = begun.get("changes", [])
     changed = differences(begun["settings"], now["settings"])
     if changed and not allow_change:

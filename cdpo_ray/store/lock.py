@@ -192,7 +192,7 @@ def _refuse_unless_stale(path: Path) -> None:
     except ValidationError:  # not ours, or not written yet
         holder = UNKNOWN
     else:
-        if found["host"] == platform.node() and not _is_alive(found["pid"]):
+        if found["host"] == platform.node() and not is_alive(found["pid"]):
             return
         holder = _holder(found["pid"], found["host"])
     clock = path.with_name(f"{path.name}.clock")  # no two machines' clocks agree: both times are the storage's
@@ -224,7 +224,8 @@ def _renew(path: Path, mine: bytes, released: threading.Event) -> None:
             log.warning("%s: could not be renewed: %s", path, error)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine exists, whoever owns it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
