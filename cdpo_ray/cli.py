@@ -204,7 +204,7 @@ class _OutputError(Exception):
 
 
 def _tell(*lines: object) -> None:
-    """Print lines; a fault of standard output is then none of storage or cluster."""
+    """Print lines; a failure of standard output is kept apart from those of storage and cluster."""
     try:
         print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
     except OSError as error:
@@ -212,12 +212,12 @@ def _tell(*lines: object) -> None:
 
 
 def _tell_error(line: str) -> None:
-    with contextlib.suppress(OSError):  # where else could it be told?
+    with contextlib.suppress(OSError):  # there is nowhere else to report it
         print(line, file=sys.stderr, flush=True)
 
 
 def _open_standard_streams() -> None:
-    """Open what the caller closed (``>&-``): else the next file would be where others print to."""
+    """Reopen standard streams that the caller closed (``>&-``), whose numbers the next files would take."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -228,7 +228,7 @@ def _open_standard_streams() -> None:
 
 
 def _discard_output() -> None:
-    """What is left in the buffer of standard output would fail again when the process ends."""
+    """Discard the buffer of standard output, which would fail again when the process ends."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

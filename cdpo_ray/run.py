@@ -264,7 +264,7 @@ def explain_stages(config: Config) -> str:
     for run in round_folders(config):
         if run.has(STAGES):
             path = run.step(STAGES) / "stages.json"
-            stages = read_untrusted(path, DESCRIBED_STAGES, remedy=f"delete {path.parent} to make it anew")
+            stages = read_untrusted(path, DESCRIBED_STAGES, remedy=f"delete {path.parent} to make it again")
             path = run.path / "stages.png"
             draw_stages(stages, path, title=f"{config.run.name}\n{config.curriculum.sentence}")
             told += [stages_table(stages), str(path)]

@@ -59,7 +59,7 @@ def gpu_of_device(device_name: str, memory_gib: float | None = None) -> Gpu | No
 
     Args:
         device_name: as ``NVIDIA H100 80GB HBM3`` or ``A100-40G``.
-        memory_gib: of the device; tells variants of one name apart.
+        memory_gib: of the device; distinguishes variants that share a name.
     """
     words = re.split(r"[^a-z0-9]+", device_name.lower())
     found = next((gpu for gpu in GPUS.values() if gpu.name in words and "laptop" not in words), None)

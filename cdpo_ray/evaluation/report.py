@@ -53,7 +53,7 @@ edge density or JPEG size reached 3 %; trained on `jpeg_size`, while `oracle` fe
 
 
 MAX_ROWS = 10_000_000  # of a comparison: a small file may say that a row is repeated a billion times
-ANEW = "run `cdpo run CONFIG` to make it anew"
+RUN_AGAIN = "run `cdpo run CONFIG` to make it again"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 JudgeName = Annotated[str, Field(pattern=r"^[\w.:]{1,200}$")]
 
@@ -228,7 +228,7 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         total_seconds=sum(manifest["seconds"] for manifest in manifests.values()),
         versions=_merged(manifests.values(), "versions"),
         machine=_merged(manifests.values(), "machine"),
-        config=bytes_of(run_dir / CONFIG, remedy=ANEW).decode("utf-8", "replace"),
+        config=bytes_of(run_dir / CONFIG, remedy=RUN_AGAIN).decode("utf-8", "replace"),
     )
 
 
@@ -390,20 +390,20 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
 def read_record(path: Path, kind: TypeAdapter[Any]) -> Any:
     """A JSON file of a step; raises StoreError with what to do if it is missing or damaged."""
     try:
-        return read_untrusted(path, kind, remedy=f"delete {path.parent} and {ANEW}")
+        return read_untrusted(path, kind, remedy=f"delete {path.parent} and {RUN_AGAIN}")
     except FileNotFoundError:
         raise _missing(path) from None
 
 
 def _read_updates(path: Path) -> list[Any]:
     try:
-        lines = bytes_of(path, remedy=ANEW).splitlines()
+        lines = bytes_of(path, remedy=RUN_AGAIN).splitlines()
     except FileNotFoundError:
         raise _missing(path) from None
     if not lines:
         raise _damaged(path, "it is empty")
     return [
-        validate_untrusted(line, _UPDATE, where=f"{path}:{number}", remedy=f"delete {path.parent} and {ANEW}")
+        validate_untrusted(line, _UPDATE, where=f"{path}:{number}", remedy=f"delete {path.parent} and {RUN_AGAIN}")
         for number, line in enumerate(lines, start=1)
     ]
 
@@ -454,8 +454,8 @@ def check_comparison(path: Path, judges: Sequence[str]) -> None:
 
 def _missing(path: Path) -> StoreError:
     anew = "" if path.name == CONFIG else f"delete {path.parent} and "  # the configuration is written by every run
-    return StoreError(f"{path}: is missing, and the report needs it; {anew}{ANEW}")
+    return StoreError(f"{path}: is missing, and the report needs it; {anew}{RUN_AGAIN}")
 
 
 def _damaged(path: Path, error: object) -> StoreError:
-    return StoreError(f"{path}: is damaged ({printable(error)}); delete {path.parent} and {ANEW}")
+    return StoreError(f"{path}: is damaged ({printable(error)}); delete {path.parent} and {RUN_AGAIN}")

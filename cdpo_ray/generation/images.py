@@ -65,7 +65,7 @@ def open_png(data: bytes, where: str) -> Image.Image:
     except Exception as error:  # Pillow reports damage by many kinds
         raise StoreError(
             f"{where}: is not a PNG that can be read ({printable(error)}); delete its folder and run `cdpo run CONFIG`"
-            " to make it anew"
+            " to make it again"
         ) from None
 
 

@@ -157,7 +157,7 @@ def read_trial(folder: Path) -> Trial:
     Raises:
         StoreError: its file is damaged, is of another trial, or lies behind a link that leads out.
     """
-    remedy = f"delete {folder} to try that point anew"
+    remedy = f"delete {folder} to try that point again"
     record = read_untrusted(path_within(folder.parent, f"{folder.name}/{TRIAL}"), _TRIAL_RECORD, remedy=remedy)
     trial = Trial(**record | {"reports": tuple(record["reports"])})
     if trial.name != folder.name:

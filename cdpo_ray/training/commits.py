@@ -100,7 +100,7 @@ class Commits:
         )
         answer = json.loads(self._exchange(json.dumps(answer))[0])
         if "damaged" in answer:
-            raise TrainingError(f"{answer['damaged']}; no commit is whole: delete {self.folder.parent} to begin anew")
+            raise TrainingError(f"{answer['damaged']}; no commit is whole: delete {self.folder.parent} to start over")
         return self.folder / answer["chosen"] if answer else None
 
     def _begin(self, aside: Path) -> None:

@@ -358,7 +358,7 @@ def test_fault_59_missing_file_is_named_with_what_to_do_and_leaves_the_old_repor
     run = build_run(tmp_path / "run")
     (run / "report.html").write_text("old")
     (run / name).unlink()
-    with pytest.raises(StoreError, match=rf"{name}: is missing.* to make it anew"):
+    with pytest.raises(StoreError, match=rf"{name}: is missing.* to make it again"):
         page_of(run)
     assert (run / "report.html").read_text() == "old"
 
@@ -369,7 +369,7 @@ def test_fault_59_missing_file_is_named_with_what_to_do_and_leaves_the_old_repor
 def test_damaged_file_is_named_with_what_to_do(name: str, tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     (run / name).write_text("{broken")
-    with pytest.raises(StoreError, match=rf"{name}: was altered .* delete .* to make it anew"):
+    with pytest.raises(StoreError, match=rf"{name}: was altered .* delete .* to make it again"):
         page_of(run)
     write_manifest((run / name).parent)
     with pytest.raises(StoreError, match=rf"{name}(:1)?: is damaged .* delete .* and run `cdpo run CONFIG`"):

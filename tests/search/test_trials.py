@@ -54,7 +54,7 @@ def test_the_report_of_the_last_stage_makes_a_trial_done_whoever_was_killed_afte
 def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:
     Trials(tmp_path).put(Trial(1, {}))
     (tmp_path / "001" / "trial.json").write_text('{"number": 1')
-    with pytest.raises(StoreError, match=r"001/trial\.json: is damaged .*; delete .*001 to try that point anew"):
+    with pytest.raises(StoreError, match=r"001/trial\.json: is damaged .*; delete .*001 to try that point again"):
         read_trial(tmp_path / "001")
 
 
@@ -81,7 +81,7 @@ def test_fault_52_a_trial_that_holds_something_else_is_named(changed: dict[str, 
     Trials(tmp_path).put(Trial(1, {"training.beta": 5}))
     path = tmp_path / "001" / "trial.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
-    with pytest.raises(StoreError, match=r"001/trial\.json: is damaged .*; delete .*001 to try that point anew"):
+    with pytest.raises(StoreError, match=r"001/trial\.json: is damaged .*; delete .*001 to try that point again"):
         Trials(tmp_path)
 
 

@@ -117,7 +117,7 @@ def test_a_setting_that_came_or_went_is_a_difference(run: RunFolder) -> None:
 def test_other_inputs_are_refused_and_the_fingerprint_tells_them_apart(run: RunFolder) -> None:
     write_step(run, inputs={"0-before": "abc"})
     assert run.is_complete(STEP, SETTINGS, {"0-before": "abc"})
-    with pytest.raises(StoreError, match=r"1-samples was made from another 0-before; delete .* to make it anew"):
+    with pytest.raises(StoreError, match=r"1-samples was made from another 0-before; delete .* to make it again"):
         run.is_complete(STEP, SETTINGS, {"0-before": "abd"})
 
 
@@ -145,7 +145,7 @@ def test_a_flipped_byte_is_named(run: RunFolder) -> None:
 def test_a_missing_file_is_named(run: RunFolder) -> None:
     write_step(run)
     (run.path / STEP / "inner" / "shard.bin").unlink()
-    with pytest.raises(StoreError, match=r"inner/shard\.bin: is missing; delete .*1-samples to make it anew"):
+    with pytest.raises(StoreError, match=r"inner/shard\.bin: is missing; delete .*1-samples to make it again"):
         run.is_complete(STEP, SETTINGS, {})
 
 
@@ -160,7 +160,7 @@ def test_fault_43_all_that_is_wrong_is_told_at_once_and_a_table_that_was_added_t
     path = run.path / STEP
     assert str(caught.value) == (
         f"{path}/inner/shard.bin: is missing; {path}/table.txt: was altered (its SHA-256 differs);"
-        f" {path}/samples-9.parquet: is not in the manifest; delete {path} to make it anew"
+        f" {path}/samples-9.parquet: is not in the manifest; delete {path} to make it again"
     )
     with pytest.raises(StoreError, match=r"1-samples/table\.txt: was altered"):
         run.refuse_damage(STEP, ["table.txt"])
@@ -228,7 +228,7 @@ def test_a_resumable_step_begun_otherwise_is_refused_and_kept(run: RunFolder) ->
     ):
         pytest.fail("the work was begun")
     with (
-        pytest.raises(StoreError, match="was begun from other inputs; delete it to begin anew"),
+        pytest.raises(StoreError, match="was begun from other inputs; delete it to start over"),
         run.writing(STEP, SETTINGS, {"in": "2"}, seed=0, resumable=True),
     ):
         pytest.fail("the work was begun")

@@ -97,7 +97,7 @@ def test_fault_52_a_manifest_of_another_kind_is_named(value: Any, tmp_path: Path
     else:
         (run.path / STEP / MANIFEST).write_text(json.dumps(value))
     with pytest.raises(
-        StoreError, match=r"1-samples/manifest\.json: is damaged .*; delete .*1-samples to make it anew"
+        StoreError, match=r"1-samples/manifest\.json: is damaged .*; delete .*1-samples to make it again"
     ):
         run.is_complete(STEP, {}, {})
 
@@ -174,7 +174,7 @@ def test_fault_52_what_unfinished_work_was_begun_with_is_checked(begun: Any, tmp
     (run.path / f"{STEP}.partial").mkdir(parents=True)
     (run.path / f"{STEP}.partial" / "settings.json").write_text(json.dumps(begun))
     with (
-        pytest.raises(StoreError, match=r"settings\.json: is damaged .*; delete .*1-samples\.partial to begin anew"),
+        pytest.raises(StoreError, match=r"settings\.json: is damaged .*; delete .*1-samples\.partial to start over"),
         run.writing(STEP, {}, {}, seed=7, resumable=True),
     ):
         pass
