@@ -1,18 +1,15 @@
 """Disks without file locks: a run is still alone in its folder."""
 
-import contextlib
 import errno
 import fcntl
 import json
 import os
 import platform
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lock_holders import holder
 
 from cdpo_ray.errors import StoreError
 from cdpo_ray.store import RunFolder, lock
@@ -40,20 +37,6 @@ def answer_of_flock(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(fcntl, "flock", flock)
 
 
-@contextlib.contextmanager
-def holder(folder: Path, name: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the folder on a disk without file locks until it is killed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WITHOUT, str(folder), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout and process.stdout.readline() == "here\n"
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @pytest.mark.parametrize("name", NO_LOCKS)
 def test_fault_40_a_disk_without_locks_is_told_and_held_by_a_file_that_goes_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
@@ -72,7 +55,7 @@ def test_fault_40_a_second_run_is_refused_until_the_first_has_been_killed(
 ) -> None:
     answer_of_flock(monkeypatch, name)
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.0)
-    with holder(tmp_path, name) as process:
+    with holder(WITHOUT, tmp_path, name) as process:
         told = rf"another run is writing here \(pid {process.pid} on {platform.node()}, \d+ s ago"
         with pytest.raises(StoreError, match=told), RunFolder(tmp_path).locked():
             pytest.fail("two runs hold one folder")

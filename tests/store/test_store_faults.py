@@ -1,6 +1,5 @@
 """Faults of the store: processes killed, disks full, two runs at once, storage that is not there."""
 
-import contextlib
 import json
 import os
 import platform
@@ -10,11 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from finished_runs import config_of
+from lock_holders import holder
 
 from cdpo_ray.errors import StoreError
 from cdpo_ray.run import run_steps
@@ -164,27 +163,13 @@ with RunFolder(place(sys.argv[1])).locked():
 """
 
 
-@contextlib.contextmanager
-def holder(path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the folder until it is killed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout and process.stdout.readline() == "here\n"
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @pytest.fixture(params=["disk", "s3"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "run" if request.param == "disk" else request.getfixturevalue("s3") / "run"
 
 
 def test_fault_17_a_second_run_is_refused_by_pid_and_host_until_the_first_has_been_killed(folder: Path) -> None:
-    with holder(folder) as process:
+    with holder(HOLD, folder) as process:
         told = rf"run: another run is writing here \(pid {process.pid} on {platform.node()}.*\); wait for it, or choose"
         with pytest.raises(StoreError, match=told), RunFolder(folder).locked():
             pytest.fail("two runs hold one folder")
