@@ -57,10 +57,11 @@ COMPARE_HELP = """\
 Compare what several runs trained, on the held-out images that their evaluations kept; nothing is generated.
 
 The runs must have been put to the same test: model, seed, sampling, held-out prompts and images per prompt. A judge
-that only some of them had scores the others' images now. The runs may be somebody else's: what their folders say
-chooses no address, environment variable, file, model or code. A judge that needs one is taken from `--judges`, or
+that only some of them had scores the others' images now. Runs may come from other people: nothing in their folders can
+choose an address, environment variable, file, model or code. A judge that needs one is taken from `--judges`, or is
 left out. compare.html shows
-  - a row a run (what its pairs were ranked by), a column a judge: mean score, and its difference to the base model
+  - one row per run (what its pairs were ranked by), one column per judge: mean score, and its difference to the base
+    model
   - for each judge, how often one run's image is better than another's from the same noise
   - how the looks of the images changed: diversity, saturation, edges, compressed size
   - how often each run's implicit reward agrees with each judge on held-out images
@@ -90,7 +91,7 @@ ADDRESS_HELP = (
     "head of a Ray cluster; else RAY_ADDRESS, the cluster that this job is in, or a local Ray for this command"
 )
 JUDGES_HELP = (
-    "your own configuration: its judges, with its options, score the images of runs that lack their scores;"
+    "your own configuration, whose judges and options score the images of runs that lack their scores;"
     " own rewards are imported from the working folder"
 )
 NO_RAY = ("check", "report", "export", "compare")
