@@ -367,11 +367,11 @@ def perform_step(
 def _workers_of(step: Step, config: Config) -> str:
     """What does the work of a step, in words: its model, its rewards, their endpoints."""
     judges = {SAMPLES: config.rewards.judges, SCORES: config.rewards.judges, EVALUATION: config.evaluation_judges}
-    told = [f"model `{config.model.path}`"] if step.folder in (SAMPLES, EVALUATION) else []
+    names = [f"model `{config.model.path}`"] if step.folder in (SAMPLES, EVALUATION) else []
     for name, options in judges.get(step.folder, {}).items():
         endpoint = options.get("endpoint")
-        told.append(f"reward `{name}`" + (f" at {endpoint['url']}" if endpoint else ""))
-    return ", ".join(told) or "its workers"
+        names.append(f"reward `{name}`" + (f" at {endpoint['url']}" if endpoint else ""))
+    return ", ".join(names) or "its workers"
 
 
 def _refuse_changed_files(step: Step, settings: dict[str, Any], context: Context, *, allow_config_change: bool) -> None:

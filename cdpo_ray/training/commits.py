@@ -91,13 +91,8 @@ class Commits:
         chosen, faults = newest_of(self.folder) if self.worker_rank == 0 else (None, [])
         for fault in faults:
             tell(f"{fault}; going on from {chosen.name}" if chosen else fault)
-        answer = (
-            {"chosen": chosen.name}
-            if chosen
-            else {"damaged": "; ".join(faults)[: MESSAGE_BYTES // 4]}
-            if faults
-            else {}
-        )
+        damaged = {"damaged": "; ".join(faults)[: MESSAGE_BYTES // 4]} if faults else {}
+        answer = {"chosen": chosen.name} if chosen else damaged
         answer = json.loads(self._exchange(json.dumps(answer))[0])
         if "damaged" in answer:
             raise TrainingError(f"{answer['damaged']}; no commit is whole: delete {self.folder.parent} to start over")
