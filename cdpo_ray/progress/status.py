@@ -132,7 +132,7 @@ def run_status(run_dir: Path, *, now: datetime | None = None) -> RunStatus:
         done = all(run.has(folder) for run in rounds for folder in STEP_FOLDERS)
     damaged = [line for run in rounds for line in _damage(run)]
     done &= not damaged
-    goes_on = f"next: {_command(run_dir, status) or 'give the command that began it again, it continues'}"
+    goes_on = f"next: {_command(run_dir, status) or 'give the original command again; it continues'}"
     lines += ["", *damaged, *_end_lines(status, now, goes_on, alive=alive, done=done)]
     return RunStatus("\n".join(lines), stands_still=not (alive or done))
 

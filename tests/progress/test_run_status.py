@@ -252,7 +252,7 @@ def test_fault_52_a_command_that_may_do_harm_is_not_offered(command: str, tmp_pa
     finish(tmp_path / "run", "1-samples")
     tell(tmp_path / "run", state="ended", command=command.format(run=tmp_path / "run"))
     last = run_status(tmp_path / "run", now=NOW).text.splitlines()[-1]
-    assert last == "next: give the command that began it again, it continues"
+    assert last == "next: give the original command again; it continues"
 
 
 @pytest.mark.parametrize(
