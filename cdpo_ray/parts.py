@@ -69,8 +69,8 @@ def write_part(rows: pa.Table, *, parts_dir: Path) -> pa.Table:
     content = table_bytes(encode_pixels(rows))
     name = f"{first.as_py():012d}-{hashlib.sha256(content).hexdigest()}.parquet"
     write_bytes(parts_dir / name, content)
-    told = {"name": name, "first": first, "num_rows": rows.num_rows, "num_bytes": len(content)}
-    return pa.Table.from_pylist([told | {"images_per_batch": images_per_batch}], _TOLD)
+    row = {"name": name, "first": first, "num_rows": rows.num_rows, "num_bytes": len(content)}
+    return pa.Table.from_pylist([row | {"images_per_batch": images_per_batch}], _TOLD)
 
 
 _TOLD = pa.schema(

@@ -81,7 +81,7 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
     in_cluster = address not in (None, "local")
     if in_cluster:
         _refuse_silence(str(address))
-        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "3")  # else a wrong token is told after 20 s
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "3")  # otherwise a wrong token is reported after 20 s
     else:
         refuse_small_limits()
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "60")  # 30 s are few on a busy machine
@@ -261,17 +261,17 @@ def _refusal(address: str, error: Exception) -> ClusterError:
 
     what = f"{type(error).__name__}: {_in_short(error)}"
     if "ersion mismatch" in what:
-        told = f"is of another version ({what}); install the same Ray and Python here and on the cluster"
+        reason = f"is of another version ({what}); install the same Ray and Python here and on the cluster"
     elif address == "auto" and isinstance(error, ConnectionError) and "find any running" in what:
-        told = "none runs on this machine; give its head as HOST:PORT, or leave RAY_ADDRESS out to start a local Ray"
+        reason = "none runs on this machine; give its head as HOST:PORT, or leave RAY_ADDRESS out to start a local Ray"
     elif isinstance(error, ConnectionError | ray.exceptions.AuthenticationError):
-        told = (
+        reason = (
             f"does not let us in ({type(error).__name__}); set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file"
             " with the cluster's token, before ray is first imported"
         )
     else:
-        told = f"cannot be joined ({what}); is this the port of a head (6379, unless it was chosen)?"
-    return ClusterError(f"Ray at {address}: {told}")
+        reason = f"cannot be joined ({what}); is this the port of a head (6379, unless it was chosen)?"
+    return ClusterError(f"Ray at {address}: {reason}")
 
 
 def _in_short(error: BaseException) -> str:

@@ -453,8 +453,8 @@ def check_comparison(path: Path, judges: Sequence[str]) -> None:
 
 
 def _missing(path: Path) -> StoreError:
-    anew = "" if path.name == CONFIG else f"delete {path.parent} and "  # the configuration is written by every run
-    return StoreError(f"{path}: is missing, and the report needs it; {anew}{RUN_AGAIN}")
+    first = "" if path.name == CONFIG else f"delete {path.parent} and "  # the configuration is written by every run
+    return StoreError(f"{path}: is missing, and the report needs it; {first}{RUN_AGAIN}")
 
 
 def _damaged(path: Path, error: object) -> StoreError:

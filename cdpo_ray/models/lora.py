@@ -180,8 +180,8 @@ def read_lora(lora_dir: Path, denoiser_name: str) -> SavedLora:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            told = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-        alpha, targets = _alpha_and_targets(told, denoiser_name)
+            metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        alpha, targets = _alpha_and_targets(metadata, denoiser_name)
     except (SafetensorError, OSError, ValueError, RecursionError, AttributeError) as error:
         raise _damaged(path, f"cannot be read: {printable(error)}") from None
     names = {name.removesuffix(f".{FIRST}").removesuffix(f".{SECOND}") for name in tensors}

@@ -181,8 +181,8 @@ def _rounds(run_dir: Path, status: dict[str, Any] | None) -> list[RunFolder]:
 def _step_lines(run: RunFolder, folder: str, here: dict[str, Any] | None, *, alive: bool) -> list[str]:
     """A line a step, and one below it for each of its warnings, or for its newest commit."""
 
-    def line(state: str, *told: str) -> str:
-        return f"  {folder:<14}{state:<9}{', '.join(told)}".rstrip()
+    def line(state: str, *words: str) -> str:
+        return f"  {folder:<14}{state:<9}{', '.join(words)}".rstrip()
 
     if run.has(folder):
         manifest = run.manifest(folder)
@@ -199,12 +199,12 @@ def _step_lines(run: RunFolder, folder: str, here: dict[str, Any] | None, *, ali
     if here is None:
         return [line("begun" if began else "to do"), *below]
     unit, total, rate = printable(here.get("unit", "")), here.get("total", 0), here.get("rate")
-    told = [f"{here['done']}/{total} {unit}s"] if "done" in here else []
+    words = [f"{here['done']}/{total} {unit}s"] if "done" in here else []
     if alive and rate and rate > 1e-9:
-        told += [rate_in_words(rate, unit), f"{duration(here.get('seconds_left') or 0)} left"]
+        words += [rate_in_words(rate, unit), f"{duration(here.get('seconds_left') or 0)} left"]
         if predicted := here.get(PREDICTED):
-            told.append(f"{_estimated(predicted)}, on course for {duration(total / rate)}")
-    return [line("running" if alive else "failed" if here["state"] == "failed" else "stopped", *told), *below]
+            words.append(f"{_estimated(predicted)}, on course for {duration(total / rate)}")
+    return [line("running" if alive else "failed" if here["state"] == "failed" else "stopped", *words), *below]
 
 
 def _estimated(predicted: dict[str, Any]) -> str:
@@ -219,8 +219,8 @@ def _trials_line(folder: Path) -> str:
         ]
         for path in folder.glob(f"*/{TRIAL}")
     )
-    told = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "to do"
-    return f"  {folder.name:<14}{told}"
+    states_shown = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "to do"
+    return f"  {folder.name:<14}{states_shown}"
 
 
 def _newest_commit(partial: Path) -> str | None:

@@ -23,7 +23,7 @@ Entries = Iterator[tuple[str, str | PromptError]]
 
 DELIMITERS = (",", ";", "\t", "|")
 EXCEL_SEPARATOR = re.compile(r'^"?sep=([^"\r\n])"?\r?\n?$', re.IGNORECASE)
-"""First line by which Excel is told the delimiter."""
+"""First line with which a file states its delimiter to Excel."""
 
 
 def read_file(path: Path, column: str) -> list[str]:

@@ -42,8 +42,8 @@ def crashes_named(reward: str, call: Sequence[str]) -> Iterator[None]:
     if log is None:
         yield
         return
-    told = json.dumps([os.environ["RAY_JOB_ID"], reward, *call])
-    stem = f"reward-{hashlib.blake2b(told.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}-"
+    call_id = json.dumps([os.environ["RAY_JOB_ID"], reward, *call])
+    stem = f"reward-{hashlib.blake2b(call_id.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}-"
     crashed = [path for path in log.parent.glob(f"{stem}*") if not is_alive(int(path.name.removeprefix(stem)))]
     running = log.parent / f"{stem}{os.getpid()}"
     try:

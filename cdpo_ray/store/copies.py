@@ -53,7 +53,7 @@ def damage(files: Mapping[Path, str], *, folder: Path) -> dict[Path, str]:
     Returns:
         What is wrong with those that are missing or altered.
     """
-    found, told = dict[Path, str](), time.monotonic()
+    found, logged = dict[Path, str](), time.monotonic()
     pool = ThreadPoolExecutor(FILES_AT_ONCE)
     try:
         with tqdm(
@@ -63,8 +63,8 @@ def damage(files: Mapping[Path, str], *, folder: Path) -> dict[Path, str]:
                 if sha256 != files[path]:
                     found[path] = "was altered (its SHA-256 differs)" if sha256 else "is missing"
                 bar.update()
-                if time.monotonic() - told > LINE_SECONDS:
-                    told = time.monotonic()
+                if time.monotonic() - logged > LINE_SECONDS:
+                    logged = time.monotonic()
                     log.info("%s: %d of %d files verified", folder, num_read, len(files))
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for those that have not begun
