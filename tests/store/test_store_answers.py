@@ -40,9 +40,8 @@ def server_and_bucket() -> Iterator[tuple[S3Server, Path]]:
 
 @pytest.fixture
 def bucket(server_and_bucket: tuple[S3Server, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.2)
     server, bucket = server_and_bucket
-    with_attempts(1, bucket, monkeypatch)
+    connect(bucket, monkeypatch)
     yield bucket
     server.fault = lambda operation, key: None
     delete(bucket)
@@ -54,10 +53,13 @@ def server(server_and_bucket: tuple[S3Server, Path], bucket: Path) -> S3Server:
     return server_and_bucket[0]
 
 
-def with_attempts(number: int, bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each request is tried so often by botocore, and as often by s3fs; both wait in between."""
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", str(number))
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", number)
+def connect(
+    bucket: Path, monkeypatch: pytest.MonkeyPatch, *, max_attempts: int = 1, read_timeout_seconds: float = 60
+) -> None:
+    """botocore and s3fs retry a request independently of each other; both get the same limit here."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", str(max_attempts))
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", max_attempts)
+    monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", read_timeout_seconds)
     bucket.fs.connect(refresh=True)
 
 
@@ -69,7 +71,7 @@ def write_step(run: RunFolder, folder: str = STEP) -> None:
 
 
 def silence(status: int, code: str) -> Response:
-    time.sleep(0.8)  # longer than the client waits
+    time.sleep(1.5)  # longer than the client waits
     return error(500, "InternalError")
 
 
@@ -115,9 +117,16 @@ def test_fault_35_an_error_of_the_store_is_told_with_path_and_reason_and_nothing
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("operation", ["head", "list", "put", "delete"])
 def test_fault_35_a_step_whose_store_fails_goes_on_with_the_same_command(
-    server: S3Server, bucket: Path, operation: str, answer: str, caplog: pytest.LogCaptureFixture
+    server: S3Server,
+    bucket: Path,
+    operation: str,
+    answer: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     respond, status, code, told = ANSWERS[answer]
+    if respond is silence:
+        connect(bucket, monkeypatch, read_timeout_seconds=1)
     server.fault = lambda asked, key: respond(status, code) if asked == operation else None
     run = RunFolder(bucket / "run")
     if operation == "delete":  # of leftovers only: the step is in place
@@ -127,6 +136,7 @@ def test_fault_35_a_step_whose_store_fails_goes_on_with_the_same_command(
         with pytest.raises(StoreError, match=rf"^s3://bucket/run/1-samples.*: cannot be (read|written): .*({told})"):
             write_step(run)
     server.fault = lambda asked, key: None
+    connect(bucket, monkeypatch)
     if not run.has(STEP):
         write_step(run)
     assert run.is_complete(STEP, {"seed": 0}, {})
@@ -137,7 +147,7 @@ def test_fault_35_a_step_whose_store_fails_goes_on_with_the_same_command(
 def test_fault_35_errors_that_pass_are_not_noticed_and_retries_are_bounded(
     server: S3Server, bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_attempts(2, bucket, monkeypatch)
+    connect(bucket, monkeypatch, max_attempts=2)
     asked: Counter[tuple[str, str]] = Counter()
 
     def once(operation: str, key: str) -> Response | None:
