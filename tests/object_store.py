@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
+from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Response
 
 from cdpo_ray.store import place
@@ -24,6 +24,12 @@ CREDENTIALS = {
 }
 Fault = Callable[[str, str], Response | None]
 """Operation ("get", "head", "list", "put", "copy", "delete" or "delete many") and key -> what to answer instead."""
+
+
+class _Handler(WSGIRequestHandler):
+    def handle_expect_100(self) -> bool:
+        """werkzeug answers `100 Continue` itself; a second one would end aiohttp's wait for the response."""
+        return True
 
 
 class S3Server:
@@ -40,7 +46,7 @@ class S3Server:
         self.requests: list[tuple[str, str]] = []
         self._app = DomainDispatcherApplication(create_backend_app)
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
-        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
