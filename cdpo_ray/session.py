@@ -104,10 +104,8 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
             stack.enter_context(_connected(str(address), options) if in_cluster else _local_ray(options))
-        for name in () if verbose else _QUIET:
-            for handler in logging.getLogger(name).handlers:
-                if not isinstance(handler, logging.FileHandler):
-                    handler.setLevel(logging.CRITICAL)  # what it would tell, it also raises
+        if not verbose:
+            _silence_ray_on_the_terminal()
         # Nor has Tune another way.
         logging.getLogger("ray.tune").setLevel(logging.NOTSET if verbose else logging.CRITICAL)
         context = ray.data.DataContext.get_current()
@@ -120,6 +118,14 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
             yield
         except ray.exceptions.RayError as error:
             raise _for_people(error) from error
+
+
+def _silence_ray_on_the_terminal() -> None:
+    """Silence Ray's own handlers of the terminal: what they print, Ray also raises. Other handlers stay as they are."""
+    for name in _QUIET:
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler) and type(handler).__module__.startswith("ray."):
+                handler.setLevel(logging.CRITICAL)
 
 
 def refuse_small_limits() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import logging
 import re
 import resource
 import secrets
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray._private.log import PlainRayHandler
 from ray.util import get_node_ip_address
 from ray_nodes import BIN, ROOT, Head, environment, free_port, started_head
 
@@ -25,6 +27,7 @@ from cdpo_ray.session import (
     LONGEST_SOCKET,
     _private_folder,
     _refusal,
+    _silence_ray_on_the_terminal,
     is_exposed,
     ray_session,
     refuse_small_limits,
@@ -123,6 +126,19 @@ def test_fault_34_an_address_of_another_kind_is_refused_with_what_to_do(
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ClusterError, match=what_to_do), ray_session():
         pass
+
+
+def test_ray_is_silenced_on_the_terminal_and_other_handlers_of_its_loggers_are_left_alone(tmp_path: Path) -> None:
+    of_ray, of_others = PlainRayHandler(), [logging.StreamHandler(), logging.FileHandler(tmp_path / "log")]
+    logger = logging.getLogger("ray.data")
+    before = logger.handlers
+    logger.handlers = [of_ray, *of_others]
+    try:
+        _silence_ray_on_the_terminal()
+    finally:
+        logger.handlers = before
+    assert of_ray.level == logging.CRITICAL
+    assert [handler.level for handler in of_others] == [logging.NOTSET, logging.NOTSET]
 
 
 @pytest.mark.parametrize("host", ["no such host", "a..b", "x" * 5000, "[::1]"])
