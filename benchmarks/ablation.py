@@ -32,22 +32,23 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cdpo_ray.chart_style import BLUE, GREY, STYLE, VERMILLION
 from cdpo_ray.curriculum.pairs import PairBatch, concat
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.evaluation.statistics import bootstrap_over_runs
 from cdpo_ray.generation.generator import Generator, Sampling, sample_batches
 from cdpo_ray.models import load_model
-from cdpo_ray.models.seeds import seed_of
+from cdpo_ray.pages.chart_style import BLUE, GREY, STYLE, VERMILLION
+from cdpo_ray.policy.job import LoraJob
+from cdpo_ray.policy.policy import make_policy
+from cdpo_ray.randomness.numbers import seed_of
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import start_engine
-from cdpo_ray.training.job import LoraJob, Optimization
+from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.loop import Feed, TrainingState, train_stages
 from cdpo_ray.training.losses import preference_loss
-from cdpo_ray.training.policy import make_policy
 
 FAMILY, MODEL = "stable_diffusion", {"path": "embedded", "device": "cpu"}
 BETA, PAIRS_PER_UPDATE, NUM_STAGES = 200.0, 16, 4

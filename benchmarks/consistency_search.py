@@ -31,16 +31,17 @@ from cdpo_ray.generation.generator import Generator, Sampling, sample_batches
 from cdpo_ray.models.consistency import GRID_STEP
 from cdpo_ray.models.family import DenoisingTask, Net, Times, uniform_between
 from cdpo_ray.models.latent_consistency import LatentConsistency
-from cdpo_ray.models.seeds import seed_of
+from cdpo_ray.policy.job import LoraJob
+from cdpo_ray.policy.policy import make_policy
+from cdpo_ray.randomness.numbers import seed_of
 from cdpo_ray.records import prompt_id
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import save_trained, start_engine
-from cdpo_ray.training.job import LoraJob, Optimization
+from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
-from cdpo_ray.training.policy import make_policy
 
 NUM_TRAIN, NUM_HELDOUT, NUM_STEPS, GUIDANCE_SCALE, PAIRS_PER_UPDATE = 128, 96, 2, 3.0, 16
 SAMPLER_TIMESTEPS = (999, 499)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from cdpo_ray.dataflow.parts import find_parts, write_part
 from cdpo_ray.evaluation.joining import join_comparison
-from cdpo_ray.parts import find_parts, write_part
 from cdpo_ray.store import PARTS
 
 ROW_GROUP_BYTES = 8 * 2**20

@@ -22,9 +22,9 @@ from PIL import Image
 from rates import CLOCKS, machine, print_rates, rates_in_turns
 from torch import Tensor
 
+from cdpo_ray.dataflow.images import decode_png, encode_pixels
 from cdpo_ray.generation.generator import Generator, Sampling
-from cdpo_ray.generation.images import decode_png, encode_pixels
-from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.testbed import CLIP_DIR
 from cdpo_ray.testbed.clip import load_clip

@@ -23,19 +23,21 @@ from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 from training_step import LORA_RANK, TARGETS, ImagePairs, Stock
 
+from cdpo_ray.dataflow.images import encode_png
 from cdpo_ray.generation.generator import Generator, Sampling
-from cdpo_ray.generation.images import encode_png
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, save_lora
-from cdpo_ray.models.seeds import generator_at
+from cdpo_ray.policy.errors import sample_errors
+from cdpo_ray.policy.job import LoraJob
+from cdpo_ray.policy.policy import Policy, make_policy
+from cdpo_ray.randomness.noise import generator_at
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import SampleBank, StagePairs, make_batch
 from cdpo_ray.training.engine import start_engine
-from cdpo_ray.training.job import LoraJob, Optimization
+from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.loop import Feed, TrainingState, train_stages
 from cdpo_ray.training.losses import preference_loss
-from cdpo_ray.training.policy import Policy, make_policy
-from cdpo_ray.training.update import loss_of_pairs, sample_errors
+from cdpo_ray.training.update import loss_of_pairs
 
 Found = dict[str, Any]
 NUM_PROMPTS, IMAGES_PER_PROMPT, BETA = 4, 8, 5000.0

@@ -27,13 +27,14 @@ from cdpo_ray.curriculum.drawing import sort_by_difficulty
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.generation.generator import Sampling
-from cdpo_ray.models.seeds import seed_of
+from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.progress import Progress
+from cdpo_ray.randomness.numbers import seed_of
 from cdpo_ray.records import prompt_id
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.session import ray_session
 from cdpo_ray.testbed.scenes import scene_prompts
-from cdpo_ray.training.job import CommitJob, LoraJob, LossJob, Optimization, TrainingJob
+from cdpo_ray.training.job import CommitJob, LossJob, Optimization, TrainingJob
 
 FAMILY, MODEL, JUDGES = "stable_diffusion", {"path": "embedded"}, {"clip": {}, "oracle": {}}
 SAMPLING = Sampling(0, 8, num_denoising_steps=10, guidance_scale=1.0, height=None, width=None, images_per_batch=8)
@@ -68,8 +69,8 @@ class ThroughRay:
     """The package's pools and trainer, with one actor or worker each."""
 
     def generate(self, prompts: list[str], output_dir: Path) -> None:
+        from cdpo_ray.dataflow.streams import PoolSize
         from cdpo_ray.generation.pool import generate_samples
-        from cdpo_ray.streams import PoolSize
 
         generate_samples(
             prompts,
@@ -93,8 +94,8 @@ class ThroughRay:
         train_adapter(job, output_dir, num_updates=1, **resources, max_restarts=0, progress=Progress())
 
     def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
+        from cdpo_ray.dataflow.streams import PoolSize
         from cdpo_ray.evaluation.pool import evaluate_adapter
-        from cdpo_ray.streams import PoolSize
 
         evaluate_adapter(
             prompts,
@@ -119,8 +120,8 @@ class Bare:
     """The classes inside those actors, without Ray."""
 
     def generate(self, prompts: list[str], output_dir: Path) -> None:
+        from cdpo_ray.dataflow.images import encode_pixels
         from cdpo_ray.generation.generator import Generator
-        from cdpo_ray.generation.images import encode_pixels
 
         generator = Generator(FAMILY, MODEL, SAMPLING, make_scores=MAKE_REWARD)
         self._write(lambda rows: encode_pixels(generator(rows)), prompts, SAMPLING, output_dir / "samples.parquet")
@@ -129,12 +130,12 @@ class Bare:
         from alone import form_group_alone
 
         from cdpo_ray.models import load_model
+        from cdpo_ray.policy.policy import make_policy
         from cdpo_ray.training.batches import SampleBank, StagePairs
         from cdpo_ray.training.commits import Commits
         from cdpo_ray.training.engine import save_trained, start_engine, training_tensors
         from cdpo_ray.training.loop import Feed, TrainingState, train_stages
         from cdpo_ray.training.losses import preference_loss
-        from cdpo_ray.training.policy import make_policy
 
         form_group_alone("cpu")
         model = load_model(FAMILY, **MODEL, for_training=True)
@@ -173,10 +174,10 @@ class Bare:
         save_trained(engine, model, output_dir, lora=True)
 
     def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
+        from cdpo_ray.dataflow.images import encode_pixels
+        from cdpo_ray.dataflow.quarantine import SetAside
         from cdpo_ray.evaluation.comparison import Comparer
         from cdpo_ray.evaluation.looks import measure_looks
-        from cdpo_ray.generation.images import encode_pixels
-        from cdpo_ray.generation.set_aside import SetAside
 
         comparer = Comparer(
             FAMILY,

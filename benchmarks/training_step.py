@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from cdpo_ray.models import load_model
+from cdpo_ray.policy.job import LoraJob
+from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import PairBatch
-from cdpo_ray.training.job import LoraJob
 from cdpo_ray.training.losses import preference_loss
-from cdpo_ray.training.policy import make_policy
 from cdpo_ray.training.update import loss_of_pairs
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

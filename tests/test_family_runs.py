@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
 from PIL import Image
 
 from cdpo_ray.config import Config, validate
-from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.run import run_steps
 from cdpo_ray.session import ray_session
 from cdpo_ray.steps import STEPS

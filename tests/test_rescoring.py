@@ -12,8 +12,8 @@ import pytest
 from finished_runs import config_of
 
 from cdpo_ray.config import Config
+from cdpo_ray.dataflow.columns import tensor_column
 from cdpo_ray.errors import StoreError
-from cdpo_ray.generation.columns import tensor_column
 from cdpo_ray.records import SAMPLES, SCORES, score_column, score_file
 from cdpo_ray.rewards.score_table import read_scores, write_scores
 from cdpo_ray.run import round_folders

@@ -20,16 +20,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import poisoned
 
+from benchmarks.testbed.measure import load_pipeline
 from cdpo_ray.cli import main
 from cdpo_ray.config import Config, validate
+from cdpo_ray.dataflow.parts import write_part
+from cdpo_ray.dataflow.quarantine import SetAside
 from cdpo_ray.errors import CurriculumError, GenerationError, RewardError, StoreError
 from cdpo_ray.evaluation.comparison import Comparer
 from cdpo_ray.evaluation.looks import measure_looks
 from cdpo_ray.generation.generator import Sampling
-from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.models import load_model
-from cdpo_ray.models.seeds import noise_at, seed_of
-from cdpo_ray.parts import write_part
+from cdpo_ray.randomness.noise import noise_at
+from cdpo_ray.randomness.numbers import seed_of
 from cdpo_ray.records import score_file
 from cdpo_ray.rewards.score_table import read_scores
 from cdpo_ray.rewards.scorer import Scorer
@@ -38,7 +40,6 @@ from cdpo_ray.session import ray_session
 from cdpo_ray.steps import STEPS
 from cdpo_ray.store import RunFolder, read_shards
 from cdpo_ray.testbed import PIPELINE_DIR
-from cdpo_ray.testbed.training.measure import load_pipeline
 
 pytestmark = pytest.mark.ray
 

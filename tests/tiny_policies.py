@@ -8,10 +8,10 @@ import torch
 
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
-from cdpo_ray.models.seeds import generator_at, noise_at
+from cdpo_ray.policy.job import LoraJob
+from cdpo_ray.policy.policy import Policy, make_policy
+from cdpo_ray.randomness.noise import generator_at, noise_at
 from cdpo_ray.training.batches import PairBatch
-from cdpo_ray.training.job import LoraJob
-from cdpo_ray.training.policy import Policy, make_policy
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TinyModels = Callable[[str], Path]

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdpo_ray.curriculum.pairs import PairBatch, PairSet
-from cdpo_ray.curriculum.randomness import random_words, unit_interval
+from cdpo_ray.randomness.numbers import random_words, unit_interval
 
 MAX_ATTEMPTS = 10_000
 

@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from cdpo_ray.chart_style import BLUE, GREY, STYLE
 from cdpo_ray.curriculum.pairs import PairBatch, PairSet
+from cdpo_ray.pages.chart_style import BLUE, GREY, STYLE
 from cdpo_ray.store import new_file
 from cdpo_ray.store.untrusted import Count, other_keys_allowed
 

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from cdpo_ray.curriculum.drawing import Accept
 from cdpo_ray.curriculum.pairs import AdmittedPairs, ListedPairs, PairBatch, PairSet
-from cdpo_ray.curriculum.randomness import unit_interval
 from cdpo_ray.curriculum.ranking import Ranking
 from cdpo_ray.curriculum.stages import admitted_gaps, smallest_gap
+from cdpo_ray.randomness.numbers import unit_interval
 
 Between = Callable[[int, int], PairSet]
 """First and last level, both inclusive -> their pairs."""

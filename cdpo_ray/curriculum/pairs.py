@@ -9,8 +9,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cdpo_ray.curriculum.randomness import Permutation, mix, random_words
 from cdpo_ray.curriculum.ranking import Ranking
+from cdpo_ray.randomness.numbers import Permutation, mix, random_words
 
 CHUNK_PAIRS = 2**18
 """Pairs looked at together where each must be seen: they stay in the processor's cache."""

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from cdpo_ray.curriculum.drawing import draw_pairs, swap_labels
 from cdpo_ray.curriculum.measures import ACCEPTS, MEASURES, Cut
 from cdpo_ray.curriculum.pairs import AdmittedPairs, DealtPairs, PairBatch, PairSet, cap_per_prompt, concat
-from cdpo_ray.curriculum.randomness import Permutation
 from cdpo_ray.curriculum.ranking import Ranking
 from cdpo_ray.curriculum.stages import ORDERED, admitted_levels
 from cdpo_ray.errors import CurriculumError
+from cdpo_ray.randomness.numbers import Permutation
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cdpo_ray.evaluation.implicit import implicit_values
-from cdpo_ray.generation.columns import list_column, tensor_column
+from cdpo_ray.dataflow.columns import list_column, tensor_column
+from cdpo_ray.dataflow.memory import BatchSize
+from cdpo_ray.dataflow.parts import IMAGES_PER_BATCH
+from cdpo_ray.dataflow.quarantine import SetAside
 from cdpo_ray.generation.generator import MakeScores, Sampling, sample_batches
-from cdpo_ray.generation.memory import BatchSize
-from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import Conditioning
-from cdpo_ray.parts import IMAGES_PER_BATCH
+from cdpo_ray.policy.implicit_rewards import implicit_values
 from cdpo_ray.records import ARMS, IMPLICIT_VALUE, score_column
 
 

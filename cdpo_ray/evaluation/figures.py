@@ -1,25 +1,20 @@
 """Numbers of a run -> charts as inline SVG."""
 
-import html
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from cdpo_ray.chart_style import BLUE, GREY, INK, STYLE, VERMILLION
+from cdpo_ray.pages.chart_style import BLUE, GREY, INK, STYLE, VERMILLION
+from cdpo_ray.pages.svg import blank_figure, inline_svg
 
 Values = NDArray[np.floating]
 
-WIDTH_INCHES = 4.5  # near the width of a phone, so that text keeps its size there
 MAX_POINTS = 2_000  # a raw curve of more points is thinned: the eye sees no more, and the page stays light
 
 
@@ -189,17 +184,3 @@ def _edges_around_zero(values: Values) -> Values:
         return np.array([-0.5, 0.0, 0.5])
     width = (high - low) / min(24, max(4, math.ceil(2 * math.sqrt(len(values)))))
     return width * np.arange(math.floor(low / width), math.ceil(high / width) + 1)
-
-
-def blank_figure(height_inches: float, *, gap_inches: float = 3 / 72) -> Figure:
-    return Figure(figsize=(WIDTH_INCHES, height_inches), layout=ConstrainedLayoutEngine(h_pad=gap_inches))
-
-
-def inline_svg(figure: Figure, description: str) -> str:
-    """The bare element, to stand within HTML: no prolog, no metadata, no group names that would repeat on a page."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(["Creator", "Date", "Format", "Type"])
-    figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
-    text = buffer.getvalue()
-    text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
-    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cdpo_ray.parts import Part, read_part, shards_of
+from cdpo_ray.dataflow.parts import Part, read_part, shards_of
 from cdpo_ray.records import PIXEL_COLUMNS
 from cdpo_ray.store import read_table, table_schema, write_tables
 

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cdpo_ray.evaluation.implicit import implicit_values
+from cdpo_ray.dataflow.columns import list_column
 from cdpo_ray.evaluation.metrics import preference_accuracy
-from cdpo_ray.generation.columns import list_column
 from cdpo_ray.models import load_model
+from cdpo_ray.policy.implicit_rewards import implicit_values
 from cdpo_ray.prompts.sources import held_out
 from cdpo_ray.records import CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
 

@@ -2,9 +2,9 @@
 
 import pyarrow as pa
 
+from cdpo_ray.dataflow.columns import list_column
+from cdpo_ray.dataflow.images import pairwise_rms_distance
 from cdpo_ray.evaluation.appearance import APPEARANCE
-from cdpo_ray.generation.columns import list_column
-from cdpo_ray.generation.images import pairwise_rms_distance
 from cdpo_ray.records import ARMS
 
 

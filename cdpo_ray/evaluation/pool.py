@@ -7,6 +7,9 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from cdpo_ray.dataflow.parts import find_parts, join_set_aside
+from cdpo_ray.dataflow.quarantine import SetAside
+from cdpo_ray.dataflow.streams import PoolSize, in_pool, read_rows, write_parts
 from cdpo_ray.evaluation.comparison import Comparer
 from cdpo_ray.evaluation.joining import join_comparison
 from cdpo_ray.evaluation.labelled import LabelledSamples, Valuer, label_accuracy, only_held_out
@@ -14,12 +17,9 @@ from cdpo_ray.evaluation.looks import measure_looks
 from cdpo_ray.evaluation.metrics import measure
 from cdpo_ray.generation.generator import MakeScores, Sampling
 from cdpo_ray.generation.pool import prompt_rows
-from cdpo_ray.generation.set_aside import SetAside
-from cdpo_ray.parts import find_parts, join_set_aside
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import ARMS, CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
 from cdpo_ray.store import shard_schema, write_json
-from cdpo_ray.streams import PoolSize, in_pool, read_rows, write_parts
 
 
 def evaluate_adapter(

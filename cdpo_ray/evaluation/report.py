@@ -17,7 +17,7 @@ from cdpo_ray.config import ranking_weights
 from cdpo_ray.curriculum.explanation import Gap, ShownStage
 from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.evaluation import figures
-from cdpo_ray.evaluation.page import (
+from cdpo_ray.pages.page import (
     HERE,
     inlined,
     number,

@@ -15,19 +15,10 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from cdpo_ray.config import REWARD_NAMES, options_without_choices
+from cdpo_ray.dataflow.images import decode_pngs
 from cdpo_ray.errors import RewardError, StoreError, printable
 from cdpo_ray.evaluation.appearance import APPEARANCE
 from cdpo_ray.evaluation.metrics import preference_accuracy
-from cdpo_ray.evaluation.page import (
-    HERE,
-    aligned,
-    inlined,
-    relative_change,
-    significant_change,
-    spoken_difference,
-    spoken_share,
-    write_page,
-)
 from cdpo_ray.evaluation.report import (
     DIVERSITY,
     METRICS,
@@ -39,7 +30,16 @@ from cdpo_ray.evaluation.report import (
     trained_on,
 )
 from cdpo_ray.evaluation.statistics import Scores, compare
-from cdpo_ray.generation.images import decode_pngs
+from cdpo_ray.pages.page import (
+    HERE,
+    aligned,
+    inlined,
+    relative_change,
+    significant_change,
+    spoken_difference,
+    spoken_share,
+    write_page,
+)
 from cdpo_ray.records import ARMS, EVALUATION, IMPLICIT_VALUE, TRAINING, score_column
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.store import MANIFEST, RunFolder, differences, flat, is_local, make_folder, table_schema, write_json

@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdpo_ray.generation.columns import list_column, storable, tensor_column
-from cdpo_ray.generation.images import is_black
-from cdpo_ray.generation.memory import BatchSize, is_out_of_memory
+from cdpo_ray.dataflow.columns import list_column, storable, tensor_column
+from cdpo_ray.dataflow.images import is_black
+from cdpo_ray.dataflow.memory import BatchSize, is_out_of_memory
+from cdpo_ray.dataflow.parts import IMAGES_PER_BATCH
+from cdpo_ray.dataflow.quarantine import SetAside
 from cdpo_ray.generation.perturbation import masked_positions, masked_shares, perturbed
-from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.models import load_model
-from cdpo_ray.models.seeds import noise_at
-from cdpo_ray.parts import IMAGES_PER_BATCH
+from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.records import PERTURBATION, score_column
 from cdpo_ray.store import place
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cdpo_ray.models.family import Conditioning
-from cdpo_ray.models.seeds import generator_at
+from cdpo_ray.randomness.noise import generator_at
 
 
 def masked_shares(num_samples: int, max_masked_fraction: float, num_tokens: int) -> list[float]:

@@ -9,12 +9,12 @@ import pyarrow as pa
 import ray.data
 from ray.data import Dataset
 
+from cdpo_ray.dataflow.parts import find_parts, join_set_aside
+from cdpo_ray.dataflow.quarantine import SetAside
+from cdpo_ray.dataflow.streams import PoolSize, in_pool, write_shards
 from cdpo_ray.generation.generator import Generator, MakeScores, Sampling
-from cdpo_ray.generation.set_aside import SetAside
-from cdpo_ray.parts import find_parts, join_set_aside
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import prompt_id
-from cdpo_ray.streams import PoolSize, in_pool, write_shards
 
 
 def prompt_rows(prompts: Sequence[str], rows_per_call: int, done: Set[int] = frozenset()) -> Dataset | None:

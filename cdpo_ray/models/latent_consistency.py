@@ -23,8 +23,8 @@ from cdpo_ray.models.folder import check_teacher, folder_of, read_config
 from cdpo_ray.models.layouts import config_path
 from cdpo_ray.models.loading import cannot_be_loaded, fetch, load_part
 from cdpo_ray.models.noising import PredictionType, add_noise
-from cdpo_ray.models.seeds import generator_at
 from cdpo_ray.models.stable_diffusion import StableDiffusion
+from cdpo_ray.randomness.noise import generator_at
 from cdpo_ray.testbed import PIPELINE_DIR
 from cdpo_ray.testbed.consistency import load_consistency_pipeline
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from cdpo_ray.generation.columns import list_column, storable, tensor_column
+from cdpo_ray.dataflow.columns import list_column, storable, tensor_column
 from cdpo_ray.models import load_model
 from cdpo_ray.preferences.reading import MIN_IMAGES
 from cdpo_ray.records import LABEL, PREFERENCE, score_column

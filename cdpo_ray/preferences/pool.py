@@ -10,14 +10,14 @@ import ray
 import ray.data
 from ray.data import Dataset
 
-from cdpo_ray.parts import SET_ASIDE, join_set_aside
+from cdpo_ray.dataflow.parts import SET_ASIDE, join_set_aside
+from cdpo_ray.dataflow.streams import PoolSize, in_pool, write_shards
 from cdpo_ray.preferences.encoder import Encoder
 from cdpo_ray.preferences.files import Chunk, Source, blocks_of
 from cdpo_ray.preferences.images import Frame
 from cdpo_ray.preferences.reading import faults_of, read_chunks
 from cdpo_ray.progress import Progress
 from cdpo_ray.store import make_folder
-from cdpo_ray.streams import PoolSize, in_pool, write_shards
 
 if TYPE_CHECKING:
     from cdpo_ray.generation.generator import MakeScores

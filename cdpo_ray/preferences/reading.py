@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cdpo_ray.generation.columns import list_column, tensor_column
+from cdpo_ray.dataflow.columns import list_column, tensor_column
 from cdpo_ray.preferences.files import Chunk, Fault, Row, Source, read_rows
 from cdpo_ray.preferences.images import Frame, load_pixels
 from cdpo_ray.preferences.values import name_of

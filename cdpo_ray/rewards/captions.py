@@ -17,8 +17,8 @@ from requests.adapters import HTTPAdapter
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from cdpo_ray.dataflow.images import encode_png
 from cdpo_ray.errors import RewardError
-from cdpo_ray.generation.images import encode_png
 from cdpo_ray.rewards.weights import from_folder, model_from_folder
 
 MAX_RESPONSE_BYTES = 1_000_000

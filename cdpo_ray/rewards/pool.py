@@ -7,11 +7,11 @@ from typing import Any
 import pyarrow as pa
 from ray.data import Dataset
 
+from cdpo_ray.dataflow.streams import PoolSize, in_pool, read_rows
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import score_column
 from cdpo_ray.rewards.scorer import PixelScorer, SampleScorer
 from cdpo_ray.store import count_rows
-from cdpo_ray.streams import PoolSize, in_pool, read_rows
 
 Rewards = Mapping[str, Mapping[str, Any]]
 IMAGES_PER_CALL = 128  # of an actor that reads and judges, in batches: a call costs a tenth of a second on its own

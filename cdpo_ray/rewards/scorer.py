@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cdpo_ray.dataflow.columns import list_column, tensor_column
+from cdpo_ray.dataflow.images import decode_pngs, is_black
+from cdpo_ray.dataflow.memory import is_out_of_memory, needed_and_free
 from cdpo_ray.errors import CdpoError, RewardError
-from cdpo_ray.generation.columns import list_column, tensor_column
-from cdpo_ray.generation.images import decode_pngs, is_black
-from cdpo_ray.generation.memory import is_out_of_memory, needed_and_free
 from cdpo_ray.models import load_model
 from cdpo_ray.records import score_column
 from cdpo_ray.rewards import REWARDS

@@ -12,8 +12,8 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from cdpo_ray.chart_style import BLUE, GREY, INK, STYLE
-from cdpo_ray.evaluation.figures import blank_figure, inline_svg
+from cdpo_ray.pages.chart_style import BLUE, GREY, INK, STYLE
+from cdpo_ray.pages.svg import blank_figure, inline_svg
 from cdpo_ray.search.findings import short, spoken
 from cdpo_ray.search.trials import DONE, FAILED, STOPPED
 

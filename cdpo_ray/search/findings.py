@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdpo_ray.evaluation.page import aligned, direction, number, spoken_interval, spoken_share
 from cdpo_ray.evaluation.statistics import bootstrap_over_runs
+from cdpo_ray.pages.page import aligned, direction, number, spoken_interval, spoken_share
 from cdpo_ray.search.trials import DONE, FAILED, PAPER, RUNNING, STOPPED, Point, Trial
 
 MEASURED = ("reward", "win_rate", "diversity", "implicit_accuracy")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cdpo_ray.curriculum.randomness import random_words
+from cdpo_ray.randomness.numbers import random_words
 from cdpo_ray.search.space import Knob, Space, is_in
 from cdpo_ray.search.trials import DONE, STOPPED, Trial
 

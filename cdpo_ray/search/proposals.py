@@ -17,7 +17,7 @@ from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from cdpo_ray.config.knobs import grid_points
-from cdpo_ray.curriculum.randomness import random_words, unit_interval
+from cdpo_ray.randomness.numbers import random_words, unit_interval
 from cdpo_ray.search.space import Knob, Space, is_in
 from cdpo_ray.search.trials import DONE, RUNNING, STOPPED, Point, Trial
 

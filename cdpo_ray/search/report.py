@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from cdpo_ray.evaluation.page import number, places_of, spoken_interval, write_page
+from cdpo_ray.pages.page import number, places_of, spoken_interval, write_page
 from cdpo_ray.search import figures
 from cdpo_ray.search.findings import MEASURED, VERDICTS, short, spoken, spoken_objective, tried
 from cdpo_ray.search.trials import DONE, STOPPED

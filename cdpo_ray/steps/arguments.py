@@ -8,8 +8,8 @@ from typing import Any
 
 from cdpo_ray.config import Config, Pool, PromptSource
 from cdpo_ray.config.rewards import OWN_REWARD
+from cdpo_ray.dataflow.parts import read_set_aside
 from cdpo_ray.errors import ConfigError
-from cdpo_ray.parts import read_set_aside
 from cdpo_ray.preferences.files import Source, fingerprint
 from cdpo_ray.prompts import sources
 from cdpo_ray.records import LABEL, score_file
@@ -59,7 +59,7 @@ def model_arguments(config: Config, *, compiles: bool = False) -> dict[str, Any]
 
 
 def pool_size(pool: Pool) -> Any:
-    from cdpo_ray.streams import PoolSize
+    from cdpo_ray.dataflow.streams import PoolSize
 
     return PoolSize(**pool.model_dump())
 
@@ -219,7 +219,7 @@ def _module_files(module: str) -> dict[str, Path]:
 
 
 def warn_of_set_aside(output: StepOutput, output_dir: Path) -> None:
-    from cdpo_ray.generation.set_aside import num_images_without_score
+    from cdpo_ray.dataflow.quarantine import num_images_without_score
 
     if num_prompts := output.counts["prompts_set_aside"]:
         output.warnings.append(f"{num_prompts} prompts raise inside the model; set_aside.jsonl says which and why")

@@ -160,7 +160,7 @@ def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *,
     """What the base model makes of the prompts of a side, judged by all: made once, for all trials of a search."""
     import numpy as np
 
-    from cdpo_ray.generation.images import decode_pngs, pairwise_rms_distance
+    from cdpo_ray.dataflow.images import decode_pngs, pairwise_rms_distance
     from cdpo_ray.generation.pool import generate_samples
     from cdpo_ray.rewards.scorer import Scorer
 

@@ -90,7 +90,7 @@ class Context:
         return self._in_round(self.config.run.seed if given is None else given)
 
     def _in_round(self, seed: int) -> int:
-        from cdpo_ray.models.seeds import seed_of
+        from cdpo_ray.randomness.numbers import seed_of
 
         return seed if self.round == 1 else seed_of(seed, "round", self.round)
 

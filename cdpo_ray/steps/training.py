@@ -31,7 +31,8 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 def train(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.curriculum.capacity import stage_capacities
-    from cdpo_ray.training.job import CommitJob, LoraJob, LossJob, OnlineJob, Optimization, TrainingJob
+    from cdpo_ray.policy.job import LoraJob
+    from cdpo_ray.training.job import CommitJob, LossJob, OnlineJob, Optimization, TrainingJob
     from cdpo_ray.training.trainer import train_adapter
 
     config, training = context.config, context.config.training

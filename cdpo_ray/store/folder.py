@@ -36,7 +36,7 @@ from cdpo_ray.store.untrusted import bytes_of, damage_sentence, path_within, rea
 
 log = logging.getLogger(__name__)
 PARTS = "parts"
-"""Folder beside unfinished work from which `cdpo_ray.parts` resumes."""
+"""Folder beside unfinished work from which `cdpo_ray.dataflow.parts` resumes."""
 FAULTS_SHOWN = 5
 HOW_TO_MEND = "delete the folder, restore the value, or choose another `run.name`"
 VERSIONS_KEPT = (

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdpo_ray.models.family import Conditioning, Times, rows_of
-from cdpo_ray.models.seeds import generator_at
+from cdpo_ray.randomness.noise import generator_at
 from cdpo_ray.records import CONDITIONING
 from cdpo_ray.store import read_shards, shard_schema
 

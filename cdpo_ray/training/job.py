@@ -3,25 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cdpo_ray.curriculum.capacity import Capacity
 from cdpo_ray.curriculum.combination import RankingRule
 from cdpo_ray.curriculum.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class LoraJob:
-    """The LoRA to train; see `LoraSection` of the config for the bounds.
-
-    Attributes:
-        capacities: how much of it learns in each stage; none: all of it in every stage.
-        from_output: blocks begin to learn in the order from output to input.
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    capacities: tuple[Capacity, ...] = ()
-    from_output: bool = False
+from cdpo_ray.policy.job import LoraJob
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch.nn.utils import get_total_norm
 
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models.family import Conditioning, TextToImageModel, Times
+from cdpo_ray.policy.policy import Reference
 from cdpo_ray.training.batches import PairBatch, SampleBank, StagePairs, make_batch, prefetched
 from cdpo_ray.training.job import Optimization
-from cdpo_ray.training.policy import Reference
 from cdpo_ray.training.update import METRICS, PreferenceLoss, loss_of_pairs
 
 UpdateRecord = dict[str, float]

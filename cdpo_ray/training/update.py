@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cdpo_ray.models.family import Conditioning, Net, TextToImageModel, Times
+from cdpo_ray.models.family import Net, TextToImageModel
+from cdpo_ray.policy.errors import sample_errors
+from cdpo_ray.policy.policy import Reference
 from cdpo_ray.training.batches import PairBatch
-from cdpo_ray.training.policy import Reference
 
 METRICS = (
     "loss",
@@ -20,28 +21,6 @@ METRICS = (
 )
 
 PreferenceLoss = Callable[..., tuple[Tensor, Tensor]]
-
-
-def sample_errors(
-    model: TextToImageModel,
-    policy: Net,
-    reference: Reference,
-    latents: Tensor,
-    conditioning: Conditioning,
-    times: Times,
-    noise: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Errors of each sample under the policy and under the reference, ``[sample]`` fp32 each: one task, both answer it.
-
-    Args:
-        policy: what is called to run the net: the net itself, or the engine around it.
-        latents, noise: ``[sample, channel, height, width]``.
-        conditioning, times: a row a sample.
-    """
-    with torch.no_grad(), reference(policy) as frozen:
-        task = model.denoising_task(frozen, latents, conditioning, times, noise)
-        reference_errors = model.errors(frozen, task)
-    return model.errors(policy, task), reference_errors
 
 
 def loss_of_pairs(

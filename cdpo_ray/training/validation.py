@@ -7,15 +7,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cdpo_ray.dataflow.images import pairwise_rms_distance
 from cdpo_ray.generation.generator import Sampling, sample_batches
-from cdpo_ray.generation.images import pairwise_rms_distance
 from cdpo_ray.models.family import Net, TextToImageModel, rows_of
+from cdpo_ray.policy.implicit_rewards import sample_values
+from cdpo_ray.policy.policy import Reference
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.store import place, read_shards
 from cdpo_ray.training.batches import SampleBank
 from cdpo_ray.training.job import ValidationJob
-from cdpo_ray.training.margins import sample_values
-from cdpo_ray.training.policy import Reference
 
 
 class Validator:
@@ -43,7 +43,7 @@ class Validator:
 
         Args:
             model: with its VAE; its denoiser is the policy.
-            policy, reference: what is called to run each, as in `update.sample_errors`.
+            policy, reference: what is called to run each, as in `errors.sample_errors`.
             is_last: whether this stage is.
 
         Returns:
@@ -60,17 +60,13 @@ class Validator:
         found = self._sampled(model, num_prompts, worker_rank, num_workers)
         model.denoiser.train()
         if self.job.num_margin_draws:
-            few = SampleBank(
-                self.bank.latents[:num_prompts],
-                rows_of(self.bank.conditioning, slice(num_prompts)),
-                self.bank.row_of_prompt[:num_prompts],
-            )
             found["implicit_values"] = sample_values(
                 model,
                 policy,
                 reference,
-                few,
-                beta=1.0,  # changes no order
+                self.bank.latents[:num_prompts],
+                rows_of(self.bank.conditioning, slice(num_prompts)),
+                kappa=0.5,  # any positive value: it changes no order
                 num_draws=self.job.num_margin_draws,
                 samples_per_launch=self.sampling.images_per_batch,
                 seed=self.sampling.seed,

@@ -16,26 +16,23 @@ import numpy as np
 import ray
 import ray.train
 import torch
-from numpy.typing import NDArray
 
 from cdpo_ray.cost.memory import use_checkpointing
 from cdpo_ray.curriculum.dataset import read_ranking_scores
-from cdpo_ray.curriculum.explanation import describe_stage
-from cdpo_ray.curriculum.ranking import rank_samples
-from cdpo_ray.curriculum.schedule import Curriculum
+from cdpo_ray.curriculum.redrawing import redraw_stage
+from cdpo_ray.dataflow.memory import is_out_of_memory, needed_and_free
 from cdpo_ray.errors import CdpoError, TrainingError
-from cdpo_ray.generation.memory import is_out_of_memory, needed_and_free
 from cdpo_ray.models import load_model
-from cdpo_ray.models.seeds import seed_of
+from cdpo_ray.policy.implicit_rewards import sample_values
+from cdpo_ray.policy.policy import make_policy
+from cdpo_ray.randomness.numbers import seed_of
 from cdpo_ray.store import copy_tree, is_local, place, storage_errors_within, write_json
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, state_of, tensors_of
 from cdpo_ray.training.engine import limit_waiting, restore_training, save_trained, start_engine, training_tensors
-from cdpo_ray.training.job import OnlineJob, TrainingJob
+from cdpo_ray.training.job import TrainingJob
 from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
-from cdpo_ray.training.losses import preference_loss
-from cdpo_ray.training.margins import sample_values
-from cdpo_ray.training.policy import make_policy
+from cdpo_ray.training.losses import kappa, preference_loss
 from cdpo_ray.training.validation import Validator
 
 BEAT_SECONDS = 1.0
@@ -173,8 +170,9 @@ class Worker:
                 self.model,
                 self.engine,
                 self.policy.reference,
-                self.bank,
-                beta=self.job.loss.beta,
+                self.bank.latents,
+                self.bank.conditioning,
+                kappa=kappa(self.job.loss.beta),
                 num_draws=self.job.online.num_draws,
                 samples_per_launch=2 * self.job.optimization.pairs_per_launch,
                 seed=self.job.seed,
@@ -182,9 +180,17 @@ class Worker:
                 worker_rank=self.rank,
                 num_workers=self.num_workers,
             )
-            self.drawn, self.description = redrawn(
-                self.job.online, self.bank, values, stage=state.stage, seed=self.job.seed
+            online = self.job.online
+            draws, self.description = redraw_stage(
+                read_ranking_scores(place(online.scores_dir), online.rule),
+                online.schedule,
+                values,
+                self.bank.row_of_prompt,
+                stage=state.stage,
+                num_pairs=online.pairs_per_stage,
+                seed=self.job.seed,
             )
+            self.drawn = StagePairs(state.stage, *draws)
         return self.drawn
 
     def _on_update(self, state: TrainingState) -> None:
@@ -276,31 +282,6 @@ def _pulse(board: Any, worker_rank: int) -> Iterator[Any]:
         done.set()
         thread.join()
         ray.get(board.leave.remote(worker_rank))
-
-
-def redrawn(
-    online: OnlineJob, bank: SampleBank, values: NDArray[np.float32], *, stage: int, seed: int
-) -> tuple[StagePairs, dict[str, Any]]:
-    """What a stage trains on once the policy's margins are known, and what it holds; every worker finds the same.
-
-    Args:
-        values: ``[prompt, sample]`` by row of the bank.
-    """
-    table = read_ranking_scores(place(online.scores_dir), online.rule)
-    rows = bank.row_of_prompt[table.prompt_index]
-    ranking = rank_samples(table.scores)
-    curriculum = Curriculum(ranking, online.schedule, seed=seed, values=values[rows], gap_noise=table.gap_noise)
-    pairs, admitted = curriculum.plan(stage, online.pairs_per_stage)
-    largest = curriculum.formed.extent.max_score_gap
-    described = describe_stage(
-        stage,
-        online.schedule.levels(stage),
-        admitted,
-        pairs,
-        largest_score_gap=largest,
-        gap_noise=table.gap_noise,
-    )
-    return StagePairs(stage, rows[pairs.prompt], pairs.chosen, pairs.rejected), described
 
 
 def _gpu_bytes(share: float) -> float | None:

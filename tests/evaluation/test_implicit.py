@@ -9,12 +9,12 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from finished_runs import change
 from torch import Tensor, nn
 
-from cdpo_ray.evaluation.implicit import implicit_values
 from cdpo_ray.models.family import Conditioning, TextToImageModel
 from cdpo_ray.models.latent_consistency import LatentConsistency
 from cdpo_ray.models.lora import LORA_DIR, attach_lora, save_lora
-from cdpo_ray.models.seeds import generator_at
 from cdpo_ray.models.stable_diffusion import StableDiffusion
+from cdpo_ray.policy.implicit_rewards import implicit_values
+from cdpo_ray.randomness.noise import generator_at
 
 PROMPTS = ["a cat", "a cat", "a dog", "a cat"]
 NUM_DRAWS, SEED = 3, 5

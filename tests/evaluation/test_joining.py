@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cdpo_ray.dataflow.parts import Part, find_parts, write_part
 from cdpo_ray.errors import StoreError
 from cdpo_ray.evaluation.joining import join_comparison
-from cdpo_ray.parts import Part, find_parts, write_part
 from cdpo_ray.store import PARTS
 
 NUM_IMAGES, PROMPTS_PER_PART = 3, 2

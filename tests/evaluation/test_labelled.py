@@ -7,11 +7,11 @@ import pyarrow as pa
 import torch
 from finished_runs import change
 
-from cdpo_ray.evaluation.implicit import implicit_values
+from cdpo_ray.dataflow.columns import list_column, tensor_column
 from cdpo_ray.evaluation.labelled import Valuer, label_accuracy, only_held_out
-from cdpo_ray.generation.columns import list_column, tensor_column
 from cdpo_ray.models import load_model
 from cdpo_ray.models.lora import LORA_DIR, attach_lora, save_lora
+from cdpo_ray.policy.implicit_rewards import implicit_values
 from cdpo_ray.prompts.sources import is_held_out
 
 PROMPTS = [f"a red circle number {number}" for number in range(60)]

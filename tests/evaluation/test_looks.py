@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cdpo_ray.dataflow.columns import tensor_column
+from cdpo_ray.dataflow.images import pairwise_rms_distance
 from cdpo_ray.evaluation.appearance import APPEARANCE
 from cdpo_ray.evaluation.looks import measure_looks
-from cdpo_ray.generation.columns import tensor_column
-from cdpo_ray.generation.images import pairwise_rms_distance
 
 NUM_PROMPTS = 3
 MEASURED = [*APPEARANCE, "diversity"]

@@ -16,9 +16,9 @@ from finished_runs import config_of
 
 from cdpo_ray.cli import main
 from cdpo_ray.config import VlmAlignmentOptions, options_without_choices
+from cdpo_ray.dataflow.images import decode_png, encode_png
 from cdpo_ray.errors import RewardError, StoreError
 from cdpo_ray.evaluation.runs import compare_runs, table_of
-from cdpo_ray.generation.images import decode_png, encode_png
 from cdpo_ray.records import EVALUATION
 from cdpo_ray.rewards.jpeg_size import JpegSizeReward
 from cdpo_ray.store import RunFolder

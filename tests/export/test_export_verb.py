@@ -21,7 +21,7 @@ from cdpo_ray.export import FORMATS
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_WEIGHTS
-from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.randomness.noise import noise_at
 
 FILES = {
     "diffusers": {"README.md", "pytorch_lora_weights.safetensors"},

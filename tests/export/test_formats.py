@@ -16,7 +16,7 @@ from cdpo_ray.export.formats import Trained, kohya_path, write_diffusers, write_
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS
-from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.randomness.noise import noise_at
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ALL_KINDS = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut")

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdpo_ray.generation.columns import list_column, tensor_column
+from cdpo_ray.dataflow.columns import list_column, tensor_column
+from cdpo_ray.dataflow.images import decode_png, encode_pixels
 from cdpo_ray.generation.generator import Generator, Sampling, sample_batches
-from cdpo_ray.generation.images import decode_png, encode_pixels
-from cdpo_ray.models.seeds import noise_at, seed_of
+from cdpo_ray.randomness.noise import noise_at
+from cdpo_ray.randomness.numbers import seed_of
 from cdpo_ray.records import prompt_id
 from cdpo_ray.rewards.scorer import SampleScorer, Scorer
 

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 import torch
 
+from cdpo_ray.dataflow.images import encode_pixels
 from cdpo_ray.generation.generator import Generator, Sampling
-from cdpo_ray.generation.images import encode_pixels
 from cdpo_ray.generation.perturbation import masked_positions, masked_shares, perturbed
 
 

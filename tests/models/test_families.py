@@ -17,7 +17,7 @@ from cdpo_ray.errors import ModelError
 from cdpo_ray.models import FAMILIES, load_model
 from cdpo_ray.models.family import DenoisingTask, TextToImageModel
 from cdpo_ray.models.lora import attach_lora, save_lora
-from cdpo_ray.models.seeds import generator_at, noise_at
+from cdpo_ray.randomness.noise import generator_at, noise_at
 
 NAMES = ("stable_diffusion_xl", "stable_diffusion_3", "flux", "flux_schnell")
 PROMPTS = ["a red circle in the middle", "a blue square on the left and a green cross on the right"]

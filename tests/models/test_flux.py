@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxPipeline
 
 from cdpo_ray.models.flux import Flux, pack, patch_ids, unpack
-from cdpo_ray.models.seeds import generator_at, noise_at
+from cdpo_ray.randomness.noise import generator_at, noise_at
 
 TinyModels = Callable[[str], Path]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cdpo_ray.errors import ModelError
 from cdpo_ray.models import load_model
 from cdpo_ray.models.latent_consistency import LatentConsistency
-from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.testbed.consistency import load_consistency_pipeline
 
 PROMPTS = ["a red circle", "a blue square on the left and a green cross on the right", ""]

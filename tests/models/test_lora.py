@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cdpo_ray.errors import ModelError
 from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, Adapters, attach_lora, save_lora
-from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.models.stable_diffusion import StableDiffusion
+from cdpo_ray.randomness.noise import noise_at
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 

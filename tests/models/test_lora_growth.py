@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from cdpo_ray.models.lora import attach_lora, save_lora
 from cdpo_ray.models.lora_growth import LoraGrowth, second_factors
-from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.models.stable_diffusion import StableDiffusion
+from cdpo_ray.randomness.noise import noise_at
 
 TARGETS = ("to_q", "to_v")
 RANK, ALPHA = 4, 8.0

@@ -5,7 +5,7 @@ import torch
 from tiny_policies import TinyModels, load
 
 from cdpo_ray.models.family import TextToImageModel
-from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.randomness.noise import noise_at
 
 FAMILIES = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux")
 each_family = pytest.mark.parametrize("family", FAMILIES)

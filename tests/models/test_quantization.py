@@ -19,11 +19,12 @@ from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, save_lora
 from cdpo_ray.models.quantization import Int8Linear, quantize_linears
-from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.policy.job import LoraJob
+from cdpo_ray.policy.policy import make_policy
+from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.training.engine import save_trained, start_engine
-from cdpo_ray.training.job import LoraJob, Optimization
+from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.losses import preference_loss
-from cdpo_ray.training.policy import make_policy
 from cdpo_ray.training.update import METRICS, loss_of_pairs
 
 NF4_LEVELS = [

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from cdpo_ray.errors import ModelError
 from cdpo_ray.models import load_model
-from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.models.stable_diffusion import StableDiffusion
+from cdpo_ray.randomness.noise import noise_at
 
 PROMPTS = ["a red circle in the middle", "a blue square on the left and a green cross on the right"]
 

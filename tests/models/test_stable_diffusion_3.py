@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.models.stable_diffusion_3 import StableDiffusion3
+from cdpo_ray.randomness.noise import noise_at
 
 TinyModels = Callable[[str], Path]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 
-from cdpo_ray.models.seeds import noise_at
 from cdpo_ray.models.stable_diffusion_xl import StableDiffusionXL
+from cdpo_ray.randomness.noise import noise_at
 
 TinyModels = Callable[[str], Path]
 

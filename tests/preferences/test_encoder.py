@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from preference_sets import judged_scenes
 
-from cdpo_ray.generation.columns import list_column, tensor_column
-from cdpo_ray.generation.images import decode_png, encode_pixels
+from cdpo_ray.dataflow.columns import list_column, tensor_column
+from cdpo_ray.dataflow.images import decode_png, encode_pixels
 from cdpo_ray.models import load_model
 from cdpo_ray.preferences.encoder import Encoder
 

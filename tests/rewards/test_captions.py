@@ -17,8 +17,8 @@ from tiny_captioners import BERT_MARKS, WORDS, build_blip, build_llava
 from torch import Tensor
 from transformers import BlipForConditionalGeneration, LlavaForConditionalGeneration
 
+from cdpo_ray.dataflow.images import decode_png
 from cdpo_ray.errors import RewardError
-from cdpo_ray.generation.images import decode_png
 from cdpo_ray.rewards import captions
 from cdpo_ray.rewards.captions import EndpointCaptioner, LocalCaptioner
 

@@ -14,8 +14,8 @@ import torch
 
 from cdpo_ray.config import RewardsSection
 from cdpo_ray.curriculum.noise import score_noise
+from cdpo_ray.dataflow.columns import tensor_column
 from cdpo_ray.errors import RewardError
-from cdpo_ray.generation.columns import tensor_column
 from cdpo_ray.rewards import REWARDS
 from cdpo_ray.rewards.scorer import PixelScorer, Scorer, batches_of, load_reward
 

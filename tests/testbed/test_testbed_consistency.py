@@ -5,12 +5,7 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from cdpo_ray.models.consistency import clean_and_noise, consistency_function, ddim_step, grid_timesteps
-from cdpo_ray.testbed import PIPELINE_DIR
-from cdpo_ray.testbed.consistency import load_consistency_pipeline
-from cdpo_ray.testbed.oracle import judge
-from cdpo_ray.testbed.scenes import caption, scene_prompts
-from cdpo_ray.testbed.training.consistency import (
+from benchmarks.testbed.consistency import (
     GUIDANCE_CHANNELS,
     MAX_GUIDANCE,
     MIN_GUIDANCE,
@@ -18,9 +13,14 @@ from cdpo_ray.testbed.training.consistency import (
     make_consistency_scheduler,
     make_student,
 )
-from cdpo_ray.testbed.training.denoiser import encode_pool, make_scheduler
-from cdpo_ray.testbed.training.measure import generate
-from cdpo_ray.testbed.training.pool import draw_pool
+from benchmarks.testbed.denoiser import encode_pool, make_scheduler
+from benchmarks.testbed.measure import generate
+from benchmarks.testbed.pool import draw_pool
+from cdpo_ray.models.consistency import clean_and_noise, consistency_function, ddim_step, grid_timesteps
+from cdpo_ray.testbed import PIPELINE_DIR
+from cdpo_ray.testbed.consistency import load_consistency_pipeline
+from cdpo_ray.testbed.oracle import judge
+from cdpo_ray.testbed.scenes import caption, scene_prompts
 
 
 def denoised(noisy_latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

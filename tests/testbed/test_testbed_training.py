@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.testbed.__main__ import main
+from benchmarks.testbed.contrasts import CONTRASTS, train_contrasts
+from benchmarks.testbed.denoiser import BinnedError
+from benchmarks.testbed.dual_encoder import contrastive_loss, fits
+from benchmarks.testbed.measure import generate, load_pipeline
+from benchmarks.testbed.pool import draw_pool
+from benchmarks.testbed.tokenizer import WORDS, make_tokenizer
 from cdpo_ray.testbed.clip import load_clip
 from cdpo_ray.testbed.consistency import load_consistency_pipeline
 from cdpo_ray.testbed.scenes import all_scenes, is_heldout, parse_caption
-from cdpo_ray.testbed.training.__main__ import main
-from cdpo_ray.testbed.training.contrasts import CONTRASTS, train_contrasts
-from cdpo_ray.testbed.training.denoiser import BinnedError
-from cdpo_ray.testbed.training.dual_encoder import contrastive_loss, fits
-from cdpo_ray.testbed.training.measure import generate, load_pipeline
-from cdpo_ray.testbed.training.pool import draw_pool
-from cdpo_ray.testbed.training.tokenizer import WORDS, make_tokenizer
 
 PROMPT = "a red circle on the left and a blue square on the right, on a white background"
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from cdpo_ray.testbed import CLIP_DIR, PIPELINE_DIR
-from cdpo_ray.testbed.clip import load_clip
-from cdpo_ray.testbed.oracle import judge
-from cdpo_ray.testbed.scenes import all_scenes, caption, scene_prompts
-from cdpo_ray.testbed.training.measure import (
+from benchmarks.testbed.measure import (
     generate,
     heldout_renders,
     load_pipeline,
     measure_autoencoder,
     measure_clip,
 )
+from cdpo_ray.testbed import CLIP_DIR, PIPELINE_DIR
+from cdpo_ray.testbed.clip import load_clip
+from cdpo_ray.testbed.oracle import judge
+from cdpo_ray.testbed.scenes import all_scenes, caption, scene_prompts
 
 MAX_WEIGHTS_BYTES = 24_000_000
 

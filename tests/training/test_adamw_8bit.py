@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cdpo_ray.errors import TrainingError
-from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.training.adamw import Skipping, make_optimizer
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
 from cdpo_ray.training.job import Optimization

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cdpo_ray.generation.columns import tensor_column
+from cdpo_ray.dataflow.columns import tensor_column
 from cdpo_ray.training.batches import PairBatch, SampleBank, StagePairs, make_batch, prefetched
 
 SHAPE = (2, 3, 4)

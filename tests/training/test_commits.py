@@ -19,13 +19,14 @@ from torch import Tensor
 
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models import load_model
+from cdpo_ray.policy.job import LoraJob
+from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, fault_of, names_of, newest_of, state_of, tensors_of
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
-from cdpo_ray.training.job import LoraJob, Optimization
+from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.loop import Feed, TrainingState, train_stages
 from cdpo_ray.training.losses import preference_loss
-from cdpo_ray.training.policy import make_policy
 
 CPU = torch.device("cpu")
 GLOBAL_BATCH_SIZE, NUM_UPDATES = 4, 6

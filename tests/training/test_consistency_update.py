@@ -12,11 +12,11 @@ from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMSchedule
 from torch import Tensor, nn
 
 from cdpo_ray.models.latent_consistency import LatentConsistency
-from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.policy.job import LoraJob
+from cdpo_ray.policy.policy import Policy, make_policy
+from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.training.batches import PairBatch
-from cdpo_ray.training.job import LoraJob
 from cdpo_ray.training.losses import preference_loss
-from cdpo_ray.training.policy import Policy, make_policy
 from cdpo_ray.training.update import METRICS, loss_of_pairs
 
 BETA = 400.0

@@ -17,12 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
+from cdpo_ray.policy.job import LoraJob
+from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.training.batches import PairBatch
 from cdpo_ray.training.engine import start_engine
-from cdpo_ray.training.job import LoraJob, Optimization
+from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.loop import Guard
 from cdpo_ray.training.losses import preference_loss
-from cdpo_ray.training.policy import Policy, make_policy
 from cdpo_ray.training.update import METRICS, loss_of_pairs
 
 LN2 = torch.tensor(2.0).log().item()

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cdpo_ray.models import load_model
-from cdpo_ray.models.seeds import noise_at
+from cdpo_ray.policy.job import LoraJob
+from cdpo_ray.policy.policy import make_policy
+from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import PairBatch
 from cdpo_ray.training.engine import save_trained, start_engine
-from cdpo_ray.training.job import LoraJob, Optimization
+from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.losses import preference_loss
-from cdpo_ray.training.policy import make_policy
 from cdpo_ray.training.update import loss_of_pairs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("embedded")]

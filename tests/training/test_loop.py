@@ -18,13 +18,14 @@ from torch import Tensor
 from cdpo_ray.curriculum.capacity import Capacity
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models import load_model
-from cdpo_ray.models.seeds import generator_at
+from cdpo_ray.policy.job import LoraJob
+from cdpo_ray.policy.policy import make_policy
+from cdpo_ray.randomness.noise import generator_at
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
-from cdpo_ray.training.job import LoraJob, Optimization
+from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.loop import Feed, Guard, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
-from cdpo_ray.training.policy import make_policy
 from cdpo_ray.training.update import METRICS, PreferenceLoss
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_worker")]

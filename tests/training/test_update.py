@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from cdpo_ray.models.family import TextToImageModel, rows_of
 from cdpo_ray.models.stable_diffusion import StableDiffusion
+from cdpo_ray.policy.policy import Policy
 from cdpo_ray.training.batches import PairBatch
 from cdpo_ray.training.losses import preference_loss
-from cdpo_ray.training.policy import Policy
 from cdpo_ray.training.update import METRICS, loss_of_pairs
 
 BETA = 400.0

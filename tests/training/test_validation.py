@@ -11,14 +11,15 @@ import pytest
 import torch
 from finished_runs import change, save_policy
 
+from cdpo_ray.dataflow.quarantine import SetAside
 from cdpo_ray.evaluation.comparison import Comparer
 from cdpo_ray.evaluation.looks import measure_looks
 from cdpo_ray.generation.generator import Generator, Sampling
-from cdpo_ray.generation.set_aside import SetAside
 from cdpo_ray.models import load_model
+from cdpo_ray.policy.job import LoraJob
+from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.rewards.scorer import Scorer
-from cdpo_ray.training.job import LoraJob, ValidationJob
-from cdpo_ray.training.policy import Policy, make_policy
+from cdpo_ray.training.job import ValidationJob
 from cdpo_ray.training.validation import Validator
 
 pytestmark = pytest.mark.slow

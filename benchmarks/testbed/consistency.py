@@ -1,0 +1,129 @@
+"""The trained pipeline -> a consistency model of it, by latent consistency distillation."""
+
+import copy
+import time
+from pathlib import Path
+
+import torch
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.testbed.autoencoder import save_half
+from benchmarks.testbed.denoiser import encode_pool, make_scheduler, move_average
+from benchmarks.testbed.figures import save_figures
+from benchmarks.testbed.pool import cosine_schedule, draw_pool
+from cdpo_ray.models.consistency import (
+    GRID_STEP,
+    clean_and_noise,
+    consistency_function,
+    ddim_step,
+    grid_timesteps,
+    guided,
+    pseudo_huber,
+)
+from cdpo_ray.testbed.scenes import caption
+
+LEARNING_RATE = 5e-4
+BATCH_SIZE = 64
+EMA_DECAY = 0.95
+MIN_GUIDANCE, MAX_GUIDANCE = 1.0, 3.0  # w; a pipeline's guidance_scale is w + 1
+GUIDANCE_CHANNELS = 256
+
+
+def make_consistency_scheduler() -> LCMScheduler:
+    """The teacher's schedule of noise; a sampler's timesteps lie on the grid of the distillation."""
+    teacher = make_scheduler().config
+    return LCMScheduler(
+        num_train_timesteps=teacher.num_train_timesteps,
+        beta_start=teacher.beta_start,
+        beta_end=teacher.beta_end,
+        beta_schedule=teacher.beta_schedule,
+        original_inference_steps=len(grid_timesteps()),
+    )
+
+
+def make_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The teacher's net with an embedding of the guidance, whose weights are zero: at first it is the teacher."""
+    student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=GUIDANCE_CHANNELS)
+    student.register_to_config(_name_or_path="")  # else the folder that the teacher was loaded from
+    guidance_weight = torch.zeros_like(student.time_embedding.cond_proj.weight)
+    student.load_state_dict({**teacher.state_dict(), "time_embedding.cond_proj.weight": guidance_weight})
+    return student.to(memory_format=torch.channels_last)
+
+
+def train_consistency(weights_dir: Path, *, num_updates: int, num_scenes: int, seed: int) -> None:
+    """Distil ``pipeline`` and save to ``consistency``: the moving average of the student, and its scheduler.
+
+    Source: arXiv:2310.04378, algorithm 1.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    scheduler = make_consistency_scheduler()
+    teacher = UNet2DConditionModel.from_pretrained(
+        weights_dir / "pipeline" / "unet", dtype=torch.float32, use_safetensors=True
+    )
+    teacher.to(memory_format=torch.channels_last).requires_grad_(False)
+    student = make_student(teacher).train()
+    average = copy.deepcopy(student).requires_grad_(False)
+    pipeline = LatentConsistencyModelPipeline.from_pretrained(
+        weights_dir / "pipeline", unet=student, scheduler=scheduler, dtype=torch.float32, use_safetensors=True
+    )
+    pool = draw_pool(num_scenes, seed)
+    latents = encode_pool(pool, pipeline.vae)
+    captions = [caption(scene) for scene in pool.scenes]
+    empty = encode_captions(pipeline, [""]).expand(BATCH_SIZE, -1, -1)
+
+    def guided_noise(noisy_latents: Tensor, timesteps: Tensor, embeddings: Tensor, guidance: Tensor) -> Tensor:
+        """The teacher's, with and without the caption in one go."""
+        both = teacher(noisy_latents.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([embeddings, empty])).sample
+        told, untold = both.chunk(2)
+        return guided(told, untold, guidance)
+
+    def denoised(net: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
+        prediction = net(noisy_latents, timesteps, **conditions).sample
+        alpha_bar = scheduler.alphas_cumprod[timesteps]
+        clean, _ = clean_and_noise(noisy_latents, prediction, alpha_bar, "epsilon")
+        return consistency_function(noisy_latents, clean, timesteps)
+
+    grid = grid_timesteps()
+    alpha_bars = scheduler.alphas_cumprod[grid]
+    alpha_bars_below = torch.cat([scheduler.final_alpha_cumprod[None], alpha_bars[:-1]])
+    optimizer = torch.optim.AdamW(student.parameters(), LEARNING_RATE, weight_decay=0.0)
+    schedule = cosine_schedule(optimizer, num_updates, num_warmup_updates=20)
+    progress = tqdm(range(num_updates), desc="consistency", mininterval=5)
+    for update in progress:
+        index = torch.randint(num_scenes, (BATCH_SIZE,))
+        place = torch.randint(len(grid), (BATCH_SIZE,))
+        timesteps, previous = grid[place], (grid[place] - GRID_STEP).clamp(min=0)
+        guidance = torch.empty(BATCH_SIZE).uniform_(MIN_GUIDANCE, MAX_GUIDANCE)
+        told_guidance = pipeline.get_guidance_scale_embedding(guidance, GUIDANCE_CHANNELS)
+        embeddings = encode_captions(pipeline, [captions[i] for i in index])
+        conditions = {"encoder_hidden_states": embeddings, "timestep_cond": told_guidance}
+        noisy_latents = scheduler.add_noise(latents[index], torch.randn_like(latents[index]), timesteps)
+        noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            noise = guided_noise(noisy_latents, timesteps, embeddings, guidance)
+            less_noisy = ddim_step(noisy_latents, noise, alpha_bars[place], alpha_bars_below[place], "epsilon")
+            target = denoised(average, less_noisy, previous, **conditions)
+        loss = pseudo_huber(denoised(student, noisy_latents, timesteps, **conditions), target).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        move_average(average.parameters(), student.parameters(), EMA_DECAY)
+        if update % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.4f}")
+    save_half(average, weights_dir / "consistency" / "unet")
+    scheduler.save_pretrained(weights_dir / "consistency" / "scheduler")
+    figures = {"seed": seed, "num_updates": num_updates, "images_seen": num_updates * BATCH_SIZE}
+    save_figures(weights_dir, "consistency", {**figures, "train_seconds": time.perf_counter() - start})
+
+
+@torch.no_grad()
+def encode_captions(pipeline: LatentConsistencyModelPipeline, captions: list[str]) -> Tensor:
+    """``[caption, token, channel]``."""
+    embeddings, _ = pipeline.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=False)
+    return embeddings

@@ -1,0 +1,49 @@
+"""Implicit rewards under the policy -> the pairs of one stage, redrawn by their margins."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cdpo_ray.curriculum.dataset import ScoreTable
+from cdpo_ray.curriculum.explanation import describe_stage
+from cdpo_ray.curriculum.ranking import rank_samples
+from cdpo_ray.curriculum.schedule import Curriculum, Schedule
+
+Draws = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+
+
+def redraw_stage(
+    table: ScoreTable,
+    schedule: Schedule,
+    values: NDArray[np.float32],
+    row_of_prompt: NDArray[np.int64],
+    *,
+    stage: int,
+    num_pairs: int,
+    seed: int,
+) -> tuple[Draws, dict[str, Any]]:
+    """Draw the pairs of a stage by the policy's margins; a function of its arguments alone, the same on every worker.
+
+    Args:
+        values: ``[prompt, sample]``, implicit rewards in nats, by row of the samples.
+        row_of_prompt: ``[prompt_index]``, row of each prompt in the samples.
+        stage: 1-based.
+
+    Returns:
+        ``prompt_row``, ``chosen`` and ``rejected``, ``[pair]`` each, and the description of the stage.
+    """
+    rows = row_of_prompt[table.prompt_index]
+    curriculum = Curriculum(
+        rank_samples(table.scores), schedule, seed=seed, values=values[rows], gap_noise=table.gap_noise
+    )
+    pairs, admitted = curriculum.plan(stage, num_pairs)
+    description = describe_stage(
+        stage,
+        schedule.levels(stage),
+        admitted,
+        pairs,
+        largest_score_gap=curriculum.formed.extent.max_score_gap,
+        gap_noise=table.gap_noise,
+    )
+    return (rows[pairs.prompt], pairs.chosen, pairs.rejected), description

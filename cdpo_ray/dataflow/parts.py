@@ -1,0 +1,208 @@
+"""Rows as they are made -> part files, durable at once, joined into shards; an interrupted step resumes from them.
+
+A part has its SHA-256 in its name. A shard, whose name is fixed, has it in a file of the parts' folder, which stays
+until the step is finished. A file that does not match is not used.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cdpo_ray.dataflow.images import encode_pixels
+from cdpo_ray.errors import StoreError
+from cdpo_ray.store import (
+    PARTS,
+    damage,
+    delete,
+    describe,
+    exists,
+    make_folder,
+    move,
+    read_bytes,
+    read_table,
+    table_bytes,
+    write_bytes,
+    write_table,
+    write_text,
+)
+
+log = logging.getLogger(__name__)
+SET_ASIDE = "set_aside"
+IMAGES_PER_BATCH = "images_per_batch"
+"""Column that tells a part of how many images went through the net at once; it is not kept."""
+
+
+@dataclass(frozen=True, order=True)
+class Part:
+    """A file of rows that were made together, or a shard that is there; in the order of prompts.
+
+    Attributes:
+        first: prompt index of its first row.
+        is_shard: it has been joined, and is not joined again.
+    """
+
+    first: int
+    num_rows: int
+    num_bytes: int
+    path: Path = field(compare=False)
+    is_shard: bool = False
+    images_per_batch: int | None = None
+
+
+def write_part(rows: pa.Table, *, parts_dir: Path) -> pa.Table:
+    """Write rows that one call made, pixels as PNGs; returns one row about the file.
+
+    Equal rows give an equal file of the same name.
+    """
+    first, images_per_batch = rows["prompt_index"][0], None
+    if IMAGES_PER_BATCH in rows.column_names:
+        images_per_batch = min(rows[IMAGES_PER_BATCH].to_pylist())
+        rows = rows.drop_columns(IMAGES_PER_BATCH)
+    content = table_bytes(encode_pixels(rows))
+    name = f"{first.as_py():012d}-{hashlib.sha256(content).hexdigest()}.parquet"
+    write_bytes(parts_dir / name, content)
+    row = {"name": name, "first": first, "num_rows": rows.num_rows, "num_bytes": len(content)}
+    return pa.Table.from_pylist([row | {"images_per_batch": images_per_batch}], _TOLD)
+
+
+_TOLD = pa.schema(
+    [("name", pa.string())] + [(name, pa.int64()) for name in ("first", "num_rows", "num_bytes", "images_per_batch")]
+)
+
+
+def find_parts(output_dir: Path, stem: str) -> tuple[list[Part], set[int]]:
+    """What an interrupted attempt left, in order, and the prompt indices that it holds.
+
+    Every file is read. One whose SHA-256 differs is deleted with a warning, so that its rows are made again; so is a
+    part that a shard holds too.
+    """
+    parts_dir = output_dir / PARTS
+    for aside in (*output_dir.glob("*.parquet.tmp"), *parts_dir.glob("*.tmp")):
+        delete(aside)
+    shards, parts = sorted(output_dir.glob(f"{stem}-*.parquet")), sorted(parts_dir.glob("*.parquet"))
+    expected = {shard: _shard_sha256(parts_dir, shard) for shard in shards} | {
+        part: _part_sha256(part) for part in parts
+    }
+    damaged = damage(expected, folder=output_dir)
+    if damaged:
+        log.warning(
+            "%s: %d of %d files of the interrupted attempt are not whole, the first %s; what they held is made again",
+            output_dir, len(damaged), len(expected), next(iter(damaged)).name,
+        )  # fmt: skip
+    found, held = [], set[int]()
+    for path in expected:
+        indices = [] if path in damaged else read_table(path, ["prompt_index"])["prompt_index"].to_pylist()
+        if not indices or not held.isdisjoint(indices):
+            delete(path)
+            continue
+        held |= set(indices)
+        is_shard = path.parent == output_dir
+        found.append(Part(indices[0], len(indices), path.stat().st_size, path, is_shard))
+    return sorted(found), held
+
+
+def shards_of(parts: Iterable[Part], min_bytes: int) -> Iterator[list[Part]]:
+    """Neighbours that together have ``min_bytes`` (the last of all may have less); a shard there ends a group."""
+    group: list[Part] = []
+    for part in parts:
+        if not part.is_shard:
+            group.append(part)
+        if group and (part.is_shard or sum(part.num_bytes for part in group) >= min_bytes):
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def join_parts(parts: list[Path], shard: Path) -> None:
+    """Parts -> one shard, in their order. Done twice, or broken off between any two files, it ends the same.
+
+    Raises:
+        StoreError: a part was altered since it was written.
+    """
+    sha256_path = _sha256_path(parts[0].parent, shard)
+    if not (exists(shard) and exists(sha256_path)):
+        if len(parts) == 1:
+            read_part(parts[0])
+            write_text(sha256_path, _part_sha256(parts[0]))  # first: a shard without it is not used
+            move(parts[0], shard)
+        else:
+            write_table(pa.concat_tables(map(read_part, parts)), shard)
+            write_text(sha256_path, describe(shard)["sha256"])
+    for part in parts:
+        delete(part)
+
+
+def read_part(part: Path) -> pa.Table:
+    """Rows of a part.
+
+    Raises:
+        StoreError: it was altered since it was written.
+    """
+    content = read_bytes(part)
+    if hashlib.sha256(content).hexdigest() != _part_sha256(part):
+        raise StoreError(f"{part}: was altered (its SHA-256 differs); the same command makes its prompts again")
+    return pq.read_table(pa.BufferReader(content))
+
+
+def _part_sha256(part: Path) -> str:
+    """That its name holds; empty if it holds none."""
+    return part.stem.partition("-")[2]
+
+
+def _sha256_path(parts_dir: Path, shard: Path) -> Path:
+    return parts_dir / f"{shard.name}.sha256"
+
+
+def _shard_sha256(parts_dir: Path, shard: Path) -> str:
+    """Empty if the shard was not finished."""
+    path = _sha256_path(parts_dir, shard)
+    return path.read_text(encoding="utf-8", errors="replace") if exists(path) else ""
+
+
+def write_set_aside(output_dir: Path, prompt_index: int, entry: Mapping[str, Any]) -> None:
+    """Write a file about one prompt that was set aside; its name holds the SHA-256."""
+    line = f"{json.dumps(entry)}\n"
+    path = output_dir / SET_ASIDE / f"{prompt_index:012d}-{hashlib.sha256(line.encode()).hexdigest()}.jsonl"
+    make_folder(path.parent)
+    write_text(path, line)
+
+
+def read_set_aside(output_dir: Path) -> list[dict[str, Any]]:
+    """What was set aside up to now, an entry each, with its `reason`.
+
+    What is damaged is left out with a warning: its prompt is tried again.
+    """
+    paths = sorted((output_dir / SET_ASIDE).glob("*.jsonl"))
+    for path in damage({path: _part_sha256(path) for path in paths if "-" in path.stem}, folder=output_dir):
+        log.warning("%s: was altered (its SHA-256 differs); its prompt is tried again", path)
+        delete(path)
+        paths.remove(path)
+    last = {path.stem.partition("-")[0]: path for path in paths}  # of a prompt that was tried twice
+    joined = output_dir / f"{SET_ASIDE}.jsonl"
+    entries: dict[str, Any] = {}
+    for path in [joined, *last.values()] if exists(joined) else last.values():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                entries[line] = json.loads(line)
+            if not isinstance(entries.get(line), dict):
+                entries.pop(line, None)
+                log.warning("%s: holds a line that is not a JSON object; its prompt is tried again", path)
+    return [*entries.values()]
+
+
+def join_set_aside(output_dir: Path) -> list[dict[str, Any]]:
+    """Files of what was set aside -> `set_aside.jsonl`, if there is anything; returns its entries."""
+    found = read_set_aside(output_dir)
+    if found:
+        write_text(output_dir / f"{SET_ASIDE}.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in found))
+    delete(output_dir / SET_ASIDE)
+    return found

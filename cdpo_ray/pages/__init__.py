@@ -1,0 +1,1 @@
+"""What all pages share: chart style, HTML shell, figures as SVG."""

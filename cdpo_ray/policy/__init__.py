@@ -1,0 +1,1 @@
+"""The policy and its frozen reference, the errors of both, and the rewards that they imply."""

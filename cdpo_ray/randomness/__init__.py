@@ -1,0 +1,1 @@
+"""Address -> random numbers: what is drawn depends on its address alone, never on what was drawn before."""

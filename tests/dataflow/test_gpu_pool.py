@@ -1,0 +1,38 @@
+"""Actor pools on GPUs that exist only as a number given to Ray: scheduling is tested, not computation."""
+
+import subprocess
+import sys
+
+import pytest
+
+POOL = """
+import os, secrets
+from cdpo_ray.session import _ENVIRONMENT
+os.environ |= _ENVIRONMENT | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+import pyarrow as pa, ray, ray.data
+ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+         resources={"accelerator_type:L4": 1})
+from cdpo_ray.run import cluster_gpu
+from cdpo_ray.session import cluster_nodes
+from cdpo_ray.dataflow.streams import PoolSize, in_pool
+
+class Sizes:
+    def __call__(self, rows):
+        import ray
+        return rows.append_column("size", pa.array([rows.num_rows] * rows.num_rows)).append_column(
+            "gpus", pa.array([len(ray.get_gpu_ids())] * rows.num_rows))
+
+ray.data.DataContext.get_current().enable_progress_bars = False
+ray.data.DataContext.get_current().execution_options.preserve_order = True
+blocks = [pa.table({"row": [0, 1, 2]}), pa.table({"row": [3]}), pa.table({"row": [4, 5, 6]})]
+found = in_pool(ray.data.from_arrow(blocks), Sizes, PoolSize(1, 1, 1), rows_per_call=None).take_all()
+print([(one["row"], one["size"], one["gpus"]) for one in found], cluster_gpu(cluster_nodes()[0]).name)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_pool_on_gpus_takes_blocks_as_they_are_and_the_clusters_gpu_is_known() -> None:
+    found = subprocess.run([sys.executable, "-c", POOL], capture_output=True, text=True, timeout=300)
+    sizes = [(0, 3), (1, 3), (2, 3), (3, 1), (4, 3), (5, 3), (6, 3)]
+    assert found.stdout.strip().endswith(f"{[(row, size, 1) for row, size in sizes]} l4"), found.stderr[-2000:]

@@ -1,0 +1,219 @@
+"""Rows become durable part by part; whatever an interruption leaves, every row is there once and in order."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cdpo_ray.dataflow.parts import (
+    Part,
+    find_parts,
+    join_parts,
+    join_set_aside,
+    read_set_aside,
+    shards_of,
+    write_part,
+    write_set_aside,
+)
+from cdpo_ray.errors import StoreError
+from cdpo_ray.store import PARTS, write_table
+
+
+def rows(indices: Sequence[int]) -> pa.Table:
+    prompts = [f"prompt {index}" * 100 for index in indices]
+    return pa.table({"prompt_index": pa.array(indices, pa.int64()), "prompt": prompts})
+
+
+@pytest.fixture
+def parts_dir(tmp_path: Path) -> Path:
+    (tmp_path / PARTS).mkdir()
+    return tmp_path / PARTS
+
+
+def written(parts_dir: Path, *groups: Sequence[int]) -> list[Path]:
+    for indices in groups:
+        write_part(rows(indices), parts_dir=parts_dir)
+    return sorted(parts_dir.glob("*.parquet"))
+
+
+def test_a_part_is_told_in_a_row_and_does_not_keep_how_many_images_were_made_at_once(parts_dir: Path) -> None:
+    made = rows([4, 5]).append_column("images_per_batch", pa.array([8, 4]))
+    (told,) = write_part(made, parts_dir=parts_dir).to_pylist()
+    (path,) = parts_dir.iterdir()
+    size = path.stat().st_size
+    assert told == {"name": path.name, "first": 4, "num_rows": 2, "num_bytes": size, "images_per_batch": 4}
+    assert pq.read_table(path).equals(rows([4, 5]))
+
+
+def test_rows_made_twice_are_the_same_one_file(parts_dir: Path) -> None:
+    (path,) = written(parts_dir, [0, 1])
+    first = path.read_bytes()
+    assert written(parts_dir, [0, 1]) == [path] and path.read_bytes() == first
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 3, 1000, -1])
+def test_fault_02_a_part_that_was_cut_off_is_deleted_and_not_counted(kept_bytes: int, parts_dir: Path) -> None:
+    _, cut_off, _ = written(parts_dir, [0, 1], [2, 3], [4])
+    cut_off.write_bytes(cut_off.read_bytes()[:kept_bytes])
+    (parts_dir / "000000000005.parquet.tmp").write_bytes(b"PAR1")
+    found, held = find_parts(parts_dir.parent, "samples")
+    assert [part.first for part in found] == [0, 4] and held == {0, 1, 4}
+    assert sorted(path.name[:12] for path in parts_dir.iterdir()) == ["000000000000", "000000000004"]
+
+
+def test_fault_02_parts_whose_shard_is_there_are_not_counted_twice(parts_dir: Path) -> None:
+    parts, shard = written(parts_dir, [0, 1], [2], [3]), parts_dir.parent / "samples-000000000000.parquet"
+    kept = parts[1].read_bytes()
+    join_parts(parts[:2], shard)
+    parts[1].write_bytes(kept)  # as if the join had been broken off before it deleted this
+    found, held = find_parts(parts_dir.parent, "samples")
+    assert [(part.first, part.num_rows, part.is_shard) for part in found] == [(0, 3, True), (3, 1, False)]
+    assert held == {0, 1, 2, 3} and not parts[1].exists()
+
+
+@pytest.mark.parametrize("broken_off_after", ["nothing", "the shard's rename", "the shard", "one part", "all"])
+def test_a_join_done_again_after_it_was_broken_off_gives_the_same_shard(broken_off_after: str, parts_dir: Path) -> None:
+    parts, shard = written(parts_dir, [0, 1], [2], [3, 4]), parts_dir.parent / "samples-000000000000.parquet"
+    kept = {path: path.read_bytes() for path in parts}
+    join_parts(parts, shard)
+    whole = shard.read_bytes()
+    if broken_off_after == "nothing":
+        shard.unlink()
+    if broken_off_after in ("nothing", "the shard's rename"):
+        (parts_dir / f"{shard.name}.sha256").unlink()
+    for path in {"one part": parts[1:], "all": []}.get(broken_off_after, parts):
+        path.write_bytes(kept[path])
+    join_parts(parts, shard)
+    assert shard.read_bytes() == whole and not list(parts_dir.glob("*.parquet"))
+    assert find_parts(parts_dir.parent, "samples")[1] == {0, 1, 2, 3, 4}
+    assert pq.read_table(shard).equals(rows([0, 1, 2, 3, 4]))
+
+
+def test_a_shard_does_not_depend_on_how_its_rows_were_parted(parts_dir: Path) -> None:
+    made = []
+    for number, groups in enumerate([([0, 1], [2, 3]), ([0], [1, 2], [3])]):
+        join_parts(written(parts_dir, *groups), parts_dir.parent / f"{number}.parquet")
+        made.append((parts_dir.parent / f"{number}.parquet").read_bytes())
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("groups", [([0, 1],), ([0], [1])])
+def test_a_shard_is_the_file_that_would_have_been_written_in_one_piece(
+    groups: tuple[list[int], ...], parts_dir: Path
+) -> None:
+    join_parts(written(parts_dir, *groups), parts_dir.parent / "samples-0.parquet")
+    write_table(rows([0, 1]), parts_dir.parent / "whole.parquet")
+    assert (parts_dir.parent / "samples-0.parquet").read_bytes() == (parts_dir.parent / "whole.parquet").read_bytes()
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damaged", ["a shard", "a shard of one part", "the SHA-256 of a shard", "a part"])
+def test_fault_51_a_bit_flipped_anywhere_in_a_file_of_an_interrupted_step_costs_its_rows_alone(
+    damaged: str, parts_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = parts_dir.parent
+    shards = [folder / f"samples-{first:012d}.parquet" for first in (0, 2)]
+    join_parts(written(parts_dir, [0], [1]), shards[0])
+    join_parts(written(parts_dir, [2]), shards[1])
+    (part,) = written(parts_dir, [3, 4])
+    path, lost = {
+        "a shard": (shards[0], {0, 1}),
+        "a shard of one part": (shards[1], {2}),
+        "the SHA-256 of a shard": (parts_dir / f"{shards[0].name}.sha256", {0, 1}),
+        "a part": (part, {3, 4}),
+    }[damaged]
+    whole = {file: file.read_bytes() for file in (*shards, part, *parts_dir.glob("*.sha256"))}
+    num_bits = 8 * len(whole[path])
+    for bit in range(0, num_bits, num_bits // 60):
+        flip(path, bit)
+        caplog.clear()
+        found, held = find_parts(folder, "samples")
+        assert held == {0, 1, 2, 3, 4} - lost == {index for one in found for index in indices(one.path)}
+        assert [record.message for record in caplog.records] == [
+            f"{folder}: 1 of 3 files of the interrupted attempt are not whole, the first"
+            f" {path.name.removesuffix('.sha256')}; what they held is made again"
+        ]
+        for file, content in whole.items():
+            file.write_bytes(content)
+    assert find_parts(folder, "samples")[1] == {0, 1, 2, 3, 4}
+
+
+def indices(path: Path) -> list[int]:
+    found: list[int] = pq.read_table(path)["prompt_index"].to_pylist()
+    return found
+
+
+def test_fault_51_parts_of_a_damaged_shard_that_are_still_there_are_used(parts_dir: Path) -> None:
+    parts, shard = written(parts_dir, [0, 1], [2]), parts_dir.parent / "samples-000000000000.parquet"
+    kept = {path: path.read_bytes() for path in parts}
+    join_parts(parts, shard)
+    for path, content in kept.items():
+        path.write_bytes(content)
+    flip(shard, 1000)
+    found, held = find_parts(parts_dir.parent, "samples")
+    assert held == {0, 1, 2} and not any(part.is_shard for part in found)
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_fault_51_a_part_that_is_altered_before_it_is_joined_joins_no_shard(num_parts: int, parts_dir: Path) -> None:
+    parts = written(parts_dir, *([index] for index in range(num_parts)))
+    flip(parts[-1], 800)
+    shard = parts_dir.parent / "samples-000000000000.parquet"
+    with pytest.raises(StoreError, match=rf"{parts[-1].name}: was altered .*the same command makes its prompts again"):
+        join_parts(parts, shard)
+    assert not shard.exists()
+
+
+def test_fault_51_a_prompt_whose_quarantine_file_is_damaged_is_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for index in (3, 7):
+        write_set_aside(tmp_path, index, {"prompt_index": index, "reason": "broken"})
+    path = next((tmp_path / "set_aside").glob("*7-*"))
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flip(path, bit)
+        assert [entry["prompt_index"] for entry in read_set_aside(tmp_path)] == [3]
+        path.write_bytes(whole)
+    assert f"{path}: was altered (its SHA-256 differs); its prompt is tried again" in caplog.text
+
+
+def test_a_prompt_that_was_set_aside_twice_counts_once(tmp_path: Path) -> None:
+    for reason in ("one", "other"):
+        write_set_aside(tmp_path, 7, {"prompt_index": 7, "reason": reason})
+    assert len(read_set_aside(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shards", "expected"),
+    [
+        ([1, 1, 1], [], [[0, 1, 2]]),
+        ([4, 4, 4, 4], [], [[0, 1, 2], [3]]),
+        ([12, 3, 20, 1], [], [[0], [1, 2], [3]]),
+        ([4, 12, 4, 9], [1], [[0], [2, 3]]),  # what lies on both sides of a shard does not join
+        ([12], [0], []),
+        ([], [], []),
+    ],
+)
+def test_neighbours_join_until_a_shard_is_large_enough(
+    sizes: list[int], shards: list[int], expected: list[list[int]]
+) -> None:
+    parts = [Part(first, 1, size, Path(), first in shards) for first, size in enumerate(sizes)]
+    assert [[part.first for part in group] for group in shards_of(parts, 10)] == expected
+
+
+def test_what_was_set_aside_is_joined_once_and_stays_known_after(tmp_path: Path) -> None:
+    assert join_set_aside(tmp_path) == [] and not list(tmp_path.iterdir())
+    (tmp_path / "set_aside").mkdir()
+    (tmp_path / "set_aside" / "000000000007.jsonl").write_text('{"prompt_index": 7}\n')
+    (tmp_path / "set_aside.jsonl").write_text('{"prompt_index": 3}\n{"prompt_index": 7}\n')
+    expected = [{"prompt_index": 3}, {"prompt_index": 7}]
+    assert join_set_aside(tmp_path) == expected == read_set_aside(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["set_aside.jsonl"]

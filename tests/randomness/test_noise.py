@@ -1,0 +1,71 @@
+"""Random numbers depend on their address alone."""
+
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+
+import torch
+
+from cdpo_ray.randomness.noise import generator_at, noise_at
+from cdpo_ray.randomness.numbers import seed_of
+
+PROMPTS = ["a cat", "a cat ", "A cat", "", "0", "1", "a 🦊", "nul\x00", "lone \ud800", "x" * 10_000]
+
+
+def test_addresses_that_differ_in_seed_purpose_prompt_or_index_have_seeds_of_their_own() -> None:
+    addresses = list(itertools.product((0, 1, 2**62), ("image", "training"), PROMPTS, (0, 1, 10, 500)))
+    assert len({seed_of(*address) for address in addresses}) == len(addresses)
+
+
+def test_a_number_and_its_text_are_two_addresses() -> None:
+    assert seed_of(0, "image", "1") != seed_of(0, "image", 1)
+
+
+def test_parts_do_not_run_together() -> None:
+    assert len({seed_of("ab", "c"), seed_of("a", "bc"), seed_of("abc"), seed_of("abc", "")}) == 4
+
+
+def test_a_seed_is_the_blake2b_of_the_typed_address() -> None:
+    text = b"int:7\x1fstr:image\x1fstr:a cat\x1fint:3"
+    expected = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+    assert seed_of(7, "image", "a cat", 3) == expected
+    assert 0 <= expected < 2**63
+
+
+def test_another_process_with_another_hash_seed_finds_the_same_noise() -> None:
+    code = (
+        "from cdpo_ray.randomness.noise import noise_at; print(noise_at((5,), 7, 'image', 'a \U0001f98a', 3).tolist())"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "12345"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert found.stdout.strip() == str(noise_at((5,), 7, "image", "a 🦊", 3).tolist())
+
+
+def test_drawing_elsewhere_changes_nothing() -> None:
+    first = noise_at((3, 4), 1, "image", "x", 0)
+    torch.manual_seed(99)
+    torch.randn(100)
+    noise_at((7,), 1, "image", "y", 0)
+    assert torch.equal(noise_at((3, 4), 1, "image", "x", 0), first)
+
+
+def test_drawing_at_an_address_leaves_the_global_numbers_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.randn(4)
+    torch.manual_seed(5)
+    noise_at((1000,), 1, "image", "x", 0)
+    assert torch.equal(torch.randn(4), expected)
+
+
+def test_the_noise_of_many_addresses_is_standard_normal_and_uncorrelated() -> None:
+    noise = torch.stack([noise_at((4, 8, 8), 0, "image", "x", index) for index in range(256)]).flatten(1).double()
+    assert abs(noise.mean()) < 4 / noise.numel() ** 0.5
+    assert abs(noise.var() - 1) < 4 * (2 / noise.numel()) ** 0.5
+    correlation = torch.corrcoef(noise) - torch.eye(256, dtype=torch.float64)
+    assert correlation.abs().max() < 6 / noise.shape[1] ** 0.5
+
+
+def test_a_generator_at_an_address_starts_with_the_noise_there() -> None:
+    assert torch.equal(torch.randn(6, generator=generator_at(0, "a")), noise_at((6,), 0, "a"))
