@@ -18,7 +18,6 @@ from cdpo_ray.curriculum.explanation import Gap, ShownStage
 from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.evaluation import figures
 from cdpo_ray.pages.page import (
-    HERE,
     inlined,
     number,
     relative_change,
@@ -208,7 +207,7 @@ def write_report(run_dir: Path, output_path: Path) -> None:
     check_comparison(comparison_path, judges)
     write_page(
         output_path,
-        HERE / "report.html.jinja",
+        Path(__file__).with_name("report.html.jinja"),
         name=run_dir.resolve().name,
         created=manifests[EVALUATION]["created"],
         metrics=metrics,

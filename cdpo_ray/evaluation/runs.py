@@ -31,7 +31,6 @@ from cdpo_ray.evaluation.report import (
 )
 from cdpo_ray.evaluation.statistics import Scores, compare
 from cdpo_ray.pages.page import (
-    HERE,
     aligned,
     inlined,
     relative_change,
@@ -159,7 +158,12 @@ def compare_runs(
         raise StoreError(f"compare: {error}") from None
     make_folder(output_dir)
     write_json(output_dir / "compare.json", found)
-    write_page(output_dir / "compare.html", HERE / "compare.html.jinja", grid=image_grid(runs), **spoken(found))
+    write_page(
+        output_dir / "compare.html",
+        Path(__file__).with_name("compare.html.jinja"),
+        grid=image_grid(runs),
+        **spoken(found),
+    )
     return found
 
 
