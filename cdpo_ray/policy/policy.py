@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from cdpo_ray.config.training import LoraSection
+from cdpo_ray.curriculum.capacity import stage_capacities
 from cdpo_ray.models.family import Net, TextToImageModel
 from cdpo_ray.models.lora import (
     LORA_DIR,
@@ -19,7 +21,6 @@ from cdpo_ray.models.lora import (
     freeze_as_reference,
 )
 from cdpo_ray.models.lora_growth import LoraGrowth
-from cdpo_ray.policy.job import LoraJob
 
 Reference = Callable[[Net], AbstractContextManager[Net]]
 """Takes what is called to run the policy; within the block, what it gives is the frozen reference."""
@@ -39,29 +40,43 @@ class Policy:
 
 
 def make_policy(
-    model: TextToImageModel, lora: LoraJob | None, *, start_dir: Path | None, reference_is_start: bool, seed: int
+    model: TextToImageModel,
+    lora: LoraSection | None,
+    *,
+    num_stages: int = 1,
+    start_dir: Path | None = None,
+    reference_is_start: bool = False,
+    seed: int = 0,
 ) -> Policy:
-    """Make the model's denoiser a policy, in place.
+    """Make the model's denoiser trainable, in place.
 
     Args:
-        lora: the LoRA to train; none trains the whole net, and a frozen copy of it is the reference. One that goes on
-            from an earlier round is full-grown already.
-        start_dir: `4-training` of an earlier round to go on from; none starts from the base model.
-        reference_is_start: hold the policy to what it started from, in place of the base model.
-        seed: of the LoRA's first factor.
+        lora: LoRA to train; ``None``: full fine-tuning, whose reference is a frozen copy of the net.
+        num_stages: number of stages over which a growing LoRA grows; with ``start_dir`` it is fully grown at once.
+        start_dir: path of an earlier round's `4-training`, to continue from; ``None``: the base model.
+        reference_is_start: whether the reference is the initial policy, in place of the base model.
+        seed: seed of the LoRA's first factor.
+
+    Raises:
+        ModelError: the LoRA in ``start_dir`` has other layers or another rank.
+        ValueError: the LoRA grows, but there is only one stage.
     """
-    return (
-        _lora_policy(model, lora, start_dir, reference_is_start, seed)
-        if lora
-        else _full_policy(model, start_dir, reference_is_start)
-    )
+    if lora:
+        return _lora_policy(model, lora, num_stages, start_dir, reference_is_start, seed)
+    return _full_policy(model, start_dir, reference_is_start)
 
 
 def _lora_policy(
-    model: TextToImageModel, lora: LoraJob, start_dir: Path | None, reference_is_start: bool, seed: int
+    model: TextToImageModel,
+    lora: LoraSection,
+    num_stages: int,
+    start_dir: Path | None,
+    reference_is_start: bool,
+    seed: int,
 ) -> Policy:
     denoiser = model.denoiser
-    trainable = attach_lora(denoiser, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
+    alpha = lora.alpha or lora.rank
+    trainable = attach_lora(denoiser, rank=lora.rank, alpha=alpha, targets=lora.targets, seed=seed)
     if start_dir:
         continue_from(denoiser, model.denoiser_name, start_dir / LORA_DIR)
         if reference_is_start:
@@ -74,12 +89,13 @@ def _lora_policy(
         with frozen():
             yield policy
 
-    if start_dir or len(set(lora.capacities)) <= 1:
+    if start_dir or not lora.grows:
         return Policy(trainable, reference)
-    growth = LoraGrowth(denoiser, from_output=lora.from_output)
+    capacities = stage_capacities(lora.rank, num_stages, **lora.growth)
+    growth = LoraGrowth(denoiser, from_output=lora.unfreeze == "from_output")
 
     def begin_stage(stage: int) -> None:
-        capacity = lora.capacities[stage - 1]
+        capacity = capacities[stage - 1]
         growth.let_learn(capacity.rank, capacity.block_share)
 
     return Policy(trainable, reference, begin_stage)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from cdpo_ray.config.training import TrainingSection
 from cdpo_ray.errors import TrainingError
-from cdpo_ray.training.job import Optimization
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = "step"
@@ -58,14 +58,14 @@ class SkippingAdamW(Skipping, torch.optim.AdamW):
                 state[moment] = torch.zeros_like(parameter)
 
 
-def make_optimizer(trainable: Sequence[nn.Parameter], optimization: Optimization) -> Skipping:
-    """The optimizer that ``optimization`` names.
+def make_optimizer(trainable: Sequence[nn.Parameter], training: TrainingSection) -> Skipping:
+    """Optimizer selected by ``training.optimizer``, with its learning rate, betas and weight decay.
 
     Raises:
         TrainingError: bitsandbytes, which 8-bit AdamW needs, is not installed.
     """
     kind: type[Any] = SkippingAdamW
-    if optimization.optimizer == "adamw_8bit":
+    if training.optimizer == "adamw_8bit":
         try:
             from cdpo_ray.training.adamw_8bit import SkippingAdamW8bit
         except ImportError:
@@ -76,8 +76,8 @@ def make_optimizer(trainable: Sequence[nn.Parameter], optimization: Optimization
         kind = SkippingAdamW8bit
     optimizer: Skipping = kind(
         trainable,
-        lr=optimization.learning_rate,
-        betas=(optimization.adam_beta1, optimization.adam_beta2),
-        weight_decay=optimization.weight_decay,
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        weight_decay=training.weight_decay,
     )
     return optimizer

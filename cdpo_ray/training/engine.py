@@ -23,17 +23,17 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 
+from cdpo_ray.config.training import TrainingSection
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, save_lora
 from cdpo_ray.training.adamw import MOMENTS, STEP, make_optimizer
-from cdpo_ray.training.job import Optimization
 
 MASTERS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Type of trainable parameters -> section of DeepSpeed's configuration that keeps fp32 copies of them."""
 
 
 def start_engine(
-    denoiser: nn.Module, trainable: Sequence[nn.Parameter], optimization: Optimization, *, num_workers: int
+    denoiser: nn.Module, trainable: Sequence[nn.Parameter], training: TrainingSection, *, num_workers: int
 ) -> deepspeed.DeepSpeedEngine:
     """An engine around the denoiser; a process group must be there.
 
@@ -46,14 +46,14 @@ def start_engine(
     # compiler on the workers' path. Told that there are none, it takes gloo or NCCL at once, with the same result.
     deepspeed.ops.__compatible_ops__ = {}
     logger.setLevel(logging.ERROR)  # it warns of a subclass of AdamW, and of each update that is skipped
-    optimizer = make_optimizer(trainable, optimization)
+    optimizer = make_optimizer(trainable, training)
     config = {
-        "train_batch_size": optimization.global_batch_size,
-        "train_micro_batch_size_per_gpu": optimization.pairs_per_launch,
-        "gradient_accumulation_steps": optimization.global_batch_size // (optimization.pairs_per_launch * num_workers),
-        "zero_optimization": {"stage": optimization.zero_stage},
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.pairs_per_launch,
+        "gradient_accumulation_steps": training.global_batch_size // (training.pairs_per_launch * num_workers),
+        "zero_optimization": {"stage": training.zero_stage},
         "zero_allow_untested_optimizer": True,  # which it says of any class but AdamW itself
-        "gradient_clipping": optimization.max_grad_norm,
+        "gradient_clipping": training.max_grad_norm,
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice an update
     }
@@ -62,7 +62,7 @@ def start_engine(
     # By strides, because a 1x1 kernel is contiguous in both memory formats.
     frozen = [(parameter, parameter.stride()) for parameter in denoiser.parameters() if not parameter.requires_grad]
     denoiser.to(memory_format=torch.contiguous_format)  # DeepSpeed broadcasts each parameter as a flat array of bytes
-    optimizer.skips = not optimization.zero_stage  # around 16-bit parameters DeepSpeed steps once to make the state
+    optimizer.skips = not training.zero_stage  # around 16-bit parameters DeepSpeed steps once to make the state
     engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config)
     optimizer.skips = False
     if not engine.zero_optimization_partition_weights():  # ZeRO 3 gathers weights from flat shards

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from cdpo_ray.config.training import TrainingSection
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models.family import Conditioning, TextToImageModel, Times
 from cdpo_ray.policy.policy import Reference
 from cdpo_ray.training.batches import PairBatch, SampleBank, StagePairs, make_batch, prefetched
-from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.update import METRICS, PreferenceLoss, loss_of_pairs
 
 UpdateRecord = dict[str, float]
@@ -68,19 +68,16 @@ class Feed:
     bank: SampleBank
     draw_times: Callable[[torch.Generator], Times]
     empty_conditioning: Conditioning
-    empty_prompt_fraction: float
+    training: TrainingSection
     seed: int
-    worker_rank: int
-    num_workers: int
-    optimization: Optimization
+    worker_rank: int = 0
+    num_workers: int = 1
 
     def launches(self, pairs: StagePairs, *, after: int = 0) -> Iterator[PairBatch]:
         """Batches of ``pairs_per_launch`` pairs, update after update, after so many updates."""
-        size = self.optimization.pairs_per_launch
-        share = self.optimization.global_batch_size // self.num_workers
-        for start in range(
-            after * self.optimization.global_batch_size, len(pairs.chosen), self.optimization.global_batch_size
-        ):
+        size, per_update = self.training.pairs_per_launch, self.training.global_batch_size
+        share = per_update // self.num_workers
+        for start in range(after * per_update, len(pairs.chosen), per_update):
             first = start + self.worker_rank * share
             for draw in range(first, first + share, size):
                 yield make_batch(
@@ -89,7 +86,7 @@ class Feed:
                     range(draw, draw + size),
                     seed=self.seed,
                     draw_times=self.draw_times,
-                    empty_prompt_fraction=self.empty_prompt_fraction,
+                    empty_prompt_fraction=self.training.empty_prompt_fraction,
                     empty_conditioning=self.empty_conditioning,
                 )
 
@@ -167,7 +164,7 @@ def train_stages(
     unread: list[Tensor] = []
     for _ in range(state.stage, num_stages + 1):
         pairs = begin_stage(state)
-        num_updates = len(pairs.chosen) // feed.optimization.global_batch_size
+        num_updates = len(pairs.chosen) // feed.training.global_batch_size
         for number, batch in enumerate(prefetched(feed.launches(pairs, after=state.cursor)), start=1):
             batch = batch.to(model.device, model.dtype)
             loss, metrics = loss_of_pairs(model, engine, reference, batch, preference_loss=preference_loss)

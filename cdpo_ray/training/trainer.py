@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import COMMITS_DIR
-from cdpo_ray.store import write_json, write_text
+from cdpo_ray.store import place, write_json, write_text
 from cdpo_ray.training.board import Board, News, fault_of
 from cdpo_ray.training.commits import names_of, newest_of, state_of
 from cdpo_ray.training.job import TrainingJob
@@ -30,13 +30,10 @@ ANSWER_SECONDS = 10.0  # of the board, which answers at once while Ray lives
 
 def train_adapter(
     job: TrainingJob,
-    output_dir: Path,
     *,
     num_updates: int,
-    num_workers: int,
     cpus_per_worker: float,
     gpus_per_worker: float,
-    max_restarts: int,
     progress: Progress,
     on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None,
 ) -> dict[str, Any]:
@@ -56,6 +53,7 @@ def train_adapter(
         TrainingError: training cannot go on, or was restarted too often.
         KeyboardInterrupt: it was asked to stop, and is committed; or was asked twice, and is not.
     """
+    training, output_dir = job.training, place(job.output_dir)
     # A board that is lost begins empty: workers post again all that matters.
     board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()  # type: ignore[attr-defined]
     resources = {"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})}
@@ -65,20 +63,20 @@ def train_adapter(
         trainer = TorchTrainer(
             _work,
             train_loop_config={"job": job, "board": board},
-            torch_config=TorchConfig(timeout_s=job.collective_timeout_seconds),
+            torch_config=TorchConfig(timeout_s=training.collective_timeout_seconds),
             scaling_config=ScalingConfig(
-                num_workers=num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
+                num_workers=training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
             ),
             run_config=RunConfig(
                 name="fit",
                 storage_path=ray_dir,
-                failure_config=FailureConfig(max_failures=max_restarts),
+                failure_config=FailureConfig(max_failures=training.max_restarts),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
         fit = threading.Thread(target=_fit, args=(trainer, failures), daemon=True)  # the main thread's signals are ours
         done = max((int(name.partition("-")[2]) for name in names_of(output_dir / COMMITS_DIR)), default=0)
-        pairs_per_update = job.optimization.global_batch_size
+        pairs_per_update = training.global_batch_size
         progress.begin("train", total=num_updates, unit="update", done=done, makes=(pairs_per_update, "pairs"))
         try:
             with _stopping_at_signals(board) as asked:
@@ -89,7 +87,7 @@ def train_adapter(
                     progress,
                     done,
                     asked,
-                    silent_seconds=job.collective_timeout_seconds / 2,
+                    silent_seconds=training.collective_timeout_seconds / 2,
                     on_stage=on_stage,
                 )
         finally:
@@ -98,8 +96,8 @@ def train_adapter(
         raise fault_of(news.fault)
     if failures:
         raise TrainingError(
-            f"{output_dir}: training failed more than `training.max_restarts` = {max_restarts} times, at last with"
-            f" {_told(failures[0])}; the same command goes on after update {news.num_kept}"
+            f"{output_dir}: training failed more than `training.max_restarts` = {training.max_restarts} times, last with"
+            f" {_told(failures[0])}; the same command resumes after update {news.num_kept}"
         )
     newest, _ = newest_of(output_dir / COMMITS_DIR)
     assert newest, "training that ends well has committed its last update"

@@ -17,6 +17,7 @@ import ray
 import ray.train
 import torch
 
+from cdpo_ray.config.training import TrainingSection
 from cdpo_ray.cost.memory import use_checkpointing
 from cdpo_ray.curriculum.dataset import read_ranking_scores
 from cdpo_ray.curriculum.redrawing import redraw_stage
@@ -26,6 +27,7 @@ from cdpo_ray.models import load_model
 from cdpo_ray.policy.implicit_rewards import sample_values
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.numbers import seed_of
+from cdpo_ray.records import COMMITS_DIR
 from cdpo_ray.store import copy_tree, is_local, place, storage_errors_within, write_json
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, state_of, tensors_of
@@ -33,6 +35,7 @@ from cdpo_ray.training.engine import limit_waiting, restore_training, save_train
 from cdpo_ray.training.job import TrainingJob
 from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import kappa, preference_loss
+from cdpo_ray.training.update import PreferenceLoss
 from cdpo_ray.training.validation import Validator
 
 BEAT_SECONDS = 1.0
@@ -60,7 +63,7 @@ def work(job: TrainingJob, board: Any) -> None:
             if is_out_of_memory(error):
                 device = "cuda" if torch.cuda.is_available() else "cpu"
                 told = (
-                    f"training: {job.model['path']} with {job.optimization.pairs_per_launch} pairs at once: out of"
+                    f"training: {job.model['path']} with {job.training.pairs_per_launch} pairs at once: out of"
                     f" memory: {needed_and_free(error, device)}; lower `training.batch_size_per_worker`, set"
                     " `training.gradient_checkpointing`, or raise `training.zero_stage` and `training.num_workers`"
                 )
@@ -73,41 +76,31 @@ class Worker:
 
     def __init__(self, job: TrainingJob, board: Any) -> None:
         context = ray.train.get_context()
-        self.job, self.board, self.output_dir = job, board, place(job.output_dir)
+        self.job, self.training, self.board, self.output_dir = job, job.training, board, place(job.output_dir)
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.validator = Validator(job.validation) if job.validation else None
         keep_vae = self.validator is not None
         self.model = model = load_model(job.family, **job.model, for_training=True, keep_vae=keep_vae)
-        model.guidance_range = job.guidance_range or model.guidance_range
+        model.guidance_range = job.training.guidance_range or model.guidance_range
         empty = {name: value.cpu() for name, value in model.empty_conditioning.items()}
         model.drop_text_encoders()
         self.policy = make_policy(
             model,
             job.lora,
+            num_stages=job.num_stages,
             start_dir=place(job.start_dir) if job.start_dir else None,
-            reference_is_start=job.reference_is_start,
+            reference_is_start=job.training.reference == "last_round",
             seed=seed_of(job.seed, "lora"),
         )
-        if use_checkpointing(job.gradient_checkpointing, job.plain_peak_bytes, _gpu_bytes(job.gpu_share)):
+        if use_checkpointing(job.training.gradient_checkpointing, job.plain_peak_bytes, _gpu_bytes(job.gpu_share)):
             model.denoiser.enable_gradient_checkpointing()
         model.denoiser.train()
-        self.engine = start_engine(
-            model.denoiser, self.policy.trainable, job.optimization, num_workers=self.num_workers
-        )
-        limit_waiting(self.engine, job.collective_timeout_seconds)
+        self.engine = start_engine(model.denoiser, self.policy.trainable, job.training, num_workers=self.num_workers)
+        limit_waiting(self.engine, job.training.collective_timeout_seconds)
         self.bank = SampleBank.read(place(job.samples_dir))
-        self.feed = Feed(
-            self.bank,
-            model.draw_times,
-            empty,
-            job.empty_prompt_fraction,
-            job.seed,
-            self.rank,
-            self.num_workers,
-            job.optimization,
-        )
+        self.feed = Feed(self.bank, model.draw_times, empty, job.training, job.seed, self.rank, self.num_workers)
         self.commits = Commits(
-            place(job.commits.commits_dir), keep_last=job.commits.keep_last, device=self.engine.device
+            self.output_dir / COMMITS_DIR, keep_last=job.training.keep_last, device=self.engine.device
         )
         self.summaries: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -127,9 +120,9 @@ class Worker:
                 self._begin_stage,
                 self.feed,
                 state,
-                preference_loss=functools.partial(preference_loss, **asdict(self.job.loss)),
-                updates_per_commit=self.job.commits.updates_per_commit,
-                max_skipped_updates=self.job.max_skipped_updates,
+                preference_loss=_loss(self.training),
+                updates_per_commit=self.training.updates_per_commit,
+                max_skipped_updates=self.training.max_skipped_updates,
                 stops=stops,
                 on_update=self._on_update,
                 on_commit=self._commit,
@@ -172,9 +165,9 @@ class Worker:
                 self.policy.reference,
                 self.bank.latents,
                 self.bank.conditioning,
-                kappa=kappa(self.job.loss.beta),
+                kappa=kappa(self.training.beta),
                 num_draws=self.job.online.num_draws,
-                samples_per_launch=2 * self.job.optimization.pairs_per_launch,
+                samples_per_launch=2 * self.training.pairs_per_launch,
                 seed=self.job.seed,
                 stage=state.stage,
                 worker_rank=self.rank,
@@ -198,11 +191,11 @@ class Worker:
             self.board.post_update.remote(state.num_updates)
 
     def _commit(self, state: TrainingState) -> None:
-        if self.job.commits.keep_best:
+        if self.training.keep_best:
             self._keep_best(state)
         lines = []
         if state.cursor == 0:
-            summary = summarize(state.records, state.stage - 1, self.job.optimization.global_batch_size)
+            summary = summarize(state.records, state.stage - 1, self.training.global_batch_size)
             if self.description:
                 summary["pairs"] = self.description
             summary["seconds"] = round(time.monotonic() - self.started, 2)
@@ -282,6 +275,16 @@ def _pulse(board: Any, worker_rank: int) -> Iterator[Any]:
         done.set()
         thread.join()
         ray.get(board.leave.remote(worker_rank))
+
+
+def _loss(training: TrainingSection) -> PreferenceLoss:
+    return functools.partial(
+        preference_loss,
+        loss=training.loss,
+        beta=training.beta,
+        label_smoothing=training.label_smoothing,
+        sft_weight=training.sft_weight,
+    )
 
 
 def _gpu_bytes(share: float) -> float | None:

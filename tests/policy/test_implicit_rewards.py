@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from cdpo_ray.config.training import LoraSection
 from cdpo_ray.models.stable_diffusion import StableDiffusion
 from cdpo_ray.policy.implicit_rewards import sample_values
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.randomness.noise import generator_at
 from cdpo_ray.training.batches import PairBatch, SampleBank
@@ -26,7 +26,7 @@ def model(tiny_sd15: Path) -> StableDiffusion:
 
 @pytest.fixture(scope="module")
 def policy(model: StableDiffusion) -> Policy:
-    made = make_policy(model, LoraJob(4, 8, ("to_q", "to_v")), start_dir=None, reference_is_start=False, seed=0)
+    made = make_policy(model, LoraSection(rank=4, alpha=8, targets=("to_q", "to_v")))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.trainable:
@@ -86,5 +86,5 @@ def test_values_do_not_depend_on_how_many_samples_are_launched_at_once(
 
 def test_before_the_first_update_every_value_is_zero(tiny_sd15: Path, bank: SampleBank) -> None:
     fresh = StableDiffusion.load(str(tiny_sd15), device="cpu", for_training=True)
-    untrained = make_policy(fresh, LoraJob(4, 8, ("to_q",)), start_dir=None, reference_is_start=False, seed=0)
+    untrained = make_policy(fresh, LoraSection(rank=4, alpha=8, targets=("to_q",)))
     assert not values(fresh, untrained, bank).any()

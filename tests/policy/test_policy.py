@@ -1,7 +1,6 @@
 """What is trained, what it starts from, and what it is held to."""
 
 import copy
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -9,19 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cdpo_ray.curriculum.capacity import Capacity
+from cdpo_ray.config.training import LoraSection
 from cdpo_ray.errors import ModelError
 from cdpo_ray.models import load_model
 from cdpo_ray.models.lora import LORA_DIR, save_lora
 from cdpo_ray.models.stable_diffusion import StableDiffusion
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.training.batches import PairBatch
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import METRICS, loss_of_pairs
 
-LORA = LoraJob(4, 8, ("to_q", "to_k", "to_v", "to_out.0"))
+LORA = LoraSection(rank=4, alpha=8)
 BETA = 400.0
 
 
@@ -70,7 +68,7 @@ def first_round(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """`4-training` of a round that trained a LoRA."""
     folder = tmp_path_factory.mktemp("round-1")
     model = load(tiny_sd15)
-    move(make_policy(model, LORA, start_dir=None, reference_is_start=False, seed=0).trainable)
+    move(make_policy(model, LORA).trainable)
     save_lora(model.pipeline_class, "unet", model.denoiser, folder / "lora")
     return folder
 
@@ -80,7 +78,7 @@ def first_full_round(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) 
     """`4-training` of a round that trained the whole net."""
     folder = tmp_path_factory.mktemp("full-round-1")
     model = load(tiny_sd15)
-    move(make_policy(model, None, start_dir=None, reference_is_start=False, seed=0).trainable, by=0.01)
+    move(make_policy(model, None).trainable, by=0.01)
     model.denoiser.save_pretrained(folder / "unet")
     return folder
 
@@ -88,7 +86,7 @@ def first_full_round(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_a_lora_starts_as_the_base_and_is_held_to_it(tiny_sd15: Path) -> None:
     model = load(tiny_sd15)
     base = predict(model)
-    policy = make_policy(model, LORA, start_dir=None, reference_is_start=False, seed=0)
+    policy = make_policy(model, LORA)
     assert torch.equal(predict(model), base)
     move(policy.trainable)
     assert torch.equal(reference_prediction(model, policy), base)
@@ -146,14 +144,12 @@ def test_only_what_is_trained_is_saved_when_the_reference_is_an_adapter_too(
 
 def test_another_rank_than_the_round_before_is_refused(tiny_sd15: Path, first_round: Path) -> None:
     with pytest.raises(ModelError, match="its LoRA has other layers or another rank than the one to train"):
-        make_policy(
-            load(tiny_sd15), LoraJob(2, 2, LORA.targets), start_dir=first_round, reference_is_start=False, seed=0
-        )
+        make_policy(load(tiny_sd15), LoraSection(rank=2), start_dir=first_round)
 
 
 def test_the_whole_net_learns_and_is_held_to_a_frozen_copy(tiny_sd15: Path) -> None:
     model = load(tiny_sd15)
-    policy = make_policy(model, None, start_dir=None, reference_is_start=False, seed=0)
+    policy = make_policy(model, None)
     base = predict(model)
     assert len(policy.trainable) == len(list(model.denoiser.parameters()))
     loss, metrics = metrics_of(model, policy)
@@ -170,7 +166,7 @@ def test_a_frozen_copy_is_compiled_as_its_policy_is(tiny_sd15: Path, monkeypatch
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(self))
     for compiles in (False, True):
         model = StableDiffusion.load(str(tiny_sd15), device="cpu", for_training=True, compile=compiles)
-        policy = make_policy(model, None, start_dir=None, reference_is_start=False, seed=0)
+        policy = make_policy(model, None)
         with policy.reference(model.denoiser) as frozen:
             assert frozen is not model.denoiser
             assert [net in compiled for net in (model.denoiser, frozen)] == [compiles, compiles]
@@ -209,13 +205,13 @@ def test_a_saved_net_is_sampled_in_place_of_the_base_and_can_be_switched(
     assert (tuned - base).abs().max() > 1e-2
 
 
-GROWING = LoraJob(2, 2, ("to_v",), (Capacity(1, Fraction(1, 2)), Capacity(2, Fraction(1))))
+GROWING = LoraSection(rank=2, initial_rank=1, unfreeze="from_input", targets=("to_v",))
 
 
 def second_factor_gradients(folder: Path, start_dir: Path | None, save_dir: Path) -> dict[str, torch.Tensor]:
     """Of stage 1; the LoRA is left in ``save_dir`` as a training would leave it."""
     model = load_model("stable_diffusion", path=str(folder), device="cpu", for_training=True)
-    policy = make_policy(model, GROWING, start_dir=start_dir, reference_is_start=False, seed=0)
+    policy = make_policy(model, GROWING, num_stages=2, start_dir=start_dir)
     policy.begin_stage(1)
     output = model.denoiser(noise_at((1, 4, 8, 8), 0, "x"), torch.tensor([500]), noise_at((1, 77, 32), 0, "c")).sample
     output.square().sum().backward()

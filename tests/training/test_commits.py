@@ -17,14 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models import load_model
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, fault_of, names_of, newest_of, state_of, tensors_of
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
-from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.loop import Feed, TrainingState, train_stages
 from cdpo_ray.training.losses import preference_loss
 
@@ -40,18 +39,22 @@ def train(rank: int, num_workers: int, folder: Path, method: str, zero_stage: in
     rendezvous = f"file://{folder}/group-{num_workers}-to-{stop_after}"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=num_workers)
     model = load_model("stable_diffusion", path="embedded", device="cpu", for_training=True)
-    lora = LoraJob(4, 4, ("to_q", "to_v")) if method == "lora" else None
-    policy = make_policy(model, lora, start_dir=None, reference_is_start=False, seed=0)
-    share = GLOBAL_BATCH_SIZE // num_workers
-    optimization = Optimization(
-        LEARNING_RATE[method], 1e-4, 0.9, 0.999, 1.0, GLOBAL_BATCH_SIZE, share, zero_stage=zero_stage
+    lora = LoraSection(rank=4, targets=("to_q", "to_v")) if method == "lora" else None
+    policy = make_policy(model, lora)
+    section = TrainingSection(
+        beta=200,
+        learning_rate=LEARNING_RATE[method],
+        global_batch_size=GLOBAL_BATCH_SIZE,
+        empty_prompt_fraction=0.2,
+        num_workers=num_workers,
+        zero_stage=zero_stage,
     )
-    engine = start_engine(model.denoiser, policy.trainable, optimization, num_workers=num_workers)
+    engine = start_engine(model.denoiser, policy.trainable, section, num_workers=num_workers)
     numbers = torch.Generator().manual_seed(0)
     conditioning, _ = model.encode_prompts(["two red circles", "a blue square"])
     bank = SampleBank(torch.randn(2, 3, 4, 8, 8, generator=numbers), conditioning, np.arange(2))
     empty = {name: torch.zeros_like(value[:1]) for name, value in conditioning.items()}
-    feed = Feed(bank, model.draw_times, empty, 0.2, 7, rank, num_workers, optimization)
+    feed = Feed(bank, model.draw_times, empty, section, 7, rank, num_workers)
     draws = np.random.default_rng(0).integers(0, 2, 3 * GLOBAL_BATCH_SIZE)
     commits = Commits(folder, keep_last=2, device=engine.device)
     state = TrainingState()

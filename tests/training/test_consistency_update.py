@@ -11,8 +11,8 @@ import torch
 from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from cdpo_ray.config.training import LoraSection
 from cdpo_ray.models.latent_consistency import LatentConsistency
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.training.batches import PairBatch
@@ -33,7 +33,7 @@ def start(folder: Path, teacher: Path, *, dtype: str = "float32") -> tuple[Laten
     model = LatentConsistency.load(
         str(folder), dtype=dtype, device="cpu", for_training=True, teacher={"path": str(teacher)}
     )
-    policy = make_policy(model, LoraJob(4, 4, ALL_KINDS), start_dir=None, reference_is_start=False, seed=0)
+    policy = make_policy(model, LoraSection(rank=4, targets=ALL_KINDS))
     model.denoiser.train()
     return model, policy
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_policies import training_section
 from torch import Tensor
 
+from cdpo_ray.config.training import LoraSection
 from cdpo_ray.models import load_model
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import PairBatch
 from cdpo_ray.training.engine import save_trained, start_engine
-from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import loss_of_pairs
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("embedded")]
 
 NUM_PAIRS = 4
 LEARNING_RATE = {"lora": 5e-4, "full": 1e-5}
-LORA = LoraJob(8, 8, ("to_q", "to_k", "to_v", "to_out.0"))
+LORA = LoraSection()
 LOSS = partial(preference_loss, beta=200.0)
 
 
@@ -49,17 +49,21 @@ def updated(folder: Path, spread: tuple[str, int, int, int], rank: int) -> None:
     method, num_workers, pairs_per_launch, zero_stage = spread
     model = load_model("stable_diffusion", path="embedded", device="cpu", for_training=True)
     lora = LORA if method == "lora" else None
-    policy = make_policy(model, lora, start_dir=None, reference_is_start=False, seed=0)
+    policy = make_policy(model, lora)
     if lora:
         numbers = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in policy.trainable:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=numbers)
-    optimization = Optimization(
-        LEARNING_RATE[method], 1e-4, 0.9, 0.999, 1.0, NUM_PAIRS, pairs_per_launch, zero_stage=zero_stage
+    section = training_section(
+        learning_rate=LEARNING_RATE[method],
+        global_batch_size=NUM_PAIRS,
+        batch_size_per_worker=pairs_per_launch,
+        num_workers=num_workers,
+        zero_stage=zero_stage,
     )
     conditioning, _ = model.encode_prompts(scene_prompts("train", NUM_PAIRS, 0))
-    engine = start_engine(model.denoiser, policy.trainable, optimization, num_workers=num_workers)
+    engine = start_engine(model.denoiser, policy.trainable, section, num_workers=num_workers)
     share = NUM_PAIRS // num_workers
     for start in range(rank * share, (rank + 1) * share, pairs_per_launch):
         cut = slice(start, start + pairs_per_launch)

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import os
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,46 +12,36 @@ import pytest
 import torch
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from tiny_policies import training_section
 from torch import Tensor
 
-from cdpo_ray.curriculum.capacity import Capacity
+from cdpo_ray.config.training import LoraSection
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models import load_model
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.noise import generator_at
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
-from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.loop import Feed, Guard, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import METRICS, PreferenceLoss
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_worker")]
 
-LORA = LoraJob(2, 2, ("to_q",))
-GROWING = LoraJob(2, 2, ("to_v",), (Capacity(1, Fraction(1, 2)), Capacity(2, Fraction(1))))
+LORA = LoraSection(rank=2, targets=("to_q",))
+GROWING = LoraSection(rank=2, initial_rank=1, unfreeze="from_input", targets=("to_v",))
 
 LOSS: PreferenceLoss = partial(preference_loss, beta=500)
-OPTIMIZATION = Optimization(
-    learning_rate=1e-3,
-    weight_decay=1e-4,
-    adam_beta1=0.9,
-    adam_beta2=0.999,
-    max_grad_norm=1.0,
-    global_batch_size=2,
-    pairs_per_launch=1,
-    zero_stage=0,
-)
+SECTION = training_section(global_batch_size=2, batch_size_per_worker=1, empty_prompt_fraction=0.5)
 
 
 class Training:
     """One engine on a tiny net, and what it is fed: two stages of three updates."""
 
-    def __init__(self, folder: Path, lora: LoraJob = LORA, *, worker_rank: int = 0, num_workers: int = 1) -> None:
+    def __init__(self, folder: Path, lora: LoraSection = LORA, *, worker_rank: int = 0, num_workers: int = 1) -> None:
         self.model = load_model("stable_diffusion", path=str(folder), device="cpu", for_training=True)
-        self.policy = make_policy(self.model, lora, start_dir=None, reference_is_start=False, seed=0)
-        self.engine = start_engine(self.model.denoiser, self.policy.trainable, OPTIMIZATION, num_workers=num_workers)
+        self.policy = make_policy(self.model, lora, num_stages=2)
+        self.engine = start_engine(self.model.denoiser, self.policy.trainable, SECTION, num_workers=num_workers)
         numbers = torch.Generator().manual_seed(0)
         bank = SampleBank(
             torch.randn(2, 3, 4, 8, 8, generator=numbers),
@@ -63,11 +52,10 @@ class Training:
             bank,
             self.model.draw_times,
             {"prompt_embedding": torch.zeros(1, 77, 32)},
-            0.5,
+            SECTION,
             7,
             worker_rank,
             num_workers,
-            OPTIMIZATION,
         )
         draws = np.random.default_rng(0).integers(0, 2, 6)
         self.stages = [StagePairs(stage, draws, np.zeros(6, int), np.full(6, stage)) for stage in (1, 2)]
@@ -116,7 +104,7 @@ class Training:
 @pytest.mark.parametrize("stop_after", [2, 3, 4], ids=["in a stage", "at its end", "in the next"])
 @pytest.mark.parametrize("lora", [LORA, GROWING], ids=["constant", "growing"])
 def test_training_taken_up_ends_with_the_very_same_weights_moments_and_records(
-    tiny_sd15: Path, lora: LoraJob, stop_after: int
+    tiny_sd15: Path, lora: LoraSection, stop_after: int
 ) -> None:
     whole = Training(tiny_sd15, lora)
     expected = whole.walk(TrainingState())

@@ -11,12 +11,12 @@ import pytest
 import torch
 from finished_runs import change, save_policy
 
+from cdpo_ray.config.training import LoraSection
 from cdpo_ray.dataflow.quarantine import SetAside
 from cdpo_ray.evaluation.comparison import Comparer
 from cdpo_ray.evaluation.looks import measure_looks
 from cdpo_ray.generation.generator import Generator, Sampling
 from cdpo_ray.models import load_model
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.training.job import ValidationJob
@@ -54,7 +54,7 @@ def start(*, trained: bool) -> tuple[Any, Policy]:
     model = load_model(FAMILY, **MODEL, for_training=True, keep_vae=True)
     model.empty_conditioning  # noqa: B018 - as a worker has it before it drops the text encoders
     model.drop_text_encoders()
-    policy = make_policy(model, LoraJob(4, 4, ("to_q", "to_v")), start_dir=None, reference_is_start=False, seed=0)
+    policy = make_policy(model, LoraSection(rank=4, targets=("to_q", "to_v")))
     if trained:
         change(policy.trainable)
     model.denoiser.train()

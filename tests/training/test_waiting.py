@@ -6,11 +6,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from tiny_policies import training_section
 from torch import nn
 from torch.distributed import distributed_c10d
 
 from cdpo_ray.training.engine import limit_waiting, start_engine
-from cdpo_ray.training.job import Optimization
 
 SECONDS = 7
 
@@ -22,8 +22,8 @@ def timeouts_under(zero_stages: tuple[int, ...], store: Path) -> list[tuple[int,
     found = []
     for stage in zero_stages:
         net = nn.Linear(2, 2)
-        optimization = Optimization(1e-3, 0.0, 0.9, 0.999, 1.0, 1, 1, zero_stage=stage)
-        engine = start_engine(net, list(net.parameters()), optimization, num_workers=1)
+        section = training_section(weight_decay=0.0, global_batch_size=1, zero_stage=stage)
+        engine = start_engine(net, list(net.parameters()), section, num_workers=1)
         limit_waiting(engine, SECONDS)
         groups = distributed_c10d._world.pg_map
         found.append((stage, [group._get_backend(torch.device("cpu")).options._timeout for group in groups]))
