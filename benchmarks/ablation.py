@@ -46,7 +46,7 @@ from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import start_engine
-from cdpo_ray.training.loop import Feed, TrainingState, train_stages
+from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages
 from cdpo_ray.training.losses import preference_loss
 
 FAMILY, MODEL = "stable_diffusion", {"path": "embedded", "device": "cpu"}
@@ -138,18 +138,12 @@ def train(model: Any, arm: str, schedule: Schedule, seed: int, pool_dir: Path, s
     policy = make_policy(model, LoraSection(), seed=seed_of(seed, "lora"))
     engine = start_engine(model.denoiser.train(), policy.trainable, TRAINING, num_workers=1)
     feed = Feed(bank, model.draw_times, model.empty_conditioning, TRAINING, seed)
-    state = train_stages(
-        engine,
-        model,
-        policy.reference,
-        NUM_STAGES,
-        lambda state: StagePairs(
-            state.stage, *(getattr(stages[state.stage - 1], name) for name in ("prompt", "chosen", "rejected"))
-        ),
-        feed,
-        TrainingState(),
-        preference_loss=partial(preference_loss, beta=BETA),
+    columns = ("prompt", "chosen", "rejected")
+    callbacks = Callbacks(
+        lambda state: StagePairs(state.stage, *(getattr(stages[state.stage - 1], name) for name in columns))
     )
+    loss = partial(preference_loss, beta=BETA)
+    state = train_stages(engine, policy, feed, TrainingState(), callbacks, num_stages=NUM_STAGES, preference_loss=loss)
     model.denoiser.eval()
     last = state.records[-max(1, size.updates // NUM_STAGES) :]
     shown = concat(stages)

@@ -39,7 +39,7 @@ from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import save_trained, start_engine
-from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
+from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
 
 NUM_TRAIN, NUM_HELDOUT, NUM_STEPS, GUIDANCE_SCALE, PAIRS_PER_UPDATE = 128, 96, 2, 3.0, 16
@@ -171,12 +171,11 @@ def train(setting: Setting, work_dir: Path, output_dir: Path) -> dict[str, float
     feed = Feed(bank, model.draw_times, model.empty_conditioning, section, setting.seed)
     done = train_stages(
         engine,
-        model,
-        policy.reference,
-        setting.stages,
-        lambda state: stage_pairs(scores, setting, state.stage),
+        policy,
         feed,
         TrainingState(),
+        Callbacks(lambda state: stage_pairs(scores, setting, state.stage)),
+        num_stages=setting.stages,
         preference_loss=functools.partial(
             preference_loss, loss=setting.loss, beta=setting.beta, label_smoothing=0.0, sft_weight=setting.sft
         ),

@@ -34,7 +34,7 @@ from cdpo_ray.randomness.noise import generator_at
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import SampleBank, StagePairs, make_batch
 from cdpo_ray.training.engine import start_engine
-from cdpo_ray.training.loop import Feed, TrainingState, train_stages
+from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import loss_of_pairs
 
@@ -108,7 +108,7 @@ def flops_of_pair(models: Models, family: str, *, dtype: str) -> Found:
     policy = lora_policy(model)
     batch = next(feed.launches(some_pairs(1))).to(model.device, model.dtype)
     with FlopCounterMode(display=False) as counter:
-        loss, _ = loss_of_pairs(model, model.denoiser, policy.reference, batch, preference_loss=LOSS)
+        loss, _ = loss_of_pairs(policy, batch, preference_loss=LOSS)
         loss.backward()
     return {"teraflops": counter.get_total_flops() / TERA}
 
@@ -136,17 +136,8 @@ def train(
             reset_peak(models)
 
     stage = some_pairs(num_updates * pairs)
-    state = train_stages(
-        engine,
-        model,
-        policy.reference,
-        1,
-        lambda state: stage,
-        feed,
-        TrainingState(),
-        preference_loss=LOSS,
-        on_update=note,
-    )
+    callbacks = Callbacks(lambda state: stage, on_update=note)
+    state = train_stages(engine, policy, feed, TrainingState(), callbacks, num_stages=1, preference_loss=LOSS)
     seconds = np.diff(ends)
     found = {
         "seconds": float(np.median(seconds[num_warm:])),
@@ -204,8 +195,7 @@ def toggled_reference(models: Models, *, dtype: str) -> Found:
     found, sources = {}, {"training": feed, "again": feed, "smaller batch": small}
     for name, source in list(sources.items())[: 2 if models.tiny else None]:
         batch = next(source.launches(some_pairs(4))).to(model.device, model.dtype)
-        asked = (batch.latents_w, batch.conditioning, batch.times, batch.noise)
-        sample_errors(model, model.denoiser, policy.reference, *asked)
+        sample_errors(policy, batch.latents_w, batch.conditioning, batch.times, batch.noise)
         found[name] = graphs()
     torch._dynamo.reset()
     counters.clear()

@@ -132,7 +132,7 @@ class Bare:
         from cdpo_ray.training.batches import SampleBank, StagePairs
         from cdpo_ray.training.commits import Commits
         from cdpo_ray.training.engine import save_trained, start_engine, training_tensors
-        from cdpo_ray.training.loop import Feed, TrainingState, train_stages
+        from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages
         from cdpo_ray.training.losses import preference_loss
 
         form_group_alone("cpu")
@@ -149,15 +149,12 @@ class Bare:
 
         train_stages(
             engine,
-            model,
-            policy.reference,
-            job.num_stages,
-            lambda state: StagePairs.read(Path(job.stages_dir), state.stage, bank),
+            policy,
             feed,
             TrainingState(),
+            Callbacks(lambda state: StagePairs.read(Path(job.stages_dir), state.stage, bank), on_commit=commit),
+            num_stages=job.num_stages,
             preference_loss=functools.partial(preference_loss, beta=job.training.beta),
-            updates_per_commit=job.training.updates_per_commit,
-            on_commit=commit,
         )
         save_trained(engine, model, output_dir, lora=True)
 

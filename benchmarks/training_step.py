@@ -10,7 +10,7 @@ import functools
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -123,10 +123,10 @@ class Ours:
             for_training=True,
         )
         self.denoiser = self.model.denoiser
-        made = make_policy(self.model, LoraSection(rank=LORA_RANK))
-        self.trainable, self.reference = made.trainable, made.reference
+        policy = make_policy(self.model, LoraSection(rank=LORA_RANK))
+        self.trainable = policy.trainable
         self.engine = _start_engine(self.denoiser, self.trainable, options) if options.deepspeed else None
-        self.policy = self.engine or self.denoiser
+        self.policy = replace(policy, net=self.engine or self.denoiser)
         self.optimizer = torch.optim.AdamW(self.trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         conditioning, _ = self.model.encode_prompts(pairs.prompts)
         latents_w, latents_l = latents.chunk(2)
@@ -141,13 +141,7 @@ class Ours:
 
     def update(self) -> Tensor:
         batch = self.batch.to(self.model.device, self.model.dtype)
-        loss, _ = loss_of_pairs(
-            self.model,
-            self.policy,
-            self.reference,
-            batch,
-            preference_loss=functools.partial(preference_loss, beta=BETA),
-        )
+        loss, _ = loss_of_pairs(self.policy, batch, preference_loss=functools.partial(preference_loss, beta=BETA))
         if self.engine:
             self.engine.backward(loss)
             self.engine.step()

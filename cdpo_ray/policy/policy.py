@@ -1,10 +1,10 @@
-"""Model -> what is trained and what it is measured against."""
+"""Model -> trainable policy and frozen reference."""
 
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,19 +23,24 @@ from cdpo_ray.models.lora import (
 from cdpo_ray.models.lora_growth import LoraGrowth
 
 Reference = Callable[[Net], AbstractContextManager[Net]]
-"""Takes what is called to run the policy; within the block, what it gives is the frozen reference."""
+"""Policy's net -> context manager that yields the reference's: for a LoRA the same net, its adapter switched off."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The net that learns, its trainable parameters, and the reference it is held to.
+    """Trainable net, its frozen reference, and the model that both belong to.
 
     Attributes:
-        begin_stage: called with a stage, 1-based, before its first update; what learns may grow there.
+        model: its denoiser is the policy's net.
+        net: callable that runs the policy: the denoiser, or the engine around it.
+        trainable: trainable parameters.
+        begin_stage: called with a stage, 1-based, before its updates; a growing LoRA grows there.
     """
 
-    trainable: list[nn.Parameter]
+    model: TextToImageModel
+    net: Net
     reference: Reference
+    trainable: list[nn.Parameter] = field(default_factory=list)
     begin_stage: Callable[[int], None] = lambda stage: None
 
 
@@ -90,7 +95,7 @@ def _lora_policy(
             yield policy
 
     if start_dir or not lora.grows:
-        return Policy(trainable, reference)
+        return Policy(model, denoiser, reference, trainable)
     capacities = stage_capacities(lora.rank, num_stages, **lora.growth)
     growth = LoraGrowth(denoiser, from_output=lora.unfreeze == "from_output")
 
@@ -98,7 +103,7 @@ def _lora_policy(
         capacity = capacities[stage - 1]
         growth.let_learn(capacity.rank, capacity.block_share)
 
-    return Policy(trainable, reference, begin_stage)
+    return Policy(model, denoiser, reference, trainable, begin_stage)
 
 
 def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_start: bool) -> Policy:
@@ -106,7 +111,7 @@ def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_s
     if start_dir:
         model.load_tuned(start_dir)
         model.use_tuned(True)
-    for net in (base, model.denoiser):  # DeepSpeed stores the policy so; one layout, the same kernels for both
+    for net in (base, model.denoiser):  # DeepSpeed's layout; one layout for both, so the same kernels
         net.to(memory_format=torch.contiguous_format)
     frozen = base
     if reference_is_start or not start_dir:
@@ -117,4 +122,5 @@ def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_s
     model.denoiser.requires_grad_(True)
     for parameter in model.denoiser.parameters():
         parameter.data = parameter.data.clone()  # aligned like the copy's, so that kernels and roundings are the same
-    return Policy(list(model.denoiser.parameters()), lambda policy: contextlib.nullcontext(frozen))
+    trainable = list(model.denoiser.parameters())
+    return Policy(model, model.denoiser, lambda policy: contextlib.nullcontext(frozen), trainable)

@@ -1,4 +1,4 @@
-"""Config -> the arguments of drawing pairs and of training."""
+"""Config -> arguments of drawing pairs and of training."""
 
 from pathlib import Path
 
@@ -24,8 +24,8 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
     )
     if output.counts["prompts_without_pairs"]:
         output.warnings.append(
-            f"{output.counts['prompts_without_pairs']} prompts form no pair: their scores are equal, or differ by no"
-            " more than `curriculum.min_score_gap` or `curriculum.min_gap_in_noise` allows"
+            f"{output.counts['prompts_without_pairs']} prompts form no pair: their scores are equal, or their gaps do"
+            " not exceed `curriculum.min_score_gap` or `curriculum.min_gap_in_noise`"
         )
 
 
@@ -74,6 +74,6 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
     output.details["training"] = training.model_dump(mode="json", include=HOW_NOT_WHAT)
     if skipped:
         output.warnings.append(
-            f"{skipped} of {num_updates} updates were skipped, for their loss or gradient was not finite:"
+            f"{skipped} of {num_updates} updates were skipped, because a loss or gradient was not finite:"
             f" {', '.join(map(str, state['skipped'][:10]))}{', ...' * (skipped > 10)}"
         )

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,12 +173,11 @@ def trained(case: tuple[str, str, str, int, str], base_dir: Path, folder: Path) 
     section = training_section(learning_rate=1e-2, zero_stage=zero_stage, optimizer=optimizer)
     before = frozen_weights(model)
     engine = start_engine(model.denoiser, policy.trainable, section, num_workers=1)
+    policy = replace(policy, net=engine)
     batch = make_pairs(model)
     metrics = []
     for _ in range(3):
-        loss, found = loss_of_pairs(
-            model, engine, policy.reference, batch, preference_loss=partial(preference_loss, beta=500.0)
-        )
+        loss, found = loss_of_pairs(policy, batch, preference_loss=partial(preference_loss, beta=500.0))
         metrics.append(dict(zip(METRICS, found.tolist(), strict=True)))
         engine.backward(loss)
         engine.step()

@@ -59,7 +59,7 @@ def metrics_of(model: StableDiffusion, policy: Policy) -> tuple[Tensor, dict[str
         noise_at((2, 4, 8, 8), 0, "noise"),
     )
     loss_at_beta = partial(preference_loss, beta=BETA)
-    loss, metrics = loss_of_pairs(model, model.denoiser, policy.reference, batch, preference_loss=loss_at_beta)
+    loss, metrics = loss_of_pairs(policy, batch, preference_loss=loss_at_beta)
     return loss, dict(zip(METRICS, metrics.tolist(), strict=True))
 
 

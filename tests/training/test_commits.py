@@ -24,7 +24,7 @@ from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, fault_of, names_of, newest_of, state_of, tensors_of
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
-from cdpo_ray.training.loop import Feed, TrainingState, train_stages
+from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages
 from cdpo_ray.training.losses import preference_loss
 
 CPU = torch.device("cpu")
@@ -65,18 +65,13 @@ def train(rank: int, num_workers: int, folder: Path, method: str, zero_stage: in
     def commit(state: TrainingState) -> None:
         commits.write(state.num_updates, asdict(state), training_tensors(engine))
 
-    train_stages(
-        engine,
-        model,
-        policy.reference,
-        2,
+    callbacks = Callbacks(
         lambda state: StagePairs(state.stage, draws, np.zeros_like(draws), np.full_like(draws, state.stage)),
-        feed,
-        state,
-        preference_loss=partial(preference_loss, beta=200),
         stops=itertools.chain([False] * (stop_after - state.num_updates - 1), itertools.repeat(True)).__next__,
         on_commit=commit,
     )
+    loss = partial(preference_loss, beta=section.beta)
+    train_stages(engine, policy, feed, state, callbacks, num_stages=2, preference_loss=loss)
     torch.distributed.destroy_process_group()
 
 
@@ -192,7 +187,7 @@ def test_fault_12_a_damaged_commit_is_named_and_the_newest_whole_one_is_taken(tm
     lines: list[str] = []
     assert commits.newest(lines.append) == tmp_path / "update-000001"
     (line,) = lines
-    assert told in line and "update-000002" in line and line.endswith("going on from update-000001")
+    assert told in line and "update-000002" in line and line.endswith("resuming from update-000001")
     committed(tmp_path, 2)  # made again over the damaged one
     assert commits.newest(lines.append) == tmp_path / "update-000002" and len(lines) == 1
 
@@ -202,7 +197,7 @@ def test_fault_12_where_no_commit_is_whole_training_does_not_begin_anew(tmp_path
     commits = committed(tmp_path, 1, 2)
     for number in (1, 2):
         flip_one_bit(tmp_path / f"update-00000{number}" / SHARE)
-    with pytest.raises(TrainingError, match=r"update-000002/share-0.*update-000001/share-0.*no commit is whole"):
+    with pytest.raises(TrainingError, match=r"update-000002/share-0.*update-000001/share-0.*no checkpoint is intact"):
         commits.newest(lambda line: None)
 
 

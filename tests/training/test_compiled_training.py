@@ -36,7 +36,7 @@ def test_policy_and_reference_are_a_graph_each_whatever_is_switched_between_laun
     loss_at_beta = partial(preference_loss, beta=400.0)
 
     def launch() -> float:
-        loss, _ = loss_of_pairs(model, model.denoiser, policy.reference, batch, preference_loss=loss_at_beta)
+        loss, _ = loss_of_pairs(policy, batch, preference_loss=loss_at_beta)
         loss.backward()
         return loss.item()
 

@@ -50,14 +50,8 @@ def make_pairs(model: LatentConsistency) -> PairBatch:
     return batch.to("cpu", model.dtype)
 
 
-def loss_and_metrics(model: LatentConsistency, policy: Policy, batch: PairBatch) -> tuple[Tensor, dict[str, float]]:
-    loss, metrics = loss_of_pairs(
-        model,
-        model.denoiser,
-        policy.reference,
-        batch,
-        preference_loss=partial(preference_loss, beta=BETA),
-    )
+def loss_and_metrics(policy: Policy, batch: PairBatch) -> tuple[Tensor, dict[str, float]]:
+    loss, metrics = loss_of_pairs(policy, batch, preference_loss=partial(preference_loss, beta=BETA))
     return loss, dict(zip(METRICS, metrics.tolist(), strict=True))
 
 
@@ -71,7 +65,7 @@ def change(trainable: list[nn.Parameter]) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(tiny_lcm: Path, tiny_sd15: Path, dtype: str) -> None:
     model, policy = start(tiny_lcm, tiny_sd15, dtype=dtype)
-    loss, metrics = loss_and_metrics(model, policy, make_pairs(model))
+    loss, metrics = loss_and_metrics(policy, make_pairs(model))
     assert (metrics["margin"], metrics["implicit_accuracy"], loss.item(), metrics["loss"]) == (0.0, 0.0, LN2, LN2)
     assert metrics["policy_error_w"] == metrics["reference_error_w"] != metrics["policy_error_l"]
     loss.backward()
@@ -143,7 +137,7 @@ def test_loss_and_margin_are_those_of_merged_weights_and_the_schedulers_in_float
         "loss": np.log1p(np.exp(-margin)).mean(),
         "implicit_accuracy": (margin > 0).mean(),
     }
-    loss, metrics = loss_and_metrics(model, policy, batch)
+    loss, metrics = loss_and_metrics(policy, batch)
     assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-3)
     assert loss.item() == metrics["loss"]
     assert abs(margin).min() > 0.05
@@ -154,7 +148,7 @@ def test_a_batch_takes_four_launches_of_nets_one_of_them_the_teachers(tiny_lcm: 
     launches: list[tuple[str, int]] = []
     for name, net in (("teacher", model.teacher), ("denoiser", model.denoiser)):
         net.register_forward_pre_hook(lambda _, given, name=name: launches.append((name, len(given[0]))))
-    loss_and_metrics(model, policy, make_pairs(model))
+    loss_and_metrics(policy, make_pairs(model))
     assert launches == [("teacher", 16), ("denoiser", 8), ("denoiser", 8), ("denoiser", 8)]
 
 
@@ -163,14 +157,14 @@ def test_after_updates_the_policy_agrees_more_on_the_chosen_and_the_target_is_st
 ) -> None:
     model, policy = start(tiny_lcm, tiny_sd15)
     batch = make_pairs(model)
-    _, before = loss_and_metrics(model, policy, batch)
+    _, before = loss_and_metrics(policy, batch)
     teacher = {name: value.clone() for name, value in model.teacher.state_dict().items()}
     optimizer = torch.optim.AdamW(policy.trainable, lr=1e-4)
     for _ in range(3):
         optimizer.zero_grad()
-        loss_and_metrics(model, policy, batch)[0].backward()
+        loss_and_metrics(policy, batch)[0].backward()
         optimizer.step()
-    loss, after = loss_and_metrics(model, policy, batch)
+    loss, after = loss_and_metrics(policy, batch)
     assert after["reference_error_w"] == before["reference_error_w"]
     assert after["reference_error_l"] == before["reference_error_l"]
     assert after["policy_error_w"] != before["policy_error_w"]
@@ -183,7 +177,7 @@ def test_swapping_chosen_and_rejected_flips_the_margin(tiny_lcm: Path, tiny_sd15
     change(policy.trainable)
     batch = make_pairs(model)
     swapped = PairBatch(batch.latents_l, batch.latents_w, batch.conditioning, batch.times, batch.noise)
-    _, metrics = loss_and_metrics(model, policy, batch)
-    _, flipped = loss_and_metrics(model, policy, swapped)
+    _, metrics = loss_and_metrics(policy, batch)
+    _, flipped = loss_and_metrics(policy, swapped)
     assert flipped["margin"] == pytest.approx(-metrics["margin"], abs=2e-3)
     assert abs(metrics["margin"]) > 0.05

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -90,11 +91,12 @@ class Training:
         learning_rate = LEARNING_RATES["lora" if lora else "full"]
         section = training_section(learning_rate=learning_rate, global_batch_size=2, zero_stage=zero_stage)
         self.engine: Any = start_engine(self.model.denoiser, self.policy.trainable, section, num_workers=1)
+        self.policy = replace(self.policy, net=self.engine)
         self.guard = Guard(self.policy.trainable, self.engine.device, sharded=self.engine.zero_optimization())
 
     def launch(self) -> tuple[Tensor, Tensor]:
         loss = partial(preference_loss, beta=400.0)
-        return loss_of_pairs(self.model, self.engine, self.policy.reference, self.batch, preference_loss=loss)
+        return loss_of_pairs(self.policy, self.batch, preference_loss=loss)
 
     def update(self) -> Tensor:
         """One update as `train_stages` makes it; returns its metrics."""

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def updated(folder: Path, spread: tuple[str, int, int, int], rank: int) -> None:
     )
     conditioning, _ = model.encode_prompts(scene_prompts("train", NUM_PAIRS, 0))
     engine = start_engine(model.denoiser, policy.trainable, section, num_workers=num_workers)
+    policy = replace(policy, net=engine)
     share = NUM_PAIRS // num_workers
     for start in range(rank * share, (rank + 1) * share, pairs_per_launch):
         cut = slice(start, start + pairs_per_launch)
@@ -76,7 +78,7 @@ def updated(folder: Path, spread: tuple[str, int, int, int], rank: int) -> None:
             {"timestep": torch.tensor([100, 350, 600, 900])[cut]},
             noise,
         )
-        loss, _ = loss_of_pairs(model, engine, policy.reference, batch, preference_loss=LOSS)
+        loss, _ = loss_of_pairs(policy, batch, preference_loss=LOSS)
         engine.backward(loss)
         if spread == whole(method):  # without ZeRO the gradient is at hand
             names = {id(parameter): name for name, parameter in engine.module.named_parameters()}

@@ -22,7 +22,7 @@ from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.noise import generator_at
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
-from cdpo_ray.training.loop import Feed, Guard, TrainingState, summarize, train_stages
+from cdpo_ray.training.loop import Callbacks, Feed, Guard, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import METRICS, PreferenceLoss
 
@@ -62,7 +62,7 @@ class Training:
         self.num_updates: list[int] = []
         self.committed: list[TrainingState] = []
 
-    def walk(
+    def train(
         self,
         state: TrainingState,
         *,
@@ -71,28 +71,20 @@ class Training:
         updates_per_commit: int = 100,
         max_skipped_updates: int = 20,
     ) -> TrainingState:
-        """Train on, up to so many updates in all."""
+        """Train from this state, up to ``stop_after`` updates in total."""
         self.num_updates.clear()
         self.committed.clear()
-        return train_stages(
-            self.engine,
-            self.model,
-            self.policy.reference,
-            len(self.stages),
-            self.begin_stage,
-            self.feed,
-            state,
-            preference_loss=loss,
-            updates_per_commit=updates_per_commit,
-            max_skipped_updates=max_skipped_updates,
+        keys = {"updates_per_commit": updates_per_commit, "max_skipped_updates": max_skipped_updates}
+        feed = dataclasses.replace(self.feed, training=SECTION.model_copy(update=keys))
+        callbacks = Callbacks(
+            lambda state: self.stages[state.stage - 1],
             stops=lambda: stop_after is not None and len(self.num_updates) + state.num_updates + 1 >= stop_after,
             on_update=lambda state: self.num_updates.append(state.num_updates),
             on_commit=self.committed.append,
         )
-
-    def begin_stage(self, state: TrainingState) -> StagePairs:
-        self.policy.begin_stage(state.stage)
-        return self.stages[state.stage - 1]
+        return train_stages(
+            self.engine, self.policy, feed, state, callbacks, num_stages=len(self.stages), preference_loss=loss
+        )
 
     def state(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in training_tensors(self.engine)}
@@ -107,14 +99,14 @@ def test_training_taken_up_ends_with_the_very_same_weights_moments_and_records(
     tiny_sd15: Path, lora: LoraSection, stop_after: int
 ) -> None:
     whole = Training(tiny_sd15, lora)
-    expected = whole.walk(TrainingState())
+    expected = whole.train(TrainingState())
     first = Training(tiny_sd15, lora)
-    stopped = first.walk(TrainingState(), stop_after=stop_after)
+    stopped = first.train(TrainingState(), stop_after=stop_after)
     assert stopped.num_updates == stop_after
     second = Training(tiny_sd15, lora)
-    second.walk(TrainingState(), stop_after=1)  # weights and moments that must be replaced
+    second.train(TrainingState(), stop_after=1)  # weights and moments that must be replaced
     restore_training(second.engine, first.state().__getitem__)
-    assert second.walk(stopped) == expected
+    assert second.train(stopped) == expected
     assert second.num_updates == list(range(stop_after + 1, 7))
     found = second.state()
     for name, value in whole.state().items():
@@ -123,7 +115,7 @@ def test_training_taken_up_ends_with_the_very_same_weights_moments_and_records(
 
 def test_training_is_committed_every_so_many_updates_and_after_each_stage(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15)
-    training.walk(TrainingState(), updates_per_commit=2)
+    training.train(TrainingState(), updates_per_commit=2)
     assert [(state.num_updates, state.stage, state.cursor) for state in training.committed] == [
         (2, 1, 2), (3, 2, 0), (4, 2, 1), (6, 3, 0)
     ]  # fmt: skip
@@ -132,9 +124,9 @@ def test_training_is_committed_every_so_many_updates_and_after_each_stage(tiny_s
 
 def test_a_growing_lora_learns_from_stage_to_stage_what_it_is_allowed_to(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15, GROWING)
-    state = training.walk(TrainingState(), stop_after=3)
+    state = training.train(TrainingState(), stop_after=3)
     first = training.weights()
-    training.walk(state)
+    training.train(state)
     second = training.weights()
     for name in (name for name in first if "lora_B" in name):
         assert first[name][:, 1:].abs().max() == 0
@@ -144,7 +136,7 @@ def test_a_growing_lora_learns_from_stage_to_stage_what_it_is_allowed_to(tiny_sd
 
 def test_every_stage_is_served_and_every_update_recorded(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15)
-    state = training.walk(TrainingState())
+    state = training.train(TrainingState())
     assert state.stage == 3
     assert [(record["update"], record["stage"]) for record in state.records] == [
         (1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)
@@ -161,8 +153,8 @@ def test_every_stage_is_served_and_every_update_recorded(tiny_sd15: Path) -> Non
 def test_reference_stays_the_base_while_the_policy_moves(tiny_sd15: Path) -> None:
     """The same draw again after training: reference errors are what they were, policy errors are not."""
     training = Training(tiny_sd15)
-    before = training.walk(TrainingState()).records[0]
-    after = training.walk(TrainingState()).records[0]
+    before = training.train(TrainingState()).records[0]
+    after = training.train(TrainingState()).records[0]
     assert before["policy_error_w"] == before["reference_error_w"]
     assert after["reference_error_w"] == before["reference_error_w"]
     assert after["reference_error_l"] == before["reference_error_l"]
@@ -187,19 +179,19 @@ def test_fault_09_an_update_that_is_not_finite_is_skipped_and_counted_and_change
     tiny_sd15: Path, what: str
 ) -> None:
     training = Training(tiny_sd15)
-    before = training.walk(TrainingState(), stop_after=2)
+    before = training.train(TrainingState(), stop_after=2)
     kept = training.state()
     latents, broken = training.feed.bank.latents, training.feed.bank.latents.clone()
     if what == "loss":
         broken[:, 1] = float("nan")  # what stage 1 rejects
         training.feed = dataclasses.replace(training.feed, bank=dataclasses.replace(training.feed.bank, latents=broken))
     loss = gradient_breaks_at(2) if what == "gradient" else LOSS
-    after = training.walk(before, stop_after=3, loss=loss)
+    after = training.train(before, stop_after=3, loss=loss)
     assert after.skipped == (3,)
     assert [record["update"] for record in after.records] == [1, 2]
     assert all(torch.equal(value, kept[name]) for name, value in training.state().items())
     training.feed = dataclasses.replace(training.feed, bank=dataclasses.replace(training.feed.bank, latents=latents))
-    last = training.walk(after)
+    last = training.train(after)
     assert [record["update"] for record in last.records] == [1, 2, 4, 5, 6]
     assert all(value.isfinite().all() for value in training.state().values())
     assert last.num_updates == 6 and last.num_skipped_last == 0
@@ -219,8 +211,8 @@ def test_a_guard_finds_what_is_not_finite_and_takes_no_large_gradient_for_it(dty
 def test_fault_09_many_skipped_in_a_row_stop_training(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15)
     training.feed.bank.latents[:, 2] = float("nan")  # what stage 2 rejects
-    with pytest.raises(TrainingError, match=r"gradient of the last 2 updates, to 5 \(stage 2\), was not finite"):
-        training.walk(TrainingState(), max_skipped_updates=2)
+    with pytest.raises(TrainingError, match=r"gradient not finite in the last 2 updates, up to update 5 \(stage 2\)"):
+        training.train(TrainingState(), max_skipped_updates=2)
 
 
 def walk_as_one_of_two(rank: int, folder: Path, model_dir: Path) -> None:
@@ -237,7 +229,7 @@ def walk_as_one_of_two(rank: int, folder: Path, model_dir: Path) -> None:
         return pose(*given)
 
     training.model.denoising_task = posed  # type: ignore[method-assign]
-    training.walk(TrainingState())
+    training.train(TrainingState())
     assert training.num_updates == [1, 2, 3, 4, 5, 6]
     save_file({str(launch): noise.contiguous() for launch, noise in enumerate(used)}, folder / f"{rank}.safetensors")
     torch.distributed.destroy_process_group()
