@@ -1,4 +1,4 @@
-"""Tiny models set up as a training worker does, and pairs to train them on."""
+"""Tiny models set up as in a training worker, their config section, and pairs to train on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def load(folder: Path, family: str, **options: Any) -> TextToImageModel:
 def start(
     folder: Path, family: str = "stable_diffusion", *, dtype: str = "float32", compiled: bool = False
 ) -> tuple[TextToImageModel, Policy]:
-    """A model as a training worker sets it up."""
+    """Model and policy as in a training worker."""
     model = load(folder, family, dtype=dtype, compile=compiled, for_training=True)
     policy = make_policy(model, LoraSection(rank=4, alpha=8, targets=TARGETS))
     model.denoiser.train()

@@ -155,7 +155,7 @@ def model_sha256(config: Config) -> dict[str, str]:
 def reward_sha256(config: Config, name: str) -> dict[str, str]:
     """SHA-256 of a reward's local files, by option; of a user-defined reward, of its module or package.
 
-    Weights pinned by ``sha256`` in the config are left out, and so is a missing module (an error later).
+    Weights pinned by ``sha256`` in the config are left out, and so is a missing module, which fails on loading.
 
     Raises:
         StoreError: a file changed while it was read.

@@ -1,4 +1,4 @@
-"""Values of samples under the policy, against the margins of pairs."""
+"""Implicit rewards of samples, against the margins of pairs."""
 
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_the_difference_of_two_values_is_the_pairs_mean_margin(
         assert abs(np.mean(margins)) > 0.05
 
 
-def test_values_do_not_depend_on_how_many_samples_are_launched_at_once(policy: Policy, bank: SampleBank) -> None:
+def test_values_do_not_depend_on_samples_per_launch(policy: Policy, bank: SampleBank) -> None:
     np.testing.assert_allclose(values(policy, bank, at_once=3), values(policy, bank), atol=0.01)
 
 

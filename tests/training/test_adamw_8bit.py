@@ -1,4 +1,4 @@
-"""8-bit AdamW: near AdamW, a quarter of its state, skipped on request, saved and restored exactly."""
+"""8-bit AdamW: close to AdamW, a quarter of its state, skipped on request, saved and restored exactly."""
 
 import sys
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.training.adamw import Skipping, make_optimizer
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
 
-WIDTH = 128  # 16,384 values a matrix; below 4,096 moments stay fp32
+WIDTH = 128  # 16,384 values per matrix; below 4,096 moments stay fp32
 
 
 def section(optimizer: str = "adamw_8bit") -> TrainingSection:
@@ -51,7 +51,7 @@ def trained(optimizer: str, num_steps: int) -> tuple[Regression, Skipping, float
         return net, stepped, float(net(10_000))
 
 
-def test_it_ends_where_adamw_ends() -> None:
+def test_it_converges_to_adamws_weights() -> None:
     """arXiv:2110.02861, table 1: 8-bit Adam ends where 32-bit Adam ends; here within 2 % of the way."""
     (exact, _, exact_loss), (rounded, _, rounded_loss) = trained("adamw", 100), trained("adamw_8bit", 100)
     start = Regression()
@@ -63,7 +63,7 @@ def test_it_ends_where_adamw_ends() -> None:
     assert 0 < float((rounded.layer.weight - exact.layer.weight).norm() / way.norm()) < 0.1
 
 
-def test_its_state_is_a_quarter() -> None:
+def test_its_state_takes_a_quarter_of_the_memory() -> None:
     def state_bytes(optimizer: str) -> int:
         net, stepped, _ = trained(optimizer, 1)
         return sum(value.nbytes for value in stepped.saved_tensors(net.layer.weight).values())
@@ -73,7 +73,7 @@ def test_its_state_is_a_quarter() -> None:
     assert state_bytes("adamw_8bit") == 2 * num_values + 2 * 4 * num_values // 256
 
 
-def test_a_skipped_step_leaves_weights_and_moments_alone() -> None:
+def test_a_skipped_step_changes_neither_weights_nor_moments() -> None:
     net, stepped, _ = trained("adamw_8bit", 3)
     weight = net.layer.weight.detach().clone()
     state = {name: value.clone() for name, value in stepped.saved_tensors(net.layer.weight).items()}

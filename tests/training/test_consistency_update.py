@@ -1,4 +1,4 @@
-"""One launch of consistency training: the loss is the published one, and it takes four launches of nets."""
+"""One launch of consistency training: the published loss, from four forward passes."""
 
 import copy
 import math
@@ -104,8 +104,10 @@ def test_loss_and_margin_are_those_of_merged_weights_and_the_schedulers_in_float
     empty = model.encode_prompts([""])[0]["prompt_embedding"].double()
 
     def denoised(unet: nn.Module, latents: Tensor, timestep: int, guidance: float, embedding: Tensor) -> Tensor:
-        told = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, torch.tensor([guidance]), 256)
-        output = unet(latents, timestep, embedding, timestep_cond=told.double()).sample
+        guidance_embedding = LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+            None, torch.tensor([guidance]), 256
+        )
+        output = unet(latents, timestep, embedding, timestep_cond=guidance_embedding.double()).sample
         lcm.set_timesteps(timesteps=[timestep])
         return lcm.step(output, timestep, latents).denoised
 
@@ -116,8 +118,10 @@ def test_loss_and_margin_are_those_of_merged_weights_and_the_schedulers_in_float
         embedding = batch.conditioning["prompt_embedding"][[pair]].double()
         noise = batch.noise[[pair]].double()
         noisy = lcm.add_noise(latents[[pair]].double(), noise, torch.tensor([timestep]))
-        told, untold = (teacher(noisy, timestep, which).sample for which in (embedding, empty))
-        less_noisy = ddim.step(untold + (guidance + 1) * (told - untold), timestep, noisy, eta=0.0).prev_sample
+        conditional, unconditional = (teacher(noisy, timestep, which).sample for which in (embedding, empty))
+        less_noisy = ddim.step(
+            unconditional + (guidance + 1) * (conditional - unconditional), timestep, noisy, eta=0.0
+        ).prev_sample
         target = denoised(base, less_noisy, max(timestep - 20, 0), guidance, embedding)
         differences = (denoised(unet, noisy, timestep, guidance, embedding) - target for unet in (merged, base))
         policy_error, reference_error = (
@@ -143,7 +147,7 @@ def test_loss_and_margin_are_those_of_merged_weights_and_the_schedulers_in_float
     assert abs(margin).min() > 0.05
 
 
-def test_a_batch_takes_four_launches_of_nets_one_of_them_the_teachers(tiny_lcm: Path, tiny_sd15: Path) -> None:
+def test_a_batch_takes_four_forward_passes_one_of_them_the_teachers(tiny_lcm: Path, tiny_sd15: Path) -> None:
     model, policy = start(tiny_lcm, tiny_sd15)
     launches: list[tuple[str, int]] = []
     for name, net in (("teacher", model.teacher), ("denoiser", model.denoiser)):

@@ -1,4 +1,4 @@
-"""One update is the same however it is spread: workers, accumulation, ZeRO; a LoRA and the whole net."""
+"""One update is the same for any number of workers, accumulation and ZeRO stage; for a LoRA and full fine-tuning."""
 
 import itertools
 import os
@@ -31,7 +31,7 @@ LOSS = partial(preference_loss, beta=200.0)
 
 
 def spreads() -> list[tuple[str, int, int, int]]:
-    """Method, workers, pairs a launch, ZeRO stage."""
+    """Method, number of workers, pairs per launch, ZeRO stage."""
     ways = [(1, 4, 0), (1, 1, 0), *((2, 2, stage) for stage in range(4)), (2, 1, 2)]
     return [(method, *way) for method, way in itertools.product(LEARNING_RATE, ways)]
 
@@ -80,7 +80,7 @@ def updated(folder: Path, spread: tuple[str, int, int, int], rank: int) -> None:
         )
         loss, _ = loss_of_pairs(policy, batch, preference_loss=LOSS)
         engine.backward(loss)
-        if spread == whole(method):  # without ZeRO the gradient is at hand
+        if spread == whole(method):  # without ZeRO gradients are accessible
             names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
             gradients = {names[id(parameter)]: parameter.grad.contiguous() for parameter in policy.trainable}
             save_file(gradients, folder / f"{method}.gradients")
@@ -89,7 +89,7 @@ def updated(folder: Path, spread: tuple[str, int, int, int], rank: int) -> None:
 
 
 def work(rank: int, num_workers: int, folder: Path) -> None:
-    """All spreads over so many workers, in one process a worker."""
+    """All spreads over this number of workers, with one process per worker."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
     store = f"file://{folder}/store-{num_workers}"
@@ -114,8 +114,8 @@ def weights(folder: Path, spread: tuple[str, int, int, int]) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize("spread", spreads(), ids=name_of)
-def test_an_update_is_the_same_however_it_is_spread(spread: tuple[str, int, int, int], folder: Path) -> None:
-    """Within 1e-6 where the gradient is more than rounding; elsewhere Adam's first step is a coin's throw."""
+def test_an_update_is_the_same_for_every_spread(spread: tuple[str, int, int, int], folder: Path) -> None:
+    """Within 1e-6 where the gradient exceeds rounding; elsewhere the sign of Adam's first step is random."""
     method = spread[0]
     gradients = {
         name.removeprefix("unet.").replace(".default.", "."): value
@@ -127,7 +127,9 @@ def test_an_update_is_the_same_however_it_is_spread(spread: tuple[str, int, int,
     )
     assert expected.keys() == found.keys() == gradients.keys()
     largest = max(float(value.abs().max()) for value in gradients.values())
-    told = {name: value.abs() > 1e-5 * largest for name, value in gradients.items()}
-    assert sum(int(mask.sum()) for mask in told.values()) > 0.98 * sum(mask.numel() for mask in told.values())
-    for name, mask in told.items():
+    significant = {name: value.abs() > 1e-5 * largest for name, value in gradients.items()}
+    assert sum(int(mask.sum()) for mask in significant.values()) > 0.98 * sum(
+        mask.numel() for mask in significant.values()
+    )
+    for name, mask in significant.items():
         torch.testing.assert_close(found[name][mask], expected[name][mask], rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The staged loop with a real DeepSpeed engine, one worker, no Ray."""
+"""The training loop with a DeepSpeed engine, one worker, without Ray."""
 
 import dataclasses
 import itertools
@@ -36,7 +36,7 @@ SECTION = training_section(global_batch_size=2, batch_size_per_worker=1, empty_p
 
 
 class Training:
-    """One engine on a tiny net, and what it is fed: two stages of three updates."""
+    """One engine on a tiny net, with the feed of two stages of three updates."""
 
     def __init__(self, folder: Path, lora: LoraSection = LORA, *, worker_rank: int = 0, num_workers: int = 1) -> None:
         self.model = load_model("stable_diffusion", path=str(folder), device="cpu", for_training=True)
@@ -95,7 +95,7 @@ class Training:
 
 @pytest.mark.parametrize("stop_after", [2, 3, 4], ids=["in a stage", "at its end", "in the next"])
 @pytest.mark.parametrize("lora", [LORA, GROWING], ids=["constant", "growing"])
-def test_training_taken_up_ends_with_the_very_same_weights_moments_and_records(
+def test_resumed_training_ends_with_identical_weights_moments_and_records(
     tiny_sd15: Path, lora: LoraSection, stop_after: int
 ) -> None:
     whole = Training(tiny_sd15, lora)
@@ -113,7 +113,7 @@ def test_training_taken_up_ends_with_the_very_same_weights_moments_and_records(
         assert torch.equal(value, found[name]), name
 
 
-def test_training_is_committed_every_so_many_updates_and_after_each_stage(tiny_sd15: Path) -> None:
+def test_checkpoints_are_due_every_updates_per_commit_updates_and_after_each_stage(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15)
     training.train(TrainingState(), updates_per_commit=2)
     assert [(state.num_updates, state.stage, state.cursor) for state in training.committed] == [
@@ -122,7 +122,7 @@ def test_training_is_committed_every_so_many_updates_and_after_each_stage(tiny_s
     assert [len(state.records) for state in training.committed] == [2, 3, 4, 6]
 
 
-def test_a_growing_lora_learns_from_stage_to_stage_what_it_is_allowed_to(tiny_sd15: Path) -> None:
+def test_a_growing_lora_trains_the_rank_and_blocks_of_each_stage(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15, GROWING)
     state = training.train(TrainingState(), stop_after=3)
     first = training.weights()
@@ -134,7 +134,7 @@ def test_a_growing_lora_learns_from_stage_to_stage_what_it_is_allowed_to(tiny_sd
         assert second[name].abs().amax(dim=0).min() > 0
 
 
-def test_every_stage_is_served_and_every_update_recorded(tiny_sd15: Path) -> None:
+def test_every_stage_is_trained_and_every_update_recorded(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15)
     state = training.train(TrainingState())
     assert state.stage == 3
@@ -151,7 +151,7 @@ def test_every_stage_is_served_and_every_update_recorded(tiny_sd15: Path) -> Non
 
 
 def test_reference_stays_the_base_while_the_policy_moves(tiny_sd15: Path) -> None:
-    """The same draw again after training: reference errors are what they were, policy errors are not."""
+    """The same draw again after training: reference errors are unchanged, policy errors are not."""
     training = Training(tiny_sd15)
     before = training.train(TrainingState()).records[0]
     after = training.train(TrainingState()).records[0]
@@ -162,7 +162,7 @@ def test_reference_stays_the_base_while_the_policy_moves(tiny_sd15: Path) -> Non
 
 
 def gradient_breaks_at(*launches: int) -> PreferenceLoss:
-    """The loss stays finite; its gradient does not, at these launches."""
+    """Loss whose value is always finite, and whose gradient is not at these launches."""
     calls = itertools.count(1)
 
     def loss(*errors: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,9 +175,7 @@ def gradient_breaks_at(*launches: int) -> PreferenceLoss:
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_fault_09_an_update_that_is_not_finite_is_skipped_and_counted_and_changes_nothing(
-    tiny_sd15: Path, what: str
-) -> None:
+def test_fault_09_a_non_finite_update_is_skipped_and_counted_and_changes_nothing(tiny_sd15: Path, what: str) -> None:
     training = Training(tiny_sd15)
     before = training.train(TrainingState(), stop_after=2)
     kept = training.state()
@@ -199,7 +197,7 @@ def test_fault_09_an_update_that_is_not_finite_is_skipped_and_counted_and_change
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_guard_finds_what_is_not_finite_and_takes_no_large_gradient_for_it(dtype: torch.dtype, sharded: bool) -> None:
+def test_a_guard_detects_non_finite_values_and_accepts_large_gradients(dtype: torch.dtype, sharded: bool) -> None:
     parameter = torch.nn.Parameter(torch.ones(4, dtype=dtype))
     guard = Guard([parameter], torch.device("cpu"), sharded=sharded)
     for factor, is_bad in ((60_000, False), (float("inf"), True), (float("nan"), True), (1, False)):
@@ -208,15 +206,15 @@ def test_a_guard_finds_what_is_not_finite_and_takes_no_large_gradient_for_it(dty
         assert guard.verdict(stops=False) == (is_bad, False)
 
 
-def test_fault_09_many_skipped_in_a_row_stop_training(tiny_sd15: Path) -> None:
+def test_fault_09_consecutive_skipped_updates_stop_training(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15)
     training.feed.bank.latents[:, 2] = float("nan")  # what stage 2 rejects
     with pytest.raises(TrainingError, match=r"gradient not finite in the last 2 updates, up to update 5 \(stage 2\)"):
         training.train(TrainingState(), max_skipped_updates=2)
 
 
-def walk_as_one_of_two(rank: int, folder: Path, model_dir: Path) -> None:
-    """Train in a group of two; write the noise of every launch, as it is used, beside the number of updates done."""
+def train_as_one_of_two(rank: int, folder: Path, model_dir: Path) -> None:
+    """Train in a group of two; write the noise that every launch used."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -235,10 +233,8 @@ def walk_as_one_of_two(rank: int, folder: Path, model_dir: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_with_two_workers_and_prefetching_each_is_served_its_draws_of_the_same_stage_at_every_update(
-    tiny_sd15: Path, tmp_path: Path
-) -> None:
-    torch.multiprocessing.spawn(walk_as_one_of_two, (tmp_path, tiny_sd15), nprocs=2)  # type: ignore[attr-defined]
+def test_each_of_two_workers_gets_its_draws_of_the_same_stage_at_every_update(tiny_sd15: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_as_one_of_two, (tmp_path, tiny_sd15), nprocs=2)  # type: ignore[attr-defined]
     for rank in (0, 1):
         used = load_file(tmp_path / f"{rank}.safetensors")
         assert len(used) == 6

@@ -1,4 +1,4 @@
-"""One launch: the policy learns, the reference is the base model, and nothing else is in the loss."""
+"""One launch: the policy learns, the reference is the base model, and nothing else enters the loss."""
 
 import copy
 import math

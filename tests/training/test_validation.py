@@ -75,7 +75,7 @@ def scores_of(base: Path, judge: str) -> np.ndarray:
     return np.array(table[f"score_{judge}"].to_pylist())
 
 
-def test_before_the_first_update_a_policy_makes_the_base_models_images(base: Path) -> None:
+def test_before_the_first_update_a_policy_generates_the_base_models_images(base: Path) -> None:
     found = measured(validator_of(base), start(trained=False)[1])
     for judge in JUDGES:
         np.testing.assert_allclose(found["scores"][judge], scores_of(base, judge), atol=1e-5)
@@ -105,7 +105,7 @@ def test_a_policy_is_judged_as_the_evaluation_judges_the_trained_adapter(base: P
     np.testing.assert_allclose(found["diversity"], compared["tuned_diversity"].to_pylist(), atol=1e-4)
 
 
-def test_workers_share_the_prompts_and_find_together_what_one_finds(base: Path, group_of_one: None) -> None:
+def test_workers_share_the_prompts_and_together_give_the_result_of_one(base: Path, group_of_one: None) -> None:
     _, policy = start(trained=True)
     validator = validator_of(base, num_margin_draws=0)
     alone = measured(validator, policy)

@@ -1,4 +1,4 @@
-"""How long a worker waits for another."""
+"""Timeouts of collectives."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ SECONDS = 7
 
 
 def timeouts_under(zero_stages: tuple[int, ...], store: Path) -> list[tuple[int, list[timedelta]]]:
-    """The timeout of every group that exists once an engine of each ZeRO stage was started; in a process of its own."""
+    """Timeouts of all process groups after starting an engine of each ZeRO stage; runs in a separate process."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     found = []
@@ -30,7 +30,7 @@ def timeouts_under(zero_stages: tuple[int, ...], store: Path) -> list[tuple[int,
     return found
 
 
-def test_every_group_of_an_engine_waits_as_long_as_it_is_let(tmp_path: Path) -> None:
+def test_every_process_group_of_an_engine_has_the_timeout(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = pool.apply(timeouts_under, ((0, 2, 3), tmp_path / "store"))
     for stage, timeouts in found:
