@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import os
 import platform
 import tempfile
@@ -279,13 +280,9 @@ def _heartbeat(board: Any, worker_rank: int) -> Iterator[Callable[[], bool]]:
 
 
 def _loss(training: TrainingSection) -> PreferenceLoss:
-    return functools.partial(
-        preference_loss,
-        loss=training.loss,
-        beta=training.beta,
-        label_smoothing=training.label_smoothing,
-        sft_weight=training.sft_weight,
-    )
+    """`preference_loss` with its options, each of which is a key of the section."""
+    options = inspect.getfullargspec(preference_loss).kwonlyargs
+    return functools.partial(preference_loss, **{name: getattr(training, name) for name in options})
 
 
 def _gpu_bytes(share: float) -> float | None:
