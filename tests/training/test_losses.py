@@ -1,5 +1,6 @@
 """Each loss against its closed form in float64."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import get_args
@@ -160,3 +161,7 @@ def test_a_label_smoothing_outside_0_to_one_half_is_refused(share: float) -> Non
 
 def test_the_losses_of_the_config_are_those_that_exist() -> None:
     assert {*LOSSES, "sft"} == set(get_args(TrainingSection.model_fields["loss"].annotation))
+
+
+def test_every_option_of_the_loss_is_a_training_key() -> None:
+    assert {*inspect.getfullargspec(preference_loss).kwonlyargs} <= {*TrainingSection.model_fields}
