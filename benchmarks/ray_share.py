@@ -152,7 +152,7 @@ class Bare:
             policy,
             feed,
             TrainingState(),
-            Callbacks(lambda state: StagePairs.read(Path(job.stages_dir), state.stage, bank), on_commit=commit),
+            Callbacks(lambda state: StagePairs.read(Path(job.stages_dir), state.stage, bank), on_checkpoint=commit),
             num_stages=job.num_stages,
             preference_loss=functools.partial(preference_loss, beta=job.training.beta),
         )

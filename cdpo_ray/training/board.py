@@ -64,7 +64,7 @@ class Board:
     def post_update(self, num_updates: int) -> None:
         self.num_updates = num_updates
 
-    def post_commit(
+    def post_checkpoint(
         self,
         num_updates: int,
         records: Sequence[dict[str, float]],
@@ -123,7 +123,7 @@ class Board:
         )
 
 
-def fault_of(posted: tuple[str, str]) -> Any:
+def error_of(posted: tuple[str, str]) -> Any:
     """The error that a worker posted."""
     from cdpo_ray import errors
 

@@ -178,37 +178,37 @@ def newest_of(folder: Path) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
-def fault_of(commit: Path) -> str | None:
+def fault_of(checkpoint: Path) -> str | None:
     """Damage of a checkpoint; ``None``: every file in its manifest exists, unaltered."""
     try:
-        files = _manifest_of(commit)["files"]
-        paths = {name: path_within(commit, name) for name in files}
+        files = _manifest_of(checkpoint)["files"]
+        paths = {name: path_within(checkpoint, name) for name in files}
     except FileNotFoundError:
-        return f"{commit}: has no {MANIFEST}"
+        return f"{checkpoint}: has no {MANIFEST}"
     except StoreError as error:
         return str(error)
     for name, expected in files.items():
         if not exists(paths[name]):
-            return f"{commit / name}: is missing"
-        if describe(commit / name) != expected:
-            return f"{commit / name}: was altered or cut short (its SHA-256 differs)"
+            return f"{checkpoint / name}: is missing"
+        if describe(checkpoint / name) != expected:
+            return f"{checkpoint / name}: was altered or cut short (its SHA-256 differs)"
     return None
 
 
-def _manifest_of(commit: Path) -> Any:
-    return read_untrusted(commit / MANIFEST, FILES_MANIFEST, remedy="this checkpoint is skipped")
+def _manifest_of(checkpoint: Path) -> Any:
+    return read_untrusted(checkpoint / MANIFEST, FILES_MANIFEST, remedy="this checkpoint is skipped")
 
 
-def state_of(commit: Path) -> dict[str, Any]:
+def state_of(checkpoint: Path) -> dict[str, Any]:
     """``state`` as passed to `Commits.write`."""
-    state: dict[str, Any] = read_json(commit / STATE)
+    state: dict[str, Any] = read_json(checkpoint / STATE)
     return state
 
 
-def tensors_of(commit: Path) -> Callable[[str], Tensor]:
+def tensors_of(checkpoint: Path) -> Callable[[str], Tensor]:
     """Function from a tensor's name to the tensor, read on each call."""
-    folder = local_copy(commit)
-    shares = [path_within(folder, name) for name in _manifest_of(commit)["files"] if name.endswith(".safetensors")]
+    folder = local_copy(checkpoint)
+    shares = [path_within(folder, name) for name in _manifest_of(checkpoint)["files"] if name.endswith(".safetensors")]
     opened = [safe_open(path, framework="pt") for path in shares]
     where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
     return lambda name: where[name].get_tensor(name)

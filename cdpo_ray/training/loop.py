@@ -141,14 +141,14 @@ class Callbacks:
         pairs_of_stage: returns the pairs of ``state.stage``; called before a stage's first update and on resume in it.
         stops: stop flag, read once per update; ``True``: stop after this update.
         on_update: called after each update.
-        on_commit: called with all records read, where a checkpoint is due: every ``updates_per_commit`` updates, after
-            each stage, and before stopping.
+        on_checkpoint: called with all records read where a checkpoint is due: every ``updates_per_commit`` updates,
+            after each stage, and before stopping.
     """
 
     pairs_of_stage: Callable[[TrainingState], StagePairs]
     stops: Callable[[], bool] = lambda: False
     on_update: Callable[[TrainingState], Any] = lambda state: None
-    on_commit: Callable[[TrainingState], Any] = lambda state: None
+    on_checkpoint: Callable[[TrainingState], Any] = lambda state: None
 
 
 def train_stages(
@@ -210,7 +210,7 @@ def train_stages(
                 state = _with_records(state, unread, per_update)
                 unread.clear()
                 state = state.after_stage() if at_end else state
-                callbacks.on_commit(state)
+                callbacks.on_checkpoint(state)
             if stopping:
                 return state
     return state

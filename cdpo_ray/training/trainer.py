@@ -19,7 +19,7 @@ from cdpo_ray.errors import TrainingError
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import COMMITS_DIR
 from cdpo_ray.store import place, write_json, write_text
-from cdpo_ray.training.board import Board, Cursor, News, fault_of
+from cdpo_ray.training.board import Board, Cursor, News, error_of
 from cdpo_ray.training.commits import names_of, newest_of, state_of
 from cdpo_ray.training.job import TrainingJob
 
@@ -87,7 +87,7 @@ def train_adapter(
         finally:
             progress.end()
     if news.fault:
-        raise fault_of(news.fault)
+        raise error_of(news.fault)
     if failures:
         raise TrainingError(
             f"{output_dir}: training failed more than `training.max_restarts` = {training.max_restarts} times; last"

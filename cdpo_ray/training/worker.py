@@ -121,7 +121,7 @@ class Worker:
             TrainingError: too many consecutive updates were not finite, or no checkpoint is intact.
         """
         state = self._resumed()
-        callbacks = Callbacks(self._pairs_of_stage, stops, self._on_update, self._commit)
+        callbacks = Callbacks(self._pairs_of_stage, stops, self._on_update, self._write_checkpoint)
         try:
             state = train_stages(
                 self.engine,
@@ -150,7 +150,7 @@ class Worker:
             draws = {name: tensors(f"pairs.{name}").numpy() for name in PAIR_COLUMNS}
             self.drawn, self.description = StagePairs(saved["state"]["stage"], **draws), saved["description"]
         state = TrainingState.of(saved["state"])
-        self._post_commit(state, [f"training resumes after update {state.num_updates} ({newest})"])
+        self._post_checkpoint(state, [f"training resumes after update {state.num_updates} ({newest})"])
         return state
 
     def _pairs_of_stage(self, state: TrainingState) -> StagePairs:
@@ -186,7 +186,7 @@ class Worker:
         if self.rank == 0:
             self.board.post_update.remote(state.num_updates)
 
-    def _commit(self, state: TrainingState) -> None:
+    def _write_checkpoint(self, state: TrainingState) -> None:
         """Write a checkpoint; at the end of a stage, with the stage's summary."""
         if self.training.keep_best:
             self._keep_best(state)
@@ -219,11 +219,11 @@ class Worker:
             },
             self._tensors(),
         )
-        self._post_commit(state, lines)
+        self._post_checkpoint(state, lines)
 
-    def _post_commit(self, state: TrainingState, lines: list[str]) -> None:
+    def _post_checkpoint(self, state: TrainingState, lines: list[str]) -> None:
         if self.rank == 0:
-            self.board.post_commit.remote(state.num_updates, state.records, self.summaries, lines)
+            self.board.post_checkpoint.remote(state.num_updates, state.records, self.summaries, lines)
 
     def _keep_best(self, state: TrainingState) -> None:
         """Write the trained weights to `best` if their loss is the lowest of the stage; a later stage always wins."""

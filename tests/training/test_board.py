@@ -5,7 +5,7 @@ import time
 import pytest
 
 from cdpo_ray.errors import StoreError
-from cdpo_ray.training.board import Board, Cursor, News, fault_of
+from cdpo_ray.training.board import Board, Cursor, News, error_of
 
 START = Cursor()
 
@@ -20,15 +20,15 @@ def records(*updates: int) -> list[dict[str, float]]:
 
 def test_a_restart_that_posts_its_records_again_reports_nothing_twice() -> None:
     board = Board()
-    board.post_commit(2, records(1, 2), [{"stage": 1}], ["stage 1"])
+    board.post_checkpoint(2, records(1, 2), [{"stage": 1}], ["stage 1"])
     board.post_update(4)
     first = news(board)
     assert (first.num_updates, first.num_kept, first.cursor) == (4, 2, Cursor(2, 1, 1))
-    board.post_commit(2, records(1, 2), [{"stage": 1}], ["resumes after update 2"])
+    board.post_checkpoint(2, records(1, 2), [{"stage": 1}], ["resumes after update 2"])
     second = news(board, first.cursor)
     assert (second.num_updates, second.num_kept, second.records, second.summaries) == (2, 2, [], [])
     assert second.lines == ["resumes after update 2"]
-    board.post_commit(3, records(1, 2, 3), [{"stage": 1}])
+    board.post_checkpoint(3, records(1, 2, 3), [{"stage": 1}])
     third = news(board, second.cursor)
     assert [record["update"] for record in third.records] == [3] and third.lines == []
     assert third.cursor == Cursor(3, 2, 1)
@@ -36,19 +36,19 @@ def test_a_restart_that_posts_its_records_again_reports_nothing_twice() -> None:
 
 def test_a_restarted_board_reports_its_first_lines_to_a_driver_that_has_read_more() -> None:
     board = Board()
-    board.post_commit(9, records(9), [], ["stage 3"])
+    board.post_checkpoint(9, records(9), [], ["stage 3"])
     found = news(board, Cursor(8, num_lines=2))
     assert found.lines == ["stage 3"] and found.cursor == Cursor(9, num_lines=1)
 
 
 def test_a_stage_that_ended_is_reported_once_also_by_a_restarted_board() -> None:
     board = Board()
-    board.post_commit(4, records(4), [{"stage": 1}, {"stage": 2}])
+    board.post_checkpoint(4, records(4), [{"stage": 1}, {"stage": 2}])
     assert news(board, Cursor(num_stages=1)).summaries == [{"stage": 2}]
     restarted = Board()
     found = news(restarted, Cursor(num_stages=2))
     assert not found.summaries and found.cursor.num_stages == 2
-    restarted.post_commit(6, records(6), [{"stage": 1}, {"stage": 2}, {"stage": 3}])
+    restarted.post_checkpoint(6, records(6), [{"stage": 1}, {"stage": 2}, {"stage": 3}])
     assert news(restarted, found.cursor).summaries == [{"stage": 3}]
 
 
@@ -71,7 +71,7 @@ def test_the_first_fault_is_kept_and_raised_with_its_class_and_message() -> None
     board.post_fault("TrainingError", "because of that")
     assert board.has_fault()
     with pytest.raises(StoreError, match=r"^disk full$"):
-        raise fault_of(news(board).fault or ("", ""))
+        raise error_of(news(board).fault or ("", ""))
 
 
 def test_a_heartbeat_returns_the_stop_flag() -> None:

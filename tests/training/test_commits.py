@@ -68,7 +68,7 @@ def train(rank: int, num_workers: int, folder: Path, method: str, zero_stage: in
     callbacks = Callbacks(
         lambda state: StagePairs(state.stage, draws, np.zeros_like(draws), np.full_like(draws, state.stage)),
         stops=itertools.chain([False] * (stop_after - state.num_updates - 1), itertools.repeat(True)).__next__,
-        on_commit=commit,
+        on_checkpoint=commit,
     )
     loss = partial(preference_loss, beta=section.beta)
     train_stages(engine, policy, feed, state, callbacks, num_stages=2, preference_loss=loss)

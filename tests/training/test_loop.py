@@ -80,7 +80,7 @@ class Training:
             lambda state: self.stages[state.stage - 1],
             stops=lambda: stop_after is not None and len(self.num_updates) + state.num_updates + 1 >= stop_after,
             on_update=lambda state: self.num_updates.append(state.num_updates),
-            on_commit=self.committed.append,
+            on_checkpoint=self.committed.append,
         )
         return train_stages(
             self.engine, self.policy, feed, state, callbacks, num_stages=len(self.stages), preference_loss=loss
