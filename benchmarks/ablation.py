@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.curriculum.pairs import PairBatch, concat
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
@@ -39,21 +40,18 @@ from cdpo_ray.evaluation.statistics import bootstrap_over_runs
 from cdpo_ray.generation.generator import Generator, Sampling, sample_batches
 from cdpo_ray.models import load_model
 from cdpo_ray.pages.chart_style import BLUE, GREY, STYLE, VERMILLION
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.numbers import seed_of
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import start_engine
-from cdpo_ray.training.job import Optimization
-from cdpo_ray.training.loop import Feed, TrainingState, train_stages
+from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages
 from cdpo_ray.training.losses import preference_loss
 
 FAMILY, MODEL = "stable_diffusion", {"path": "embedded", "device": "cpu"}
 BETA, PAIRS_PER_UPDATE, NUM_STAGES = 200.0, 16, 4
-LORA = LoraJob(8, 8, ("to_q", "to_k", "to_v", "to_out.0"))
-OPTIMIZATION = Optimization(5e-4, 1e-4, 0.9, 0.999, 1.0, PAIRS_PER_UPDATE, PAIRS_PER_UPDATE, zero_stage=0)
+TRAINING = TrainingSection(beta=BETA, learning_rate=5e-4, global_batch_size=PAIRS_PER_UPDATE)
 TRAIN_SEED, HELDOUT_SEED = 0, 0
 JUDGES = {"oracle": "attributes right", "clip": "CLIP"}
 BASE, PLAIN, EASIEST = "base", "plain", "easiest-only"
@@ -137,30 +135,15 @@ def train(model: Any, arm: str, schedule: Schedule, seed: int, pool_dir: Path, s
     table = pq.read_table(pool_dir / "samples.parquet", columns=["prompt_index", "score_clip"]).sort_by("prompt_index")
     curriculum = Curriculum(rank_samples(np.array(table["score_clip"].to_pylist())), schedule, seed=seed)
     stages = pairs_of_stages(arm, curriculum, size.updates // NUM_STAGES * PAIRS_PER_UPDATE)
-    policy = make_policy(model, LORA, start_dir=None, reference_is_start=False, seed=seed_of(seed, "lora"))
-    engine = start_engine(model.denoiser.train(), policy.trainable, OPTIMIZATION, num_workers=1)
-    feed = Feed(
-        bank,
-        model.draw_times,
-        model.empty_conditioning,
-        empty_prompt_fraction=0.0,
-        seed=seed,
-        worker_rank=0,
-        num_workers=1,
-        optimization=OPTIMIZATION,
+    policy = make_policy(model, LoraSection(), seed=seed_of(seed, "lora"))
+    engine = start_engine(model.denoiser.train(), policy.trainable, TRAINING, num_workers=1)
+    feed = Feed(bank, model.draw_times, model.empty_conditioning, TRAINING, seed)
+    columns = ("prompt", "chosen", "rejected")
+    callbacks = Callbacks(
+        lambda state: StagePairs(state.stage, *(getattr(stages[state.stage - 1], name) for name in columns))
     )
-    state = train_stages(
-        engine,
-        model,
-        policy.reference,
-        NUM_STAGES,
-        lambda state: StagePairs(
-            state.stage, *(getattr(stages[state.stage - 1], name) for name in ("prompt", "chosen", "rejected"))
-        ),
-        feed,
-        TrainingState(),
-        preference_loss=partial(preference_loss, beta=BETA),
-    )
+    loss = partial(preference_loss, beta=BETA)
+    state = train_stages(engine, policy, feed, TrainingState(), callbacks, num_stages=NUM_STAGES, preference_loss=loss)
     model.denoiser.eval()
     last = state.records[-max(1, size.updates // NUM_STAGES) :]
     shown = concat(stages)

@@ -24,6 +24,7 @@ from alone import form_group_alone
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.evaluation.statistics import compare
@@ -31,7 +32,6 @@ from cdpo_ray.generation.generator import Generator, Sampling, sample_batches
 from cdpo_ray.models.consistency import GRID_STEP
 from cdpo_ray.models.family import DenoisingTask, Net, Times, uniform_between
 from cdpo_ray.models.latent_consistency import LatentConsistency
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.numbers import seed_of
 from cdpo_ray.records import prompt_id
@@ -39,8 +39,7 @@ from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import save_trained, start_engine
-from cdpo_ray.training.job import Optimization
-from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
+from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
 
 NUM_TRAIN, NUM_HELDOUT, NUM_STEPS, GUIDANCE_SCALE, PAIRS_PER_UPDATE = 128, 96, 2, 3.0, 16
@@ -163,26 +162,20 @@ def train(setting: Setting, work_dir: Path, output_dir: Path) -> dict[str, float
     if setting.labels != "scores":
         scores = -scores if setting.labels == "reversed" else np.random.default_rng(setting.seed).random(scores.shape)
     targets = ATTENTION if setting.lora == "attention" else ALL_KINDS
-    optimization = Optimization(setting.lr, 1e-4, 0.9, 0.999, 1.0, PAIRS_PER_UPDATE, PAIRS_PER_UPDATE, zero_stage=0)
+    section = TrainingSection(beta=setting.beta, learning_rate=setting.lr, global_batch_size=PAIRS_PER_UPDATE)
     if setting.normalised:
         model.mean_errors = reference_errors(model, bank)
-    policy = make_policy(
-        model,
-        LoraJob(setting.rank, setting.rank, targets),
-        start_dir=None,
-        reference_is_start=False,
-        seed=seed_of(setting.seed, "lora"),
-    )
-    engine = start_engine(model.denoiser.train(), policy.trainable, optimization, num_workers=1)
-    feed = Feed(bank, model.draw_times, model.empty_conditioning, 0.0, setting.seed, 0, 1, optimization)
+    lora = LoraSection(rank=setting.rank, targets=targets)
+    policy = make_policy(model, lora, seed=seed_of(setting.seed, "lora"))
+    engine = start_engine(model.denoiser.train(), policy.trainable, section, num_workers=1)
+    feed = Feed(bank, model.draw_times, model.empty_conditioning, section, setting.seed)
     done = train_stages(
         engine,
-        model,
-        policy.reference,
-        setting.stages,
-        lambda state: stage_pairs(scores, setting, state.stage),
+        policy,
         feed,
         TrainingState(),
+        Callbacks(lambda state: stage_pairs(scores, setting, state.stage)),
+        num_stages=setting.stages,
         preference_loss=functools.partial(
             preference_loss, loss=setting.loss, beta=setting.beta, label_smoothing=0.0, sft_weight=setting.sft
         ),

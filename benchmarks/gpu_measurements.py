@@ -23,19 +23,18 @@ from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 from training_step import LORA_RANK, TARGETS, ImagePairs, Stock
 
+from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.dataflow.images import encode_png
 from cdpo_ray.generation.generator import Generator, Sampling
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, save_lora
 from cdpo_ray.policy.errors import sample_errors
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.randomness.noise import generator_at
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import SampleBank, StagePairs, make_batch
 from cdpo_ray.training.engine import start_engine
-from cdpo_ray.training.job import Optimization
-from cdpo_ray.training.loop import Feed, TrainingState, train_stages
+from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import loss_of_pairs
 
@@ -92,16 +91,14 @@ def some_pairs(number: int) -> StagePairs:
 def feed_of(model: TextToImageModel, pairs: int) -> Feed:
     """What a worker trains on; encodes prompts, so the text encoders may be dropped after it."""
     empty = {name: value.cpu() for name, value in model.empty_conditioning.items()}
-    optimization = Optimization(1e-4, 1e-4, 0.9, 0.999, 1.0, pairs, pairs, zero_stage=0)
-    feed = Feed(bank_of(model), model.draw_times, empty, 0.0, 0, 0, 1, optimization)
+    section = TrainingSection(beta=BETA, learning_rate=1e-4, global_batch_size=pairs)
+    feed = Feed(bank_of(model), model.draw_times, empty, section, seed=0)
     model.drop_text_encoders()
     return feed
 
 
 def lora_policy(model: TextToImageModel, targets: Sequence[str] = TARGETS) -> Policy:
-    return make_policy(
-        model, LoraJob(LORA_RANK, LORA_RANK, tuple(targets)), start_dir=None, reference_is_start=False, seed=0
-    )
+    return make_policy(model, LoraSection(rank=LORA_RANK, targets=tuple(targets)))
 
 
 def flops_of_pair(models: Models, family: str, *, dtype: str) -> Found:
@@ -111,7 +108,7 @@ def flops_of_pair(models: Models, family: str, *, dtype: str) -> Found:
     policy = lora_policy(model)
     batch = next(feed.launches(some_pairs(1))).to(model.device, model.dtype)
     with FlopCounterMode(display=False) as counter:
-        loss, _ = loss_of_pairs(model, model.denoiser, policy.reference, batch, preference_loss=LOSS)
+        loss, _ = loss_of_pairs(policy, batch, preference_loss=LOSS)
         loss.backward()
     return {"teraflops": counter.get_total_flops() / TERA}
 
@@ -129,7 +126,7 @@ def train(
     model.denoiser.train()
     if not torch.distributed.is_initialized():
         form_group_alone(models.device)
-    engine = start_engine(model.denoiser, policy.trainable, feed.optimization, num_workers=1)
+    engine = start_engine(model.denoiser, policy.trainable, feed.training, num_workers=1)
     num_updates, num_warm = (2, 1) if models.tiny else (8, 3)
     ends = [time.perf_counter()]
 
@@ -139,17 +136,8 @@ def train(
             reset_peak(models)
 
     stage = some_pairs(num_updates * pairs)
-    state = train_stages(
-        engine,
-        model,
-        policy.reference,
-        1,
-        lambda state: stage,
-        feed,
-        TrainingState(),
-        preference_loss=LOSS,
-        on_update=note,
-    )
+    callbacks = Callbacks(lambda state: stage, on_update=note)
+    state = train_stages(engine, policy, feed, TrainingState(), callbacks, num_stages=1, preference_loss=LOSS)
     seconds = np.diff(ends)
     found = {
         "seconds": float(np.median(seconds[num_warm:])),
@@ -201,14 +189,13 @@ def toggled_reference(models: Models, *, dtype: str) -> Found:
     shallow = replace(models, scratch=models.scratch / "shallow", tiny=True)
     model = shallow.load("stable_diffusion", dtype=dtype, training=True)
     feed = feed_of(model, 4)
-    small = replace(feed, optimization=replace(feed.optimization, global_batch_size=2, pairs_per_launch=2))
+    small = replace(feed, training=feed.training.model_copy(update={"global_batch_size": 2}))
     policy = lora_policy(model, TARGETS[:1])
     model.denoiser.compile(backend="eager")
     found, sources = {}, {"training": feed, "again": feed, "smaller batch": small}
     for name, source in list(sources.items())[: 2 if models.tiny else None]:
         batch = next(source.launches(some_pairs(4))).to(model.device, model.dtype)
-        asked = (batch.latents_w, batch.conditioning, batch.times, batch.noise)
-        sample_errors(model, model.denoiser, policy.reference, *asked)
+        sample_errors(policy, batch.latents_w, batch.conditioning, batch.times, batch.noise)
         found[name] = graphs()
     torch._dynamo.reset()
     counters.clear()

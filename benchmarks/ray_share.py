@@ -23,25 +23,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from cdpo_ray.config.training import TrainingSection
 from cdpo_ray.curriculum.drawing import sort_by_difficulty
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.generation.generator import Sampling
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.progress import Progress
 from cdpo_ray.randomness.numbers import seed_of
 from cdpo_ray.records import prompt_id
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.session import ray_session
 from cdpo_ray.testbed.scenes import scene_prompts
-from cdpo_ray.training.job import CommitJob, LossJob, Optimization, TrainingJob
+from cdpo_ray.training.job import TrainingJob
 
 FAMILY, MODEL, JUDGES = "stable_diffusion", {"path": "embedded"}, {"clip": {}, "oracle": {}}
 SAMPLING = Sampling(0, 8, num_denoising_steps=10, guidance_scale=1.0, height=None, width=None, images_per_batch=8)
 COMPARED = Sampling(0, 4, num_denoising_steps=10, guidance_scale=1.0, height=None, width=None, images_per_batch=8)
 NUM_STAGES, PAIRS_PER_UPDATE, BETA = 4, 16, 200.0
-LORA_TO_TRAIN = LoraJob(8, 8, ("to_q", "to_k", "to_v", "to_out.0"))
-OPTIMIZATION = Optimization(5e-4, 1e-4, 0.9, 0.999, 1.0, PAIRS_PER_UPDATE, PAIRS_PER_UPDATE, zero_stage=0)
+TRAINING = TrainingSection(beta=BETA, learning_rate=5e-4, global_batch_size=PAIRS_PER_UPDATE, max_restarts=0)
 MAKE_REWARD, MAKE_JUDGES = functools.partial(Scorer, {"clip": {}}), functools.partial(Scorer, JUDGES)
 
 
@@ -90,8 +89,7 @@ class ThroughRay:
     def train(self, job: TrainingJob, output_dir: Path) -> None:
         from cdpo_ray.training.trainer import train_adapter
 
-        resources = {"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0}
-        train_adapter(job, output_dir, num_updates=1, **resources, max_restarts=0, progress=Progress())
+        train_adapter(job, num_updates=1, cpus_per_worker=1, gpus_per_worker=0, progress=Progress())
 
     def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
         from cdpo_ray.dataflow.streams import PoolSize
@@ -134,42 +132,29 @@ class Bare:
         from cdpo_ray.training.batches import SampleBank, StagePairs
         from cdpo_ray.training.commits import Commits
         from cdpo_ray.training.engine import save_trained, start_engine, training_tensors
-        from cdpo_ray.training.loop import Feed, TrainingState, train_stages
+        from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages
         from cdpo_ray.training.losses import preference_loss
 
         form_group_alone("cpu")
         model = load_model(FAMILY, **MODEL, for_training=True)
         seed = seed_of(job.seed, "lora")
-        policy = make_policy(model, job.lora, start_dir=None, reference_is_start=False, seed=seed)
-        engine = start_engine(model.denoiser.train(), policy.trainable, job.optimization, num_workers=1)
+        policy = make_policy(model, job.lora, seed=seed)
+        engine = start_engine(model.denoiser.train(), policy.trainable, job.training, num_workers=1)
         bank = SampleBank.read(Path(job.samples_dir))
-        feed = Feed(
-            bank,
-            model.draw_times,
-            model.empty_conditioning,
-            job.empty_prompt_fraction,
-            job.seed,
-            worker_rank=0,
-            num_workers=1,
-            optimization=job.optimization,
-        )
-
-        commits = Commits(output_dir / "commits", keep_last=job.commits.keep_last, device=engine.device)
+        feed = Feed(bank, model.draw_times, model.empty_conditioning, job.training, job.seed)
+        commits = Commits(output_dir / "commits", keep_last=job.training.keep_last, device=engine.device)
 
         def commit(state: TrainingState) -> None:
             commits.write(state.num_updates, asdict(state), training_tensors(engine))
 
         train_stages(
             engine,
-            model,
-            policy.reference,
-            job.num_stages,
-            lambda state: StagePairs.read(Path(job.stages_dir), state.stage, bank),
+            policy,
             feed,
             TrainingState(),
-            preference_loss=functools.partial(preference_loss, **asdict(job.loss)),
-            updates_per_commit=job.commits.updates_per_commit,
-            on_commit=commit,
+            Callbacks(lambda state: StagePairs.read(Path(job.stages_dir), state.stage, bank), on_checkpoint=commit),
+            num_stages=job.num_stages,
+            preference_loss=functools.partial(preference_loss, beta=job.training.beta),
         )
         save_trained(engine, model, output_dir, lora=True)
 
@@ -246,21 +231,14 @@ def walk(route: Route, size: Size) -> dict[str, float]:
         timed("generate", route.generate, scene_prompts("train", size.prompts, seed=0), samples)
         draw_stages(samples, stages, size.updates // NUM_STAGES * PAIRS_PER_UPDATE)
         job = TrainingJob(
-            str(samples),
-            str(stages),
-            NUM_STAGES,
-            FAMILY,
-            MODEL,
-            LORA_TO_TRAIN,
-            LossJob("dpo", BETA),
-            0.0,
-            False,
-            OPTIMIZATION,
-            seed=0,
+            TRAINING,
+            samples_dir=str(samples),
+            stages_dir=str(stages),
             output_dir=str(training),
-            commits=CommitJob(str(training / "commits"), updates_per_commit=50, keep_last=2, keep_best=False),
-            max_skipped_updates=20,
-            collective_timeout_seconds=600,
+            num_stages=NUM_STAGES,
+            family=FAMILY,
+            model=MODEL,
+            seed=0,
         )
         timed("train", route.train, job, training)
         heldout = scene_prompts("heldout", size.heldout, seed=0)

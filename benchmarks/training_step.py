@@ -10,7 +10,7 @@ import functools
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +23,8 @@ from rates import CLOCKS, machine, print_rates, rates_in_turns
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.models import load_model
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import PairBatch
@@ -123,11 +123,10 @@ class Ours:
             for_training=True,
         )
         self.denoiser = self.model.denoiser
-        lora = LoraJob(LORA_RANK, LORA_RANK, TARGETS)
-        made = make_policy(self.model, lora, start_dir=None, reference_is_start=False, seed=0)
-        self.trainable, self.reference = made.trainable, made.reference
+        policy = make_policy(self.model, LoraSection(rank=LORA_RANK))
+        self.trainable = policy.trainable
         self.engine = _start_engine(self.denoiser, self.trainable, options) if options.deepspeed else None
-        self.policy = self.engine or self.denoiser
+        self.policy = replace(policy, net=self.engine or self.denoiser)
         self.optimizer = torch.optim.AdamW(self.trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         conditioning, _ = self.model.encode_prompts(pairs.prompts)
         latents_w, latents_l = latents.chunk(2)
@@ -142,13 +141,7 @@ class Ours:
 
     def update(self) -> Tensor:
         batch = self.batch.to(self.model.device, self.model.dtype)
-        loss, _ = loss_of_pairs(
-            self.model,
-            self.policy,
-            self.reference,
-            batch,
-            preference_loss=functools.partial(preference_loss, beta=BETA),
-        )
+        loss, _ = loss_of_pairs(self.policy, batch, preference_loss=functools.partial(preference_loss, beta=BETA))
         if self.engine:
             self.engine.backward(loss)
             self.engine.step()
@@ -162,13 +155,16 @@ class Ours:
 
 def _start_engine(denoiser: nn.Module, trainable: Sequence[nn.Parameter], options: argparse.Namespace) -> nn.Module:
     from cdpo_ray.training.engine import start_engine
-    from cdpo_ray.training.job import Optimization
 
     form_group_alone(options.device)
-    optimization = Optimization(
-        LEARNING_RATE, WEIGHT_DECAY, 0.9, 0.999, MAX_GRAD_NORM, options.pairs, options.pairs, zero_stage=0
+    section = TrainingSection(
+        beta=BETA,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_GRAD_NORM,
+        global_batch_size=options.pairs,
     )
-    return start_engine(denoiser, trainable, optimization, num_workers=1)
+    return start_engine(denoiser, trainable, section, num_workers=1)
 
 
 def same_adapters(ours: Ours, stock: Stock) -> None:

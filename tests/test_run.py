@@ -293,7 +293,7 @@ def test_fault_07_a_poison_prompt_costs_itself_alone_on_the_whole_way(tiny_sd15:
     write_reports(config)
     manifest = run.manifest("1-samples")
     assert manifest["counts"]["prompts_set_aside"] == 2 and manifest["counts"]["prompts"] == 3
-    assert "2 prompts raise inside the model; set_aside.jsonl says which and why" in manifest["warnings"]
+    assert "2 prompts failed in the model; see set_aside.jsonl for each error" in manifest["warnings"]
     entries = [json.loads(line) for line in (run.step("1-samples") / "set_aside.jsonl").read_text().splitlines()]
     assert [(entry["prompt_index"], entry["prompt"]) for entry in entries] == [(1, "a zebra"), (3, "a lizard")]
     assert read_shards(run.step("1-samples"), ["prompt_index"])["prompt_index"].to_pylist() == [0, 2, 4]

@@ -1,4 +1,4 @@
-"""What each step's outcome depends on, and what it draws from."""
+"""Settings and seeds of each step."""
 
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ def settings(*overrides: str) -> dict[str, dict[str, Any]]:
 
 
 def changed(*overrides: str) -> set[str]:
-    """The steps that are made anew by themselves when these values change."""
+    """The steps whose own settings change with these values."""
     then, now = settings(), settings(*overrides)
     return {verb for verb in now if differences(then[verb], now[verb])}
 
 
 @pytest.mark.parametrize("round_number", [1, 3])
-def test_another_training_seed_draws_other_pairs_and_trains_anew_on_the_same_images(round_number: int) -> None:
+def test_another_training_seed_redraws_pairs_and_retrains_on_the_same_images(round_number: int) -> None:
     def seeds(*overrides: str) -> tuple[int, int]:
         context = Context(config(*overrides), PromptSplit([], [], 0), RunFolder(Path("runs/x")), round=round_number)
         return context.seed, context.training_seed
@@ -47,14 +47,14 @@ def test_another_training_seed_draws_other_pairs_and_trains_anew_on_the_same_ima
     assert changed("training.seed=7") == {"pairs", "train"}
 
 
-def test_what_was_made_before_there_were_validation_prompts_and_training_seeds_stays_valid() -> None:
+def test_runs_older_than_validation_prompts_and_training_seeds_stay_valid() -> None:
     for then, now in ((settings(), settings()), (settings("run.seed=3"), settings("run.seed=3"))):
         for verb in now:
             old = {key: value for key, value in then[verb].items() if key not in NEW}
             assert not differences(old, now[verb]), verb
 
 
-def test_validation_prompts_of_their_own_source_change_nothing_and_a_share_of_the_training_source_does() -> None:
+def test_validation_prompts_change_the_samples_only_if_they_are_a_fraction_of_the_training_prompts() -> None:
     assert changed("prompts.validation={source: scenes}") == set()
     assert changed("prompts.validation={fraction: 0.2}") == {"generate"}
 
@@ -67,7 +67,7 @@ def context_of(*overrides: str, path: Path = SD15, **values: Any) -> Context:
     return Context(load_config(path, overrides), PROMPTS, RunFolder(Path("runs/x")), **values)
 
 
-def test_compile_auto_is_decided_step_by_step_for_the_gpu_that_is_there() -> None:
+def test_compile_auto_is_decided_per_step_for_the_given_gpu() -> None:
     context = context_of("model.compile=auto", gpu=GPUS["h100"])
     assert [context.compiles(verb) for verb in VERBS] == [True, True, False]  # 320 images are too few
     assert context_of("model.compile=auto", gpu=GPUS["l4"]).compiles("evaluate")
@@ -92,7 +92,7 @@ def test_a_step_on_gpus_is_predicted_and_one_on_cpus_is_not() -> None:
     assert all(context_of(path=QUICKSTART).predicted(verb) is None for verb in VERBS)
 
 
-def test_the_gpu_of_estimates_is_the_clusters_if_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimates_use_the_clusters_gpu_if_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cdpo_ray.run.visible_gpu", lambda: None)
     head, unknown, gpus = Node("a", 4), Node("b", 4, (1.0,), "G"), Node("c", 4, (1.0,), "L4")
     assert cluster_gpu([head, unknown, gpus]) == GPUS["l4"]

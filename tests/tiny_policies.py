@@ -1,4 +1,4 @@
-"""Tiny models set up as a training worker does, and pairs to train them on."""
+"""Tiny models set up as in a training worker, their config section, and pairs to train on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.randomness.noise import generator_at, noise_at
 from cdpo_ray.training.batches import PairBatch
@@ -24,11 +24,16 @@ def load(folder: Path, family: str, **options: Any) -> TextToImageModel:
 def start(
     folder: Path, family: str = "stable_diffusion", *, dtype: str = "float32", compiled: bool = False
 ) -> tuple[TextToImageModel, Policy]:
-    """A model as a training worker sets it up."""
+    """Model and policy as in a training worker."""
     model = load(folder, family, dtype=dtype, compile=compiled, for_training=True)
-    policy = make_policy(model, LoraJob(4, 8, TARGETS), start_dir=None, reference_is_start=False, seed=0)
+    policy = make_policy(model, LoraSection(rank=4, alpha=8, targets=TARGETS))
     model.denoiser.train()
     return model, policy
+
+
+def training_section(**keys: Any) -> TrainingSection:
+    """Section with these keys; the required ones have values."""
+    return TrainingSection(**{"beta": 500, "learning_rate": 1e-3, "global_batch_size": 4} | keys)
 
 
 def make_pairs(model: TextToImageModel, count: int = 4) -> PairBatch:

@@ -1,1 +1,1 @@
-"""The policy and its frozen reference, the errors of both, and the rewards that they imply."""
+"""Policy and frozen reference, the errors of both, and implicit rewards."""

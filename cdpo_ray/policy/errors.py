@@ -5,60 +5,56 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cdpo_ray.models.family import Conditioning, Net, TextToImageModel, Times
-from cdpo_ray.policy.policy import Reference
+from cdpo_ray.models.family import Conditioning, Times
+from cdpo_ray.policy.policy import Policy
 
 
 def sample_errors(
-    model: TextToImageModel,
-    policy: Net,
-    reference: Reference,
-    latents: Tensor,
-    conditioning: Conditioning,
-    times: Times,
-    noise: Tensor,
+    policy: Policy, latents: Tensor, conditioning: Conditioning, times: Times, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Errors of each sample under the policy and under the reference, ``[sample]`` fp32 each: one task, both answer it.
+    """Error of each sample under the policy and under the reference, on the same model inputs and target.
 
     Args:
-        policy: what is called to run the net: the net itself, or the engine around it.
-        latents, noise: ``[sample, channel, height, width]``.
-        conditioning, times: a row a sample.
+        latents, noise: ``[sample, channel, height, width]``, on the model's device.
+        conditioning, times: one row per sample.
+
+    Returns:
+        Policy errors ``[sample]`` fp32, which carry gradients; reference errors ``[sample]`` fp32, which do not.
     """
-    with torch.no_grad(), reference(policy) as frozen:
-        task = model.denoising_task(frozen, latents, conditioning, times, noise)
-        reference_errors = model.errors(frozen, task)
-    return model.errors(policy, task), reference_errors
+    model = policy.model
+    with torch.no_grad(), policy.reference(policy.net) as reference:
+        task = model.denoising_task(reference, latents, conditioning, times, noise)
+        reference_errors = model.errors(reference, task)
+    return model.errors(policy.net, task), reference_errors
 
 
 @torch.no_grad()
 def error_changes(
-    model: TextToImageModel,
-    policy: Net,
-    reference: Reference,
+    policy: Policy,
     latents: Tensor,
     conditioning: Conditioning,
     draws: Sequence[tuple[Times, Tensor]],
     *,
     samples_per_launch: int,
 ) -> Tensor:
-    """Policy error minus reference error of each sample, ``[sample]`` fp32, a mean over the draws.
+    """Policy error minus reference error of each sample, averaged over the draws.
 
     Args:
-        policy, reference: as in `sample_errors`.
         latents: ``[sample, channel, height, width]``.
-        conditioning: a row a sample.
-        draws: times and noise of each draw, a row a sample.
-        samples_per_launch: samples that go through the net at once.
+        conditioning: one row per sample.
+        draws: times and noise of each draw, one row per sample.
+        samples_per_launch: number of samples per forward pass.
+
+    Returns:
+        ``[sample]`` fp32, on the model's device.
     """
+    model = policy.model
     changes = torch.zeros(len(latents), device=model.device)
     for times, noise in draws:
         for start in range(0, len(latents), samples_per_launch):
             part = slice(start, start + samples_per_launch)
             policy_errors, reference_errors = sample_errors(
-                model,
                 policy,
-                reference,
                 latents[part].to(model.device, model.dtype),
                 {name: value[part].to(model.device, model.dtype) for name, value in conditioning.items()},
                 {name: value[part].to(model.device) for name, value in times.items()},

@@ -1,4 +1,4 @@
-"""Policy -> implicit reward of each sample, up to a constant of its prompt."""
+"""Policy -> implicit reward of each sample, up to a constant per prompt."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdpo_ray.models.family import Conditioning, Net, TextToImageModel, Times, rows_of
+from cdpo_ray.models.family import Conditioning, TextToImageModel, Times, rows_of
 from cdpo_ray.policy.errors import error_changes
-from cdpo_ray.policy.policy import Reference
+from cdpo_ray.policy.policy import Policy
 from cdpo_ray.randomness.noise import generator_at
 
 
 @torch.no_grad()
 def sample_values(
-    model: TextToImageModel,
-    policy: Net,
-    reference: Reference,
+    policy: Policy,
     latents: Tensor,
     conditioning: Conditioning,
     *,
@@ -29,33 +27,34 @@ def sample_values(
     worker_rank: int,
     num_workers: int,
 ) -> NDArray[np.float32]:
-    """``-kappa (policy error - reference error)`` of every sample, ``[prompt, sample]``, in nats.
+    """``-kappa (policy error - reference error)`` of every sample, in nats.
 
-    All samples of a prompt see the same times and noise, a function of (seed, stage, prompt, draw), so the difference
-    of two values is the mean margin of that pair over the draws. Each worker measures its share of the prompts; all get
-    all values.
+    All samples of a prompt share times and noise, a function of (seed, stage, prompt, draw), so the difference of two
+    values is that pair's margin, averaged over the draws. Each worker measures a share of the prompts; the values are
+    then summed over workers, so every worker returns all of them.
 
     Args:
-        policy, reference: as in `errors.sample_errors`.
         latents: ``[prompt, sample, channel, height, width]``.
         conditioning: one row per prompt.
-        num_draws: times and noises a prompt, averaged over; more is less noisy.
-        samples_per_launch: samples that go through the net at once.
+        num_draws: number of (times, noise) draws per prompt to average over; more draws, less noise.
+        samples_per_launch: number of samples per forward pass.
+
+    Returns:
+        ``[prompt, sample]``.
     """
+    model = policy.model
     num_prompts, num_samples = latents.shape[:2]
     values = torch.zeros(num_prompts, num_samples, device=model.device)
     for first in range(0, num_prompts, num_workers):
-        # Past the last prompt a worker measures that one again, for nothing: under ZeRO 3 all must launch alike.
+        # Past the last prompt a worker measures that one again and drops it: ZeRO 3 needs the same launches everywhere.
         row = min(first + worker_rank, num_prompts - 1)
-        asked = [draw_question(model, latents.shape[2:], seed, "margin", stage, row, draw) for draw in range(num_draws)]
+        draws = [draw_noise(model, latents.shape[2:], seed, "margin", stage, row, draw) for draw in range(num_draws)]
         same = [0] * num_samples
         changes = error_changes(
-            model,
             policy,
-            reference,
             latents[row],
             rows_of(conditioning, [row] * num_samples),
-            [(rows_of(times, same), noise[same]) for times, noise in asked],
+            [(rows_of(times, same), noise[same]) for times, noise in draws],
             samples_per_launch=samples_per_launch,
         )
         if first + worker_rank < num_prompts:
@@ -76,22 +75,21 @@ def implicit_values(
     samples_per_launch: int,
     seed: int,
 ) -> NDArray[np.float32]:
-    """``-(error of the fine-tuned model - error of the base)`` of each sample, a mean over draws of times and noise.
+    """``-(error of the fine-tuned model - error of the base)`` of each sample, averaged over draws of times and noise.
 
-    DPO's implicit reward but for a positive factor, which changes no order. All samples of a prompt see the same times
-    and noise, a function of (seed, prompt, draw), so that their values can be compared. The model is left with
-    `use_tuned` on.
+    DPO's implicit reward up to a positive factor, which does not change the order. All samples of a prompt share times
+    and noise, a function of (seed, prompt, draw), so their values are comparable. Leaves the model with `use_tuned` on.
 
     Args:
-        model: with what `load_tuned` added; one whose target a teacher makes must be loaded ``for_training``.
-        latents: ``[sample, channel, height, width]``, scaled as the denoiser sees them; of images from anywhere.
-        conditioning: a row a sample.
-        prompts: ``[sample]``, the text of each; by it the draws are addressed.
-        num_draws: more is less noisy.
-        samples_per_launch: samples that go through the net at once.
+        model: model after `load_tuned`; must be loaded ``for_training`` if a teacher computes its target.
+        latents: ``[sample, channel, height, width]``, scaled as the denoiser's input; of any images.
+        conditioning: one row per sample.
+        prompts: ``[sample]``, prompt texts, which address the draws.
+        num_draws: number of (times, noise) draws to average over; more draws, less noise.
+        samples_per_launch: number of samples per forward pass.
 
     Returns:
-        ``[sample]``; the more, the more the fine-tuned model favours it.
+        ``[sample]``; higher: preferred by the fine-tuned model.
 
     Source: arXiv:2311.12908.
     """
@@ -101,23 +99,16 @@ def implicit_values(
     rows = [row_of[prompt] for prompt in prompts]
     draws = []
     for draw in range(num_draws):
-        asked = [draw_question(model, latents.shape[1:], seed, "implicit", prompt, draw) for prompt in distinct]
-        times = {name: torch.cat([times[name] for times, _ in asked])[rows] for name in asked[0][0]}
-        draws.append((times, torch.cat([noise for _, noise in asked])[rows]))
-    changes = error_changes(
-        model,
-        model.denoiser,
-        model.base_of,
-        latents,
-        conditioning,
-        draws,
-        samples_per_launch=samples_per_launch,
-    )
+        drawn = [draw_noise(model, latents.shape[1:], seed, "implicit", prompt, draw) for prompt in distinct]
+        times = {name: torch.cat([times[name] for times, _ in drawn])[rows] for name in drawn[0][0]}
+        draws.append((times, torch.cat([noise for _, noise in drawn])[rows]))
+    policy = Policy(model, model.denoiser, model.base_of)
+    changes = error_changes(policy, latents, conditioning, draws, samples_per_launch=samples_per_launch)
     return -changes.cpu().numpy()
 
 
-def draw_question(model: TextToImageModel, shape: tuple[int, ...], *address: int | str) -> tuple[Times, Tensor]:
-    """One row of times and of noise ``[1, *shape]`` for samples that are to be compared: a function of the address."""
+def draw_noise(model: TextToImageModel, shape: tuple[int, ...], *address: int | str) -> tuple[Times, Tensor]:
+    """Times, one row, and noise ``[1, *shape]`` shared by samples to compare: a function of the address."""
     generator = generator_at(*address)
     times = {name: value[None] for name, value in model.draw_times(generator).items()}
     return times, torch.randn(shape, generator=generator)[None]

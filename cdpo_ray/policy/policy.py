@@ -1,15 +1,17 @@
-"""Model -> what is trained and what it is measured against."""
+"""Model -> trainable policy and frozen reference."""
 
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from cdpo_ray.config.training import LoraSection
+from cdpo_ray.curriculum.capacity import stage_capacities
 from cdpo_ray.models.family import Net, TextToImageModel
 from cdpo_ray.models.lora import (
     LORA_DIR,
@@ -19,49 +21,67 @@ from cdpo_ray.models.lora import (
     freeze_as_reference,
 )
 from cdpo_ray.models.lora_growth import LoraGrowth
-from cdpo_ray.policy.job import LoraJob
 
 Reference = Callable[[Net], AbstractContextManager[Net]]
-"""Takes what is called to run the policy; within the block, what it gives is the frozen reference."""
+"""Policy's net -> context manager that yields the reference's: for a LoRA the same net, its adapter switched off."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The net that learns, its trainable parameters, and the reference it is held to.
+    """Trainable net, its frozen reference, and the model that both belong to.
 
     Attributes:
-        begin_stage: called with a stage, 1-based, before its first update; what learns may grow there.
+        model: its denoiser is the policy's net.
+        net: callable that runs the policy: the denoiser, or the engine around it.
+        trainable: trainable parameters.
+        begin_stage: called with a stage, 1-based, before its updates; a growing LoRA grows there.
     """
 
-    trainable: list[nn.Parameter]
+    model: TextToImageModel
+    net: Net
     reference: Reference
+    trainable: list[nn.Parameter] = field(default_factory=list)
     begin_stage: Callable[[int], None] = lambda stage: None
 
 
 def make_policy(
-    model: TextToImageModel, lora: LoraJob | None, *, start_dir: Path | None, reference_is_start: bool, seed: int
+    model: TextToImageModel,
+    lora: LoraSection | None,
+    *,
+    num_stages: int = 1,
+    start_dir: Path | None = None,
+    reference_is_start: bool = False,
+    seed: int = 0,
 ) -> Policy:
-    """Make the model's denoiser a policy, in place.
+    """Make the model's denoiser trainable, in place.
 
     Args:
-        lora: the LoRA to train; none trains the whole net, and a frozen copy of it is the reference. One that goes on
-            from an earlier round is full-grown already.
-        start_dir: `4-training` of an earlier round to go on from; none starts from the base model.
-        reference_is_start: hold the policy to what it started from, in place of the base model.
-        seed: of the LoRA's first factor.
+        lora: LoRA to train; ``None``: full fine-tuning, whose reference is a frozen copy of the net.
+        num_stages: number of stages over which a growing LoRA grows; with ``start_dir`` it is fully grown at once.
+        start_dir: path of an earlier round's `4-training`, to continue from; ``None``: the base model.
+        reference_is_start: whether the reference is the initial policy, in place of the base model.
+        seed: seed of the LoRA's first factor.
+
+    Raises:
+        ModelError: the LoRA in ``start_dir`` has other layers or another rank.
+        ValueError: the LoRA grows, but there is only one stage.
     """
-    return (
-        _lora_policy(model, lora, start_dir, reference_is_start, seed)
-        if lora
-        else _full_policy(model, start_dir, reference_is_start)
-    )
+    if lora:
+        return _lora_policy(model, lora, num_stages, start_dir, reference_is_start, seed)
+    return _full_policy(model, start_dir, reference_is_start)
 
 
 def _lora_policy(
-    model: TextToImageModel, lora: LoraJob, start_dir: Path | None, reference_is_start: bool, seed: int
+    model: TextToImageModel,
+    lora: LoraSection,
+    num_stages: int,
+    start_dir: Path | None,
+    reference_is_start: bool,
+    seed: int,
 ) -> Policy:
     denoiser = model.denoiser
-    trainable = attach_lora(denoiser, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
+    alpha = lora.alpha or lora.rank
+    trainable = attach_lora(denoiser, rank=lora.rank, alpha=alpha, targets=lora.targets, seed=seed)
     if start_dir:
         continue_from(denoiser, model.denoiser_name, start_dir / LORA_DIR)
         if reference_is_start:
@@ -74,15 +94,16 @@ def _lora_policy(
         with frozen():
             yield policy
 
-    if start_dir or len(set(lora.capacities)) <= 1:
-        return Policy(trainable, reference)
-    growth = LoraGrowth(denoiser, from_output=lora.from_output)
+    if start_dir or not lora.grows:
+        return Policy(model, denoiser, reference, trainable)
+    capacities = stage_capacities(lora.rank, num_stages, **lora.growth)
+    growth = LoraGrowth(denoiser, from_output=lora.unfreeze == "from_output")
 
     def begin_stage(stage: int) -> None:
-        capacity = lora.capacities[stage - 1]
+        capacity = capacities[stage - 1]
         growth.let_learn(capacity.rank, capacity.block_share)
 
-    return Policy(trainable, reference, begin_stage)
+    return Policy(model, denoiser, reference, trainable, begin_stage)
 
 
 def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_start: bool) -> Policy:
@@ -90,7 +111,7 @@ def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_s
     if start_dir:
         model.load_tuned(start_dir)
         model.use_tuned(True)
-    for net in (base, model.denoiser):  # DeepSpeed stores the policy so; one layout, the same kernels for both
+    for net in (base, model.denoiser):  # DeepSpeed's layout; one layout for both, so the same kernels
         net.to(memory_format=torch.contiguous_format)
     frozen = base
     if reference_is_start or not start_dir:
@@ -101,4 +122,5 @@ def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_s
     model.denoiser.requires_grad_(True)
     for parameter in model.denoiser.parameters():
         parameter.data = parameter.data.clone()  # aligned like the copy's, so that kernels and roundings are the same
-    return Policy(list(model.denoiser.parameters()), lambda policy: contextlib.nullcontext(frozen))
+    trainable = list(model.denoiser.parameters())
+    return Policy(model, model.denoiser, lambda policy: contextlib.nullcontext(frozen), trainable)

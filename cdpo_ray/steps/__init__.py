@@ -1,7 +1,7 @@
-"""Config -> each step's arguments; the steps in the order of the data's way.
+"""Config -> arguments of each step; the steps in pipeline order.
 
-A step's own modules are imported when it runs, so that checking a configuration, or passing over finished steps, needs
-neither torch nor ray.
+A step's own modules are imported when it runs, so checking a config or skipping finished steps needs neither torch nor
+Ray.
 """
 
 import functools
@@ -151,12 +151,12 @@ SIDES_COMPARED = tuple(
 
 
 def steps_of(config: Config) -> tuple[Step, ...]:
-    """The steps of a configuration's way: images are generated, or imported with preferences."""
+    """Steps of a config: samples are generated, or imported with preferences."""
     return (IMPORT, *STEPS[1:]) if config.preferences else STEPS
 
 
 def demands_of(step: Step, config: Config) -> list[Demand]:
-    """The actors of a step, which run at the same time; a pool begins with one and takes more as they find room."""
+    """Actors and tasks that a step runs at the same time; a pool starts with one actor and grows as resources allow."""
     resources, trainers = config.resources, config.resources.trainers
     generators = Demand("resources.generators", "actor", *_actors(resources.generators))
     scorers = Demand("resources.scorers", "actor", *_actors(resources.scorers))
@@ -165,13 +165,13 @@ def demands_of(step: Step, config: Config) -> list[Demand]:
         num = config.training.num_workers
         return [Demand("training.num_workers", "worker", num, num, trainers.cpus_per_worker, trainers.gpus_per_worker)]
     if step.folder in (SAMPLES, EVALUATION, VALIDATION, HELDOUT):
-        apart = step.folder == SAMPLES and config.rewards.placement == "pool" and config.rewards.judges
-        pools = [generators, scorers] if apart else [generators]
+        both = step.folder == SAMPLES and config.rewards.placement == "pool" and config.rewards.judges
+        pools = [generators, scorers] if both else [generators]
     elif step.folder == SCORES:
         pools = [scorers]
     # Ray Data tasks of one CPU each read and write the actors' rows. If actors hold every CPU, the tasks cannot start:
-    # judges wait for rows forever, and no image is written before all are made. With zero CPUs they could start, but
-    # also on a cluster's head node, which advertises no CPUs so that it is kept free.
+    # judges wait for rows forever, and no image is written before all are generated. Tasks of zero CPUs could start,
+    # but also on a cluster's head node, which advertises no CPUs to stay free.
     return [*pools, *(Demand(f"{pool.key}.cpus_per_actor", "task of Ray Data", 1, 1, 1, 0) for pool in pools[:1])]
 
 

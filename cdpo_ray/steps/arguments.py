@@ -1,4 +1,4 @@
-"""Config -> arguments that several steps share, and what of the config their outcome depends on."""
+"""Config -> arguments and settings that several steps share."""
 
 import importlib.machinery
 import os
@@ -16,9 +16,9 @@ from cdpo_ray.records import LABEL, score_file
 from cdpo_ray.store import StepOutput, files_sha256
 
 MODEL_ENDINGS = (".json", ".txt", ".jinja", ".model", ".safetensors")
-"""Files of a model's folder that are loaded; pickles and code never are."""
+"""Suffixes of the files loaded from a model's folder; pickles and code are never loaded."""
 REWARD_WEIGHTS = ("checkpoint", "processor", "vocabulary", "captioner", "sentence_encoder")
-"""Options of rewards that name a file, a folder or a hub id."""
+"""Reward options whose value is a file, a folder or a hub id."""
 
 
 def prompt_source(section: PromptSource) -> sources.Source:
@@ -26,22 +26,22 @@ def prompt_source(section: PromptSource) -> sources.Source:
 
 
 def preference_source(config: Config) -> Source:
-    """Where the preferences of a configuration lie."""
-    assert config.preferences is not None, "asked of a config with preferences"
+    """Location and format of the preferences."""
+    assert config.preferences is not None, "called for a config with preferences only"
     return Source(**config.preferences.model_dump(include={"path", "format", "columns", "difficulty"}))
 
 
 def preference_frame(config: Config) -> Any:
-    """What imported images are made to fit.
+    """Size that imported images are cropped to, and the limits on their files.
 
     Raises:
-        ConfigError: the size is not given and cannot be known.
+        ConfigError: the size is not given, and a hub model's is unknown.
     """
     from cdpo_ray.models.sizes import sizes_of
     from cdpo_ray.preferences.images import Frame
 
     generation, preferences = config.generation, config.preferences
-    assert preferences is not None, "asked of a config with preferences"
+    assert preferences is not None, "called for a config with preferences only"
     sizes = sizes_of(config.model.family, config.model.path, generation.height, generation.width)
     if sizes is None:
         raise ConfigError("`generation.height` and `generation.width` must be given to import images for a hub model")
@@ -52,7 +52,7 @@ def model_arguments(config: Config, *, compiles: bool = False) -> dict[str, Any]
     """Keyword arguments of the family's ``load``.
 
     Args:
-        compiles: what ``model.compile`` 'auto' means for the step.
+        compiles: value that ``model.compile`` 'auto' resolves to for the step.
     """
     arguments = config.model.model_dump(exclude={"family"}, exclude_none=True)
     return arguments | {"compile": compiles if config.model.compile == "auto" else config.model.compile}
@@ -117,9 +117,12 @@ def seed_setting(config: Config) -> dict[str, Any]:
 
 
 def prompts_sha256(config: Config, side: str) -> dict[str, str | None]:
-    """SHA-256 of the file that the prompts of a side come from, as a setting.
+    """SHA-256 of the source file of a split's prompts, as a setting.
 
-    A share of the training prompts comes from what those come from.
+    A split that is a fraction of the training prompts has their source.
+
+    Args:
+        side: ``train``, ``heldout`` or ``validation``.
 
     Raises:
         PromptError: the file cannot be read.
@@ -133,15 +136,15 @@ def prompts_sha256(config: Config, side: str) -> dict[str, str | None]:
 
 
 def preferences_sha256(config: Config) -> dict[str, str]:
-    """SHA-256 of the preference files and of the images that they name, as a setting."""
+    """SHA-256 of the preference files and of the images they refer to, as a setting."""
     return {"preferences.files": fingerprint(preference_source(config))}
 
 
 def model_sha256(config: Config) -> dict[str, str]:
-    """SHA-256 of the model's local folders, as settings; a hub id is identified by its revision.
+    """SHA-256 of the local model folders, as settings; a hub model is identified by its revision.
 
     Raises:
-        StoreError: a file was changed while it was read.
+        StoreError: a file changed while it was read.
     """
     teacher = config.model.teacher
     places = {"model": config.model.path} | ({"model.teacher": teacher.path} if teacher else {})
@@ -150,13 +153,12 @@ def model_sha256(config: Config) -> dict[str, str]:
 
 
 def reward_sha256(config: Config, name: str) -> dict[str, str]:
-    """SHA-256 of the local files that a reward consists of, by option; of an own reward, of its module or package.
+    """SHA-256 of a reward's local files, by option; of a user-defined reward, of its module or package.
 
-    Weights that the configuration pins by a SHA-256 of their own are left out, and so is a module that is not found:
-    the reward will say so.
+    Weights pinned by ``sha256`` in the config are left out, and so is a missing module, which fails on loading.
 
     Raises:
-        StoreError: a file was changed while it was read.
+        StoreError: a file changed while it was read.
     """
     if OWN_REWARD.match(name):
         module = name.partition(":")[0].partition(".")[0]
@@ -173,12 +175,12 @@ def reward_sha256(config: Config, name: str) -> dict[str, str]:
 
 
 def judged_with(config: Config, name: str) -> dict[str, Any]:
-    """What a reward's scores depend on beside the images: its options, and the SHA-256 of its files."""
+    """Settings that a reward's scores depend on, besides the images: its options and the SHA-256 of its files."""
     return config.rewards.options(name) | reward_sha256(config, name)
 
 
 def judge_settings(config: Config) -> dict[str, Any]:
-    """Settings of the evaluation's judges: of each the arguments of its class, and apart from them its SHA-256."""
+    """Settings of the evaluation's judges: the arguments of each class, and the SHA-256 of its files."""
     judges = config.evaluation_judges
     contents = {
         f"rewards.{name}.{key}": sha256 for name in judges for key, sha256 in reward_sha256(config, name).items()
@@ -187,7 +189,7 @@ def judge_settings(config: Config) -> dict[str, Any]:
 
 
 def _weights_sha256(where: str | None, *, key: str) -> str | None:
-    """SHA-256 of a local model; ``None``: it is not given, ships with the package, or is a hub id."""
+    """SHA-256 of local weights; ``None``: not given, shipped with the package, or a hub id."""
     if where is None or where == "embedded":
         return None
     path = Path(where)
@@ -206,7 +208,7 @@ def _weights_sha256(where: str | None, *, key: str) -> str | None:
 
 
 def _module_files(module: str) -> dict[str, Path]:
-    """The file of a module, or all modules of a package, as `rewards.scorer` finds it; nothing is imported."""
+    """File of a module, or all files of a package, found as `rewards.scorer` finds it, without importing it."""
     if (own := Path(f"{module}.py").absolute()).is_file():
         return {module: own}
     spec = importlib.machinery.PathFinder.find_spec(module, [*sys.path, os.getcwd()])
@@ -222,10 +224,9 @@ def warn_of_set_aside(output: StepOutput, output_dir: Path) -> None:
     from cdpo_ray.dataflow.quarantine import num_images_without_score
 
     if num_prompts := output.counts["prompts_set_aside"]:
-        output.warnings.append(f"{num_prompts} prompts raise inside the model; set_aside.jsonl says which and why")
+        output.warnings.append(f"{num_prompts} prompts failed in the model; see set_aside.jsonl for each error")
     output.counts["images_without_score"] = num_images_without_score(read_set_aside(output_dir))
     if num_images := output.counts["images_without_score"]:
         output.warnings.append(
-            f"{num_images} images are black or of values that are not finite and have no score; set_aside.jsonl says"
-            " which and why"
+            f"{num_images} images are black or not finite and have no score; see set_aside.jsonl for each reason"
         )

@@ -1,4 +1,4 @@
-"""Config, prompts and GPU -> workload to estimate; counts a model that is not in the table of footprints."""
+"""Config, prompts and GPU -> workload to estimate; measures the footprint of a model that is not in the table."""
 
 import functools
 import json
@@ -13,12 +13,13 @@ from cdpo_ray.prompts.sources import PromptSplit
 
 
 def workload_of(config: Config, prompts: PromptSplit, gpu: Gpu) -> tuple[Workload, KnownFootprint]:
-    """What to estimate, and the model's footprint with its source.
+    """Workload, and the model's footprint with its source.
 
-    A folder whose architecture is not in the table is counted, which imports torch and takes up to a minute.
+    The footprint of a folder whose architecture is not in the table is counted, which imports torch and takes up to a
+    minute.
 
     Raises:
-        ModelError: a folder's model cannot be counted.
+        ModelError: the footprint of a folder's model cannot be counted.
     """
     model = config.model
     known = _footprint(model.family, model.path)

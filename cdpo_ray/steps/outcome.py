@@ -1,4 +1,4 @@
-"""Config -> the arguments of evaluation and export."""
+"""Config -> arguments of evaluation and export."""
 
 import functools
 import logging

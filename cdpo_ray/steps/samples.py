@@ -1,4 +1,4 @@
-"""Config -> the arguments of what makes samples: generated, imported, or taken from another run."""
+"""Config -> arguments of generating samples, importing them, or reusing those of another run."""
 
 import functools
 from dataclasses import replace
@@ -56,7 +56,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     sampling = replace(sampling, max_masked_fraction=config.rewards.max_masked_fraction)
     if sizes := sizes_of(config.model.family, config.model.path, sampling.height, sampling.width):
         num_images = len(context.prompts.train) * sampling.images_per_prompt
-        refuse_full_disk(output_dir, num_images * sizes.latent_bytes(config.model.dtype))  # PNGs: who knows
+        refuse_full_disk(output_dir, num_images * sizes.latent_bytes(config.model.dtype))  # sizes of PNGs are unknown
     fused = config.rewards.placement == "fused" or not judges
     made_with = generate_samples(
         context.prompts.train,
@@ -90,15 +90,15 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
         "prompts_set_aside": len(context.prompts.train) - len(cut),
         "prompts_in_smaller_batches": sum(in_smaller.values()),
     }
-    output.details["rewards"] = rewards  # how the score columns were made, for the next step to compare
+    output.details["rewards"] = rewards  # settings of the score columns, which the next step compares
     if output.counts["prompts_cut"]:
         output.warnings.append(
-            f"{output.counts['prompts_cut']} prompts are longer than the text encoder reads; their ends were cut"
+            f"{output.counts['prompts_cut']} prompts exceed the text encoder's token limit and were truncated"
         )
     if in_smaller:
         output.warnings.append(
-            f"memory does not suffice for `generation.images_per_batch` = {sampling.images_per_batch};"
-            f" {sum(in_smaller.values())} prompts were made with {', '.join(map(str, sorted(in_smaller)))}"
+            f"out of memory with `generation.images_per_batch` = {sampling.images_per_batch}:"
+            f" {sum(in_smaller.values())} prompts were generated with {', '.join(map(str, sorted(in_smaller)))}"
         )
     warn_of_set_aside(output, output_dir)
 
@@ -110,7 +110,7 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
 
     config, source = context.config, preference_source(context.config)
     preferences = config.preferences
-    assert preferences is not None, "the step of a config with preferences"
+    assert preferences is not None, "called for a config with preferences only"
     found = scan(source)
     found.refuse_unusable(source, preferences.max_bad_fraction)
     judges = config.rewards.judges
@@ -134,8 +134,8 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
     if too_many or not any(output_dir.glob("*.parquet")):
         raise PreferenceError(
             f"`preferences.path` {source.path}: {num_faulty:,} of {found.num_rows:,} rows, or images of them, cannot be"
-            f" used, more than `preferences.max_bad_fraction` = {preferences.max_bad_fraction}; `cdpo import --check`"
-            f" names each; the first: {Fault(**set_aside[0])}"
+            f" used, more than `preferences.max_bad_fraction` = {preferences.max_bad_fraction}; first:"
+            f" {Fault(**set_aside[0])}; `cdpo import --check` lists all"
         )
     made = read_shards(output_dir, ["num_tokens_cut", "num_images_cut"])
     output.counts |= {
@@ -153,11 +153,15 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
         output.warnings.append(f"{num_faulty:,} rows, or images of them, cannot be used; see set_aside.jsonl")
     output.warnings += found.warnings
     if output.counts["prompts_cut"]:
-        output.warnings.append(f"{output.counts['prompts_cut']} prompts are longer than the text encoder reads")
+        output.warnings.append(f"{output.counts['prompts_cut']} prompts exceed the text encoder's token limit")
 
 
 def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *, side: str) -> None:
-    """What the base model makes of the prompts of a side, judged by all: made once, for all trials of a search."""
+    """Sample the base model on a split's prompts and score the images by all judges, once for all trials of a search.
+
+    Args:
+        side: ``validation`` or ``heldout``.
+    """
     import numpy as np
 
     from cdpo_ray.dataflow.images import decode_pngs, pairwise_rms_distance
@@ -179,19 +183,19 @@ def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *,
         max_bad_fraction=config.generation.max_bad_fraction,
         progress=context.progress,
     )
-    apart = [
+    diversity = [
         pairwise_rms_distance(decode_pngs(pngs.as_py(), [f"{shard}: image {number}" for number in range(len(pngs))]))
-        for shard in sorted(output_dir.glob("*.parquet"))  # one at a time: all PNGs may be more than memory holds
+        for shard in sorted(output_dir.glob("*.parquet"))  # one at a time: all PNGs may exceed memory
         for pngs in read_table(shard, ["images"])["images"]
     ]
-    output.details["diversity"] = float(np.mean(apart))
-    output.counts |= {"prompts": len(apart), "prompts_set_aside": len(prompts) - len(apart)}
+    output.details["diversity"] = float(np.mean(diversity))
+    output.counts |= {"prompts": len(diversity), "prompts_set_aside": len(prompts) - len(diversity)}
     warn_of_set_aside(output, output_dir)
 
 
 def sampling_to_compare(config: Config, side: str) -> Any:
-    """How a search samples the prompts of a side: base and every policy from the same noise."""
-    assert config.search is not None, "asked of a config with a search"
+    """`Sampling` of a split's prompts in a search: base and every policy sample from the same noise."""
+    assert config.search is not None, "called for a config with a search only"
     num_images = config.search.images_per_prompt if side == VALIDATION else config.evaluation.images_per_prompt
     return sampling_of(config, num_images, config.run.seed)
 
@@ -228,14 +232,18 @@ def settings_to_compare(config: Config, *, side: str) -> dict[str, Any]:
 
 
 def _take_samples(other: RunFolder, context: Context, output_dir: Path, output: StepOutput) -> None:
-    """The images of another run, once it is sure that this run's own would be the same."""
+    """Link the samples of another run, after checking that this run would generate the same ones.
+
+    Raises:
+        StoreError: other settings, a later round, damage, or a missing column.
+    """
     manifest, where = other.manifest(SAMPLES), f"`run.samples_from`: {other.path / SAMPLES}"
     if changed := differences(manifest["settings"], sample_settings(context.config)):
         raise StoreError(f"{where} was made with {changed}; restore the value, or leave out `run.samples_from`")
     if manifest["inputs"]:
         raise StoreError(f"{where} is of a later round, not of the base model; name the folder of a first round")
     other.refuse_damage(SAMPLES)
-    for left in output_dir.rglob("*.parquet"):  # by an attempt to generate, which may have been cut elsewhere
+    for left in output_dir.rglob("*.parquet"):  # of an interrupted attempt to generate, with other boundaries of shards
         delete(left)
     for name in manifest["files"]:
         source, target = path_within(other.step(SAMPLES), name).resolve(), path_within(output_dir, name)

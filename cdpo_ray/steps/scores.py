@@ -1,4 +1,4 @@
-"""Config -> the arguments of scoring; which scores are there already, and which another run has."""
+"""Config -> arguments of scoring, without the scores that exist here or in another run."""
 
 import logging
 from pathlib import Path
@@ -71,12 +71,12 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
             num_images = scored.num_rows * num_samples
             output.counts["scores_computed_now"] += num_images * len(names)
     for part in output.parts:
-        if parts[part][0] not in (PREFERENCE, LABEL):  # what people did not say is no fault of a judge
+        if parts[part][0] not in (PREFERENCE, LABEL):  # missing labels are no fault of a judge
             _describe_scores(*parts[part], context, output_dir, output)
 
 
 def score_settings(config: Config) -> dict[str, Any]:
-    """What each file of the step was made with: a reward's scores, and its second scores."""
+    """Settings of each file of the step, by part: a reward's scores, and its second scores."""
     rewards = config.rewards
     settings = {
         part: rewards.noise_prompts if second else judged_with(config, reward)
@@ -88,7 +88,7 @@ def score_settings(config: Config) -> dict[str, Any]:
 
 
 def _score_parts(config: Config) -> dict[str, tuple[str, bool]]:
-    """By its setting, the reward and whether it is its second scores."""
+    """Part of the settings -> reward, and whether the part is its second scores."""
     rewards = config.rewards
     parts = {f"rewards.{name}": (name, False) for name in rewards.names}
     if config.preferences:
@@ -97,7 +97,7 @@ def _score_parts(config: Config) -> dict[str, tuple[str, bool]]:
 
 
 def _scores_elsewhere(context: Context) -> tuple[Path, dict[str, Any]]:
-    """Where the run that gave the images keeps their scores, and with what settings it made them."""
+    """Scores folder of the run that the samples are taken from, and the settings of its files; empty: not usable."""
     config = context.config
     other = RunFolder(place(config.run.samples_from or ""), foreign=True)
     if config.run.samples_from and other.has(SCORES):
@@ -117,7 +117,7 @@ def _describe_scores(reward: str, second: bool, context: Context, output_dir: Pa
     from cdpo_ray.rewards.score_table import read_scores
 
     first_path = output_dir / score_file(reward)
-    if not exists(first_path):  # made before; this is its second scoring
+    if not exists(first_path):  # written by an earlier attempt; this is the second scoring
         first_path = context.run.step(SCORES) / score_file(reward)
     _, scores = read_scores(first_path, reward)
     if second:

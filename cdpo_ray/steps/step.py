@@ -1,4 +1,4 @@
-"""What a step is, and what every one of them is given."""
+"""A step of the pipeline, and the input of every step."""
 
 import functools
 import logging
@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Context:
-    """What every step is given.
+    """Input of every step.
 
     Attributes:
         round: 1-based.
         run: the round's folder.
-        previous: folder of the round before.
-        progress: told how far the step is.
-        validation: how the policy is measured at each stage's end.
+        previous: folder of the previous round; ``None``: this is the first.
+        progress: receives the step's progress.
+        validation: how to measure the policy at the end of each stage; ``None``: not measured.
         on_stage: called with the summary of each stage that has ended.
-        gpu: to estimate costs for.
+        gpu: GPU that costs are estimated for.
     """
 
     config: Config
@@ -49,9 +49,9 @@ class Context:
 
     @functools.cached_property
     def workload(self) -> Workload | None:
-        """Input of the estimates; ``None``: the model's footprint is unknown, or assumed from another model.
+        """Input of cost estimates; ``None``: the model's footprint is unknown, or assumed from another model.
 
-        A folder with an architecture of its own is counted, once per process.
+        The footprint of a folder with an unknown architecture is counted, once per process.
         """
         try:
             load, known = workload_of(self.config, self.prompts, self.gpu)
@@ -61,13 +61,13 @@ class Context:
         return None if known.is_assumed else load
 
     def compiles(self, verb: Verb) -> bool:
-        """What ``model.compile`` 'auto' means for a step: whether it compiles the denoiser."""
+        """Value that ``model.compile`` 'auto' resolves to for a step."""
         if self.config.model.compile != "auto" or not self._runs_on_gpu(verb) or self.workload is None:
             return False
         return pays_to_compile(self.workload, verb)
 
     def predicted(self, verb: str) -> dict[str, Any] | None:
-        """Estimate of a step that runs on GPUs, see `records.PREDICTED`; no model is counted for it."""
+        """Estimate for a step that runs on GPUs, see `records.PREDICTED`; ``None`` if the model is not in the table."""
         model = self.config.model
         if verb not in VERBS or not self._runs_on_gpu(verb) or not known_footprint(model.family, model.path):
             return None
@@ -80,12 +80,12 @@ class Context:
 
     @property
     def seed(self) -> int:
-        """What generation draws from; each round has its own."""
+        """Seed of generation; each round has its own."""
         return self._in_round(self.config.run.seed)
 
     @property
     def training_seed(self) -> int:
-        """What pairs and training draw from; each round has its own."""
+        """Seed of pairs and training; each round has its own."""
         given = self.config.training.seed
         return self._in_round(self.config.run.seed if given is None else given)
 
@@ -96,21 +96,21 @@ class Context:
 
     @property
     def start_dir(self) -> str | None:
-        """What the round before trained."""
+        """Path of the previous round's `4-training`."""
         return str(self.previous.step(TRAINING).resolve()) if self.previous else None
 
 
 @dataclass(frozen=True)
 class Step:
-    """A part of the way: what it depends on decides whether it has been done already.
+    """A step of the pipeline; it is skipped if a manifest with the same settings and inputs exists.
 
     Attributes:
-        settings: the configuration's values that its outcome depends on.
+        settings: config values that its outcome depends on.
         inputs: folders of earlier steps that it reads.
-        resumable: goes on with what an interrupted attempt left.
-        continues: reads what the round before trained.
-        grows: each setting is a part of its own, which can be added when others are done.
-        scratch: folders in its own that it is resumed from; deleted once it is in place.
+        resumable: reuses the finished parts of an interrupted attempt.
+        continues: reads the previous round's `4-training`.
+        grows: each setting is an independent part, which can be added later.
+        scratch: subfolders that it resumes from; deleted once the step's folder is in place.
     """
 
     verb: str
@@ -124,10 +124,10 @@ class Step:
     scratch: tuple[str, ...] = ()
 
     def fingerprints(self, config: Config, run: RunFolder, previous: RunFolder | None = None) -> dict[str, str]:
-        """What tells the files that it reads from others; of the scores it reads only those that rank.
+        """Fingerprints of the files that it reads, by folder; of the scores, only those that rank.
 
         Raises:
-            StoreError: a step before is not done, or has not scored what ranks.
+            StoreError: an earlier step is not finished, or lacks the scores that rank.
         """
         read = {SCORES: ranking_files(config)}
         found = {folder: run.fingerprint(folder, read.get(folder)) for folder in self.inputs}
@@ -136,7 +136,7 @@ class Step:
         return found
 
     def refuse_damaged_inputs(self, config: Config, run: RunFolder, previous: RunFolder | None = None) -> None:
-        """Read the files that `fingerprints` tells, but for those that this process has written or verified.
+        """Verify the files of `fingerprints`, except those that this process has written or verified already.
 
         Raises:
             StoreError: a file is missing, altered or added.

@@ -1,4 +1,4 @@
-"""AdamW with 8-bit moments, by bitsandbytes; imported when a configuration asks for it."""
+"""AdamW with 8-bit moments, by bitsandbytes, an optional package."""
 
 from typing import Any
 
@@ -12,8 +12,7 @@ from cdpo_ray.training.adamw import STEP, Skipping
 class StreamedAdamW8bit(AdamW8bit):  # type: ignore[misc]
     """bitsandbytes' AdamW without synchronisation: its own step waits for the device after every tensor.
 
-    Its kernels run on the device's default stream, so they are ordered only with other work on that stream, the one
-    that training uses.
+    Its kernels run on the device's default stream, which training uses too, so they stay ordered with it.
     """
 
     @torch.no_grad()
@@ -27,10 +26,10 @@ class StreamedAdamW8bit(AdamW8bit):  # type: ignore[misc]
 
 
 class SkippingAdamW8bit(Skipping, StreamedAdamW8bit):
-    """Moments as 8-bit codes, one scale per block of 256; in fp32 for tensors of fewer than 4096 values.
+    """Moments as 8-bit codes, with one scale per block of 256; fp32 for tensors of fewer than 4096 values.
 
-    A checkpoint holds codes and scales unchanged. Dequantised moments would not restore them exactly: the signed map
-    has a code for +1 but none for -1, so quantising again changes blocks whose largest value is negative.
+    Checkpoints store codes and scales. Dequantised moments would not restore them exactly: the signed map has a code
+    for +1 but none for -1, so quantising again changes blocks whose largest absolute value is negative.
 
     Source: arXiv:2110.02861.
     """

@@ -1,4 +1,4 @@
-"""Drawn pairs and samples -> batches for the net; what a batch holds depends on its place alone."""
+"""Drawn pairs and samples -> batches; a batch is a function of its position alone."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +22,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Pairs as the net takes them; times and noise are shared by chosen and rejected.
+    """Model inputs of pairs; chosen and rejected share conditioning, times and noise.
 
     Attributes:
         latents_w, latents_l: ``[pair, channel, height, width]``, chosen and rejected.
-        conditioning: a row a pair.
-        times: ``[pair]`` each: the timestep, and what else the family draws a pair.
+        conditioning: one row per pair.
+        times: ``[pair]`` each: the timestep, and the family's other per-pair draws.
         noise: ``[pair, channel, height, width]`` fp32.
     """
 
@@ -38,7 +38,7 @@ class PairBatch:
     noise: Tensor
 
     def to(self, device: str, dtype: torch.dtype) -> Self:
-        """Move to the device; latents and conditioning take ``dtype``, times and noise stay as they are."""
+        """Move to the device; latents and conditioning are cast to ``dtype``, times and noise are not."""
 
         def moved(value: Tensor) -> Tensor:
             return value if device == "cpu" else value.pin_memory().to(device, non_blocking=True)
@@ -54,13 +54,14 @@ class PairBatch:
 
 @dataclass(frozen=True)
 class SampleBank:
-    """Latents and conditioning of all samples, in memory; rows are found by prompt index.
+    """Latents and conditioning of all samples, in memory.
 
     Attributes:
-        latents: ``[prompt, sample, channel, height, width]``.
-        conditioning: a row a prompt.
-        row_of_prompt: ``[largest prompt index + 1]``, -1 where there is none.
-        latents_std: as ``latents``, of images that were encoded: each draw takes latents of its own from around them.
+        latents: ``[prompt, sample, channel, height, width]``; of encoded images, the posterior's mean.
+        conditioning: one row per prompt.
+        row_of_prompt: ``[largest prompt index + 1]``, row of each prompt index; -1: no such prompt.
+        latents_std: shape of ``latents``; standard deviation of the posterior that each draw samples; ``None``: the
+            images were generated.
     """
 
     latents: Tensor
@@ -70,7 +71,7 @@ class SampleBank:
 
     @classmethod
     def read(cls, samples_dir: Path) -> Self:
-        """Read `1-samples`; images stay on the disk."""
+        """Read `1-samples`, without the images."""
         there = shard_schema(samples_dir).names
         conditioning, spread = ([name for name in names if name in there] for names in (CONDITIONING, ["latents_std"]))
         table = read_shards(samples_dir, ["prompt_index", "latents", *spread, *conditioning])
@@ -87,7 +88,11 @@ class SampleBank:
     def latents_at(
         self, rows: NDArray[np.int64], samples: NDArray[np.int64], draws: Sequence[torch.Generator]
     ) -> Tensor:
-        """``[sample, channel, height, width]``; of encoded images, drawn from their posterior by a generator each."""
+        """Latents ``[sample, channel, height, width]``; of encoded images, drawn from the posterior.
+
+        Args:
+            draws: one generator per sample.
+        """
         latents = self.latents[rows, samples]
         if self.latents_std is None:
             return latents
@@ -97,7 +102,7 @@ class SampleBank:
 
 @dataclass(frozen=True)
 class StagePairs:
-    """The pairs of one stage in training order, rows of a `SampleBank`: three arrays ``[draw]``."""
+    """Pairs of one stage in training order: ``[draw]`` each, rows and sample indices of a `SampleBank`."""
 
     stage: int
     prompt_row: NDArray[np.int64]
@@ -126,15 +131,15 @@ def make_batch(
     empty_prompt_fraction: float,
     empty_conditioning: Conditioning,
 ) -> PairBatch:
-    """The pairs at ``draws`` of a stage, each with its own times and noise.
+    """Batch of the pairs at ``draws``, each with its own times and noise.
 
-    Times, noise and whether the prompt is emptied are functions of (seed, stage, draw), so the number of workers, the
+    Times, noise and the replacement of the prompt are functions of (seed, stage, draw), so the number of workers, the
     batch size and a restart change nothing.
 
     Args:
-        draw_times: of the model's family.
-        empty_conditioning: one row, of the empty prompt, for the ``empty_prompt_fraction`` of pairs trained without
-            their prompt.
+        draw_times: the model family's.
+        empty_prompt_fraction: fraction of pairs, 0 to 1, trained with the empty prompt in place of their own.
+        empty_conditioning: one row, of the empty prompt.
     """
     rows, chosen, rejected = pairs.prompt_row[draws], pairs.chosen[draws], pairs.rejected[draws]
     conditioning = rows_of(bank.conditioning, rows)
@@ -155,7 +160,7 @@ def make_batch(
 
 
 def prefetched(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each made on a thread of its own while the one before is used."""
+    """The same items, each computed on a background thread while the previous one is used."""
     source = iter(items)
     end = object()
     with ThreadPoolExecutor(1) as executor:

@@ -1,4 +1,4 @@
-"""Where workers write how far they are and that they live, and read whether to stop; an actor that the driver makes."""
+"""Progress, heartbeats and errors of training workers, and the stop flag; an actor that the driver creates."""
 
 import time
 from collections.abc import Sequence
@@ -7,65 +7,77 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Cursor:
+    """Position of the driver: last update whose record it has read, number of log lines and of stages read."""
+
+    update: int = 0
+    num_lines: int = 0
+    num_stages: int = 0
+
+
+@dataclass(frozen=True)
 class News:
-    """What the driver has not heard yet.
+    """Updates since the last poll.
 
     Attributes:
-        num_updates: done in all.
-        num_kept: of them, what a restart would not do again.
-        records: of updates, in order.
-        lines: for the log.
-        num_lines: of all there are.
-        summaries: of stages that have ended.
-        silent: workers that have given no sign for long, by rank: where each runs, and for how many seconds.
-        fault: what no restart can mend: class and message of an error of ours.
+        num_updates: total number of updates done.
+        num_kept: number of updates in the newest checkpoint, which a restart does not repeat.
+        records: one record per update since the cursor, in order.
+        lines: log lines since the cursor.
+        summaries: summaries of the stages that have ended since the cursor.
+        silent: workers without a recent heartbeat, by rank: location, seconds since the last one.
+        fault: class and message of an error of ours that a restart cannot fix.
+        cursor: position after this poll.
     """
 
     num_updates: int
     num_kept: int
-    records: Sequence[dict[str, float]]
-    lines: Sequence[str]
-    num_lines: int
+    records: Sequence[dict[str, float]] = ()
+    lines: Sequence[str] = ()
     summaries: Sequence[dict[str, Any]] = ()
     silent: dict[int, tuple[str, float]] = field(default_factory=dict)
     fault: tuple[str, str] | None = None
+    cursor: Cursor = Cursor()
 
 
 class Board:
-    """Workers post, the driver reads; nobody waits for it."""
+    """Workers post, the driver polls; no call blocks."""
 
     def __init__(self) -> None:
         self.num_updates = self.num_kept = 0
         self.records: dict[int, dict[str, float]] = {}
         self.lines: list[str] = []
         self.summaries: Sequence[dict[str, Any]] = ()
-        self.beats: dict[int, tuple[str, float]] = {}
+        self.heartbeats: dict[int, tuple[str, float]] = {}
         self.fault: tuple[str, str] | None = None
         self.stopping = False
 
-    def beat(self, worker_rank: int, where: str) -> bool:
-        """A worker lives; whether it is to stop."""
-        self.beats[worker_rank] = (where, time.monotonic())
+    def heartbeat(self, worker_rank: int, where: str) -> bool:
+        """Record a worker's heartbeat; return the stop flag."""
+        self.heartbeats[worker_rank] = (where, time.monotonic())
         return self.stopping
 
     def leave(self, worker_rank: int) -> None:
-        """A worker ends, of its own will."""
-        self.beats.pop(worker_rank, None)
+        """Stop expecting heartbeats of a worker that ends."""
+        self.heartbeats.pop(worker_rank, None)
 
     def post_update(self, num_updates: int) -> None:
         self.num_updates = num_updates
 
-    def post_commit(
+    def post_checkpoint(
         self,
         num_updates: int,
         records: Sequence[dict[str, float]],
         summaries: Sequence[dict[str, Any]],
         lines: Sequence[str] = (),
     ) -> None:
-        """A commit is in place; records that were posted before a restart are not new.
+        """A checkpoint is written; records posted again after a restart replace the earlier ones.
 
         Args:
-            summaries: of all stages that have ended.
+            num_updates: number of updates in the checkpoint.
+            records: records of all its updates.
+            summaries: summaries of all stages that have ended.
+            lines: new log lines.
         """
         self.num_updates = self.num_kept = num_updates
         self.records |= {int(record["update"]): record for record in records}
@@ -82,24 +94,38 @@ class Board:
         return self.fault is not None
 
     def ask_to_stop(self) -> None:
-        """At the end of the update that runs."""
+        """Set the stop flag: workers stop at the end of the current update."""
         self.stopping = True
 
-    def read(self, *, after_update: int, num_lines_seen: int, num_stages_seen: int, silent_seconds: float) -> News:
-        """News since an update, a line and a stage; of a board that began anew, since its first line."""
+    def read(self, cursor: Cursor, *, silent_seconds: float) -> News:
+        """News since a cursor; a board restarted by Ray has fewer lines than the cursor, and returns all of them.
+
+        Args:
+            silent_seconds: age of the last heartbeat from which a worker is reported as silent.
+        """
         now = time.monotonic()
-        silent = {
-            rank: (where, now - heard) for rank, (where, heard) in self.beats.items() if now - heard > silent_seconds
-        }
-        records = [record for update, record in self.records.items() if update > after_update]
-        lines = self.lines[num_lines_seen if num_lines_seen <= len(self.lines) else 0 :]
-        ended = self.summaries[num_stages_seen:]
-        return News(self.num_updates, self.num_kept, records, lines, len(self.lines), ended, silent, self.fault)
+        ages = {rank: (where, now - last) for rank, (where, last) in self.heartbeats.items()}
+        records = [record for update, record in self.records.items() if update > cursor.update]
+        summaries = self.summaries[cursor.num_stages :]
+        return News(
+            self.num_updates,
+            self.num_kept,
+            records,
+            self.lines[cursor.num_lines if cursor.num_lines <= len(self.lines) else 0 :],
+            summaries,
+            {rank: (where, age) for rank, (where, age) in ages.items() if age > silent_seconds},
+            self.fault,
+            Cursor(
+                int(records[-1]["update"]) if records else cursor.update,
+                len(self.lines),
+                cursor.num_stages + len(summaries),
+            ),
+        )
 
 
-def fault_of(told: tuple[str, str]) -> Any:
+def error_of(posted: tuple[str, str]) -> Any:
     """The error that a worker posted."""
     from cdpo_ray import errors
 
-    kind, message = told
+    kind, message = posted
     return getattr(errors, kind)(message)

@@ -1,4 +1,4 @@
-"""Training's state <-> commits: folders that hold all of it, a share a worker, each whole or not counted."""
+"""Training state <-> checkpoints (`commits`): one folder each, one shard per worker, used only if intact."""
 
 import json
 import logging
@@ -42,14 +42,14 @@ MESSAGE_BYTES = 4096
 
 
 class Commits:
-    """The commits of one training, ``update-000050`` and so on; all workers use theirs together.
+    """Checkpoints of one training, ``update-000050`` and so on; every method is collective.
 
-    A commit does not depend on the number of workers or on ZeRO: any other number takes it up.
+    A checkpoint does not depend on the number of workers or the ZeRO stage: both may change on resume.
 
     Args:
-        folder: local and seen by all workers, or in an object store.
-        keep_last: so many stay, the older ones are deleted.
-        device: that messages between workers travel on.
+        folder: local folder that all workers share, or one in an object store.
+        keep_last: number of checkpoints to keep.
+        device: device for messages between workers.
     """
 
     def __init__(self, folder: Path, *, keep_last: int, device: torch.device) -> None:
@@ -57,18 +57,18 @@ class Commits:
         self.worker_rank, self.num_workers = dist.get_rank(), dist.get_world_size()
 
     def write(self, num_updates: int, state: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Write one: every worker its share of the tensors, then the manifest, then all is put in place.
+        """Write a checkpoint: each worker its shard of the tensors, then the manifest; then move it into place.
 
         Args:
-            num_updates: done so far; the commit's name.
-            state: JSON of what is not a tensor.
-            tensors: by name, the same on all workers.
+            num_updates: number of updates done, which names the checkpoint.
+            state: JSON of all state that is not a tensor.
+            tensors: tensors by name, the same on all workers.
 
         Raises:
-            StoreError: a worker could not write, on all of them; the commits before stay.
+            StoreError: a worker could not write; raised on all of them. Earlier checkpoints are kept.
         """
         name = f"update-{num_updates:06d}"
-        # In an object store a file is there whole or not at all, so only the manifest comes last.
+        # Object stores write a file completely or not at all, so writing the manifest last suffices there.
         aside = self.folder / (f"{name}.tmp" if is_local(self.folder) else name)
         mine = {
             key: value.detach().cpu().contiguous()
@@ -80,22 +80,24 @@ class Commits:
         self._together(lambda: self._put_in_place(aside, name, num_updates, state, written))
 
     def newest(self, tell: Callable[[str], Any]) -> Path | None:
-        """The newest commit that is whole, by its manifest alone, for all workers; none if there is no commit.
+        """Newest checkpoint that its manifest proves intact, the same on all workers; ``None``: no checkpoint.
 
         Args:
-            tell: given a line for each that is passed over, on the first worker.
+            tell: called on the first worker with one line per damaged checkpoint.
 
         Raises:
-            TrainingError: there are commits, and all of them are damaged: never a silent fresh start.
+            TrainingError: all checkpoints are damaged; training must not restart silently.
         """
         chosen, faults = newest_of(self.folder) if self.worker_rank == 0 else (None, [])
         for fault in faults:
-            tell(f"{fault}; going on from {chosen.name}" if chosen else fault)
+            tell(f"{fault}; resuming from {chosen.name}" if chosen else fault)
         damaged = {"damaged": "; ".join(faults)[: MESSAGE_BYTES // 4]} if faults else {}
         answer = {"chosen": chosen.name} if chosen else damaged
         answer = json.loads(self._exchange(json.dumps(answer))[0])
         if "damaged" in answer:
-            raise TrainingError(f"{answer['damaged']}; no commit is whole: delete {self.folder.parent} to start over")
+            raise TrainingError(
+                f"{answer['damaged']}; no checkpoint is intact; delete {self.folder.parent} to restart training"
+            )
         return self.folder / answer["chosen"] if answer else None
 
     def _begin(self, aside: Path) -> None:
@@ -123,42 +125,42 @@ class Commits:
         manifest = {"num_updates": num_updates, "files": files, "fingerprint": fingerprint_of(files)}
         write_json(aside / MANIFEST, manifest)
         if is_local(aside):
-            delete(self.folder / name)  # a damaged one, which was passed over
+            delete(self.folder / name)  # a damaged one of the same name
             aside.rename(self.folder / name)
         for old in names_of(self.folder)[self.keep_last :]:
             delete(self.folder / old)
 
     def _together(self, part: Callable[[], Any]) -> list[Any]:
-        """Run a part of a commit; returns what it returned on each worker, by rank.
+        """Run a part of `write` on every worker; returns the results by rank.
 
         Raises:
-            StoreError: it failed on a worker, on all of them: none waits for one that is gone.
+            StoreError: it failed on a worker; raised on all, so that none waits for a worker that has left.
         """
         try:
             with storage_errors_within(self.folder):
                 message = json.dumps({"result": part()})
         except StoreError as error:
             message = json.dumps({"error": str(error)[: MESSAGE_BYTES // 8]})
-        heard = [json.loads(said) for said in self._exchange(message)]
-        if faults := [said["error"] for said in heard if "error" in said]:
+        answers = [json.loads(answer) for answer in self._exchange(message)]
+        if faults := [answer["error"] for answer in answers if "error" in answer]:
             raise StoreError("; ".join(faults))
-        return [said["result"] for said in heard]
+        return [answer["result"] for answer in answers]
 
     def _exchange(self, message: str) -> list[str]:
-        """What each worker says, by rank; all wait for each other."""
-        said = message.encode()
-        assert len(said) <= MESSAGE_BYTES, "a message has a length that all know"
+        """Gather one message per worker, by rank; collective."""
+        data = message.encode()
+        assert len(data) <= MESSAGE_BYTES, "messages are padded to a fixed length"
         mine = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
-        mine[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8) if said else 0
-        heard = [torch.zeros_like(mine, device=self.device) for _ in range(self.num_workers)]
-        dist.all_gather(heard, mine.to(self.device))
-        return [bytes(each.tolist()).rstrip(b"\0").decode() for each in heard]
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else 0
+        gathered = [torch.zeros_like(mine, device=self.device) for _ in range(self.num_workers)]
+        dist.all_gather(gathered, mine.to(self.device))
+        return [bytes(each.tolist()).rstrip(b"\0").decode() for each in gathered]
 
 
 def names_of(folder: Path) -> list[str]:
-    """Of the commits that are there, newest first; which of them are whole is not asked.
+    """Names of all checkpoints, newest first, damaged ones included.
 
-    In an object store, where a commit is written in place, it is there once its manifest is.
+    In an object store, where a checkpoint is written in place, it exists once its manifest does.
     """
     files = [name for name in files_within(folder) if is_local(folder) or name.endswith(f"/{MANIFEST}")]
     found = {name.partition("/")[0] for name in files}
@@ -166,7 +168,7 @@ def names_of(folder: Path) -> list[str]:
 
 
 def newest_of(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest commit that is whole, by its manifest alone; and what is wrong with those that are newer."""
+    """Newest intact checkpoint, or ``None``, and one line per newer, damaged one."""
     faults: list[str] = []
     for name in names_of(folder):
         fault = fault_of(folder / name)
@@ -176,37 +178,37 @@ def newest_of(folder: Path) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
-def fault_of(commit: Path) -> str | None:
-    """What is wrong with a commit; none if all that its manifest names is there and as it was written."""
+def fault_of(checkpoint: Path) -> str | None:
+    """Damage of a checkpoint; ``None``: every file in its manifest exists, unaltered."""
     try:
-        files = _manifest_of(commit)["files"]
-        paths = {name: path_within(commit, name) for name in files}
+        files = _manifest_of(checkpoint)["files"]
+        paths = {name: path_within(checkpoint, name) for name in files}
     except FileNotFoundError:
-        return f"{commit}: has no {MANIFEST}"
+        return f"{checkpoint}: has no {MANIFEST}"
     except StoreError as error:
         return str(error)
     for name, expected in files.items():
         if not exists(paths[name]):
-            return f"{commit / name}: is missing"
-        if describe(commit / name) != expected:
-            return f"{commit / name}: was altered or cut short (its SHA-256 differs)"
+            return f"{checkpoint / name}: is missing"
+        if describe(checkpoint / name) != expected:
+            return f"{checkpoint / name}: was altered or cut short (its SHA-256 differs)"
     return None
 
 
-def _manifest_of(commit: Path) -> Any:
-    return read_untrusted(commit / MANIFEST, FILES_MANIFEST, remedy="it is passed over")
+def _manifest_of(checkpoint: Path) -> Any:
+    return read_untrusted(checkpoint / MANIFEST, FILES_MANIFEST, remedy="this checkpoint is skipped")
 
 
-def state_of(commit: Path) -> dict[str, Any]:
-    """What `Commits.write` was given as state."""
-    state: dict[str, Any] = read_json(commit / STATE)
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """``state`` as passed to `Commits.write`."""
+    state: dict[str, Any] = read_json(checkpoint / STATE)
     return state
 
 
-def tensors_of(commit: Path) -> Callable[[str], Tensor]:
-    """A commit's tensors by name, each read when asked for."""
-    folder = local_copy(commit)
-    shares = [path_within(folder, name) for name in _manifest_of(commit)["files"] if name.endswith(".safetensors")]
+def tensors_of(checkpoint: Path) -> Callable[[str], Tensor]:
+    """Function from a tensor's name to the tensor, read on each call."""
+    folder = local_copy(checkpoint)
+    shares = [path_within(folder, name) for name in _manifest_of(checkpoint)["files"] if name.endswith(".safetensors")]
     opened = [safe_open(path, framework="pt") for path in shares]
     where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
     return lambda name: where[name].get_tensor(name)

@@ -1,4 +1,4 @@
-"""Denoiser -> DeepSpeed engine: the optimizer, ZeRO, and the state of both."""
+"""Denoiser -> DeepSpeed engine, and its state -> checkpoint tensors and back."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no other
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no accelerator
 import deepspeed
 import deepspeed.ops
 from deepspeed.utils import (
@@ -23,46 +23,53 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 
+from cdpo_ray.config.training import TrainingSection
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, save_lora
 from cdpo_ray.training.adamw import MOMENTS, STEP, make_optimizer
-from cdpo_ray.training.job import Optimization
 
 MASTERS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""Type of trainable parameters -> section of DeepSpeed's configuration that keeps fp32 copies of them."""
+"""Dtype of trainable parameters -> section of DeepSpeed's configuration that keeps fp32 masters of them."""
 
 
 def start_engine(
-    denoiser: nn.Module, trainable: Sequence[nn.Parameter], optimization: Optimization, *, num_workers: int
+    denoiser: nn.Module, trainable: Sequence[nn.Parameter], training: TrainingSection, *, num_workers: int
 ) -> deepspeed.DeepSpeedEngine:
-    """An engine around the denoiser; a process group must be there.
+    """Engine around the denoiser; needs a process group.
 
-    ZeRO follows memory: a LoRA needs none of it, but all of 0 to 3 give the same update. Trainable parameters of 16
-    bits (a whole net's; a LoRA's are fp32) get fp32 masters.
+    ZeRO stages 0 to 3 give the same update and differ in memory; a LoRA needs none. 16-bit trainable parameters (full
+    fine-tuning; a LoRA's are fp32) get fp32 masters.
 
-    Frozen weights keep their memory format. Trainable ones are contiguous: ZeRO's flat buffers own their layout.
+    Frozen weights keep their memory format. Trainable ones become contiguous, the layout of ZeRO's flat buffers.
+
+    Args:
+        training: ``pairs_per_launch`` and ``global_batch_size`` give the number of accumulation steps.
+        num_workers: number of workers in the process group.
+
+    Raises:
+        TrainingError: the optimizer's package is not installed.
     """
-    # DeepSpeed would probe every compiled operation it knows, then build a shared-memory all-reduce: seconds, and a
-    # compiler on the workers' path. Told that there are none, it takes gloo or NCCL at once, with the same result.
+    # DeepSpeed would probe all its compiled ops, then build a shared-memory all-reduce, which takes seconds and needs a
+    # compiler on the workers. With an empty list it uses gloo or NCCL at once, with the same result.
     deepspeed.ops.__compatible_ops__ = {}
-    logger.setLevel(logging.ERROR)  # it warns of a subclass of AdamW, and of each update that is skipped
-    optimizer = make_optimizer(trainable, optimization)
+    logger.setLevel(logging.ERROR)  # else it warns of a subclass of AdamW, and of each skipped update
+    optimizer = make_optimizer(trainable, training)
     config = {
-        "train_batch_size": optimization.global_batch_size,
-        "train_micro_batch_size_per_gpu": optimization.pairs_per_launch,
-        "gradient_accumulation_steps": optimization.global_batch_size // (optimization.pairs_per_launch * num_workers),
-        "zero_optimization": {"stage": optimization.zero_stage},
-        "zero_allow_untested_optimizer": True,  # which it says of any class but AdamW itself
-        "gradient_clipping": optimization.max_grad_norm,
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.pairs_per_launch,
+        "gradient_accumulation_steps": training.global_batch_size // (training.pairs_per_launch * num_workers),
+        "zero_optimization": {"stage": training.zero_stage},
+        "zero_allow_untested_optimizer": True,  # any class other than AdamW itself
+        "gradient_clipping": training.max_grad_norm,
         "steps_per_print": 2**31,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice an update
+        "timers": {"throughput": {"enabled": False}},  # it synchronises with the device twice per update
     }
     if masters := MASTERS.get(trainable[0].dtype):
         config[masters] = {"enabled": True}
-    # By strides, because a 1x1 kernel is contiguous in both memory formats.
+    # Compared by strides, because a 1x1 kernel is contiguous in both memory formats.
     frozen = [(parameter, parameter.stride()) for parameter in denoiser.parameters() if not parameter.requires_grad]
     denoiser.to(memory_format=torch.contiguous_format)  # DeepSpeed broadcasts each parameter as a flat array of bytes
-    optimizer.skips = not optimization.zero_stage  # around 16-bit parameters DeepSpeed steps once to make the state
+    optimizer.skips = not training.zero_stage  # with 16-bit parameters DeepSpeed steps once to create the state
     engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config)
     optimizer.skips = False
     if not engine.zero_optimization_partition_weights():  # ZeRO 3 gathers weights from flat shards
@@ -73,19 +80,19 @@ def start_engine(
 
 
 def limit_waiting(engine: deepspeed.DeepSpeedEngine, seconds: float) -> None:
-    """Limit how long a collective waits for a worker that does not come, in both groups of all workers.
+    """Set the timeout of collectives, in both process groups of all workers.
 
-    DeepSpeed takes no timeout for the group that it makes; its collectives would wait for half an hour.
+    DeepSpeed has no option for the timeout of the group that it creates, which is half an hour.
     """
-    world: Any = torch.distributed.group.WORLD  # None in its type: before a group is there
+    world: Any = torch.distributed.group.WORLD  # typed as optional: `None` before initialisation
     for group in (world, engine.data_parallel_group):
         group.set_timeout(timedelta(seconds=seconds))
 
 
 def training_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
-    """Every trainable parameter in fp32, whole, and its two moments, by name: what ZeRO stage and workers share.
+    """Trainable parameters in fp32, their moments and the step count, by name; independent of ZeRO stage and workers.
 
-    All workers must go through it together: under ZeRO each tensor is put together as it is asked for.
+    Collective: under ZeRO each tensor is gathered as the iterator reaches it.
     """
     optimizer = engine.basic_optimizer
     if not optimizer.state:
@@ -104,10 +111,10 @@ def training_tensors(engine: deepspeed.DeepSpeedEngine) -> Iterator[tuple[str, T
 
 
 def restore_training(engine: deepspeed.DeepSpeedEngine, tensors: Callable[[str], Tensor]) -> None:
-    """Put back what `training_tensors` gave, under whatever ZeRO stage and number of workers.
+    """Restore the tensors of `training_tensors`, which may come from another ZeRO stage or number of workers.
 
     Args:
-        tensors: by name.
+        tensors: function from a tensor's name to the tensor.
     """
     optimizer, sharded = engine.basic_optimizer, engine.zero_optimization_partition_weights()
     _make_state(engine, float(tensors(STEP)))
@@ -127,9 +134,9 @@ def restore_training(engine: deepspeed.DeepSpeedEngine, tensors: Callable[[str],
 
 
 def save_trained(engine: deepspeed.DeepSpeedEngine, model: TextToImageModel, folder: Path, *, lora: bool) -> None:
-    """Write what was trained, whole, as diffusers loads it: the LoRA, or the denoiser.
+    """Write the LoRA, or the denoiser, in diffusers' format.
 
-    Every worker takes part (under ZeRO 3 each holds a share), the first writes.
+    Collective, because under ZeRO 3 each worker holds a shard; the first worker writes.
     """
     denoiser = engine.module
     trainable = [parameter for _, parameter in _trainable(engine)]
@@ -149,7 +156,11 @@ def _trainable(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, nn.Paramete
 
 
 def _make_state(engine: deepspeed.DeepSpeedEngine, num_steps: float) -> None:
-    """What the optimizer's first step would make, as if so many had been taken; moments that are there stay."""
+    """Create the optimizer state that its first step would create; existing moments are kept.
+
+    Args:
+        num_steps: number of steps already taken.
+    """
     optimizer, sharded = engine.basic_optimizer, engine.zero_optimization_partition_weights()
     stepped = engine.optimizer.fp32_partitioned_groups_flat if sharded else optimizer.param_groups[0]["params"]
     for number, parameter in enumerate(stepped):

@@ -1,45 +1,21 @@
-"""What a training worker is told: plain values that travel to it, importable without torch."""
+"""Input of a training worker: config section, paths and values derived at run time; importable without torch."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.curriculum.combination import RankingRule
 from cdpo_ray.curriculum.schedule import Schedule
-from cdpo_ray.policy.job import LoraJob
-
-
-@dataclass(frozen=True)
-class LossJob:
-    """The loss; see `training.losses.preference_loss`."""
-
-    loss: str
-    beta: float
-    label_smoothing: float = 0.0
-    sft_weight: float = 0.0
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """AdamW and how a global batch is spread; see `TrainingSection` of the config for the bounds."""
-
-    learning_rate: float
-    weight_decay: float
-    adam_beta1: float
-    adam_beta2: float
-    max_grad_norm: float
-    global_batch_size: int
-    pairs_per_launch: int
-    zero_stage: int
-    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)
 class OnlineJob:
-    """A curriculum whose difficulty is the policy's margin: measured, and drawn anew, at each stage's start.
+    """Curriculum whose difficulty is the policy's margin, measured again at the start of each stage.
 
     Attributes:
-        rule: which scores of ``scores_dir`` rank the samples, and how.
-        num_draws: times and noises a prompt that a margin is averaged over.
+        scores_dir: path of `2-scores`.
+        rule: selects and combines the scores that rank the samples.
+        num_draws: number of (times, noise) draws that a margin is averaged over.
     """
 
     scores_dir: str
@@ -50,26 +26,16 @@ class OnlineJob:
 
 
 @dataclass(frozen=True)
-class CommitJob:
-    """Where and how often training is committed; see `TrainingSection` of the config for the bounds."""
-
-    commits_dir: str
-    updates_per_commit: int
-    keep_last: int
-    keep_best: bool
-
-
-@dataclass(frozen=True)
 class ValidationJob:
-    """Prompts that a policy makes images of at a stage's end, and the judges of these.
+    """Validation prompts to sample from the policy at the end of a stage, and the judges of these images.
 
     Attributes:
-        samples_dir: what the base model made of the prompts, as `1-samples`.
-        sampling: keyword arguments of `Sampling`, as that was made; the policy's images come from the same noise.
-        judges: name -> keyword arguments of its class.
-        early_prompts: how many are asked before the last stage; none: all.
-        only_last: measure nothing before the last stage.
-        num_margin_draws: of times and noise, for the implicit values; 0 leaves them out.
+        samples_dir: path of the base model's samples of the same prompts, in the layout of `1-samples`.
+        sampling: keyword arguments of `Sampling` used for ``samples_dir``; the policy samples from the same noise.
+        judges: keyword arguments of each judge's class, by name.
+        early_prompts: number of prompts measured before the last stage; ``None``: all.
+        only_last: whether only the last stage is measured.
+        num_margin_draws: number of (times, noise) draws for the implicit values; 0: not measured.
     """
 
     samples_dir: str
@@ -82,39 +48,39 @@ class ValidationJob:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What each worker needs to know; plain values that travel to it.
+    """Input of every training worker.
 
     Attributes:
-        lora: none trains the whole net.
-        guidance_range: that the net is told of, for families with a guidance embedding; none is the family's own.
-        start_dir: `4-training` of the round before, to go on from.
-        reference_is_start: hold the policy to that round, in place of the base model.
-        online: none trains on the pairs of ``stages_dir`` as they are.
-        output_dir: where what was trained is written.
-        validation: how the policy is measured at each stage's end; none: it is not.
-        plain_peak_bytes: estimated peak of a worker without gradient checkpointing; ``None``: not known.
-        gpu_share: share of one GPU that a worker has, 0 to 1.
+        training: config section.
+        samples_dir: path of `1-samples`.
+        stages_dir: path of `3-stages`.
+        output_dir: path of `4-training`.
+        num_stages: number of stages.
+        family: model family.
+        model: keyword arguments of the family's ``load``.
+        seed: seed of the LoRA's initial values and of all draws; each round has its own.
+        start_dir: path of the previous round's `4-training`, to continue from; ``None``: the base model.
+        online: ``None``: train on the pairs in ``stages_dir``.
+        validation: ``None``: the policy is not measured during training.
+        plain_peak_bytes: estimated peak memory of a worker without gradient checkpointing; ``None``: unknown.
+        gpu_share: fraction of one GPU per worker, 0 to 1.
     """
 
+    training: TrainingSection
     samples_dir: str
     stages_dir: str
+    output_dir: str
     num_stages: int
     family: str
     model: dict[str, Any]
-    lora: LoraJob | None
-    loss: LossJob
-    empty_prompt_fraction: float
-    gradient_checkpointing: bool | Literal["auto"]
-    optimization: Optimization
     seed: int
-    output_dir: str
-    commits: CommitJob
-    max_skipped_updates: int
-    collective_timeout_seconds: int
-    guidance_range: tuple[float, float] | None = None
     start_dir: str | None = None
-    reference_is_start: bool = False
     online: OnlineJob | None = None
     validation: ValidationJob | None = None
     plain_peak_bytes: float | None = None
     gpu_share: float = 1.0
+
+    @property
+    def lora(self) -> LoraSection | None:
+        """LoRA to train; ``None``: full fine-tuning."""
+        return self.training.lora if self.training.method == "lora" else None

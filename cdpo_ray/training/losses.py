@@ -1,4 +1,4 @@
-"""Four errors of a pair -> loss and margin; a line a loss in `LOSSES`."""
+"""Four errors of a pair -> loss and margin; one entry per loss in `LOSSES`."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def kappa(beta: float) -> float:
-    """Factor between the errors' difference and the margin.
+    """Factor between the difference of errors and the margin: ``beta / 2``.
 
     The 1/2 is that of the released Diffusion-DPO code, so published betas carry over.
 
@@ -24,7 +24,7 @@ def kappa(beta: float) -> float:
 def implicit_margin(
     policy_error_w: Tensor, policy_error_l: Tensor, reference_error_w: Tensor, reference_error_l: Tensor, *, beta: float
 ) -> Tensor:
-    """How much better than the reference the policy tells chosen from rejected, ``[pair]``, in nats.
+    """Implicit reward of chosen minus that of rejected, ``[pair]``, in nats.
 
     ``-beta/2 * ((policy_error_w - reference_error_w) - (policy_error_l - reference_error_l))``.
 
@@ -48,10 +48,10 @@ def dpo_loss(margin: Tensor) -> Tensor:
 
 
 def ipo_loss(margin: Tensor) -> Tensor:
-    """``(margin - 1/2)^2``: ``[pair]`` -> ``[pair]``; the margin is drawn to 1/2 and no further.
+    """``(margin - 1/2)^2``: ``[pair]`` -> ``[pair]``; the target margin is 1/2.
 
-    With ``margin = beta h``, this is ``beta^2 (h - 1/(2 beta))^2``: the published loss times ``beta^2``, which keeps
-    its gradients in the range of the other losses'. Source: arXiv:2310.12036, equation 17.
+    With ``margin = beta h`` this is ``beta^2 (h - 1/(2 beta))^2``: the published loss times ``beta^2``, which keeps its
+    gradients in the range of the other losses'. Source: arXiv:2310.12036, equation 17.
     """
     return (margin - 0.5) ** 2
 
@@ -62,9 +62,12 @@ def hinge_loss(margin: Tensor) -> Tensor:
 
 
 def robust_dpo_loss(margin: Tensor, *, label_smoothing: float) -> Tensor:
-    """DPO's loss, unbiased when a share of the labels is swapped: ``[pair]`` -> ``[pair]``.
+    """DPO loss, unbiased under swapped labels: ``[pair]`` -> ``[pair]``.
 
-    ``((1 - e) * -log sigmoid(margin) - e * -log sigmoid(-margin)) / (1 - 2 e)`` for a share ``e``.
+    ``((1 - e) * -log sigmoid(margin) - e * -log sigmoid(-margin)) / (1 - 2 e)``.
+
+    Args:
+        label_smoothing: ``e``, fraction of swapped labels, 0 <= e < 1/2.
 
     Raises:
         ValueError: if ``label_smoothing`` is outside 0 .. 1/2.
@@ -73,8 +76,8 @@ def robust_dpo_loss(margin: Tensor, *, label_smoothing: float) -> Tensor:
     """
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"`label_smoothing` must be in 0 <= e < 0.5, got {label_smoothing}")
-    kept, swapped = (1 - label_smoothing) * dpo_loss(margin), label_smoothing * dpo_loss(-margin)
-    return (kept - swapped) / (1 - 2 * label_smoothing)
+    correct, swapped = (1 - label_smoothing) * dpo_loss(margin), label_smoothing * dpo_loss(-margin)
+    return (correct - swapped) / (1 - 2 * label_smoothing)
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -83,7 +86,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "hinge": hinge_loss,
     "robust": robust_dpo_loss,
 }
-"""Name in the config -> loss of a margin. ``sft``, the chosen's error alone, has no margin: see `preference_loss`."""
+"""Name in the config -> loss of a margin. ``sft``, the error of chosen alone, uses no margin: see `preference_loss`."""
 
 
 def preference_loss(
@@ -101,10 +104,10 @@ def preference_loss(
 
     Args:
         policy_error_w, policy_error_l, reference_error_w, reference_error_l, beta: as in `implicit_margin`.
-        loss: a name of `LOSSES`, or ``sft``: supervised fine-tuning on the chosen, the policy's error alone.
-        label_smoothing: of ``robust``, the share of labels thought wrong.
-        sft_weight: adds this multiple of the chosen's error, times kappa so that it stands in the margin's unit;
-            keeps the chosen likely. Source: arXiv:2404.19733 (a DPO loss with the chosen's likelihood).
+        loss: key of `LOSSES`, or ``sft``: supervised fine-tuning on chosen, by the policy's error alone.
+        label_smoothing: assumed fraction of swapped labels, for ``robust``.
+        sft_weight: weight of an added supervised term, ``kappa(beta)`` times the policy's error on chosen, in the
+            margin's unit; keeps chosen likely. Source: arXiv:2404.19733 (a DPO loss with the likelihood of chosen).
 
     Returns:
         Loss ``[pair]`` and margin ``[pair]``; reduce over pairs at the call site.

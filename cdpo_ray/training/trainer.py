@@ -1,4 +1,4 @@
-"""Ray Train: one fit walks all stages on every worker."""
+"""Ray Train: one fit trains all stages on every worker; the driver polls their board."""
 
 import contextlib
 import json
@@ -18,98 +18,90 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import COMMITS_DIR
-from cdpo_ray.store import write_json, write_text
-from cdpo_ray.training.board import Board, News, fault_of
+from cdpo_ray.store import place, write_json, write_text
+from cdpo_ray.training.board import Board, Cursor, News, error_of
 from cdpo_ray.training.commits import names_of, newest_of, state_of
 from cdpo_ray.training.job import TrainingJob
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
-ANSWER_SECONDS = 10.0  # of the board, which answers at once while Ray lives
+ANSWER_SECONDS = 10.0  # for a board's answer, which comes at once while Ray is alive
 
 
 def train_adapter(
     job: TrainingJob,
-    output_dir: Path,
     *,
     num_updates: int,
-    num_workers: int,
     cpus_per_worker: float,
     gpus_per_worker: float,
-    max_restarts: int,
     progress: Progress,
     on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None,
 ) -> dict[str, Any]:
     """Write `4-training`: the LoRA or the whole net, `updates.jsonl`, `stages.json`.
 
-    Started again on the same folder it goes on after the newest whole commit. Ray's own records of a fit are not read:
-    each fit is new to it.
+    Called again with the same folder it resumes from the newest intact checkpoint. Ray's own records of a fit are not
+    used: each fit is new to Ray.
 
     Args:
-        on_stage: called with the summary of each stage that has ended and is committed; of a training that goes on,
-            with those of before too.
+        num_updates: number of updates of all stages.
+        on_stage: called with the summary of each stage that has ended, once its checkpoint is written; on resume, also
+            with those of earlier stages.
 
     Returns:
-        The last state of training, see `Worker`.
+        Last `TrainingState`, as a dict.
 
     Raises:
-        TrainingError: training cannot go on, or was restarted too often.
-        KeyboardInterrupt: it was asked to stop, and is committed; or was asked twice, and is not.
+        TrainingError: training cannot continue, or failed more than ``training.max_restarts`` times.
+        KeyboardInterrupt: SIGINT or SIGTERM; the current update is in a checkpoint unless the signal came twice.
     """
-    # A board that is lost begins empty: workers post again all that matters.
+    training, output_dir = job.training, place(job.output_dir)
+    # A board that Ray restarts is empty: workers post everything needed again.
     board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()  # type: ignore[attr-defined]
     resources = {"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})}
     failures: list[Exception] = []
-    # Ray's records of the fit, which nobody reads, lie on the driver's node, where its controller is.
+    # Ray's records of the fit, which are not used, are on the driver's node, where its controller is.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as ray_dir:
         trainer = TorchTrainer(
             _work,
             train_loop_config={"job": job, "board": board},
-            torch_config=TorchConfig(timeout_s=job.collective_timeout_seconds),
+            torch_config=TorchConfig(timeout_s=training.collective_timeout_seconds),
             scaling_config=ScalingConfig(
-                num_workers=num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
+                num_workers=training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
             ),
             run_config=RunConfig(
                 name="fit",
                 storage_path=ray_dir,
-                failure_config=FailureConfig(max_failures=max_restarts),
+                failure_config=FailureConfig(max_failures=training.max_restarts),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
-        fit = threading.Thread(target=_fit, args=(trainer, failures), daemon=True)  # the main thread's signals are ours
+        fit = threading.Thread(target=_fit, args=(trainer, failures), daemon=True)  # signals go to the main thread
         done = max((int(name.partition("-")[2]) for name in names_of(output_dir / COMMITS_DIR)), default=0)
-        pairs_per_update = job.optimization.global_batch_size
+        pairs_per_update = training.global_batch_size
         progress.begin("train", total=num_updates, unit="update", done=done, makes=(pairs_per_update, "pairs"))
         try:
-            with _stopping_at_signals(board) as asked:
+            with _stopping_at_signals(board) as signals:
                 fit.start()
-                news = _followed(
-                    board,
-                    fit,
-                    progress,
-                    done,
-                    asked,
-                    silent_seconds=job.collective_timeout_seconds / 2,
-                    on_stage=on_stage,
-                )
+                silent_seconds = training.collective_timeout_seconds / 2
+                news = _follow(board, fit, progress, done, signals, silent_seconds=silent_seconds, on_stage=on_stage)
         finally:
             progress.end()
     if news.fault:
-        raise fault_of(news.fault)
+        raise error_of(news.fault)
     if failures:
         raise TrainingError(
-            f"{output_dir}: training failed more than `training.max_restarts` = {max_restarts} times, at last with"
-            f" {_told(failures[0])}; the same command goes on after update {news.num_kept}"
+            f"{output_dir}: training failed more than `training.max_restarts` = {training.max_restarts} times; last"
+            f" error: {_last_line(failures[0])}; the same command resumes after update {news.num_kept}"
         )
     newest, _ = newest_of(output_dir / COMMITS_DIR)
-    assert newest, "training that ends well has committed its last update"
+    assert newest, "successful training ends with a checkpoint"
     saved = state_of(newest)
     state: dict[str, Any] = saved["state"]
-    if asked:  # even if that was the last update: what comes after is not wanted now
-        raise KeyboardInterrupt(asked[0])
+    if signals:  # even after the last update: the steps after this one must not run
+        raise KeyboardInterrupt(signals[0])
     if state["stage"] <= job.num_stages:
         raise TrainingError(
-            f"{output_dir}: training ended after update {state['num_updates']}; the same command goes on"
+            f"{output_dir}: training ended early, after update {state['num_updates']}; the same command resumes it"
         )
     write_history(saved, output_dir)
     return state
@@ -119,7 +111,8 @@ def write_history(saved: Mapping[str, Any], output_dir: Path) -> None:
     """Write `updates.jsonl` and `stages.json`.
 
     Args:
-        saved: `state_of` the last commit. The commits stay: until the step is in place, only they are certain.
+        saved: `state_of` the last checkpoint. Checkpoints are not deleted here: until the step's folder is in place,
+            they are the only complete state.
     """
     records = saved["state"]["records"]
     write_text(output_dir / "updates.jsonl", "".join(f"{json.dumps(record)}\n" for record in records))
@@ -127,7 +120,7 @@ def write_history(saved: Mapping[str, Any], output_dir: Path) -> None:
 
 
 def _work(config: Mapping[str, Any]) -> None:
-    """Runs in each worker; only there are DeepSpeed and diffusers imported, which takes seconds."""
+    """Entry point of each worker; imports DeepSpeed and diffusers there alone, because that takes seconds."""
     from cdpo_ray.training.worker import work
 
     work(config["job"], config["board"])
@@ -140,83 +133,84 @@ def _fit(trainer: TorchTrainer, failures: list[Exception]) -> None:
         failures.append(error)
 
 
-def _followed(
+def _follow(
     board: Any,
     fit: threading.Thread,
     progress: Progress,
     num_done: int,
-    asked: Sequence[int],
+    signals: Sequence[int],
     *,
     silent_seconds: float,
     on_stage: Callable[[dict[str, Any]], Any],
 ) -> News:
-    """Pass on what the workers post, until the fit is over; names each worker that falls silent.
+    """Poll the board and report its news until the fit ends; log a warning for each worker without heartbeat.
 
     Args:
-        num_done: updates that were done before.
-        asked: signals that asked training to stop.
+        num_done: number of updates done before this fit.
+        signals: signals received so far.
+
+    Returns:
+        News of the last poll.
 
     Raises:
-        KeyboardInterrupt: a signal came, and the board no longer answers: the signal ended Ray too.
+        KeyboardInterrupt: a signal was received, and the board does not answer: the signal ended Ray too.
     """
-    num_lines = num_stages = last_record = 0
-    named: set[str] = set()
+    cursor = Cursor()
+    warned: set[str] = set()
     while True:
-        over = not fit.is_alive()
-        reading = board.read.remote(
-            after_update=last_record,
-            num_lines_seen=num_lines,
-            num_stages_seen=num_stages,
-            silent_seconds=silent_seconds,
-        )
+        is_last = not fit.is_alive()
+        reading = board.read.remote(cursor, silent_seconds=silent_seconds)
         while not ray.wait([reading], timeout=ANSWER_SECONDS)[0]:
-            if asked:
-                raise KeyboardInterrupt(asked[0])
+            if signals:
+                raise KeyboardInterrupt(signals[0])
         news: News = ray.get(reading)
+        cursor = news.cursor
         for record in news.records:
-            last_record = int(record["update"])
-            progress.record({name: value for name, value in record.items() if name != "update"}, update=last_record)
+            values = {name: value for name, value in record.items() if name != "update"}
+            progress.record(values, update=int(record["update"]))
         for line in news.lines:
             progress.tell(line)
-        num_lines = news.num_lines
         for summary in news.summaries:
-            num_stages += 1
             on_stage(summary)
         for rank, (where, seconds) in news.silent.items():
-            if where not in named:
-                log.warning("training: worker %d (%s) has given no sign for %.0f s", rank, where, seconds)
-                named.add(where)
-        if news.num_updates:  # else none has begun
+            if where not in warned:
+                log.warning("training: worker %d (%s): no heartbeat for %.0f s", rank, where, seconds)
+                warned.add(where)
+        if news.num_updates:  # 0: no update yet
             progress.advance(news.num_updates - num_done)
             num_done = news.num_updates
-        if over:
+        if is_last:
             return news
         fit.join(POLL_SECONDS)
 
 
 @contextlib.contextmanager
 def _stopping_at_signals(board: Any) -> Iterator[list[int]]:
-    """SIGINT or SIGTERM once: training stops at its update's end, committed; twice: KeyboardInterrupt at once."""
-    asked: list[int] = []
+    """First SIGINT or SIGTERM: training stops after the current update, with a checkpoint; second: KeyboardInterrupt.
+
+    Yields:
+        Signals received, updated in place.
+    """
+    signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield signals
         return
 
     def on_signal(number: int, frame: Any) -> None:
-        if asked:
+        if signals:
             raise KeyboardInterrupt(number)
-        asked.append(number)
-        log.warning("training: stopping at the end of this update; once more to leave at once")
+        signals.append(number)
+        log.warning("training: stopping at the end of this update; signal again to exit at once")
         board.ask_to_stop.remote()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _told(error: Exception) -> str:
-    """The last line of what a worker raised, which says what it was."""
+def _last_line(error: Exception) -> str:
+    """Last line of a worker's error, which names the cause."""
     return str(error).strip().splitlines()[-1]

@@ -1,13 +1,12 @@
-"""A batch of pairs -> one launch of the policy and one of the reference, forward and backward."""
+"""Batch of pairs -> loss and metrics, by one forward pass of the policy and one of the reference."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from cdpo_ray.models.family import Net, TextToImageModel
 from cdpo_ray.policy.errors import sample_errors
-from cdpo_ray.policy.policy import Reference
+from cdpo_ray.policy.policy import Policy
 from cdpo_ray.training.batches import PairBatch
 
 METRICS = (
@@ -21,28 +20,22 @@ METRICS = (
 )
 
 PreferenceLoss = Callable[..., tuple[Tensor, Tensor]]
+"""Policy and reference errors of chosen and rejected, four of ``[pair]`` -> loss and margin, ``[pair]`` each."""
 
 
-def loss_of_pairs(
-    model: TextToImageModel,
-    policy: Net,
-    reference: Reference,
-    batch: PairBatch,
-    *,
-    preference_loss: PreferenceLoss,
-) -> tuple[Tensor, Tensor]:
-    """Mean loss of a batch, and its `METRICS` ``[7]`` as a tensor on the device: nothing waits for the GPU here.
+def loss_of_pairs(policy: Policy, batch: PairBatch, *, preference_loss: PreferenceLoss) -> tuple[Tensor, Tensor]:
+    """Mean loss of a batch and its `METRICS`; does not synchronise with the GPU.
 
-    Chosen and rejected go through a net together, with the same noise, times and conditioning.
+    Chosen and rejected go through a net in one forward pass, with the same noise, times and conditioning.
 
     Args:
-        policy, reference: as in `sample_errors`.
-        preference_loss: four errors -> loss and margin, ``[pair]`` each.
+        batch: on the model's device, in its dtype.
+
+    Returns:
+        Scalar loss, which carries gradients; metrics ``[7]``, means over pairs, on the device.
     """
     policy_errors, reference_errors = sample_errors(
-        model,
         policy,
-        reference,
         torch.cat([batch.latents_w, batch.latents_l]),
         {name: torch.cat([value, value]) for name, value in batch.conditioning.items()},
         {name: torch.cat([value, value]) for name, value in batch.times.items()},

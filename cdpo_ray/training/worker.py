@@ -1,14 +1,15 @@
-"""Ray Train: what one training worker does."""
+"""Ray Train: one training worker."""
 
 import contextlib
 import functools
+import inspect
 import os
 import platform
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import ray
 import ray.train
 import torch
 
+from cdpo_ray.config.training import TrainingSection
 from cdpo_ray.cost.memory import use_checkpointing
 from cdpo_ray.curriculum.dataset import read_ranking_scores
 from cdpo_ray.curriculum.redrawing import redraw_stage
@@ -26,32 +28,35 @@ from cdpo_ray.models import load_model
 from cdpo_ray.policy.implicit_rewards import sample_values
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.numbers import seed_of
+from cdpo_ray.records import COMMITS_DIR
 from cdpo_ray.store import copy_tree, is_local, place, storage_errors_within, write_json
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, state_of, tensors_of
 from cdpo_ray.training.engine import limit_waiting, restore_training, save_trained, start_engine, training_tensors
 from cdpo_ray.training.job import TrainingJob
-from cdpo_ray.training.loop import Feed, TrainingState, summarize, train_stages
+from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import kappa, preference_loss
+from cdpo_ray.training.update import PreferenceLoss
 from cdpo_ray.training.validation import Validator
 
-BEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
 BEST = "best"
+PAIR_COLUMNS = ("prompt_row", "chosen", "rejected")
 
 
 def work(job: TrainingJob, board: Any) -> None:
-    """Train all stages, from the newest commit on; what no restart can mend is told to the board.
+    """Train all stages, resuming from the newest checkpoint; post errors that a restart cannot fix to the board.
 
     Args:
-        board: actor handle of the `Board` that the driver reads.
+        board: actor handle of the driver's `Board`.
     """
     rank = ray.train.get_context().get_world_rank()
-    with _pulse(board, rank) as stops:
-        if ray.get(board.has_fault.remote()):  # this is a restart after it
+    with _heartbeat(board, rank) as stops:
+        if ray.get(board.has_fault.remote()):  # restarted by Ray after that fault
             return
         try:
             Worker(job, board).train(stops)
-        except TrainingError as error:  # all workers raise it together, so none waits for another
+        except TrainingError as error:  # raised by all workers together, so none waits for another
             ray.get(board.post_fault.remote(type(error).__name__, str(error)))
         except CdpoError as error:
             ray.get(board.post_fault.remote(type(error).__name__, str(error)))
@@ -59,55 +64,46 @@ def work(job: TrainingJob, board: Any) -> None:
         except Exception as error:
             if is_out_of_memory(error):
                 device = "cuda" if torch.cuda.is_available() else "cpu"
-                told = (
-                    f"training: {job.model['path']} with {job.optimization.pairs_per_launch} pairs at once: out of"
+                message = (
+                    f"training: {job.model['path']} with {job.training.pairs_per_launch} pairs at once: out of"
                     f" memory: {needed_and_free(error, device)}; lower `training.batch_size_per_worker`, set"
                     " `training.gradient_checkpointing`, or raise `training.zero_stage` and `training.num_workers`"
                 )
-                ray.get(board.post_fault.remote("TrainingError", told))
+                ray.get(board.post_fault.remote("TrainingError", message))
             raise
 
 
 class Worker:
-    """The policy, its engine, what it is fed, and where it is committed."""
+    """Policy, engine, feed and checkpoints of one worker."""
 
     def __init__(self, job: TrainingJob, board: Any) -> None:
         context = ray.train.get_context()
-        self.job, self.board, self.output_dir = job, board, place(job.output_dir)
+        self.job, self.training, self.board, self.output_dir = job, job.training, board, place(job.output_dir)
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.validator = Validator(job.validation) if job.validation else None
         keep_vae = self.validator is not None
-        self.model = model = load_model(job.family, **job.model, for_training=True, keep_vae=keep_vae)
-        model.guidance_range = job.guidance_range or model.guidance_range
+        model = load_model(job.family, **job.model, for_training=True, keep_vae=keep_vae)
+        model.guidance_range = job.training.guidance_range or model.guidance_range
         empty = {name: value.cpu() for name, value in model.empty_conditioning.items()}
         model.drop_text_encoders()
-        self.policy = make_policy(
+        policy = make_policy(
             model,
             job.lora,
+            num_stages=job.num_stages,
             start_dir=place(job.start_dir) if job.start_dir else None,
-            reference_is_start=job.reference_is_start,
+            reference_is_start=job.training.reference == "last_round",
             seed=seed_of(job.seed, "lora"),
         )
-        if use_checkpointing(job.gradient_checkpointing, job.plain_peak_bytes, _gpu_bytes(job.gpu_share)):
+        if use_checkpointing(job.training.gradient_checkpointing, job.plain_peak_bytes, _gpu_bytes(job.gpu_share)):
             model.denoiser.enable_gradient_checkpointing()
         model.denoiser.train()
-        self.engine = start_engine(
-            model.denoiser, self.policy.trainable, job.optimization, num_workers=self.num_workers
-        )
-        limit_waiting(self.engine, job.collective_timeout_seconds)
+        self.engine = start_engine(model.denoiser, policy.trainable, job.training, num_workers=self.num_workers)
+        limit_waiting(self.engine, job.training.collective_timeout_seconds)
+        self.policy = replace(policy, net=self.engine)
         self.bank = SampleBank.read(place(job.samples_dir))
-        self.feed = Feed(
-            self.bank,
-            model.draw_times,
-            empty,
-            job.empty_prompt_fraction,
-            job.seed,
-            self.rank,
-            self.num_workers,
-            job.optimization,
-        )
+        self.feed = Feed(self.bank, model.draw_times, empty, job.training, job.seed, self.rank, self.num_workers)
         self.commits = Commits(
-            place(job.commits.commits_dir), keep_last=job.commits.keep_last, device=self.engine.device
+            self.output_dir / COMMITS_DIR, keep_last=job.training.keep_last, device=self.engine.device
         )
         self.summaries: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -115,28 +111,30 @@ class Worker:
         self.description: Any = None
         self.started = time.monotonic()
 
-    def train(self, stops: Any) -> None:
-        """All stages, from the newest commit on; then what was trained is written, unless it was asked to stop."""
+    def train(self, stops: Callable[[], bool]) -> None:
+        """Train all stages, resuming from the newest checkpoint; write the trained weights once they are done.
+
+        Args:
+            stops: stop flag.
+
+        Raises:
+            TrainingError: too many consecutive updates were not finite, or no checkpoint is intact.
+        """
         state = self._resumed()
+        callbacks = Callbacks(self._pairs_of_stage, stops, self._on_update, self._write_checkpoint)
         try:
             state = train_stages(
                 self.engine,
-                self.model,
-                self.policy.reference,
-                self.job.num_stages,
-                self._begin_stage,
+                self.policy,
                 self.feed,
                 state,
-                preference_loss=functools.partial(preference_loss, **asdict(self.job.loss)),
-                updates_per_commit=self.job.commits.updates_per_commit,
-                max_skipped_updates=self.job.max_skipped_updates,
-                stops=stops,
-                on_update=self._on_update,
-                on_commit=self._commit,
+                callbacks,
+                num_stages=self.job.num_stages,
+                preference_loss=_loss(self.training),
             )
         except TrainingError as error:
             last = self.commits.newest(lambda line: None)
-            raise TrainingError(f"{error}; the last good commit is {last or 'none'}") from None
+            raise TrainingError(f"{error}; last good checkpoint: {last or 'none'}") from None
         if state.stage > self.job.num_stages:
             self._write_trained(self.output_dir)
 
@@ -149,38 +147,29 @@ class Worker:
         self.summaries, self.best = saved["summaries"], saved["best"]
         self.started -= saved["seconds_in_stage"]
         if saved["drawn"]:
-            draws = {name: tensors(f"pairs.{name}").numpy() for name in ("prompt_row", "chosen", "rejected")}
+            draws = {name: tensors(f"pairs.{name}").numpy() for name in PAIR_COLUMNS}
             self.drawn, self.description = StagePairs(saved["state"]["stage"], **draws), saved["description"]
         state = TrainingState.of(saved["state"])
-        if self.rank == 0:
-            self.board.post_commit.remote(
-                state.num_updates,
-                state.records,
-                self.summaries,
-                [f"training goes on after update {state.num_updates} ({newest})"],
-            )
+        self._post_checkpoint(state, [f"training resumes after update {state.num_updates} ({newest})"])
         return state
 
-    def _begin_stage(self, state: TrainingState) -> StagePairs:
-        self.policy.begin_stage(state.stage)
-        if self.job.online is None:
+    def _pairs_of_stage(self, state: TrainingState) -> StagePairs:
+        online = self.job.online
+        if online is None:
             return StagePairs.read(place(self.job.stages_dir), state.stage, self.bank)
-        if self.drawn is None or not state.cursor:  # else as drawn when the stage began, by the policy of then
+        if self.drawn is None or not state.cursor:  # else keep the pairs drawn at the stage's start, by that policy
             values = sample_values(
-                self.model,
-                self.engine,
-                self.policy.reference,
+                self.policy,
                 self.bank.latents,
                 self.bank.conditioning,
-                kappa=kappa(self.job.loss.beta),
-                num_draws=self.job.online.num_draws,
-                samples_per_launch=2 * self.job.optimization.pairs_per_launch,
+                kappa=kappa(self.training.beta),
+                num_draws=online.num_draws,
+                samples_per_launch=2 * self.training.pairs_per_launch,
                 seed=self.job.seed,
                 stage=state.stage,
                 worker_rank=self.rank,
                 num_workers=self.num_workers,
             )
-            online = self.job.online
             draws, self.description = redraw_stage(
                 read_ranking_scores(place(online.scores_dir), online.rule),
                 online.schedule,
@@ -197,20 +186,19 @@ class Worker:
         if self.rank == 0:
             self.board.post_update.remote(state.num_updates)
 
-    def _commit(self, state: TrainingState) -> None:
-        if self.job.commits.keep_best:
+    def _write_checkpoint(self, state: TrainingState) -> None:
+        """Write a checkpoint; at the end of a stage, with the stage's summary."""
+        if self.training.keep_best:
             self._keep_best(state)
         lines = []
         if state.cursor == 0:
-            summary = summarize(state.records, state.stage - 1, self.job.optimization.global_batch_size)
+            summary = summarize(state.records, state.stage - 1, self.training.global_batch_size)
             if self.description:
                 summary["pairs"] = self.description
             summary["seconds"] = round(time.monotonic() - self.started, 2)
             if self.validator:
                 summary["validation"] = self.validator.measure(
-                    self.model,
-                    self.engine,
-                    self.policy.reference,
+                    self.policy,
                     is_last=state.stage > self.job.num_stages,
                     worker_rank=self.rank,
                     num_workers=self.num_workers,
@@ -231,11 +219,14 @@ class Worker:
             },
             self._tensors(),
         )
+        self._post_checkpoint(state, lines)
+
+    def _post_checkpoint(self, state: TrainingState, lines: list[str]) -> None:
         if self.rank == 0:
-            self.board.post_commit.remote(state.num_updates, state.records, self.summaries, lines)
+            self.board.post_checkpoint.remote(state.num_updates, state.records, self.summaries, lines)
 
     def _keep_best(self, state: TrainingState) -> None:
-        """Write what is trained to `best` if its loss is the lowest of its stage; a later stage always is better."""
+        """Write the trained weights to `best` if their loss is the lowest of the stage; a later stage always wins."""
         since = self.best["known_until"] if self.best else 0
         recent = [record for record in state.records if record["update"] > since]
         if not recent:
@@ -249,30 +240,34 @@ class Worker:
         self.best["known_until"] = state.num_updates
 
     def _write_trained(self, output_dir: Path) -> None:
-        with storage_errors_within(output_dir), tempfile.TemporaryDirectory() as elsewhere:
-            folder = output_dir if is_local(output_dir) else Path(elsewhere)
-            save_trained(self.engine, self.model, folder, lora=self.job.lora is not None)
+        with storage_errors_within(output_dir), tempfile.TemporaryDirectory() as local:
+            folder = output_dir if is_local(output_dir) else Path(local)
+            save_trained(self.engine, self.policy.model, folder, lora=self.job.lora is not None)
             if folder != output_dir:
                 copy_tree(folder, output_dir)
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from training_tensors(self.engine)
         if self.drawn is not None:
-            for name in ("prompt_row", "chosen", "rejected"):
+            for name in PAIR_COLUMNS:
                 yield f"pairs.{name}", torch.from_numpy(np.ascontiguousarray(getattr(self.drawn, name)))
 
 
 @contextlib.contextmanager
-def _pulse(board: Any, worker_rank: int) -> Iterator[Any]:
-    """While the block runs, tell the board every second that this worker lives; gives whether it is to stop."""
+def _heartbeat(board: Any, worker_rank: int) -> Iterator[Callable[[], bool]]:
+    """Send a heartbeat to the board every second while the block runs.
+
+    Yields:
+        Function that returns the stop flag.
+    """
     where = f"pid {os.getpid()} on {platform.node()}"
     done, stopping = threading.Event(), threading.Event()
 
     def beat() -> None:
         while not done.is_set():
-            if ray.get(board.beat.remote(worker_rank, where)):
+            if ray.get(board.heartbeat.remote(worker_rank, where)):
                 stopping.set()
-            done.wait(BEAT_SECONDS)
+            done.wait(HEARTBEAT_SECONDS)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -284,8 +279,14 @@ def _pulse(board: Any, worker_rank: int) -> Iterator[Any]:
         ray.get(board.leave.remote(worker_rank))
 
 
+def _loss(training: TrainingSection) -> PreferenceLoss:
+    """`preference_loss` with its options, each of which is a key of the section."""
+    options = inspect.getfullargspec(preference_loss).kwonlyargs
+    return functools.partial(preference_loss, **{name: getattr(training, name) for name in options})
+
+
 def _gpu_bytes(share: float) -> float | None:
-    """Memory of this worker's share of its GPU; ``None``: there is no GPU."""
+    """Memory of this worker's share of its GPU; ``None``: no GPU."""
     return share * torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 

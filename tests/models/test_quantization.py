@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,19 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from tiny_policies import TARGETS, TinyModels, load, make_pairs
+from tiny_policies import TARGETS, TinyModels, load, make_pairs, training_section
 from torch import Tensor, nn
 
+from cdpo_ray.config.training import LoraSection
 from cdpo_ray.errors import ModelError
 from cdpo_ray.export.formats import Trained, write_merged
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, save_lora
 from cdpo_ray.models.quantization import Int8Linear, quantize_linears
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.training.engine import save_trained, start_engine
-from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import METRICS, loss_of_pairs
 
@@ -167,18 +167,17 @@ def trained(case: tuple[str, str, str, int, str], base_dir: Path, folder: Path) 
     model = load_model(family, path=str(base_dir), device="cpu", dtype=dtype, quantization=storage, for_training=True)
     if family == "stable_diffusion_xl":
         model.denoiser.to(memory_format=torch.channels_last)
-    policy = make_policy(model, LoraJob(4, 8, TARGETS), start_dir=None, reference_is_start=False, seed=0)
+    policy = make_policy(model, LoraSection(rank=4, alpha=8, targets=TARGETS))
     model.denoiser.enable_gradient_checkpointing()
     model.denoiser.train()
-    optimization = Optimization(1e-2, 1e-4, 0.9, 0.999, 1.0, 4, 4, zero_stage=zero_stage, optimizer=optimizer)
+    section = training_section(learning_rate=1e-2, zero_stage=zero_stage, optimizer=optimizer)
     before = frozen_weights(model)
-    engine = start_engine(model.denoiser, policy.trainable, optimization, num_workers=1)
+    engine = start_engine(model.denoiser, policy.trainable, section, num_workers=1)
+    policy = replace(policy, net=engine)
     batch = make_pairs(model)
     metrics = []
     for _ in range(3):
-        loss, found = loss_of_pairs(
-            model, engine, policy.reference, batch, preference_loss=partial(preference_loss, beta=500.0)
-        )
+        loss, found = loss_of_pairs(policy, batch, preference_loss=partial(preference_loss, beta=500.0))
         metrics.append(dict(zip(METRICS, found.tolist(), strict=True)))
         engine.backward(loss)
         engine.step()
@@ -243,7 +242,7 @@ def test_a_merge_starts_from_the_weights_that_the_base_was_rounded_from(
 ) -> None:
     arguments = {"path": str(tiny_models("flux")), "quantization": "int8", "offload": True}
     model = load_model("flux", **arguments, device="cpu")
-    policy = make_policy(model, LoraJob(4, 4, ("to_q",)), start_dir=None, reference_is_start=False, seed=0)
+    policy = make_policy(model, LoraSection(rank=4, targets=("to_q",)))
     for number, parameter in enumerate(policy.trainable):
         parameter.data = 0.1 * noise_at(tuple(parameter.shape), number, "trained").to(parameter.dtype)
     save_lora(model.pipeline_class, "transformer", model.denoiser, tmp_path / "training" / LORA_DIR)

@@ -1,4 +1,4 @@
-"""8-bit AdamW: near AdamW, a quarter of its state, skipped on request, saved and restored exactly."""
+"""8-bit AdamW: close to AdamW, a quarter of its state, skipped on request, saved and restored exactly."""
 
 import sys
 from collections.abc import Callable
@@ -6,19 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_policies import training_section
 from torch import Tensor, nn
 
+from cdpo_ray.config.training import TrainingSection
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.training.adamw import Skipping, make_optimizer
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
-from cdpo_ray.training.job import Optimization
 
-WIDTH = 128  # 16,384 values a matrix; below 4,096 moments stay fp32
+WIDTH = 128  # 16,384 values per matrix; below 4,096 moments stay fp32
 
 
-def optimization(optimizer: str = "adamw_8bit", learning_rate: float = 1e-2) -> Optimization:
-    return Optimization(learning_rate, 1e-4, 0.9, 0.999, 1e9, 4, 4, zero_stage=0, optimizer=optimizer)
+def section(optimizer: str = "adamw_8bit") -> TrainingSection:
+    return training_section(optimizer=optimizer, learning_rate=1e-2, max_grad_norm=1e9)
 
 
 class Regression(nn.Module):
@@ -40,7 +41,7 @@ class Regression(nn.Module):
 
 def trained(optimizer: str, num_steps: int) -> tuple[Regression, Skipping, float]:
     net = Regression()
-    stepped = make_optimizer(list(net.parameters()), optimization(optimizer))
+    stepped = make_optimizer(list(net.parameters()), section(optimizer))
     for step in range(num_steps):
         loss = net(step)
         loss.backward()
@@ -50,7 +51,7 @@ def trained(optimizer: str, num_steps: int) -> tuple[Regression, Skipping, float
         return net, stepped, float(net(10_000))
 
 
-def test_it_ends_where_adamw_ends() -> None:
+def test_it_converges_to_adamws_weights() -> None:
     """arXiv:2110.02861, table 1: 8-bit Adam ends where 32-bit Adam ends; here within 2 % of the way."""
     (exact, _, exact_loss), (rounded, _, rounded_loss) = trained("adamw", 100), trained("adamw_8bit", 100)
     start = Regression()
@@ -62,7 +63,7 @@ def test_it_ends_where_adamw_ends() -> None:
     assert 0 < float((rounded.layer.weight - exact.layer.weight).norm() / way.norm()) < 0.1
 
 
-def test_its_state_is_a_quarter() -> None:
+def test_its_state_takes_a_quarter_of_the_memory() -> None:
     def state_bytes(optimizer: str) -> int:
         net, stepped, _ = trained(optimizer, 1)
         return sum(value.nbytes for value in stepped.saved_tensors(net.layer.weight).values())
@@ -72,7 +73,7 @@ def test_its_state_is_a_quarter() -> None:
     assert state_bytes("adamw_8bit") == 2 * num_values + 2 * 4 * num_values // 256
 
 
-def test_a_skipped_step_leaves_weights_and_moments_alone() -> None:
+def test_a_skipped_step_changes_neither_weights_nor_moments() -> None:
     net, stepped, _ = trained("adamw_8bit", 3)
     weight = net.layer.weight.detach().clone()
     state = {name: value.clone() for name, value in stepped.saved_tensors(net.layer.weight).items()}
@@ -102,7 +103,7 @@ def test_it_steps_as_bitsandbytes_does_without_waiting_for_the_device(monkeypatc
         state = stepping.state[net.layer.weight]
         return [net.layer.weight, net.layer.bias, *(state[name] for name in ("state1", "state2", "absmax1", "absmax2"))]
 
-    found = stepped(lambda parameters: make_optimizer(parameters, optimization()))
+    found = stepped(lambda parameters: make_optimizer(parameters, section()))
     assert not waits
     expected = stepped(lambda parameters: adamw.AdamW8bit(parameters, lr=1e-2, weight_decay=1e-4))
     assert len(waits) == 3 * 2, "bitsandbytes waits after each tensor of each step"
@@ -114,7 +115,7 @@ def resumed(dtype: torch.dtype) -> list[dict[str, Tensor]]:
 
     def start() -> Any:
         net = Regression(dtype)
-        return start_engine(net, list(net.parameters()), optimization(), num_workers=1)
+        return start_engine(net, list(net.parameters()), section(), num_workers=1)
 
     def step(engine: Any, numbers: range) -> None:
         for number in numbers:
@@ -154,4 +155,4 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.delitem(sys.modules, "cdpo_ray.training.adamw_8bit", raising=False)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(TrainingError, match=r'adamw_8bit needs bitsandbytes.*"cdpo_ray\[lowmem\]"'):
-        make_optimizer([nn.Parameter(torch.zeros(1))], optimization())
+        make_optimizer([nn.Parameter(torch.zeros(1))], section())

@@ -1,4 +1,4 @@
-"""What a batch holds depends on its place alone."""
+"""A batch is a function of its position alone."""
 
 import threading
 import time
@@ -76,24 +76,24 @@ def test_a_draw_is_the_same_however_the_batches_are_cut(bank: SampleBank, pairs:
         assert torch.equal(torch.cat([made[cut][name] for cut in cuts]), values), name
 
 
-def test_encoded_images_are_drawn_anew_from_their_posterior(bank: SampleBank, pairs: StagePairs) -> None:
+def test_latents_of_encoded_images_are_drawn_from_their_posterior(bank: SampleBank, pairs: StagePairs) -> None:
     std = torch.linspace(0, 2, bank.latents.numel()).reshape(bank.latents.shape)
     spread, plain = batch_of(replace(bank, latents_std=std), pairs), batch_of(bank, pairs)
     rows = pairs.prompt_row
     drawn = []
     for name, samples in (("latents_w", pairs.chosen), ("latents_l", pairs.rejected)):
         drawn.append((getattr(spread, name) - bank.latents[rows, samples]) / std[rows, samples].clamp_min(1e-6))
-    values = torch.stack(drawn)[..., 1:]  # where the spread is 0 nothing can be divided by it
+    values = torch.stack(drawn)[..., 1:]  # where the standard deviation is 0 the quotient is undefined
     assert abs(float(values.mean())) < 0.1
     assert abs(float(values.std()) - 1) < 0.1
-    assert abs(float((values[0] * values[1]).mean())) < 0.1  # chosen and rejected each for themselves
+    assert abs(float((values[0] * values[1]).mean())) < 0.1  # chosen and rejected are drawn independently
     for name in ("noise", "timesteps", "embeddings"):
         assert torch.equal(columns(spread)[name], columns(plain)[name]), name
     again = batch_of(replace(bank, latents_std=std), pairs, range(7, 9))
     assert torch.equal(again.latents_w, spread.latents_w[7:9])
 
 
-def test_each_draw_stage_and_seed_has_noise_of_its_own(bank: SampleBank, pairs: StagePairs) -> None:
+def test_each_draw_stage_and_seed_has_different_noise(bank: SampleBank, pairs: StagePairs) -> None:
     batches = [batch_of(bank, pairs), batch_of(bank, replace(pairs, stage=4)), batch_of(bank, pairs, seed=1)]
     noise = torch.cat([batch.noise for batch in batches]).flatten(1)
     assert len(torch.unique(noise, dim=0)) == 3 * NUM_DRAWS
@@ -118,7 +118,7 @@ def test_timesteps_are_uniform_over_0_to_999_and_noise_is_standard_normal(bank: 
     assert abs(noise.var() - 1) < 4 * (2 / noise.numel()) ** 0.5
 
 
-def test_the_share_without_a_prompt_is_the_one_asked_for(bank: SampleBank, pairs: StagePairs) -> None:
+def test_the_empty_prompt_fraction_is_as_configured(bank: SampleBank, pairs: StagePairs) -> None:
     batch = batch_of(bank, many(pairs, 4000), range(4000), fraction=0.25)
     emptied = (batch.conditioning["prompt_embedding"] == EMPTY).all(dim=(1, 2))
     assert abs(emptied.double().mean() - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
@@ -126,9 +126,7 @@ def test_the_share_without_a_prompt_is_the_one_asked_for(bank: SampleBank, pairs
     assert torch.equal(batch.conditioning["prompt_embedding"][~emptied], bank.conditioning["prompt_embedding"][kept])
 
 
-def test_emptying_prompts_changes_no_timestep_and_no_noise_and_leaves_the_bank_alone(
-    bank: SampleBank, pairs: StagePairs
-) -> None:
+def test_emptying_prompts_changes_neither_timesteps_nor_noise_nor_the_bank(bank: SampleBank, pairs: StagePairs) -> None:
     before = bank.conditioning["prompt_embedding"].clone()
     never, often = columns(batch_of(bank, pairs)), columns(batch_of(bank, pairs, fraction=0.9))
     assert not torch.equal(never.pop("embeddings"), often.pop("embeddings"))
@@ -137,7 +135,7 @@ def test_emptying_prompts_changes_no_timestep_and_no_noise_and_leaves_the_bank_a
     assert torch.equal(bank.conditioning["prompt_embedding"], before)
 
 
-def test_moving_a_batch_takes_the_type_for_all_but_noise_and_timesteps(bank: SampleBank, pairs: StagePairs) -> None:
+def test_moving_a_batch_casts_all_but_noise_and_timesteps(bank: SampleBank, pairs: StagePairs) -> None:
     batch = batch_of(bank, pairs)
     moved = batch.to("cpu", torch.bfloat16)
     assert {name: values.dtype for name, values in columns(moved).items()} == {
@@ -153,7 +151,7 @@ def test_moving_a_batch_takes_the_type_for_all_but_noise_and_timesteps(bank: Sam
 def test_samples_and_pairs_are_read_by_prompt_index_whatever_the_order_of_the_shards(tmp_path: Path) -> None:
     latents = np.random.default_rng(0).normal(size=(3, 4, *SHAPE)).astype(np.float16)
     embeddings = np.random.default_rng(1).normal(size=(3, 5, 6)).astype(np.float32)
-    indices = [4, 0, 2]  # prompts 1 and 3 were set aside
+    indices = [4, 0, 2]  # prompts 1 and 3 are in quarantine
     rows = pa.table(
         {"prompt_index": indices, "latents": tensor_column(latents), "prompt_embedding": tensor_column(embeddings)}
     )
@@ -179,13 +177,13 @@ def test_samples_and_pairs_are_read_by_prompt_index_whatever_the_order_of_the_sh
     assert np.array_equal(batch.latents_w[0].numpy(), latents[indices.index(4)][3])
 
 
-def test_prefetching_gives_the_same_items() -> None:
+def test_prefetching_yields_the_same_items() -> None:
     assert list(prefetched(range(20))) == list(range(20))
     assert list(prefetched(iter([]))) == []
     assert list(prefetched([None, False, 0])) == [None, False, 0]
 
 
-def test_prefetching_raises_the_sources_error_after_what_came_before() -> None:
+def test_prefetching_raises_the_sources_error_after_the_items_before_it() -> None:
     def source() -> Iterator[int]:
         yield from (1, 2)
         raise OSError("the disk is gone")
@@ -197,7 +195,7 @@ def test_prefetching_raises_the_sources_error_after_what_came_before() -> None:
     assert seen == [1, 2]
 
 
-def test_prefetching_makes_the_next_item_while_one_is_used_and_no_more() -> None:
+def test_prefetching_computes_one_item_ahead_and_no_more() -> None:
     made: list[int] = []
     second_made = threading.Event()
 

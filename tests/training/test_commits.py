@@ -1,4 +1,4 @@
-"""Commits of real DeepSpeed engines in processes of their own, no Ray: taken up, damaged, cut short, out of room."""
+"""Checkpoints of DeepSpeed engines in separate processes: resume, damage, truncation, full disk; without Ray."""
 
 import itertools
 import os
@@ -17,15 +17,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models import load_model
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, fault_of, names_of, newest_of, state_of, tensors_of
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
-from cdpo_ray.training.job import Optimization
-from cdpo_ray.training.loop import Feed, TrainingState, train_stages
+from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages
 from cdpo_ray.training.losses import preference_loss
 
 CPU = torch.device("cpu")
@@ -34,24 +33,28 @@ LEARNING_RATE = {"lora": 1e-4, "full": 1e-5}
 
 
 def train(rank: int, num_workers: int, folder: Path, method: str, zero_stage: int, stop_after: int) -> None:
-    """One worker of a group: take up the newest commit, train to so many updates in all, commit at the end."""
+    """One worker of a group: resume from the newest checkpoint, train to ``stop_after`` updates, write a checkpoint."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
     rendezvous = f"file://{folder}/group-{num_workers}-to-{stop_after}"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=num_workers)
     model = load_model("stable_diffusion", path="embedded", device="cpu", for_training=True)
-    lora = LoraJob(4, 4, ("to_q", "to_v")) if method == "lora" else None
-    policy = make_policy(model, lora, start_dir=None, reference_is_start=False, seed=0)
-    share = GLOBAL_BATCH_SIZE // num_workers
-    optimization = Optimization(
-        LEARNING_RATE[method], 1e-4, 0.9, 0.999, 1.0, GLOBAL_BATCH_SIZE, share, zero_stage=zero_stage
+    lora = LoraSection(rank=4, targets=("to_q", "to_v")) if method == "lora" else None
+    policy = make_policy(model, lora)
+    section = TrainingSection(
+        beta=200,
+        learning_rate=LEARNING_RATE[method],
+        global_batch_size=GLOBAL_BATCH_SIZE,
+        empty_prompt_fraction=0.2,
+        num_workers=num_workers,
+        zero_stage=zero_stage,
     )
-    engine = start_engine(model.denoiser, policy.trainable, optimization, num_workers=num_workers)
+    engine = start_engine(model.denoiser, policy.trainable, section, num_workers=num_workers)
     numbers = torch.Generator().manual_seed(0)
     conditioning, _ = model.encode_prompts(["two red circles", "a blue square"])
     bank = SampleBank(torch.randn(2, 3, 4, 8, 8, generator=numbers), conditioning, np.arange(2))
     empty = {name: torch.zeros_like(value[:1]) for name, value in conditioning.items()}
-    feed = Feed(bank, model.draw_times, empty, 0.2, 7, rank, num_workers, optimization)
+    feed = Feed(bank, model.draw_times, empty, section, 7, rank, num_workers)
     draws = np.random.default_rng(0).integers(0, 2, 3 * GLOBAL_BATCH_SIZE)
     commits = Commits(folder, keep_last=2, device=engine.device)
     state = TrainingState()
@@ -62,23 +65,18 @@ def train(rank: int, num_workers: int, folder: Path, method: str, zero_stage: in
     def commit(state: TrainingState) -> None:
         commits.write(state.num_updates, asdict(state), training_tensors(engine))
 
-    train_stages(
-        engine,
-        model,
-        policy.reference,
-        2,
+    callbacks = Callbacks(
         lambda state: StagePairs(state.stage, draws, np.zeros_like(draws), np.full_like(draws, state.stage)),
-        feed,
-        state,
-        preference_loss=partial(preference_loss, beta=200),
         stops=itertools.chain([False] * (stop_after - state.num_updates - 1), itertools.repeat(True)).__next__,
-        on_commit=commit,
+        on_checkpoint=commit,
     )
+    loss = partial(preference_loss, beta=section.beta)
+    train_stages(engine, policy, feed, state, callbacks, num_stages=2, preference_loss=loss)
     torch.distributed.destroy_process_group()
 
 
 def trained(folder: Path, *parts: tuple[int, int], method: str = "lora", zero_stage: int = 0) -> Path:
-    """The last commit of groups that take over from each other: (workers, updates in all) each."""
+    """The last checkpoint of consecutive groups: (number of workers, total number of updates) each."""
     folder.mkdir()
     for num_workers, stop_after in parts:
         arguments = (num_workers, folder, method, zero_stage, stop_after)
@@ -106,10 +104,10 @@ def tensors(commit: Path) -> dict[str, Tensor]:
         for stage in range(4)
     ],
 )
-def test_training_taken_up_by_new_processes_ends_with_the_very_same_tensors(
+def test_training_resumed_by_new_processes_ends_with_identical_tensors(
     tmp_path: Path, method: str, zero_stage: int
 ) -> None:
-    """Killed after a commit in a stage, and after the next."""
+    """Stopped after a checkpoint within a stage."""
     train_in = partial(trained, method=method, zero_stage=zero_stage)
     quiet = train_in(tmp_path / "quiet", (2, NUM_UPDATES))
     broken = train_in(tmp_path / "broken", (2, 2), (2, NUM_UPDATES))
@@ -126,7 +124,7 @@ def test_training_taken_up_by_new_processes_ends_with_the_very_same_tensors(
 @pytest.mark.usefixtures("embedded")
 @pytest.mark.nightly
 @pytest.mark.parametrize("workers", [(2, 1), (1, 2)])
-def test_fault_14_another_number_of_workers_takes_up_the_same_samples_and_stage(
+def test_fault_14_another_number_of_workers_resumes_with_the_same_samples_and_stage(
     tmp_path: Path, workers: tuple[int, int]
 ) -> None:
     first, then = workers
@@ -135,7 +133,7 @@ def test_fault_14_another_number_of_workers_takes_up_the_same_samples_and_stage(
     assert changed["stage"] == quiet["stage"] == 3
     for expected, found in zip(quiet["records"], changed["records"], strict=True):
         assert found["stage"] == expected["stage"]
-        # Sums over one worker round otherwise than over two, which Adam makes more of from update to update.
+        # Sums over one worker round differently from sums over two, and Adam amplifies that with every update.
         assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6 if found["update"] <= 3 else 2e-5)
         assert found["reference_error_w"] == pytest.approx(expected["reference_error_w"], abs=1e-6)
 
@@ -152,7 +150,7 @@ def committed(folder: Path, *updates: int, keep_last: int = 3) -> Commits:
 
 
 @pytest.mark.usefixtures("one_worker")
-def test_only_the_last_commits_stay_and_anybody_may_read_them(tmp_path: Path) -> None:
+def test_only_the_last_checkpoints_are_kept_and_all_users_can_read_them(tmp_path: Path) -> None:
     committed(tmp_path, 5, 10, 15, 20, keep_last=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["update-000015", "update-000020"]
     assert tensors_of(tmp_path / "update-000020")("weight")[0] == 20
@@ -182,24 +180,26 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 @pytest.mark.usefixtures("one_worker")
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_fault_12_a_damaged_commit_is_named_and_the_newest_whole_one_is_taken(tmp_path: Path, damage: str) -> None:
-    name, harm, told = DAMAGES[damage]
+def test_fault_12_a_damaged_checkpoint_is_reported_and_the_newest_intact_one_is_used(
+    tmp_path: Path, damage: str
+) -> None:
+    name, harm, message = DAMAGES[damage]
     commits = committed(tmp_path, 1, 2)
     harm(tmp_path / "update-000002" / name)
     lines: list[str] = []
     assert commits.newest(lines.append) == tmp_path / "update-000001"
     (line,) = lines
-    assert told in line and "update-000002" in line and line.endswith("going on from update-000001")
-    committed(tmp_path, 2)  # made again over the damaged one
+    assert message in line and "update-000002" in line and line.endswith("resuming from update-000001")
+    committed(tmp_path, 2)  # written again over the damaged one
     assert commits.newest(lines.append) == tmp_path / "update-000002" and len(lines) == 1
 
 
 @pytest.mark.usefixtures("one_worker")
-def test_fault_12_where_no_commit_is_whole_training_does_not_begin_anew(tmp_path: Path) -> None:
+def test_fault_12_without_an_intact_checkpoint_training_does_not_restart_silently(tmp_path: Path) -> None:
     commits = committed(tmp_path, 1, 2)
     for number in (1, 2):
         flip_one_bit(tmp_path / f"update-00000{number}" / SHARE)
-    with pytest.raises(TrainingError, match=r"update-000002/share-0.*update-000001/share-0.*no commit is whole"):
+    with pytest.raises(TrainingError, match=r"update-000002/share-0.*update-000001/share-0.*no checkpoint is intact"):
         commits.newest(lambda line: None)
 
 
@@ -236,7 +236,7 @@ KILL_POINTS = {
     "before the rename": ("rename", False, 1),
     "after the rename": ("rename", True, 2),
 }
-"""Which call the process is killed at, before or after it, and which commit is the newest then."""
+"""The call at which the process is killed, whether after it, and the newest checkpoint then."""
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.usefixtures("one_worker")
 @pytest.mark.parametrize("point", KILL_POINTS)
-def test_fault_02_a_kill_at_any_point_leaves_the_commit_before_or_the_new_one(killed: Path, point: str) -> None:
+def test_fault_02_a_kill_at_any_point_leaves_the_previous_or_the_new_checkpoint_intact(
+    killed: Path, point: str
+) -> None:
     folder, expected = killed / point, KILL_POINTS[point][2]
     lines: list[str] = []
     commits = Commits(folder, keep_last=3, device=CPU)
@@ -282,7 +284,9 @@ print(newest.name, faults, tensors_of(newest)("weight")[0].item())
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare, to mount a small disk")
-def test_fault_11_a_full_disk_is_told_with_what_is_needed_and_the_commit_before_stays(tmp_path: Path) -> None:
+def test_fault_11_a_full_disk_is_reported_with_the_bytes_needed_and_the_previous_checkpoint_is_kept(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "commits"
     folder.mkdir()
     script = FULL_DISK.format(tests=str(Path(__file__).parent), folder=str(folder))

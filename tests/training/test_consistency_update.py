@@ -1,4 +1,4 @@
-"""One launch of consistency training: the loss is the published one, and it takes four launches of nets."""
+"""One launch of consistency training: the published loss, from four forward passes."""
 
 import copy
 import math
@@ -11,8 +11,8 @@ import torch
 from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from cdpo_ray.config.training import LoraSection
 from cdpo_ray.models.latent_consistency import LatentConsistency
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.training.batches import PairBatch
@@ -33,7 +33,7 @@ def start(folder: Path, teacher: Path, *, dtype: str = "float32") -> tuple[Laten
     model = LatentConsistency.load(
         str(folder), dtype=dtype, device="cpu", for_training=True, teacher={"path": str(teacher)}
     )
-    policy = make_policy(model, LoraJob(4, 4, ALL_KINDS), start_dir=None, reference_is_start=False, seed=0)
+    policy = make_policy(model, LoraSection(rank=4, targets=ALL_KINDS))
     model.denoiser.train()
     return model, policy
 
@@ -50,14 +50,8 @@ def make_pairs(model: LatentConsistency) -> PairBatch:
     return batch.to("cpu", model.dtype)
 
 
-def loss_and_metrics(model: LatentConsistency, policy: Policy, batch: PairBatch) -> tuple[Tensor, dict[str, float]]:
-    loss, metrics = loss_of_pairs(
-        model,
-        model.denoiser,
-        policy.reference,
-        batch,
-        preference_loss=partial(preference_loss, beta=BETA),
-    )
+def loss_and_metrics(policy: Policy, batch: PairBatch) -> tuple[Tensor, dict[str, float]]:
+    loss, metrics = loss_of_pairs(policy, batch, preference_loss=partial(preference_loss, beta=BETA))
     return loss, dict(zip(METRICS, metrics.tolist(), strict=True))
 
 
@@ -71,7 +65,7 @@ def change(trainable: list[nn.Parameter]) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(tiny_lcm: Path, tiny_sd15: Path, dtype: str) -> None:
     model, policy = start(tiny_lcm, tiny_sd15, dtype=dtype)
-    loss, metrics = loss_and_metrics(model, policy, make_pairs(model))
+    loss, metrics = loss_and_metrics(policy, make_pairs(model))
     assert (metrics["margin"], metrics["implicit_accuracy"], loss.item(), metrics["loss"]) == (0.0, 0.0, LN2, LN2)
     assert metrics["policy_error_w"] == metrics["reference_error_w"] != metrics["policy_error_l"]
     loss.backward()
@@ -110,8 +104,10 @@ def test_loss_and_margin_are_those_of_merged_weights_and_the_schedulers_in_float
     empty = model.encode_prompts([""])[0]["prompt_embedding"].double()
 
     def denoised(unet: nn.Module, latents: Tensor, timestep: int, guidance: float, embedding: Tensor) -> Tensor:
-        told = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, torch.tensor([guidance]), 256)
-        output = unet(latents, timestep, embedding, timestep_cond=told.double()).sample
+        guidance_embedding = LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+            None, torch.tensor([guidance]), 256
+        )
+        output = unet(latents, timestep, embedding, timestep_cond=guidance_embedding.double()).sample
         lcm.set_timesteps(timesteps=[timestep])
         return lcm.step(output, timestep, latents).denoised
 
@@ -122,8 +118,10 @@ def test_loss_and_margin_are_those_of_merged_weights_and_the_schedulers_in_float
         embedding = batch.conditioning["prompt_embedding"][[pair]].double()
         noise = batch.noise[[pair]].double()
         noisy = lcm.add_noise(latents[[pair]].double(), noise, torch.tensor([timestep]))
-        told, untold = (teacher(noisy, timestep, which).sample for which in (embedding, empty))
-        less_noisy = ddim.step(untold + (guidance + 1) * (told - untold), timestep, noisy, eta=0.0).prev_sample
+        conditional, unconditional = (teacher(noisy, timestep, which).sample for which in (embedding, empty))
+        less_noisy = ddim.step(
+            unconditional + (guidance + 1) * (conditional - unconditional), timestep, noisy, eta=0.0
+        ).prev_sample
         target = denoised(base, less_noisy, max(timestep - 20, 0), guidance, embedding)
         differences = (denoised(unet, noisy, timestep, guidance, embedding) - target for unet in (merged, base))
         policy_error, reference_error = (
@@ -143,18 +141,18 @@ def test_loss_and_margin_are_those_of_merged_weights_and_the_schedulers_in_float
         "loss": np.log1p(np.exp(-margin)).mean(),
         "implicit_accuracy": (margin > 0).mean(),
     }
-    loss, metrics = loss_and_metrics(model, policy, batch)
+    loss, metrics = loss_and_metrics(policy, batch)
     assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-3)
     assert loss.item() == metrics["loss"]
     assert abs(margin).min() > 0.05
 
 
-def test_a_batch_takes_four_launches_of_nets_one_of_them_the_teachers(tiny_lcm: Path, tiny_sd15: Path) -> None:
+def test_a_batch_takes_four_forward_passes_one_of_them_the_teachers(tiny_lcm: Path, tiny_sd15: Path) -> None:
     model, policy = start(tiny_lcm, tiny_sd15)
     launches: list[tuple[str, int]] = []
     for name, net in (("teacher", model.teacher), ("denoiser", model.denoiser)):
         net.register_forward_pre_hook(lambda _, given, name=name: launches.append((name, len(given[0]))))
-    loss_and_metrics(model, policy, make_pairs(model))
+    loss_and_metrics(policy, make_pairs(model))
     assert launches == [("teacher", 16), ("denoiser", 8), ("denoiser", 8), ("denoiser", 8)]
 
 
@@ -163,14 +161,14 @@ def test_after_updates_the_policy_agrees_more_on_the_chosen_and_the_target_is_st
 ) -> None:
     model, policy = start(tiny_lcm, tiny_sd15)
     batch = make_pairs(model)
-    _, before = loss_and_metrics(model, policy, batch)
+    _, before = loss_and_metrics(policy, batch)
     teacher = {name: value.clone() for name, value in model.teacher.state_dict().items()}
     optimizer = torch.optim.AdamW(policy.trainable, lr=1e-4)
     for _ in range(3):
         optimizer.zero_grad()
-        loss_and_metrics(model, policy, batch)[0].backward()
+        loss_and_metrics(policy, batch)[0].backward()
         optimizer.step()
-    loss, after = loss_and_metrics(model, policy, batch)
+    loss, after = loss_and_metrics(policy, batch)
     assert after["reference_error_w"] == before["reference_error_w"]
     assert after["reference_error_l"] == before["reference_error_l"]
     assert after["policy_error_w"] != before["policy_error_w"]
@@ -183,7 +181,7 @@ def test_swapping_chosen_and_rejected_flips_the_margin(tiny_lcm: Path, tiny_sd15
     change(policy.trainable)
     batch = make_pairs(model)
     swapped = PairBatch(batch.latents_l, batch.latents_w, batch.conditioning, batch.times, batch.noise)
-    _, metrics = loss_and_metrics(model, policy, batch)
-    _, flipped = loss_and_metrics(model, policy, swapped)
+    _, metrics = loss_and_metrics(policy, batch)
+    _, flipped = loss_and_metrics(policy, swapped)
     assert flipped["margin"] == pytest.approx(-metrics["margin"], abs=2e-3)
     assert abs(metrics["margin"]) > 0.05

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -11,24 +12,23 @@ import deepspeed
 import pytest
 import torch
 from tiny_models import build_tiny_lcm, build_tiny_sd15, build_tiny_sdxl, shallow_sdxl_unet, shallow_unet
-from tiny_policies import TARGETS, TinyModels, make_pairs
+from tiny_policies import TARGETS, TinyModels, make_pairs, training_section
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from cdpo_ray.config.training import LoraSection
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.training.batches import PairBatch
 from cdpo_ray.training.engine import start_engine
-from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.loop import Guard
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import METRICS, loss_of_pairs
 
 LN2 = torch.tensor(2.0).log().item()
-LORA = LoraJob(4, 8, TARGETS)
-CONVOLUTIONS = LoraJob(4, 8, ("to_q", "conv1", "proj_in"))
+LORA = LoraSection(rank=4, alpha=8, targets=TARGETS)
+CONVOLUTIONS = LoraSection(rank=4, alpha=8, targets=("to_q", "conv1", "proj_in"))
 FAMILIES = (
     "stable_diffusion",
     "v_prediction",
@@ -72,7 +72,7 @@ class Training:
         self,
         folder: Path,
         family: str,
-        lora: LoraJob | None,
+        lora: LoraSection | None,
         *,
         teacher_dir: Path | None = None,
         dtype: str = "float32",
@@ -86,16 +86,17 @@ class Training:
         if self.model.denoiser_name == "unet":
             self.model.denoiser.to(memory_format=torch.channels_last)
         self.batch: PairBatch = make_pairs(self.model, 2)
-        self.policy: Policy = make_policy(self.model, lora, start_dir=None, reference_is_start=False, seed=0)
+        self.policy: Policy = make_policy(self.model, lora)
         self.model.denoiser.train()
         learning_rate = LEARNING_RATES["lora" if lora else "full"]
-        optimization = Optimization(learning_rate, 1e-4, 0.9, 0.999, 1.0, 2, 2, zero_stage)
-        self.engine: Any = start_engine(self.model.denoiser, self.policy.trainable, optimization, num_workers=1)
+        section = training_section(learning_rate=learning_rate, global_batch_size=2, zero_stage=zero_stage)
+        self.engine: Any = start_engine(self.model.denoiser, self.policy.trainable, section, num_workers=1)
+        self.policy = replace(self.policy, net=self.engine)
         self.guard = Guard(self.policy.trainable, self.engine.device, sharded=self.engine.zero_optimization())
 
     def launch(self) -> tuple[Tensor, Tensor]:
         loss = partial(preference_loss, beta=400.0)
-        return loss_of_pairs(self.model, self.engine, self.policy.reference, self.batch, preference_loss=loss)
+        return loss_of_pairs(self.policy, self.batch, preference_loss=loss)
 
     def update(self) -> Tensor:
         """One update as `train_stages` makes it; returns its metrics."""
@@ -173,7 +174,7 @@ def test_two_updates_start_at_margin_zero_lower_the_loss_and_leave_the_reference
 @pytest.mark.parametrize("lora", [LORA, CONVOLUTIONS, None], ids=["attention", "convolutions", "full"])
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_frozen_weights_keep_channels_last_and_trained_ones_are_contiguous(
-    models: TinyModels, lora: LoraJob | None, zero_stage: int
+    models: TinyModels, lora: LoraSection | None, zero_stage: int
 ) -> None:
     training = Training(models("stable_diffusion"), "stable_diffusion", lora, zero_stage=zero_stage)
     every = [value for value in training.model.denoiser.parameters() if value.dim() == 4]

@@ -1,23 +1,24 @@
-"""One update is the same however it is spread: workers, accumulation, ZeRO; a LoRA and the whole net."""
+"""One update is the same for any number of workers, accumulation and ZeRO stage; for a LoRA and full fine-tuning."""
 
 import itertools
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_policies import training_section
 from torch import Tensor
 
+from cdpo_ray.config.training import LoraSection
 from cdpo_ray.models import load_model
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import PairBatch
 from cdpo_ray.training.engine import save_trained, start_engine
-from cdpo_ray.training.job import Optimization
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import loss_of_pairs
 
@@ -25,12 +26,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("embedded")]
 
 NUM_PAIRS = 4
 LEARNING_RATE = {"lora": 5e-4, "full": 1e-5}
-LORA = LoraJob(8, 8, ("to_q", "to_k", "to_v", "to_out.0"))
+LORA = LoraSection()
 LOSS = partial(preference_loss, beta=200.0)
 
 
 def spreads() -> list[tuple[str, int, int, int]]:
-    """Method, workers, pairs a launch, ZeRO stage."""
+    """Method, number of workers, pairs per launch, ZeRO stage."""
     ways = [(1, 4, 0), (1, 1, 0), *((2, 2, stage) for stage in range(4)), (2, 1, 2)]
     return [(method, *way) for method, way in itertools.product(LEARNING_RATE, ways)]
 
@@ -49,17 +50,22 @@ def updated(folder: Path, spread: tuple[str, int, int, int], rank: int) -> None:
     method, num_workers, pairs_per_launch, zero_stage = spread
     model = load_model("stable_diffusion", path="embedded", device="cpu", for_training=True)
     lora = LORA if method == "lora" else None
-    policy = make_policy(model, lora, start_dir=None, reference_is_start=False, seed=0)
+    policy = make_policy(model, lora)
     if lora:
         numbers = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in policy.trainable:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=numbers)
-    optimization = Optimization(
-        LEARNING_RATE[method], 1e-4, 0.9, 0.999, 1.0, NUM_PAIRS, pairs_per_launch, zero_stage=zero_stage
+    section = training_section(
+        learning_rate=LEARNING_RATE[method],
+        global_batch_size=NUM_PAIRS,
+        batch_size_per_worker=pairs_per_launch,
+        num_workers=num_workers,
+        zero_stage=zero_stage,
     )
     conditioning, _ = model.encode_prompts(scene_prompts("train", NUM_PAIRS, 0))
-    engine = start_engine(model.denoiser, policy.trainable, optimization, num_workers=num_workers)
+    engine = start_engine(model.denoiser, policy.trainable, section, num_workers=num_workers)
+    policy = replace(policy, net=engine)
     share = NUM_PAIRS // num_workers
     for start in range(rank * share, (rank + 1) * share, pairs_per_launch):
         cut = slice(start, start + pairs_per_launch)
@@ -72,9 +78,9 @@ def updated(folder: Path, spread: tuple[str, int, int, int], rank: int) -> None:
             {"timestep": torch.tensor([100, 350, 600, 900])[cut]},
             noise,
         )
-        loss, _ = loss_of_pairs(model, engine, policy.reference, batch, preference_loss=LOSS)
+        loss, _ = loss_of_pairs(policy, batch, preference_loss=LOSS)
         engine.backward(loss)
-        if spread == whole(method):  # without ZeRO the gradient is at hand
+        if spread == whole(method):  # without ZeRO gradients are accessible
             names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
             gradients = {names[id(parameter)]: parameter.grad.contiguous() for parameter in policy.trainable}
             save_file(gradients, folder / f"{method}.gradients")
@@ -83,7 +89,7 @@ def updated(folder: Path, spread: tuple[str, int, int, int], rank: int) -> None:
 
 
 def work(rank: int, num_workers: int, folder: Path) -> None:
-    """All spreads over so many workers, in one process a worker."""
+    """All spreads over this number of workers, with one process per worker."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers)}
     store = f"file://{folder}/store-{num_workers}"
@@ -108,8 +114,8 @@ def weights(folder: Path, spread: tuple[str, int, int, int]) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize("spread", spreads(), ids=name_of)
-def test_an_update_is_the_same_however_it_is_spread(spread: tuple[str, int, int, int], folder: Path) -> None:
-    """Within 1e-6 where the gradient is more than rounding; elsewhere Adam's first step is a coin's throw."""
+def test_an_update_is_the_same_for_every_spread(spread: tuple[str, int, int, int], folder: Path) -> None:
+    """Within 1e-6 where the gradient exceeds rounding; elsewhere the sign of Adam's first step is random."""
     method = spread[0]
     gradients = {
         name.removeprefix("unet.").replace(".default.", "."): value
@@ -121,7 +127,9 @@ def test_an_update_is_the_same_however_it_is_spread(spread: tuple[str, int, int,
     )
     assert expected.keys() == found.keys() == gradients.keys()
     largest = max(float(value.abs().max()) for value in gradients.values())
-    told = {name: value.abs() > 1e-5 * largest for name, value in gradients.items()}
-    assert sum(int(mask.sum()) for mask in told.values()) > 0.98 * sum(mask.numel() for mask in told.values())
-    for name, mask in told.items():
+    significant = {name: value.abs() > 1e-5 * largest for name, value in gradients.items()}
+    assert sum(int(mask.sum()) for mask in significant.values()) > 0.98 * sum(
+        mask.numel() for mask in significant.values()
+    )
+    for name, mask in significant.items():
         torch.testing.assert_close(found[name][mask], expected[name][mask], rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The end of training: killed at any moment, the same command goes on and no committed update is made again."""
+"""The end of training: after a kill at any moment the same command resumes, and repeats no update of a checkpoint."""
 
 import contextlib
 import os
@@ -30,10 +30,10 @@ PRODUCTS = {"manifest.json", "stages.json", "updates.jsonl", "lora/adapter.safet
 
 
 def give_command(run: RunFolder, *, num_updates: int = NUM_UPDATES) -> list[int]:
-    """Train as the real step does, with its own commits and files; returns the updates that were made now.
+    """Train as the real step does, with its own checkpoints and files; returns the updates of this call.
 
     Args:
-        num_updates: after so many in all it is interrupted.
+        num_updates: total number of updates after which it is interrupted.
     """
     made: list[int] = []
 
@@ -63,15 +63,15 @@ def give_command(run: RunFolder, *, num_updates: int = NUM_UPDATES) -> list[int]
 
 
 class Killed(BaseException):
-    """The process is gone: no change reaches the disk any more."""
+    """The process is dead: no further change reaches the disk."""
 
 
 class Disk:
-    """Changes of files below a folder, as an audit hook sees them, which cannot be removed again: one for all tests.
+    """Changes of files below a folder, seen by an audit hook; one for all tests, because hooks cannot be removed.
 
     Attributes:
-        moments: changes that were to be made.
-        last: number of changes that are made; from the next one on the process counts as gone.
+        moments: attempted changes.
+        last: number of changes after which the process counts as dead.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ def disk() -> Disk:
 
 @contextlib.contextmanager
 def killed_on_disk(number: int, path: Path, disk: Disk) -> Iterator[list[str]]:
-    """Nothing below ``path`` is changed from the ``number``-th change on; gives the changes that were to be made."""
+    """Fail the ``number``-th change below ``path`` and all later ones; yields the attempted changes."""
     fsync = os.fsync
 
     def watched_fsync(descriptor: int) -> None:
@@ -117,7 +117,7 @@ def killed_on_disk(number: int, path: Path, disk: Disk) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def killed_in_store(number: int, server: S3Server) -> Iterator[list[str]]:
-    """From the ``number``-th request that changes the store on, none reaches it; gives those that were to."""
+    """Fail the ``number``-th request that changes the store and all later ones; yields the attempted requests."""
     moments: list[str] = []
 
     def fault(operation: str, key: str) -> Any:
@@ -134,7 +134,7 @@ def killed_in_store(number: int, server: S3Server) -> Iterator[list[str]]:
         server.fault = lambda operation, key: None
 
 
-def assert_every_moment_is_gone_on_from(
+def assert_training_resumes_after_a_kill_at_every_moment(
     path_of: Callable[[int], Path], killed: Callable[[int, Path], contextlib.AbstractContextManager[list[str]]]
 ) -> None:
     quiet, begun = RunFolder(path_of(-1)), RunFolder(path_of(0))
@@ -166,24 +166,24 @@ def assert_every_moment_is_gone_on_from(
 
 
 @pytest.mark.usefixtures("one_worker")
-def test_fault_31_training_that_is_killed_at_any_moment_of_its_end_is_not_done_again(
+def test_fault_31_training_killed_at_any_moment_of_its_end_repeats_no_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk
 ) -> None:
     monkeypatch.setenv("CDPO_TEST_DIR", str(tmp_path / "beside"))
-    assert_every_moment_is_gone_on_from(
+    assert_training_resumes_after_a_kill_at_every_moment(
         lambda number: tmp_path / f"run-{number}", lambda number, path: killed_on_disk(number, path, disk)
     )
 
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("one_worker")
-def test_fault_31_training_in_a_bucket_that_is_killed_at_any_moment_of_its_end_is_not_done_again(
+def test_fault_31_training_in_a_bucket_killed_at_any_moment_of_its_end_repeats_no_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CDPO_TEST_DIR", str(tmp_path))
     server = S3Server()
     with serve(server) as bucket:
-        assert_every_moment_is_gone_on_from(
+        assert_training_resumes_after_a_kill_at_every_moment(
             lambda number: bucket / f"run-{number}", lambda number, path: killed_in_store(number, server)
         )
         delete(bucket)
@@ -191,7 +191,7 @@ def test_fault_31_training_in_a_bucket_that_is_killed_at_any_moment_of_its_end_i
 
 
 @pytest.mark.usefixtures("one_worker")
-def test_fault_31_commits_that_are_half_deleted_do_not_count_once_training_is_in_place(
+def test_fault_31_half_deleted_checkpoints_are_ignored_once_training_is_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CDPO_TEST_DIR", str(tmp_path / "beside"))

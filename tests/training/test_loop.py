@@ -1,9 +1,8 @@
-"""The staged loop with a real DeepSpeed engine, one worker, no Ray."""
+"""The training loop with a DeepSpeed engine, one worker, without Ray."""
 
 import dataclasses
 import itertools
 import os
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,46 +12,36 @@ import pytest
 import torch
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from tiny_policies import training_section
 from torch import Tensor
 
-from cdpo_ray.curriculum.capacity import Capacity
+from cdpo_ray.config.training import LoraSection
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models import load_model
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.noise import generator_at
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
-from cdpo_ray.training.job import Optimization
-from cdpo_ray.training.loop import Feed, Guard, TrainingState, summarize, train_stages
+from cdpo_ray.training.loop import Callbacks, Feed, Guard, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import METRICS, PreferenceLoss
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_worker")]
 
-LORA = LoraJob(2, 2, ("to_q",))
-GROWING = LoraJob(2, 2, ("to_v",), (Capacity(1, Fraction(1, 2)), Capacity(2, Fraction(1))))
+LORA = LoraSection(rank=2, targets=("to_q",))
+GROWING = LoraSection(rank=2, initial_rank=1, unfreeze="from_input", targets=("to_v",))
 
 LOSS: PreferenceLoss = partial(preference_loss, beta=500)
-OPTIMIZATION = Optimization(
-    learning_rate=1e-3,
-    weight_decay=1e-4,
-    adam_beta1=0.9,
-    adam_beta2=0.999,
-    max_grad_norm=1.0,
-    global_batch_size=2,
-    pairs_per_launch=1,
-    zero_stage=0,
-)
+SECTION = training_section(global_batch_size=2, batch_size_per_worker=1, empty_prompt_fraction=0.5)
 
 
 class Training:
-    """One engine on a tiny net, and what it is fed: two stages of three updates."""
+    """One engine on a tiny net, with the feed of two stages of three updates."""
 
-    def __init__(self, folder: Path, lora: LoraJob = LORA, *, worker_rank: int = 0, num_workers: int = 1) -> None:
+    def __init__(self, folder: Path, lora: LoraSection = LORA, *, worker_rank: int = 0, num_workers: int = 1) -> None:
         self.model = load_model("stable_diffusion", path=str(folder), device="cpu", for_training=True)
-        self.policy = make_policy(self.model, lora, start_dir=None, reference_is_start=False, seed=0)
-        self.engine = start_engine(self.model.denoiser, self.policy.trainable, OPTIMIZATION, num_workers=num_workers)
+        self.policy = make_policy(self.model, lora, num_stages=2)
+        self.engine = start_engine(self.model.denoiser, self.policy.trainable, SECTION, num_workers=num_workers)
         numbers = torch.Generator().manual_seed(0)
         bank = SampleBank(
             torch.randn(2, 3, 4, 8, 8, generator=numbers),
@@ -63,18 +52,17 @@ class Training:
             bank,
             self.model.draw_times,
             {"prompt_embedding": torch.zeros(1, 77, 32)},
-            0.5,
+            SECTION,
             7,
             worker_rank,
             num_workers,
-            OPTIMIZATION,
         )
         draws = np.random.default_rng(0).integers(0, 2, 6)
         self.stages = [StagePairs(stage, draws, np.zeros(6, int), np.full(6, stage)) for stage in (1, 2)]
         self.num_updates: list[int] = []
         self.committed: list[TrainingState] = []
 
-    def walk(
+    def train(
         self,
         state: TrainingState,
         *,
@@ -83,28 +71,20 @@ class Training:
         updates_per_commit: int = 100,
         max_skipped_updates: int = 20,
     ) -> TrainingState:
-        """Train on, up to so many updates in all."""
+        """Train from this state, up to ``stop_after`` updates in total."""
         self.num_updates.clear()
         self.committed.clear()
-        return train_stages(
-            self.engine,
-            self.model,
-            self.policy.reference,
-            len(self.stages),
-            self.begin_stage,
-            self.feed,
-            state,
-            preference_loss=loss,
-            updates_per_commit=updates_per_commit,
-            max_skipped_updates=max_skipped_updates,
+        keys = {"updates_per_commit": updates_per_commit, "max_skipped_updates": max_skipped_updates}
+        feed = dataclasses.replace(self.feed, training=SECTION.model_copy(update=keys))
+        callbacks = Callbacks(
+            lambda state: self.stages[state.stage - 1],
             stops=lambda: stop_after is not None and len(self.num_updates) + state.num_updates + 1 >= stop_after,
             on_update=lambda state: self.num_updates.append(state.num_updates),
-            on_commit=self.committed.append,
+            on_checkpoint=self.committed.append,
         )
-
-    def begin_stage(self, state: TrainingState) -> StagePairs:
-        self.policy.begin_stage(state.stage)
-        return self.stages[state.stage - 1]
+        return train_stages(
+            self.engine, self.policy, feed, state, callbacks, num_stages=len(self.stages), preference_loss=loss
+        )
 
     def state(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in training_tensors(self.engine)}
@@ -115,38 +95,38 @@ class Training:
 
 @pytest.mark.parametrize("stop_after", [2, 3, 4], ids=["in a stage", "at its end", "in the next"])
 @pytest.mark.parametrize("lora", [LORA, GROWING], ids=["constant", "growing"])
-def test_training_taken_up_ends_with_the_very_same_weights_moments_and_records(
-    tiny_sd15: Path, lora: LoraJob, stop_after: int
+def test_resumed_training_ends_with_identical_weights_moments_and_records(
+    tiny_sd15: Path, lora: LoraSection, stop_after: int
 ) -> None:
     whole = Training(tiny_sd15, lora)
-    expected = whole.walk(TrainingState())
+    expected = whole.train(TrainingState())
     first = Training(tiny_sd15, lora)
-    stopped = first.walk(TrainingState(), stop_after=stop_after)
+    stopped = first.train(TrainingState(), stop_after=stop_after)
     assert stopped.num_updates == stop_after
     second = Training(tiny_sd15, lora)
-    second.walk(TrainingState(), stop_after=1)  # weights and moments that must be replaced
+    second.train(TrainingState(), stop_after=1)  # weights and moments that must be replaced
     restore_training(second.engine, first.state().__getitem__)
-    assert second.walk(stopped) == expected
+    assert second.train(stopped) == expected
     assert second.num_updates == list(range(stop_after + 1, 7))
     found = second.state()
     for name, value in whole.state().items():
         assert torch.equal(value, found[name]), name
 
 
-def test_training_is_committed_every_so_many_updates_and_after_each_stage(tiny_sd15: Path) -> None:
+def test_checkpoints_are_due_every_updates_per_commit_updates_and_after_each_stage(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15)
-    training.walk(TrainingState(), updates_per_commit=2)
+    training.train(TrainingState(), updates_per_commit=2)
     assert [(state.num_updates, state.stage, state.cursor) for state in training.committed] == [
         (2, 1, 2), (3, 2, 0), (4, 2, 1), (6, 3, 0)
     ]  # fmt: skip
     assert [len(state.records) for state in training.committed] == [2, 3, 4, 6]
 
 
-def test_a_growing_lora_learns_from_stage_to_stage_what_it_is_allowed_to(tiny_sd15: Path) -> None:
+def test_a_growing_lora_trains_the_rank_and_blocks_of_each_stage(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15, GROWING)
-    state = training.walk(TrainingState(), stop_after=3)
+    state = training.train(TrainingState(), stop_after=3)
     first = training.weights()
-    training.walk(state)
+    training.train(state)
     second = training.weights()
     for name in (name for name in first if "lora_B" in name):
         assert first[name][:, 1:].abs().max() == 0
@@ -154,9 +134,9 @@ def test_a_growing_lora_learns_from_stage_to_stage_what_it_is_allowed_to(tiny_sd
         assert second[name].abs().amax(dim=0).min() > 0
 
 
-def test_every_stage_is_served_and_every_update_recorded(tiny_sd15: Path) -> None:
+def test_every_stage_is_trained_and_every_update_recorded(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15)
-    state = training.walk(TrainingState())
+    state = training.train(TrainingState())
     assert state.stage == 3
     assert [(record["update"], record["stage"]) for record in state.records] == [
         (1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)
@@ -171,10 +151,10 @@ def test_every_stage_is_served_and_every_update_recorded(tiny_sd15: Path) -> Non
 
 
 def test_reference_stays_the_base_while_the_policy_moves(tiny_sd15: Path) -> None:
-    """The same draw again after training: reference errors are what they were, policy errors are not."""
+    """The same draw again after training: reference errors are unchanged, policy errors are not."""
     training = Training(tiny_sd15)
-    before = training.walk(TrainingState()).records[0]
-    after = training.walk(TrainingState()).records[0]
+    before = training.train(TrainingState()).records[0]
+    after = training.train(TrainingState()).records[0]
     assert before["policy_error_w"] == before["reference_error_w"]
     assert after["reference_error_w"] == before["reference_error_w"]
     assert after["reference_error_l"] == before["reference_error_l"]
@@ -182,7 +162,7 @@ def test_reference_stays_the_base_while_the_policy_moves(tiny_sd15: Path) -> Non
 
 
 def gradient_breaks_at(*launches: int) -> PreferenceLoss:
-    """The loss stays finite; its gradient does not, at these launches."""
+    """Loss whose value is always finite, and whose gradient is not at these launches."""
     calls = itertools.count(1)
 
     def loss(*errors: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,23 +175,21 @@ def gradient_breaks_at(*launches: int) -> PreferenceLoss:
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_fault_09_an_update_that_is_not_finite_is_skipped_and_counted_and_changes_nothing(
-    tiny_sd15: Path, what: str
-) -> None:
+def test_fault_09_a_non_finite_update_is_skipped_and_counted_and_changes_nothing(tiny_sd15: Path, what: str) -> None:
     training = Training(tiny_sd15)
-    before = training.walk(TrainingState(), stop_after=2)
+    before = training.train(TrainingState(), stop_after=2)
     kept = training.state()
     latents, broken = training.feed.bank.latents, training.feed.bank.latents.clone()
     if what == "loss":
         broken[:, 1] = float("nan")  # what stage 1 rejects
         training.feed = dataclasses.replace(training.feed, bank=dataclasses.replace(training.feed.bank, latents=broken))
     loss = gradient_breaks_at(2) if what == "gradient" else LOSS
-    after = training.walk(before, stop_after=3, loss=loss)
+    after = training.train(before, stop_after=3, loss=loss)
     assert after.skipped == (3,)
     assert [record["update"] for record in after.records] == [1, 2]
     assert all(torch.equal(value, kept[name]) for name, value in training.state().items())
     training.feed = dataclasses.replace(training.feed, bank=dataclasses.replace(training.feed.bank, latents=latents))
-    last = training.walk(after)
+    last = training.train(after)
     assert [record["update"] for record in last.records] == [1, 2, 4, 5, 6]
     assert all(value.isfinite().all() for value in training.state().values())
     assert last.num_updates == 6 and last.num_skipped_last == 0
@@ -219,7 +197,7 @@ def test_fault_09_an_update_that_is_not_finite_is_skipped_and_counted_and_change
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_guard_finds_what_is_not_finite_and_takes_no_large_gradient_for_it(dtype: torch.dtype, sharded: bool) -> None:
+def test_a_guard_detects_non_finite_values_and_accepts_large_gradients(dtype: torch.dtype, sharded: bool) -> None:
     parameter = torch.nn.Parameter(torch.ones(4, dtype=dtype))
     guard = Guard([parameter], torch.device("cpu"), sharded=sharded)
     for factor, is_bad in ((60_000, False), (float("inf"), True), (float("nan"), True), (1, False)):
@@ -228,15 +206,15 @@ def test_a_guard_finds_what_is_not_finite_and_takes_no_large_gradient_for_it(dty
         assert guard.verdict(stops=False) == (is_bad, False)
 
 
-def test_fault_09_many_skipped_in_a_row_stop_training(tiny_sd15: Path) -> None:
+def test_fault_09_consecutive_skipped_updates_stop_training(tiny_sd15: Path) -> None:
     training = Training(tiny_sd15)
     training.feed.bank.latents[:, 2] = float("nan")  # what stage 2 rejects
-    with pytest.raises(TrainingError, match=r"gradient of the last 2 updates, to 5 \(stage 2\), was not finite"):
-        training.walk(TrainingState(), max_skipped_updates=2)
+    with pytest.raises(TrainingError, match=r"gradient not finite in the last 2 updates, up to update 5 \(stage 2\)"):
+        training.train(TrainingState(), max_skipped_updates=2)
 
 
-def walk_as_one_of_two(rank: int, folder: Path, model_dir: Path) -> None:
-    """Train in a group of two; write the noise of every launch, as it is used, beside the number of updates done."""
+def train_as_one_of_two(rank: int, folder: Path, model_dir: Path) -> None:
+    """Train in a group of two; write the noise that every launch used."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -249,16 +227,14 @@ def walk_as_one_of_two(rank: int, folder: Path, model_dir: Path) -> None:
         return pose(*given)
 
     training.model.denoising_task = posed  # type: ignore[method-assign]
-    training.walk(TrainingState())
+    training.train(TrainingState())
     assert training.num_updates == [1, 2, 3, 4, 5, 6]
     save_file({str(launch): noise.contiguous() for launch, noise in enumerate(used)}, folder / f"{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
-def test_with_two_workers_and_prefetching_each_is_served_its_draws_of_the_same_stage_at_every_update(
-    tiny_sd15: Path, tmp_path: Path
-) -> None:
-    torch.multiprocessing.spawn(walk_as_one_of_two, (tmp_path, tiny_sd15), nprocs=2)  # type: ignore[attr-defined]
+def test_each_of_two_workers_gets_its_draws_of_the_same_stage_at_every_update(tiny_sd15: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_as_one_of_two, (tmp_path, tiny_sd15), nprocs=2)  # type: ignore[attr-defined]
     for rank in (0, 1):
         used = load_file(tmp_path / f"{rank}.safetensors")
         assert len(used) == 6

@@ -1,5 +1,6 @@
 """Each loss against its closed form in float64."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import get_args
@@ -44,7 +45,7 @@ def test_at_the_start_the_gradient_is_half_kappa_down_for_chosen_and_up_for_reje
     torch.testing.assert_close(policy_l.grad, torch.full((64,), -25.0))
 
 
-def test_the_margin_is_positive_where_the_policy_got_better_at_chosen_than_at_rejected() -> None:
+def test_the_margin_is_positive_where_the_policy_improved_more_on_chosen_than_on_rejected() -> None:
     one, less, more = torch.tensor([1.0]), torch.tensor([0.9]), torch.tensor([1.1])
     for policy_w, policy_l, sign in ((less, one, 1), (one, more, 1), (more, one, -1), (one, less, -1), (less, less, 0)):
         loss, margin = preference_loss(policy_w, policy_l, one, one, beta=10)
@@ -118,7 +119,7 @@ def test_ipos_published_form_is_the_loss_over_beta_squared() -> None:
 
 
 def test_the_robust_loss_is_dpos_in_expectation_over_swapped_labels() -> None:
-    """With a share of labels swapped, its mean is what DPO's would be on the true ones: it is unbiased."""
+    """With a fraction of labels swapped, its mean equals the DPO loss on the true labels: it is unbiased."""
     share, zero = 0.3, torch.zeros_like(GRID)
     given = (-GRID, zero, zero, zero)
     swapped = (zero, -GRID, zero, zero)
@@ -127,7 +128,7 @@ def test_the_robust_loss_is_dpos_in_expectation_over_swapped_labels() -> None:
     torch.testing.assert_close(mean, preference_loss(*given, beta=2)[0], rtol=1e-9, atol=1e-9)
 
 
-def test_sft_is_the_chosens_error_alone_and_keeps_the_margin_to_look_at() -> None:
+def test_sft_is_the_error_of_chosen_alone_and_still_reports_the_margin() -> None:
     given = errors(4)
     loss, margin = preference_loss(*given, beta=7, loss="sft")
     assert torch.equal(loss, given[0])
@@ -153,10 +154,14 @@ def test_every_loss_first_pulls_the_chosens_error_down_and_pushes_the_rejecteds_
 
 
 @pytest.mark.parametrize("share", [-0.1, 0.5, 0.7])
-def test_a_label_smoothing_that_leaves_no_majority_is_refused(share: float) -> None:
+def test_a_label_smoothing_outside_0_to_one_half_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=rf"`label_smoothing` must be in 0 <= e < 0.5, got {share}"):
         preference_loss(*errors(0), beta=1, loss="robust", label_smoothing=share)
 
 
 def test_the_losses_of_the_config_are_those_that_exist() -> None:
     assert {*LOSSES, "sft"} == set(get_args(TrainingSection.model_fields["loss"].annotation))
+
+
+def test_every_option_of_the_loss_is_a_training_key() -> None:
+    assert {*inspect.getfullargspec(preference_loss).kwonlyargs} <= {*TrainingSection.model_fields}

@@ -1,4 +1,4 @@
-"""One launch: the policy learns, the reference is the base model, and nothing else is in the loss."""
+"""One launch: the policy learns, the reference is the base model, and nothing else enters the loss."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from tiny_policies import TinyModels, load, make_pairs, start
 from torch import Tensor, nn
 
-from cdpo_ray.models.family import TextToImageModel, rows_of
+from cdpo_ray.models.family import rows_of
 from cdpo_ray.models.stable_diffusion import StableDiffusion
 from cdpo_ray.policy.policy import Policy
 from cdpo_ray.training.batches import PairBatch
@@ -38,14 +38,8 @@ def rows(batch: PairBatch, start: int, stop: int) -> PairBatch:
     )
 
 
-def loss_and_metrics(model: TextToImageModel, policy: Policy, batch: PairBatch) -> tuple[Tensor, dict[str, float]]:
-    loss, metrics = loss_of_pairs(
-        model,
-        model.denoiser,
-        policy.reference,
-        batch,
-        preference_loss=partial(preference_loss, beta=BETA),
-    )
+def loss_and_metrics(policy: Policy, batch: PairBatch) -> tuple[Tensor, dict[str, float]]:
+    loss, metrics = loss_of_pairs(policy, batch, preference_loss=partial(preference_loss, beta=BETA))
     return loss, dict(zip(METRICS, metrics.tolist(), strict=True))
 
 
@@ -62,7 +56,7 @@ def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(
     tiny_models: TinyModels, family: str, dtype: str
 ) -> None:
     model, policy = start(tiny_models(family), family, dtype=dtype)
-    loss, metrics = loss_and_metrics(model, policy, make_pairs(model))
+    loss, metrics = loss_and_metrics(policy, make_pairs(model))
     assert (metrics["margin"], metrics["implicit_accuracy"], loss.item(), metrics["loss"]) == (0.0, 0.0, LN2, LN2)
     assert metrics["policy_error_w"] == metrics["reference_error_w"] != metrics["policy_error_l"]
     loss.backward()
@@ -94,10 +88,10 @@ def test_after_an_update_the_policy_differs_and_the_reference_is_still_the_base(
     optimizer = torch.optim.AdamW(policy.trainable, lr=1e-3)
     for _ in range(2):
         optimizer.zero_grad()
-        loss, _ = loss_and_metrics(model, policy, batch)
+        loss, _ = loss_and_metrics(policy, batch)
         loss.backward()
         optimizer.step()
-    after, metrics = loss_and_metrics(model, policy, batch)
+    after, metrics = loss_and_metrics(policy, batch)
     assert (metrics["reference_error_w"], metrics["reference_error_l"]) == (base_w, base_l)
     assert metrics["policy_error_w"] != base_w
     assert after.item() < LN2 and metrics["margin"] > 0
@@ -136,7 +130,7 @@ def test_loss_and_margin_are_those_of_merged_weights_and_the_scheduler_in_float6
         "loss": torch.log1p(torch.exp(-margin)).mean().item(),
         "implicit_accuracy": (margin > 0).double().mean().item(),
     }
-    loss, metrics = loss_and_metrics(model, policy, batch)
+    loss, metrics = loss_and_metrics(policy, batch)
     assert metrics == pytest.approx(expected, rel=1e-4, abs=2e-3)
     assert loss.item() == metrics["loss"]
     assert margin.abs().max() > 0.1
@@ -147,8 +141,8 @@ def test_swapping_chosen_and_rejected_flips_the_margin(tiny_sd15: Path) -> None:
     change(policy.trainable)
     batch = make_pairs(model)
     swapped = PairBatch(batch.latents_l, batch.latents_w, batch.conditioning, batch.times, batch.noise)
-    _, metrics = loss_and_metrics(model, policy, batch)
-    _, flipped = loss_and_metrics(model, policy, swapped)
+    _, metrics = loss_and_metrics(policy, batch)
+    _, flipped = loss_and_metrics(policy, swapped)
     assert flipped["margin"] == pytest.approx(-metrics["margin"], abs=1e-3)
     assert abs(metrics["margin"]) > 0.05
     assert flipped["implicit_accuracy"] == 1 - metrics["implicit_accuracy"]
@@ -159,11 +153,11 @@ def test_gradients_accumulated_over_two_halves_are_those_of_the_whole(tiny_sd15:
     model, policy = start(tiny_sd15)
     change(policy.trainable)
     batch = make_pairs(model)
-    loss_and_metrics(model, policy, batch)[0].backward()
+    loss_and_metrics(policy, batch)[0].backward()
     whole = [parameter.grad.clone() for parameter in policy.trainable if parameter.grad is not None]
     model.denoiser.zero_grad()
     for part in (rows(batch, 0, 2), rows(batch, 2, 4)):
-        (loss_and_metrics(model, policy, part)[0] / 2).backward()
+        (loss_and_metrics(policy, part)[0] / 2).backward()
     assert len(whole) == len(policy.trainable)
     largest = max(gradient.abs().max().item() for gradient in whole)
     for parameter, gradient in zip(policy.trainable, whole, strict=True):
@@ -178,7 +172,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_models: TinyModels, fam
         change(policy.trainable)
         if checkpointing:
             model.denoiser.enable_gradient_checkpointing()
-        loss, _ = loss_and_metrics(model, policy, make_pairs(model, 2))
+        loss, _ = loss_and_metrics(policy, make_pairs(model, 2))
         loss.backward()
         found.append((loss.item(), [parameter.grad for parameter in policy.trainable]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
@@ -195,9 +189,9 @@ def test_a_compiled_net_gives_the_eager_losses_and_its_reference_is_the_base(
     for compiled in (False, True):
         model, policy = start(tiny_models(family), family, compiled=compiled)
         batch = make_pairs(model)
-        _, at_first = loss_and_metrics(model, policy, batch)
+        _, at_first = loss_and_metrics(policy, batch)
         change(policy.trainable)
-        _, after = loss_and_metrics(model, policy, batch)
+        _, after = loss_and_metrics(policy, batch)
         assert after["reference_error_w"] == at_first["reference_error_w"] != after["policy_error_w"]
         assert at_first["margin"] == pytest.approx(0, abs=BETA * 1e-6)
         found.append(after)

@@ -1,4 +1,4 @@
-"""A policy measured at a stage's end, against the evaluation of what was trained."""
+"""A policy measured at the end of a stage, against the evaluation of the trained adapter."""
 
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,12 @@ import pytest
 import torch
 from finished_runs import change, save_policy
 
+from cdpo_ray.config.training import LoraSection
 from cdpo_ray.dataflow.quarantine import SetAside
 from cdpo_ray.evaluation.comparison import Comparer
 from cdpo_ray.evaluation.looks import measure_looks
 from cdpo_ray.generation.generator import Generator, Sampling
 from cdpo_ray.models import load_model
-from cdpo_ray.policy.job import LoraJob
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.training.job import ValidationJob
@@ -43,7 +43,7 @@ def rows() -> pa.Table:
 
 @pytest.fixture(scope="module")
 def base(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the base model makes of the prompts, as a search keeps it."""
+    """Samples of the base model, as a search stores them."""
     folder = tmp_path_factory.mktemp("base")
     made = Generator(FAMILY, MODEL, Sampling(**SAMPLING), make_scores=partial(Scorer, JUDGES))(rows())
     pq.write_table(made, folder / "samples-000000000000.parquet")
@@ -54,7 +54,7 @@ def start(*, trained: bool) -> tuple[Any, Policy]:
     model = load_model(FAMILY, **MODEL, for_training=True, keep_vae=True)
     model.empty_conditioning  # noqa: B018 - as a worker has it before it drops the text encoders
     model.drop_text_encoders()
-    policy = make_policy(model, LoraJob(4, 4, ("to_q", "to_v")), start_dir=None, reference_is_start=False, seed=0)
+    policy = make_policy(model, LoraSection(rank=4, targets=("to_q", "to_v")))
     if trained:
         change(policy.trainable)
     model.denoiser.train()
@@ -66,12 +66,8 @@ def validator_of(base: Path, **job: Any) -> Validator:
     return Validator(ValidationJob(str(base), SAMPLING, JUDGES, **asked))
 
 
-def measured(
-    validator: Validator, model: Any, policy: Policy, *, is_last: bool = True, rank: int = 0, num_workers: int = 1
-) -> Any:
-    return validator.measure(
-        model, model.denoiser, policy.reference, is_last=is_last, worker_rank=rank, num_workers=num_workers
-    )
+def measured(validator: Validator, policy: Policy, *, is_last: bool = True, rank: int = 0, num_workers: int = 1) -> Any:
+    return validator.measure(policy, is_last=is_last, worker_rank=rank, num_workers=num_workers)
 
 
 def scores_of(base: Path, judge: str) -> np.ndarray:
@@ -79,16 +75,16 @@ def scores_of(base: Path, judge: str) -> np.ndarray:
     return np.array(table[f"score_{judge}"].to_pylist())
 
 
-def test_before_the_first_update_a_policy_makes_the_base_models_images(base: Path) -> None:
-    found = measured(validator_of(base), *start(trained=False))
+def test_before_the_first_update_a_policy_generates_the_base_models_images(base: Path) -> None:
+    found = measured(validator_of(base), start(trained=False)[1])
     for judge in JUDGES:
         np.testing.assert_allclose(found["scores"][judge], scores_of(base, judge), atol=1e-5)
     assert not np.any(found["implicit_values"])
 
 
-def test_a_policy_is_judged_as_the_evaluation_judges_what_was_trained(base: Path, tmp_path: Path) -> None:
+def test_a_policy_is_judged_as_the_evaluation_judges_the_trained_adapter(base: Path, tmp_path: Path) -> None:
     model, policy = start(trained=True)
-    found = measured(validator_of(base), model, policy)
+    found = measured(validator_of(base), policy)
     save_policy(model, tmp_path)
     comparer = Comparer(
         FAMILY,
@@ -109,11 +105,11 @@ def test_a_policy_is_judged_as_the_evaluation_judges_what_was_trained(base: Path
     np.testing.assert_allclose(found["diversity"], compared["tuned_diversity"].to_pylist(), atol=1e-4)
 
 
-def test_workers_share_the_prompts_and_find_together_what_one_finds(base: Path, group_of_one: None) -> None:
-    model, policy = start(trained=True)
+def test_workers_share_the_prompts_and_together_give_the_result_of_one(base: Path, group_of_one: None) -> None:
+    _, policy = start(trained=True)
     validator = validator_of(base, num_margin_draws=0)
-    alone = measured(validator, model, policy)
-    shares = [measured(validator, model, policy, rank=rank, num_workers=2) for rank in (0, 1)]
+    alone = measured(validator, policy)
+    shares = [measured(validator, policy, rank=rank, num_workers=2) for rank in (0, 1)]
     for judge in JUDGES:
         share_sum = np.sum([share["scores"][judge] for share in shares], axis=0)  # in a group of one, none is added
         np.testing.assert_allclose(share_sum, alone["scores"][judge], atol=1e-4)
@@ -121,20 +117,20 @@ def test_workers_share_the_prompts_and_find_together_what_one_finds(base: Path, 
     np.testing.assert_allclose(shares[0]["diversity"] + np.array(shares[1]["diversity"]), alone["diversity"], atol=1e-4)
 
 
-def test_early_stages_ask_the_first_prompts_only_or_none_at_all(base: Path) -> None:
-    model, policy = start(trained=True)
-    whole = measured(validator_of(base), model, policy)
-    early = measured(validator_of(base, early_prompts=2), model, policy, is_last=False)
+def test_early_stages_measure_the_first_prompts_only_or_none_at_all(base: Path) -> None:
+    _, policy = start(trained=True)
+    whole = measured(validator_of(base), policy)
+    early = measured(validator_of(base, early_prompts=2), policy, is_last=False)
     for judge in JUDGES:
         np.testing.assert_allclose(early["scores"][judge], whole["scores"][judge][:2], atol=1e-4)
     np.testing.assert_allclose(early["implicit_values"], whole["implicit_values"][:2], atol=1e-5)
-    assert measured(validator_of(base, only_last=True), model, policy, is_last=False) == {}
+    assert measured(validator_of(base, only_last=True), policy, is_last=False) == {}
 
 
-def test_measuring_leaves_the_policy_in_training_and_the_generator_as_it_was(base: Path) -> None:
+def test_measuring_leaves_the_policy_in_training_mode_and_the_rng_state_unchanged(base: Path) -> None:
     validator, (model, policy) = validator_of(base), start(trained=True)
     before, state = [parameter.clone() for parameter in policy.trainable], torch.get_rng_state()
-    measured(validator, model, policy)
+    measured(validator, policy)
     assert model.denoiser.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(now, then) for now, then in zip(policy.trainable, before, strict=True))
