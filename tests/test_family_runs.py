@@ -1,7 +1,7 @@
 """Every family the whole way on a real local Ray: its real classes, narrow, from prompts to a LoRA loaded back."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,14 @@ from PIL import Image
 from cdpo_ray.config import Config, validate
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.run import run_steps
-from cdpo_ray.session import ray_session
 from cdpo_ray.steps import STEPS
 from cdpo_ray.store import RunFolder
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 LATENT_CHANNELS = {"stable_diffusion_xl": 4, "latent_consistency": 4, "stable_diffusion_3": 16, "flux": 16}
 STEPS_OF = {"latent_consistency": 1}  # with more, a consistency model adds noise of its own
 GUIDANCE = 2.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    with ray_session():
-        yield
 
 
 def make_config(family: str, model: dict[str, Any], folder: Path) -> Config:

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +35,13 @@ from cdpo_ray.records import score_file
 from cdpo_ray.rewards.score_table import read_scores
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.run import round_folders, run_steps, write_reports
-from cdpo_ray.session import ray_session
 from cdpo_ray.steps import STEPS
 from cdpo_ray.store import RunFolder, read_shards
 from cdpo_ray.testbed import PIPELINE_DIR
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 CDPO = Path(sys.executable).with_name("cdpo")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find own_rewards
-        with ray_session():
-            yield
 
 
 def make_config(model: Path, folder: Path, name: str = "run", **changes: Any) -> Config:
