@@ -108,11 +108,14 @@ def s3(s3_server: Path) -> Iterator[Path]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A fault's number is in the test's name; the marker follows from it.
 
-    With `pytest -n 2 --dist loadgroup`, one process runs all tests that start Ray, one Ray at a time; of the others,
-    each file is run by one process, so that its fixtures are built once.
+    With `pytest -n 2 --dist loadgroup`, one process runs all tests that start Ray, which come first; each other file
+    is run by one process, so that its fixtures are built once.
     """
+    parallel = config.pluginmanager.hasplugin("dsession") or "PYTEST_XDIST_WORKER" in os.environ
     for item in items:
         if item.name.startswith("test_fault_"):
             item.add_marker(pytest.mark.fault)
-        if config.pluginmanager.hasplugin("xdist"):
+        if parallel:
             item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
+    if parallel:
+        items.sort(key=lambda item: item.get_closest_marker("ray") is None)
