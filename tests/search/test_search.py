@@ -1,18 +1,21 @@
-"""`cdpo tune` in a process of its own: killed, taken up again, and what it leaves."""
+"""`cdpo tune`: killed in a process of its own, taken up again, and what it leaves."""
 
+import contextlib
+import io
 import json
-import os
-import signal
+import logging
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cdpo_ray.cli import main
 from cdpo_ray.config import load_config
 from cdpo_ray.search.trials import DONE, RUNNING, STOPPED, Trial, Trials
 
@@ -20,7 +23,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CDPO = Path(sys.executable).with_name("cdpo")
 LORA = "4-training/lora/pytorch_lora_weights.safetensors"
 SETTINGS: dict[str, Any] = {
-    "run": {"name": "tune", "dir": "runs"},
     "prompts": {
         "train": {"source": "scenes", "count": 8},
         "validation": {"source": "scenes", "count": 6},
@@ -52,35 +54,51 @@ class Search:
     """A folder in which `cdpo tune` is called."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.run = folder, folder / "runs" / "tune"
-        (folder / "tune.json").write_text(json.dumps(SETTINGS))
+        self.run, self.config_path = folder / "runs" / "tune", folder / "tune.json"
+        self.config_path.write_text(json.dumps(SETTINGS | {"run": {"name": "tune", "dir": str(folder / "runs")}}))
 
     def start(self, *overrides: str) -> "subprocess.Popen[str]":
-        command = [CDPO, "tune", "tune.json", *overrides]
-        return subprocess.Popen(
-            command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+        """In a process of its own, with its own Ray."""
+        return subprocess.Popen([CDPO, "tune", self.config_path, *overrides], stderr=subprocess.PIPE, text=True)
+
+    def call(self, *overrides: str) -> tuple[int, str, str]:
+        """In this process, on the local Ray of all tests; returns the exit code, the output and the log."""
+        output, log = io.StringIO(), io.StringIO()
+        handler, logger = logging.StreamHandler(log), logging.getLogger("cdpo_ray")
+        logger.addHandler(handler)
+        try:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(log):
+                code = main(["tune", str(self.config_path), *overrides])
+        finally:
+            logger.removeHandler(handler)
+        return code, output.getvalue(), log.getvalue()
 
     def finish(self, *overrides: str) -> tuple[str, str]:
-        process = self.start(*overrides)
-        said, told = process.communicate(timeout=400)
-        assert process.returncode == 0, told
-        return said, told
+        code, output, log = self.call(*overrides)
+        assert code == 0, log
+        return output, log
 
     def trials(self, folder: str = "trials") -> list[Trial]:
         return [*Trials(self.run / folder).values()]
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, list[Trial], str, str]:
+def killed(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, list[Trial], str, str]:
     """A search whose driver was killed after a trial's first stage, and that was taken up again to its end."""
     search = Search(tmp_path_factory.mktemp("search"))
-    process = search.start()
+    process = search.start("search.max_concurrent_trials=1")
     while not any(trial.reports for trial in search.trials()):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.2)
-    os.kill(process.pid, signal.SIGKILL)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if (name := "".join(child.cmdline())).startswith("ray::") and "Agent" not in name
+    ]
+    process.kill()
     process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive, "a worker of a killed driver ends by itself"
     found = search.trials()
     return search, found, *search.finish()
 
@@ -113,9 +131,8 @@ def test_a_search_that_is_done_trains_nothing_and_finds_the_same(
 
 
 def test_a_search_is_not_gone_on_with_by_other_settings(killed: tuple[Search, list[Trial], str, str]) -> None:
-    process = killed[0].start("search.early_prompts=2")
-    _, told = process.communicate(timeout=100)
-    assert process.returncode == 2
+    code, _, told = killed[0].call("search.early_prompts=2")
+    assert code == 2
     assert "a search was begun there with `search.early_prompts` = 3, config says 2; delete the folder" in told
 
 
@@ -127,13 +144,11 @@ def test_the_best_schedule_run_by_itself_trains_what_its_trial_trained(
     found = json.loads((search.run / "tune.json").read_text())
     config = load_config(search.run / "best.yaml")
     assert config.search is None and config.run.name == "tune-best"
-    subprocess.run([CDPO, "run", search.run / "best.yaml"], cwd=search.folder, check=True, timeout=300)
-    trained, alone = (
-        load_file(folder / LORA)
-        for folder in (search.run / "trials" / f"{found['kept']:03d}", search.folder / "runs" / "tune-best")
-    )
+    assert main(["run", str(search.run / "best.yaml")]) == 0
+    best = search.run.with_name("tune-best")
+    trained, alone = (load_file(folder / LORA) for folder in (search.run / "trials" / f"{found['kept']:03d}", best))
     assert trained and all(torch.equal(value, alone[name]) for name, value in trained.items())
-    assert (search.folder / "runs" / "tune-best" / "report.html").exists()
+    assert (best / "report.html").exists()
 
 
 @pytest.mark.nightly
