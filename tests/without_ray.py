@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from ray import cloudpickle
 from worker_processes import run_workers
 
 from cdpo_ray.records import COMMITS_DIR
@@ -44,6 +45,7 @@ class _Remote:
 
 
 def _in_pool(rows: Rows, plain_class: Callable[..., Any], pool: Any, *, rows_per_call: Any, **arguments: Any) -> Rows:
+    arguments = cloudpickle.loads(cloudpickle.dumps(arguments))  # as they reach an actor
     return rows.map_batches(plain_class(**arguments))
 
 
@@ -76,14 +78,14 @@ def _train_adapter(job: TrainingJob, output_dir: Path, *, num_workers: int, **op
 @contextmanager
 def without_ray() -> Iterator[None]:
     """`run_steps` in the block starts no Ray; judges must be in the generators (fused)."""
-    import ray.data
-
+    streams = SimpleNamespace(
+        remote=lambda **options: lambda call: SimpleNamespace(remote=call), get=lambda results: results
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cdpo_ray.run.ray_session", lambda **options: nullcontext())
         patch.setattr("cdpo_ray.run.cluster_nodes", lambda: ([Node("this", 4.0)], False))
-        patch.setattr(ray.data, "from_arrow", Rows)
-        patch.setattr(ray, "remote", lambda **options: lambda call: SimpleNamespace(remote=call))
-        patch.setattr(ray, "get", lambda results: results)
+        patch.setattr("cdpo_ray.dataflow.streams.ray", streams)
+        patch.setattr("cdpo_ray.generation.pool.ray", SimpleNamespace(data=SimpleNamespace(from_arrow=Rows)))
         for pool in ("generation", "evaluation"):
             patch.setattr(f"cdpo_ray.{pool}.pool.in_pool", _in_pool)
         patch.setattr("cdpo_ray.training.trainer.train_adapter", _train_adapter)
