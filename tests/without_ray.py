@@ -62,9 +62,10 @@ def _train(rank: int, job: TrainingJob, num_workers: int, rendezvous: str) -> No
     torch.distributed.destroy_process_group()
 
 
-def _train_adapter(job: TrainingJob, output_dir: Path, *, num_workers: int, **options: Any) -> dict[str, Any]:
+def _train_adapter(job: TrainingJob, *_: Any, num_workers: int | None = None, **options: Any) -> dict[str, Any]:
     from cdpo_ray.training.trainer import write_history
 
+    num_workers, output_dir = num_workers or job.training.num_workers, Path(job.output_dir)
     with tempfile.TemporaryDirectory() as folder:
         run_workers(_train, job, num_workers, f"file://{folder}/rendezvous", num_workers=num_workers)
     newest, _ = newest_of(output_dir / COMMITS_DIR)

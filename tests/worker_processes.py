@@ -13,6 +13,8 @@ PRELOADED = [
     "diffusers.models.unets.unet_2d_condition",
     "transformers.models.clip.modeling_clip",
 ]
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(PRELOADED)  # read when the first process is started
 
 
 def run_workers(work: Callable[..., Any], *arguments: Any, num_workers: int) -> None:
@@ -21,7 +23,6 @@ def run_workers(work: Callable[..., Any], *arguments: Any, num_workers: int) -> 
     Raises:
         torch.multiprocessing.ProcessRaisedException: a worker raised.
     """
-    multiprocessing.set_forkserver_preload(PRELOADED)
     torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
         work, arguments, nprocs=num_workers, start_method="forkserver"
     )

@@ -1,6 +1,5 @@
 """How long a worker waits for another."""
 
-import multiprocessing
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.distributed import distributed_c10d
+from worker_processes import FORKED
 
 from cdpo_ray.training.engine import limit_waiting, start_engine
 from cdpo_ray.training.job import Optimization
@@ -31,7 +31,7 @@ def timeouts_under(zero_stages: tuple[int, ...], store: Path) -> list[tuple[int,
 
 
 def test_every_group_of_an_engine_waits_as_long_as_it_is_let(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with FORKED.Pool(1) as pool:
         found = pool.apply(timeouts_under, ((0, 2, 3), tmp_path / "store"))
     for stage, timeouts in found:
         assert len(timeouts) >= 2, "DeepSpeed makes a group of its own"
