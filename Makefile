@@ -1,16 +1,23 @@
 # `make demo` and `make test` set up all they need in .venv; `make check` is for developers.
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-faults test-versions check format lock clean
+.PHONY: demo test nightly test-faults test-versions lint check format lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/cdpo run configs/quickstart.yaml
 	@echo "The report: $(CURDIR)/runs/quickstart/report.html"
 
+# One process runs all tests that start Ray, and begins with them; the others share the rest, file by file.
+PARALLEL := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not nightly"
+	$(BIN)/python -m pytest -m "not nightly" $(PARALLEL) --durations=25
+
+nightly: $(INSTALLED)
+	$(BIN)/python -m pytest -m nightly $(PYTEST_ARGS)
 
 test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest -m "fault or nightly"
@@ -25,12 +32,14 @@ test-versions:
 	$(OTHER)/bin/python -m pytest -m "not ray and not slow and not nightly"
 	$(OTHER)/bin/cdpo run configs/smoke.yaml run.dir=$$(mktemp -d)
 
-check: $(INSTALLED)
+lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not ray and not slow and not nightly"
+
+check: lint
+	$(BIN)/python -m pytest -m "not ray and not slow and not nightly" $(PARALLEL)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

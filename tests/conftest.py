@@ -1,5 +1,7 @@
 """Models that tests share; built when the first test asks, so that tests without torch stay quick."""
 
+import contextlib
+import fcntl
 import functools
 import os
 import secrets
@@ -21,19 +23,47 @@ settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
-def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the real SD1.5 architecture at a tenth of its width, random weights; do not write into it."""
-    from tiny_models import build_tiny_sd15
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family (or `flux_schnell`) -> folder of its real architecture, narrow, random weights; do not write into it.
 
-    return build_tiny_sd15(tmp_path_factory.mktemp("models") / "tiny_sd15")
+    The processes of `pytest -n` share the folders: the first that needs a model builds it.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    @functools.cache
+    def folder_of(family: str) -> Path:
+        import tiny_models
+
+        builders = {
+            "stable_diffusion": tiny_models.build_tiny_sd15,
+            "stable_diffusion_xl": tiny_models.build_tiny_sdxl,
+            "latent_consistency": tiny_models.build_tiny_lcm,
+            "stable_diffusion_3": tiny_models.build_tiny_sd3,
+            "flux": tiny_models.build_tiny_flux,
+            "flux_schnell": functools.partial(tiny_models.build_tiny_flux, guidance_embeds=False),
+        }
+        folder = shared / f"tiny_{family}"
+        with (shared / f"tiny_{family}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                builders[family](shared / f"tiny_{family}.partial").rename(folder)
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
-def tiny_lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a latent consistency model whose teacher would be `tiny_sd15`, random weights; do not write into it."""
-    from tiny_models import build_tiny_lcm
+def tiny_sd15(tiny_models: Callable[[str], Path]) -> Path:
+    """Folder of the real SD1.5 architecture at a tenth of its width, random weights; do not write into it."""
+    return tiny_models("stable_diffusion")
 
-    return build_tiny_lcm(tmp_path_factory.mktemp("models") / "tiny_lcm")
+
+@pytest.fixture(scope="session")
+def tiny_lcm(tiny_models: Callable[[str], Path]) -> Path:
+    """Folder of a latent consistency model whose teacher would be `tiny_sd15`, random weights; do not write into it."""
+    return tiny_models("latent_consistency")
 
 
 @pytest.fixture(scope="session")
@@ -45,20 +75,16 @@ def embedded() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Family (or `flux_schnell`) -> folder of its real architecture, narrow, random weights; do not write into it."""
-    import tiny_models
+def local_ray() -> Iterator[None]:
+    """A local Ray whose workers find the modules of this folder, such as `own_rewards`; `ray_session` joins it."""
+    from cdpo_ray.session import ray_session
 
-    builders = {
-        "stable_diffusion": tiny_models.build_tiny_sd15,
-        "stable_diffusion_xl": tiny_models.build_tiny_sdxl,
-        "latent_consistency": tiny_models.build_tiny_lcm,
-        "stable_diffusion_3": tiny_models.build_tiny_sd3,
-        "flux": tiny_models.build_tiny_flux,
-        "flux_schnell": functools.partial(tiny_models.build_tiny_flux, guidance_embeds=False),
-    }
-    folder = tmp_path_factory.mktemp("families")
-    return functools.cache(lambda family: builders[family](folder / family))
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+            patch.setenv("RAY_metrics_report_interval_ms", "1000")  # a test waits for them
+            stack.enter_context(ray_session())
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -78,8 +104,18 @@ def s3(s3_server: Path) -> Iterator[Path]:
     delete(s3_server)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A fault's number is in the test's name; the marker follows from it."""
+@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A fault's number is in the test's name; the marker follows from it.
+
+    With `pytest -n 2 --dist loadgroup`, one process runs all tests that start Ray, which come first; each other file
+    is run by one process, so that its fixtures are built once.
+    """
+    parallel = config.pluginmanager.hasplugin("dsession") or "PYTEST_XDIST_WORKER" in os.environ
     for item in items:
         if item.name.startswith("test_fault_"):
             item.add_marker(pytest.mark.fault)
+        if parallel:
+            item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
+    if parallel:
+        items.sort(key=lambda item: item.get_closest_marker("ray") is None)

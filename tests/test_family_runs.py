@@ -1,7 +1,7 @@
-"""Every family the whole way on a real local Ray: its real classes, narrow, from prompts to a LoRA loaded back."""
+"""Every family from prompts to a LoRA that is loaded back: its real classes, narrow, with and without Ray."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,21 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
 from PIL import Image
+from without_ray import without_ray
 
 from cdpo_ray.config import Config, validate
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.run import run_steps
-from cdpo_ray.session import ray_session
 from cdpo_ray.steps import STEPS
 from cdpo_ray.store import RunFolder
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 LATENT_CHANNELS = {"stable_diffusion_xl": 4, "latent_consistency": 4, "stable_diffusion_3": 16, "flux": 16}
 STEPS_OF = {"latent_consistency": 1}  # with more, a consistency model adds noise of its own
 GUIDANCE = 2.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    with ray_session():
-        yield
+ON_RAY = "latent_consistency"
+"""Its model has most arguments, a teacher among them. The others are on Ray at night."""
 
 
 def make_config(family: str, model: dict[str, Any], folder: Path) -> Config:
@@ -61,14 +57,32 @@ def make_config(family: str, model: dict[str, Any], folder: Path) -> Config:
     )
 
 
-@pytest.mark.parametrize("family", LATENT_CHANNELS)
-def test_a_family_walks_the_whole_way_and_its_lora_makes_the_judged_images_in_the_stock_pipeline(
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    "family",
+    [family if family == ON_RAY else pytest.param(family, marks=pytest.mark.nightly) for family in LATENT_CHANNELS],
+)
+def test_on_ray_the_lora_of_a_family_makes_the_judged_images_in_the_stock_pipeline(
     family: str, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    assert_stock_pipeline_agrees(family, tiny_models, tmp_path)
+
+
+@pytest.mark.parametrize("family", [family for family in LATENT_CHANNELS if family != ON_RAY])
+def test_the_lora_of_a_family_makes_the_judged_images_in_the_stock_pipeline(
+    family: str, tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with without_ray():
+        assert_stock_pipeline_agrees(family, tiny_models, tmp_path)
+
+
+def assert_stock_pipeline_agrees(family: str, tiny_models: Callable[[str], Path], folder: Path) -> None:
+    """Run all steps; base and LoRA, loaded into diffusers' pipeline, make the images of both arms."""
     model: dict[str, Any] = {"path": str(tiny_models(family))}
     if family == "latent_consistency":
         model["teacher"] = {"path": str(tiny_models("stable_diffusion"))}
-    config = make_config(family, model, tmp_path)
+    config = make_config(family, model, folder)
     run: RunFolder = run_steps(config, STEPS)
     stock = DiffusionPipeline.from_pretrained(model["path"], dtype=torch.float32)
     if family == "stable_diffusion_xl":

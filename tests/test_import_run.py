@@ -1,7 +1,6 @@
 """Preferences that people have, the whole way on a real local Ray, in the embedded world."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +13,12 @@ from safetensors.torch import load_file
 from cdpo_ray.cli import main
 from cdpo_ray.prompts.sources import is_held_out
 from cdpo_ray.records import SAMPLES, SCORES, STAGES, TRAINING
-from cdpo_ray.session import ray_session
 from cdpo_ray.store import read_shards
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 NUM_ROWS, FRACTION = 60, 0.3
 TIED, UNLABELLED, BROKEN, NO_PROMPT, SWAPPED = 1, 4, 7, 20, (10, 11, 12)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    with ray_session():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from cdpo_ray.config import Config, load_config
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.run import run_steps
-from cdpo_ray.session import ray_session
 from cdpo_ray.steps import STEPS
 from cdpo_ray.store import read_json
 
@@ -41,12 +40,6 @@ FAMILIES = {"sdxl_24gb": "stable_diffusion_xl", "flux_24gb": "flux"}
 def tiny(name: str, model_dir: Path, run_dir: Path) -> Config:
     values = TINY | {"model.path": str(model_dir), "run.dir": str(run_dir)}
     return load_config(CONFIGS / f"{name}.yaml", [f"{key}={json.dumps(value)}" for key, value in values.items()])
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    with ray_session():
-        yield
 
 
 @pytest.mark.ray

@@ -129,23 +129,21 @@ def test_fault_27_a_tracking_uri_with_a_password_is_refused_and_not_repeated() -
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_ray_exports_each_value_as_a_gauge(tmp_path: Path) -> None:
-    from cdpo_ray.session import ray_session
+    import ray
 
-    with ray_session():
-        import ray
-
-        told = Trackers(TrackedRun("demo", tmp_path), {})
-        told.log([Point("generate", 8, {"images_per_second": 3.5})], lambda: None)
-        (node, *_) = ray.nodes()
-        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        lines: list[str] = []
-        deadline = time.monotonic() + 60
-        while not lines and time.monotonic() < deadline:
-            time.sleep(1)
-            page = urllib.request.urlopen(url, timeout=10).read().decode()
-            lines = [line for line in page.splitlines() if line.startswith("ray_cdpo_generate_images_per_second{")]
-        told.close("ended")
+    told = Trackers(TrackedRun("demo", tmp_path), {})
+    told.log([Point("generate", 8, {"images_per_second": 3.5})], lambda: None)
+    (node, *_) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    lines: list[str] = []
+    deadline = time.monotonic() + 60
+    while not lines and time.monotonic() < deadline:
+        time.sleep(1)
+        page = urllib.request.urlopen(url, timeout=10).read().decode()
+        lines = [line for line in page.splitlines() if line.startswith("ray_cdpo_generate_images_per_second{")]
+    told.close("ended")
     (line,) = lines
     assert 'run="demo"' in line and line.endswith(" 3.5")
 

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from cdpo_ray.config import load_config
 from cdpo_ray.errors import ResourceError, TrainingError
 from cdpo_ray.search.search import max_concurrent_trials
 from cdpo_ray.search.trials import DONE, FAILED, RUNNING, STOPPED, Halving, Trial, Trials, read_trial
-from cdpo_ray.session import ray_session
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NUM_STAGES = 4
@@ -24,12 +23,10 @@ BY_REWARD = Halving("reward", max_stages=NUM_STAGES, grace_stages=1, reduction_f
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    with ray_session():
-        from ray import cloudpickle
+def pickled_by_value(local_ray: None) -> None:
+    from ray import cloudpickle
 
-        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a trial's process does not find tests
-        yield
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a trial's process does not find this module
 
 
 def stage_report(stage: int, reward: float) -> dict[str, Any]:

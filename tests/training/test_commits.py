@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from worker_processes import run_workers
 
 from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.errors import TrainingError
@@ -79,8 +80,7 @@ def trained(folder: Path, *parts: tuple[int, int], method: str = "lora", zero_st
     """The last checkpoint of consecutive groups: (number of workers, total number of updates) each."""
     folder.mkdir()
     for num_workers, stop_after in parts:
-        arguments = (num_workers, folder, method, zero_stage, stop_after)
-        torch.multiprocessing.spawn(train, arguments, nprocs=num_workers)  # type: ignore[attr-defined]
+        run_workers(train, num_workers, folder, method, zero_stage, stop_after, num_workers=num_workers)
     newest, faults = newest_of(folder)
     assert newest and not faults
     assert newest.name == f"update-{NUM_UPDATES:06d}"

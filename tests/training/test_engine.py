@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_policies import training_section
 from torch import Tensor
+from worker_processes import run_workers
 
 from cdpo_ray.config.training import LoraSection
 from cdpo_ray.models import load_model
@@ -105,7 +106,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Gradients and weights of every spread, after one update."""
     folder = tmp_path_factory.mktemp("engine")
     for num_workers in (1, 2):
-        torch.multiprocessing.spawn(work, (num_workers, folder), nprocs=num_workers)  # type: ignore[attr-defined]
+        run_workers(work, num_workers, folder, num_workers=num_workers)
     return folder
 
 

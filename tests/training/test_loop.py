@@ -14,6 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_policies import training_section
 from torch import Tensor
+from worker_processes import run_workers
 
 from cdpo_ray.config.training import LoraSection
 from cdpo_ray.errors import TrainingError
@@ -233,8 +234,10 @@ def train_as_one_of_two(rank: int, folder: Path, model_dir: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_each_of_two_workers_gets_its_draws_of_the_same_stage_at_every_update(tiny_sd15: Path, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_as_one_of_two, (tmp_path, tiny_sd15), nprocs=2)  # type: ignore[attr-defined]
+def test_with_two_workers_and_prefetching_each_is_served_its_draws_of_the_same_stage_at_every_update(
+    tiny_sd15: Path, tmp_path: Path
+) -> None:
+    run_workers(train_as_one_of_two, tmp_path, tiny_sd15, num_workers=2)
     for rank in (0, 1):
         used = load_file(tmp_path / f"{rank}.safetensors")
         assert len(used) == 6

@@ -1,6 +1,5 @@
 """Timeouts of collectives."""
 
-import multiprocessing
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from tiny_policies import training_section
 from torch import nn
 from torch.distributed import distributed_c10d
+from worker_processes import FORKED
 
 from cdpo_ray.training.engine import limit_waiting, start_engine
 
@@ -31,7 +31,7 @@ def timeouts_under(zero_stages: tuple[int, ...], store: Path) -> list[tuple[int,
 
 
 def test_every_process_group_of_an_engine_has_the_timeout(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with FORKED.Pool(1) as pool:
         found = pool.apply(timeouts_under, ((0, 2, 3), tmp_path / "store"))
     for stage, timeouts in found:
         assert len(timeouts) >= 2, "DeepSpeed makes a group of its own"
