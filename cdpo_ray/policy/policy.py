@@ -80,7 +80,7 @@ def _lora_policy(
 
     def begin_stage(stage: int) -> None:
         capacity = lora.capacities[stage - 1]
-        growth.let_learn(capacity.rank, capacity.block_share)
+        growth.set_capacity(capacity.rank, capacity.block_share)
 
     return Policy(trainable, reference, begin_stage)
 

@@ -145,7 +145,7 @@ def test_only_what_is_trained_is_saved_when_the_reference_is_an_adapter_too(
 
 
 def test_another_rank_than_the_round_before_is_refused(tiny_sd15: Path, first_round: Path) -> None:
-    with pytest.raises(ModelError, match="its LoRA has other layers or another rank than the one to train"):
+    with pytest.raises(ModelError, match="layers or rank of the LoRA differ from those to train"):
         make_policy(
             load(tiny_sd15), LoraJob(2, 2, LORA.targets), start_dir=first_round, reference_is_start=False, seed=0
         )
