@@ -112,9 +112,8 @@ class Curriculum:
         schedule, pairs = self.schedule, self._candidates(stage)
         if not pairs.num_pairs:
             raise CurriculumError(self._why_no_pair(stage))
-        drawn = (
-            self._shuffled(stage, num_draws) if schedule.order == "shuffled" else self._draw(pairs, stage, num_draws)
-        )
+        shuffled = schedule.order == "shuffled"
+        drawn = self._shuffled(stage, num_draws) if shuffled else self._draw(pairs, stage, num_draws)
         return swap_labels(drawn, schedule.label_noise, seed=self.seed, stage=stage), pairs
 
     def _candidates(self, stage: int) -> PairSet:

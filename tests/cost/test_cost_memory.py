@@ -60,9 +60,7 @@ def test_quantization_applies_to_the_linear_layers_only() -> None:
 def test_a_teacher_is_resident_and_runs_on_both_images_with_and_without_prompt() -> None:
     with_teacher = trainer(teacher=SD15)
     assert with_teacher.weights - trainer().weights == 2 * SD15.parameters
-    assert with_teacher.work == trainer().work, (
-        "its four forward passes without gradient need less than the policy's two"
-    )
+    assert with_teacher.work == trainer().work, "four forward passes without gradient need less than the policy's two"
 
 
 def test_text_encoders_are_on_the_gpu_only_while_a_worker_loads() -> None:

@@ -58,9 +58,7 @@ def dominates(one: list[float], other: list[float]) -> bool:
 
 @pytest.mark.parametrize("rank_by", COMBINATIONS)
 @given(scores=SCORES)
-def test_a_combination_equals_its_definition_on_the_samples_with_finite_scores(
-    rank_by: str, scores: np.ndarray
-) -> None:
+def test_a_combination_equals_its_definition_on_samples_with_finite_scores(rank_by: str, scores: np.ndarray) -> None:
     combined = combine(rank_by, scores)
     assert combined.shape == scores.shape[:2]
     for prompt, found in zip(scores, combined, strict=True):
