@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cdpo_ray.config.training import LoraSection, TrainingSection
-from cdpo_ray.curriculum.pairs import PairBatch, concat
+from cdpo_ray.curriculum.pairs import PairArrays, concat
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.evaluation.statistics import bootstrap_over_runs
@@ -96,7 +96,7 @@ def make_pool(folder: Path, pool: int, size: Size) -> None:
     (folder / "samples.parquet.tmp").rename(folder / "samples.parquet")
 
 
-def pairs_of_stages(arm: str, curriculum: Curriculum, pairs_per_stage: int) -> list[PairBatch]:
+def pairs_of_stages(arm: str, curriculum: Curriculum, pairs_per_stage: int) -> list[PairArrays]:
     """What each stage of an arm trains on."""
     if arm == EASIEST:
         whole_run = curriculum.plan(1, NUM_STAGES * pairs_per_stage)[0]

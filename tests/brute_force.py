@@ -1,12 +1,12 @@
-"""Every pair written out, from the definitions: what the arithmetic is held against."""
+"""Brute-force pairs and levels from the definitions, as reference of the tests."""
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cdpo_ray.curriculum.pairs import PairBatch
+from cdpo_ray.curriculum.pairs import PairArrays
 
-# Tenths, and their neighbours in float64, make differences that rounding decides; NaN and infinity are set aside.
+# Tenths and their float64 neighbours make differences that depend on rounding; NaN and infinity are not ranked.
 SCORE = st.one_of(
     st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.1 + 0.2, 0.7, 0.8, -0.1, 1e16, np.nan, np.inf, -np.inf]),
     st.floats(-10, 10, width=32),
@@ -37,7 +37,7 @@ def formed_pairs(scores: np.ndarray, min_score_gap: float = 0.0) -> list[Pair]:
 
 
 def level_by_rank_gap(pair: Pair, scores: np.ndarray, num_levels: int) -> int:
-    """The level whose interval of the paper holds the pair, on the ranks its prompt has."""
+    """Level of a pair by the paper's intervals, over the ranks of its prompt."""
     gaps = len(ranked(scores[pair[0]].tolist())) - 1
     (level,) = [
         k
@@ -48,7 +48,7 @@ def level_by_rank_gap(pair: Pair, scores: np.ndarray, num_levels: int) -> int:
 
 
 def level_by_score_gap(pair: Pair, largest: float, num_levels: int) -> int:
-    """The level whose part of 0 to the largest score gap holds the pair."""
+    """Level of a pair by equal parts of 0 to the largest score gap."""
     (level,) = [
         k
         for k in range(1, num_levels + 1)
@@ -57,13 +57,13 @@ def level_by_score_gap(pair: Pair, largest: float, num_levels: int) -> int:
     return level
 
 
-def rows(pairs: PairBatch) -> list[Pair]:
+def rows(pairs: PairArrays) -> list[Pair]:
     columns = (pairs.prompt, pairs.chosen, pairs.rejected, pairs.rank_gap, pairs.score_gap)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def chi_square_is_plausible(counts: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether counts stray from what is expected by no more than chance does, within 4 standard deviations."""
+    """Whether the chi-squared statistic of the counts is within 4 standard deviations."""
     freedom = len(counts) - 1
     chi_square = np.sum((counts - expected) ** 2 / expected)
     return bool(abs(chi_square - freedom) < 4 * np.sqrt(2 * freedom))

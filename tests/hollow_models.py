@@ -1,4 +1,4 @@
-"""Folders of published models without their weights: configurations as published, weight files empty; no torch."""
+"""Folders of published models without weights: published configurations, empty weight files; no torch."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ CLIP_TOKENIZER = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
 T5_TOKENIZER = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512}
 
 Parts = dict[str, tuple[str, Mapping[str, Any]]]
-"""Part -> its class, and the content of its configuration file."""
+"""Part -> class and content of its configuration file."""
 
 SD_PARTS: Parts = {
     "unet": ("UNet2DConditionModel", SD_UNET),
@@ -97,7 +97,7 @@ MODELS: dict[str, tuple[str, Parts]] = {
 
 
 def build_hollow(folder: Path, family: str) -> Path:
-    """A folder that `cdpo check` takes for a model of the family, with nothing in its weight files."""
+    """A folder that `cdpo check` accepts as a model of the family, with empty weight files."""
     pipeline, parts = MODELS[family]
     index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": "0.35.0"}
     for name, (kind, config) in parts.items():
@@ -115,7 +115,7 @@ def build_hollow(folder: Path, family: str) -> Path:
 
 
 def config_path(folder: Path, part: str) -> Path:
-    """Where a part's configuration lies."""
+    """Path of a part's configuration."""
     prefix = {"scheduler": "scheduler_", "tokenizer": "tokenizer_"}.get(part.partition("_")[0], "")
     return folder / part / f"{prefix}config.json"
 

@@ -1,4 +1,4 @@
-"""Rewards as a user would write them, good and bad."""
+"""Rewards of a user, valid and faulty."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def broken(images: Tensor, prompts: Sequence[str]) -> np.ndarray:
 
 
 def noisy(images: Tensor, prompts: Sequence[str]) -> np.ndarray:
-    """Brightness as a judge sees it who never says the same twice, by a thousandth of the scale."""
+    """Brightness with random noise of a thousandth of the scale."""
     return images.double().mean(dim=(1, 2, 3)).numpy() / 255 + np.random.default_rng().normal(0, 1e-3, len(prompts))
 
 
@@ -30,8 +30,8 @@ def sometimes_missing(images: Tensor, prompts: Sequence[str]) -> np.ndarray:
     return scores
 
 
-def slow_and_told(images: Tensor, prompts: Sequence[str]) -> np.ndarray:
-    """Brightness; each call takes a while, and adds a line to a log: whose process, which node, which prompts."""
+def slow_and_logged(images: Tensor, prompts: Sequence[str]) -> np.ndarray:
+    """Brightness; each call is slow, and logs its process, node and prompts in one line."""
     line = {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id(), "prompts": sorted(set(prompts))}
     with open(os.environ["OWN_REWARDS_LOG"], "a") as log:
         log.write(f"{json.dumps(line)}\n")

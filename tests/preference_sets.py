@@ -1,4 +1,4 @@
-"""Preference sets of the embedded world as people have them: the right scene was preferred to another."""
+"""Preference sets of the embedded world in published formats: the scene of the prompt is preferred to another."""
 
 import io
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from cdpo_ray.testbed.scenes import caption, render, sample_scene
 
 @dataclass(frozen=True)
 class Judged:
-    """A prompt with the image that shows it, and one that shows another."""
+    """A prompt with an image that matches it and one that does not."""
 
     prompt: str
     right: np.ndarray
@@ -32,17 +32,17 @@ def judged_scenes(count: int, seed: int = 0) -> Iterator[Judged]:
 
 
 def encoded(pixels: np.ndarray, kind: str = "png", **options: Any) -> bytes:
-    """``[3, height, width]`` as the bytes of a file."""
+    """Bytes of a file of an image ``[3, height, width]``."""
     buffer = io.BytesIO()
     Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
 def pickapic_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """In the columns of Pick-a-Pic; the right image is now first, now second."""
+    """Rows with the columns of Pick-a-Pic; the right image is alternately first and second."""
     rows = []
-    for place, judged in enumerate(judged_scenes(count, seed)):
-        first = place % 2 == 0
+    for index, judged in enumerate(judged_scenes(count, seed)):
+        first = index % 2 == 0
         images = (judged.right, judged.wrong) if first else (judged.wrong, judged.right)
         rows.append(
             {
@@ -52,7 +52,7 @@ def pickapic_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
                 "label_0": float(first),
                 "label_1": float(not first),
                 "has_label": True,
-                "model_0": "a column that is not asked for",
+                "model_0": "a column that is not read",
             }
         )
     return rows

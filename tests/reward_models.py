@@ -1,4 +1,4 @@
-"""Images, and published rewards' checkpoints in their very format, tiny and with random weights."""
+"""Images, and tiny checkpoints with random weights in the formats of published rewards."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ TINY_OPEN_CLIP_CONFIG = {
 
 
 def smooth_images(count: int, height: int, width: int) -> Tensor:
-    """Photographs' kind of detail: noise, enlarged."""
+    """Enlarged noise, with detail similar to photographs."""
     coarse = torch.rand(count, 3, 5, 6, generator=torch.Generator().manual_seed(height))
     return (torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear") * 255).to(torch.uint8)
 
@@ -31,7 +31,7 @@ def pil(image: Tensor) -> Image.Image:
 
 
 def tiny_open_clip(folder: Path) -> open_clip.CLIP:
-    """A random ViT that open_clip knows by the name `TINY_OPEN_CLIP`."""
+    """Register and build a random ViT of open_clip with the name `TINY_OPEN_CLIP`."""
     (folder / f"{TINY_OPEN_CLIP}.json").write_text(json.dumps(TINY_OPEN_CLIP_CONFIG))
     open_clip.add_model_config(folder / f"{TINY_OPEN_CLIP}.json")
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def build_tiny_clip(folder: Path) -> Path:
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "max_position_embeddings": 20,
-            "bos_token_id": 0,  # these three are wrong in the published ones too
+            "bos_token_id": 0,  # these three are wrong in published configurations, too
             "eos_token_id": 2,
             "pad_token_id": 1,
         },
@@ -70,7 +70,7 @@ def build_tiny_clip(folder: Path) -> Path:
     torch.manual_seed(0)
     model = CLIPModel(config)
     with torch.no_grad():
-        for weight in model.parameters():  # as they are drawn, all images are alike to the net
+        for weight in model.parameters():  # else all images have about the same embedding
             weight.add_(0.1 * torch.randn_like(weight))
     model.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -86,7 +86,7 @@ def sha256(path: Path) -> str:
 
 
 class MakesFolder:
-    """Unpickled by a reader that runs what it reads, it makes a folder."""
+    """Creates a folder if a reader that runs code unpickles it."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -39,7 +39,7 @@ class Generation:
                 "guidance_scale": 2.0,
                 "images_per_batch": 4,
             },
-            "rewards": {"names": ["own_rewards:slow_and_told"]},
+            "rewards": {"names": ["own_rewards:slow_and_logged"]},
             "curriculum": {"num_stages": 2, "updates_per_stage": 1},
             "training": {"beta": 500, "learning_rate": 1e-3, "global_batch_size": 4},
             "evaluation": {"images_per_prompt": 2, "judges": ["jpeg_size"]},

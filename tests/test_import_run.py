@@ -55,7 +55,7 @@ def test_checking_names_the_faulty_image_by_file_and_row_and_writes_nothing(
     printed = capsys.readouterr()
     where = f"{config_path.parent}/judged.parquet"
     no_prompt, broken, *_ = printed.out.split("\n")
-    assert no_prompt == f"{where}:{NO_PROMPT + 1}: `caption` must be a text that is not empty, got None"
+    assert no_prompt == f"{where}:{NO_PROMPT + 1}: `caption` must be a non-empty string, got None"
     assert broken.startswith(f"{where}:{BROKEN + 1}: image 1 is ")
     assert printed.out.endswith(
         f"1 file, {NUM_ROWS} rows: {NUM_ROWS - 3} with a preference, 1 tied, 1 unlabelled, 1 cannot be read\n"

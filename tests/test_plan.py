@@ -209,10 +209,10 @@ def test_preferences_are_told_with_what_is_left_out_and_prompts_with_the_syntax_
         "1 file, 12 rows: 9 with a preference, 1 tied, 1 unlabelled, 1 cannot be read",
         f"tied: {where}:1",
         f"unlabelled: {where}:3",
-        f"cannot be read: {where}:5: `caption` must be a text that is not empty, got None",
+        f"cannot be read: {where}:5: `caption` must be a non-empty string, got None",
     ):
         assert f"               {line}\n" in plan
-    with pytest.raises(PreferenceError, match=r"1 of 12 rows cannot be read, more than .* = 0\.05; mend or remove"):
+    with pytest.raises(PreferenceError, match=r"1 of 12 rows cannot be read, more than .* = 0\.05; fix or remove"):
         read_prompts(config(*given, "preferences.max_bad_fraction=0.05"))
 
 

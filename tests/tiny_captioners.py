@@ -1,4 +1,4 @@
-"""Vision-language models and sentence encoders of real architectures, tiny, with random weights, as folders."""
+"""Folders of tiny vision-language models and sentence encoders with random weights."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def bert_tokenizer() -> BertTokenizer:
 
 
 def build_sentence_encoder(folder: Path) -> Path:
-    """Sentence-BERT's layout: an encoder, its tokenizer, and how its tokens are pooled."""
+    """Build a folder in Sentence-BERT's layout: encoder, tokenizer and pooling."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(BERT_MARKS) + len(WORDS),
@@ -52,7 +52,7 @@ def build_sentence_encoder(folder: Path) -> Path:
 
 
 def build_blip(folder: Path) -> Path:
-    """A captioning BLIP, which takes no question."""
+    """Build a captioning BLIP, which takes no instruction."""
     torch.manual_seed(1)
     tokenizer = bert_tokenizer()
     config = BlipConfig(
@@ -85,7 +85,7 @@ def build_blip(folder: Path) -> Path:
 
 
 def build_llava(folder: Path) -> Path:
-    """A LLaVA, which is asked a question in a chat."""
+    """Build a LLaVA, a chat model."""
     torch.manual_seed(2)
     marks = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "USER", "ASSISTANT")
     words = WordLevel({word: number for number, word in enumerate((*marks, *WORDS))}, unk_token="<unk>")

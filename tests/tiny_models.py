@@ -1,4 +1,4 @@
-"""The real architectures at reduced width, with random weights, as folders in diffusers layout."""
+"""Folders in diffusers layout of the real architectures at reduced width, with random weights."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ SDXL_UNET: dict[str, Any] = {
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer without merges: a token a byte, 77 tokens at the most."""
+    """A CLIP tokenizer without merges: one token per byte, at most 77 tokens."""
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -54,7 +54,7 @@ def tiny_tokenizer() -> CLIPTokenizer:
 
 
 def tiny_unet(**config: int) -> UNet2DConditionModel:
-    """Stable Diffusion 1.5's: four levels, cross-attention in three."""
+    """UNet of Stable Diffusion 1.5: four levels, cross-attention in three."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64, 64, 64),
@@ -68,7 +68,7 @@ def tiny_unet(**config: int) -> UNet2DConditionModel:
 
 
 def shallow_unet(**config: int) -> UNet2DConditionModel:
-    """Two levels of one layer, each kind of block once: for what takes time per layer, as ZeRO 3 does."""
+    """Two levels of one layer, each kind of block once: for tests whose time depends on the layers, as with ZeRO 3."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(32, 64),
@@ -84,7 +84,7 @@ def shallow_unet(**config: int) -> UNet2DConditionModel:
 def build_tiny_sd15(
     folder: Path, *, prediction_type: str = "epsilon", seed: int = 0, build_unet: BuildUnet = tiny_unet
 ) -> Path:
-    """Stable Diffusion 1.5 as published (four levels, cross-attention in three, f = 8 VAE), at a tenth of its width."""
+    """Stable Diffusion 1.5 as published (four levels, cross-attention in three, f = 8 VAE), at a tenth of the width."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     unet = build_unet()
@@ -113,7 +113,7 @@ def build_tiny_sd15(
 
 
 def poisoned(model: Path, folder: Path, *, letter: str) -> Path:
-    """A copy whose text encoder raises on every prompt with the letter: its tokenizer knows more tokens than it."""
+    """A copy whose text encoder raises on prompts with the letter, because it lacks that token's embedding."""
     shutil.copytree(model, folder)
     path = folder / "tokenizer" / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
@@ -123,7 +123,7 @@ def poisoned(model: Path, folder: Path, *, letter: str) -> Path:
 
 
 def tiny_t5_tokenizer() -> T5Tokenizer:
-    """A Unigram tokenizer without merges: a token a letter."""
+    """A Unigram tokenizer without merges: one token per letter."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((letter, -3.0) for letter in letters)]
     return T5Tokenizer(vocab=pieces, extra_ids=0)
@@ -158,7 +158,7 @@ def tiny_t5(tokenizer: T5Tokenizer, *, channels: int = 32) -> T5EncoderModel:
 
 
 def tiny_vae(channels: int, **config: float) -> AutoencoderKL:
-    """Eight pixels a latent."""
+    """A VAE with eight pixels per latent along each side."""
     return AutoencoderKL(
         block_out_channels=(32, 32, 32, 32),
         layers_per_block=1,
@@ -171,7 +171,7 @@ def tiny_vae(channels: int, **config: float) -> AutoencoderKL:
 
 
 def build_tiny_lcm(folder: Path, *, build_unet: BuildUnet = tiny_unet) -> Path:
-    """A latent consistency model as published: Stable Diffusion 1.5 with an embedding of the guidance."""
+    """A latent consistency model as published: guidance-conditioned Stable Diffusion 1.5."""
     torch.manual_seed(3)
     tokenizer = tiny_tokenizer()
     LatentConsistencyModelPipeline(
@@ -188,7 +188,7 @@ def build_tiny_lcm(folder: Path, *, build_unet: BuildUnet = tiny_unet) -> Path:
 
 
 def tiny_sdxl_unet() -> UNet2DConditionModel:
-    """SDXL's: three levels, cross-attention in two, an embedding of the image's size."""
+    """UNet of SDXL: three levels, cross-attention in two, size conditioning."""
     return UNet2DConditionModel(
         **SDXL_UNET,
         block_out_channels=(32, 64, 64),
@@ -212,7 +212,7 @@ def shallow_sdxl_unet() -> UNet2DConditionModel:
 
 
 def build_tiny_sdxl(folder: Path, *, build_unet: BuildUnet = tiny_sdxl_unet) -> Path:
-    """SDXL as published (three levels, cross-attention in two, two text encoders, size embedding), narrow."""
+    """SDXL as published (three levels, cross-attention in two, two text encoders, size conditioning), narrow."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     unet = build_unet()
@@ -270,7 +270,7 @@ def build_tiny_sd3(folder: Path) -> Path:
 
 
 def build_tiny_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
-    """FLUX.1 as published (joint and single blocks, packed latents, rotary places, guidance embedding), narrow."""
+    """FLUX.1 as published (joint and single blocks, packed latents, rotary positions, guidance embedding), narrow."""
     torch.manual_seed(0)
     tokenizer, t5_tokenizer = tiny_tokenizer(), tiny_t5_tokenizer()
     transformer = FluxTransformer2DModel(
@@ -298,7 +298,7 @@ def build_tiny_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
 
 
 def sd_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
-    """Stable Diffusion's schedule of noise."""
+    """Scheduler with Stable Diffusion's noise schedule."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -1,4 +1,4 @@
-"""Model folder -> footprint: FLOPs and bytes, counted on meta tensors, which hold no memory."""
+"""Model folder -> footprint: FLOPs and bytes, counted on meta tensors, which allocate no memory."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ from cdpo_ray.cost.footprint import ATTENTION_TARGETS, BYTES_16_BIT, Footprint, 
 from cdpo_ray.models.lora import attach_lora
 
 SIDES = (32, 64, 96)
-"""Heights and widths of latents to count at: three, because attention's FLOPs are quadratic in positions."""
+"""Heights and widths of the counted latents; three, because attention's FLOPs are quadratic in positions."""
 NUM_SAMPLES = 2
 CLIP_TOKENS, SD3_T5_TOKENS, FLUX_T5_TOKENS = 77, 256, 512
 COUNTED_RANK = 8
@@ -34,10 +34,10 @@ Inputs = Callable[[int, int], dict[str, Any]]
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention as fused GPU kernels compute it, without materializing the positions x positions matrix.
+    """Context manager that makes attention a fused operator, which does not materialize the matrix of scores.
 
-    On meta tensors PyTorch would decompose it. The function itself is replaced, because a dispatch mode is not active
-    in the backward, where checkpointed blocks are recomputed.
+    PyTorch would decompose it on meta tensors. The function is replaced, because a dispatch mode is not active in the
+    backward pass, where checkpointed blocks are recomputed.
     """
     before = functional.scaled_dot_product_attention
 
@@ -53,7 +53,7 @@ def fused_attention() -> Iterator[None]:
 
 
 class Meter(TorchDispatchMode):
-    """FLOPs of the operators that run (2 per multiply-add), and bytes of the live storages that they allocated.
+    """Counts FLOPs of the operators (2 per multiply-add) and bytes of the live storages that they allocate.
 
     `FlopCounterMode` keeps tensors alive, so only its table of operators is used.
 
@@ -68,15 +68,15 @@ class Meter(TorchDispatchMode):
         self.flops = self.bytes = self.peak_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        outputs = func(*args, **(kwargs or {}))
         if count := flop_registry.get(func._overloadpacket):
-            self.flops += count(*args, **(kwargs or {}), out_val=made)
-        for value in tree_iter(made):
+            self.flops += count(*args, **(kwargs or {}), out_val=outputs)
+        for value in tree_iter(outputs):
             if isinstance(value, Tensor):
-                self._see(value.untyped_storage())
-        return made
+                self._track(value.untyped_storage())
+        return outputs
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         address = storage._cdata
         if address in self._known or address in self._sizes:
             return
@@ -90,7 +90,7 @@ class Meter(TorchDispatchMode):
 
 
 def count_folder(model_dir: Path) -> Footprint:
-    """Footprint of a model folder in diffusers layout, from its configurations without its weights.
+    """Footprint of a model folder in diffusers layout, from its configurations; weights are not read.
 
     Takes half a minute for Stable Diffusion 1.5.
     """
@@ -113,7 +113,7 @@ def count(config: Mapping[str, Any], vae_config: Mapping[str, Any], text_configs
     with _half():
         denoiser = make()
         layers = _lora_layers(denoiser, inputs, sides)
-        # SD3's positional embeddings are a buffer a tenth the size of its parameters
+        # SD3's positional embeddings are a buffer of a tenth of the parameters' size
         parameters = _num_parameters(denoiser) + sum(buffer.numel() for buffer in denoiser.buffers())
         linear = sum(each.weight.numel() for each in denoiser.modules() if isinstance(each, nn.Linear))
         forward, inference = _inference(denoiser, inputs, sides)
@@ -130,10 +130,10 @@ def count(config: Mapping[str, Any], vae_config: Mapping[str, Any], text_configs
                 flops[side**2], plain[side**2] = count_training(denoiser, inputs(NUM_SAMPLES, side))
             backward[method] = _per_sample(flops)
             denoiser.enable_gradient_checkpointing()
-            few = {side**2: count_training(denoiser, inputs(NUM_SAMPLES, side))[1] for side in sides[1:]}
-            checkpointed[method] = _per_sample(few)
-            plain = {positions: plain[positions] for positions in few}
-            if method == "lora":  # `Footprint.activation_bytes` adds the part that grows with the rank
+            peaks = {side**2: count_training(denoiser, inputs(NUM_SAMPLES, side))[1] for side in sides[1:]}
+            checkpointed[method] = _per_sample(peaks)
+            plain = {positions: plain[positions] for positions in peaks}
+            if method == "lora":  # `Footprint.activation_bytes` adds the part proportional to the rank
                 outputs = [each.outputs for name, each in layers.items() if name.endswith(ATTENTION_TARGETS)]
                 per_rank = NUM_SAMPLES * BYTES_16_BIT * COUNTED_RANK
                 plain = {n: found - per_rank * sum(each(n) for each in outputs) for n, found in plain.items()}
@@ -167,7 +167,7 @@ def add_lora(denoiser: ModelMixin, *, rank: int, targets: Sequence[str]) -> None
 
 
 def denoiser_of(config: Mapping[str, Any]) -> tuple[Callable[[], ModelMixin], Inputs, int]:
-    """Constructor of the denoiser on the meta device, its inputs, and the side of its native latents."""
+    """Constructor of the denoiser on the meta device, its inputs, and the native height and width of its latents."""
     kind = {each.__name__: each for each in (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel)}[
         config["_class_name"]
     ]
@@ -186,9 +186,9 @@ def denoiser_of(config: Mapping[str, Any]) -> tuple[Callable[[], ModelMixin], In
 
 
 def count_training(denoiser: ModelMixin, inputs: Mapping[str, Any]) -> tuple[int, int]:
-    """FLOPs of the backward alone, and peak activation bytes over forward and backward, of a whole batch.
+    """FLOPs of the backward pass, and peak activation bytes over forward and backward, of a whole batch.
 
-    Each gradient is dropped as soon as it is computed: `cost.memory` counts them separately.
+    Gradients are dropped as soon as they are computed, because `cost.memory` counts them separately.
     """
 
     def drop(parameter: Tensor) -> None:
@@ -206,7 +206,7 @@ def count_training(denoiser: ModelMixin, inputs: Mapping[str, Any]) -> tuple[int
 
 
 def _inference(denoiser: ModelMixin, inputs: Inputs, sides: Sequence[int]) -> tuple[Polynomial, Polynomial]:
-    """FLOPs and peak activation bytes per sample of a forward without gradient."""
+    """FLOPs and peak activation bytes per sample of a forward pass without gradient."""
     flops, peaks = {}, {}
     for side in sides:
         meter = Meter(denoiser)
@@ -217,20 +217,20 @@ def _inference(denoiser: ModelMixin, inputs: Inputs, sides: Sequence[int]) -> tu
 
 
 def _lora_layers(denoiser: ModelMixin, inputs: Inputs, sides: Sequence[int]) -> dict[str, LoraLayers]:
-    """All layers that can take a LoRA, grouped by the end of their names."""
+    """All layers that can have a LoRA, grouped by the suffix of their names."""
     layers = {name: each for name, each in denoiser.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)}
-    seen = {side**2: _outputs_per_channel(denoiser, layers, inputs(NUM_SAMPLES, side)) for side in sides[:2]}
-    by_end: dict[str, list[str]] = {}
+    outputs = {side**2: _outputs_per_channel(denoiser, layers, inputs(NUM_SAMPLES, side)) for side in sides[:2]}
+    by_suffix: dict[str, list[str]] = {}
     for name in layers:
-        by_end.setdefault(NUMBERED_BLOCK.sub("", name), []).append(name)
+        by_suffix.setdefault(NUMBERED_BLOCK.sub("", name), []).append(name)
     return {
-        end: LoraLayers(
+        suffix: LoraLayers(
             sum(layers[name].weight.shape[0] + layers[name].weight[0].numel() for name in names),
             Polynomial.through(
-                {positions: sum(found.get(name, 0.0) for name in names) for positions, found in seen.items()}
+                {positions: sum(found.get(name, 0.0) for name in names) for positions, found in outputs.items()}
             ),
         )
-        for end, names in by_end.items()
+        for suffix, names in by_suffix.items()
     }
 
 
@@ -240,10 +240,10 @@ def _outputs_per_channel(
     """Number of output values of each layer per output channel, for one sample."""
     outputs: dict[str, float] = {}
 
-    def note(name: str, layer: nn.Linear | nn.Conv2d, given: Any, output: Tensor) -> None:
+    def record(name: str, layer: nn.Linear | nn.Conv2d, inputs: Any, output: Tensor) -> None:
         outputs[name] = output.numel() / layer.weight.shape[0] / NUM_SAMPLES
 
-    hooks = [each.register_forward_hook(functools.partial(note, name)) for name, each in layers.items()]
+    hooks = [each.register_forward_hook(functools.partial(record, name)) for name, each in layers.items()]
     with fused_attention(), torch.no_grad():
         denoiser.eval()(**inputs, return_dict=False)
     for hook in hooks:
@@ -269,8 +269,8 @@ def _vae(config: Mapping[str, Any]) -> tuple[int, Polynomial, Polynomial, Polyno
         with fused_attention(), meter, torch.no_grad():
             vae.encode(pixels)
         encode[side**2] = meter.flops
-    few = {side**2: peaks[side**2] for side in SIDES[1:]}
-    return _num_parameters(vae), _per_sample(decode), _per_sample(encode), _per_sample(few)
+    decode_peaks = {side**2: peaks[side**2] for side in SIDES[1:]}
+    return _num_parameters(vae), _per_sample(decode), _per_sample(encode), _per_sample(decode_peaks)
 
 
 def _text(configs: list[Any]) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""Share of a GPU's peak rate that each kind of work reaches, and start-up times: all of it ESTIMATED."""
+"""Share of a GPU's peak rate that each kind of work reaches, and start-up times; all ESTIMATED."""
 
 from typing import Literal, NamedTuple
 
@@ -13,7 +13,7 @@ class Efficiency(NamedTuple):
 
 
 EFFICIENCY: dict[Work, Efficiency] = {
-    # None was measured with this code. The published figures divide the denoiser's FLOPs by the time of a whole image.
+    # Not measured with this code. The published figures divide the denoiser's FLOPs by the time of a whole image.
     #
     # SDXL, 30 denoising steps with guidance (406 TFLOP) on an A100: 3.31 s eager = 0.39 of the peak, 2.54 s compiled =
     # 0.51 (pytorch.org/blog/accelerating-generative-ai-3, batch of 1). An H100 reaches less of its peak: TensorRT's
@@ -38,7 +38,8 @@ COMPILE_SECONDS = {
     "flux": 90.0,
 }
 GRAPHS = {"generate": 1, "train": 3, "evaluate": 2}
-"""Graphs that each step compiles: forwards of base and tuned model in training and evaluation; training's backward."""
+"""Number of graphs that each step compiles: forward passes of base and tuned model in training and evaluation, and the
+backward pass of training."""
 LOAD_SECONDS_PER_GIB = 1.0
 """Loading weights from a local disk to the GPU; ESTIMATED."""
 START_SECONDS = 30.0

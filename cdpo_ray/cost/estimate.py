@@ -1,4 +1,4 @@
-"""Config, footprint and GPU -> GPU-hours per step, peak memory per role, and what to change if one does not fit."""
+"""Config, footprint and GPU -> GPU-hours per step, peak memory per role, and changes that make roles fit."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ class Workload:
     """A run and the GPU to estimate it for.
 
     Attributes:
-        teacher: of a consistency model.
+        teacher: footprint of a consistency model's teacher; `None`: there is none.
     """
 
     config: Config
@@ -64,7 +64,7 @@ class Workload:
 
     @property
     def passes(self) -> int:
-        """Forwards of the denoiser per denoising step."""
+        """Number of the denoiser's forward passes per denoising step."""
         guidance_conditioned = self.config.model.family in GUIDANCE_EMBEDDED
         return 2 if self.config.generation.guidance_scale > 1 and not guidance_conditioned else 1
 
@@ -79,7 +79,7 @@ class Workload:
         return (training.lora.rank, training.lora.targets) if training.method == "lora" else None
 
     def seconds(self, work: Work, flops: float, *, compiled: bool = False) -> float:
-        """Time on one whole GPU."""
+        """Time of some work on one whole GPU."""
         peak = self.gpu.fp32_teraflops if self.config.model.dtype == "float32" else self.gpu.bf16_teraflops
         return flops / (peak * 1e12 * EFFICIENCY[work][compiled])
 
@@ -91,11 +91,11 @@ class StepCost:
     Attributes:
         gpu_seconds: work on whole GPUs, summed over processes, without start-up.
         wall_seconds: from start to finish, with start-up and compilation.
-        num_processes: that run at the same time.
-        gpus_per_process: may be a fraction.
+        num_processes: number of concurrent processes.
+        gpus_per_process: number of GPUs, possibly fractional.
         compiled: whether the denoiser is compiled.
-        saved_seconds: what compiling saves each process, or would save it.
-        compile_seconds: what compiling takes each process, or would take it.
+        saved_seconds: time per process that compiling saves or would save.
+        compile_seconds: time per process that compiling takes or would take.
     """
 
     verb: Verb
@@ -109,7 +109,7 @@ class StepCost:
 
     @property
     def gpu_hours(self) -> float:
-        """GPU-hours to pay for: all GPUs for as long as the step lasts."""
+        """Allocated GPU-hours: all GPUs for the whole step."""
         return self.wall_seconds * self.num_processes * self.gpus_per_process / 3600
 
 
@@ -118,7 +118,7 @@ class RoleMemory:
     """Peak memory of one process of a role, and its share of a GPU.
 
     Attributes:
-        share: of one GPU, 0 to 1.
+        share: share of one GPU, 0 to 1.
         advice: changes that would make it fit; empty if it fits.
     """
 
@@ -142,12 +142,12 @@ class Estimate:
     """Cost of a run on one kind of GPU.
 
     Attributes:
-        steps: of one round.
+        steps: steps of one round.
         checkpointing: whether training checkpoints activations.
-        on_gpu: whether the configuration asks for any GPU.
-        notes: what the figures leave out, and other problems.
-        search_gpu_hours: of `cdpo tune`, which the steps do not include; ``None``: no search.
-        rounds: of all steps.
+        on_gpu: whether the configuration requests a GPU.
+        notes: costs that are not included, and other problems.
+        search_gpu_hours: of `cdpo tune`, not included in the steps; `None`: no search.
+        rounds: number of rounds of all steps.
     """
 
     gpu: Gpu
@@ -165,16 +165,16 @@ class Estimate:
 
     @property
     def gpu_hours(self) -> float:
-        """Of all steps in all rounds, without the search."""
+        """GPU-hours of all steps in all rounds, without the search."""
         return self.rounds * sum(step.gpu_hours for step in self.steps)
 
     def step(self, verb: str) -> StepCost | None:
-        """Cost of a verb's step; ``None``: not estimated, or not part of the run."""
+        """Cost of a verb's step; `None`: not estimated, or not part of the run."""
         return next((step for step in self.steps if step.verb == verb), None)
 
 
 def estimate(load: Workload) -> Estimate:
-    """Cost of a run; a role that asks for no GPU under `resources` is estimated as if each process had one."""
+    """Cost of a run; a role without GPUs in `resources` is estimated as if each process had one."""
     config = load.config
     checkpointing = _checkpointing(load)
     verbs = [verb for verb in VERBS if verb != "generate" or _generates(config)]
@@ -183,17 +183,17 @@ def estimate(load: Workload) -> Estimate:
     on_gpu = generators.gpus_per_actor > 0 or trainers.gpus_per_worker > 0
     notes = []
     if config.model.dtype == "bfloat16" and not load.gpu.has_bf16:
-        notes.append(f"{load.gpu.name} does not compute in bfloat16; use `model.dtype: float16`")
+        notes.append(f"{load.gpu.name} does not support bfloat16; use `model.dtype: float16`")
     if config.model.quantization:
-        notes.append(f"hours leave out dequantization of the {config.model.quantization} weights")
+        notes.append(f"hours do not include dequantization of the {config.model.quantization} weights")
     _, unknown = judges_cost(config.evaluation_judges)
     if unknown:
-        notes.append(f"hours and memory leave out judges of unknown cost: {', '.join(unknown)}")
+        notes.append(f"hours and memory do not include judges of unknown cost: {', '.join(unknown)}")
     if config.rewards.placement == "pool" and config.resources.scorers.gpus_per_actor:
-        notes.append("hours leave out the GPUs of `resources.scorers`")
+        notes.append("hours do not include the GPUs of `resources.scorers`")
     if config.preferences:
         encoding = load.seconds("decode", 1000 * load.footprint.encode_flops(load.positions)) / 3600
-        notes.append(f"hours leave out the import, whose VAE takes {encoding:.2g} GPU-hours per 1,000 images")
+        notes.append(f"hours do not include the import, whose VAE takes {encoding:.2g} GPU-hours per 1,000 images")
     search = None
     if config.search:
         search = _search_gpu_seconds(load, checkpointing=checkpointing) / 3600
@@ -202,7 +202,7 @@ def estimate(load: Workload) -> Estimate:
 
 
 def _generates(config: Config) -> bool:
-    """Whether the run makes its own samples."""
+    """Whether the run generates samples."""
     return not (config.preferences or config.run.samples_from)
 
 
@@ -216,9 +216,9 @@ def step_cost(load: Workload, verb: Verb, *, checkpointing: bool = False) -> Ste
     compile_seconds = COMPILE_SECONDS[config.model.family] * GRAPHS[verb]
     speed = num_processes * min(1.0, gpus)
     eager, fast = (_gpu_seconds(load, verb, compiled=each, checkpointing=checkpointing) for each in (False, True))
-    saved_seconds = (eager - fast) / speed  # of one process, which compiles for itself and has its part of the work
-    asked = config.model.compile
-    compiled = saved_seconds > compile_seconds if asked == "auto" else asked
+    saved_seconds = (eager - fast) / speed  # per process: each compiles, and has a share of the work
+    setting = config.model.compile
+    compiled = saved_seconds > compile_seconds if setting == "auto" else setting
     busy = fast if compiled else eager
     starting_up = START_SECONDS + LOAD_SECONDS_PER_GIB * _weights_bytes(load, verb) / GIB
     wall = busy / speed + starting_up + compiled * compile_seconds
@@ -226,7 +226,7 @@ def step_cost(load: Workload, verb: Verb, *, checkpointing: bool = False) -> Ste
 
 
 def pays_to_compile(load: Workload, verb: Verb) -> bool:
-    """Whether compiling the denoiser saves a process of the step more time than it takes."""
+    """Whether compiling the denoiser saves more time per process than it takes."""
     auto = load.config.model_copy(update={"model": load.config.model.model_copy(update={"compile": "auto"})})
     return step_cost(replace(load, config=auto), verb, checkpointing=_checkpointing(load)).compiled
 
@@ -259,7 +259,7 @@ def _checkpointing(load: Workload) -> bool:
 
 
 def _gpu_seconds(load: Workload, verb: Verb, *, compiled: bool, checkpointing: bool) -> float:
-    """Time of a step's work on one whole GPU."""
+    """Time of a whole step on one whole GPU."""
     config, evaluation = load.config, load.config.evaluation
     if verb == "generate":
         num_images = load.prompts.train * config.generation.images_per_prompt
@@ -292,7 +292,7 @@ def _image_seconds(load: Workload, judges: dict[str, dict[str, Any]], *, compile
 
 
 def _pair_seconds(load: Workload, *, compiled: bool, checkpointing: bool) -> float:
-    """Time of one pair: both samples through policy and reference."""
+    """Time of one pair: both samples in policy and reference."""
     method = "lora" if load.lora else "full"
     forward = load.footprint.forward_flops(load.positions)
     policy = forward * (2 if checkpointing else 1) + load.footprint.backward_flops[method](load.positions)
@@ -300,13 +300,13 @@ def _pair_seconds(load: Workload, *, compiled: bool, checkpointing: bool) -> flo
 
 
 def _value_seconds(load: Workload, *, compiled: bool) -> float:
-    """Time of one sample through policy and reference, without gradient."""
+    """Time of one sample in policy and reference, without gradient."""
     forward = load.footprint.forward_flops(load.positions)
     return load.seconds("generate", forward + _reference_flops(load), compiled=compiled)
 
 
 def _reference_flops(load: Workload) -> float:
-    """FLOPs of one sample through the reference; with a teacher, twice through it and through the guided teacher."""
+    """FLOPs of one sample in the reference; with a teacher, two passes of each of reference and teacher."""
     forward = load.footprint.forward_flops(load.positions)
     return 2 * forward + 2 * load.teacher.forward_flops(load.positions) if load.teacher else forward
 
@@ -314,7 +314,7 @@ def _reference_flops(load: Workload) -> float:
 def _search_gpu_seconds(load: Workload, *, checkpointing: bool) -> float:
     """Time of all trials of a search and of its confirmation, if no trial is stopped early."""
     config, search = load.config, load.config.search
-    assert search is not None, "asked of a config with a search"
+    assert search is not None, "the config must have a search"
     num_trials, num_confirmations = search.max_trials(config.plain()), 2 * search.confirm_seeds
     compiled = step_cost(load, "train", checkpointing=checkpointing).compiled
     pairs = search.max_updates(config.curriculum) * config.training.global_batch_size
@@ -326,21 +326,21 @@ def _search_gpu_seconds(load: Workload, *, checkpointing: bool) -> float:
 
 
 def _num_actors(load: Workload, verb: Verb) -> int:
-    """Number of generators that have work: each call takes whole prompts."""
+    """Number of generators with work, as calls consist of whole prompts."""
     num_prompts = load.prompts.heldout if verb == "evaluate" else load.prompts.train
     calls = math.ceil(num_prompts / _call_of(load, verb)[0])
     return max(1, min(load.config.resources.generators.num_actors, calls))
 
 
 def _call_of(load: Workload, verb: Verb) -> tuple[int, int]:
-    """Number of prompts of one call of a generator, and of images per prompt."""
+    """Number of prompts per generator call, and of images per prompt."""
     config = load.config
     per_prompt = (config.evaluation if verb == "evaluate" else config.generation).images_per_prompt
     return max(1, config.generation.images_per_batch // per_prompt), per_prompt
 
 
 def _weights_bytes(load: Workload, verb: Verb) -> float:
-    """Weights that each process of a step loads."""
+    """Bytes of the weights that each process of a step loads."""
     footprint, storage = load.footprint, load.storage
     others = footprint.text_parameters + (0 if verb == "train" else footprint.vae_parameters)
     teacher = load.teacher.parameters if load.teacher and verb != "generate" else 0
@@ -391,7 +391,7 @@ def _role(load: Workload, role: str, share: float, peak_of: Callable[[Workload],
     kinds, sizes = _training_changes(load) if role == "trainer" else _sampling_changes(load)
     advice = []
     for kind in kinds:
-        for size in sizes:  # the largest first
+        for size in sizes:  # largest first
             keys = (*kind.keys, *size.keys)
             changed = _changed(_changed(load, kind), size)
             if keys and peak_of(changed).fits(found.available_bytes):
@@ -401,7 +401,7 @@ def _role(load: Workload, role: str, share: float, peak_of: Callable[[Workload],
 
 
 class Change(NamedTuple):
-    """A change of the configuration: each key with its new value, as a user writes it, and the values by section."""
+    """A change of the configuration: keys with new values as a user writes them, and the same values by section."""
 
     keys: tuple[str, ...]
     sections: dict[str, dict[str, Any]]
@@ -420,7 +420,7 @@ def _change(**sections: dict[str, Any]) -> Change:
 
 
 def _training_changes(load: Workload) -> tuple[list[Change], list[Change]]:
-    """Changes that save memory, the cheapest in time first; smaller batches, the largest first."""
+    """Changes that save memory, fastest first; and smaller batches, largest first."""
     training, model = load.config.training, load.config.model
     sizes = [
         _change(training={"batch_size_per_worker": size})

@@ -8,7 +8,7 @@ from typing import Any, Self
 Method = str
 """``lora`` or ``full``: which parameters are trained."""
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""LoRA targets that ``lora`` footprints are counted with; other targets keep more inputs for the backward."""
+"""LoRA targets of ``lora`` footprints; other targets save more inputs for the backward pass."""
 BYTES_16_BIT = 2
 
 
@@ -42,11 +42,11 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class LoraLayers:
-    """Layers of a denoiser whose names have the same end.
+    """Layers of a denoiser whose names have the same suffix.
 
     Attributes:
-        parameters_per_rank: of a LoRA on all of them.
-        outputs: output values per rank of the LoRA's down projections, for one sample.
+        parameters_per_rank: number of parameters per rank of a LoRA on all of them.
+        outputs: number of output values per rank of the LoRA's down projections, for one sample.
     """
 
     parameters_per_rank: int
@@ -60,16 +60,17 @@ class Footprint:
     Polynomials take the number of latent positions of a sample, ``height * width`` of its latents.
 
     Attributes:
-        parameters, linear_parameters: of the denoiser, buffers included, and of its linear layers alone.
-        native_positions: latent positions at the model's own image size.
-        forward_flops: of the denoiser, per sample.
-        backward_flops: per sample; by method.
+        parameters, linear_parameters: number of the denoiser's parameters with buffers, and of its linear layers.
+        native_positions: number of latent positions at the model's native image size.
+        forward_flops: forward pass of the denoiser, per sample.
+        backward_flops: backward pass, per sample; by method.
         training_bytes, checkpointed_bytes: peak of activations per sample over forward and backward, without and with
             gradient checkpointing; by method. Weights and gradients of weights are not included.
-        inference_bytes: peak of activations per sample in a forward without gradient.
+        inference_bytes: peak of activations per sample in a forward pass without gradient.
+        vae_parameters: number of the VAE's parameters.
         decode_flops, encode_flops, decode_bytes: of the VAE, per image.
         text_parameters, text_flops: of all text encoders; FLOPs per prompt.
-        lora_layers: layers that can take a LoRA, by the end of their names, as ``attn1.to_q``.
+        lora_layers: layers that can have a LoRA, by the suffix of their names, such as ``attn1.to_q``.
     """
 
     parameters: int
@@ -89,19 +90,26 @@ class Footprint:
     lora_layers: Mapping[str, LoraLayers]
 
     def lora_parameters(self, rank: int, targets: Sequence[str]) -> int:
-        """Number of parameters of a LoRA on the layers whose names end with a target."""
+        """Number of parameters of a LoRA.
+
+        Args:
+            rank: inner dimension.
+            targets: suffixes of the names of adapted layers.
+        """
         return rank * sum(layers.parameters_per_rank for layers in self._targeted(targets))
 
     def activation_bytes(self, positions: int, *, lora: tuple[int, Sequence[str]] | None, checkpointing: bool) -> float:
-        """Peak of one sample's activations over forward and backward.
+        """Peak of one sample's activations over forward and backward, in bytes.
 
         Args:
-            lora: rank and targets; ``None``: full fine-tuning.
+            positions: number of latent positions.
+            lora: rank and targets; `None`: full fine-tuning.
+            checkpointing: whether activations are checkpointed.
         """
         if lora is None:
             return (self.checkpointed_bytes if checkpointing else self.training_bytes)["full"](positions)
         rank, targets = lora
-        # A LoRA outside attention keeps the inputs of its layers for the backward, as full fine-tuning does.
+        # a LoRA outside attention saves the inputs of its layers for the backward pass, like full fine-tuning
         method = "lora" if all(_matches(target, ATTENTION_TARGETS) for target in targets) else "full"
         if checkpointing:
             return self.checkpointed_bytes[method](positions)
@@ -112,12 +120,12 @@ class Footprint:
         return [layers for name, layers in self.lora_layers.items() if _matches(name, targets)]
 
     def plain(self) -> dict[str, Any]:
-        """As JSON values; the inverse of `of`."""
+        """Convert to JSON values; the inverse of `of`."""
         return _plain(asdict(self))
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """From JSON values; the inverse of `plain`."""
+        """Convert from JSON values; the inverse of `plain`."""
         read = {name: _read(value) for name, value in values.items() if name != "lora_layers"}
         layers = {
             name: LoraLayers(value["parameters_per_rank"], Polynomial(tuple(value["outputs"])))
@@ -126,8 +134,8 @@ class Footprint:
         return cls(**read, lora_layers=layers)
 
 
-def _matches(name: str, ends: Sequence[str]) -> bool:
-    return any(name == end or name.endswith(f".{end}") for end in ends)
+def _matches(name: str, suffixes: Sequence[str]) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
 
 
 def _plain(value: Any) -> Any:

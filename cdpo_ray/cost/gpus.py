@@ -1,4 +1,4 @@
-"""GPUs by name: memory and peak rates, as their makers publish them."""
+"""GPUs by name: memory and published peak rates."""
 
 import re
 import shutil
@@ -10,10 +10,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU.
+    """A kind of GPU.
 
     Attributes:
-        memory_gib: as PyTorch reports it, which is less than the nominal size.
+        name: key in `GPUS`.
+        memory_gib: memory reported by PyTorch, less than the nominal size.
         bf16_teraflops: dense 16-bit matrix rate with fp32 accumulation, without sparsity.
         fp32_teraflops: fp32 rate without TensorFloat-32.
         has_bf16: whether the 16-bit rate holds for bfloat16; otherwise for float16 only.
@@ -55,11 +56,11 @@ DEFAULT_GPU = GPUS["h100"]
 
 
 def gpu_of_device(device_name: str, memory_gib: float | None = None) -> Gpu | None:
-    """GPU of the table for the device name that a driver or Ray reports; ``None``: not listed.
+    """GPU in the table by the device name of a driver or Ray; `None`: not listed.
 
     Args:
-        device_name: as ``NVIDIA H100 80GB HBM3`` or ``A100-40G``.
-        memory_gib: of the device; distinguishes variants that share a name.
+        device_name: such as ``NVIDIA H100 80GB HBM3`` or ``A100-40G``.
+        memory_gib: memory of the device, which distinguishes variants of the same name; `None`: not known.
     """
     words = re.split(r"[^a-z0-9]+", device_name.lower())
     found = next((gpu for gpu in GPUS.values() if gpu.name in words and "laptop" not in words), None)
@@ -69,7 +70,7 @@ def gpu_of_device(device_name: str, memory_gib: float | None = None) -> Gpu | No
 
 
 def visible_gpu() -> Gpu | None:
-    """First GPU of this machine, as its driver reports it; ``None``: there is none, or it is not listed."""
+    """First GPU of this machine according to its driver; `None`: there is none, or it is not listed."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None

@@ -1,18 +1,18 @@
-"""Cost of judging an image, by reward; needs no torch."""
+"""Reward -> cost of scoring an image; does not import torch."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class JudgeCost(NamedTuple):
-    """FLOPs per image (2 per multiply-add; without its prompt, which is encoded once), and parameters."""
+    """FLOPs per image (2 per multiply-add), without the prompt, which is encoded once; and number of parameters."""
 
     flops: float
     parameters: int
 
 
 CLIP_MODELS = {
-    # By formula: a vision transformer of width w, depth d and n tokens takes d * n * (24 w^2 + 4 n w) FLOPs.
+    # a vision transformer of width w and depth d with n tokens takes d * n * (24 w^2 + 4 n w) FLOPs
     "ViT-B-32": JudgeCost(8.7e9, 151_277_313),
     "ViT-B-16": JudgeCost(35.1e9, 149_620_737),
     "ViT-L-14": JudgeCost(162e9, 427_616_513),
@@ -30,10 +30,10 @@ ON_CPU = ("jpeg_size", "oracle", "oracle_strict")
 
 
 def judges_cost(judges: Mapping[str, Mapping[str, Any]]) -> tuple[JudgeCost, list[str]]:
-    """Total cost of the judges, and the names of those whose cost is unknown.
+    """Total cost of the judges, and the names of judges of unknown cost.
 
     Args:
-        judges: name -> options, as `RewardsSection.judges`.
+        judges: name -> options, as in `RewardsSection.judges`.
     """
     known: list[JudgeCost] = []
     unknown = []

@@ -1,4 +1,4 @@
-"""Peak GPU memory of each process of a run, by purpose; plain arithmetic."""
+"""Peak GPU memory of each process of a run; plain arithmetic."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,21 +9,20 @@ from cdpo_ray.models.sizes import BYTES_OF
 CONTEXT_BYTES = 0.9 * 2**30
 """CUDA context, library workspaces and NCCL buffers of one process; ESTIMATED."""
 USABLE_SHARE = 0.95
-"""Of a GPU's memory; the rest is lost to fragmentation; ESTIMATED."""
+"""Usable share of a GPU's memory, without fragmentation; ESTIMATED."""
 QUANTIZED_BYTES = {"nf4": 0.53, "int8": 1.01}
-"""Per parameter of a linear layer: 4 bits and a scale per block of 64 that is itself quantized; 8 bits and a scale per
-row."""
+"""Bytes per parameter of a linear layer: 4 bits and a quantized scale per block of 64; 8 bits and a scale per row."""
 MOMENTS_BYTES = {"adamw": 2 * 4.0, "adamw_8bit": 2 * 1.02}
-"""Both moments, per trainable parameter: fp32; 8 bits and a scale per block of 256."""
+"""Bytes of both moments per trainable parameter: fp32; 8 bits and a scale per block of 256."""
 REDUCE_BUCKET_VALUES = 5e8
-"""DeepSpeed's default buffer, in which ZeRO 1 to 3 gather gradients."""
+"""Number of values in DeepSpeed's default buffer for gathering gradients in ZeRO 1 to 3."""
 JUDGE_BYTES = 4
-"""Per parameter: judges are loaded in fp32."""
+"""Bytes per parameter; judges are loaded in fp32."""
 
 
 @dataclass(frozen=True)
 class DenoiserStorage:
-    """How a model's weights are stored; see `ModelSection` of the config."""
+    """Storage of a model's weights; see `ModelSection` of the config."""
 
     dtype: str
     quantization: str | None = None
@@ -31,11 +30,11 @@ class DenoiserStorage:
 
     @property
     def value_bytes(self) -> int:
-        """Of one weight or activation."""
+        """Bytes of one weight or activation."""
         return BYTES_OF[self.dtype]
 
     def denoiser_bytes(self, footprint: Footprint) -> float:
-        """Weights of the denoiser."""
+        """Bytes of the denoiser's weights."""
         if self.quantization is None:
             return float(footprint.parameters * self.value_bytes)
         others = footprint.parameters - footprint.linear_parameters
@@ -51,8 +50,8 @@ class Peak:
     """Peak memory of one process in bytes.
 
     Attributes:
-        weights: resident for the whole process, optimizer state included.
-        work: largest of the temporary uses: activations, the optimizer's temporaries, loading.
+        weights: resident memory, optimizer state included.
+        work: largest temporary memory: activations, the optimizer's temporaries, or loading.
         context: see `CONTEXT_BYTES`.
     """
 
@@ -65,7 +64,7 @@ class Peak:
         return self.weights + self.work + self.context
 
     def fits(self, gpu_bytes: float) -> bool:
-        """Whether it fits into the usable share of this much memory."""
+        """Whether the total fits into the usable share of a GPU's memory."""
         return self.total <= USABLE_SHARE * gpu_bytes
 
 
@@ -83,17 +82,21 @@ def trainer_peak(
     teacher: Footprint | None = None,
     with_vae: bool = False,
 ) -> Peak:
-    """Peak of a training worker.
+    """Peak memory of a training worker.
 
     A LoRA's reference is the same denoiser with adapters off; full fine-tuning keeps a frozen copy, which ZeRO does not
     shard.
 
     Args:
-        positions: latent positions of a sample.
-        pairs: in one launch.
-        lora: rank and targets; ``None``: full fine-tuning.
-        teacher: of a consistency model.
-        with_vae: the worker decodes images, as a search does to validate.
+        positions: number of latent positions of a sample.
+        pairs: number of pairs per forward pass.
+        lora: rank and targets; `None`: full fine-tuning.
+        checkpointing: whether activations are checkpointed.
+        optimizer: key of `MOMENTS_BYTES`.
+        zero_stage: DeepSpeed ZeRO stage, 0 to 3.
+        num_workers: number of training workers.
+        teacher: footprint of a consistency model's teacher.
+        with_vae: whether the worker decodes images for validation, as in a search.
     """
     share = 1 / num_workers
     trainable = footprint.lora_parameters(*lora) if lora else footprint.parameters
@@ -113,13 +116,13 @@ def trainer_peak(
     vae = footprint.vae_parameters * storage.value_bytes if with_vae else 0
     text = footprint.text_parameters * storage.value_bytes
     activations = 2 * pairs * footprint.activation_bytes(positions, lora=lora, checkpointing=checkpointing)
-    if teacher:  # one forward without gradient, both samples with and without prompt
+    if teacher:  # one forward pass without gradient, both samples with and without prompt
         activations = max(activations, 4 * pairs * teacher.inference_bytes(positions))
     # fp32 gradients and AdamW's temporaries of the same size, once activations are freed
     stepping = 2 * 4 * trainable * (share if zero_stage >= 1 else 1)
     vae_at_rest = 0 if storage.offload else vae
     weights += vae_at_rest
-    # text encoders are dropped before training; with offload they are done before the denoiser is put on the GPU
+    # text encoders are freed before training; with offload, before the denoiser is moved to the GPU
     loading = text + vae_at_rest + (0 if storage.offload else denoiser) - weights
     return Peak(weights, max(storage.scaled(activations), stepping, loading))
 
@@ -134,15 +137,16 @@ def generator_peak(
     judge_parameters: int = 0,
     extra_parameters: int = 0,
 ) -> Peak:
-    """Peak of a process that samples and decodes images.
+    """Peak memory of a process that samples and decodes images.
 
     With offload only the denoiser is resident; text encoders and VAE are on the GPU while they run.
 
     Args:
-        images: per batch.
-        passes: forwards per denoising step: 2 with classifier-free guidance, otherwise 1.
-        judge_parameters: of the judges that run in the same process.
-        extra_parameters: of other resident models: a fully fine-tuned net, a teacher.
+        positions: number of latent positions of a sample.
+        images: number of images per batch.
+        passes: number of forward passes per denoising step: 2 with classifier-free guidance, else 1.
+        judge_parameters: number of parameters of the judges in the same process.
+        extra_parameters: number of parameters of other resident models: a fully fine-tuned denoiser, a teacher.
     """
     judges = judge_parameters * JUDGE_BYTES
     denoiser = storage.denoiser_bytes(footprint) + extra_parameters * storage.value_bytes
@@ -154,16 +158,16 @@ def generator_peak(
     return Peak(denoiser + judges, max(text, denoising, vae + decoding))
 
 
-def use_checkpointing(asked: bool | str, peak_without: float | None, gpu_bytes: float | None) -> bool:
+def use_checkpointing(setting: bool | str, peak_without: float | None, gpu_bytes: float | None) -> bool:
     """Whether training checkpoints activations.
 
     Args:
-        asked: `training.gradient_checkpointing`; `auto` decides by the peak.
-        peak_without: estimated peak bytes without it; ``None``: unknown, then `auto` checkpoints.
-        gpu_bytes: memory of the GPU, or of the worker's share of it; ``None``: there is no GPU.
+        setting: `training.gradient_checkpointing`; `auto` decides by the peak.
+        peak_without: estimated peak bytes without checkpointing; `None`: unknown, `auto` then checkpoints.
+        gpu_bytes: memory of the worker's share of the GPU; `None`: there is no GPU.
     """
-    if isinstance(asked, bool):
-        return asked
+    if isinstance(setting, bool):
+        return setting
     if gpu_bytes is None:
         return False
     return peak_without is None or peak_without > USABLE_SHARE * gpu_bytes

@@ -1,4 +1,4 @@
-"""Footprints of published models, and the lookup of a configuration's model among them; needs no torch."""
+"""Footprints of published models, looked up by hub id or architecture; does not import torch."""
 
 import functools
 import json
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from cdpo_ray.cost.footprint import Footprint
 
 TABLE = Path(__file__).with_name("published.json")
-"""Counted and checked by `benchmarks/footprints.py`."""
+"""Written and checked by `benchmarks/footprints.py`."""
 
 HUB_IDS = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
@@ -23,7 +23,7 @@ HUB_IDS = {
     "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",
     "black-forest-labs/FLUX.1-dev": "flux_dev",
 }
-"""Hub id -> its name in the table."""
+"""Hub id -> name in the table."""
 
 OF_FAMILY = {
     "stable_diffusion": "sd15",
@@ -32,14 +32,16 @@ OF_FAMILY = {
     "stable_diffusion_3": "sd35_medium",
     "flux": "flux_dev",
 }
-"""Assumed for hub ids that are not in `HUB_IDS`."""
+"""Family -> name in the table, assumed for hub ids that are not in `HUB_IDS`."""
 
 
 class KnownFootprint(NamedTuple):
     """A footprint and its source.
 
     Attributes:
-        is_assumed: whether it is that of another model of the same family.
+        footprint: footprint of the model.
+        source: description of the source, for people.
+        is_assumed: whether it is the footprint of another model of the same family.
     """
 
     footprint: Footprint
@@ -48,9 +50,10 @@ class KnownFootprint(NamedTuple):
 
 
 def known_footprint(family: str, path: str) -> KnownFootprint | None:
-    """Footprint of a model by the table; ``None``: a folder whose architecture is not in it and must be counted.
+    """Footprint of a model from the table; `None`: the architecture of the folder is not in it and must be counted.
 
     Args:
+        family: name in `FAMILIES`.
         path: ``embedded``, a folder in diffusers layout, or a hub id.
     """
     if path == "embedded":
@@ -69,7 +72,7 @@ def published_footprint(name: str) -> Footprint:
     """Footprint of a model by its name in the table.
 
     Raises:
-        KeyError: the table does not have it.
+        KeyError: if the table does not have it.
     """
     return Footprint.of(_table()[name]["footprint"])
 
@@ -87,7 +90,7 @@ def _denoiser_config(folder: Path) -> dict[str, Any]:
 
 
 def _name_of(config: Mapping[str, Any]) -> str | None:
-    """Model of the table with this denoiser configuration; missing keys count as equal, because they are defaults."""
+    """Name in the table of a denoiser configuration; missing keys are defaults and count as equal."""
     for name, entry in _table().items():
         if all(config.get(key, value) == value for key, value in entry["denoiser"].items()):
             return name

@@ -1,4 +1,4 @@
-"""An estimate as text, as `cdpo check` prints it."""
+"""Estimate -> text of `cdpo check`."""
 
 from cdpo_ray.cost.estimate import Estimate, RoleMemory, StepCost
 from cdpo_ray.cost.gpus import GIB
@@ -10,10 +10,10 @@ def cost_lines(estimate: Estimate, source: str) -> list[str]:
     """Hours per step, peak memory per role and a verdict, one per line.
 
     Args:
-        source: of the model's footprint.
+        source: source of the model's footprint.
     """
     gpu = estimate.gpu
-    where = "" if estimate.on_gpu else "; `resources` asks for no GPU, the figures are for one per process"
+    where = "" if estimate.on_gpu else "; `resources` requests no GPU, the figures are for one per process"
     lines = [f"  cost         estimated, not measured, for {gpu.name} ({gpu.memory_gib:g} GiB), {source}{where}"]
     lines += [f"    {step.verb:<11}{_step(step)}" for step in estimate.steps]
     rounds = f" in {estimate.rounds} rounds" if estimate.rounds > 1 else ""
@@ -58,7 +58,7 @@ def _role(role: RoleMemory, estimate: Estimate) -> list[str]:
 
 def _advice(role: RoleMemory) -> str:
     if not role.advice:
-        return "no smaller batch, checkpointing, ZeRO, quantization or offload is enough; use a GPU with more memory"
+        return "no batch size, checkpointing, ZeRO, quantization or offload suffices; use a GPU with more memory"
     return f"would fit: {'; or '.join(role.advice)}"
 
 

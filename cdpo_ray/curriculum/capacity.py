@@ -1,4 +1,4 @@
-"""Stage -> how much of the LoRA learns: the model's curriculum beside the pairs'."""
+"""Stage -> trainable capacity of the LoRA: a curriculum of the model beside that of the pairs."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -6,11 +6,11 @@ from fractions import Fraction
 
 @dataclass(frozen=True)
 class Capacity:
-    """How much of a LoRA learns in a stage.
+    """Trainable part of a LoRA in a stage.
 
     Attributes:
-        rank: of each layer that learns.
-        block_share: share of the net's blocks whose layers learn, above 0 to 1; the other blocks wait.
+        rank: trainable rank of each layer in those blocks.
+        block_share: share of the denoiser's blocks that are trained, in (0, 1].
     """
 
     rank: int
@@ -20,20 +20,21 @@ class Capacity:
 def stage_capacities(
     rank: int, num_stages: int, *, initial_rank: int | None = None, sequential: bool = False
 ) -> tuple[Capacity, ...]:
-    """What learns in stage 1, 2, ..., ``num_stages``; the last has the whole LoRA.
+    """Capacity in stage 1, 2, ..., ``num_stages``; the last stage trains the whole LoRA.
 
-    The rank of stage ``k`` of ``B`` lies on the straight line from ``initial_rank`` at stage 1 to ``rank`` at stage
-    ``B``, rounded down: 6, 8, 11, 13, 16 from 6 to 16 in five stages.
+    The rank grows linearly from ``initial_rank`` in stage 1 to ``rank`` in the last stage, rounded down: 6, 8, 11, 13,
+    16 from 6 to 16 in five stages.
 
     Args:
-        rank: of the last stage.
-        initial_rank: of the first, 1 to ``rank``; none is ``rank``.
-        sequential: stage ``k`` has ``k/B`` of the blocks; else every stage has all.
+        rank: rank of the last stage.
+        num_stages: number of stages, ``B``.
+        initial_rank: rank of the first stage, 1 to ``rank``; `None`: ``rank``.
+        sequential: whether stage ``k`` trains ``k/B`` of the blocks, instead of all.
 
     Raises:
-        ValueError: one stage, in which nothing can grow, or ``initial_rank`` is not in 1..``rank``.
+        ValueError: if the capacity grows but there is one stage, or ``initial_rank`` is not in 1..``rank``.
 
-    Source: arXiv:2602.13055 for growing rank and sequential unfreezing; the line and the equal shares are chosen here.
+    Source: arXiv:2602.13055 (growing rank, sequential unfreezing); the linear growth and equal shares are our choice.
     """
     if initial_rank is None:
         initial_rank = rank

@@ -1,4 +1,4 @@
-"""Scores of several rewards -> the one score that ranks."""
+"""Scores of several rewards -> one score that ranks the samples of a prompt."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Combine = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
-"""One prompt's finite scores ``[sample, reward]``, weights ``[reward]`` -> scores ``[sample]``, higher is better."""
+"""Finite scores of a prompt ``[sample, reward]`` and weights ``[reward]`` -> scores ``[sample]``, higher is better."""
 
 
 @dataclass(frozen=True)
 class RankingRule:
-    """By which scores the samples of a prompt are ranked.
+    """Scores that rank the samples of a prompt.
 
     Attributes:
-        rank_by: a key of `COMBINATIONS`, or the one reward.
-        weights: reward -> its weight, of those that have a say; only ``weighted_sum`` looks at the numbers.
-        with_noise: whether the rewards have scored some prompts twice.
-        with_labels: whether people judged the samples, so that only what agrees with them forms pairs.
+        rank_by: key of `COMBINATIONS`, or a single reward.
+        weights: reward -> weight of the combined rewards; only ``weighted_sum`` uses the values.
+        with_noise: whether the rewards scored some prompts twice.
+        with_labels: whether people labelled the samples; then only scores that agree with the labels form pairs.
 
-    Source: arXiv:2405.13637 ranks by one reward; the combinations have their own.
+    Source: arXiv:2405.13637 (one reward); the combinations have other sources.
     """
 
     rank_by: str
@@ -29,20 +29,19 @@ class RankingRule:
     with_labels: bool = False
 
     def combine(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """The scores that rank, prompt by prompt.
+        """Combine the scores of each prompt.
 
-        A sample with any score that is not finite gets NaN, which sets it aside; the others are combined as if it were
-        not there.
+        A sample with a non-finite score gets NaN and is not ranked; it does not affect the others.
 
         Args:
             scores: ``[prompt, sample, reward]``, rewards in the order of ``weights``, each in its unit, higher is
                 better.
 
         Returns:
-            ``[prompt, sample]`` float64, higher is better: in the reward's unit, or the combination's.
+            ``[prompt, sample]`` float64, higher is better; in the unit of the reward or the combination.
 
         Raises:
-            ValueError: if the last axis is not that of the rewards.
+            ValueError: if ``scores`` has another shape.
         """
         scores = np.asarray(scores, dtype=np.float64)
         if scores.ndim != 3 or scores.shape[2] != len(self.weights):
@@ -52,30 +51,30 @@ class RankingRule:
         if self.rank_by not in COMBINATIONS:
             return scores[:, :, 0]
         combine, weights = COMBINATIONS[self.rank_by], np.array(list(self.weights.values()))
-        whole = np.isfinite(scores).all(axis=2)
-        combined = np.full(whole.shape, np.nan)
-        for prompt in np.flatnonzero(whole.any(axis=1)):
-            combined[prompt, whole[prompt]] = combine(scores[prompt, whole[prompt]], weights)
+        finite = np.isfinite(scores).all(axis=2)
+        combined = np.full(finite.shape, np.nan)
+        for prompt in np.flatnonzero(finite.any(axis=1)):
+            combined[prompt, finite[prompt]] = combine(scores[prompt, finite[prompt]], weights)
         return combined
 
 
 def weighted_sum(scores: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sum of each reward's standard scores within the prompt, times its weight, in standard deviations.
+    """Weighted sum of each reward's z-scores within the prompt, in standard deviations.
 
-    ``sum_r weights[r] * (scores[r] - mean_r) / std_r`` with the population's standard deviation over the prompt's
-    samples. A reward that scores them all alike adds 0; a negative weight asks for low scores.
+    ``sum_r weights[r] * (scores[r] - mean_r) / std_r`` with the population standard deviation over the prompt's
+    samples. A reward with equal scores contributes 0; a negative weight prefers low scores.
     """
     lowest, highest = scores.min(axis=0), scores.max(axis=0)
     differ = lowest < highest
-    # Standardising undoes this scaling to 0..1, which keeps squares from overflow.
+    # z-scores do not change by this scaling to 0..1, which prevents overflow of squares
     scaled = (scores - lowest) / np.where(differ, highest - lowest, 1)
     return (scaled - scaled.mean(axis=0)) / np.where(differ, scaled.std(axis=0), 1) @ weights
 
 
 def mean_rank(scores: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Agreement by Borda's count: minus the mean over rewards of a sample's rank within the prompt, 0 = best.
+    """Borda count: minus the mean over rewards of a sample's rank within the prompt, 0 = best.
 
-    Equal scores share the mean of their ranks. Every reward has the same weight.
+    Equal scores share their mean rank. All rewards have the same weight.
     """
     one, other = scores[:, None], scores
     num_better, num_equal = (other > one).sum(axis=1), (other == one).sum(axis=1)  # a sample equals itself
@@ -83,20 +82,20 @@ def mean_rank(scores: NDArray[np.float64], weights: NDArray[np.float64]) -> NDAr
 
 
 def pareto(scores: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Agreement by dominance: minus the index of the non-dominated front that holds a sample, 0 = best.
+    """Pareto dominance: minus the index of a sample's non-dominated front, 0 = best.
 
-    A sample dominates another if no reward scores it lower and one scores it higher. Front 0 holds those that none
-    dominates, front ``k`` those that none does once the fronts before are taken away. Within a front scores are equal,
-    so it forms no pair, and the rejected of a pair never dominates the chosen. Weights do not matter.
+    A sample dominates another if no reward scores it lower and at least one scores it higher. Front 0 holds the
+    non-dominated samples, front ``k`` those that are non-dominated without the earlier fronts. Scores are equal within
+    a front, so it forms no pair, and the rejected sample of a pair never dominates the chosen one. Weights are ignored.
 
     Source: non-dominated sorting, Deb et al. 2002; arXiv:2502.02588 for preference pairs.
     """
     one, other = scores[:, None], scores
     dominates = np.all(one >= other, axis=2) & np.any(one > other, axis=2)
-    front, left = np.zeros(len(scores)), np.full(len(scores), True)
-    while left.any():
-        left &= dominates[left].any(axis=0)
-        front += left
+    front, remaining = np.zeros(len(scores)), np.full(len(scores), True)
+    while remaining.any():
+        remaining &= dominates[remaining].any(axis=0)
+        front += remaining
     return -front
 
 

@@ -1,4 +1,4 @@
-"""Scores -> the drawn pairs of each stage, written easy to hard."""
+"""Scores -> drawn pairs of each stage, written from easy to hard."""
 
 import logging
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from cdpo_ray.curriculum.drawing import sort_by_difficulty
 from cdpo_ray.curriculum.explanation import describe_stage
 from cdpo_ray.curriculum.labels import where_labels_agree
 from cdpo_ray.curriculum.noise import gap_noise
-from cdpo_ray.curriculum.pairs import AdmittedPairs, PairBatch, PairSet
+from cdpo_ray.curriculum.pairs import AdmittedPairs, PairArrays, PairSet
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.errors import CurriculumError
@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores that rank.
+    """Scores that rank the samples.
 
     Attributes:
         prompt_index: ``[prompt]``.
-        scores: ``[prompt, sample]``; NaN is set aside.
-        gap_noise: of the scores, if it is known.
-        num_excused: NaNs that no reward is to blame for: there is no image, or its label and its score disagree.
-        num_disagreeing: prompts whose scores are not in the order of their labels.
+        scores: ``[prompt, sample]``; NaN: not ranked.
+        gap_noise: noise of the score gaps; `None`: not known.
+        num_excused: number of NaNs not caused by a reward: no image, or label and score disagree.
+        num_disagreeing: number of prompts whose scores disagree with their labels.
     """
 
     prompt_index: np.ndarray
@@ -44,10 +44,13 @@ class ScoreTable:
 
 
 def read_ranking_scores(scores_dir: Path, rule: RankingRule) -> ScoreTable:
-    """Read what `2-scores` holds of the rewards that rank, in prompt order, and combine it.
+    """Read the scores of the ranking rewards, in prompt order, and combine them.
+
+    Args:
+        scores_dir: folder of the step `2-scores`.
 
     Raises:
-        CurriculumError: the noise is asked for, and no prompt has two samples that were scored twice.
+        CurriculumError: if the noise is required, but no prompt has two samples that were scored twice.
     """
     prompt_index, scores = _read(scores_dir, rule.weights)
     table = ScoreTable(prompt_index, rule.combine(scores))
@@ -62,13 +65,18 @@ def _with_noise(table: ScoreTable, scores_dir: Path, rule: RankingRule) -> Score
     if np.isnan(noise):
         raise CurriculumError(
             f"{scores_dir}: no prompt has two samples with finite scores in both scorings, so the noise is unknown;"
-            " raise `rewards.noise_prompts`, or mend the reward"
+            " raise `rewards.noise_prompts`, or fix the reward"
         )
     return replace(table, gap_noise=noise)
 
 
 def _where_labelled(table: ScoreTable, labelled: np.ndarray, labels: np.ndarray) -> ScoreTable:
-    """The prompts that people judged and that may be trained on; of pairs, only what agrees with the label ranks."""
+    """Keep the labelled training prompts; scores of pairs that disagree with the label become NaN.
+
+    Args:
+        labelled: ``[prompt]`` indices of labelled training prompts.
+        labels: ``[prompt, sample]``, higher is preferred; NaN: no image.
+    """
     scores = table.scores[np.searchsorted(table.prompt_index, labelled)]
     scores = np.where(np.isfinite(labels), scores, np.nan)
     agreeing = where_labels_agree(scores, labels) if scores.shape[1] == 2 else scores
@@ -91,20 +99,29 @@ def write_stages(
     max_bad_fraction: float,
     seed: int,
 ) -> dict[str, int]:
-    """Write `3-stages`: what each stage trains on, and its counts; returns counts for the manifest.
+    """Write `3-stages`: pairs, description and prompt counts of each stage.
+
+    Args:
+        output_dir: folder of the step.
+        pairs_per_stage: number of draws per stage.
+        max_bad_fraction: maximum share of non-finite scores.
+        seed: seed of the run.
+
+    Returns:
+        Counts for the manifest.
 
     Raises:
-        CurriculumError: too many scores are not finite, or a stage has no pair.
+        CurriculumError: if too many scores are not finite, or a stage has no pair.
     """
     ranking = rank_samples(table.scores)
-    num_bad = int(ranking.num_set_aside.sum()) - table.num_excused
+    num_bad = int(ranking.num_unranked.sum()) - table.num_excused
     if num_bad > max_bad_fraction * table.scores.size:
         raise CurriculumError(
             f"{num_bad} of {table.scores.size} scores are not finite, more than `rewards.max_bad_fraction`"
-            f" = {max_bad_fraction}; mend the reward, or what made images without a score"
+            f" = {max_bad_fraction}; fix the reward, or the cause of images without a score"
         )
     curriculum = Curriculum(ranking, schedule, seed=seed, gap_noise=table.gap_noise)
-    whole = curriculum.formed.extent
+    extent = curriculum.formed.extent
     stages = []
     for stage in range(1, schedule.num_stages + 1):
         drawn, admitted = curriculum.plan(stage, pairs_per_stage)
@@ -117,7 +134,7 @@ def write_stages(
                 schedule.levels(stage),
                 admitted,
                 pairs,
-                largest_score_gap=whole.max_score_gap,
+                largest_score_gap=extent.max_score_gap,
                 gap_noise=table.gap_noise,
             )
         )
@@ -132,7 +149,7 @@ def write_stages(
         "pairs_drawn": schedule.num_stages * pairs_per_stage,
         "scores_not_finite": num_bad,
         "pairs_disagreeing_with_label": table.num_disagreeing,
-        "prompts_without_pairs": int(np.count_nonzero(whole.pairs_per_prompt == 0)),
+        "prompts_without_pairs": int(np.count_nonzero(extent.pairs_per_prompt == 0)),
     }
     if table.gap_noise is not None:
         all_pairs = AdmittedPairs(ranking, min_score_gap=schedule.min_score_gap)
@@ -142,12 +159,12 @@ def write_stages(
 
 
 def _read(scores_dir: Path, rewards: Iterable[str], *, second: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """``[prompt]`` prompt indices and ``[prompt, sample, reward]`` scores."""
+    """Prompt indices ``[prompt]`` and scores ``[prompt, sample, reward]``."""
     found = [read_scores(scores_dir / score_file(name, second=second), name) for name in rewards]
     return found[0][0], np.stack([scores for _, scores in found], axis=2)
 
 
-def _rows(pairs: PairBatch, stage: int, table: ScoreTable) -> pa.Table:
+def _rows(pairs: PairArrays, stage: int, table: ScoreTable) -> pa.Table:
     within_noise = pa.nulls(len(pairs), pa.bool_()) if table.gap_noise is None else pairs.score_gap <= table.gap_noise
     return pa.table(
         {
@@ -163,7 +180,7 @@ def _rows(pairs: PairBatch, stage: int, table: ScoreTable) -> pa.Table:
     )
 
 
-def _write_prompt_counts(pairs: PairBatch, prompt_index: np.ndarray, admitted: PairSet, path: Path) -> None:
+def _write_prompt_counts(pairs: PairArrays, prompt_index: np.ndarray, admitted: PairSet, path: Path) -> None:
     drawn = np.bincount(pairs.prompt, minlength=len(prompt_index))
     counts = {"prompt_index": prompt_index, "num_candidate_pairs": admitted.pairs_per_prompt, "num_drawn_pairs": drawn}
     write_table(pa.table(counts), path)

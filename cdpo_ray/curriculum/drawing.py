@@ -1,4 +1,4 @@
-"""Pairs -> draws."""
+"""Pairs -> random draws."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,30 +6,30 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cdpo_ray.curriculum.pairs import PairBatch, PairSet
+from cdpo_ray.curriculum.pairs import PairArrays, PairSet
 from cdpo_ray.randomness.numbers import random_words, unit_interval
 
 MAX_ATTEMPTS = 10_000
 
-Accept = Callable[[PairBatch, NDArray[np.uint64]], NDArray[np.bool_]]
-"""Which pairs to keep, given a random word each; keeping with a probability makes draws that follow it."""
+Accept = Callable[[PairArrays, NDArray[np.uint64]], NDArray[np.bool_]]
+"""Accepted pairs, given one random word per pair; rejection sampling with a probability per pair."""
 
 
-def draw_pairs(admitted: PairSet, num_draws: int, *, seed: int, stage: int, accept: Accept | None = None) -> PairBatch:
-    """Draw pairs from all that are admitted, with replacement: uniformly, or in proportion to their acceptance.
+def draw_pairs(admitted: PairSet, num_draws: int, *, seed: int, stage: int, accept: Accept | None = None) -> PairArrays:
+    """Draw admitted pairs with replacement: uniformly, or in proportion to their acceptance probability.
 
-    Draw ``n`` is a function of the admitted pairs, ``seed``, ``stage`` and ``n``: a longer draw starts with the same
-    pairs. It is a 64-bit number modulo ``num_pairs``, which moves a pair's probability by less than 2^-39 of itself up
-    to 33 million pairs.
+    Draw ``n`` is a function of the admitted pairs, ``seed``, ``stage`` and ``n``: a longer sequence starts with the
+    same pairs. It is a 64-bit number modulo ``num_pairs``, which changes a pair's probability by a relative error below
+    2^-39 for up to 33 million pairs.
 
     Args:
-        admitted: the pairs of the stage.
-        num_draws: >= 0.
+        admitted: pairs of the stage.
+        num_draws: number of draws, >= 0.
         seed, stage: address of the random stream.
-        accept: a draw that is not accepted is drawn again, from the stream of the next attempt.
+        accept: accepts draws; a rejected one is repeated from the stream of the next attempt. `None`: uniform draws.
 
     Raises:
-        ValueError: if no pair is admitted, ``num_draws`` is negative, or next to no pair is accepted.
+        ValueError: if no pair is admitted, ``num_draws`` is negative, or almost no pair is accepted.
     """
     if num_draws < 0:
         raise ValueError(f"`num_draws` must be >= 0, got {num_draws}")
@@ -37,25 +37,29 @@ def draw_pairs(admitted: PairSet, num_draws: int, *, seed: int, stage: int, acce
         raise ValueError(f"stage {stage} has no pair to draw from")
     if accept is None:
         return admitted.at(_numbers("pairs", seed, stage, num_draws, admitted.num_pairs))
-    drawn, waiting = np.empty(num_draws, dtype=np.int64), np.arange(num_draws)
+    drawn, pending = np.empty(num_draws, dtype=np.int64), np.arange(num_draws)
     for attempt in range(MAX_ATTEMPTS):
-        if not len(waiting):
+        if not len(pending):
             return admitted.at(drawn)
-        num_words = int(waiting[-1]) + 1
-        drawn[waiting] = _numbers(f"pairs {attempt}", seed, stage, num_words, admitted.num_pairs)[waiting]
-        words = random_words(f"accept {attempt}", seed, stage, num_words)[waiting]
-        waiting = waiting[~accept(admitted.at(drawn[waiting]), words)]
+        num_words = int(pending[-1]) + 1
+        drawn[pending] = _numbers(f"pairs {attempt}", seed, stage, num_words, admitted.num_pairs)[pending]
+        words = random_words(f"accept {attempt}", seed, stage, num_words)[pending]
+        pending = pending[~accept(admitted.at(drawn[pending]), words)]
     raise ValueError(
-        f"stage {stage}: {len(waiting)} of {num_draws} weighted draws found no pair in {MAX_ATTEMPTS} attempts, as few"
-        " pairs hold nearly all the weight; look for outlying scores, or draw uniformly"
+        f"stage {stage}: {len(pending)} of {num_draws} weighted draws found no pair in {MAX_ATTEMPTS} attempts, because"
+        " a few pairs have almost all the weight; check for outlying scores, or draw uniformly"
     )
 
 
-def swap_labels(pairs: PairBatch, probability: float, *, seed: int, stage: int) -> PairBatch:
-    """Swap chosen and rejected of each pair with a probability: the control experiment with random labels at 0.5.
+def swap_labels(pairs: PairArrays, probability: float, *, seed: int, stage: int) -> PairArrays:
+    """Swap chosen and rejected of each pair with a probability; 0.5 is the control experiment with random labels.
 
-    Whether a pair is swapped is a function of ``seed``, ``stage`` and its ``draw``. ``rank_gap`` and ``score_gap`` stay
-    as they were, positive: they tell how far apart the two are, whichever is called chosen.
+    Whether a pair is swapped is a function of ``seed``, ``stage`` and its ``draw``. ``rank_gap`` and ``score_gap`` do
+    not change and stay positive.
+
+    Args:
+        probability: of a swap, 0 to 1.
+        seed, stage: address of the random stream.
 
     Raises:
         ValueError: if ``probability`` is outside 0..1.
@@ -68,8 +72,8 @@ def swap_labels(pairs: PairBatch, probability: float, *, seed: int, stage: int) 
     return replace(pairs, chosen=chosen, rejected=rejected)
 
 
-def sort_by_difficulty(pairs: PairBatch) -> PairBatch:
-    """The pairs from easy to hard: by rank gap, largest first, then by draw."""
+def sort_by_difficulty(pairs: PairArrays) -> PairArrays:
+    """Sort pairs from easy to hard: by rank gap, largest first, then by draw."""
     return pairs.take(np.lexsort((pairs.draw, -pairs.rank_gap)))
 
 

@@ -1,4 +1,4 @@
-"""Stages -> what each holds, in numbers, as a table and as a picture."""
+"""Stages -> statistics of each stage, as numbers, table and chart."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from cdpo_ray.curriculum.pairs import PairBatch, PairSet
+from cdpo_ray.curriculum.pairs import PairArrays, PairSet
 from cdpo_ray.pages.chart_style import BLUE, GREY, STYLE
 from cdpo_ray.store import new_file
 from cdpo_ray.store.untrusted import Count, other_keys_allowed
@@ -26,7 +26,7 @@ Level = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 @other_keys_allowed
 class ShownStage(TypedDict):
-    """What a page shows of a stage's pairs, see `describe_stage`."""
+    """Keys of `describe_stage` that pages show."""
 
     stage: Gap
     min_rank_gap: Gap
@@ -39,7 +39,7 @@ class ShownStage(TypedDict):
 
 @other_keys_allowed
 class DescribedStage(ShownStage):
-    """What `describe_stage` gives."""
+    """Return value of `describe_stage`."""
 
     levels: Level
     min_score_gap: float
@@ -61,17 +61,20 @@ def describe_stage(
     stage: int,
     levels: tuple[int, int],
     admitted: PairSet,
-    drawn: PairBatch,
+    drawn: PairArrays,
     *,
     largest_score_gap: float,
     gap_noise: float | None,
 ) -> dict[str, Any]:
-    """What a stage admits and draws, as plain values.
+    """Describe the admitted and the drawn pairs of a stage by plain values.
 
     Args:
-        levels: first and last level of difficulty it draws from.
-        largest_score_gap: of any pair of the run, so that all stages share their bins.
-        gap_noise: of the scores that rank; none: not known, and so is how many pairs are within it.
+        stage: number of the stage, from 1.
+        levels: first and last level of difficulty of the stage.
+        admitted: candidates of the stage.
+        drawn: pairs of the stage.
+        largest_score_gap: maximum over all pairs of the run, so that all stages have the same bins.
+        gap_noise: noise of the score gaps; `None`: not known, and pairs within it are not counted.
     """
     extent = admitted.extent
     counts, edges = np.histogram(drawn.score_gap, NUM_BINS, (0, largest_score_gap))
@@ -98,9 +101,9 @@ def describe_stage(
 
 
 def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
-    """A line a stage: gaps of its candidates, median score gap of its draws, how many of each, prompts drawn.
+    """Table for people, one line per stage: gaps of the candidates, median score gap of the draws, and counts.
 
-    Where the noise was measured, also how many of the drawn pairs are within it.
+    If the noise was measured, the last column is the number of drawn pairs within it.
     """
     head = ("stage", "levels", "rank gaps", "score gaps", "median drawn", "candidates", "drawn", "distinct", "prompts")
     rows = [[*head]]
@@ -127,7 +130,16 @@ def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_stages(stages: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """A row of two charts a stage: drawn pairs by rank gap and by score gap, over what the stage admits; easy left."""
+    """Draw two histograms per stage: drawn pairs by rank gap and by score gap, admitted range shaded; easy left.
+
+    Args:
+        stages: descriptions of `describe_stage`.
+        path: of the PNG.
+        title: title of the figure.
+
+    Raises:
+        StoreError: if the file cannot be written.
+    """
     last_gap = max(stage["max_rank_gap"] for stage in stages)
     rank_edges = np.arange(0.5, last_gap + 1.5)
     with mpl.rc_context(STYLE):

@@ -1,14 +1,14 @@
-"""Scores and what people said -> scores that may form pairs: labels win."""
+"""Scores and human labels -> scores of pairs on which both agree."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
 def where_labels_agree(scores: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
-    """Scores of pairs that people judged; NaN where the scores are not in the order of the labels.
+    """Scores of labelled pairs; NaN where scores and labels disagree.
 
-    A pair's difficulty is its score gap only where the scores agree with the label; a pair on which they are equal or
-    disagree has no difficulty and is set aside. Nobody's label is ever turned round.
+    The score gap is the difficulty of a pair only if the scores agree with the label; a pair with equal or disagreeing
+    scores is excluded. Labels are never reversed.
 
     Args:
         scores: ``[pair, 2]``, in the reward's unit, higher is better.
@@ -18,7 +18,7 @@ def where_labels_agree(scores: ArrayLike, labels: ArrayLike) -> NDArray[np.float
         ``[pair, 2]`` float64.
 
     Raises:
-        ValueError: if either is not a table of pairs.
+        ValueError: if a shape is not ``[pair, 2]``.
     """
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     if scores.shape != labels.shape or scores.ndim != 2 or scores.shape[1] != 2:

@@ -1,4 +1,4 @@
-"""Pairs -> levels of difficulty, a measure each; level 1 is the easiest."""
+"""Pairs -> levels of difficulty, by one of several measures; level 1 is the easiest."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,25 +7,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdpo_ray.curriculum.drawing import Accept
-from cdpo_ray.curriculum.pairs import AdmittedPairs, ListedPairs, PairBatch, PairSet
+from cdpo_ray.curriculum.pairs import AdmittedPairs, ListedPairs, PairArrays, PairSet
 from cdpo_ray.curriculum.ranking import Ranking
 from cdpo_ray.curriculum.stages import admitted_gaps, smallest_gap
 from cdpo_ray.randomness.numbers import unit_interval
 
-Between = Callable[[int, int], PairSet]
-"""First and last level, both inclusive -> their pairs."""
+PairsOfLevels = Callable[[int, int], PairSet]
+"""Pairs of the levels from the first to the last, both inclusive."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How the pairs of a ranking are to be cut.
+    """How to divide the pairs of a ranking into levels.
 
     Attributes:
-        ranking: the samples of each prompt.
-        num_levels: >= 1.
+        ranking: ranking of the samples of each prompt.
+        num_levels: number of levels, >= 1.
         boundaries: ``linear`` in the measure, or ``equal_count``.
-        min_score_gap: pairs form above it, in the reward's unit.
-        values: ``[prompt, sample]`` float, by sample index; only for ``margin``.
+        min_score_gap: score gap that pairs must exceed, in the reward's unit.
+        values: implicit rewards ``[prompt, sample]``, by sample index; only for ``margin``.
     """
 
     ranking: Ranking
@@ -35,14 +35,14 @@ class Cut:
     values: NDArray[np.floating] | None = None
 
 
-def levels_by_rank_gap(cut: Cut) -> Between:
-    """Levels of whole rank gaps: linear in the gap, on the ranks that each prompt has, or of equal count.
+def levels_by_rank_gap(cut: Cut) -> PairsOfLevels:
+    """Levels by rank gap: linear in the gap, over the ranks of each prompt, or of equal count.
 
-    With linear boundaries and samples set aside a prompt divides the gaps between the ranks it has left: each gap still
-    belongs to one level, and some levels may bring nothing of that prompt.
+    With linear boundaries, a prompt with unranked samples divides the gaps between its remaining ranks: each gap still
+    belongs to one level, and some levels may hold no pair of that prompt.
 
     Raises:
-        ValueError: if a complete prompt has fewer rank gaps than levels.
+        ValueError: if there are more levels than rank gaps of a complete prompt.
 
     Source: arXiv:2405.13637 (linear).
     """
@@ -64,10 +64,10 @@ def levels_by_rank_gap(cut: Cut) -> Between:
     )
 
 
-def levels_by_score_gap(cut: Cut) -> Between:
-    """Levels of score gaps: level ``k`` of ``B`` holds those in ``(G(B-k)/B, G(B-k+1)/B]``, or of equal count.
+def levels_by_score_gap(cut: Cut) -> PairsOfLevels:
+    """Levels by score gap: level ``k`` of ``B`` holds the gaps in ``(G(B-k)/B, G(B-k+1)/B]``, or of equal count.
 
-    ``G`` is the largest score gap of any pair of the table, so a prompt may have no pair in a level.
+    ``G`` is the largest score gap of all prompts, so a prompt may have no pair in a level.
 
     Source: the released code of arXiv:2405.13637 (linear).
     """
@@ -89,19 +89,18 @@ def levels_by_score_gap(cut: Cut) -> Between:
     )
 
 
-def levels_by_score_gap_quantile(cut: Cut) -> Between:
-    """Levels linear in the quantile of a score gap among all formed pairs, that is, of equal count."""
+def levels_by_score_gap_quantile(cut: Cut) -> PairsOfLevels:
+    """Levels linear in the quantile of a score gap among all formed pairs, which are levels of equal count."""
     return levels_by_score_gap(Cut(cut.ranking, cut.num_levels, "equal_count", cut.min_score_gap))
 
 
-def levels_by_margin(cut: Cut) -> Between:
+def levels_by_margin(cut: Cut) -> PairsOfLevels:
     """Levels of equal count by the margin under the policy, ``value(chosen) - value(rejected)``, largest first.
 
-    Equal margins, as all are before the first update, are told apart by the rank gap, then by prompt and rank. Memory
-    is O(pairs).
+    Equal margins, as before the first update, are ordered by rank gap, then by prompt and rank. Memory is O(pairs).
 
     Raises:
-        ValueError: if boundaries are linear, or a ranked sample's value is not finite.
+        ValueError: if boundaries are linear, or ``values`` have another shape or are not finite for a ranked sample.
     """
     if cut.boundaries != "equal_count":
         raise ValueError(f"`boundaries` must be 'equal_count' for the margin, got {cut.boundaries!r}")
@@ -111,7 +110,7 @@ def levels_by_margin(cut: Cut) -> Between:
         raise ValueError(f"`values` must be [prompt, sample] {ranking.order.shape}, got shape {values.shape}")
     is_ranked = np.isfinite(ranking.sorted_scores)
     if num_bad := np.count_nonzero(~np.isfinite(np.take_along_axis(values, ranking.order, axis=1)) & is_ranked):
-        raise ValueError(f"`values` of {num_bad} ranked samples are not finite; has training diverged?")
+        raise ValueError(f"`values` of {num_bad} ranked samples are not finite; check whether training diverged")
     margin, rank_gap = np.empty(formed.num_pairs), np.empty(formed.num_pairs, dtype=np.int32)
     for numbers, pairs in formed.chunks():
         margin[numbers] = values[pairs.prompt, pairs.chosen] - values[pairs.prompt, pairs.rejected]
@@ -125,7 +124,7 @@ def levels_by_margin(cut: Cut) -> Between:
     return between
 
 
-MEASURES: dict[str, Callable[[Cut], Between]] = {
+MEASURES: dict[str, Callable[[Cut], PairsOfLevels]] = {
     "rank_gap": levels_by_rank_gap,
     "score_gap": levels_by_score_gap,
     "score_gap_quantile": levels_by_score_gap_quantile,
@@ -134,21 +133,21 @@ MEASURES: dict[str, Callable[[Cut], Between]] = {
 
 
 def accept_by_rank_gap(admitted: PairSet, formed: PairSet) -> Accept:
-    """Keep a pair with probability rank gap / the largest admitted one."""
+    """Accept a pair with probability rank gap / largest admitted rank gap."""
     return lambda pairs, words: unit_interval(words) * admitted.extent.max_rank_gap < pairs.rank_gap
 
 
 def accept_by_score_gap(admitted: PairSet, formed: PairSet) -> Accept:
-    """Keep a pair with probability score gap / the largest admitted one."""
+    """Accept a pair with probability score gap / largest admitted score gap."""
     return lambda pairs, words: unit_interval(words) * admitted.extent.max_score_gap < pairs.score_gap
 
 
 def accept_by_score_gap_quantile(admitted: PairSet, formed: PairSet) -> Accept:
-    """Keep a pair with the probability of its quantile: if its score gap is at least a randomly drawn formed pair's."""
+    """Accept a pair with the probability of its quantile: if its score gap is at least that of a random formed pair."""
 
-    def accept(pairs: PairBatch, words: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        rivals = formed.at((words % np.uint64(formed.num_pairs)).astype(np.int64))
-        return rivals.score_gap <= pairs.score_gap
+    def accept(pairs: PairArrays, words: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        random_pairs = formed.at((words % np.uint64(formed.num_pairs)).astype(np.int64))
+        return random_pairs.score_gap <= pairs.score_gap
 
     return accept
 
@@ -158,18 +157,18 @@ ACCEPTS: dict[str, Callable[[PairSet, PairSet], Accept]] = {
     "score_gap": accept_by_score_gap,
     "score_gap_quantile": accept_by_score_gap_quantile,
 }
-"""For draws in proportion to the measure; a margin may be negative, so it has none."""
+"""Measure -> acceptance of draws in proportion to it; a margin may be negative, so it has none."""
 
 
 def equal_count_edges(count_above: Callable[[int], int], lowest: int, highest: int, num_levels: int) -> list[int]:
-    """Edges ``e_0 > e_1 > ..``: level ``k`` holds values in ``(e_k, e_(k-1)]``, as many as in any other level.
+    """Edges ``e_0 > e_1 > ...`` of levels of equal count; level ``k`` holds the values in ``(e_k, e_(k-1)]``.
 
-    Each edge is the one that brings the count above it nearest to ``k / num_levels`` of all, while it leaves at least
-    one value to each other level. Values that are equal stay together.
+    Each edge brings the count above it nearest to ``k / num_levels`` of the total, and leaves at least one value for
+    each other level. Equal values stay in one level.
 
     Args:
-        count_above: how many lie above a value; must not rise with it.
-        lowest, highest: ``e_B`` and ``e_0``; all values lie in ``lowest + 1 .. highest``.
+        count_above: number of values above its argument; must not increase.
+        lowest, highest: ``e_B`` and ``e_0``; all values are in ``lowest + 1 .. highest``.
         num_levels: 1 to ``highest - lowest``.
     """
     assert 1 <= num_levels <= highest - lowest
@@ -185,13 +184,13 @@ def equal_count_edges(count_above: Callable[[int], int], lowest: int, highest: i
                 low, above_low = middle, above
             else:
                 high, above_high = middle, above
-        missed_low, missed_high = (abs(above * num_levels - total * level) for above in (above_low, above_high))
-        edges.append(low if missed_low < missed_high else high)
+        error_low, error_high = (abs(above * num_levels - total * level) for above in (above_low, above_high))
+        edges.append(low if error_low < error_high else high)
     return [*edges, lowest]
 
 
 def _bits_of(value: float) -> int:
-    """Numbers >= 0 as integers in the same order, so that bisection ends after at most 64 steps on any scale."""
+    """Map a number >= 0 to an integer of the same order, so that bisection needs at most 64 steps on any scale."""
     return int(np.float64(abs(value)).view(np.int64))
 
 

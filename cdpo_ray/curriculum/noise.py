@@ -1,20 +1,20 @@
-"""First and second scores of the same samples -> the rewards' own noise."""
+"""First and second scores of the same samples -> noise of the rewards."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def score_noise(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Standard deviation of one score about its mean over scorings: ``sqrt(mean((first - second)^2) / 2)``.
+    """Standard deviation of a score over repeated scorings: ``sqrt(mean((first - second)^2) / 2)``.
 
-    If ``first = s + e`` and ``second = s + e'`` with errors of variance ``v`` that do not depend on each other, the
-    squared difference is ``2 v`` on average.
+    If ``first = s + e`` and ``second = s + e'`` with independent errors of variance ``v``, the expected squared
+    difference is ``2 v``.
 
     Args:
-        first, second: any one shape, in the reward's unit; entries that are not finite in both are left out.
+        first, second: of any common shape, in the reward's unit; entries that are not finite in both are ignored.
 
     Returns:
-        In the reward's unit; NaN if nothing is left.
+        In the reward's unit; NaN without entries.
     """
     difference = _difference(first, second)
     known = np.isfinite(difference)
@@ -22,23 +22,23 @@ def score_noise(first: NDArray[np.float64], second: NDArray[np.float64]) -> floa
 
 
 def gap_noise(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
-    """Standard deviation of a score gap of two samples of a prompt about its mean over scorings.
+    """Standard deviation of the score gap between two samples of a prompt over repeated scorings.
 
-    By the argument of `score_noise` it is ``sqrt(mean(D^2) / 2)`` of ``D``, the difference of a gap's two scorings,
-    over all pairs of a prompt. With ``d = first - second``, ``D_ij = d_i - d_j``, and the sum over the pairs of ``n``
-    samples is ``n sum_i (d_i - mean(d))^2``, so
+    As in `score_noise`, it is ``sqrt(mean(D^2) / 2)`` of the difference ``D`` between a gap's two scorings, over all
+    pairs of a prompt. With ``d = first - second``, ``D_ij = d_i - d_j``, and the sum over the pairs of ``n`` samples is
+    ``n sum_i (d_i - mean(d))^2``, so
 
         ``gap_noise^2 = sum_prompts n sum_i (d_i - mean(d))^2 / sum_prompts n (n - 1)``.
 
-    An error that all images of a prompt share moves no gap and does not count; where samples err by themselves it is
-    ``sqrt(mean(d^2))``, sqrt(2) of `score_noise`. It holds for combined scores too, whose errors depend on each other,
-    as an average over pairs: a combination is not equally unsure of all.
+    An error that all images of a prompt share changes no gap and does not count; with independent errors the result is
+    ``sqrt(mean(d^2))``, sqrt(2) times `score_noise`. For combined scores, whose errors are dependent and differ between
+    pairs, it is the average over pairs.
 
     Args:
-        first, second: ``[prompt, sample]`` scores that rank; entries that are not finite in both are left out.
+        first, second: ``[prompt, sample]`` scores that rank; entries that are not finite in both are ignored.
 
     Returns:
-        In the unit of the scores; NaN if no prompt has two samples left.
+        In the unit of the scores; NaN if no prompt has two such samples.
     """
     difference = _difference(first, second)
     known = np.isfinite(difference)

@@ -1,4 +1,4 @@
-"""Ranking -> pairs, numbered and never written out."""
+"""Ranking -> pairs, addressed by number instead of stored."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -13,19 +13,19 @@ from cdpo_ray.curriculum.ranking import Ranking
 from cdpo_ray.randomness.numbers import Permutation, mix, random_words
 
 CHUNK_PAIRS = 2**18
-"""Pairs looked at together where each must be seen: they stay in the processor's cache."""
+"""Number of pairs per chunk when all pairs are visited; a chunk fits the processor's cache."""
 
 
 @dataclass(frozen=True)
-class PairBatch:
-    """Pairs of samples, column by column.
+class PairArrays:
+    """Pairs of samples, one array per column.
 
     Attributes:
-        prompt: ``[pair]`` int64, row of the prompt in the table of scores.
-        chosen, rejected: ``[pair]`` int64, sample index of each within its prompt.
-        rank_gap: ``[pair]`` int64, ranks between the two, >= 1: large is easy.
-        score_gap: ``[pair]`` float64, score of the better minus the worse, > 0, in the reward's unit.
-        draw: ``[pair]`` int64, number of the draw that gave the pair.
+        prompt: ``[pair]`` int64, row of the prompt in the score table.
+        chosen, rejected: ``[pair]`` int64, sample index within the prompt.
+        rank_gap: ``[pair]`` int64, difference of the ranks, >= 1; large is easy.
+        score_gap: ``[pair]`` float64, higher minus lower score, > 0, in the reward's unit.
+        draw: ``[pair]`` int64, number of the draw.
     """
 
     prompt: NDArray[np.int64]
@@ -39,30 +39,30 @@ class PairBatch:
         return len(self.draw)
 
     def take(self, index: NDArray[np.integer]) -> Self:
-        """The pairs at these places, in this order."""
+        """Pairs at these indices, in this order."""
         return type(self)(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def identity(self, num_samples: int) -> NDArray[np.int64]:
-        """``[pair]`` a number for each two samples of a prompt, whichever is called chosen."""
+        """Number of each pair of samples, ``[pair]`` int64; it does not change if chosen and rejected are swapped."""
         one, other = np.minimum(self.chosen, self.rejected), np.maximum(self.chosen, self.rejected)
         return (self.prompt * num_samples + one) * num_samples + other
 
 
-def concat(batches: Sequence[PairBatch]) -> PairBatch:
-    """The pairs of at least one batch after those of another."""
-    return PairBatch(
-        *(np.concatenate([getattr(batch, field.name) for batch in batches]) for field in fields(PairBatch))
+def concat(batches: Sequence[PairArrays]) -> PairArrays:
+    """Concatenate at least one batch of pairs."""
+    return PairArrays(
+        *(np.concatenate([getattr(batch, field.name) for batch in batches]) for field in fields(PairArrays))
     )
 
 
 @dataclass(frozen=True)
 class Extent:
-    """What a set of pairs spans; the four bounds are 0 if it is empty.
+    """Counts and bounds of a set of pairs; the bounds are 0 if it is empty.
 
     Attributes:
         pairs_per_prompt: ``[prompt]`` int64.
-        min_rank_gap, max_rank_gap: of its pairs.
-        min_score_gap, max_score_gap: of its pairs, in the reward's unit.
+        min_rank_gap, max_rank_gap: bounds of the rank gap.
+        min_score_gap, max_score_gap: bounds of the score gap, in the reward's unit.
     """
 
     pairs_per_prompt: NDArray[np.int64]
@@ -79,11 +79,14 @@ class PairSet(ABC):
     num_pairs: int
 
     @abstractmethod
-    def _at(self, index: NDArray[np.integer]) -> PairBatch:
-        """The pairs with these numbers, all of which exist."""
+    def _at(self, index: NDArray[np.integer]) -> PairArrays:
+        """Pairs with these numbers, unchecked."""
 
-    def at(self, index: NDArray[np.integer]) -> PairBatch:
-        """The pairs with these numbers, ``[pair]`` int64; ``draw`` counts them from 0.
+    def at(self, index: NDArray[np.integer]) -> PairArrays:
+        """Pairs with these numbers; ``draw`` counts them from 0.
+
+        Args:
+            index: ``[pair]``, numbers of pairs.
 
         Raises:
             ValueError: if a number is outside ``0 .. num_pairs - 1``.
@@ -92,19 +95,19 @@ class PairSet(ABC):
             raise ValueError(f"`index` must be in 0..{self.num_pairs - 1}, got {index.min()}..{index.max()}")
         return self._at(index)
 
-    def all(self) -> PairBatch:
-        """Every pair once, in the order of their numbers; O(pairs) memory, for small sets."""
+    def all(self) -> PairArrays:
+        """All pairs in the order of their numbers; O(pairs) memory, for small sets."""
         return self._at(np.arange(self.num_pairs))
 
-    def chunks(self) -> Iterator[tuple[NDArray[np.int64], PairBatch]]:
-        """Every pair once with its number, some at a time."""
+    def chunks(self) -> Iterator[tuple[NDArray[np.int64], PairArrays]]:
+        """Yield numbers and pairs of the whole set, `CHUNK_PAIRS` at a time."""
         for start in range(0, self.num_pairs, CHUNK_PAIRS):
             numbers = np.arange(start, min(start + CHUNK_PAIRS, self.num_pairs))
             yield numbers, self._at(numbers)
 
     @cached_property
     def extent(self) -> Extent:
-        """What the set spans."""
+        """Counts and bounds of the set."""
         num_prompts = len(self.ranking.order)
         counts = np.zeros(num_prompts, dtype=np.int64)
         rank_gaps, score_gaps = [], []
@@ -116,24 +119,25 @@ class PairSet(ABC):
 
     @property
     def pairs_per_prompt(self) -> NDArray[np.int64]:
-        """``[prompt]`` int64."""
+        """Number of pairs of each prompt, ``[prompt]`` int64."""
         return self.extent.pairs_per_prompt
 
     @property
     def num_prompts(self) -> int:
-        """Prompts with at least one pair."""
+        """Number of prompts with at least one pair."""
         return int(np.count_nonzero(self.pairs_per_prompt))
 
 
 class AdmittedPairs(PairSet):
-    """All pairs within bounds, by prompt and chosen rank.
+    """All pairs within bounds, ordered by prompt and chosen rank.
 
-    Scores fall along the ranks, so the rejected ranks that a chosen rank may meet form one contiguous range. Its start
-    and a running count for each chosen rank therefore find any pair by its number: memory is O(prompt x sample).
+    Scores decrease along the ranks, so the admitted rejected ranks of a chosen rank form one contiguous range. Its
+    start and a running count per chosen rank find any pair by its number: memory is O(prompt x sample).
 
     Args:
-        ranking: the samples of each prompt, best first.
-        min_gap, max_gap: rank gap, both inclusive; one value or ``[prompt]``. An empty interval admits nothing.
+        ranking: ranking of the samples of each prompt.
+        min_gap, max_gap: bounds of the rank gap, inclusive; one value or ``[prompt]``. An empty interval admits no
+            pair.
         min_score_gap, max_score_gap: a pair is admitted if ``min_score_gap < score(chosen) - score(rejected) <=
             max_score_gap`` in float64, so equal scores never form a pair; in the reward's unit, >= 0.
 
@@ -167,12 +171,12 @@ class AdmittedPairs(PairSet):
         self._starts = np.concatenate([[0], np.cumsum(np.maximum(last - first + 1, 0))])  # [prompt * sample + 1]
         self.num_pairs = int(self._starts[-1])
 
-    def _at(self, index: NDArray[np.integer]) -> PairBatch:
+    def _at(self, index: NDArray[np.integer]) -> PairArrays:
         slot = np.searchsorted(self._starts, index, side="right") - 1
         prompt, rank_w = np.divmod(slot, self.ranking.num_samples)
         rank_l = self._first_rejected[slot] + index - self._starts[slot]
         order, scores = self.ranking.order, self.ranking.sorted_scores
-        return PairBatch(
+        return PairArrays(
             prompt=prompt,
             chosen=order[prompt, rank_w].astype(np.int64),
             rejected=order[prompt, rank_l].astype(np.int64),
@@ -183,7 +187,7 @@ class AdmittedPairs(PairSet):
 
     @cached_property
     def extent(self) -> Extent:
-        """What the set spans: the nearest and the farthest rejected rank of each chosen one bound it."""
+        """Counts and bounds of the set, from the first and last rejected rank of each chosen rank."""
         starts = self._starts
         some = np.flatnonzero(np.diff(starts))
         ends = self._at(np.concatenate([starts[some], starts[some + 1] - 1]))
@@ -191,27 +195,27 @@ class AdmittedPairs(PairSet):
 
 
 class ListedPairs(PairSet):
-    """Some pairs of another set; memory is O(pairs listed).
+    """Subset of another set; memory is O(size of the subset).
 
     Args:
         pairs: the other set.
-        numbers: ``[pair]`` int64, their numbers there, each once.
+        numbers: ``[pair]`` int64, distinct numbers in that set.
     """
 
     def __init__(self, pairs: PairSet, numbers: NDArray[np.int64]) -> None:
         self.ranking, self.num_pairs = pairs.ranking, len(numbers)
         self._pairs, self._numbers = pairs, numbers
 
-    def _at(self, index: NDArray[np.integer]) -> PairBatch:
+    def _at(self, index: NDArray[np.integer]) -> PairArrays:
         return self._pairs.at(self._numbers[index])
 
 
-class DealtPairs(PairSet):
-    """The pairs of another set that lie at ``first .. end - 1`` once it is shuffled; memory is O(1).
+class ShuffledSlice(PairSet):
+    """Elements ``first .. end - 1`` of another set in shuffled order; memory is O(1).
 
     Args:
-        pairs: the other set; the same shuffle for each part that is taken of it.
-        first, end: places, ``0 <= first <= end <= pairs.num_pairs``.
+        pairs: the other set; all slices share one shuffle.
+        first, end: bounds of the slice, ``0 <= first <= end <= pairs.num_pairs``.
         seed: address of the shuffle.
     """
 
@@ -220,29 +224,29 @@ class DealtPairs(PairSet):
         self._pairs, self._first = pairs, first
         self._shuffle = Permutation(pairs.num_pairs, "deal", seed)
 
-    def _at(self, index: NDArray[np.integer]) -> PairBatch:
+    def _at(self, index: NDArray[np.integer]) -> PairArrays:
         return self._pairs.at(self._shuffle(self._first + index))
 
 
 def cap_per_prompt(pairs: PairSet, max_pairs: int, *, seed: int, stage: int) -> PairSet:
-    """At most ``max_pairs`` of each prompt, chosen at random; memory is O(prompt x max_pairs), time O(pairs).
+    """Random subset of at most ``max_pairs`` per prompt; memory is O(prompt x max_pairs), time O(pairs).
 
-    Each pair has a lot, a function of the pair, ``seed`` and ``stage``; a prompt keeps the pairs with the smallest.
+    Each pair has a random key, a function of the pair, ``seed`` and ``stage``; a prompt keeps those with the smallest.
 
     Args:
-        max_pairs: >= 1.
+        max_pairs: maximum number of pairs per prompt, >= 1.
     """
     (key,) = random_words("cap", seed, stage, 1)
     kept = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
     for numbers, chunk in pairs.chunks():
-        lots = mix(chunk.identity(pairs.ranking.num_samples).astype(np.uint64) ^ key)
-        joined = zip(kept, (numbers, lots, chunk.prompt), strict=True)
-        numbers, lots, prompts = (np.concatenate(columns) for columns in joined)
-        order = np.lexsort((lots, prompts))
+        keys = mix(chunk.identity(pairs.ranking.num_samples).astype(np.uint64) ^ key)
+        joined = zip(kept, (numbers, keys, chunk.prompt), strict=True)
+        numbers, keys, prompts = (np.concatenate(columns) for columns in joined)
+        order = np.lexsort((keys, prompts))
         in_order = prompts[order]
-        place = np.arange(len(order)) - np.searchsorted(in_order, in_order)
-        order = order[place < max_pairs]
-        kept = numbers[order], lots[order], prompts[order]
+        position = np.arange(len(order)) - np.searchsorted(in_order, in_order)
+        order = order[position < max_pairs]
+        kept = numbers[order], keys[order], prompts[order]
     return ListedPairs(pairs, np.sort(kept[0]))
 
 
@@ -257,9 +261,9 @@ def _extent(
 
 
 def _first_below(ranking: Ranking, min_score_gap: float) -> NDArray[np.int64]:
-    """``[prompt, sample]``: for each rank ``i`` the first ``j`` with ``s[i] - s[j] > min_score_gap``, or the end.
+    """For each rank ``i`` the first rank ``j`` with ``s[i] - s[j] > min_score_gap``, or the end: ``[prompt, sample]``.
 
-    Bisection of all ranks at once; it evaluates the very difference that defines a pair, so rounding cannot disagree.
+    Bisection of all ranks at once. It evaluates the same difference that defines a pair, so rounding is consistent.
     """
     scores, num_samples = ranking.sorted_scores, ranking.num_samples
     high = np.repeat(ranking.num_ranked[:, None], num_samples, axis=1)

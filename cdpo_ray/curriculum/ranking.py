@@ -8,12 +8,12 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Ranking:
-    """The samples of each prompt, best first; rank 0 is the best.
+    """Samples of each prompt, best first; rank 0 is the best.
 
     Attributes:
-        order: ``[prompt, sample]`` int32, the sample index that holds each rank; samples set aside come last.
-        sorted_scores: ``[prompt, sample]`` float64, the scores in that order, descending; NaN for samples set aside.
-        num_ranked: ``[prompt]`` int64, ranks of each prompt.
+        order: ``[prompt, sample]`` int32, sample index of each rank; unranked samples come last.
+        sorted_scores: ``[prompt, sample]`` float64, scores in that order, descending; NaN for unranked samples.
+        num_ranked: ``[prompt]`` int64, number of ranks of each prompt.
     """
 
     order: NDArray[np.int32]
@@ -22,26 +22,25 @@ class Ranking:
 
     @property
     def num_samples(self) -> int:
-        """Samples of a prompt, ranked or not."""
+        """Number of samples per prompt, ranked or not."""
         return int(self.order.shape[1])
 
     @property
-    def num_set_aside(self) -> NDArray[np.int64]:
-        """``[prompt]`` int64, samples without a finite score."""
+    def num_unranked(self) -> NDArray[np.int64]:
+        """Number of samples without a finite score, ``[prompt]`` int64."""
         return self.num_samples - self.num_ranked
 
 
 def rank_samples(scores: ArrayLike) -> Ranking:
     """Rank the samples of each prompt by score, highest first.
 
-    Equal scores rank by sample index. A sample whose score is NaN or infinite is set aside: it has no rank and forms no
-    pair.
+    Equal scores rank by sample index. A sample whose score is NaN or infinite has no rank and forms no pair.
 
     Args:
         scores: ``[prompt, sample]``, in the reward's unit, higher is better.
 
     Raises:
-        ValueError: if ``scores`` is not a table with at least one sample a prompt.
+        ValueError: if ``scores`` has another shape, or no sample.
 
     Source: arXiv:2405.13637.
     """

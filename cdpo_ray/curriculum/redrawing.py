@@ -1,4 +1,4 @@
-"""Implicit rewards under the policy -> the pairs of one stage, redrawn by their margins."""
+"""Implicit rewards of the policy -> pairs of one stage, drawn by their margins."""
 
 from typing import Any
 
@@ -23,15 +23,17 @@ def redraw_stage(
     num_pairs: int,
     seed: int,
 ) -> tuple[Draws, dict[str, Any]]:
-    """Draw the pairs of a stage by the policy's margins; a function of its arguments alone, the same on every worker.
+    """Draw the pairs of a stage by the policy's margins; a pure function, so that all workers agree.
 
     Args:
-        values: ``[prompt, sample]``, implicit rewards in nats, by row of the samples.
-        row_of_prompt: ``[prompt_index]``, row of each prompt in the samples.
-        stage: 1-based.
+        values: ``[prompt, sample]``, implicit rewards in nats, by row of the sample table.
+        row_of_prompt: ``[prompt_index]``, row of each prompt in the sample table.
+        stage: number of the stage, from 1.
+        num_pairs: number of draws.
+        seed: seed of the run.
 
     Returns:
-        ``prompt_row``, ``chosen`` and ``rejected``, ``[pair]`` each, and the description of the stage.
+        Prompt row, chosen and rejected, ``[pair]`` each; and the description of the stage.
     """
     rows = row_of_prompt[table.prompt_index]
     curriculum = Curriculum(

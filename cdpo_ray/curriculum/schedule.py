@@ -1,4 +1,4 @@
-"""Ranking -> the pairs that a stage admits, and those it trains on."""
+"""Ranking -> admitted pairs and drawn pairs of a stage."""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from cdpo_ray.curriculum.drawing import draw_pairs, swap_labels
 from cdpo_ray.curriculum.measures import ACCEPTS, MEASURES, Cut
-from cdpo_ray.curriculum.pairs import AdmittedPairs, DealtPairs, PairBatch, PairSet, cap_per_prompt, concat
+from cdpo_ray.curriculum.pairs import AdmittedPairs, PairArrays, PairSet, ShuffledSlice, cap_per_prompt, concat
 from cdpo_ray.curriculum.ranking import Ranking
 from cdpo_ray.curriculum.stages import ORDERED, admitted_levels
 from cdpo_ray.errors import CurriculumError
@@ -16,20 +16,20 @@ from cdpo_ray.randomness.numbers import Permutation
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is shown and when; the defaults are the paper's.
+    """Which pairs are trained in which stage; the defaults are the paper's.
 
     Attributes:
-        num_stages: as many as levels of difficulty.
-        measure: a key of `MEASURES`.
-        boundaries: ``linear`` in the measure or ``equal_count``; ``margin`` needs ``equal_count``.
-        pacing, window: levels a stage, see `admitted_levels`.
-        order: ``easy_to_hard``; ``hard_to_easy``; ``random``: levels of the same sizes, dealt without regard to
-            difficulty; ``shuffled``: the very draws of ``easy_to_hard``, dealt to the stages at random; ``none``: every
-            stage draws from all pairs; ``best_against_worst``: every stage draws from one pair a prompt.
-        draws: ``uniform``, or in proportion to the measure, ``by_measure``.
-        min_score_gap: pairs form above it, in the reward's unit.
-        min_gap_in_noise: pairs form above this many times the noise of score gaps; None: noise does not matter.
-        max_pairs_per_prompt: candidates of a prompt in a stage; None: all.
+        num_stages: number of stages and of levels of difficulty.
+        measure: key of `MEASURES`.
+        boundaries: ``linear`` in the measure or ``equal_count``; ``margin`` requires ``equal_count``.
+        pacing, window: levels of each stage, see `admitted_levels`.
+        order: ``easy_to_hard``; ``hard_to_easy``; ``random``: levels of the same sizes with randomly assigned pairs;
+            ``shuffled``: the draws of ``easy_to_hard``, randomly assigned to stages; ``none``: every stage draws from
+            all pairs; ``best_against_worst``: every stage draws from one pair per prompt.
+        draws: ``uniform``, or ``by_measure``: in proportion to the measure.
+        min_score_gap: score gap that pairs must exceed, in the reward's unit.
+        min_gap_in_noise: multiple of the score gaps' noise that pairs must exceed; `None`: noise is ignored.
+        max_pairs_per_prompt: maximum number of candidates per prompt and stage; `None`: all.
         label_noise: share of drawn pairs whose labels are swapped.
 
     Source: arXiv:2405.13637.
@@ -48,27 +48,27 @@ class Schedule:
     label_noise: float = 0.0
 
     def levels(self, stage: int) -> tuple[int, int]:
-        """First and last level that a stage draws from."""
+        """First and last level of a stage."""
         return admitted_levels(stage, self.num_stages, order=self.order, pacing=self.pacing, window=self.window)
 
 
 class Curriculum:
-    """The stages of a schedule over one ranking; everything it gives is a function of its arguments alone.
+    """Stages of a schedule for one ranking; all results are functions of the arguments only.
 
     Args:
-        ranking: the samples of each prompt, best first.
-        schedule: what is shown and when.
-        seed: address of all that is random.
-        values: ``[prompt, sample]``, by sample index: each sample's value under the policy, of which ``margin`` takes
-            differences; None: all equal, as before the first update.
-        gap_noise: of the ranking's score gaps, see `curriculum.noise`; None: not known.
+        ranking: ranking of the samples of each prompt.
+        schedule: which pairs are trained in which stage.
+        seed: address of all randomness.
+        values: ``[prompt, sample]``, by sample index: implicit rewards, whose differences are the ``margin``; `None`:
+            all equal, as before the first update.
+        gap_noise: noise of the score gaps, see `curriculum.noise`; `None`: not known.
 
     Raises:
-        ValueError: if the measure cannot cut this ranking, or weigh its pairs, as the schedule asks, or the schedule
-            asks for a noise that is not known.
+        ValueError: if the measure supports neither the schedule's levels nor its draws, or the schedule requires a
+            noise that is not known.
 
     Attributes:
-        formed: every pair that can be formed.
+        formed: all pairs that can be formed.
     """
 
     def __init__(
@@ -91,16 +91,20 @@ class Curriculum:
         self.formed = AdmittedPairs(ranking, min_score_gap=schedule.min_score_gap)
         if schedule.order in (*ORDERED, "random"):
             cut = Cut(ranking, schedule.num_stages, schedule.boundaries, schedule.min_score_gap, values)
-            self._between = MEASURES[schedule.measure](cut)
+            self._pairs_of_levels = MEASURES[schedule.measure](cut)
         elif schedule.order == "shuffled":
             in_order = replace(schedule, order="easy_to_hard", label_noise=0.0)
             self._in_order = Curriculum(ranking, in_order, seed=seed, values=values)
 
-    def plan(self, stage: int, num_draws: int) -> tuple[PairBatch, PairSet]:
-        """The pairs that a stage trains on, in training order, and its candidates.
+    def plan(self, stage: int, num_draws: int) -> tuple[PairArrays, PairSet]:
+        """Drawn pairs of a stage, in training order, and its candidates.
 
-        A longer plan starts with the same pairs, but for a ``shuffled`` order, which deals out the draws of a whole run
-        and whose candidates are all pairs, as any draw may come to any stage.
+        A longer plan starts with the same pairs, except in ``shuffled`` order, which distributes the draws of the whole
+        run, and whose candidates are all pairs.
+
+        Args:
+            stage: number of the stage, from 1.
+            num_draws: number of pairs to draw.
 
         Raises:
             CurriculumError: if a stage admits no pair, or weighted draws find none.
@@ -108,7 +112,8 @@ class Curriculum:
         schedule, pairs = self.schedule, self._candidates(stage)
         if not pairs.num_pairs:
             raise CurriculumError(self._why_no_pair(stage))
-        drawn = self._deal(stage, num_draws) if schedule.order == "shuffled" else self._draw(pairs, stage, num_draws)
+        shuffled = schedule.order == "shuffled"
+        drawn = self._shuffled(stage, num_draws) if shuffled else self._draw(pairs, stage, num_draws)
         return swap_labels(drawn, schedule.label_noise, seed=self.seed, stage=stage), pairs
 
     def _candidates(self, stage: int) -> PairSet:
@@ -121,10 +126,10 @@ class Curriculum:
         first, last = self.schedule.levels(stage)
         match self.schedule.order:
             case "easy_to_hard" | "hard_to_easy":
-                return self._between(first, last)
+                return self._pairs_of_levels(first, last)
             case "random":
-                start, end = (self._between(1, level).num_pairs if level else 0 for level in (first - 1, last))
-                return DealtPairs(self.formed, start, end, seed=self.seed)
+                start, end = (self._pairs_of_levels(1, level).num_pairs if level else 0 for level in (first - 1, last))
+                return ShuffledSlice(self.formed, start, end, seed=self.seed)
             case "best_against_worst":
                 farthest = np.maximum(self.ranking.num_ranked - 1, 1)
                 return AdmittedPairs(self.ranking, farthest, farthest, min_score_gap=self.schedule.min_score_gap)
@@ -133,7 +138,7 @@ class Curriculum:
             case unknown:
                 raise ValueError(f"`order` must be one of those in `Schedule`, got {unknown!r}")
 
-    def _draw(self, admitted: PairSet, stage: int, num_draws: int) -> PairBatch:
+    def _draw(self, admitted: PairSet, stage: int, num_draws: int) -> PairArrays:
         accept = None
         if self.schedule.draws == "by_measure":
             accept = ACCEPTS[self.schedule.measure](admitted, self.formed)
@@ -142,12 +147,12 @@ class Curriculum:
         except ValueError as error:
             raise CurriculumError(str(error)) from None
 
-    def _deal(self, stage: int, num_draws: int) -> PairBatch:
+    def _shuffled(self, stage: int, num_draws: int) -> PairArrays:
         stages = range(1, self.schedule.num_stages + 1)
         whole_run = concat([self._in_order.plan(in_order, num_draws)[0] for in_order in stages])
-        deal = Permutation(len(whole_run), "shuffle", self.seed)
-        places = deal((stage - 1) * num_draws + np.arange(num_draws))
-        return replace(whole_run.take(places), draw=np.arange(num_draws))
+        shuffle = Permutation(len(whole_run), "shuffle", self.seed)
+        positions = shuffle((stage - 1) * num_draws + np.arange(num_draws))
+        return replace(whole_run.take(positions), draw=np.arange(num_draws))
 
     def _why_no_pair(self, stage: int) -> str:
         schedule, (first, last) = self.schedule, self.schedule.levels(stage)
@@ -157,11 +162,12 @@ class Curriculum:
                 f" `{schedule.measure}` with `{schedule.boundaries}` boundaries hold none of the"
                 f" {self.formed.num_pairs} pairs; lower `num_stages`, or choose other `boundaries` or `pacing`"
             )
-        scores, num_set_aside = self.ranking.sorted_scores, self.ranking.num_set_aside.sum()
+        scores, num_unranked = self.ranking.sorted_scores, self.ranking.num_unranked.sum()
         spread = np.fmax.reduce(scores[:, 0] - np.fmin.reduce(scores, axis=1), initial=0.0)
         return (
             f"stage {stage} admits no pair: the scores of a prompt differ by at most {spread:g} in {len(scores)}"
-            f" prompts, pairs form above {schedule.min_score_gap:g}, and {num_set_aside} scores are not finite;"
+            f" prompts, pairs must differ by more than {schedule.min_score_gap:g}, and {num_unranked} scores are not"
+            " finite;"
             " lower `min_score_gap` or `min_gap_in_noise`, or check the reward if scores are all equal or not finite"
         )
 
@@ -175,9 +181,9 @@ def plan_stage(
     seed: int,
     values: NDArray[np.floating] | None = None,
     gap_noise: float | None = None,
-) -> tuple[PairBatch, PairSet]:
-    """The pairs that a stage trains on, in training order, and its candidates; arguments and errors of `Curriculum`.
+) -> tuple[PairArrays, PairSet]:
+    """Drawn pairs of a stage, in training order, and its candidates; arguments and errors as in `Curriculum`.
 
-    A function of its arguments alone, so all workers that call it alike hold the same stage.
+    A pure function: all workers that call it with the same arguments get the same stage.
     """
     return Curriculum(ranking, schedule, seed=seed, values=values, gap_noise=gap_noise).plan(stage, num_draws)

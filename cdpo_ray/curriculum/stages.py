@@ -1,23 +1,24 @@
-"""Stage -> the levels of difficulty it admits -> their rank gaps."""
+"""Stage -> admitted levels of difficulty -> their rank gaps."""
 
 ORDERED = ("easy_to_hard", "hard_to_easy")
-"""Orders whose stages tell pairs apart by their measured difficulty."""
+"""Orders whose stages depend on the measured difficulty of pairs."""
 
 
 def admitted_levels(
     stage: int, num_stages: int, *, order: str = "easy_to_hard", pacing: str = "cumulative", window: int | None = None
 ) -> tuple[int, int]:
-    """First and last level that a stage draws from, both inclusive; as many levels as stages, level 1 the easiest.
+    """First and last level of a stage, both inclusive; there are as many levels as stages, level 1 is the easiest.
 
     Args:
-        stage: 1 to ``num_stages``.
-        order: ``hard_to_easy`` is ``easy_to_hard`` mirrored, ``random`` walks as ``easy_to_hard`` does; in any other
-            order every stage draws from all levels.
-        pacing: ``cumulative`` adds a level a stage, ``one_stage`` takes one, ``sliding_window`` the last ``window``.
-        window: levels, >= 1; only with ``sliding_window``.
+        stage: number of the stage, 1 to ``num_stages``.
+        num_stages: number of stages and levels.
+        order: ``hard_to_easy`` mirrors ``easy_to_hard``; ``random`` has the levels of ``easy_to_hard``; in any other
+            order every stage has all levels.
+        pacing: ``cumulative`` adds one level per stage, ``one_stage`` uses one, ``sliding_window`` the last ``window``.
+        window: number of levels, >= 1; only with ``sliding_window``.
 
     Raises:
-        ValueError: if there is no such stage, or a sliding window has no width.
+        ValueError: if the stage does not exist, or a sliding window has no width.
 
     Source: arXiv:2405.13637 (easy to hard, cumulative).
     """
@@ -33,18 +34,19 @@ def admitted_levels(
 
 
 def admitted_gaps(num_ranks: int, num_levels: int, first_level: int, last_level: int) -> tuple[int, int]:
-    """Smallest and largest rank gap of these levels, both inclusive.
+    """Smallest and largest rank gap of a range of levels, both inclusive.
 
     Level ``k`` of ``B`` holds the gaps in ``(L_k, R_k]``, ``L_k = (M-1)(B-k)/B``, ``R_k = (M-1)(B-k+1)/B``, for ``M``
-    ranks: the far apart, easy pairs first. Every gap from 1 to ``M-1`` belongs to exactly one level; no level is empty.
+    ranks: large gaps, the easy pairs, first. Every gap from 1 to ``M-1`` belongs to exactly one level; no level is
+    empty.
 
     Args:
-        num_ranks: ranked images per prompt, ``M``.
-        num_levels: ``B``, 1 to ``M-1``; 5 in the paper.
-        first_level, last_level: ``1 <= first_level <= last_level <= B``.
+        num_ranks: number of ranked images per prompt, ``M``.
+        num_levels: number of levels, ``B``, 1 to ``M-1``; 5 in the paper.
+        first_level, last_level: range of levels, ``1 <= first_level <= last_level <= B``.
 
     Raises:
-        ValueError: if there are more levels than rank gaps, or no such levels.
+        ValueError: if there are more levels than rank gaps, or the levels do not exist.
 
     Source: arXiv:2405.13637.
     """
@@ -61,15 +63,15 @@ def admitted_gaps(num_ranks: int, num_levels: int, first_level: int, last_level:
 
 
 def smallest_gap(num_ranks: int, num_levels: int, level: int) -> int:
-    """Smallest rank gap in levels 1 to ``level``, ``floor(L_k) + 1``; ``num_ranks``, one past the largest, for level 0.
+    """Smallest rank gap of levels 1 to ``level``, ``floor(L_k) + 1``; for level 0 ``num_ranks``, one past the largest.
 
-    Unchecked: with more levels than gaps, as for a prompt that lost images, each gap still has one level, and some
-    levels are empty.
+    Arguments are not checked: with more levels than gaps, as for a prompt with unranked images, each gap still belongs
+    to one level, and some levels are empty.
     """
     return (num_ranks - 1) * (num_levels - level) // num_levels + 1
 
 
 def count_pairs(num_ranks: int, min_gap: int, max_gap: int) -> int:
-    """Pairs among ``M`` ranks whose rank gap is in ``min_gap .. max_gap``; ``M - g`` pairs have the gap ``g``."""
+    """Number of pairs of ``M`` ranks with a rank gap in ``min_gap .. max_gap``; ``M - g`` pairs have the gap ``g``."""
     first, last = max(min_gap, 1), min(max_gap, num_ranks - 1)
     return max(last - first + 1, 0) * (2 * num_ranks - first - last) // 2

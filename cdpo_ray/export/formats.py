@@ -99,7 +99,7 @@ def write_merged(trained: Trained, output_dir: Path) -> None:
     as_published = {**trained.model, "compile": False, "quantization": None, "offload": False}
     model = load_model(trained.family, **as_published, device="cpu")
     if trained.is_lora:
-        read_lora(trained.training_dir / LORA_DIR, trained.denoiser_name).refuse_misfit(model.denoiser)
+        read_lora(trained.training_dir / LORA_DIR, trained.denoiser_name).check_fits(model.denoiser)
         merge(model.denoiser, read_factors(trained.training_dir / LORA_DIR, trained.denoiser_name))
     else:
         model.load_tuned(trained.training_dir)

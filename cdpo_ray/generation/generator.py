@@ -26,25 +26,31 @@ if TYPE_CHECKING:
     from cdpo_ray.models.family import Conditioning, TextToImageModel
 
 
-class Scores(Protocol):
-    """Judges images, uint8 ``[image, 3, height, width]``: one array ``[image]`` a reward."""
+class ScoreImages(Protocol):
+    """Scores images, uint8 ``[image, 3, height, width]``: one array ``[image]`` per reward."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, NDArray[np.float64]]: ...
 
 
 class MakeScores(Protocol):
-    """Builds the judges where they are used, in the actor."""
+    """Builds the judges in the actor that uses them."""
 
-    def __call__(self) -> Scores: ...
+    def __call__(self) -> ScoreImages: ...
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are sampled; see `GenerationSection` of the config for the bounds.
+    """Settings of sampling; see `GenerationSection` of the config for their bounds.
 
     Attributes:
-        max_masked_fraction: share of the prompt that is masked for the last image of a prompt, rising from none for the
-            first; none: every image is of the prompt as it is.
+        seed: seed of the run.
+        images_per_prompt: number of images per prompt.
+        num_denoising_steps: number of sampler steps.
+        guidance_scale: classifier-free guidance; 1: none.
+        height, width: image size in pixels; `None`: the model's native size.
+        images_per_batch: maximum number of images per forward pass.
+        max_masked_fraction: share of the prompt that is masked for its last image; the share rises evenly from 0 for
+            the first image. `None`: prompts are not masked.
     """
 
     seed: int
@@ -62,18 +68,21 @@ class Sampling:
         return max(1, self.images_per_batch // self.images_per_prompt)
 
     def images_per_launch(self, limit: int) -> int:
-        """Number of images per launch, at most ``limit``, if a call is split evenly into launches of one size."""
+        """Number of images per forward pass, at most ``limit``, if a call is split evenly."""
         num_images = self.rows_per_call * self.images_per_prompt
         return math.ceil(num_images / math.ceil(num_images / limit))
 
 
 @dataclass(frozen=True)
 class SampleBatch:
-    """Samples made together: ``prompts [sample]``, ``latents [sample, channel, height, width]``, ``images`` uint8.
+    """Samples of one batch.
 
     Attributes:
-        scores: ``[sample]`` a reward, of the judges that were asked.
-        is_black: ``[sample]``, which images have no score, see `images.is_black`.
+        prompts: one per sample.
+        latents: ``[sample, channel, height, width]``, on the device.
+        images: uint8 ``[sample, 3, height, width]``, on the device.
+        scores: reward -> ``[sample]``; empty without judges.
+        is_black: ``[sample]``, true for images without a score, see `images.is_black`.
     """
 
     prompts: list[str]
@@ -88,59 +97,60 @@ def sample_batches(
     prompts: Sequence[str],
     conditioning: "Conditioning",
     sampling: Sampling,
-    scores: Scores | None = None,
+    scores: ScoreImages | None = None,
     batch_size: BatchSize | None = None,
 ) -> Iterator[SampleBatch]:
-    """All images of each prompt, prompt by prompt, in batches; where memory does not suffice, in smaller ones.
+    """Yield all images of each prompt, prompt by prompt, in batches; out of memory, batches get smaller.
 
-    The noise of an image is a function of (seed, prompt, index) alone. A compiled model sees one batch size: copies
-    of its last image fill up the last batch, and are dropped.
+    The noise of an image is a function of (seed, prompt, index) only. A compiled model sees one batch size: the last
+    batch is padded with copies of its last image, which are dropped.
 
     Args:
-        conditioning: a row a prompt.
-        scores: judges each batch.
-        batch_size: images at once, halved as memory asks; by default it begins anew with ``sampling.images_per_batch``.
+        conditioning: one row per prompt.
+        scores: judges of each batch; `None`: images are not scored.
+        batch_size: number of images per batch, halved out of memory; `None`: starts at ``sampling.images_per_batch``.
 
     Raises:
-        ModelError: memory does not suffice for one image.
+        ModelError: if memory does not suffice for one image.
     """
     shape = model.latent_shape(sampling.height, sampling.width)
     batch_size = batch_size or BatchSize(sampling.images_per_batch)
-    wanted = [(row, index) for row in range(len(prompts)) for index in range(sampling.images_per_prompt)]
+    addresses = [(row, index) for row in range(len(prompts)) for index in range(sampling.images_per_prompt)]
 
     def size() -> int:
         return sampling.images_per_launch(batch_size.num_images) if model.compiled else batch_size.num_images
 
-    def made(batch: list[tuple[int, int]]) -> SampleBatch:
+    def sampled(batch: list[tuple[int, int]]) -> SampleBatch:
         num_images, batch = len(batch), batch + batch[-1:] * (size() - len(batch) if model.compiled else 0)
         rows = [row for row, _ in batch]
         noise = torch.stack([noise_at(shape, sampling.seed, "image", prompts[row], index) for row, index in batch])
-        asked = {name: value[rows] for name, value in conditioning.items()}
+        batch_conditioning = {name: value[rows] for name, value in conditioning.items()}
         if sampling.max_masked_fraction is not None:
             num_tokens = conditioning["prompt_embedding"].shape[1]
             shares = masked_shares(sampling.images_per_prompt, sampling.max_masked_fraction, num_tokens)
-            asked = _perturbed(model, asked, [(prompts[row], shares[index]) for row, index in batch], sampling.seed)
+            masked = [(prompts[row], shares[index]) for row, index in batch]
+            batch_conditioning = _perturbed(model, batch_conditioning, masked, sampling.seed)
         latents = model.sample(
-            asked,
+            batch_conditioning,
             noise,
             num_denoising_steps=sampling.num_denoising_steps,
             guidance_scale=sampling.guidance_scale,
         )
-        images, named = model.decode(latents)[:num_images], [prompts[row] for row in rows[:num_images]]
-        found = scores(images, named) if scores else {}
-        return SampleBatch(named, latents[:num_images], images, found, is_black(images))
+        images, batch_prompts = model.decode(latents)[:num_images], [prompts[row] for row in rows[:num_images]]
+        found = scores(images, batch_prompts) if scores else {}
+        return SampleBatch(batch_prompts, latents[:num_images], images, found, is_black(images))
 
     start = 0
-    while start < len(wanted):
-        batch = wanted[start : start + size()]
+    while start < len(addresses):
+        batch = addresses[start : start + size()]
         try:
-            done = made(batch)
+            samples = sampled(batch)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             batch_size.halve(error, size() if model.compiled else len(batch), model, shape)
             continue
-        yield done
+        yield samples
         start += len(batch)
 
 
@@ -148,11 +158,11 @@ class Generator:
     """Rows of prompts -> rows of samples (`records`: 1-samples); a plain class that an actor pool wraps.
 
     Args:
-        family, model: name in `FAMILIES` and the arguments of its ``load``.
-        tuned_dir: `4-training` of an earlier round, whose model is sampled in place of the base.
-        make_scores: builds the judges that score images as they are made; none: no score columns.
-        keep_pixels: add the raw pixels, which later tasks score or encode as PNG, so that the model does not wait.
-        set_aside: takes prompts that raise inside the model; none: the error is raised.
+        family, model: name in `FAMILIES` and arguments of its ``load``.
+        tuned_dir: `4-training` of an earlier round, whose model is sampled instead of the base model.
+        make_scores: builds the judges that score images in this actor; `None`: no score columns.
+        keep_pixels: add the raw pixels, which later tasks score or encode as PNG while the model goes on sampling.
+        set_aside: quarantine of prompts that raise inside the model; `None`: the error is raised.
     """
 
     def __init__(
@@ -177,9 +187,10 @@ class Generator:
         self.batch_size = BatchSize(sampling.images_per_batch)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return self.set_aside.sparing(self.made, rows) if self.set_aside else self.made(rows)
+        return self.set_aside.sparing(self.generate, rows) if self.set_aside else self.generate(rows)
 
-    def made(self, rows: pa.Table) -> pa.Table:
+    def generate(self, rows: pa.Table) -> pa.Table:
+        """Samples of some prompts, one row per prompt."""
         prompts = rows["prompt"].to_pylist()
         conditioning, num_tokens_cut = self.model.encode_prompts(prompts)
         latents, pixels, scores, are_black = [], [], [], []
@@ -201,8 +212,8 @@ class Generator:
             rows = rows.append_column("pixels", tensor_column(np.concatenate(pixels), num_samples))
         if self.sampling.max_masked_fraction is not None:
             num_tokens = conditioning["prompt_embedding"].shape[1]
-            spared = np.negative(masked_shares(num_samples, self.sampling.max_masked_fraction, num_tokens))
-            values = np.where(black, np.nan, np.tile(spared, len(prompts)))
+            perturbation_scores = np.negative(masked_shares(num_samples, self.sampling.max_masked_fraction, num_tokens))
+            values = np.where(black, np.nan, np.tile(perturbation_scores, len(prompts)))
             column = list_column(values, num_samples, pa.float64())
             rows = rows.append_column(score_column(PERTURBATION), column)
         for name in scores[0]:
@@ -212,9 +223,9 @@ class Generator:
 
 
 def _perturbed(
-    model: "TextToImageModel", conditioning: "Conditioning", asked: Sequence[tuple[str, float]], seed: int
+    model: "TextToImageModel", conditioning: "Conditioning", samples: Sequence[tuple[str, float]], seed: int
 ) -> "Conditioning":
-    """The conditioning of each sample, a (prompt, share) each, with that share of the prompt masked."""
+    """Conditioning of samples, given as (prompt, share), with that share of the prompt masked."""
     num_tokens = conditioning["prompt_embedding"].shape[1]
-    masks = torch.stack([masked_positions(num_tokens, share, seed=seed, prompt=prompt) for prompt, share in asked])
-    return perturbed(conditioning, model.empty_conditioning, [share for _, share in asked], masks)
+    masks = torch.stack([masked_positions(num_tokens, share, seed=seed, prompt=prompt) for prompt, share in samples])
+    return perturbed(conditioning, model.empty_conditioning, [share for _, share in samples], masks)

@@ -1,4 +1,4 @@
-"""Prompts -> ever more perturbed prompts: images that are ranked without a judge."""
+"""Prompts masked to increasing degrees: images that are ranked without a judge."""
 
 import torch
 from torch import Tensor
@@ -8,23 +8,28 @@ from cdpo_ray.randomness.noise import generator_at
 
 
 def masked_shares(num_samples: int, max_masked_fraction: float, num_tokens: int) -> list[float]:
-    """Share of the prompt that is masked for sample 0, 1, ...: evenly from 0, the clean prompt, to the largest.
+    """Masked share of the prompt for sample 0, 1, ...: from 0, the clean prompt, to the maximum, evenly spaced.
 
-    Rounded to whole positions: where samples outnumber them, those with the same mask have the same share, a tie.
+    Shares are rounded to whole positions: if there are more samples than positions, those with the same mask tie.
 
-    Source: arXiv:2602.13055 (prompts perturbed to rising degrees); the even steps are chosen here.
+    Args:
+        num_samples: number of samples of a prompt.
+        max_masked_fraction: share for the last sample, 0 to 1.
+        num_tokens: number of token positions.
+
+    Source: arXiv:2602.13055 (increasing perturbation of prompts); the even spacing is our choice.
     """
     largest = max_masked_fraction * num_tokens
     return [round(largest * index / max(num_samples - 1, 1)) / num_tokens for index in range(num_samples)]
 
 
 def masked_positions(num_tokens: int, share: float, *, seed: int, prompt: str) -> Tensor:
-    """Which token positions are masked, ``[token]`` bool: those of a smaller share, and more.
+    """Masked token positions, ``[token]`` bool; those of a smaller share are a subset.
 
-    The order in which positions fall is a function of (seed, prompt).
+    The order of positions is a function of (seed, prompt).
 
     Args:
-        share: of the positions, 0 to 1, rounded to whole positions.
+        share: share of the positions, 0 to 1, rounded to whole positions.
     """
     order = torch.randperm(num_tokens, generator=generator_at(seed, "perturbation", prompt))
     masked = torch.zeros(num_tokens, dtype=torch.bool)
@@ -33,19 +38,20 @@ def masked_positions(num_tokens: int, share: float, *, seed: int, prompt: str) -
 
 
 def perturbed(conditioning: Conditioning, empty: Conditioning, shares: list[float], masks: Tensor) -> Conditioning:
-    """Masked positions say what the empty prompt says there; a pooled embedding moves to the empty one by the share.
+    """Replace masked positions by the empty prompt's, and interpolate pooled embeddings to the empty one's.
 
     Args:
-        conditioning: a row a sample.
-        empty: one row, of the empty prompt.
-        shares: of each sample.
+        conditioning: one row per sample.
+        empty: conditioning of the empty prompt, one row.
+        shares: masked share of each sample, the weight of the interpolation.
         masks: ``[sample, token]`` bool.
     """
-    told = conditioning["prompt_embedding"]
-    mixed = {"prompt_embedding": torch.where(masks[:, :, None].to(told.device), empty["prompt_embedding"], told)}
+    embedding = conditioning["prompt_embedding"]
+    masks = masks[:, :, None].to(embedding.device)
+    mixed = {"prompt_embedding": torch.where(masks, empty["prompt_embedding"], embedding)}
     if "pooled_embedding" in conditioning:
-        weights = torch.tensor(shares, device=told.device, dtype=told.dtype)[:, None]
+        weights = torch.tensor(shares, device=embedding.device, dtype=embedding.dtype)[:, None]
         mixed["pooled_embedding"] = torch.lerp(
-            conditioning["pooled_embedding"], empty["pooled_embedding"].to(told.dtype), weights
+            conditioning["pooled_embedding"], empty["pooled_embedding"].to(embedding.dtype), weights
         )
     return mixed

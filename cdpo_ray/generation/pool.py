@@ -1,4 +1,4 @@
-"""Ray Data: prompts stream through a pool of generators (and of judges) into shards."""
+"""Ray Data: prompts stream through a pool of generators, and a pool of judges, into shards."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -18,9 +18,13 @@ from cdpo_ray.records import prompt_id
 
 
 def prompt_rows(prompts: Sequence[str], rows_per_call: int, done: Set[int] = frozenset()) -> Dataset | None:
-    """A row a prompt, in blocks of what one call of an actor takes; none if all of them are done.
+    """One row per prompt, in blocks of one actor call each; `None`: all prompts are done.
 
-    Blocks do not depend on the number of actors, nor on what was done before, but that this is left out of them.
+    Blocks depend neither on the number of actors nor, except that done rows are left out, on earlier attempts.
+
+    Args:
+        rows_per_call: number of prompts per call.
+        done: indices of prompts that need no row.
     """
     table = pa.table(
         {
@@ -50,24 +54,27 @@ def generate_samples(
     max_bad_fraction: float,
     progress: Progress,
 ) -> Counter[int]:
-    """Write `1-samples`: for each prompt all its images, with the scores of the judges that were asked for.
+    """Write `1-samples`: all images of each prompt, with the judges' scores.
 
-    Goes on with what an interrupted attempt left. Prompts that raise inside the model go to `set_aside.jsonl`.
+    Finished parts of an interrupted attempt are reused. Prompts that raise inside the model go to `set_aside.jsonl`.
 
     Args:
-        tuned_dir: `4-training` of an earlier round, whose model is sampled in place of the base.
-        make_scores: judges built inside each generator (fused).
-        keep_images: write the PNG of each image.
-        score_in_pool: judges in a pool of their own, behind the generators; drops the pixels unless ``keep_images``.
-        max_bad_fraction: of the prompts, that may be set aside.
+        output_dir: folder of the step.
+        family, model: name in `FAMILIES` and arguments of its ``load``.
+        tuned_dir: `4-training` of an earlier round, whose model is sampled instead of the base model.
+        keep_images: write each image as PNG.
+        generators: size of the pool.
+        make_scores: builds the judges inside each generator (fused).
+        score_in_pool: adds a separate pool of judges after the generators; drops the pixels unless ``keep_images``.
+        max_bad_fraction: maximum share of quarantined prompts.
 
     Returns:
-        How many of the prompts made now were made with how many images at once.
+        Batch size in images -> number of new prompts generated with it.
 
     Raises:
-        GenerationError: too many prompts are set aside.
+        GenerationError: if too many prompts are quarantined.
     """
-    output_dir = output_dir.resolve()  # actors elsewhere have another working folder
+    output_dir = output_dir.resolve()  # actors on other nodes have another working directory
     set_aside = SetAside(output_dir, len(prompts), max_bad_fraction)
     there, held = find_parts(output_dir, "samples")
     done = held | set_aside.refuse_too_many()

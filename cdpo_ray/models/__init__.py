@@ -16,16 +16,20 @@ FAMILIES = {
     "stable_diffusion_3": "cdpo_ray.models.stable_diffusion_3:StableDiffusion3",
     "flux": "cdpo_ray.models.flux:Flux",
 }
-"""Family of the config -> class, imported when used: diffusers is heavy. A new family is one file and one line here."""
+"""Family in the config -> class, imported on first use: diffusers is heavy. A new family is one file and one entry."""
 
 
 def model_class(family: str) -> "type[TextToImageModel]":
-    """The class of a family."""
+    """Class of a family.
+
+    Raises:
+        KeyError: for a family that is not in `FAMILIES`.
+    """
     module, _, name = FAMILIES[family].partition(":")
     found: type[TextToImageModel] = getattr(importlib.import_module(module), name)
     return found
 
 
 def load_model(family: str, **arguments: Any) -> "TextToImageModel":
-    """Load a model of a family; arguments and errors are those of its class's ``load``."""
+    """Load a model of a family; arguments and errors as for `TextToImageModel.load`."""
     return model_class(family).load(**arguments)

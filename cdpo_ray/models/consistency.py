@@ -1,4 +1,4 @@
-"""Predictions of a diffusion model -> what its latent consistency model should say, and how far it is from that."""
+"""Predictions of a diffusion model -> target and error of the latent consistency model distilled from it."""
 
 import functools
 
@@ -13,7 +13,7 @@ HUBER_WIDTH = 0.001
 
 
 def grid_timesteps() -> Tensor:
-    """The 50 timesteps 19, 39, .., 999 that a latent consistency model is distilled and sampled at, ``[50]``.
+    """The 50 timesteps 19, 39, ..., 999 at which a latent consistency model is distilled and sampled: ``[50]`` int64.
 
     Source: arXiv:2310.04378, section 4.3 (skipping k = 20 timesteps).
     """
@@ -23,17 +23,17 @@ def grid_timesteps() -> Tensor:
 def clean_and_noise(
     noisy_latents: Tensor, prediction: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
 ) -> tuple[Tensor, Tensor]:
-    """Split noisy latents into the clean latents and the noise that a prediction makes of them.
+    """Clean latents and noise that a prediction implies for noisy latents.
 
     Args:
         noisy_latents, prediction: ``[sample, channel, height, width]``.
-        alpha_bar: ``[sample]`` fp32, of the timestep of ``noisy_latents``; above 0 for a predicted noise.
+        alpha_bar: ``[sample]`` fp32, at the timestep of ``noisy_latents``; > 0 for epsilon prediction.
 
     Returns:
-        ``x0`` and ``eps``, fp32, with ``sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps = noisy_latents``.
+        ``x0`` and ``eps``, fp32, such that ``sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps = noisy_latents``.
 
     Raises:
-        ValueError: for a prediction type other than noise and v.
+        ValueError: if the prediction type is neither epsilon nor v.
 
     Source: arXiv:2006.11239, equation 4 (epsilon); arXiv:2202.00512, section 4 (v).
     """
@@ -47,17 +47,17 @@ def clean_and_noise(
 
 
 def guided(with_prompt: Tensor, without_prompt: Tensor, guidance: Tensor) -> Tensor:
-    """``a + w (a - b)``: a prediction led away from the one without prompt.
+    """Classifier-free guidance: ``a + w (a - b)`` of the predictions with and without the prompt.
 
     Clean latents and noise are affine in the prediction, so guiding it guides both. A pipeline's ``guidance_scale`` is
     ``w + 1``.
 
     Args:
         with_prompt, without_prompt: ``[sample, channel, height, width]``.
-        guidance: ``w``, ``[sample]``; 0 is none.
+        guidance: ``w``, ``[sample]``; 0: no guidance.
 
     Returns:
-        fp32, of the same shape.
+        ``[sample, channel, height, width]`` fp32.
 
     Source: arXiv:2310.04378, equation 14; arXiv:2207.12598.
     """
@@ -72,10 +72,10 @@ def ddim_step(
     next_alpha_bar: Tensor,
     prediction_type: PredictionType,
 ) -> Tensor:
-    """The sampler's deterministic step from one timestep to another: the clean latents and the noise mixed anew.
+    """Deterministic DDIM step: clean latents and noise are mixed again at the next timestep.
 
     Args:
-        next_alpha_bar: ``[sample]`` fp32, of the timestep to step to; the others as in `clean_and_noise`.
+        next_alpha_bar: ``[sample]`` fp32, at the next timestep; other arguments as in `clean_and_noise`.
 
     Returns:
         ``[sample, channel, height, width]`` fp32.
@@ -86,15 +86,15 @@ def ddim_step(
 
 
 def boundary_scalings(timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """``c_skip = 0.25 / ((10 t)^2 + 0.25)`` and ``c_out = 10 t / sqrt((10 t)^2 + 0.25)``: 1 and 0 at ``t = 0``.
+    """``c_skip = 0.25 / ((10 t)^2 + 0.25)`` and ``c_out = 10 t / sqrt((10 t)^2 + 0.25)``; 1 and 0 at ``t = 0``.
 
     Args:
         timestep: ``[sample]``, 0 to 999.
 
     Returns:
-        ``[sample]`` fp32 each.
+        ``c_skip`` and ``c_out``, ``[sample]`` fp32 each.
 
-    Source: arXiv:2310.04378, section 4.1 and the scaled timestep of its released code.
+    Source: arXiv:2310.04378, section 4.1; the timestep scaling of 10 is the released code's.
     """
     scaled = timestep.float() * TIMESTEP_SCALING
     squared = scaled**2 + SIGMA_DATA**2
@@ -102,14 +102,15 @@ def boundary_scalings(timestep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def consistency_function(noisy_latents: Tensor, clean_latents: Tensor, timestep: Tensor) -> Tensor:
-    """``f(z, t) = c_skip z + c_out x0``, which at ``t = 0`` is ``z``.
+    """``f(z, t) = c_skip z + c_out x0``; the identity at ``t = 0``.
 
     Args:
-        noisy_latents, clean_latents: ``[sample, channel, height, width]``; ``z`` and what the net makes of it.
+        noisy_latents: ``z``, ``[sample, channel, height, width]``.
+        clean_latents: ``x0`` that the denoiser predicts from ``z``, same shape.
         timestep: ``[sample]``, 0 to 999.
 
     Returns:
-        fp32, of the same shape.
+        ``[sample, channel, height, width]`` fp32.
 
     Source: arXiv:2310.04378, equation 9.
     """
@@ -118,11 +119,11 @@ def consistency_function(noisy_latents: Tensor, clean_latents: Tensor, timestep:
 
 
 def guidance_embedding(guidance: Tensor, num_channels: int) -> Tensor:
-    """Sines and cosines of ``1000 w`` at falling frequencies, by which the net is told of the guidance.
+    """Sinusoidal embedding of ``1000 w``, the input of a guidance-conditioned model.
 
     Args:
         guidance: ``w``, ``[sample]``.
-        num_channels: even; 256 in published models.
+        num_channels: size of the embedding, even; 256 in published models.
 
     Returns:
         ``[sample, num_channels]`` fp32.
@@ -133,16 +134,22 @@ def guidance_embedding(guidance: Tensor, num_channels: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-@functools.lru_cache(maxsize=8)  # copying it from host memory in every forward would synchronise with the GPU
+@functools.lru_cache(maxsize=8)  # a copy from host memory in every forward pass would synchronise with the GPU
 def _frequencies(count: int, device: torch.device) -> Tensor:
     step = torch.log(torch.tensor(10000.0)) / (count - 1)
     return torch.exp(torch.arange(count) * -step).to(device)
 
 
 def pseudo_huber(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over channel, height and width of ``sqrt((a - b)^2 + c^2) - c``, ``c = 0.001``: ``[sample]`` fp32.
+    """Pseudo-Huber distance: mean over channel, height and width of ``sqrt((a - b)^2 + c^2) - c``, ``c = 0.001``.
 
-    Source: arXiv:2310.14189, section 3.3, a value at a time as in the released distillation.
+    Args:
+        prediction, target: ``[sample, channel, height, width]``.
+
+    Returns:
+        ``[sample]`` fp32.
+
+    Source: arXiv:2310.14189, section 3.3; elementwise, as in the released distillation code.
     """
     squares = (prediction.float() - target.float()) ** 2
     return torch.mean((squares + HUBER_WIDTH**2).sqrt() - HUBER_WIDTH, dim=(1, 2, 3))

@@ -1,4 +1,4 @@
-"""A text-to-image family: what all of them do alike, and what each must say of itself."""
+"""Base class of the text-to-image families: shared behaviour, and the methods that each family implements."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from cdpo_ray.errors import ModelError
 from cdpo_ray.models.folder import check_folder, named_parts, other_parts
-from cdpo_ray.models.loading import cannot_be_loaded, fetch, load_part
+from cdpo_ray.models.loading import fetch, load_error, load_part
 from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, Adapters, read_lora
 from cdpo_ray.models.noising import squared_error
 from cdpo_ray.models.quantization import quantize_linears
@@ -29,27 +29,27 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 Conditioning = dict[str, Tensor]
-"""What the text encoders made of prompts, a row a prompt (or a sample): ``prompt_embedding [row, token, channel]`` and,
-where the family has one, ``pooled_embedding [row, channel]``."""
+"""Outputs of the text encoders, one row per prompt or per sample: ``prompt_embedding [row, token, channel]`` and, in
+some families, ``pooled_embedding [row, channel]``."""
 
 PIPELINE_NAMES = {"prompt_embedding": "prompt_embeds", "pooled_embedding": "pooled_prompt_embeds"}
-"""Conditioning -> the argument by which every pipeline takes it; after ``negative_``, what guidance leads away from."""
+"""Conditioning -> keyword argument of the pipelines; with the prefix ``negative_``, that of the empty prompt."""
 
 Times = dict[str, Tensor]
-"""What else a pair is trained at, a number a row: ``timestep`` and, where the net is told of it, ``guidance``."""
+"""``timestep [row]`` and, for guidance-conditioned models, ``guidance [row]``."""
 
 Net = Callable[..., Any]
-"""What is called to run a denoiser: the net itself, or the engine around it."""
+"""Callable that runs a denoiser: the module itself, or a wrapper such as DDP around it."""
 
 
 @dataclass(frozen=True)
 class DenoisingTask:
-    """A question to the net and the right answer, a row a sample.
+    """Model inputs and target, one row per sample.
 
     Attributes:
-        noisy_latents: ``[sample, channel, height, width]`` in the net's type.
+        noisy_latents: ``[sample, channel, height, width]`` in the denoiser's dtype.
         times: ``[sample]`` each.
-        conditioning: a row a sample.
+        conditioning: one row per sample.
         target: ``[sample, channel, height, width]`` fp32.
     """
 
@@ -60,27 +60,34 @@ class DenoisingTask:
 
 
 def rows_of(values: Mapping[str, Tensor], rows: Any) -> dict[str, Tensor]:
-    """These rows of each tensor: an index, a list or a slice."""
+    """Selected rows of each tensor.
+
+    Args:
+        rows: index, list of indices or slice of the first dimension.
+    """
     return {name: value[rows] for name, value in values.items()}
 
 
 class TextToImageModel(ABC):
-    """A pipeline and what each step of the way needs of it. Latents are scaled as the denoiser sees them."""
+    """A diffusers pipeline with the operations of generation, training and evaluation.
+
+    Latents are scaled as the denoiser takes them.
+    """
 
     family: ClassVar[str]
-    """Its name in `FAMILIES` and `LAYOUTS`."""
+    """Key in `FAMILIES` and `LAYOUTS`."""
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser_name: ClassVar[str] = "unet"
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     load_options: ClassVar[Mapping[str, Any]] = {}
     embedded_dir: ClassVar[Path | None] = None
-    """Folder of the embedded world's model of this family, where it has one."""
+    """Folder of this family's model in the embedded world; `None`: there is none."""
     compiled: bool = False
-    """Whether the nets are compiled: a new batch size then triggers a recompilation."""
+    """Whether denoiser and decoder are compiled: a new batch size then triggers a recompilation."""
     guidance_range: tuple[float, float] | None = None
-    """Guidance that the net is told of in training, where it has an embedding of it; bounds of a uniform draw."""
+    """Bounds of the uniform draw of the guidance in training, for guidance-conditioned models."""
     offload: bool = False
-    """Whether text encoders and VAE are kept in host memory while they are not in use; see `on_device`."""
+    """Whether text encoders and VAE stay in host memory while they are not in use; see `on_device`."""
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
         self.pipeline = pipeline
@@ -108,18 +115,21 @@ class TextToImageModel(ABC):
         """Load from ``embedded``, a folder in diffusers layout, or a hub id at a revision; safetensors only.
 
         Args:
-            device: ``cuda`` where there is one, by default.
-            compile: compile the denoiser and the VAE's decoder in place; pays on a GPU when the run is long.
-            for_training: with what makes denoising tasks, and without the VAE, which only decoding needs.
-            keep_vae: for training and decoding both.
+            path: ``embedded``, path of a folder, or hub id.
+            revision: revision of the hub id; `None`: the hub's default branch.
+            dtype: name of the torch dtype of all parts.
+            device: ``cuda`` if available, else ``cpu``, by default.
+            compile: compile the denoiser and the VAE's decoder in place; pays off in long runs on a GPU.
+            for_training: load what denoising tasks need, and no VAE, which only decoding needs.
+            keep_vae: load the VAE for training, too.
             quantization: ``int8`` or ``nf4``: storage of the denoiser's linear layers, which must stay frozen; see
                 `quantize_linears`.
             offload: keep text encoders and VAE in host memory while they are not in use. For training, the empty
-                prompt is encoded before the denoiser is put on the device.
+                prompt is encoded before the denoiser is moved to the device.
 
         Raises:
-            ModelError: nothing that can be loaded is there, it is a model of another family, its weights are not those
-                of its nets, or a package that ``quantization`` needs is missing.
+            ModelError: if nothing loadable is found, the model belongs to another family, its weights do not match its
+                modules, or a package that ``quantization`` needs is missing.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         torch_dtype: torch.dtype = getattr(torch, dtype)
@@ -128,30 +138,30 @@ class TextToImageModel(ABC):
         model = cls(pipeline, dtype=torch_dtype, device=device)
         model.compiled, model.offload = compile, offload
         if offload and for_training:
-            _ = model.empty_conditioning  # cached
+            _ = model.empty_conditioning  # fills the cache
         if quantization:
             quantize_linears(model.denoiser, quantization, device)
         (model.denoiser if offload else pipeline).to(device)
         model.prepare(model.denoiser)
         if pipeline.vae is not None:
-            lay_out(pipeline.vae, device)
+            set_memory_format(pipeline.vae, device)
             if compile:
                 pipeline.vae.decoder.compile(dynamic=False)
         return model
 
     def prepare(self, denoiser: torch.nn.Module) -> None:
-        """Choose a denoiser's memory format for the device, and compile it if the model is compiled; in place."""
+        """Set a denoiser's memory format for the device, and compile it if `compiled`; in place."""
         if self.denoiser_name == "unet":  # a transformer's only convolution, if any, embeds patches
-            lay_out(denoiser, self.device)
+            set_memory_format(denoiser, self.device)
         if self.compiled:
             denoiser.compile()
 
     @classmethod
     def load_pipeline(cls, path: str, revision: str | None, dtype: torch.dtype, left_out: Mapping[str, None]) -> Any:
-        """The stock pipeline, without the parts ``left_out``.
+        """Load the diffusers pipeline, without the parts ``left_out``.
 
         Raises:
-            ModelError: nothing that can be loaded is there, or it is a model of another family.
+            ModelError: if nothing loadable is found, or the model belongs to another family.
         """
         options = {**cls.load_options, **left_out}
         model_dir = cls.embedded_dir if path == "embedded" else fetch(cls.pipeline_class, path, revision, options)
@@ -173,11 +183,15 @@ class TextToImageModel(ABC):
             return cls.pipeline_class.from_pretrained(
                 str(model_dir), dtype=dtype, use_safetensors=True, **nets, **options
             )
-        except Exception as error:  # a stranger's configuration can make a constructor raise anything
-            raise cannot_be_loaded("model.path", path, revision, error) from None
+        except Exception as error:  # an untrusted configuration can make a constructor raise anything
+            raise load_error("model.path", path, revision, error) from None
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """Channel, height and width of one sample's latents, for an image size in pixels (default: the model's own)."""
+        """Channel, height and width of one sample's latents.
+
+        Args:
+            height, width: image size in pixels; `None`: the model's native size.
+        """
         native, factor = self.denoiser.config.sample_size, self.pipeline.vae_scale_factor
         return (
             self.denoiser.config.in_channels,
@@ -187,9 +201,9 @@ class TextToImageModel(ABC):
 
     @contextlib.contextmanager
     def on_device(self, *names: str) -> Iterator[None]:
-        """Within the block these parts of the pipeline are on the device; with `offload`, in host memory after it.
+        """Context manager that keeps these parts of the pipeline on the device; with `offload`, they leave it on exit.
 
-        The weights do not change, so their host copies are kept during the block instead of being copied back.
+        The weights do not change, so the host copies are kept during the block instead of being copied back.
         """
         parts = [part for name in names if self.offload and (part := getattr(self.pipeline, name)) is not None]
         on_host = [(parameter, parameter.data) for part in parts for parameter in part.parameters()]
@@ -205,15 +219,20 @@ class TextToImageModel(ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
-        """Conditioning, a row a prompt, and how many tokens of each prompt no text encoder had room for."""
+        """Encode prompts.
+
+        Returns:
+            Conditioning, one row per prompt, on the device; and the number of tokens of each prompt beyond the limit of
+            every text encoder.
+        """
 
     @functools.cached_property
     def empty_conditioning(self) -> Conditioning:
-        """Conditioning of the empty prompt, one row; what guidance leads away from."""
+        """Conditioning of the empty prompt, one row; the unconditional input of guidance."""
         return self.encode_prompts([""])[0]
 
     def drop_text_encoders(self) -> None:
-        """Free their memory once all prompts are encoded."""
+        """Free the memory of the text encoders once all prompts are encoded."""
         for name in self.text_encoders:
             setattr(self.pipeline, name, None)
 
@@ -221,11 +240,13 @@ class TextToImageModel(ABC):
     def sample(
         self, conditioning: Conditioning, noise: Tensor, *, num_denoising_steps: int, guidance_scale: float
     ) -> Tensor:
-        """From ``noise`` ``[sample, channel, height, width]`` to clean latents of the same shape, by the pipeline.
+        """Sample clean latents ``[sample, channel, height, width]`` with the pipeline.
 
         Args:
-            conditioning: a row a sample.
-            guidance_scale: 1 is without guidance. Source: arXiv:2207.12598.
+            conditioning: one row per sample.
+            noise: initial noise, ``[sample, channel, height, width]``.
+            num_denoising_steps: number of sampler steps.
+            guidance_scale: classifier-free guidance; 1: none. Source: arXiv:2207.12598.
         """
         factor = self.pipeline.vae_scale_factor
         latents: Tensor = self.pipeline(
@@ -241,15 +262,15 @@ class TextToImageModel(ABC):
         return latents
 
     def pipeline_latents(self, noise: Tensor) -> Tensor:
-        """The noise as the pipeline takes it."""
+        """Noise in the layout that the pipeline takes."""
         return noise
 
     def sampler_generators(self, noise: Tensor) -> list[torch.Generator] | None:
-        """Of what the sampler adds on its way, a generator a sample; none where it adds nothing."""
+        """One generator per sample for the noise that the sampler adds; `None`: the sampler is deterministic."""
         return None
 
     def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        """What the pipeline is called with in place of prompts; with guidance, the empty prompt's too."""
+        """Keyword arguments that replace the prompts in a pipeline call; with guidance, also those of the empty one."""
         arguments = {PIPELINE_NAMES[name]: value for name, value in conditioning.items()}
         if guidance_scale > 1:
             for name, value in conditioning.items():
@@ -260,7 +281,7 @@ class TextToImageModel(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> images, uint8 ``[sample, 3, height, width]``, on the device.
 
-        An image of latents or pixels that are not finite is black everywhere, and so has no score; see `is_black`.
+        An image with non-finite latents or pixels becomes all black, and so has no score; see `is_black`.
         """
         vae = self.pipeline.vae
         scaled = latents.to(self.device, vae.dtype) / vae.config.scaling_factor
@@ -274,7 +295,7 @@ class TextToImageModel(ABC):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images, uint8 ``[sample, 3, height, width]`` -> mean and standard deviation of their latents, on the device.
 
-        What `decode` turns back; a training draw is ``mean + std * noise``.
+        The inverse of `decode`; a training draw is ``mean + std * noise``.
         """
         vae = self.pipeline.vae
         with self.on_device("vae"):
@@ -284,41 +305,45 @@ class TextToImageModel(ABC):
 
     @abstractmethod
     def draw_times(self, generator: torch.Generator) -> Times:
-        """Timestep (and guidance, if the net is told of it) to train one pair at: scalars from the generator."""
+        """Draw the timestep, and the guidance of a guidance-conditioned model, of one pair: scalars."""
 
     @abstractmethod
     def denoising_task(
         self, reference: Net, latents: Tensor, conditioning: Conditioning, times: Times, noise: Tensor
     ) -> DenoisingTask:
-        """Noise the latents and say what a right answer is; one task serves policy and reference.
+        """Noisy latents and their target; policy and reference share one task.
 
         Args:
-            reference: the frozen net, for families whose target it makes.
+            reference: frozen denoiser, for families whose target it computes.
             latents, noise: ``[sample, channel, height, width]``.
-            times: as `draw_times` gives them, ``[sample]`` each.
+            conditioning: one row per sample.
+            times: values of `draw_times`, stacked to ``[sample]`` each.
         """
 
     @abstractmethod
     def predict(self, denoiser: Net, task: DenoisingTask) -> Tensor:
-        """The net's answer, ``[sample, channel, height, width]``."""
+        """Prediction of a denoiser, ``[sample, channel, height, width]``."""
 
     def error(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Distance of an answer from the right one: ``[sample]`` fp32, a mean over channel, height and width."""
+        """Distance between prediction and target: ``[sample]`` fp32, mean over channel, height and width."""
         return squared_error(prediction, target)
 
     def errors(self, denoiser: Net, task: DenoisingTask) -> Tensor:
-        """Error of each sample under ``denoiser`` (policy or reference): ``[sample]`` fp32."""
+        """Error of each sample under a denoiser (policy or reference): ``[sample]`` fp32."""
         return self.error(self.predict(denoiser, task), task.target)
 
     def load_tuned(self, training_dir: Path) -> None:
-        """Add what a training wrote (`4-training`), a LoRA or a whole net; `use_tuned` switches it.
+        """Load the LoRA or fully fine-tuned denoiser that training wrote; `use_tuned` switches it on.
+
+        Args:
+            training_dir: folder of the step `4-training`.
 
         Raises:
-            ModelError: it cannot be loaded, does not fit the model, or holds values that are not finite.
+            ModelError: if it cannot be loaded, does not fit the model, or holds non-finite values.
         """
         training_dir = local_copy(training_dir)
         if (training_dir / LORA_DIR).is_dir():
-            read_lora(training_dir / LORA_DIR, self.denoiser_name).refuse_misfit(self.denoiser)
+            read_lora(training_dir / LORA_DIR, self.denoiser_name).check_fits(self.denoiser)
             self.pipeline.load_lora_weights(
                 str(training_dir / LORA_DIR), weight_name=LORA_WEIGHTS, use_safetensors=True
             )
@@ -327,17 +352,17 @@ class TextToImageModel(ABC):
         try:
             tuned = load_part(type(self._base), training_dir / self.denoiser_name, self.dtype)
         except Exception as error:
-            raise cannot_be_loaded("trained weights", str(training_dir), None, error) from None
+            raise load_error("trained weights", str(training_dir), None, error) from None
         if bad := [name for name, value in tuned.named_parameters() if not value.isfinite().all()]:
             raise ModelError(
-                f"{training_dir / self.denoiser_name}: {len(bad)} weights are not finite: {bad[0]}; train again, or do"
-                " not use it"
+                f"{training_dir / self.denoiser_name}: {len(bad)} weights are not finite, the first {bad[0]}; train"
+                " again, or do not use it"
             )
         self.prepare(tuned.to(self.device))
         self._tuned = tuned
 
     def use_tuned(self, on: bool) -> None:
-        """Whether `sample` uses what `load_tuned` added."""
+        """Make `sample` use the weights of `load_tuned`, or those of the base model."""
         if self._tuned is None:
             self._adapters.enable(on)
             return
@@ -346,7 +371,7 @@ class TextToImageModel(ABC):
 
     @contextlib.contextmanager
     def base_of(self, tuned: Net) -> Iterator[Net]:
-        """Within the block, the base model of what `load_tuned` added and `use_tuned` switched on: its reference."""
+        """Context manager that yields the base model, the reference of ``tuned``; `use_tuned` must be on."""
         self.use_tuned(False)
         try:
             yield self.denoiser
@@ -354,13 +379,13 @@ class TextToImageModel(ABC):
             self.use_tuned(True)
 
 
-def lay_out(net: torch.nn.Module, device: str) -> None:
-    """Store convolution weights in the memory format that is fast on a device: channels last on CUDA; in place."""
+def set_memory_format(net: torch.nn.Module, device: str) -> None:
+    """Store convolution weights in the fastest memory format of a device: channels last on CUDA; in place."""
     if torch.device(device).type == "cuda":
         net.to(memory_format=torch.channels_last)
 
 
 def uniform_between(bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """A number between the bounds, fp32 scalar."""
+    """Uniform random number between the bounds, fp32 scalar."""
     low, high = bounds
     return low + (high - low) * torch.rand((), generator=generator)

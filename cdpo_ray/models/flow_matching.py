@@ -1,4 +1,4 @@
-"""What the flow-matching families share: straight paths from data to noise, and their velocity as the target."""
+"""Base class of the flow-matching families: straight paths from data to noise, with their velocity as the target."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,16 @@ from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, TextToImage
 from cdpo_ray.models.noising import flow_interpolant, flow_velocity
 
 NUM_TIMESTEPS = 1000
-"""What the nets' time of 0..1 is multiplied by, as they were trained."""
+"""Factor from the time 0..1 to the timestep that the transformers were trained with."""
 
 
 class FlowMatchingModel(TextToImageModel):
-    """A transformer trained by flow matching; `times` hold ``timestep``, 0 (data) to 1000 (noise), fp32."""
+    """A transformer trained by flow matching; the ``timestep`` is fp32, from 0 (data) to 1000 (noise)."""
 
     denoiser_name = "transformer"
 
     def draw_times(self, generator: torch.Generator) -> Times:
-        """Logit-normal: the sigmoid of a standard normal number. Source: arXiv:2403.03206, section 3.1."""
+        """Logit-normal timestep: the sigmoid of a standard normal number. Source: arXiv:2403.03206, section 3.1."""
         return {"timestep": NUM_TIMESTEPS * torch.sigmoid(torch.randn((), generator=generator))}
 
     def denoising_task(

@@ -1,4 +1,4 @@
-"""The FLUX family: a flow-matching transformer that takes 2x2 patches of latents and is told of the guidance."""
+"""The FLUX family: a guidance-conditioned flow-matching transformer on 2x2 patches of latents."""
 
 import functools
 from typing import Any
@@ -15,9 +15,9 @@ MAX_T5_TOKENS = 512
 
 
 class Flux(FlowMatchingModel):
-    """Latents are kept as images, ``[sample, 16, height, width]``, and packed for the net alone.
+    """Latents are stored as ``[sample, 16, height, width]``, and packed into patches for the transformer only.
 
-    FLUX.1-dev is told of the guidance it was distilled with; FLUX.1-schnell is not. Neither needs an empty prompt.
+    FLUX.1-dev is guidance-conditioned; FLUX.1-schnell is not. Neither needs the empty prompt.
     """
 
     family = "flux"
@@ -66,7 +66,7 @@ class Flux(FlowMatchingModel):
         embeddings = task.conditioning["prompt_embedding"]
         prediction: Tensor = denoiser(
             hidden_states=pack(task.noisy_latents),
-            timestep=task.times["timestep"].to(self.dtype) / NUM_TIMESTEPS,  # rounded where the pipeline rounds it
+            timestep=task.times["timestep"].to(self.dtype) / NUM_TIMESTEPS,  # rounded as in the pipeline
             guidance=task.times.get("guidance"),
             pooled_projections=task.conditioning["pooled_embedding"],
             encoder_hidden_states=embeddings,
@@ -78,21 +78,25 @@ class Flux(FlowMatchingModel):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """``[sample, channel, height, width]`` -> a row a 2x2 patch: ``[sample, height/2 * width/2, channel * 4]``."""
+    """``[sample, channel, height, width]`` -> one row per 2x2 patch, ``[sample, height/2 * width/2, channel * 4]``."""
     sample, channel, height, width = latents.shape
     patches = latents.reshape(sample, channel, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(sample, height // 2 * (width // 2), channel * 4)
 
 
 def unpack(patches: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`, to latents of this height and width."""
+    """Inverse of `pack`.
+
+    Args:
+        height, width: of the latents.
+    """
     sample, _, packed = patches.shape
     latents = patches.reshape(sample, height // 2, width // 2, packed // 4, 2, 2)
     return latents.permute(0, 3, 1, 4, 2, 5).reshape(sample, packed // 4, height, width)
 
 
-@functools.lru_cache(maxsize=8)  # copying it from host memory in every forward would synchronise with the GPU
+@functools.lru_cache(maxsize=8)  # a copy from host memory in every forward pass would synchronise with the GPU
 def patch_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Place of each patch in a grid of patches: ``[height * width, 3]``, rows ``(0, row, column)``."""
+    """Position of each patch in the grid of patches: ``[height * width, 3]``, rows ``(0, row, column)``."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).to(device, dtype)

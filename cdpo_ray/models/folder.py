@@ -1,7 +1,4 @@
-"""Model folder -> refused where it is not what the config says; needs no torch.
-
-A model folder is untrusted: no name in its files is followed out of the folder, and no code in it runs.
-"""
+"""Checks of an untrusted model folder against the configured family; does not import torch."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,6 +24,7 @@ from cdpo_ray.models.layouts import (
 )
 from cdpo_ray.testbed import PIPELINE_DIR
 
+# A model folder is untrusted: no name in its files leads out of the folder, and no code in it runs.
 MAX_JSON_BYTES = 2**24
 LIBRARIES = ("diffusers", "transformers")
 
@@ -34,31 +32,32 @@ LIBRARIES = ("diffusers", "transformers")
 def check_model(
     family: str, path: str, revision: str | None = None, teacher: Mapping[str, Any] | None = None, **_: Any
 ) -> None:
-    """Compare a model and its teacher with the family; what is not on this machine is not compared.
+    """Compare a model and its teacher with the family; files that are not on this machine are not compared.
 
     Args:
+        family: name in `LAYOUTS`.
         path, revision: ``embedded``, a folder, or a hub id at a revision.
-        teacher: ``path`` and ``revision`` of the teacher of a consistency model.
+        teacher: ``path`` and ``revision`` of a consistency model's teacher.
 
     Raises:
-        ModelError: they differ; all differences at once.
+        ModelError: if they differ; lists all differences.
     """
     folder = folder_of(path, revision)
     if folder and path != "embedded":
         check_folder(family, folder, partial=not Path(path).is_dir())
-    if teacher and teacher["path"] != "embedded" and (of_teacher := folder_of(**teacher)):
-        check_teacher(of_teacher, student=folder, partial=not Path(teacher["path"]).is_dir())
+    if teacher and teacher["path"] != "embedded" and (teacher_dir := folder_of(**teacher)):
+        check_teacher(teacher_dir, student=folder, partial=not Path(teacher["path"]).is_dir())
 
 
 def folder_of(path: str, revision: str | None = None) -> Path | None:
-    """Folder of a model on this machine; of a hub id, its snapshot in the cache."""
+    """Folder of a model on this machine, which for a hub id is its snapshot in the cache; `None`: there is none."""
     if path == "embedded":
         return PIPELINE_DIR
     if Path(path).is_dir():
         return Path(path)
     try:
         found = try_to_load_from_cache(path, config_path(INDEX), revision=revision)
-    except HFValidationError:  # no such name on the hub: loading it tells
+    except HFValidationError:  # not a valid hub id: loading it reports that
         return None
     return Path(found).parent if isinstance(found, str) else None
 
@@ -67,21 +66,22 @@ def check_folder(family: str, folder: Path, *, partial: bool = False) -> None:
     """Compare a model folder with a family.
 
     Args:
-        partial: a file that is not there is no fault.
+        family: name in `LAYOUTS`.
+        partial: whether missing files are allowed.
 
     Raises:
-        ModelError: they differ; all differences at once, and the family that the folder fits.
+        ModelError: if they differ; lists all differences, and the family that the folder fits.
     """
     if code := _own_code(folder):
         raise ModelError(
-            f"`model.path` {folder}: its model_index.json asks for its own code, {code}, which is not run; give a"
-            " folder whose parts are classes of diffusers and transformers"
+            f"`model.path` {folder}: model_index.json requires custom code, {code}, which is not run; give a folder"
+            " whose parts are classes of diffusers and transformers"
         )
     if not (folder / config_path(INDEX)).exists():
         single = sorted(path.name for path in folder.glob("*.safetensors"))
         advice = (
-            f"one-file checkpoints ({unquoted(single[0])}) are not read: load it by `from_single_file` of diffusers,"
-            " and give the folder that its `save_pretrained` writes"
+            f"one-file checkpoints ({unquoted(single[0])}) are not supported: load it with diffusers'"
+            " `from_single_file`, and give the folder that `save_pretrained` writes"
             if single
             else "give a folder in diffusers layout with safetensors weights"
         )
@@ -101,30 +101,30 @@ def check_folder(family: str, folder: Path, *, partial: bool = False) -> None:
 
 
 def check_teacher(folder: Path, *, student: Path | None, partial: bool = False) -> None:
-    """Compare UNet and scheduler of a teacher with the consistency model that was distilled from it.
+    """Compare a teacher's UNet and scheduler with the consistency model that was distilled from it.
 
     Args:
-        student: folder of the consistency model, if it is on this machine.
-        partial: as of `check_folder`.
+        student: folder of the consistency model; `None`: not on this machine.
+        partial: whether missing files are allowed.
 
     Raises:
-        ModelError: they differ; all differences at once.
+        ModelError: if they differ; lists all differences.
     """
     layout = LAYOUTS["stable_diffusion"]
     configs, faults = _read(layout, folder, ("unet", "scheduler"), partial)
-    of_student = _read(layout, student, ("vae", "text_encoder"), partial=True)[0] if student else {}
+    student_configs = _read(layout, student, ("vae", "text_encoder"), partial=True)[0] if student else {}
     faults += _file_faults(folder / "unet", layout.parts["unet"], partial)
-    faults = faults or list(layout.faults({**of_student, **configs}))
+    faults = faults or list(layout.faults({**student_configs, **configs}))
     if faults:
         advice = "give the Stable Diffusion model that the consistency model was distilled from"
         raise _refusal(f"`model.teacher.path` {folder}: is not the teacher", faults, advice)
 
 
 def read_config(path: Path) -> Config:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        ValueError: the file is not there, or holds something else.
+        ValueError: if the file is missing, too large, unreadable or not a JSON object.
     """
     try:
         if not path.is_file():
@@ -144,25 +144,25 @@ def read_config(path: Path) -> Config:
 
 
 def named_parts(family: str, folder: Path) -> dict[str, Part]:
-    """Parts of the family that a folder's index names; optional ones may be absent."""
+    """Parts of the family that a folder's index names, without the optional ones that it leaves out."""
     index = read_config(folder / config_path(INDEX))
     return {name: part for name, part in LAYOUTS[family].parts.items() if not _is_left_out(part, index.get(name))}
 
 
 def other_parts(family: str, folder: Path) -> list[str]:
-    """Parts that a checked folder names besides those of the family."""
+    """Parts that a checked folder's index names and the family does not have."""
     index = read_config(folder / config_path(INDEX))
     known = (*LAYOUTS[family].parts, "_class_name")
     return [name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and name not in known]
 
 
 def weights_variant(part_dir: Path, stem: str) -> str | None:
-    """Variant of a part's safetensors weights, such as ``fp16``, where there are no others.
+    """Variant of a part's safetensors weights, such as ``fp16``; `None`: there are weights without a variant, or none.
 
-    Names are ``model.fp16.safetensors`` and, of sharded weights, ``model.safetensors.index.fp16.json``.
+    Files are named ``model.fp16.safetensors`` or, if sharded, ``model.safetensors.index.fp16.json``.
 
     Args:
-        stem: beginning of the names, here ``model``.
+        stem: prefix of the file names, here ``model``.
     """
     names = {path.name for path in part_dir.glob(f"{stem}.*")}
     if names & {f"{stem}.safetensors", f"{stem}.safetensors.index.json"}:
@@ -180,7 +180,7 @@ def _refusal(what: str, faults: Sequence[str], advice: str) -> ModelError:
 
 
 def _own_code(folder: Path) -> str | None:
-    """Code that a folder's index asks for; diffusers would refuse it too, without saying which."""
+    """Python file that a folder's index requires; diffusers would refuse it without naming it."""
     try:
         index = read_config(folder / config_path(INDEX))
     except ValueError:
@@ -196,7 +196,7 @@ def _faults(layout: Layout, folder: Path, partial: bool) -> list[str]:
 
 
 def _read(layout: Layout, folder: Path, names: Sequence[str], partial: bool) -> tuple[Configs, list[str]]:
-    """Configurations of these parts, defaults filled in, and what is wrong with each by itself."""
+    """Configurations of these parts, with defaults, and the faults of each by itself."""
     configs: dict[str, Config] = {}
     faults: list[str] = []
     for name in names:
@@ -205,8 +205,8 @@ def _read(layout: Layout, folder: Path, names: Sequence[str], partial: bool) -> 
             named = configs[INDEX].get(name)
             if _is_left_out(part, named):
                 continue
-            if found_wrong := list(_class_faults(name, named, part)):
-                faults += found_wrong
+            if class_faults := list(_class_faults(name, named, part)):
+                faults += class_faults
                 continue
         if partial and not (folder / file).exists():
             continue
@@ -220,9 +220,9 @@ def _read(layout: Layout, folder: Path, names: Sequence[str], partial: bool) -> 
             if name == INDEX:
                 break
             continue
-        text = config.get("text_config")  # of a whole CLIP
+        text = config.get("text_config")  # configuration of the whole CLIP
         configs[name] = {**part.defaults, **config, **(text if isinstance(text, dict) else {})}
-        if "transformers_weights" in configs[name]:  # a file anywhere, which transformers would read
+        if "transformers_weights" in configs[name]:  # path of any file, which transformers would read
             faults.append(f"{file} must not have `transformers_weights`")
     return configs, faults
 
@@ -239,34 +239,33 @@ def _class_faults(name: str, named: Any, part: Part) -> Faults:
         return
     got = unquoted(".".join(named))
     if named[0] not in LIBRARIES:
-        libraries = " and ".join(LIBRARIES)
-        yield f"{where} cannot be loaded: {unquoted(named[0])} is not one of the libraries {libraries}, got {got}"
+        yield f"{where} must be of {' or '.join(LIBRARIES)}, got {got}"
     elif named[0] != part.library or (part.classes and named[1] not in part.classes):
         allowed = [f"{part.library}.{each}" for each in part.classes] or [f"of {part.library}"]
         yield f"{where} must be {one_of(allowed)}, got {got}"
 
 
 def _file_faults(part_dir: Path, part: Part, partial: bool) -> Faults:
-    """What is wrong with the names of a part's weight files and vocabulary."""
+    """Faults of the names of a part's weight and vocabulary files."""
     if part.weights:
         yield from _weight_faults(part_dir, part.weights, partial)
     if not part.vocabularies or partial:
         return
-    # without its files, transformers makes a tokenizer that knows no words
+    # without these files, transformers makes a tokenizer with an empty vocabulary
     if not any(all((part_dir / file).is_file() for file in files) for files in part.vocabularies):
         yield f"{part_dir.name}/ must hold {one_of([' and '.join(files) for files in part.vocabularies])}"
 
 
 def _weight_faults(part_dir: Path, stem: str, partial: bool) -> Faults:
     if (part_dir / "adapter_config.json").exists():  # transformers would load the base model that it names
-        yield f"{part_dir.name}/ holds a PEFT adapter; merge it into the weights, and save them again"
+        yield f"{part_dir.name}/ holds a PEFT adapter; merge it into the weights and save again"
     variant = weights_variant(part_dir, stem)
     end = f".{variant}" if variant else ""
     weights, index = f"{stem}{end}.safetensors", f"{stem}.safetensors.index{end}.json"
     whole = (part_dir / weights).is_file()
     if not (part_dir / index).exists():
         if not whole and not partial:
-            pickled = "; pickled weights are not read" if any(part_dir.glob("*.bin")) else ""
+            pickled = "; pickled weights are not supported" if any(part_dir.glob("*.bin")) else ""
             yield f"{part_dir.name}/{weights} is missing{pickled}"
         return
     try:
@@ -279,6 +278,6 @@ def _weight_faults(part_dir: Path, stem: str, partial: bool) -> Faults:
         return
     for shard in sorted(set(shards.values())):
         if PurePath(shard).name != shard:
-            yield f"{part_dir.name}/{index}: {shown(shard)} is not the name of a file beside it"
+            yield f"{part_dir.name}/{index}: `weight_map` must name files in the same folder, got {shown(shard)}"
         elif not whole and not partial and not (part_dir / shard).is_file():
             yield f"{part_dir.name}/{unquoted(shard)} is missing"

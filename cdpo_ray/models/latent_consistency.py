@@ -1,4 +1,4 @@
-"""The latent consistency family (LCM): few denoising steps, by a net distilled from a Stable Diffusion model."""
+"""The latent consistency family (LCM): few denoising steps, distilled from a Stable Diffusion model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ from cdpo_ray.models.consistency import (
 from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, Times, uniform_between
 from cdpo_ray.models.folder import check_teacher, folder_of, read_config
 from cdpo_ray.models.layouts import config_path
-from cdpo_ray.models.loading import cannot_be_loaded, fetch, load_part
+from cdpo_ray.models.loading import fetch, load_error, load_part
 from cdpo_ray.models.noising import PredictionType, add_noise
 from cdpo_ray.models.stable_diffusion import StableDiffusion
 from cdpo_ray.randomness.noise import generator_at
@@ -30,9 +30,9 @@ from cdpo_ray.testbed.consistency import load_consistency_pipeline
 
 
 class LatentConsistency(StableDiffusion):
-    """Trained to agree with the frozen reference one step of its teacher further on.
+    """Guidance-conditioned model, trained towards the frozen reference's output one teacher step later.
 
-    Four launches a batch of pairs: teacher, reference on the teacher's step, reference, policy.
+    Four forward passes per batch of pairs: teacher, reference after the teacher's step, reference, policy.
 
     Source: arXiv:2310.04378; arXiv:2405.13637 for preferences.
     """
@@ -42,7 +42,7 @@ class LatentConsistency(StableDiffusion):
     scheduler_class = LCMScheduler
     guidance_range = (5.0, 15.0)
     step_down: int = GRID_STEP
-    """Timesteps between a question and where the teacher's step ends; published: one place of the grid."""
+    """Number of timesteps that one teacher step covers; published: one step of the grid."""
     teacher: UNet2DConditionModel
     teacher_prediction_type: PredictionType
 
@@ -59,11 +59,11 @@ class LatentConsistency(StableDiffusion):
         for_training: bool = False,
         **options: Any,
     ) -> Self:
-        """As `TextToImageModel.load`.
+        """Load the model, and its teacher for training; other arguments and errors as in `TextToImageModel.load`.
 
         Args:
             teacher: ``path`` (``embedded``, a folder or a hub id) and ``revision`` of the Stable Diffusion model that
-                this one was distilled from; the embedded one by default. Its UNet is loaded for training only.
+                this one was distilled from; `None`: the embedded one.
         """
         model = super().load(path, for_training=for_training, **options)
         if for_training:
@@ -85,17 +85,17 @@ class LatentConsistency(StableDiffusion):
         return pipeline
 
     def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
-        return {"prompt_embeds": conditioning["prompt_embedding"]}  # the net is told of the guidance by the pipeline
+        return {"prompt_embeds": conditioning["prompt_embedding"]}  # the pipeline embeds the guidance
 
     def sampler_generators(self, noise: Tensor) -> list[torch.Generator]:
-        """Seeded by each sample's first noise, so that an image stays a function of that noise alone.
+        """One generator per sample, seeded by its initial noise: an image stays a function of that noise alone.
 
-        The sampler adds fresh noise at every denoising step but the last.
+        The sampler adds new noise at every denoising step but the last.
         """
         return [generator_at("sampler", one.numpy().tobytes().hex()) for one in noise.float().cpu()]
 
     def draw_times(self, generator: torch.Generator) -> Times:
-        """A timestep of the grid, and a guidance ``w``; a pipeline's ``guidance_scale`` is ``w + 1``."""
+        """Uniform timestep of the grid and guidance ``w``; a pipeline's ``guidance_scale`` is ``w + 1``."""
         grid = grid_timesteps()
         return {
             "timestep": grid[torch.randint(len(grid), (), generator=generator)],
@@ -105,10 +105,10 @@ class LatentConsistency(StableDiffusion):
     def denoising_task(
         self, reference: Net, latents: Tensor, conditioning: Conditioning, times: Times, noise: Tensor
     ) -> DenoisingTask:
-        """The right answer is the reference's own, one step of the guided teacher further down.
+        """Noisy latents; the target is the reference's output after one step of the guided teacher.
 
-        From the last timestep of the grid, 19, the teacher steps to 0 and to the scheduler's ``final_alpha_cumprod``,
-        as DDIM does; there the consistency function is the identity, so the teacher's clean latents are the target.
+        From the lowest timestep of the grid, 19, the teacher steps to 0 and to the scheduler's ``final_alpha_cumprod``,
+        as DDIM does. The consistency function is the identity there, so the teacher's clean latents are the target.
         """
         timestep = times["timestep"]
         alpha_bar = self.alphas_cumprod[timestep]
@@ -131,14 +131,14 @@ class LatentConsistency(StableDiffusion):
         return pseudo_huber(prediction, target)
 
     def _denoised(self, denoiser: Net, noisy_latents: Tensor, conditioning: Conditioning, times: Times) -> Tensor:
-        """The consistency function, fp32."""
+        """Consistency function of noisy latents, ``[sample, channel, height, width]`` fp32."""
         timestep = times["timestep"]
-        told = guidance_embedding(times["guidance"], self.denoiser.config.time_cond_proj_dim)
+        embedding = guidance_embedding(times["guidance"], self.denoiser.config.time_cond_proj_dim)
         prediction = denoiser(
             noisy_latents,
             timestep,
             encoder_hidden_states=conditioning["prompt_embedding"],
-            timestep_cond=told.to(self.dtype),
+            timestep_cond=embedding.to(self.dtype),
             return_dict=False,
         )[0]
         clean, _ = clean_and_noise(noisy_latents, prediction, self.alphas_cumprod[timestep], self.prediction_type)
@@ -146,13 +146,13 @@ class LatentConsistency(StableDiffusion):
 
     @torch.no_grad()
     def _teacher_prediction(self, noisy_latents: Tensor, conditioning: Conditioning, times: Times) -> Tensor:
-        """With and without the prompt in one launch, guided: fp32."""
-        told = conditioning["prompt_embedding"]
-        untold = self.empty_conditioning["prompt_embedding"].to(told.dtype).expand_as(told)
+        """Guided prediction, fp32; with and without the prompt in one forward pass."""
+        prompt = conditioning["prompt_embedding"]
+        empty = self.empty_conditioning["prompt_embedding"].to(prompt.dtype).expand_as(prompt)
         both = self.teacher(
             torch.cat([noisy_latents, noisy_latents]),
             torch.cat([times["timestep"], times["timestep"]]),
-            encoder_hidden_states=torch.cat([told, untold]),
+            encoder_hidden_states=torch.cat([prompt, empty]),
             return_dict=False,
         )[0]
         with_prompt, without_prompt = both.chunk(2)
@@ -162,24 +162,25 @@ class LatentConsistency(StableDiffusion):
 def load_teacher(
     path: str, revision: str | None = None, *, student_dir: Path | None, dtype: torch.dtype
 ) -> tuple[UNet2DConditionModel, PredictionType]:
-    """The frozen UNet of a Stable Diffusion model, and what it predicts.
+    """Load the frozen UNet of a Stable Diffusion model, and its prediction type.
 
     Args:
-        student_dir: folder of the consistency model that was distilled from it.
+        path, revision: ``embedded``, a folder, or a hub id at a revision.
+        student_dir: folder of the consistency model that was distilled from it; `None`: not on this machine.
 
     Raises:
-        ModelError: nothing that can be loaded is there, or it is not the student's teacher.
+        ModelError: if nothing loadable is found, or it does not fit the student.
     """
-    apart = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
+    left_out = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
     model_dir = (
         PIPELINE_DIR
         if path == "embedded"
-        else fetch(StableDiffusionPipeline, path, revision, dict.fromkeys(apart), key="model.teacher.path")
+        else fetch(StableDiffusionPipeline, path, revision, dict.fromkeys(left_out), key="model.teacher.path")
     )
     check_teacher(model_dir, student=student_dir, partial=not Path(path).is_dir())
     try:
         unet = load_part(UNet2DConditionModel, model_dir / "unet", dtype)
         scheduler = read_config(model_dir / config_path("scheduler"))
     except Exception as error:
-        raise cannot_be_loaded("model.teacher.path", path, revision, error) from None
+        raise load_error("model.teacher.path", path, revision, error) from None
     return unet.requires_grad_(False).eval(), scheduler.get("prediction_type", "epsilon")

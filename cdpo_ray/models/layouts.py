@@ -1,7 +1,4 @@
-"""Family -> what the folders of its models must hold; needs no torch.
-
-Configurations come from a folder that somebody else made: a value may be of any JSON type.
-"""
+"""Family -> required contents of its model folders; does not import torch."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +7,10 @@ from typing import Any
 
 Config = Mapping[str, Any]
 Configs = Mapping[str, Config]
-"""Part of a pipeline -> its configuration; ``model_index`` is the pipeline's own. Parts may be absent: not read."""
+"""Part of a pipeline -> its configuration; ``model_index`` is the pipeline's. Parts that were not read are absent.
+
+Configurations are untrusted: a value may have any JSON type.
+"""
 Faults = Iterator[str]
 
 INDEX = "model_index"
@@ -24,7 +24,7 @@ DISCRETE_SCHEDULERS = (
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
     "UniPCMultistepScheduler",
 )
-"""Samplers of discrete noise schedules: DDIM samples the same models, by the same configuration."""
+"""Samplers of discrete noise schedules; DDIM samples the same models with the same configuration."""
 DEFAULTS: dict[str, Config] = {
     VAE: {"latent_channels": 4, "scaling_factor": 0.18215, "block_out_channels": [64]},
     UNET: {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280},
@@ -37,18 +37,18 @@ DEFAULTS: dict[str, Config] = {
     CLIP_PROJECTED: {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77},
     T5: {"d_model": 512},
 }
-"""Class -> what diffusers and transformers assume where a configuration lacks a key."""
+"""Class -> defaults of diffusers and transformers for keys that a configuration lacks."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of the pipeline must be.
+    """Requirements on a part of the pipeline.
 
     Attributes:
-        library: that loads it: ``diffusers`` or ``transformers``.
-        classes: that it may be loaded by; none: any, compared otherwise.
-        weights: beginning of the names of its weight files; ``None``: it has no weights.
-        vocabularies: sets of files, of which a tokenizer has one.
+        library: ``diffusers`` or ``transformers``, which loads it.
+        classes: classes that may load it; empty: not compared here.
+        weights: prefix of the names of its weight files; `None`: it has no weights.
+        vocabularies: alternative sets of a tokenizer's files, of which one must be complete.
         optional: whether a model may lack it.
     """
 
@@ -65,11 +65,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the folder of a family's models must hold.
+    """Required contents of a family's model folders.
 
     Attributes:
-        pipelines: classes that it may name as its pipeline's.
-        formulations: kinds of scheduler, see `_formulation`.
+        pipelines: allowed classes of the pipeline.
+        parts: name in the pipeline -> requirements.
+        formulations: allowed kinds of model that the scheduler samples, see `_formulation`.
         denoiser_faults: compares the denoiser with the other parts.
     """
 
@@ -79,7 +80,7 @@ class Layout:
     denoiser_faults: Callable[[Configs], Faults]
 
     def faults(self, configs: Configs) -> Faults:
-        """What of the configurations does not fit the family, or each other."""
+        """Configuration values that do not fit the family or each other."""
         yield from _scheduler_faults(configs, self.formulations)
         yield from _vae_faults(configs)
         yield from _tokenizer_faults(configs)
@@ -87,7 +88,7 @@ class Layout:
 
 
 def config_path(part: str) -> str:
-    """Where a part's configuration lies in a folder."""
+    """Path of a part's configuration in a model folder."""
     if part == INDEX:
         return f"{INDEX}.json"
     kind = part.partition("_")[0]
@@ -95,13 +96,13 @@ def config_path(part: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """JSON of a foreign value to show in a message, at most 80 characters; control characters are escaped."""
+    """JSON of an untrusted value for a message: control characters escaped, at most 80 characters."""
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:74]} ...{text[-1]}"
 
 
 def unquoted(text: str) -> str:
-    """A foreign name to show in a message, as `shown`."""
+    """`shown` of an untrusted name, without quotes."""
     return shown(text)[1:-1]
 
 
@@ -110,13 +111,13 @@ def one_of(names: Sequence[str]) -> str:
 
 
 def _expect(configs: Configs, part: str, key: str, expected: Any, why: str) -> Faults:
-    """A fault if a part that was read has another value."""
+    """Fault if a part that was read has another value than ``expected``."""
     if part in configs and (found := configs[part].get(key)) != expected:
         yield f"{config_path(part)}: `{key}` must be {shown(expected)} ({why}), got {shown(found)}"
 
 
 def _expect_kind(configs: Configs, part: str, key: str, kind: tuple[str, Callable[[Any], bool]]) -> Faults:
-    """A fault if a part that was read has a value of another kind."""
+    """Fault if a part that was read has a value of another kind."""
     what, is_right = kind
     if part in configs and not is_right(found := configs[part].get(key)):
         yield f"{config_path(part)}: `{key}` must be {what}, got {shown(found)}"
@@ -146,7 +147,7 @@ _SCHEDULER_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "leading, linspace or trailing",
         lambda value: value in (None, "leading", "linspace", "trailing"),
     ),
-    # diffusers' defaults are for pixels
+    # no default: those of diffusers are for pixel models
     "beta_schedule": (one_of(_BETA_SCHEDULES), lambda value: value in _BETA_SCHEDULES),
     "beta_start": _BETA,
     "beta_end": _BETA,
@@ -165,7 +166,7 @@ _VAE_KINDS = {
 
 
 def _formulation(name: str, scheduler: Config) -> str:
-    """Kind of model that a scheduler samples."""
+    """Kind of model that a scheduler samples, by its class and configuration."""
     if name.startswith("FlowMatch") and name.endswith("Scheduler"):
         return "flow matching"
     if name in ("LCMScheduler", "TCDScheduler"):
@@ -182,15 +183,15 @@ def _scheduler_faults(configs: Configs, formulations: tuple[str, ...]) -> Faults
     if "scheduler" not in configs:
         return
     scheduler = configs["scheduler"]
-    own = scheduler.get("_class_name")
-    if not isinstance(own, str):
-        yield f"{config_path('scheduler')}: `_class_name` must be a class of diffusers, got {shown(own)}"
+    class_name = scheduler.get("_class_name")
+    if not isinstance(class_name, str):
+        yield f"{config_path('scheduler')}: `_class_name` must be a class of diffusers, got {shown(class_name)}"
         return
-    for name in dict.fromkeys((own, configs[INDEX]["scheduler"][1] if INDEX in configs else own)):
+    for name in dict.fromkeys((class_name, configs[INDEX]["scheduler"][1] if INDEX in configs else class_name)):
         if (kind := _formulation(name, scheduler)) not in formulations:
             data = f" with `sigma_data` {shown(scheduler['sigma_data'])}" if "sigma_data" in scheduler else ""
             yield (
-                f"{config_path('scheduler')}: {unquoted(name)}{data} samples {kind} models, and this family's are"
+                f"{config_path('scheduler')}: {unquoted(name)}{data} samples {kind} models, but this family has"
                 f" {one_of(formulations)} models"
             )
             return
@@ -205,7 +206,7 @@ def _scheduler_faults(configs: Configs, formulations: tuple[str, ...]) -> Faults
     for key, kinds in _SCHEDULER_KINDS.items():
         yield from _expect_kind(configs, "scheduler", key, kinds)
     if scheduler.get("rescale_betas_zero_snr") and formulations == ("discrete diffusion",):
-        why = "a schedule of zero terminal SNR starts from pure noise"
+        why = "a zero-terminal-SNR schedule starts from pure noise"
         yield from _expect(configs, "scheduler", "timestep_spacing", "trailing", why)
         yield from _expect(configs, "scheduler", "prediction_type", "v_prediction", why)
 
@@ -221,29 +222,35 @@ def _tokenizer_faults(configs: Configs) -> Faults:
     for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
         if isinstance(limit := configs.get(encoder, {}).get("max_position_embeddings"), int):
             kind = (
-                f"at most {limit}, as {encoder} takes",
+                f"at most {limit}, the limit of {encoder}",
                 lambda value, limit=limit: _is_whole(value) and value <= limit,
             )
             yield from _expect_kind(configs, tokenizer, "model_max_length", kind)
 
 
 def _channel_faults(configs: Configs, denoiser: str, *, per_channel: int = 1) -> Faults:
-    """Compare the denoiser's channels with the VAE's, of which it takes ``per_channel`` values each."""
+    """Compare the denoiser's channels with the VAE's.
+
+    Args:
+        per_channel: number of the denoiser's channels per VAE channel.
+    """
     channels = configs.get("vae", {}).get("latent_channels")
     if not isinstance(channels, int) or denoiser not in configs:
         return
     why = f"the VAE has {channels} channels"
-    more = "; others are for an image to inpaint, edit or upscale"
+    more = "; inpainting, editing and upscaling models have more"
     yield from _expect(configs, denoiser, "in_channels", channels * per_channel, why + more)
     if configs[denoiser].get("out_channels") is not None:
         yield from _expect(configs, denoiser, "out_channels", channels * per_channel, why)
 
 
 def _width_faults(configs: Configs, denoiser: str, key: str, widths: Mapping[str, str], *, plus: int = 0) -> Faults:
-    """Compare an input's width with the sum of what text encoders give.
+    """Compare the width of one of the denoiser's inputs with the text encoders' widths.
 
     Args:
+        key: key of the input's width in the denoiser's configuration.
         widths: text encoder -> key of its width.
+        plus: other features of the input.
     """
     found: list[Any] = [configs.get(part, {}).get(each) for part, each in widths.items()]
     if denoiser in configs and all(map(_is_whole, found)):
@@ -261,21 +268,22 @@ def _unet_faults(configs: Configs, widths: Mapping[str, str], *, guided: bool = 
     """Compare a UNet with the other parts.
 
     Args:
-        guided, sized: whether the guidance, or the image's size, is an input.
+        widths: text encoder -> key of its width.
+        guided, sized: whether the model is conditioned on the guidance, on the image size.
     """
     unet = configs.get("unet", {})
     yield from _channel_faults(configs, "unet")
     yield from _size_faults(configs, "unet")
     width_key = "cross_attention_dim" if unet.get("encoder_hid_dim_type") is None else "encoder_hid_dim"
     yield from _width_faults(configs, "unet", width_key, widths)
-    why = "the image's size is an input" if sized else "there is no other input than the prompt"
+    why = "the image size is an input" if sized else "the prompt is the only input"
     yield from _expect(configs, "unet", "addition_embed_type", "text_time" if sized else None, why)
     for key in ("num_class_embeds", "class_embed_type"):
-        yield from _expect(configs, "unet", key, None, "a text-to-image model takes no class")
+        yield from _expect(configs, "unet", key, None, "a text-to-image model has no class input")
     if guided:
         yield from _expect_kind(configs, "unet", "time_cond_proj_dim", ("the width of a guidance embedding", _is_whole))
     else:
-        why = "the guidance is an input of latent consistency models only"
+        why = "only latent consistency models are guidance-conditioned"
         yield from _expect(configs, "unet", "time_cond_proj_dim", None, why)
 
 
@@ -382,4 +390,4 @@ LAYOUTS = {
         _flux_faults,
     ),
 }
-"""Family of the config -> its layout."""
+"""Family in the config -> its layout."""

@@ -1,4 +1,4 @@
-"""Denoiser -> denoiser with a LoRA: attach, switch, grow, save where diffusers loads it."""
+"""LoRA of a denoiser: attach, switch on and off, save in the format of diffusers, load."""
 
 import contextlib
 import json
@@ -23,13 +23,13 @@ from cdpo_ray.store import path_within
 
 LORA_DIR = "lora"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-"""File name that ``pipe.load_lora_weights(folder)`` looks for."""
+"""File name that ``pipe.load_lora_weights(folder)`` expects."""
 
 FIRST, SECOND = "lora_A.weight", "lora_B.weight"
-"""Ends of the names of a layer's factors."""
+"""Suffixes of the names of a layer's factors."""
 
 POLICY, REFERENCE = "default", "reference"
-"""Names of the adapter that is trained and, where an earlier round is the reference, of that round's."""
+"""Names of the trained adapter and of the earlier round's, if that round is the reference."""
 
 
 class _InputDtypeLinear(nn.Linear):
@@ -47,12 +47,12 @@ _INPUT_DTYPE = {nn.Linear: _InputDtypeLinear, nn.Conv2d: _InputDtypeConv2d}
 
 
 class Adapters:
-    """The LoRA layers of a denoiser, listed once: switching them sets one flag per layer and nothing else.
+    """LoRA layers of a denoiser, listed once, so that switching sets one flag per layer and nothing else.
 
-    PEFT and diffusers would walk all modules of the net and all parameters of its layers at each switch.
+    PEFT and diffusers would visit every module of the denoiser and every parameter of its layers at each switch.
 
-    The factors compute in the dtype of their input. Their weights and gradients stay fp32, so a 16-bit net needs
-    neither autocast nor a second set of weights.
+    The factors compute in the dtype of their input. Their weights and gradients stay fp32, so a 16-bit denoiser needs
+    neither autocast nor a second copy of the weights.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -63,18 +63,18 @@ class Adapters:
                 factor.__class__ = _INPUT_DTYPE.get(type(factor), type(factor))
 
     def enable(self, on: bool) -> None:
-        """Whether the layers add the output of the active adapter."""
+        """Add the output of the active adapter, or not."""
         for layer in self.layers:
             layer._disable_adapters = not on
 
     def activate(self, name: str) -> None:
-        """Choose the adapter whose output is added; the trainable parameters stay the same."""
+        """Select the adapter whose output is added; ``requires_grad`` does not change."""
         for layer in self.layers:
             layer._active_adapter = [name]
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """Within the block the denoiser is the base model: the reference, without a second copy."""
+        """Context manager in which the denoiser is the base model: the reference, without a second copy."""
         self.enable(False)
         try:
             yield
@@ -83,7 +83,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def reference_on(self) -> Iterator[None]:
-        """Within the block the denoiser has the adapter that `freeze_as_reference` kept."""
+        """Context manager in which the denoiser uses the adapter of `freeze_as_reference`."""
         self.activate(REFERENCE)
         try:
             yield
@@ -94,16 +94,16 @@ class Adapters:
 def attach_lora(
     denoiser: ModelMixin, *, rank: int, alpha: float, targets: Sequence[str], seed: int
 ) -> list[nn.Parameter]:
-    """Freeze the denoiser and add a LoRA whose output is zero at first.
+    """Freeze the denoiser and add a LoRA with zero initial output.
 
     Args:
         rank: inner dimension.
-        alpha: the update is scaled by ``alpha / rank``.
-        targets: names (or ends of names) of the linear and convolution layers that get one.
+        alpha: scale of the update, which is ``alpha / rank``.
+        targets: names, or suffixes of names, of the linear and convolution layers to adapt.
         seed: of the first factor; the second starts at zero.
 
     Returns:
-        The trainable parameters, fp32 whatever the denoiser's type.
+        Trainable parameters, always fp32.
 
     Source: arXiv:2106.09685.
     """
@@ -121,11 +121,13 @@ def attach_lora(
 
 @dataclass(frozen=True)
 class SavedLora:
-    """A LoRA that `save_lora` wrote, whole: two finite factors per layer, of one rank.
+    """A validated LoRA of `save_lora`: two finite factors per layer, all of one rank.
 
     Attributes:
-        factors: by layer of the denoiser, the first ``[rank, input, ...]`` and the second ``[output, rank, ...]``.
-        targets: names, or ends of names, of the layers that have one.
+        path: of the file.
+        factors: layer of the denoiser -> first ``[rank, input, ...]`` and second factor ``[output, rank, ...]``.
+        alpha: the update is scaled by ``alpha / rank``.
+        targets: names, or suffixes of names, of the adapted layers.
     """
 
     path: Path
@@ -133,12 +135,12 @@ class SavedLora:
     alpha: float
     targets: tuple[str, ...]
 
-    def refuse_misfit(self, denoiser: nn.Module) -> None:
+    def check_fits(self, denoiser: nn.Module) -> None:
         """Compare the factors with the layers of a denoiser that has no LoRA.
 
         Raises:
-            ModelError: a layer that is a target has no factors, or factors of another shape, or there are factors of a
-                layer that is not there.
+            ModelError: if a target layer has no factors or factors of another shape, or factors belong to a layer that
+                does not exist.
         """
         ends = tuple(f".{target}" for target in self.targets)
         layers = {
@@ -146,33 +148,34 @@ class SavedLora:
             for name, layer in denoiser.named_modules()
             if isinstance(layer, nn.Linear | nn.Conv2d) and f".{name}".endswith(ends)
         }
-        if missing := [*(layers.keys() - self.factors), *(self.factors.keys() - layers)]:
+        if unmatched := [*(layers.keys() - self.factors), *(self.factors.keys() - layers)]:
             raise _damaged(
-                self.path, f"{len(missing)} layers are in the LoRA or in the net, but not in both: {min(missing)}"
+                self.path,
+                f"{len(unmatched)} layers are in either the LoRA or the model but not both, the first {min(unmatched)}",
             )
         for name, (first, second) in self.factors.items():
             inner, outer = _sizes(layers[name])
             if first.shape[1:] != inner or (second.shape[0], *second.shape[2:]) != outer:
-                raise _damaged(self.path, f"its factors of {name} have shapes that do not fit the layer")
+                raise _damaged(self.path, f"factors of {name} have shapes that do not fit the layer")
 
 
 def _sizes(layer: nn.Linear | nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a layer's factors without the rank: of the first, of the second."""
+    """Shapes of a layer's first and second factor without the rank."""
     if isinstance(layer, nn.Linear):
         return (layer.in_features,), (layer.out_features,)
     return (layer.in_channels // layer.groups, *layer.kernel_size), (layer.out_channels, 1, 1)
 
 
 def read_lora(lora_dir: Path, denoiser_name: str) -> SavedLora:
-    """Read a LoRA and check that it is whole; whether it fits a net, `SavedLora.refuse_misfit` tells.
+    """Read and validate a LoRA; `SavedLora.check_fits` compares it with a denoiser.
 
     Args:
-        lora_dir: written by `save_lora`; it may be somebody else's.
-        denoiser_name: `unet` or `transformer`, which the file puts before every name.
+        lora_dir: folder that `save_lora` wrote; untrusted.
+        denoiser_name: ``unet`` or ``transformer``, the prefix of every tensor's name.
 
     Raises:
-        ModelError: the file is missing or damaged, holds no tensors or others than pairs of factors, a value that is
-            not finite, or no alpha.
+        ModelError: if the file is missing or damaged, or holds anything but pairs of factors, non-finite values or no
+            alpha.
     """
     path = path_within(lora_dir.parent, f"{lora_dir.name}/{LORA_WEIGHTS}")
     if not path.is_file():
@@ -188,16 +191,16 @@ def read_lora(lora_dir: Path, denoiser_name: str) -> SavedLora:
     if not tensors or {f"{name}.{end}" for name in names for end in (FIRST, SECOND)} != {*tensors}:
         raise _damaged(path, f"must hold two factors per layer and nothing else, got {len(tensors)} tensors")
     if other := [name for name in names if not name.startswith(f"{denoiser_name}.")]:
-        raise _damaged(path, f"holds {printable(min(other))}, which is not of the {denoiser_name}")
+        raise _damaged(path, f"holds {printable(min(other))}, which does not belong to the {denoiser_name}")
     if bad := [name for name, value in tensors.items() if not value.is_floating_point() or not value.isfinite().all()]:
-        raise _damaged(path, f"{len(bad)} tensors are not finite numbers: {printable(min(bad))}")
+        raise _damaged(path, f"{len(bad)} tensors must be finite floats, the first {printable(min(bad))}")
     factors = {
         name.removeprefix(f"{denoiser_name}."): (tensors[f"{name}.{FIRST}"], tensors[f"{name}.{SECOND}"])
         for name in sorted(names)
     }
     ranks = {(first.shape[:1], second.shape[1:2]) for first, second in factors.values()}
     if len(ranks) != 1 or len({*next(iter(ranks))}) != 1:
-        raise _damaged(path, "its factors have different ranks")
+        raise _damaged(path, "factors must have one rank, got several")
     return SavedLora(path, factors, alpha, targets)
 
 
@@ -205,22 +208,26 @@ def _alpha_and_targets(metadata: dict[str, Any], denoiser_name: str) -> tuple[fl
     key = f"{denoiser_name}.lora_alpha"
     alpha, targets = metadata.get(key), metadata.get(f"{denoiser_name}.target_modules", [])
     if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
-        raise ValueError(f"its metadata must have `{key}`, a number > 0, got {printable(alpha)}")
+        raise ValueError(f"metadata `{key}` must be a number > 0, got {printable(alpha)}")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise ValueError(f"its metadata must have `{denoiser_name}.target_modules`, a list of names")
+        raise ValueError(f"metadata `{denoiser_name}.target_modules` must be a list of names")
     return float(alpha), tuple(targets)
 
 
 def _damaged(path: Path, what: str) -> ModelError:
-    return ModelError(f"{path}: {what}; it is not the LoRA that a training wrote: train again, or do not use it")
+    return ModelError(f"{path}: {what}; the LoRA is damaged: train again, or do not use it")
 
 
 @torch.no_grad()
 def continue_from(denoiser: ModelMixin, denoiser_name: str, lora_dir: Path) -> None:
-    """Put the factors that `save_lora` wrote into the LoRA that is attached; types and rank must be alike.
+    """Copy saved factors into the attached LoRA.
+
+    Args:
+        denoiser_name: as in `read_lora`.
+        lora_dir: folder that `save_lora` wrote.
 
     Raises:
-        ModelError: the file's LoRA is damaged, or has other layers or another rank.
+        ModelError: if the saved LoRA is damaged, or has other layers or another rank.
     """
     saved = {
         f"{layer}.{end}": value
@@ -230,15 +237,15 @@ def continue_from(denoiser: ModelMixin, denoiser_name: str, lora_dir: Path) -> N
     attached = get_peft_model_state_dict(denoiser)
     if {name: value.shape for name, value in attached.items()} != {name: value.shape for name, value in saved.items()}:
         raise ModelError(
-            f"{lora_dir}: its LoRA has other layers or another rank than the one to train;"
-            " keep `training.lora` as it was"
+            f"{lora_dir}: layers or rank of the LoRA differ from those to train;"
+            " restore `training.lora` of the earlier round"
         )
     for name, value in attached.items():
         value.copy_(saved[name])
 
 
 def freeze_as_reference(denoiser: ModelMixin) -> None:
-    """Keep the LoRA as it is now under the name `REFERENCE`, beside the one that is trained."""
+    """Copy the LoRA's current factors to a frozen adapter named `REFERENCE`."""
     denoiser.add_adapter(denoiser.peft_config[POLICY], adapter_name=REFERENCE)
     parameters = dict(denoiser.named_parameters())
     for name, parameter in parameters.items():
@@ -248,7 +255,7 @@ def freeze_as_reference(denoiser: ModelMixin) -> None:
 
 
 def save_lora(pipeline_class: type, denoiser_name: str, denoiser: ModelMixin, folder: Path) -> None:
-    """Write the LoRA, alpha included, as the file that ``pipe.load_lora_weights(folder)`` loads."""
+    """Write the LoRA, including alpha, to a file that ``pipe.load_lora_weights(folder)`` loads."""
     folder.mkdir(parents=True, exist_ok=True)
     factors = {name: value.contiguous().cpu() for name, value in get_peft_model_state_dict(denoiser).items()}
     pipeline_class.save_lora_weights(  # type: ignore[attr-defined]
@@ -258,4 +265,4 @@ def save_lora(pipeline_class: type, denoiser_name: str, denoiser: ModelMixin, fo
             f"{denoiser_name}_lora_adapter_metadata": denoiser.peft_config[POLICY].to_dict(),
         },
     )
-    (folder / LORA_WEIGHTS).chmod(0o644)  # safetensors writes 0600, which shared disks cannot use
+    (folder / LORA_WEIGHTS).chmod(0o644)  # safetensors writes 0600, unreadable to others on a shared disk

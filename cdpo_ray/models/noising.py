@@ -1,4 +1,4 @@
-"""Clean latents -> noisy latents and the target of the denoiser."""
+"""Clean latents -> noisy latents and the denoiser's target."""
 
 from typing import Literal
 
@@ -13,10 +13,10 @@ def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
     Args:
         latents, noise: ``[sample, channel, height, width]``.
-        alpha_bar: ``[sample]`` fp32, cumulative product of ``1 - beta_t`` at the sample's timestep.
+        alpha_bar: ``[sample]`` fp32, cumulative product of ``1 - beta_t`` at each sample's timestep.
 
     Returns:
-        ``[sample, channel, height, width]`` in the type of ``latents``.
+        ``[sample, channel, height, width]`` in the dtype of ``latents``.
 
     Source: arXiv:2006.11239, equation 4.
     """
@@ -25,12 +25,19 @@ def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def denoising_target(latents: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: PredictionType) -> Tensor:
-    """What the denoiser should put out: the noise, or ``v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0``.
+    """Target of the denoiser: the noise, or ``v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0``.
 
-    Shapes as in `add_noise`; returns fp32. Source: arXiv:2006.11239 (epsilon), arXiv:2202.00512 section 4 (v).
+    Args:
+        latents, noise, alpha_bar: as in `add_noise`.
+        prediction_type: ``epsilon`` or ``v_prediction``.
+
+    Returns:
+        ``[sample, channel, height, width]`` fp32.
 
     Raises:
-        ValueError: for any other prediction type.
+        ValueError: if ``prediction_type`` is any other.
+
+    Source: arXiv:2006.11239 (epsilon); arXiv:2202.00512, section 4 (v).
     """
     if prediction_type == "epsilon":
         return noise.float()
@@ -57,7 +64,7 @@ def flow_interpolant(latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
 
 
 def flow_velocity(latents: Tensor, noise: Tensor) -> Tensor:
-    """``eps - x0``, the velocity along that path: ``[sample, channel, height, width]`` fp32."""
+    """``eps - x0``, the velocity along `flow_interpolant`'s path: ``[sample, channel, height, width]`` fp32."""
     return noise.float() - latents.float()
 
 

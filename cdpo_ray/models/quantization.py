@@ -13,18 +13,21 @@ INT8_MAX = 127
 
 @torch.no_grad()
 def quantize_linears(net: nn.Module, storage: str, device: str) -> None:
-    """Replace every linear layer of a frozen net, in place and one by one: the device never holds the unquantised net.
+    """Quantise every linear layer of a frozen module, in place and one by one.
 
-    Convolutions, norms, embeddings and biases keep their dtype. Only weights are rounded, not activations, so that a
-    sample's output does not depend on the rest of its batch and is a smooth function of a LoRA.
+    The device never holds the unquantised module. Convolutions, norms, embeddings and biases keep their dtype. Only
+    weights are rounded, not activations, so that a sample's output does not depend on the rest of its batch and is a
+    smooth function of a LoRA.
 
     Args:
-        storage: ``int8``: `Int8Linear`. ``nf4``: 4-bit NormalFloat in blocks of 64, whose scales are 8-bit in blocks of
-            256 (arXiv:2305.14314), by bitsandbytes.
-        device: where the quantised layers are put.
+        storage: ``int8``: `Int8Linear`. ``nf4``: 4-bit NormalFloat of bitsandbytes, in blocks of 64 with 8-bit scales
+            in blocks of 256.
+        device: device of the quantised layers.
 
     Raises:
-        ModelError: bitsandbytes is not installed.
+        ModelError: if ``nf4`` is chosen and bitsandbytes is not installed.
+
+    Source: arXiv:2305.14314 (nf4).
     """
     make = {"int8": Int8Linear, "nf4": _nf4_linear}[storage]
     for parent in list(net.modules()):
@@ -34,14 +37,14 @@ def quantize_linears(net: nn.Module, storage: str, device: str) -> None:
 
 
 class Int8Linear(nn.Linear):
-    """A frozen linear layer with 8-bit weights, one scale per output channel: ``weight * scale`` is the weight.
+    """Frozen linear layer with 8-bit weights and one fp32 scale per output channel; the weight is ``weight * scale``.
 
-    The product is computed in the input's dtype. Backward multiplies by the weights again instead of keeping a
-    dequantised copy of them.
+    The product is computed in the input's dtype. The backward pass dequantises the weights again instead of keeping a
+    copy of them.
 
     Args:
-        layer: the layer to quantise; its weight is not kept.
-        device: where the quantised layer is put.
+        layer: layer to quantise; its weight is not kept.
+        device: device of the quantised layer.
     """
 
     scale: Tensor
@@ -60,7 +63,7 @@ class Int8Linear(nn.Linear):
 
 
 class _Int8Product(torch.autograd.Function):
-    """``input @ (weight * scale).T + bias``; differentiable in the input alone."""
+    """``input @ (weight * scale).T + bias``; differentiable in the input only."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,9 +98,9 @@ def _nf4_linear(layer: nn.Linear, device: str) -> nn.Linear:
     )
     quantized.weight = Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4", module=quantized)
     quantized.bias = _frozen_bias(layer, device)  # type: ignore[assignment]
-    # With AVX512-BF16, a CPU forward without gradients would repack the weights for a kernel that has no backward.
+    # with AVX512-BF16, a CPU forward pass without gradients would repack the weights for a kernel without a backward
     quantized.support_avx512bf16_for_cpu = False
-    moved: nn.Linear = quantized.to(device)  # bitsandbytes quantises on this move
+    moved: nn.Linear = quantized.to(device)  # bitsandbytes quantises during this move
     return moved
 
 

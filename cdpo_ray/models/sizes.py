@@ -1,4 +1,4 @@
-"""Model on the disk -> sizes of its images and latents; needs no torch."""
+"""Model folder -> sizes of its images and latents; does not import torch."""
 
 import json
 from dataclasses import dataclass
@@ -7,12 +7,18 @@ from pathlib import Path
 from cdpo_ray.testbed import PIPELINE_DIR
 
 BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
-HUB_LATENT_CHANNELS = {"stable_diffusion_3": 16, "flux": 16}  # of a family's published models; others have 4
+HUB_LATENT_CHANNELS = {"stable_diffusion_3": 16, "flux": 16}  # published models; 4 in all other families
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Pixels of an image, channels of its latents, and pixels that a latent value spans on a side."""
+    """Sizes of an image and its latents.
+
+    Attributes:
+        height, width: of the image, in pixels.
+        latent_channels: number of channels of the latents.
+        factor: pixels per latent value along each side.
+    """
 
     height: int
     width: int
@@ -21,19 +27,22 @@ class Sizes:
 
     @property
     def num_latent_values(self) -> int:
-        """Of one image."""
+        """Number of latent values of one image."""
         return self.latent_channels * (self.height // self.factor) * (self.width // self.factor)
 
     def latent_bytes(self, dtype: str) -> int:
-        """Of one image."""
+        """Size of one image's latents in bytes."""
         return self.num_latent_values * BYTES_OF[dtype]
 
 
 def sizes_of(family: str, path: str, height: int | None, width: int | None) -> Sizes | None:
-    """Sizes by a model's folder, or those usual for a hub id; none where a hub id's image size is not given.
+    """Sizes from a model folder, or those of the family's published models for a hub id.
 
     Args:
-        height, width: of the images, in pixels; none: the model's own.
+        height, width: image size in pixels; `None`: the model's native size.
+
+    Returns:
+        `None` for a hub id without an image size.
     """
     folder = PIPELINE_DIR if path == "embedded" else Path(path)
     if not folder.is_dir():
@@ -41,5 +50,5 @@ def sizes_of(family: str, path: str, height: int | None, width: int | None) -> S
     vae = json.loads((folder / "vae" / "config.json").read_text())
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     (denoiser,) = (folder / name / "config.json" for name in ("unet", "transformer") if (folder / name).is_dir())
-    native = json.loads(denoiser.read_text()).get("sample_size", 128) * factor  # FLUX's has none; its pipeline says 128
+    native = json.loads(denoiser.read_text()).get("sample_size", 128) * factor  # FLUX has no key; its pipeline uses 128
     return Sizes(height or native, width or native, vae["latent_channels"], factor)

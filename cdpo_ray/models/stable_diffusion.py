@@ -1,4 +1,4 @@
-"""The Stable Diffusion family (SD1.5, SD2.1 and their like): a latent diffusion model with one text encoder."""
+"""The Stable Diffusion family (SD1.5, SD2.1 and similar): a latent diffusion model with one text encoder."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from cdpo_ray.testbed import PIPELINE_DIR
 
 
 class StableDiffusion(TextToImageModel):
-    """DDIM sampling; epsilon or v prediction, as the model's own scheduler says."""
+    """DDIM sampling; epsilon or v prediction, as the model's scheduler configures."""
 
     family = "stable_diffusion"
     pipeline_class = StableDiffusionPipeline
@@ -24,7 +24,7 @@ class StableDiffusion(TextToImageModel):
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
         super().__init__(pipeline, dtype=dtype, device=device)
-        # a sampler of another kind may not say that latents, which have no bounds, must not be clipped
+        # the configuration of another scheduler class may lack `clip_sample`; latents are unbounded
         pipeline.scheduler = self.scheduler_class.from_config(pipeline.scheduler.config, clip_sample=False)
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.to(device)
         self.prediction_type = pipeline.scheduler.config.prediction_type
@@ -36,7 +36,7 @@ class StableDiffusion(TextToImageModel):
         return {"prompt_embedding": embeddings}, tokens_cut(self.pipeline.tokenizer, prompts)
 
     def draw_times(self, generator: torch.Generator) -> Times:
-        """Uniform over the 1000 timesteps."""
+        """Uniform timestep, 0 to 999."""
         return {"timestep": torch.randint(NUM_TIMESTEPS, (), generator=generator)}
 
     def denoising_task(
@@ -61,6 +61,10 @@ class StableDiffusion(TextToImageModel):
 
 
 def tokens_cut(tokenizer: Any, prompts: list[str], limit: int | None = None) -> list[int]:
-    """How many tokens of each prompt are beyond the tokenizer's limit, or another."""
+    """Number of tokens of each prompt that are truncated.
+
+    Args:
+        limit: maximum number of tokens; `None`: the tokenizer's.
+    """
     lengths = [len(ids) for ids in tokenizer(prompts, truncation=False, verbose=False).input_ids]
     return [max(0, length - (limit or tokenizer.model_max_length)) for length in lengths]

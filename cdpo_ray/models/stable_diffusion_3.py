@@ -12,7 +12,7 @@ MAX_T5_TOKENS = 256
 
 
 class StableDiffusion3(FlowMatchingModel):
-    """Euler sampling by the model's own scheduler."""
+    """Euler sampling with the model's scheduler."""
 
     family = "stable_diffusion_3"
     pipeline_class = StableDiffusion3Pipeline
@@ -29,9 +29,10 @@ class StableDiffusion3(FlowMatchingModel):
                 do_classifier_free_guidance=False,
                 max_sequence_length=MAX_T5_TOKENS,
             )
-        longest_reader = self.pipeline.tokenizer_3 or self.pipeline.tokenizer
+        longest_tokenizer = self.pipeline.tokenizer_3 or self.pipeline.tokenizer
         limit = MAX_T5_TOKENS if self.pipeline.tokenizer_3 else None
-        return {"prompt_embedding": embeddings, "pooled_embedding": pooled}, tokens_cut(longest_reader, prompts, limit)
+        num_tokens_cut = tokens_cut(longest_tokenizer, prompts, limit)
+        return {"prompt_embedding": embeddings, "pooled_embedding": pooled}, num_tokens_cut
 
     def predict(self, denoiser: Net, task: DenoisingTask) -> Tensor:
         prediction: Tensor = denoiser(

@@ -1,4 +1,4 @@
-"""The SDXL family: a latent diffusion model with two text encoders, told of the image's size."""
+"""The SDXL family: a latent diffusion model with two text encoders, conditioned on the image size."""
 
 import functools
 from typing import ClassVar
@@ -12,7 +12,7 @@ from cdpo_ray.models.stable_diffusion import StableDiffusion, tokens_cut
 
 
 class StableDiffusionXL(StableDiffusion):
-    """DDIM sampling, as Stable Diffusion; the net also sees a pooled embedding and the image's size."""
+    """DDIM sampling, as in `StableDiffusion`; further inputs are a pooled embedding and the image size."""
 
     family = "stable_diffusion_xl"
     pipeline_class = StableDiffusionXLPipeline
@@ -26,14 +26,14 @@ class StableDiffusionXL(StableDiffusion):
             embeddings, _, pooled, _ = self.pipeline.encode_prompt(
                 prompts, device=self.device, do_classifier_free_guidance=False
             )
-        # Both encoders read the same words with the same limit.
+        # both tokenizers have the same vocabulary and limit
         return {"prompt_embedding": embeddings, "pooled_embedding": pooled}, tokens_cut(
             self.pipeline.tokenizer, prompts
         )
 
     @functools.cached_property
     def empty_conditioning(self) -> Conditioning:
-        """Of the empty prompt, as the model's own pipeline has it: zeros, where its configuration says so."""
+        """Conditioning of the empty prompt; zeros if the pipeline's ``force_zeros_for_empty_prompt`` is set."""
         encoded, _ = self.encode_prompts([""])
         if self.pipeline.config.force_zeros_for_empty_prompt:
             return {name: torch.zeros_like(value) for name, value in encoded.items()}
@@ -49,7 +49,7 @@ class StableDiffusionXL(StableDiffusion):
         return mean.to(self.dtype), std.to(self.dtype)
 
     def _upcast_vae(self) -> None:
-        """Run a VAE that overflows in fp16 in fp32, as its configuration asks; bf16 has the range of fp32."""
+        """Run a VAE with ``force_upcast`` in fp32: it overflows in fp16; bf16 has the range of fp32."""
         if self.dtype == torch.float16 and self.pipeline.vae.config.force_upcast:
             self.pipeline.vae.float()
 
@@ -67,11 +67,11 @@ class StableDiffusionXL(StableDiffusion):
         return prediction
 
     def size_ids(self, latents: Tensor) -> Tensor:
-        """``[sample, 6]``: the image's own size, uncropped, for which it was made. Source: arXiv:2307.01952."""
+        """Original size, crop offset and target size, ``[sample, 6]``; uncropped. Source: arXiv:2307.01952."""
         height, width = (side * self.pipeline.vae_scale_factor for side in latents.shape[-2:])
         return _size_ids(height, width, latents.device, latents.dtype).expand(len(latents), -1)
 
 
-@functools.lru_cache(maxsize=8)  # copying it from host memory in every forward would synchronise with the GPU
+@functools.lru_cache(maxsize=8)  # a copy from host memory in every forward pass would synchronise with the GPU
 def _size_ids(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor([height, width, 0, 0, height, width], device=device, dtype=dtype)

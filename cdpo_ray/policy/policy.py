@@ -101,7 +101,7 @@ def _lora_policy(
 
     def begin_stage(stage: int) -> None:
         capacity = capacities[stage - 1]
-        growth.let_learn(capacity.rank, capacity.block_share)
+        growth.set_capacity(capacity.rank, capacity.block_share)
 
     return Policy(model, denoiser, reference, trainable, begin_stage)
 

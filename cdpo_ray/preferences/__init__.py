@@ -1,1 +1,1 @@
-"""Preferences that people have -> samples."""
+"""Human preference data -> samples."""

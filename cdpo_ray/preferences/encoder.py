@@ -1,4 +1,4 @@
-"""Rows with pixels -> rows of samples: each image through the VAE once, its posterior kept."""
+"""Rows with pixels -> rows of samples: each image is encoded once, and its posterior stored."""
 
 import json
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ class Encoder:
     """Rows with pixels -> rows of samples (`records`: 1-samples); a plain class that an actor pool wraps.
 
     Args:
-        family, model: name in `FAMILIES` and the arguments of its ``load``.
-        images_per_batch: images that go through the VAE at once.
-        make_scores: builds the judges that score the images; none: no score columns.
-        set_aside_dir: takes images whose latents are not finite; a row that has fewer than two others is left out.
-        keep_images: keep the pixels of each image, as it is trained on; the task that writes them encodes them as PNG.
+        family, model: name in `FAMILIES` and arguments of its ``load``.
+        images_per_batch: number of images per VAE forward pass.
+        make_scores: builds the judges that score the images; `None`: no score columns.
+        keep_images: keep the pixels used in training; the writing task encodes them as PNG.
+        set_aside_dir: folder that lists images with non-finite latents; a row with fewer than two others is dropped.
     """
 
     def __init__(
@@ -76,18 +76,18 @@ class Encoder:
             for name in batches[0]:
                 values = np.concatenate([batch[name] for batch in batches])
                 rows = rows.append_column(score_column(name), list_column(values, num_samples, pa.float64()))
-        return rows if finite.all() else self._refused(rows, finite.reshape(-1, num_samples))
+        return rows if finite.all() else self._quarantined(rows, finite.reshape(-1, num_samples))
 
-    def _refused(self, rows: pa.Table, finite: NDArray[np.bool_]) -> pa.Table:
-        """Name the images whose latents are not finite, and take what people said of them, so that they form no pair.
+    def _quarantined(self, rows: pa.Table, finite: NDArray[np.bool_]) -> pa.Table:
+        """Quarantine images with non-finite latents, and remove their labels and scores, so that they form no pair.
 
         Args:
             finite: ``[row, sample]``.
         """
-        for row, of_row in zip(rows.select(["prompt_index", "prompt"]).to_pylist(), finite, strict=True):
+        for row, is_finite in zip(rows.select(["prompt_index", "prompt"]).to_pylist(), finite, strict=True):
             reasons = [
-                f"image {place} of row {row['prompt_index'] + 1}: its latents are not finite; try another `model.dtype`"
-                for place in np.flatnonzero(~of_row).tolist()
+                f"image {index} of row {row['prompt_index'] + 1}: latents are not finite; try another `model.dtype`"
+                for index in np.flatnonzero(~is_finite).tolist()
             ]
             if reasons:
                 path = self.set_aside_dir / f"latents-{row['prompt_index']:012d}.jsonl"

@@ -1,7 +1,4 @@
-"""Preference files -> rows: which image of a prompt was preferred, and where the images lie.
-
-Importable without torch and ray; images are not opened here.
-"""
+"""Preference files -> rows with preference and image locations; imports neither torch nor ray, opens no image."""
 
 import codecs
 import contextlib
@@ -35,28 +32,28 @@ from cdpo_ray.preferences.formats import (
 from cdpo_ray.preferences.values import URL, image_of, is_false, name_of, number_of, prompt_of
 from cdpo_ray.store import files_sha256, refuse_special_file
 
-ROWS_PER_BLOCK = 256  # read by one task
-ROWS_AT_ONCE = 16  # of Parquet, whose rows hold images
+ROWS_PER_BLOCK = 256  # minimum number of rows per task
+ROWS_PER_BATCH = 16  # of Parquet rows with images
 PAGE_BYTES = 2**20
-"""Read of a column of Parquet at a time, in place of all that a row group holds of it."""
+"""Buffer per Parquet column, instead of the column's whole chunk of a row group."""
 MAX_ROW_GROUP_BYTES = 10**9
 FAULTS_SHOWN = 20
 MAX_FAULT_SHOWN = 2000  # characters
 ROWS_SHOWN = 3
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 RANK = re.compile(r"^(\d+)")
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where preferences lie and how they are read.
+class PreferenceSource:
+    """Location and format of preference files.
 
     Attributes:
-        path: a Parquet or JSONL file, a folder of them, or a pattern (``data/**/train-*.parquet``); of
-            ``ranked_folders``, the folder that holds them.
-        format: a key of `FORMATS`.
-        columns: our name of a column -> its name in the files, where it is another.
-        difficulty: what ranks the images: ``label``, the files' ``score`` or the files' ``rank`` (0 the best).
+        path: a Parquet or JSONL file, a folder of them, or a pattern (``data/**/train-*.parquet``); for
+            ``ranked_folders``, their parent folder.
+        format: key of `FORMATS`.
+        columns: column name of the format -> name in the files, for renamed columns.
+        difficulty: column that ranks the images: ``label``, the files' ``score`` or ``rank`` (0 is best).
     """
 
     path: str
@@ -65,19 +62,20 @@ class Source:
     difficulty: str = "label"
 
     def column(self, name: str) -> str:
-        """Its name in the files."""
+        """Name of a column in the files."""
         return self.columns.get(name, name)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One judgement.
+    """A judged group of images.
 
     Attributes:
-        file, number: where it stands; lines and rows count from 1, of a ranked folder it is 1.
-        images: bytes of each, or a path.
-        labels: of each image, higher is preferred; equal in a tie.
-        scores: of each image, higher is better: what ranks them, see `Source.difficulty`.
+        file, number: path of the file and number of the line or row, from 1; 1 for a ranked folder.
+        prompt: prompt of the images.
+        images: bytes or path of each image.
+        labels: label of each image, higher is preferred; equal in a tie.
+        scores: score of each image that ranks them, higher is better; see `PreferenceSource.difficulty`.
     """
 
     file: str
@@ -90,7 +88,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a row, or with an image of it."""
+    """Reason why a row, or an image of it, is unusable."""
 
     file: str
     number: int
@@ -105,10 +103,11 @@ class Chunk:
     """Rows that are read together.
 
     Attributes:
-        start: byte offset of the first line, or the row group of Parquet.
-        num_rows: rows, or lines, some of which may be empty.
-        first_number: of the first row within its file.
-        first_index: of the first row within all files.
+        path: of the file or ranked folder.
+        start: byte offset of the first line, or index of the Parquet row group.
+        num_rows: number of rows or lines; lines may be empty.
+        first_number: number of the first row in its file, from 1.
+        first_index: index of the first row in all files, from 0.
     """
 
     path: str
@@ -120,15 +119,17 @@ class Chunk:
 
 @dataclass
 class Scan:
-    """All files, without their images.
+    """Contents of all files, without the images.
 
     Attributes:
-        prompts: of each row that is to be imported.
-        num_tied, num_unlabelled: rows without a preference, which are left out.
-        tied, unlabelled: file and number of the first of them.
-        num_samples: images of the row that has most.
-        faults: rows that cannot be read.
-        warnings: of files that can be read, but badly.
+        chunks: chunks to import.
+        prompts: prompt of each row to import.
+        num_files, num_rows: total numbers.
+        num_tied, num_unlabelled: numbers of rows without a preference, which are skipped.
+        num_samples: maximum number of images per row.
+        tied, unlabelled: file and number of the first of those rows.
+        faults: unreadable rows.
+        warnings: about files that are slow to read.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -145,14 +146,14 @@ class Scan:
 
     @property
     def counts(self) -> str:
-        """What the rows are, for people."""
+        """Summary of the rows, for people."""
         return (
             f"{self.num_rows:,} rows: {len(self.prompts):,} with a preference, {self.num_tied:,} tied,"
             f" {self.num_unlabelled:,} unlabelled, {len(self.faults):,} cannot be read"
         )
 
     def lines(self, *, with_faults: bool = True) -> list[str]:
-        """The counts, the first rows of each kind that is left out, and what else is to be said of the files."""
+        """Lines for people: the counts, the first rows of each kind that is skipped, and warnings."""
         first: dict[str, Sequence[str | Fault]] = {
             "tied": self.tied,
             "unlabelled": self.unlabelled,
@@ -164,37 +165,40 @@ class Scan:
             *self.warnings,
         ]
 
-    def refuse_unusable(self, source: "Source", max_bad_fraction: float) -> None:
-        """Refuse files of which too many rows cannot be read, or none has a preference.
+    def refuse_unusable(self, source: "PreferenceSource", max_bad_fraction: float) -> None:
+        """Refuse files with too many unreadable rows, or without a preference.
+
+        Args:
+            max_bad_fraction: maximum share of unreadable rows.
 
         Raises:
-            PreferenceError: with the file and row of the first faults, and how many there are.
+            PreferenceError: with their number, and file and row of the first ones.
         """
         where = f"`preferences.path` {source.path}"
         if len(self.faults) > max_bad_fraction * self.num_rows:
-            shown = "".join(f"\n  {fault}" for fault in self.faults[:FAULTS_SHOWN])
+            listed = "".join(f"\n  {fault}" for fault in self.faults[:FAULTS_SHOWN])
             more = f"\n  and {len(self.faults) - FAULTS_SHOWN:,} more" if len(self.faults) > FAULTS_SHOWN else ""
             raise PreferenceError(
                 f"{where}: {len(self.faults):,} of {self.num_rows:,} rows cannot be read, more than"
-                f" `preferences.max_bad_fraction` = {max_bad_fraction}; mend or remove them, or raise it:{shown}{more}"
+                f" `preferences.max_bad_fraction` = {max_bad_fraction}; fix or remove them, or raise it:{listed}{more}"
             )
         if not self.prompts:
-            raise PreferenceError(f"{where}: no row can be trained on; {self.counts}")
+            raise PreferenceError(f"{where}: must have a row with a preference, got {self.counts}")
 
 
-def scan(source: Source, *, with_images: bool = False) -> Scan:
+def scan(source: PreferenceSource, *, with_images: bool = False) -> Scan:
     """Read everything but the images.
 
     Args:
-        with_images: see whether each image that is to be imported is there; it is not opened.
+        with_images: check that each image to import exists; images are not opened.
 
     Raises:
-        PreferenceError: no file is there, a file cannot be read, or lacks a column.
+        PreferenceError: if there is no file, or a file is unreadable or lacks a column.
     """
     columns = FORMATS[source.format]
     if columns and (unknown := [name for name in source.columns if name not in columns.names]):
         raise PreferenceError(
-            f"`preferences.columns` must rename some of {', '.join(columns.names)} (our name: yours),"
+            f"`preferences.columns` must map some of {', '.join(columns.names)} to names in the files,"
             f" got {', '.join(unknown)}"
         )
     found = Scan()
@@ -204,35 +208,35 @@ def scan(source: Source, *, with_images: bool = False) -> Scan:
         for chunk in _chunks(path, source):
             _scan_chunk(chunk, source, found, with_images=with_images)
     if not found.num_rows:
-        raise PreferenceError(f"`preferences.path` {source.path}: has no rows")
+        raise PreferenceError(f"`preferences.path` {source.path}: must have rows, got none")
     return found
 
 
-def files_of(source: Source) -> list[Path]:
-    """The files, or the ranked folders, in the order of their names.
+def files_of(source: PreferenceSource) -> list[Path]:
+    """Files or ranked folders, sorted by name.
 
     Raises:
-        PreferenceError: there is none.
+        PreferenceError: if there are none.
     """
     where = f"`preferences.path` {source.path}"
     if URL.match(source.path):
-        raise PreferenceError(f"{where}: is a URL; download the files first, and give their folder")
+        raise PreferenceError(f"{where}: is a URL; download the files, and give their folder")
     if source.format == "ranked_folders":
         found = sorted(Path(path) for path in glob.glob(f"{glob.escape(source.path)}/*/"))
-        wanted = "a folder that holds a folder a prompt"
+        wanted = "a folder that holds one folder per prompt"
     else:
         found = _tables(source.path)
         wanted = "a Parquet or JSONL file, a folder of them, or a pattern such as data/**/train-*.parquet"
     if not found:
-        raise PreferenceError(f"{where}: nothing is there: {looked_for(source.path)}; give {wanted}")
+        raise PreferenceError(f"{where}: not found: {looked_for(source.path)}; give {wanted}")
     return found
 
 
 def _tables(text: str) -> list[Path]:
-    """Files that a path, a folder or a pattern stands for, each once whatever links lead to it; hidden ones are not.
+    """Files of a path, a folder or a pattern, without hidden ones; each once, even if several links lead to it.
 
     Raises:
-        PreferenceError: a folder was given that holds none.
+        PreferenceError: if a folder holds none.
     """
     found: dict[Path, Path] = {}
     matches = list(map(Path, _matches(text)))
@@ -240,32 +244,32 @@ def _tables(text: str) -> list[Path]:
         files = [path]
         if path.is_dir():
             within = map(Path, glob.glob(f"{glob.escape(str(path))}/**", recursive=True))
-            there = [file for file in within if file.is_file()]
-            files = [file for file in there if is_table(file)]
+            present = [file for file in within if file.is_file()]
+            files = [file for file in present if is_table(file)]
             if not files and matches == [path]:
-                raise no_tables(path, there)
+                raise no_tables(path, present)
         elif not path.is_file():
-            raise PreferenceError(f"{path}: is no regular file, or a link to none; give a file")
+            raise PreferenceError(f"{path}: is not a regular file, or is a broken link; give a file")
         for table in files:
             found.setdefault(table.resolve(), table)
     return sorted(found.values())
 
 
 def _matches(text: str) -> list[str]:
-    """What lies at a path or fits a pattern; what is there is no pattern, so that `set [v2]/*` is found."""
-    there = next(path for path in (Path(text), *Path(text).parents) if os.path.exists(path))
-    pattern = Path(text).relative_to(there)
-    return sorted(glob.glob(str(Path(glob.escape(str(there)), pattern)), recursive=True))
+    """Paths that match a path or pattern; existing parents are taken literally, so that `set [v2]/*` is found."""
+    existing = next(path for path in (Path(text), *Path(text).parents) if os.path.exists(path))
+    pattern = Path(text).relative_to(existing)
+    return sorted(glob.glob(str(Path(glob.escape(str(existing)), pattern)), recursive=True))
 
 
-def fingerprint(source: Source) -> str:
-    """SHA-256 of all files, and of the images that they name: what a finished import is compared with.
+def fingerprint(source: PreferenceSource) -> str:
+    """SHA-256 of all files and the images that they name, which identifies a finished import's input.
 
-    Names count from the folder that all files lie in, so that a set may be moved.
+    Names are relative to the files' common folder, so that a set may be moved.
 
     Raises:
         PreferenceError: as `scan`.
-        StoreError: a file was changed while it was read.
+        StoreError: if a file changed while it was read.
     """
     paths, files = [path.absolute() for path in files_of(source)], dict[str, Path]()
     root = os.path.commonpath([path.parent for path in paths])
@@ -280,8 +284,8 @@ def fingerprint(source: Source) -> str:
     return files_sha256(files, where=f"`preferences.path` {source.path}")
 
 
-def _named_images(chunk: Chunk, source: Source) -> Iterator[str]:
-    """Paths of the images that rows name; images that a file holds itself are not read."""
+def _named_images(chunk: Chunk, source: PreferenceSource) -> Iterator[str]:
+    """Paths of the images that rows name; images inside the file are not read."""
     path, columns = Path(chunk.path), FORMATS[source.format]
     assert columns is not None, "a ranked folder holds its images"
     names = [source.column(name) for name in columns.images]
@@ -294,21 +298,21 @@ def _named_images(chunk: Chunk, source: Source) -> Iterator[str]:
         rows = [values for _, values in _values(chunk, source, images=True)]
     for row in rows:
         for name in names if isinstance(row, dict) else ():
-            with contextlib.suppress(ValueError):  # no image, which the import reports
+            with contextlib.suppress(ValueError):  # the import reports it
                 image = image_of(row, name, path.parent)
                 if isinstance(image, str):
                     yield image
 
 
 def _path_leaf(field: pa.Field) -> str | None:
-    """The column of Parquet that holds the paths of a column of images; ``None``: it holds bytes alone."""
+    """Parquet leaf column with the paths of a column of images; `None`: it holds bytes only."""
     if pa.types.is_struct(field.type):
         return f"{field.name}.path" if field.type.get_field_index("path") >= 0 else None
     return None if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type) else str(field.name)
 
 
-def read_rows(chunk: Chunk, source: Source) -> Iterator[Row | Fault]:
-    """The rows of a chunk that are to be imported, with their images or the paths to them; ties are left out."""
+def read_rows(chunk: Chunk, source: PreferenceSource) -> Iterator[Row | Fault]:
+    """Yield the rows of a chunk to import, with the bytes or paths of their images; ties are skipped."""
     for number, values in _values(chunk, source, images=True):
         row = _row(chunk.path, number, values, source)
         if isinstance(row, Fault) or (row is not None and len(set(row.labels)) > 1):
@@ -316,7 +320,7 @@ def read_rows(chunk: Chunk, source: Source) -> Iterator[Row | Fault]:
 
 
 def blocks_of(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """Chunks that one task reads, in their order: a ranked folder alone would be too little for one."""
+    """Group chunks, in order, into blocks of one task each: a single ranked folder would be too small."""
     block: list[Chunk] = []
     for chunk in chunks:
         block.append(chunk)
@@ -327,8 +331,8 @@ def blocks_of(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
         yield block
 
 
-def _scan_chunk(chunk: Chunk, source: Source, found: Scan, *, with_images: bool) -> None:
-    """Add what a chunk holds."""
+def _scan_chunk(chunk: Chunk, source: PreferenceSource, found: Scan, *, with_images: bool) -> None:
+    """Add a chunk's rows to ``found``."""
     last = found.chunks[-1] if found.chunks else None
     found.chunks.append(replace(chunk, first_index=last.first_index + last.num_rows if last else 0))
     reads_images = not is_parquet(Path(chunk.path)) or (with_images and _may_lack_images(chunk, source))
@@ -350,8 +354,8 @@ def _scan_chunk(chunk: Chunk, source: Source, found: Scan, *, with_images: bool)
             found.num_samples = max(found.num_samples, len(row.labels))
 
 
-def _may_lack_images(chunk: Chunk, source: Source) -> bool:
-    """Whether a row group of Parquet names files of images, or says that it lacks some; their bytes are not read."""
+def _may_lack_images(chunk: Chunk, source: PreferenceSource) -> bool:
+    """Whether a Parquet row group names image files, or has null images by its statistics; their bytes are not read."""
     file, columns = _open_parquet(Path(chunk.path), source), FORMATS[source.format]
     assert columns is not None, "a ranked folder is no table"
     names = [source.column(name) for name in columns.images]
@@ -375,8 +379,8 @@ def _keep_first(rows: list[str], row: str) -> None:
         rows.append(row)
 
 
-def _large_row_groups(path: Path, source: Source) -> Iterator[str]:
-    """What is to be said of row groups that hold too much for one task to read."""
+def _large_row_groups(path: Path, source: PreferenceSource) -> Iterator[str]:
+    """Warning about row groups that are too large for one task."""
     if source.format == "ranked_folders" or not is_parquet(path):
         return
     metadata = _open_parquet(path, source).metadata
@@ -385,11 +389,11 @@ def _large_row_groups(path: Path, source: Source) -> Iterator[str]:
     if largest and largest.total_byte_size > MAX_ROW_GROUP_BYTES:
         yield (
             f"{path}: has a row group of {largest.num_rows:,} rows and {largest.total_byte_size / 1e9:.1f} GB, which"
-            f" one task reads alone, slowly and with much memory; write smaller ones: {with_small_row_groups(path)}"
+            f" a single task reads slowly and with much memory; write smaller ones: {with_small_row_groups(path)}"
         )
 
 
-def _chunks(path: Path, source: Source) -> Iterator[Chunk]:
+def _chunks(path: Path, source: PreferenceSource) -> Iterator[Chunk]:
     if source.format == "ranked_folders":
         yield Chunk(str(path), 0, 1, 1, 0)
     elif is_parquet(path):
@@ -403,7 +407,7 @@ def _chunks(path: Path, source: Source) -> Iterator[Chunk]:
         with _refusing_damage(path), _open_lines(path) as handle:
             lines, number, offset = list(islice(handle, ROWS_PER_BLOCK)), 1, 0
             _refuse_other_objects(path, lines, source)
-            if lines and _is_packed(path):  # one chunk: a line is found only by unpacking all before it
+            if lines and _is_compressed(path):  # one chunk: seeking needs decompression of everything before
                 yield Chunk(str(path), 0, len(lines) + sum(1 for _ in handle), 1, 0)
                 return
             while lines:
@@ -414,30 +418,30 @@ def _chunks(path: Path, source: Source) -> Iterator[Chunk]:
         raise other_kind(path)
 
 
-def _is_packed(path: Path) -> bool:
+def _is_compressed(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
 def _open_lines(path: Path) -> Any:
-    return gzip.open(path) if _is_packed(path) else path.open("rb")
+    return gzip.open(path) if _is_compressed(path) else path.open("rb")
 
 
 @contextmanager
 def _refusing_damage(path: Path) -> Iterator[None]:
-    """Turn what reading a damaged file raises into an error that names it.
+    """Turn errors of reading a damaged file into one that names it.
 
     Raises:
-        PreferenceError: the file cannot be read.
+        PreferenceError: if the file is unreadable.
     """
     try:
         yield
     except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise PreferenceError(f"{path}: cannot be read: {reason}; fetch or write it again") from None
+        raise PreferenceError(f"{path}: cannot be read: {reason}; download or write it again") from None
 
 
-def _values(chunk: Chunk, source: Source, *, images: bool) -> Iterator[tuple[int, Any]]:
-    """Number and columns of each row, a `ValueError` in place of what cannot be read; empty lines are no rows."""
+def _values(chunk: Chunk, source: PreferenceSource, *, images: bool) -> Iterator[tuple[int, Any]]:
+    """Yield number and columns of each row, or a `ValueError` if it is unreadable; empty lines are skipped."""
     path = Path(chunk.path)
     if source.format == "ranked_folders":
         yield 1, _ranked_folder(path)
@@ -446,9 +450,9 @@ def _values(chunk: Chunk, source: Source, *, images: bool) -> Iterator[tuple[int
         if is_parquet(path):
             file = _open_parquet(path, source)
             columns = _wanted(source, images=images) + _has_label(source, file)
-            at_once = {"batch_size": ROWS_AT_ONCE} if images else {}
+            batch_size = {"batch_size": ROWS_PER_BATCH} if images else {}
             number = chunk.first_number
-            for batch in file.iter_batches(**at_once, row_groups=[chunk.start], columns=columns):
+            for batch in file.iter_batches(**batch_size, row_groups=[chunk.start], columns=columns):
                 for row in range(batch.num_rows):
                     yield number, _record(batch, row)
                     number += 1
@@ -476,7 +480,7 @@ def _json_object(line: bytes) -> Any:
         values = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return _not_utf8(error)
-    except (ValueError, RecursionError) as error:  # the latter of lists within lists within ...
+    except (ValueError, RecursionError) as error:  # the latter: deep nesting
         return ValueError(f"is not JSON: {error}")
     return values if isinstance(values, dict) else ValueError(f"must be an object, got {type(values).__name__}")
 
@@ -485,14 +489,14 @@ def _not_utf8(error: UnicodeDecodeError) -> ValueError:
     return ValueError(f"is not UTF-8 (byte {error.object[error.start]:#04x})")
 
 
-def _refuse_other_objects(path: Path, lines: Sequence[bytes], source: Source) -> None:
-    """Refuse a file of which none of the first lines has a column that is needed."""
-    bare = [_line(line, first=number == 0) for number, line in enumerate(lines)]
-    objects = [values for values in map(_json_object, filter(None, bare)) if isinstance(values, dict)]
-    there = dict.fromkeys(name for values in objects for name in values)
-    if there and (absent := [name for name in _wanted(source, images=True) if name not in there]):
-        raise missing_columns(path, absent, there)
-    if not there and bare and bare[0].startswith(b"["):
+def _refuse_other_objects(path: Path, lines: Sequence[bytes], source: PreferenceSource) -> None:
+    """Refuse a file if a required column is in none of its first lines."""
+    stripped = [_line(line, first=number == 0) for number, line in enumerate(lines)]
+    objects = [values for values in map(_json_object, filter(None, stripped)) if isinstance(values, dict)]
+    present = dict.fromkeys(name for values in objects for name in values)
+    if present and (absent := [name for name in _wanted(source, images=True) if name not in present]):
+        raise missing_columns(path, absent, present)
+    if not present and stripped and stripped[0].startswith(b"["):
         raise other_kind(path)
 
 
@@ -502,17 +506,17 @@ def _ranked_folder(folder: Path) -> Any:
         prompt = (folder / "prompt.txt").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         return ValueError(f"`prompt.txt` cannot be read: {error}")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
     ranks = [RANK.match(path.name) for path in paths]
     if unranked := [path.name for path, rank in zip(paths, ranks, strict=True) if rank is None]:
-        return ValueError(f"names must begin with the rank, 0 the best, got {', '.join(unranked[:3])}")
+        return ValueError(f"names must start with the rank, 0 for the best, got {', '.join(unranked[:3])}")
     if len(paths) < 2:
         return ValueError(f"must hold at least 2 images, got {len(paths)}")
     return {"prompt": prompt, "images": list(map(str, paths)), "labels": [-float(rank[1]) for rank in ranks if rank]}
 
 
-def _row(file: str, number: int, values: Any, source: Source, *, images: bool = True) -> Row | Fault | None:
-    """A row, what is wrong with it, or none where nobody judged; a tie, or without ``images``, has no images."""
+def _row(file: str, number: int, values: Any, source: PreferenceSource, *, images: bool = True) -> Row | Fault | None:
+    """Parse a row; a fault if invalid, `None` if unlabelled. Ties, and rows without ``images``, have no images."""
     try:
         if isinstance(values, ValueError):
             raise values
@@ -540,7 +544,7 @@ def _row(file: str, number: int, values: Any, source: Source, *, images: bool = 
         return Fault(file, number, str(error))
 
 
-def _wanted(source: Source, *, images: bool) -> list[str]:
+def _wanted(source: PreferenceSource, *, images: bool) -> list[str]:
     columns = FORMATS[source.format]
     assert columns is not None, "a ranked folder is no table"
     wanted = [columns.prompt, *(columns.labels or ()), *(columns.images if images else ())]
@@ -548,14 +552,14 @@ def _wanted(source: Source, *, images: bool) -> list[str]:
     return [source.column(name) for name in wanted]
 
 
-def _has_label(source: Source, file: pq.ParquetFile) -> list[str]:
-    """The column that says whether anybody judged, where the file has it."""
+def _has_label(source: PreferenceSource, file: pq.ParquetFile) -> list[str]:
+    """Column that marks labelled rows, if the file has it."""
     columns = FORMATS[source.format]
     name = source.column(columns.has_label) if columns and columns.has_label else None
     return [name] if name and name in file.schema_arrow.names else []
 
 
-def _open_parquet(path: Path, source: Source) -> pq.ParquetFile:
+def _open_parquet(path: Path, source: PreferenceSource) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path, buffer_size=PAGE_BYTES, pre_buffer=False)
     except (OSError, pa.ArrowException) as error:
@@ -568,7 +572,7 @@ def _open_parquet(path: Path, source: Source) -> pq.ParquetFile:
         column = schema.field(name)
         if isinstance(column.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (column.metadata or {}):
             raise PreferenceError(
-                f"{path}: column {name!r} holds objects of {column.type}, which may run code when they are read; it was"
-                " not read; write plain text, numbers or bytes"
+                f"{path}: column {name!r} holds objects of {column.type}, which may run code and were not read; write"
+                " plain strings, numbers or bytes"
             )
     return file

@@ -1,4 +1,4 @@
-"""What preference files call their columns, and what to do with files of another kind."""
+"""Column names of preference formats, and errors for files of other kinds."""
 
 import csv
 import json
@@ -12,20 +12,22 @@ from cdpo_ray.errors import PreferenceError
 from cdpo_ray.preferences.values import shown
 
 COLUMNS_SHOWN = 20
-CHARACTERS_LOOKED_AT = 1_000_000
-"""Of a file of another kind, to name its columns."""
+MAX_CHARACTERS_READ = 1_000_000
+"""Number of characters of an unsupported file that are read to name its columns."""
 
-HEADER_LOOKED_AT = 100_000
+MAX_HEADER_CHARACTERS = 100_000
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What a format calls its columns.
+    """Column names of a format.
 
     Attributes:
-        labels: none: the first image is the preferred one.
-        scores, ranks: of the two images, if the file has them and they are asked for.
-        has_label: false in rows that nobody judged.
+        prompt: column of the prompt.
+        images: columns of the two images.
+        labels: columns of the images' labels; `None`: the first image is preferred.
+        scores, ranks: optional columns of the two images' scores and ranks.
+        has_label: optional column that is false in unlabelled rows.
     """
 
     prompt: str
@@ -63,10 +65,11 @@ FORMATS: dict[str, Columns | None] = {
     ),
     "ranked_folders": None,
 }
-"""A folder a prompt has no columns: `prompt.txt`, and images whose names begin with their rank, 0 the best."""
+"""Format -> columns; `None`: one folder per prompt, with `prompt.txt` and images whose names start with their rank,
+0 for the best."""
 
 TABLES = (".parquet", ".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-"""Endings of files that are read, in lower case."""
+"""Supported file extensions, in lower case."""
 
 _TO_JSONL = 'import pandas; pandas.read_csv({name}, sep="{separator}").to_json({to}, orient="records", lines=True)'
 _TO_PARQUET = "import datasets; datasets.load_from_disk({name}).to_parquet({to})"
@@ -84,63 +87,68 @@ def is_parquet(path: Path) -> bool:
     return path.suffix.lower() == ".parquet"
 
 
-def missing_columns(path: Path, absent: Sequence[str], there: Iterable[str]) -> PreferenceError:
-    """The error of a table that lacks columns: names those that are there, and the format that they fit best."""
-    there = list(there)
-    fits = any(_fits(name, there) for name in FORMATS)
-    advice = _nearest(there) if fits else "; say in `preferences.columns` what they are called"
-    return PreferenceError(f"{path}: has no column {', '.join(map(shown, absent))}, but {_listed(there)}{advice}")
+def missing_columns(path: Path, absent: Sequence[str], present: Iterable[str]) -> PreferenceError:
+    """Error for a table that lacks columns: names those that it has, and the format that they fit.
+
+    Args:
+        absent: missing columns.
+        present: columns of the file.
+    """
+    present = list(present)
+    fits = any(_fits(name, present) for name in FORMATS)
+    advice = _nearest(present) if fits else "; give their names in `preferences.columns`"
+    return PreferenceError(f"{path}: has no column {', '.join(map(shown, absent))}, got {_listed(present)}{advice}")
 
 
 def other_kind(path: Path) -> PreferenceError:
-    """The error of a file that is no table: what it is, and how it is made one."""
+    """Error for a file of an unsupported kind: says what it is, and how to convert it."""
     to = f"{path.name.partition('.')[0]}.jsonl"
-    ending = path.suffix.lower()
-    if ending in (".csv", ".tsv"):
-        separator = {".csv": ",", ".tsv": "\t"}[ending]
-        header = _beginning(path).partition("\n")[0][:HEADER_LOOKED_AT].rstrip("\r")
+    extension = path.suffix.lower()
+    if extension in (".csv", ".tsv"):
+        separator = {".csv": ",", ".tsv": "\t"}[extension]
+        header = _beginning(path).partition("\n")[0][:MAX_HEADER_CHARACTERS].rstrip("\r")
         columns = next(csv.reader([header], delimiter=separator), [])
         command = _command(_TO_JSONL, name=path.name, to=to, separator=separator.replace("\t", "\\t"))
-        what = f"a table of text with the columns {_listed(columns)}{_nearest(columns)}"
-        return PreferenceError(f"{path}: is {what}; write it as JSONL: {command}")
-    if ending in (".json", ".jsonl", ".ndjson"):
+        what = f"a text table with columns {_listed(columns)}{_nearest(columns)}"
+        return PreferenceError(f"{path}: is {what}; convert it to JSONL: {command}")
+    if extension in (".json", ".jsonl", ".ndjson"):
         return _other_json(path, to)
-    if ending == ".arrow" and (path.parent / "dataset_info.json").is_file():
+    if extension == ".arrow" and (path.parent / "dataset_info.json").is_file():
         command = _command(_TO_PARQUET, name=path.parent.name, to=f"{path.parent.name}.parquet")
-        return PreferenceError(f"{path.parent}: is a folder of `save_to_disk`; write it as Parquet: {command}")
+        return PreferenceError(f"{path.parent}: is a `save_to_disk` folder; convert it to Parquet: {command}")
     if path.name.lower().endswith((".tar", ".tar.gz", ".tgz", ".zip")):
         return PreferenceError(
-            f"{path}: is an archive; unpack it, and write a JSONL file beside its images that names them (`prompt`,"
-            " `chosen`, `rejected`), or a ranked folder for each prompt"
+            f"{path}: is an archive; unpack it, and write a JSONL file beside the images that names them (`prompt`,"
+            " `chosen`, `rejected`), or one ranked folder per prompt"
         )
     return PreferenceError(f"{path}: must end in .parquet, .jsonl or .jsonl.gz, got {path.suffix!r}")
 
 
 def no_tables(folder: Path, files: Sequence[Path]) -> PreferenceError:
-    """The error of a folder in which no file is a table.
+    """Error for a folder without a supported file.
 
     Args:
-        files: of the folder and the folders in it.
+        files: all files in the folder, recursively.
     """
     if any(path.name == "prompt.txt" for path in files):
-        return PreferenceError(f"{folder}: holds a folder for each prompt; give `preferences.format` ranked_folders")
+        return PreferenceError(f"{folder}: holds one folder per prompt; set `preferences.format` to ranked_folders")
     kinds = (".arrow", ".json", ".csv", ".tsv", ".tar", ".tgz", ".zip", ".gz")
     descriptions = ("dataset_info.json", "state.json", "dataset_dict.json")
     data = [path for path in files if path.suffix.lower() in kinds and path.name not in descriptions]
     if data:
         return other_kind(min(data, key=lambda path: (kinds.index(path.suffix.lower()), path)))
-    endings = Counter(path.suffix.lower() for path in files)
-    found = ", ".join(f"{number:,} {ending or 'without ending'}" for ending, number in endings.most_common(5))
-    return PreferenceError(f"{folder}: holds no .parquet or .jsonl file, but {found or 'nothing'}")
+    extensions = Counter(path.suffix.lower() for path in files)
+    found = ", ".join(f"{count:,} {extension or 'without extension'}" for extension, count in extensions.most_common(5))
+    return PreferenceError(f"{folder}: must hold .parquet or .jsonl files, got {found or 'an empty folder'}")
 
 
 def with_small_row_groups(path: Path) -> str:
-    """The command that writes a Parquet file again, with row groups that a task reads with little memory."""
+    """Command that rewrites a Parquet file with row groups that a task can read in little memory."""
     return _command(_TO_SMALL_ROW_GROUPS, name=path.name, to=f"small-{path.name}")
 
 
 def _command(code: str, *, name: str, to: str, **values: str) -> str:
-    """A line of Python for the shell, in which the names of files are nothing but text."""
+    """Shell command that runs a line of Python; file names are quoted as text."""
     return f"python -c {shlex.quote(code.format(name=json.dumps(name), to=json.dumps(to), **values))}"
 
 
@@ -149,14 +157,14 @@ def _other_json(path: Path, to: str) -> PreferenceError:
     first, is_list = _first_value(text.removeprefix("[")), text.startswith("[")
     columns = list(first) if isinstance(first, dict) else []
     if is_list:
-        of = f"objects with {_listed(columns)}{_nearest(columns)}" if columns else "other values"
-        advice = f"write one object a line: jq -c '.[]' {shlex.quote(path.name)} > {shlex.quote(to)}"
-        return PreferenceError(f"{path}: is a JSON list of {of}; {advice}")
+        items = f"objects with {_listed(columns)}{_nearest(columns)}" if columns else "other values"
+        advice = f"write one object per line: jq -c '.[]' {shlex.quote(path.name)} > {shlex.quote(to)}"
+        return PreferenceError(f"{path}: is a JSON list of {items}; {advice}")
     if columns and "\n" in text:
         return PreferenceError(
-            f"{path}: must end in .jsonl if it holds one object a line; its first has {_listed(columns)}"
+            f"{path}: must end in .jsonl if it holds one object per line; the first has {_listed(columns)}"
         )
-    return PreferenceError(f"{path}: must hold one object a line and end in .jsonl, got other JSON")
+    return PreferenceError(f"{path}: must hold one object per line and end in .jsonl, got other JSON")
 
 
 def _first_value(text: str) -> object:
@@ -169,13 +177,13 @@ def _first_value(text: str) -> object:
 def _beginning(path: Path) -> str:
     try:
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as handle:
-            return handle.read(CHARACTERS_LOOKED_AT)
+            return handle.read(MAX_CHARACTERS_READ)
     except OSError as error:
         raise PreferenceError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _listed(columns: Sequence[str]) -> str:
-    more = f", ... ({len(columns):,} in all)" if len(columns) > COLUMNS_SHOWN else ""
+    more = f", ... ({len(columns):,} in total)" if len(columns) > COLUMNS_SHOWN else ""
     return ", ".join(map(shown, columns[:COLUMNS_SHOWN])) + more or "nothing"
 
 
@@ -185,10 +193,10 @@ def _fits(name: str, columns: Sequence[str]) -> bool:
 
 
 def _nearest(columns: Sequence[str]) -> str:
-    """The format that the columns fit, or of which most are there."""
+    """Advice that names the format that the columns fit, or the one that shares most columns."""
     known = {name: kind.required for name, kind in FORMATS.items() if kind}
-    num_there = {name: len({*required} & {*columns}) for name, required in known.items()}
-    name = max(known, key=lambda name: num_there[name] / len(known[name]))
+    num_shared = {name: len({*required} & {*columns}) for name, required in known.items()}
+    name = max(known, key=lambda name: num_shared[name] / len(known[name]))
     if _fits(name, columns):
         return f"; they fit `preferences.format` {name}"
-    return f"; `preferences.format` {name} has {', '.join(known[name])}" if num_there[name] else ""
+    return f"; `preferences.format` {name} has {', '.join(known[name])}" if num_shared[name] else ""

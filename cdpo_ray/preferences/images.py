@@ -1,4 +1,4 @@
-"""Bytes of an image that somebody has -> pixels of the size that is trained at, or why not."""
+"""Untrusted image file -> pixels of the training size, or the reason why it is unusable."""
 
 import contextlib
 import io
@@ -13,8 +13,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from cdpo_ray.store import refuse_special_file
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
-MAX_ENLARGEMENT = 4  # what is enlarged by more holds little but blur
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+MAX_ENLARGEMENT = 4  # an image that is enlarged more is mostly blur
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -24,21 +24,22 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what turns the image upright."""
-BITS_PER_SAMPLE = 258  # tag of a TIFF
+"""EXIF orientation -> transposition that turns the image upright."""
+BITS_PER_SAMPLE = 258  # TIFF tag
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
 PNG_ORIENTATION = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
-"""Keywords of the text chunks of a PNG that may hold its orientation."""
+"""Keywords of PNG text chunks that may hold the orientation."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What images are made to fit, and what is not even opened.
+    """Training size of images, and limits on image files.
 
     Attributes:
-        height, width: pixels of what is trained at.
-        max_bytes, max_pixels: of a file, and of what its header says it holds.
+        height, width: image size in training, in pixels.
+        max_bytes: maximum size of a file.
+        max_pixels: maximum number of pixels according to the header.
     """
 
     height: int
@@ -48,23 +49,22 @@ class Frame:
 
 
 def load_pixels(image: bytes | str, frame: Frame) -> tuple[NDArray[np.uint8], bool]:
-    """Decode, turn upright, convert to RGB on white, scale to cover the frame and cut what juts out, evenly.
+    """Decode an image, turn it upright, convert it to RGB on white, scale it to cover the frame, and crop the centre.
 
-    Caps are compared with the file's size and its header, before anything is decoded. Of an animation the first picture
-    is taken.
+    The limits are compared with the file's size and header before decoding. Animations yield their first picture.
 
     Args:
-        image: bytes, or the path of a file.
+        image: bytes or path of a file.
 
     Returns:
-        uint8 ``[3, height, width]``, and whether anything was cut.
+        uint8 ``[3, height, width]``, and whether the image was cropped.
 
     Raises:
-        ValueError: with the reason why the image cannot be used.
+        ValueError: with the reason why the image is unusable.
     """
     data = _without_metadata(_bytes(image, frame.max_bytes))
     with _refusing_damage(frame):
-        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+        opened = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     width, height = opened.size
     if width * height > frame.max_pixels:
         raise ValueError(f"has {width} x {height} pixels, more than {frame.max_pixels:,}")
@@ -81,22 +81,24 @@ def load_pixels(image: bytes | str, frame: Frame) -> tuple[NDArray[np.uint8], bo
         upright = _rgb(grey if turn is None else grey.transpose(turn))
     fitted = ImageOps.fit(upright, (frame.width, frame.height), Image.Resampling.BICUBIC)
     if not fitted.getbbox():
-        raise ValueError("is black everywhere, as a safety checker leaves it")
+        raise ValueError("is all black, as after a safety checker")
     is_cut = upright.width * frame.height != upright.height * frame.width
     return np.asarray(fitted).transpose(2, 0, 1), is_cut
 
 
 @contextlib.contextmanager
 def _refusing_damage(frame: Frame) -> Iterator[None]:
-    """Turn what Pillow raises about a file, whatever its class, into a `ValueError` with the reason."""
+    """Turn every error of Pillow about a file into a `ValueError` with the reason."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the number of pixels, for which our cap is stricter, and of metadata
+            warnings.simplefilter(
+                "ignore"
+            )  # about the number of pixels, where our limit is stricter, and about metadata
             yield
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise ValueError(f"is none of {', '.join(FORMATS)}") from None
+        raise ValueError(f"must be one of {', '.join(IMAGE_FORMATS)}") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"has more pixels than {frame.max_pixels:,}: {error}") from None
     except Exception as error:
@@ -104,9 +106,9 @@ def _refusing_damage(frame: Frame) -> Iterator[None]:
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """A PNG without its colour profile and texts, for whose size Pillow has caps; other data as they are.
+    """Remove colour profile and text chunks of a PNG, whose size Pillow limits; other files are not changed.
 
-    Texts that may hold the orientation are kept.
+    Text chunks that may hold the orientation are kept.
     """
     if not data.startswith(PNG_SIGNATURE):
         return data
@@ -121,23 +123,23 @@ def _without_metadata(data: bytes) -> bytes:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns an image upright; ``None`` where its metadata do not say, or cannot be read.
+    """Transposition that turns an image upright; `None`: the metadata lack it or are unreadable.
 
-    Not `ImageOps.exif_transpose`, which writes the metadata back and fails on values of another type.
+    `ImageOps.exif_transpose` would write the metadata back and fail on values of a wrong type.
     """
     try:
         return UPRIGHT.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
     except MemoryError:
         raise
-    except Exception:  # whatever Pillow raises about metadata: viewers show such an image as it is stored
+    except Exception:  # Pillow may raise anything; viewers show an image with damaged metadata unrotated
         return None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than eight bits, which Pillow would clip, scaled to eight.
+    """Scale grey of more than 8 bits to 8 bits; Pillow would clip it.
 
     Raises:
-        ValueError: the range of the values does not say what white is.
+        ValueError: if white cannot be derived from the range of the values.
     """
     values = np.asarray(image)
     low, high = values.min(), values.max()
@@ -166,7 +168,7 @@ def _bytes(image: bytes | str, max_bytes: int) -> bytes:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Eight bits of red, green and blue; what is transparent becomes white."""
+    """Convert to 8-bit RGB; transparent pixels become white."""
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")

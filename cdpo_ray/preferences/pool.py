@@ -13,7 +13,7 @@ from ray.data import Dataset
 from cdpo_ray.dataflow.parts import SET_ASIDE, join_set_aside
 from cdpo_ray.dataflow.streams import PoolSize, in_pool, write_shards
 from cdpo_ray.preferences.encoder import Encoder
-from cdpo_ray.preferences.files import Chunk, Source, blocks_of
+from cdpo_ray.preferences.files import Chunk, PreferenceSource, blocks_of
 from cdpo_ray.preferences.images import Frame
 from cdpo_ray.preferences.reading import faults_of, read_chunks
 from cdpo_ray.progress import Progress
@@ -27,7 +27,7 @@ def import_samples(
     chunks: Sequence[Chunk],
     output_dir: Path,
     *,
-    source: Source,
+    source: PreferenceSource,
     frame: Frame,
     num_samples: int,
     family: str,
@@ -38,11 +38,24 @@ def import_samples(
     encoders: PoolSize,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Write `1-samples` out of images that are there; returns what cannot be used, which goes to `set_aside.jsonl`.
+    """Write `1-samples` from existing images; unusable rows and images go to `set_aside.jsonl`.
 
-    Readers and encoders take some rows at a time, so memory does not grow with the files.
+    Readers and encoders process a few rows at a time, so memory does not grow with the files.
+
+    Args:
+        chunks: chunks of a `Scan`.
+        output_dir: folder of the step.
+        num_samples: number of images per row, padded.
+        family, model: name in `FAMILIES` and arguments of its ``load``.
+        images_per_batch: number of images per VAE forward pass.
+        keep_images: write each image as PNG.
+        make_scores: builds the judges inside each encoder; `None`: no score columns.
+        encoders: size of the pool.
+
+    Returns:
+        Quarantined rows and images, with reasons.
     """
-    output_dir = output_dir.resolve()  # readers elsewhere have another working folder
+    output_dir = output_dir.resolve()  # readers on other nodes have another working directory
     set_aside_dir = output_dir / SET_ASIDE
     make_folder(set_aside_dir)
     rows_per_call = max(1, images_per_batch // num_samples)
@@ -74,8 +87,8 @@ def import_samples(
     return join_set_aside(output_dir)
 
 
-def find_faults(chunks: Sequence[Chunk], *, source: Source, frame: Frame) -> list[str]:
-    """What is wrong with any image of any row, in the order of the files."""
+def find_faults(chunks: Sequence[Chunk], *, source: PreferenceSource, frame: Frame) -> list[str]:
+    """Faults of all rows and their images, in the order of the files."""
     found = _chunk_rows(chunks).map_batches(
         faults_of, fn_kwargs={"source": source, "frame": frame}, batch_size=None, batch_format="pyarrow"
     )

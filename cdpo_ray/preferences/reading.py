@@ -1,4 +1,4 @@
-"""Rows of preference files -> rows with pixels; what cannot be used is set aside with its reason."""
+"""Rows of preference files -> rows with pixels; unusable rows and images are quarantined with the reason."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cdpo_ray.dataflow.columns import list_column, tensor_column
-from cdpo_ray.preferences.files import Chunk, Fault, Row, Source, read_rows
+from cdpo_ray.preferences.files import Chunk, Fault, PreferenceSource, Row, read_rows
 from cdpo_ray.preferences.images import Frame, load_pixels
 from cdpo_ray.preferences.values import name_of
 from cdpo_ray.records import LABEL, PREFERENCE, prompt_id, score_column
@@ -19,24 +19,31 @@ MIN_IMAGES = 2
 
 
 Group = tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64], int]
-"""Pixels ``[sample, 3, height, width]``, labels and scores ``[sample]``, and how many images were cut."""
+"""Pixels ``[sample, 3, height, width]``, labels and scores ``[sample]``, and number of cropped images."""
 
-PlacedGroup = tuple[int, str, NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64], int]
-"""Place of the row in the set and its prompt, then as in `Group`."""
+IndexedGroup = tuple[int, str, NDArray[np.uint8], NDArray[np.float64], NDArray[np.float64], int]
+"""Index of the row in the set and its prompt, then the fields of `Group`."""
 
 
 def read_chunks(
-    chunks: pa.Table, *, source: Source, frame: Frame, num_samples: int, rows_per_table: int, set_aside_dir: Path
+    chunks: pa.Table,
+    *,
+    source: PreferenceSource,
+    frame: Frame,
+    num_samples: int,
+    rows_per_table: int,
+    set_aside_dir: Path,
 ) -> Iterator[pa.Table]:
-    """Tables of rows with pixels, some rows each; faults go to a file a chunk in ``set_aside_dir``.
+    """Yield tables of rows with pixels; faults go to one file per chunk in ``set_aside_dir``.
 
-    A chunk read again writes the very same.
+    Reading a chunk again writes an identical file.
 
     Args:
-        chunks: a row a `Chunk`.
-        num_samples: images a row; where there are fewer, black ones without label and score fill up.
+        chunks: one `Chunk` per row.
+        num_samples: number of images per row; padded with black ones without label and score.
+        rows_per_table: maximum number of rows per table.
     """
-    groups: list[PlacedGroup] = []
+    groups: list[IndexedGroup] = []
     for values in chunks.to_pylist():
         chunk, faults = Chunk(**values), []
         for row in read_rows(chunk, source):
@@ -57,8 +64,12 @@ def read_chunks(
         yield _table(groups)
 
 
-def faults_of(chunks: pa.Table, *, source: Source, frame: Frame) -> pa.Table:
-    """All that is wrong with some chunks, one text each: every image is opened, none is kept."""
+def faults_of(chunks: pa.Table, *, source: PreferenceSource, frame: Frame) -> pa.Table:
+    """Faults of some chunks, one row each; every image is opened.
+
+    Args:
+        chunks: one `Chunk` per row.
+    """
     found = []
     for values in chunks.to_pylist():
         for row in read_rows(Chunk(**values), source):
@@ -67,25 +78,29 @@ def faults_of(chunks: pa.Table, *, source: Source, frame: Frame) -> pa.Table:
 
 
 def prepared(row: Row, frame: Frame, num_samples: int) -> tuple[Group | None, list[Fault]]:
-    """A row's images in the frame, and what is wrong with some; none if fewer than two are left."""
+    """Load a row's images.
+
+    Returns:
+        The usable images, `None` if fewer than two are left; and the faults of the others.
+    """
     pixels = np.zeros((num_samples, 3, frame.height, frame.width), np.uint8)
     labels, scores = np.full((2, num_samples), np.nan)
     faults, num_cut = [], 0
-    for place, image in enumerate(row.images):
+    for index, image in enumerate(row.images):
         try:
-            pixels[place], is_cut = load_pixels(image, frame)
+            pixels[index], is_cut = load_pixels(image, frame)
         except ValueError as error:
-            name = name_of(image) if isinstance(image, str) else f"image {place}"
+            name = name_of(image) if isinstance(image, str) else f"image {index}"
             faults.append(Fault(row.file, row.number, f"{name} {error}"))
             continue
-        labels[place], scores[place] = row.labels[place], row.scores[place]
+        labels[index], scores[index] = row.labels[index], row.scores[index]
         num_cut += is_cut
     if len(row.images) - len(faults) < MIN_IMAGES:
         return None, faults
     return (pixels, labels, scores, num_cut), faults
 
 
-def _table(rows: Sequence[PlacedGroup]) -> pa.Table:
+def _table(rows: Sequence[IndexedGroup]) -> pa.Table:
     index, prompts, pixels, labels, scores, num_cut = zip(*rows, strict=True)
     num_samples = len(labels[0])
     return pa.table(

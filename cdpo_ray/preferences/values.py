@@ -1,4 +1,4 @@
-"""A value of a row -> prompt, number or image, or what is wrong with it."""
+"""Value of a row -> prompt, number or image, or the reason why it is invalid."""
 
 import base64
 import binascii
@@ -12,10 +12,10 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-BASE64_HEADS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD", "Qk", "SUkq", "TU0AK")
-"""How base64 of PNG, JPEG, WebP, GIF, BMP and TIFF begins."""
+BASE64_PREFIXES = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD", "Qk", "SUkq", "TU0AK")
+"""Prefixes of PNG, JPEG, WebP, GIF, BMP and TIFF in base64."""
 MIN_BASE64 = 40
-"""Characters of the smallest image; a shorter text is a path."""
+"""Number of characters of the smallest image in base64; a shorter string is a path."""
 MAX_PATH_SHOWN = 300
 
 _shortened = reprlib.Repr()
@@ -23,36 +23,36 @@ _shortened.maxstring = _shortened.maxother = 80
 
 
 def shown(value: object) -> str:
-    """A value of somebody's file to show in a message: in one line, control characters escaped, not too long."""
+    """Untrusted value for a message: one line, control characters escaped, shortened."""
     return _shortened.repr(value)
 
 
 def name_of(image: str) -> str:
-    """The path of an image to show in a message: a text that is too long for a path is shortened."""
+    """Path of an image for a message; a string too long for a path is shortened."""
     return image if len(image) <= MAX_PATH_SHOWN else shown(image)
 
 
 def prompt_of(values: Mapping[str, Any], name: str) -> str:
-    """The text of a column, without white space around it.
+    """Text of a column, without surrounding white space.
 
     Raises:
-        ValueError: it is no text, empty, or holds half of a character.
+        ValueError: if it is not a string, is empty, or holds an unpaired surrogate.
     """
     prompt = values.get(name)
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"`{name}` must be a text that is not empty, got {shown(prompt)}")
+        raise ValueError(f"`{name}` must be a non-empty string, got {shown(prompt)}")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"`{name}` holds half of a character ({prompt[error.start]!r})") from None
+        raise ValueError(f"`{name}` holds half of a surrogate pair ({prompt[error.start]!r})") from None
     return prompt.strip()
 
 
 def number_of(values: Mapping[str, Any], name: str) -> float:
-    """The number of a column, which may be written as text.
+    """Number of a column, which may be a string.
 
     Raises:
-        ValueError: it is no finite number.
+        ValueError: if it is not a finite number.
     """
     value = values.get(name)
     try:
@@ -65,18 +65,21 @@ def number_of(values: Mapping[str, Any], name: str) -> float:
 
 
 def is_false(value: object) -> bool:
-    """Whether a flag is off: false or 0, as a number or as text."""
+    """Whether a flag is off: false or 0, as a number or a string."""
     return str(value).strip().lower() in ("false", "0", "0.0")
 
 
 def image_of(values: Mapping[str, Any], name: str, folder: Path) -> bytes | str:
-    """The image of a column: its bytes, or the path of its file.
+    """Image of a column: its bytes, or the path of its file.
 
-    Bytes may be given as they are, as base64 or as a data URI, and both within the struct in which hub data sets keep
-    an image. A path begins at ``folder``; the separators of Windows are taken where no file has such a name.
+    Bytes may be raw, base64 or a data URI; bytes and paths may be in the struct in which hub data sets keep an image.
+    Backslashes separate folders if no file has such a name.
+
+    Args:
+        folder: base of relative paths.
 
     Raises:
-        ValueError: it is none of these, or a URL.
+        ValueError: if it is none of these, or a URL.
     """
     value = values.get(name)
     if isinstance(value, Mapping):
@@ -85,7 +88,7 @@ def image_of(values: Mapping[str, Any], name: str, folder: Path) -> bytes | str:
         if value.startswith("data:"):
             return _of_data_uri(value, name)
         if URL.match(value):
-            raise ValueError(f"`{name}` is a URL, {shown(value)}; download the image first, and give its path")
+            raise ValueError(f"`{name}` is a URL, {shown(value)}; download the image, and give its path")
         if (data := _of_base64(value)) is not None:
             return data
         path = folder / value
@@ -106,12 +109,12 @@ def _of_data_uri(text: str, name: str) -> bytes:
     try:
         return base64.b64decode(content)
     except binascii.Error as error:
-        raise ValueError(f"`{name}` is a data URI whose base64 cannot be read: {error}") from None
+        raise ValueError(f"`{name}` is a data URI with invalid base64: {error}") from None
 
 
 def _of_base64(text: str) -> bytes | None:
-    """Bytes of an image in base64, which may have line ends and lack padding; ``None`` of any other text."""
-    if len(text) < MIN_BASE64 or not text.startswith(BASE64_HEADS):
+    """Decode an image in base64, with or without line breaks and padding; `None`: any other text."""
+    if len(text) < MIN_BASE64 or not text.startswith(BASE64_PREFIXES):
         return None
     packed = "".join(text.split()).rstrip("=")
     try:

@@ -1,8 +1,4 @@
-"""Samples -> scores; a file a reward, a line each in `REWARDS`.
-
-A reward is a class whose instances take images, uint8 ``[image, 3, height, width]``, with a prompt each, and return
-scores ``[image]``; higher is better. A reward's file is imported when it is used: it may need heavy packages.
-"""
+"""Samples -> scores; one file per reward."""
 
 REWARDS = {
     "clip": "cdpo_ray.rewards.clip:ClipReward",
@@ -15,3 +11,8 @@ REWARDS = {
     "oracle": "cdpo_ray.rewards.oracle:OracleReward",
     "oracle_strict": "cdpo_ray.rewards.oracle:StrictOracleReward",
 }
+"""Reward in the config -> class, imported on first use: it may need heavy packages.
+
+An instance takes images, uint8 ``[image, 3, height, width]``, with one prompt each, and returns scores ``[image]``;
+higher is better.
+"""

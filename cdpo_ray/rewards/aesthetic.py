@@ -1,4 +1,4 @@
-"""Images -> how people would rate them, whatever the prompt, by LAION's head on CLIP."""
+"""Images -> predicted human ratings, independent of the prompt, by LAION's head on CLIP."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,17 +16,20 @@ from cdpo_ray.rewards.precision import net_precision
 from cdpo_ray.rewards.weights import converted, hub_folder, model_from_folder
 
 LAYERS = ("layers.0", "layers.2", "layers.4", "layers.6", "layers.7")
-"""Linear, one after the other: between them values were dropped in training, and nothing else is."""
+"""Consecutive linear layers; the layers between them were dropout."""
 
 
 class AestheticReward:
     """Predicted rating, about 1 to 10. Source: the LAION-Aesthetics V2 predictor, arXiv:2210.08402.
 
     Args:
-        head: the released file.
-        head_sha256: of the file.
-        checkpoint: the CLIP whose embeddings the head was trained on, a folder in transformers' layout or a hub id.
+        head: path of the released file.
+        head_sha256: SHA-256 of the file.
+        checkpoint: CLIP whose embeddings the head was trained on, a folder in transformers' layout or a hub id.
         revision: commit of the hub id.
+
+    Raises:
+        RewardError: if weights are missing, or the head does not fit CLIP.
     """
 
     def __init__(self, head: str, head_sha256: str, checkpoint: str, revision: str | None) -> None:
@@ -39,8 +42,8 @@ class AestheticReward:
         width = self.model.config.projection_dim
         if weights.keys() != expected or weights["layers.0.weight"].shape[1] != width:
             raise RewardError(
-                f"`rewards.aesthetic.head` {head}: must hold {', '.join(LAYERS)}, linear, the first of {width} inputs,"
-                f" got {', '.join(f'{name} {list(value.shape)}' for name, value in weights.items())}"
+                f"`rewards.aesthetic.head` {head}: must hold linear layers {', '.join(LAYERS)}, the first with"
+                f" {width} inputs, got {', '.join(f'{name} {list(value.shape)}' for name, value in weights.items())}"
             )
         self.head = {name: value.double().to(self.device) for name, value in weights.items()}
 
@@ -54,7 +57,7 @@ class AestheticReward:
 
 
 def ratings(embeddings: Tensor, head: Mapping[str, Tensor]) -> Tensor:
-    """Embeddings ``[image, width]`` of any length -> predicted ratings ``[image]``, fp64.
+    """Embeddings ``[image, width]``, normalised here -> predicted ratings ``[image]``, fp64.
 
     Args:
         head: fp64 weight and bias of each of `LAYERS`.

@@ -1,4 +1,4 @@
-"""Embeddings of images and of their prompts -> how well they agree."""
+"""Embeddings of images and prompts -> cosine similarities."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def cosines(images: Tensor, prompts: Sequence[str], embed: Callable[[list[str]], Tensor]) -> Tensor:
-    """Cosine of each image's embedding and its prompt's, -1 to 1, ``[image]``.
+    """Cosine similarity of each image's embedding and its prompt's, -1 to 1, ``[image]``.
 
     Args:
         images: embeddings ``[image, width]``.
-        prompts: one an image; equal ones are embedded once, for a batch is mostly one prompt many times.
+        prompts: one per image; duplicates, of which a batch has many, are embedded once.
         embed: distinct prompts -> embeddings ``[prompt, width]``.
     """
     distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}

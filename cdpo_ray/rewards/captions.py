@@ -22,27 +22,30 @@ from cdpo_ray.errors import RewardError
 from cdpo_ray.rewards.weights import from_folder, model_from_folder
 
 MAX_RESPONSE_BYTES = 1_000_000
-PASSING_FAULTS = (429, 500, 502, 503, 504)
-"""Answers of a server that is busy or starting: asked again."""
+TRANSIENT_STATUSES = (429, 500, 502, 503, 504)
+"""HTTP statuses of a server that is busy or starting; the request is retried."""
 MAX_WAIT_SECONDS = 60
-"""Between two attempts, whatever the server asks for."""
+"""Maximum delay between two attempts, even if ``Retry-After`` is longer."""
 
 
 class Caption(NamedTuple):
-    """What a model says of an image; or, where it says nothing, why."""
+    """Caption of an image; if empty, ``fault`` is the reason."""
 
     text: str
     fault: str = ""
 
 
 class LocalCaptioner:
-    """A model that transformers knows, on the device; greedy, so that an image has one caption.
+    """Vision-language model of transformers on the device; greedy decoding, so captions are deterministic.
 
     Args:
-        folder: processor, configuration and safetensors weights.
-        instruction: what a chat model is asked; one without a chat template only sees the image.
-        max_tokens: of a caption.
-        key: of the configuration, to name in errors.
+        folder: folder with processor, configuration and safetensors weights.
+        instruction: prompt of a chat model; not used by a model without a chat template.
+        max_tokens: maximum number of tokens of a caption.
+        key: config key to name in errors.
+
+    Raises:
+        RewardError: if the folder cannot be loaded.
     """
 
     def __init__(self, folder: Path, *, instruction: str, max_tokens: int, key: str) -> None:
@@ -50,7 +53,7 @@ class LocalCaptioner:
         self.processor: Any = from_folder(AutoProcessor, folder, key=key)
         model: Any = model_from_folder(AutoModelForImageTextToText, folder, key=key, dtype="auto")
         self.model = model.eval().to(self.device)
-        self.processor.tokenizer.padding_side = "left"  # generation goes on at the right
+        self.processor.tokenizer.padding_side = "left"  # new tokens are appended on the right
         self.instruction, self.max_tokens = instruction, max_tokens
 
     @torch.no_grad()
@@ -59,43 +62,44 @@ class LocalCaptioner:
         inputs = self._inputs(pictures).to(self.device, self.model.dtype)
         tokens = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_tokens)
         if "input_ids" in inputs and not self.model.config.is_encoder_decoder:
-            tokens = tokens[:, inputs["input_ids"].shape[1] :]  # the question comes back before the answer
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]  # the output repeats the input
         return [
-            Caption(text) if (text := said.strip()) else Caption("", "the model said nothing")
-            for said in self.processor.batch_decode(tokens, skip_special_tokens=True)
+            Caption(text) if (text := decoded.strip()) else Caption("", "the model returned an empty caption")
+            for decoded in self.processor.batch_decode(tokens, skip_special_tokens=True)
         ]
 
     def _inputs(self, pictures: Sequence[Image.Image]) -> Any:
         if self.processor.chat_template is None:
             return self.processor(images=list(pictures), return_tensors="pt")
-        question = [{"type": "image"}, {"type": "text", "text": self.instruction}]
+        content = [{"type": "image"}, {"type": "text", "text": self.instruction}]
         chat: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        begun = bool(self.processor.tokenizer.bos_token) and chat.startswith(self.processor.tokenizer.bos_token)
+        has_bos = bool(self.processor.tokenizer.bos_token) and chat.startswith(self.processor.tokenizer.bos_token)
         return self.processor(
             text=[chat] * len(pictures),
             images=[[picture] for picture in pictures],
-            add_special_tokens=not begun,  # a sentence begins once
+            add_special_tokens=not has_bos,  # no second start token
             padding=True,
             return_tensors="pt",
         )
 
 
 class EndpointCaptioner:
-    """A server's model; an image is a request of its own, some at a time, each repeated while the fault may pass.
+    """Model of a server: one request per image, several in parallel, retried after transient errors.
 
     Args:
-        url: up to and with ``/v1``.
-        model: as the server calls it.
-        token_variable: the environment variable, here, that holds the server's token.
-        timeout_seconds: of an attempt, from its beginning to the end of the answer.
-        max_retries: after the first attempt.
-        instruction: what the model is asked.
-        max_tokens: of a caption.
+        url: base URL, including ``/v1``.
+        model: name of the model on the server.
+        token_variable: environment variable on this machine with the server's token; `None`: no token.
+        timeout_seconds: timeout of an attempt, from its start to the end of the response.
+        max_retries: maximum number of retries after the first attempt.
+        num_concurrent_requests: maximum number of parallel requests.
+        instruction: prompt of the model.
+        max_tokens: maximum number of tokens of a caption.
 
     Raises:
-        RewardError: the variable is not set, or cannot be a token.
+        RewardError: if the variable is not set, or is not a valid token.
     """
 
     def __init__(
@@ -124,15 +128,15 @@ class EndpointCaptioner:
                 request.headers["Authorization"] = f"Bearer {token}"
             return request
 
-        self.session.auth = authorize  # in a header of the session, a ~/.netrc would replace it
+        self.session.auth = authorize  # a session header would be overridden by ~/.netrc
 
     def __call__(self, images: Tensor) -> list[Caption]:
         with ThreadPoolExecutor(self.num_concurrent_requests) as threads:
-            return list(threads.map(self._ask, map(encode_png, images.cpu().numpy())))
+            return list(threads.map(self._caption, map(encode_png, images.cpu().numpy())))
 
-    def _ask(self, png: bytes) -> Caption:
+    def _caption(self, png: bytes) -> Caption:
         picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png).decode()}"}}
-        question: dict[str, Any] = {
+        payload: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": [picture, {"type": "text", "text": self.instruction}]}],
             "temperature": 0,
@@ -140,7 +144,7 @@ class EndpointCaptioner:
         }
         for wait in [*(0.5 * 2**number for number in range(self.max_retries)), None]:
             try:
-                caption, retry_after = _within(self.timeout_seconds, lambda: self._answer(question))
+                caption, retry_after = _with_timeout(self.timeout_seconds, lambda: self._attempt(payload))
             except TimeoutError:
                 caption, retry_after = Caption("", f"{self.url} did not answer within {self.timeout_seconds:g} s"), 0.0
             if wait is None or retry_after is None:
@@ -148,17 +152,17 @@ class EndpointCaptioner:
             time.sleep(min(MAX_WAIT_SECONDS, max(wait, retry_after)))
         return caption
 
-    def _answer(self, question: dict[str, Any]) -> tuple[Caption, float | None]:
-        """Of one attempt, and after how many seconds at least another one may do better; ``None``: none will."""
+    def _attempt(self, payload: dict[str, Any]) -> tuple[Caption, float | None]:
+        """Caption from one attempt, and the minimum delay in seconds before a retry; `None`: a retry is pointless."""
         try:
             with self.session.post(
-                self.url, json=question, timeout=self.timeout_seconds, stream=True, allow_redirects=False
+                self.url, json=payload, timeout=self.timeout_seconds, stream=True, allow_redirects=False
             ) as response:
                 if response.status_code != requests.codes.ok:
-                    passes = response.status_code in PASSING_FAULTS
+                    is_transient = response.status_code in TRANSIENT_STATUSES
                     after = response.headers.get("Retry-After", "")
                     fault = f"{self.url} answered with status {response.status_code}"
-                    return Caption("", fault), (float(after) if after.isdecimal() else 0.0) if passes else None
+                    return Caption("", fault), (float(after) if after.isdecimal() else 0.0) if is_transient else None
                 body = bytearray()
                 for part in response.iter_content(1 << 16):
                     body += part
@@ -174,13 +178,13 @@ class EndpointCaptioner:
         return Caption(text) if text else Caption("", f"{self.url} answered with an empty caption"), None
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What a call returns; one that takes longer is left behind, in a thread that nobody waits for.
+def _with_timeout(seconds: float, call: Callable[[], Any]) -> Any:
+    """Return value of a call; a call that takes longer is abandoned in a daemon thread.
 
-    A timeout of `requests` is of one read: a server that sends a byte now and then would never reach it.
+    The timeout of `requests` limits one read: a server that sends single bytes would never reach it.
 
     Raises:
-        TimeoutError: the call took longer.
+        TimeoutError: if the call takes longer.
     """
     found = Future[Any]()
 
@@ -200,7 +204,7 @@ def _token(variable: str | None) -> str:
     key = "`rewards.vlm_alignment.endpoint.token_variable`"
     token = os.environ.get(variable, "").strip()
     if not token:
-        raise RewardError(f"{key} {variable}: no such environment variable on this machine, or empty; set it")
-    if not (token.isascii() and token.isprintable()):  # else the error of who sends it would print it
-        raise RewardError(f"{key} {variable}: holds characters that no token can have; set it anew")
+        raise RewardError(f"{key} {variable}: environment variable is not set on this machine, or is empty; set it")
+    if not (token.isascii() and token.isprintable()):  # else the HTTP client's error would print it
+        raise RewardError(f"{key} {variable}: holds characters that are invalid in a token; correct it")
     return token

@@ -1,4 +1,4 @@
-"""Images -> agreement with the prompt, by any open_clip model."""
+"""Images -> similarity to the prompt, by any open_clip model."""
 
 import pickle
 from collections.abc import Sequence
@@ -24,9 +24,12 @@ class ClipReward:
 
     Args:
         architecture: ``embedded``, or one of `open_clip.list_models`.
-        checkpoint: a local file (safetensors, or a pickle read with ``weights_only``), or a hub id.
+        checkpoint: local file (safetensors, or a pickle read with ``weights_only``) or hub id; `None` for ``embedded``.
         revision: commit of the hub id.
-        scale: ``cosine``, or ``logit``: times the scale that the model learned, up to 100.
+        scale: ``cosine``, or ``logit``: cosine times the learned logit scale, up to 100.
+
+    Raises:
+        RewardError: if the architecture is unknown, or the checkpoint cannot be loaded.
     """
 
     def __init__(
@@ -68,17 +71,24 @@ class ClipReward:
 
 
 def check_architecture(architecture: str, *, key: str) -> None:
-    """Raises RewardError if open_clip knows no such model; `key` of the configuration is named."""
+    """Check the name of an open_clip model.
+
+    Args:
+        key: config key to name in errors.
+
+    Raises:
+        RewardError: if open_clip has no such model.
+    """
     if architecture not in open_clip.list_models():
-        raise RewardError(f"`{key}` must be a name that open_clip knows, got {architecture!r}")
+        raise RewardError(f"`{key}` must be an architecture of open_clip, got {architecture!r}")
 
 
 def _load(architecture: str, checkpoint: str | None, revision: str | None) -> torch.nn.Module:
-    assert checkpoint is not None, "config: an architecture goes with a checkpoint"
+    assert checkpoint is not None, "the config requires a checkpoint for an architecture"
     check_architecture(architecture, key="rewards.clip.architecture")
     path = hub_file(checkpoint, HUB_WEIGHTS, revision, key="rewards.clip.checkpoint")
     try:
         return open_clip.create_model(architecture, pretrained=str(path))
     except (RuntimeError, OSError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise RewardError(f"`rewards.clip.checkpoint` {path}: does not load into {architecture}: {reason}") from None
+        raise RewardError(f"`rewards.clip.checkpoint` {path}: does not fit {architecture}: {reason}") from None

@@ -1,4 +1,4 @@
-"""A reward that ends its process: named by the process that replaces it, with its last words."""
+"""Reports a reward that ends its process, with its last output, from the process that replaces it."""
 
 import contextlib
 import hashlib
@@ -12,31 +12,32 @@ from cdpo_ray.errors import RewardError
 from cdpo_ray.store import is_alive
 
 MAX_CRASHES = 3
-"""Processes that may end in one and the same call of a reward: other causes strike in different calls."""
+"""Number of processes that end in the same call before the reward is blamed: other causes hit different calls."""
 FATAL = "Fatal Python error"
 NUM_LINES_BEFORE_FATAL, NUM_LINES_FROM_FATAL = 3, 4
 LINE_LENGTH = 200
 TAIL_BYTES = 20_000
-OF_OTHERS = re.compile(
+FOREIGN_LINE = re.compile(
     r":job_id:|:actor_name:|:task_name:|\*\*\* SIG|PC: @|\s+@ |\[[\d ,:-]+ E "
     r"|Stack \(|Current thread|Thread 0x|Extension modules"
 )
-"""Beginning of lines in a worker's log that are not the reward's."""
+"""Start of lines in a worker's log that Ray or faulthandler wrote, not the reward."""
 
 
 @contextlib.contextmanager
-def crashes_named(reward: str, call: Sequence[str]) -> Iterator[None]:
-    """Within the block a file says that this process runs a reward; a process that ends there leaves the file.
+def report_crashes(reward: str, call: Sequence[str]) -> Iterator[None]:
+    """Context manager that marks with a file that this process runs a reward; a process that ends leaves the file.
 
-    Ray starts another process in its place and repeats the call, each time after loading the model. The files lie
-    beside the processes' logs, so they are of one node and one Ray session, and a lost node leaves none. Outside a
-    process of Ray the block does nothing more: if the process ends, so does the command, and its words were seen.
+    Ray replaces the process and repeats the call, each time after loading the model. The files are beside the
+    processes' logs: they belong to one node and one Ray session, and a lost node leaves none. Outside a Ray worker this
+    does nothing: the command ends with its process, and the output was on the terminal.
 
     Args:
-        call: what tells this call of the reward from others, such as its prompts.
+        reward: name of the reward.
+        call: identifies this call of the reward, for example by its prompts.
 
     Raises:
-        RewardError: `MAX_CRASHES` processes have ended in this call.
+        RewardError: if `MAX_CRASHES` processes have ended in this call.
     """
     log = _log_of_this_process()
     if log is None:
@@ -50,9 +51,9 @@ def crashes_named(reward: str, call: Sequence[str]) -> Iterator[None]:
         if len(crashed) >= MAX_CRASHES:
             raise RewardError(
                 f"reward `{reward}`: ended its process {len(crashed)} times (it called os._exit, crashed in native"
-                f" code, or was killed, perhaps because memory was full); {_last_words(crashed[-1])}"
+                f" code, or was killed, perhaps out of memory); {_last_output(crashed[-1])}"
             )
-        with contextlib.suppress(OSError), running.open("x") as file:  # a full disk is for others to tell
+        with contextlib.suppress(OSError), running.open("x") as file:  # a full disk is reported elsewhere
             file.write(str(log))
         yield
     finally:
@@ -61,7 +62,7 @@ def crashes_named(reward: str, call: Sequence[str]) -> Iterator[None]:
 
 
 def _log_of_this_process() -> Path | None:
-    """The file that standard error goes to in a process of a Ray job."""
+    """Log file of a Ray worker's standard error; `None`: not in a Ray worker, or not logged to a file."""
     if "RAY_JOB_ID" not in os.environ:
         return None
     try:
@@ -71,13 +72,13 @@ def _log_of_this_process() -> Path | None:
     return log if log.is_file() else None
 
 
-def _last_words(crashed: Path) -> str:
-    """The last lines that the process wrote, in one line."""
+def _last_output(crashed: Path) -> str:
+    """Last lines that the process wrote, joined to one line."""
     try:
         lines = Path(crashed.read_text()).read_bytes()[-TAIL_BYTES:].decode(errors="replace").splitlines()
     except OSError:
         lines = []
-    own = [line for line in lines if line.strip() and not OF_OTHERS.match(line)]
-    fatal = next((place for place, line in enumerate(own) if line.startswith(FATAL)), len(own))
-    shown = own[max(0, fatal - NUM_LINES_BEFORE_FATAL) : fatal + NUM_LINES_FROM_FATAL]
-    return f"its last words: {' | '.join(repr(line.strip()[:LINE_LENGTH])[1:-1] for line in shown) or 'none'}"
+    output = [line for line in lines if line.strip() and not FOREIGN_LINE.match(line)]
+    fatal = next((index for index, line in enumerate(output) if line.startswith(FATAL)), len(output))
+    shown = output[max(0, fatal - NUM_LINES_BEFORE_FATAL) : fatal + NUM_LINES_FROM_FATAL]
+    return f"last output: {' | '.join(repr(line.strip()[:LINE_LENGTH])[1:-1] for line in shown) or 'none'}"

@@ -1,4 +1,4 @@
-"""Images -> what people prefer, by HPS v2.1: an open_clip model trained further on their choices."""
+"""Images -> predicted human preference, by HPS v2.1: an open_clip model fine-tuned on human choices."""
 
 from collections.abc import Sequence
 
@@ -21,10 +21,13 @@ class HpsV2Reward:
     """Cosine of image and prompt embeddings, without the logit scale, as released. Source: arXiv:2306.09341.
 
     Args:
-        architecture: one of `open_clip.list_models`; ViT-H-14 is the released one.
-        checkpoint: the released file, or a hub id.
+        architecture: one of `open_clip.list_models`; the released model is ViT-H-14.
+        checkpoint: path of the released file, or hub id.
         revision: commit of the hub id.
-        sha256: of the file.
+        sha256: SHA-256 of the file.
+
+    Raises:
+        RewardError: if the architecture is unknown, or the checkpoint cannot be loaded.
     """
 
     def __init__(self, architecture: str, checkpoint: str, revision: str | None, sha256: str) -> None:
@@ -37,7 +40,7 @@ class HpsV2Reward:
             model.load_state_dict(weights)
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[-1].strip()
-            raise RewardError(f"`{key}` {path}: does not load into {architecture}: {reason}") from None
+            raise RewardError(f"`{key}` {path}: does not fit {architecture}: {reason}") from None
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model.eval().to(self.device)
         self.tokenizer = open_clip.get_tokenizer(architecture)

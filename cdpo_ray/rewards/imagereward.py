@@ -1,4 +1,4 @@
-"""Images -> what people prefer, by ImageReward: BLIP reads image and prompt together, a small head scores."""
+"""Images -> predicted human preference, by ImageReward: BLIP encodes image and prompt jointly, an MLP scores."""
 
 import math
 import re
@@ -18,10 +18,10 @@ from cdpo_ray.rewards.weights import converted, hub_file
 
 HUB_WEIGHTS = "ImageReward.pt"
 HUB_VOCABULARY = "vocab.txt"
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output over the published training set
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the MLP's output over the published training set
 MAX_TOKENS = 35
-HEAD_LAYERS = ("0", "2", "4", "6", "7")  # linear; those between dropped values in training, and nothing more
-ATTENTION_HEAD_WIDTH = 64  # in the image's and in the text's encoder
+HEAD_LAYERS = ("0", "2", "4", "6", "7")  # linear; the layers between them were dropout
+ATTENTION_HEAD_WIDTH = 64  # of both encoders
 
 ORIGINAL_NAMES = (
     ("visual_encoder.embeddings.class_embedding", "visual_encoder.cls_token"),
@@ -34,21 +34,24 @@ ORIGINAL_NAMES = (
     (".layer_norm1", ".norm1"),
     (".layer_norm2", ".norm2"),
 )
-"""Part of a weight's name here -> the same in BLIP's own code, which published the checkpoint."""
+"""Part of a weight's name in transformers -> the same in BLIP's code, which the checkpoint uses."""
 
-UNREAD = re.compile(r"blip\.(vision_proj|text_proj)\.|.*\.position_ids$")
-"""What the checkpoint holds besides: projections for a contrastive loss, and numbers that count up from 0."""
+UNUSED = re.compile(r"blip\.(vision_proj|text_proj)\.|.*\.position_ids$")
+"""Weights of the checkpoint that are not needed: projections for a contrastive loss, and position indices."""
 
 
 class ImageReward:
     """Human preference as a z-score over the published training set, unbounded. Source: arXiv:2304.05977.
 
     Args:
-        checkpoint: the released file, or a hub id.
+        checkpoint: path of the released file, or hub id.
         revision: commit of the hub id.
-        sha256: of the file.
-        vocabulary: BERT's uncased ``vocab.txt``, or a hub id.
+        sha256: SHA-256 of the file.
+        vocabulary: path of BERT's uncased ``vocab.txt``, or hub id.
         vocabulary_revision: commit of that hub id.
+
+    Raises:
+        RewardError: if a file is missing, the checkpoint is not ImageReward's, or the vocabulary does not fit it.
     """
 
     def __init__(
@@ -63,8 +66,8 @@ class ImageReward:
         num_embedded = self.model.text_encoder.config.vocab_size
         if len(self.tokenizer) != num_embedded:
             raise RewardError(
-                f"`rewards.imagereward.vocabulary` {words}: must hold {num_embedded - 2} words, as the checkpoint does"
-                f" beside [DEC] and [ENC], got {len(self.tokenizer) - 2}; give that of bert-base-uncased"
+                f"`rewards.imagereward.vocabulary` {words}: must hold {num_embedded - 2} tokens to fit the checkpoint,"
+                f" got {len(self.tokenizer) - 2}; give the vocabulary of bert-base-uncased"
             )
 
     @torch.no_grad()
@@ -81,15 +84,15 @@ class ImageReward:
 
 
 class BlipWithHead(nn.Module):
-    """BLIP's two encoders, of which the text's attends to the image, and a linear head; sizes as the weights have them.
+    """BLIP's image encoder, its text encoder with cross-attention to the image, and an MLP.
 
     Args:
-        weights: by their names in the checkpoint.
+        weights: name in the checkpoint -> weight; their shapes define the sizes.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        _, num_places, vision_width = weights["blip.visual_encoder.pos_embed"].shape
+        _, num_positions, vision_width = weights["blip.visual_encoder.pos_embed"].shape
         patch_size = weights["blip.visual_encoder.patch_embed.proj.weight"].shape[-1]
         vocab_size, text_width = weights["blip.text_encoder.embeddings.word_embeddings.weight"].shape
         self.visual_encoder = BlipVisionModel(
@@ -98,7 +101,7 @@ class BlipWithHead(nn.Module):
                 intermediate_size=len(weights["blip.visual_encoder.blocks.0.mlp.fc1.bias"]),
                 num_hidden_layers=_num_numbered(weights, "blip.visual_encoder.blocks."),
                 num_attention_heads=vision_width // ATTENTION_HEAD_WIDTH,
-                image_size=math.isqrt(num_places - 1) * patch_size,
+                image_size=math.isqrt(num_positions - 1) * patch_size,
                 patch_size=patch_size,
                 layer_norm_eps=1e-6,
             )
@@ -122,24 +125,25 @@ class BlipWithHead(nn.Module):
         self.mlp = nn.ModuleDict({"layers": layers})
 
     def encode(self, pixels: Tensor, token_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """State of each text's first token, which has attended to the image: ``[image, channel]``.
+        """Hidden state of each text's first token: ``[image, channel]``.
 
         Args:
-            pixels: ``[image, 3, size, size]``.
+            pixels: normalised, ``[image, 3, size, size]``.
             token_ids, attention_mask: ``[image, token]``.
         """
-        seen = self.visual_encoder(pixels).last_hidden_state
-        states: Tensor = self.text_encoder(token_ids, attention_mask, encoder_hidden_states=seen).last_hidden_state
+        image_states = self.visual_encoder(pixels).last_hidden_state
+        output = self.text_encoder(token_ids, attention_mask, encoder_hidden_states=image_states)
+        states: Tensor = output.last_hidden_state
         return states[:, 0]
 
     def head(self, states: Tensor) -> Tensor:
-        """Score of each image, ``[image]``, from what `encode` returns."""
+        """Score of each image, ``[image]``, from the states of `encode`."""
         score: Tensor = self.mlp["layers"](states).squeeze(-1)
         return score
 
 
 def original_name(name: str) -> str:
-    """A weight's name in `BlipWithHead` -> its name in the checkpoint."""
+    """Name of a weight in `BlipWithHead` -> name in the checkpoint."""
     if name.startswith("mlp."):
         return name
     if name.startswith("visual_encoder."):
@@ -154,14 +158,14 @@ def _num_numbered(weights: Mapping[str, Tensor], prefix: str) -> int:
 
 def _load(path: Path, sha256: str) -> BlipWithHead:
     weights = converted(path, sha256, key="rewards.imagereward.checkpoint")
-    where = f"`rewards.imagereward.checkpoint` {path}: is not ImageReward's"
+    where = f"`rewards.imagereward.checkpoint` {path}: is not a checkpoint of ImageReward"
     try:
         model = BlipWithHead(weights)
     except KeyError as error:
         raise RewardError(f"{where}: lacks {error}") from None
     names = {original_name(name): name for name in model.state_dict()}
-    unknown = {name for name in weights if not UNREAD.match(name)} - names.keys()
-    for what, found in (("lacks", names.keys() - weights.keys()), ("has the unknown", unknown)):
+    unknown = {name for name in weights if not UNUSED.match(name)} - names.keys()
+    for what, found in (("lacks", names.keys() - weights.keys()), ("has the unknown weight", unknown)):
         if found:
             raise RewardError(
                 f"{where}: {what} {sorted(found)[0]!r}" + f" and {len(found) - 1} more" * (len(found) > 1)

@@ -1,4 +1,4 @@
-"""Images -> compressed size: a reward that needs no model, and that is easily hacked."""
+"""Images -> compressed size: a reward without a model, easy to exploit."""
 
 import io
 from collections.abc import Sequence
@@ -10,9 +10,12 @@ from torch import Tensor
 
 
 class JpegSizeReward:
-    """Kilobytes of the image as JPEG, beyond those of a blank image of the same size (which are all header).
+    """Size of the image as JPEG in kilobytes, minus that of a black image of the same size (mostly header).
 
-    Source: the incompressibility reward of arXiv:2305.13301.
+    Args:
+        quality: JPEG quality, 1 to 100.
+
+    Source: arXiv:2305.13301 (incompressibility reward).
     """
 
     def __init__(self, quality: int = 90) -> None:

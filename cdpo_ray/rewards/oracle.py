@@ -1,4 +1,4 @@
-"""Images of the embedded world -> what the oracle reads off their pixels."""
+"""Images of the embedded world -> correctness by the oracle, which parses their pixels."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from cdpo_ray.testbed.oracle import judge
 
 
 class OracleReward:
-    """1 where count, colours, shapes and named background are as the caption says, else 0."""
+    """1 if count, colours, shapes and named background match the caption, else 0."""
 
     aspect = "attr"
 
@@ -18,6 +18,6 @@ class OracleReward:
 
 
 class StrictOracleReward(OracleReward):
-    """As `OracleReward`, and each object is in its place."""
+    """As `OracleReward`, and each object's position must match."""
 
     aspect = "strict"

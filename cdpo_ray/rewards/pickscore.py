@@ -1,4 +1,4 @@
-"""Images -> what people prefer, by PickScore: CLIP trained further on their choices."""
+"""Images -> predicted human preference, by PickScore: CLIP fine-tuned on human choices."""
 
 from collections.abc import Sequence
 
@@ -17,10 +17,13 @@ class PickScoreReward:
     """Cosine of image and prompt embeddings times the learned logit scale, about 15 to 25. Source: arXiv:2305.01569.
 
     Args:
-        checkpoint: a folder in transformers' layout, or a hub id.
+        checkpoint: folder in transformers' layout, or hub id.
         revision: commit of the hub id.
-        processor: folder or hub id of tokenizer and image settings, which the released scorer takes from elsewhere.
+        processor: folder or hub id of the tokenizer and image processor, separate as in the released scorer.
         processor_revision: commit of that hub id.
+
+    Raises:
+        RewardError: if a folder cannot be loaded, or the tokenizer does not fit the checkpoint.
     """
 
     def __init__(self, checkpoint: str, revision: str | None, processor: str, processor_revision: str | None) -> None:
@@ -34,7 +37,7 @@ class PickScoreReward:
         num_embedded = self.model.config.text_config.vocab_size
         if len(self.tokenizer) != num_embedded:
             raise RewardError(
-                f"`{processor_key}` {settings}: must know {num_embedded} tokens, as the checkpoint does,"
+                f"`{processor_key}` {settings}: must have {num_embedded} tokens to fit the checkpoint,"
                 f" got {len(self.tokenizer)}"
             )
 

@@ -1,4 +1,4 @@
-"""Images -> what a vision net takes, in one batch on the device."""
+"""Images -> inputs of a vision model, in one batch on the device."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,16 @@ from torch import Tensor
 
 
 def centre_crop(images: Tensor, size: int) -> Tensor:
-    """Resize the shorter side (bicubic), crop the centre: uint8 ``[image, 3, height, width]`` -> fp32 0 to 1, square.
+    """Resize the shorter side (bicubic) and crop the centre.
 
-    Agrees with torchvision's and PIL's ``Resize``, ``CenterCrop`` to within the rounding of 8 bits.
+    Matches torchvision's and PIL's ``Resize`` and ``CenterCrop`` up to 8-bit rounding.
+
+    Args:
+        images: uint8 ``[image, 3, height, width]``.
+        size: of the output, in pixels.
+
+    Returns:
+        fp32 ``[image, 3, size, size]``, 0 to 1.
     """
     pixels = images.float() / 255
     height, width = pixels.shape[-2:]
@@ -17,14 +24,21 @@ def centre_crop(images: Tensor, size: int) -> Tensor:
         return pixels
     resized = [size * side // min(height, width) for side in (height, width)]
     pixels = F.interpolate(pixels, size=resized, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    top, left = (round((side - size) / 2) for side in resized)  # the halves as torchvision rounds them
+    top, left = (round((side - size) / 2) for side in resized)  # torchvision rounds halves to even, too
     return pixels[..., top : top + size, left : left + size]
 
 
 def letterbox(images: Tensor, size: int) -> Tensor:
-    """Resize the longer side (bicubic), pad with black on both sides: uint8 -> fp32 ``[image, 3, size, size]``.
+    """Resize the longer side (bicubic) and pad with black on both sides.
 
-    Values pass 0 to 1 by a little at sharp edges, as they do where a net was trained on images resized as floats.
+    Values exceed the range 0 to 1 slightly at sharp edges, as in models trained on images resized as floats.
+
+    Args:
+        images: uint8 ``[image, 3, height, width]``.
+        size: of the output, in pixels.
+
+    Returns:
+        fp32 ``[image, 3, size, size]``.
     """
     pixels = images.float() / 255
     longest = max(pixels.shape[-2:])
@@ -36,5 +50,5 @@ def letterbox(images: Tensor, size: int) -> Tensor:
 
 
 def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Each channel minus its mean, over its standard deviation."""
+    """Pixels ``[image, 3, height, width]``, minus the mean and divided by the standard deviation of each channel."""
     return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]

@@ -14,13 +14,21 @@ from cdpo_ray.rewards.scorer import PixelScorer, SampleScorer
 from cdpo_ray.store import count_rows
 
 Rewards = Mapping[str, Mapping[str, Any]]
-IMAGES_PER_CALL = 128  # of an actor that reads and judges, in batches: a call costs a tenth of a second on its own
+IMAGES_PER_CALL = 128  # a call has an overhead of 0.1 s
 
 
 def score_pixels(
     rows: Dataset, *, rewards: Rewards, scorers: PoolSize, images_per_batch: int, rows_per_call: int, keep_pixels: bool
 ) -> Dataset:
-    """Rows with `pixels` -> rows with one score column per reward, and without the pixels unless ``keep_pixels``."""
+    """Rows with `pixels` -> rows with one score column per reward.
+
+    Args:
+        rewards: name -> keyword arguments.
+        scorers: size of the pool.
+        images_per_batch: maximum number of images per call of a reward.
+        rows_per_call: number of rows per actor call.
+        keep_pixels: keep the pixels in the rows.
+    """
     return in_pool(
         rows,
         PixelScorer,
@@ -46,17 +54,23 @@ def rescore(
     num_prompts: int | None = None,
     mixed: bool = False,
 ) -> pa.Table:
-    """Scores of images that were made before; nothing is generated.
+    """Score existing images; nothing is generated.
 
     Args:
-        num_prompts: score the first so many prompts; none: all.
-        mixed: with other images beside each than when it is scored in order, see `batches_of`.
+        samples_dir: `1-samples`.
+        rewards: name -> keyword arguments.
+        scorers: size of the pool.
+        images_per_batch: maximum number of images per call of a reward.
+        keep_images: whether the samples have PNGs, which are read; else the latents are decoded.
+        family, model: name in `FAMILIES` and arguments of its ``load``, for decoding.
+        num_prompts: number of prompts to score, from the first; `None`: all.
+        mixed: compose batches differently from scoring in order, see `batches_of`.
 
     Returns:
-        prompt_index, prompt_id and a list column of scores a reward, in prompt order.
+        prompt_index, prompt_id and one list column of scores per reward, in prompt order.
     """
-    num_there = count_rows(samples_dir)
-    progress.begin("score", total=min(num_there, num_prompts or num_there), unit="prompt")
+    num_stored = count_rows(samples_dir)
+    progress.begin("score", total=min(num_stored, num_prompts or num_stored), unit="prompt")
     rows_per_call = max(1, IMAGES_PER_CALL // images_per_prompt)
     columns = ["prompt_index", "prompt_id", "prompt", "images" if keep_images else "latents"]
     rows = read_rows(samples_dir, columns)

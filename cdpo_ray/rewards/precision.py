@@ -1,4 +1,4 @@
-"""Floating-point precision of the judges' nets."""
+"""Floating-point precision of the judges."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,16 +8,16 @@ import torch
 
 @contextlib.contextmanager
 def net_precision(device: str) -> Iterator[None]:
-    """Within the block, matrix products run in TF32 on CUDA, and in fp32 elsewhere.
+    """Context manager in which matrix products run in TF32 on CUDA, and in fp32 elsewhere.
 
-    The setting belongs to the whole process and is restored at the end: what else runs there keeps its precision. bf16
-    does not order the images of a prompt as fp32 does, see `docs/log.md`.
+    The setting is process-wide and restored on exit, so that other models keep their precision. bf16 does not preserve
+    fp32's order of the images of a prompt, see `docs/log.md`.
     """
     if torch.device(device).type != "cuda":
         yield
         return
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True  # convolutions use TF32 by PyTorch's default
+    torch.backends.cuda.matmul.allow_tf32 = True  # convolutions use TF32 by default
     try:
         yield
     finally:

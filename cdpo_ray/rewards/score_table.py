@@ -1,4 +1,4 @@
-"""Scores, a list a prompt -> a table a reward, a row a sample."""
+"""Scores, one list per prompt -> one table per reward, one row per sample."""
 
 from pathlib import Path
 
@@ -14,8 +14,10 @@ def write_scores(prompts: pa.Table, reward: str, path: Path) -> None:
     """Write one reward's scores (`records`: 2-scores).
 
     Args:
-        prompts: a row a prompt, in prompt order: `prompt_index`, `prompt_id` and the reward's list of scores, which are
-            as many for each prompt.
+        prompts: one row per prompt, in prompt order: `prompt_index`, `prompt_id` and the reward's list of scores, all
+            of the same length.
+        reward: name of the reward.
+        path: of the table.
     """
     lists = prompts[score_column(reward)].combine_chunks()
     num_samples = len(lists[0])
@@ -26,13 +28,13 @@ def write_scores(prompts: pa.Table, reward: str, path: Path) -> None:
 
 
 def read_scores(path: Path, reward: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read one reward's scores: ``[prompt]`` prompt indices and ``[prompt, sample]`` float64, NaN where one is missing.
+    """Read one reward's scores, sorted by prompt and sample.
 
-    Both are in prompt and sample order, whatever the order of the rows.
+    Returns:
+        Prompt indices ``[prompt]`` and scores ``[prompt, sample]`` float64, NaN for missing scores.
 
     Raises:
-        StoreError: the table, which may be another run's, lacks a column or has more scores of one prompt than of
-            another.
+        StoreError: if the table lacks a column, or prompts have different numbers of scores.
     """
     table = read_table(path)
     columns = {"prompt_index": pa.int64(), "sample_index": pa.int64(), score_column(reward): pa.float64()}
@@ -42,5 +44,5 @@ def read_scores(path: Path, reward: str) -> tuple[np.ndarray, np.ndarray]:
     table = table.sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
     prompt_index, counts = np.unique(table["prompt_index"].to_numpy(), return_counts=True)
     if len(set(counts.tolist())) != 1:
-        raise StoreError(f"{path}: must have as many scores of each prompt; delete {path.parent} to make it again")
+        raise StoreError(f"{path}: prompts must have equal numbers of scores; delete {path.parent} to make it again")
     return prompt_index, table[score_column(reward)].to_numpy().reshape(len(prompt_index), -1)

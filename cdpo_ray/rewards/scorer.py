@@ -25,22 +25,22 @@ from cdpo_ray.errors import CdpoError, RewardError
 from cdpo_ray.models import load_model
 from cdpo_ray.records import score_column
 from cdpo_ray.rewards import REWARDS
-from cdpo_ray.rewards.crashes import crashes_named
+from cdpo_ray.rewards.crashes import report_crashes
 
 log = logging.getLogger(__name__)
 
 
 class Reward(Protocol):
-    """Scores ``[image]`` of uint8 ``[image, 3, height, width]``, a prompt each; higher is better."""
+    """Scores ``[image]`` of uint8 ``[image, 3, height, width]``, with one prompt each; higher is better."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Any: ...
 
 
 class Scorer:
-    """Several rewards behind one call; none can change what another is given, or what is kept.
+    """Several rewards behind one call; a reward cannot modify another's inputs or the stored images.
 
     Args:
-        rewards: name (of `REWARDS`, or one's own ``module:function``) -> keyword arguments of its class.
+        rewards: name (in `REWARDS`, or a user's ``module:function``) -> keyword arguments of its class.
     """
 
     def __init__(self, rewards: Mapping[str, Mapping[str, Any]]) -> None:
@@ -48,17 +48,21 @@ class Scorer:
         self.max_images = dict.fromkeys(self.rewards, sys.maxsize)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-        """Scores ``[image]`` per reward; NaN of an image that is black everywhere.
+        """Scores ``[image]`` per reward; NaN for all-black images.
+
+        Args:
+            images: uint8 ``[image, 3, height, width]``.
+            prompts: one per image.
 
         Raises:
-            RewardError: a reward raised, ended its process, had no memory for one image, or did not return one number
-                per image.
+            RewardError: if a reward raises, ends its process, runs out of memory with one image, or does not return one
+                number per image.
         """
         black = is_black(images)
         return {name: np.where(black, np.nan, self._scores(name, images, prompts)) for name in self.rewards}
 
     def _scores(self, name: str, images: Tensor, prompts: Sequence[str]) -> NDArray[np.float64]:
-        """Scores ``[image]``; where memory does not suffice, of fewer images at once from then on."""
+        """Scores ``[image]``; out of memory, the batch size is halved for all later calls."""
         while True:
             size = max(1, min(self.max_images[name], len(prompts)))
             try:
@@ -78,26 +82,29 @@ class Scorer:
                         " that run it a larger device"
                     ) from None
                 self.max_images[name] = size // 2
-            log.warning("reward `%s`: out of memory with %d images at once, going on with %d", name, size, size // 2)
+            log.warning("reward `%s`: out of memory with %d images at once, retrying with %d", name, size, size // 2)
 
 
 def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
-    """A built-in reward by its name, or one's own ``module:function``, looked up in the working folder too.
+    """Load a built-in reward by name, or a user's ``module:function``, also from the working directory.
 
-    Of a class of one's own an instance is made, without arguments.
+    A user's class is instantiated without arguments.
+
+    Args:
+        options: keyword arguments of a built-in reward.
 
     Raises:
-        RewardError: it cannot be imported or made, or cannot be called.
+        RewardError: if it cannot be imported or instantiated, or is not callable.
     """
     module_name, _, attribute = REWARDS.get(name, name).partition(":")
-    with crashes_named(name, ["load"]), _faults_named(name):
+    with report_crashes(name, ["load"]), _errors_attributed(name):
         try:
             module = importlib.import_module(module_name) if name in REWARDS else _own_module(module_name)
             found = getattr(module, attribute)
         except (ImportError, AttributeError) as error:
             raise RewardError(
-                f"reward `{name}`: cannot be imported: {error}; the module must be installed, or lie in the folder"
-                " that the command is started in"
+                f"reward `{name}`: cannot be imported: {error}; the module must be installed, or be in the working"
+                " directory of the command"
             ) from None
         if name in REWARDS:
             found = found(**options)
@@ -105,16 +112,16 @@ def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
             found = found()
     if not callable(found):
         raise RewardError(
-            f"reward `{name}`: must be a function of images and prompts, or a class whose instances are, got"
+            f"reward `{name}`: must be a function of images and prompts, or a class of such callables, got"
             f" {type(found).__name__}"
         )
     return found
 
 
 def _own_module(name: str) -> ModuleType:
-    """Import the file of this name in the working folder if there is one, else an installed module.
+    """Import the file of this name in the working directory if it exists, else an installed module.
 
-    The folder itself comes last on the import path: no other file there hides a module.
+    The directory is appended to the import path, so that no other file in it hides a module.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -131,8 +138,8 @@ def _own_module(name: str) -> ModuleType:
 
 
 def _checked(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> NDArray[np.float64]:
-    with crashes_named(name, prompts), _faults_named(name, but=is_out_of_memory):  # which fewer images may mend
-        returned = reward(images.clone(), list(prompts))  # copies: a reward may write into them
+    with report_crashes(name, prompts), _errors_attributed(name, but=is_out_of_memory):  # fewer images may fit
+        returned = reward(images.clone(), list(prompts))  # copies: a reward may modify them
     scores = as_scores(returned, len(prompts))
     if scores is None:
         raise RewardError(
@@ -143,10 +150,10 @@ def _checked(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) 
 
 
 def as_scores(returned: Any, num_images: int) -> NDArray[np.float64] | None:
-    """Scores ``[image]`` as a reward returned them; ``None`` where that is not one number per image.
+    """Convert a reward's return value to scores ``[image]``; `None`: it is not one number per image.
 
-    Accepts tensors of any device and type, with or without gradients; arrays; lists of numbers or of tensors; further
-    dimensions of size 1; and a tuple of which only the first item is scores, as ``(scores, info)``.
+    Accepts tensors of any device and dtype, with or without gradients; arrays; lists of numbers or tensors; additional
+    dimensions of size 1; and tuples in which only the first item is scores, such as ``(scores, info)``.
     """
     if returned is None:
         return None
@@ -155,14 +162,14 @@ def as_scores(returned: Any, num_images: int) -> NDArray[np.float64] | None:
         if first is not None and all(other is None for other in others):
             return first
     try:
-        scores = np.array(_plain(returned), dtype=np.float64)  # a copy: a reward may return the same array each time
+        scores = np.array(_plain(returned), dtype=np.float64)  # a copy: a reward may return the same buffer each time
     except (TypeError, ValueError):
         return None
     return scores.reshape(num_images) if scores.size == num_images and num_images in (*scores.shape, 1) else None
 
 
 def _plain(values: Any) -> Any:
-    """Tensors, and those in a list, as what numpy takes."""
+    """Convert tensors, also in lists, to arrays."""
     if isinstance(values, Tensor):
         return values.detach().double().cpu().numpy()
     return [_plain(value) for value in values] if isinstance(values, list | tuple) else values
@@ -176,10 +183,13 @@ def _described(returned: Any) -> str:
 
 
 @contextlib.contextmanager
-def _faults_named(name: str, but: Callable[[BaseException], bool] = lambda error: False) -> Iterator[None]:
-    """Whatever somebody else's code raises, as a `RewardError` that says whose it was and where; ``but`` what passes.
+def _errors_attributed(name: str, but: Callable[[BaseException], bool] = lambda error: False) -> Iterator[None]:
+    """Turn every exception of a reward's code into a `RewardError` with its name and line.
 
-    `SystemExit` too, which would end the process.
+    This includes `SystemExit`, which would end the process.
+
+    Args:
+        but: exceptions for which this is true are raised unchanged.
     """
     try:
         yield
@@ -191,15 +201,17 @@ def _faults_named(name: str, but: Callable[[BaseException], bool] = lambda error
         trace = error.__traceback__
         while trace and trace.tb_next:
             trace = trace.tb_next
-        place = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
-        raise RewardError(f"reward `{name}` raised {type(error).__name__}: {error}{place}") from None
+        where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
+        raise RewardError(f"reward `{name}` raised {type(error).__name__}: {error}{where}") from None
 
 
 class PixelScorer:
-    """Rows with `pixels` -> the same rows with score columns; what a pool of judges wraps.
+    """Rows with `pixels` -> the same rows with score columns; a plain class that an actor pool wraps.
 
     Args:
-        keep_pixels: leave the pixels in the rows, for the task that writes them.
+        rewards: as in `Scorer`.
+        images_per_batch: maximum number of images per call of a reward.
+        keep_pixels: keep the pixels in the rows, for the task that writes them.
         mixed: see `batches_of`.
     """
 
@@ -233,11 +245,11 @@ class PixelScorer:
 
 
 def batches_of(num_images: int, images_per_batch: int, *, mixed: bool) -> list[slice]:
-    """Images of a call -> its batches of at most ``images_per_batch``, in order.
+    """Split the images of a call into batches of at most ``images_per_batch``, in order.
 
     Args:
-        mixed: twice as many batches, each of images that are apart, but at least pairs where there were: no two
-            neighbours are in one batch. A score that depends on the rest of its batch is then another one.
+        mixed: use twice as many batches (but pairs at least, if possible) of images that are not neighbours. A score
+            that depends on the rest of its batch then differs.
     """
     num_batches = math.ceil(num_images / images_per_batch)
     if mixed:
@@ -247,7 +259,7 @@ def batches_of(num_images: int, images_per_batch: int, *, mixed: bool) -> list[s
 
 
 class PixelReader:
-    """Rows of 1-samples -> the same rows with `pixels`: from the PNGs if they were kept, else from the latents."""
+    """Rows of 1-samples -> the same rows with `pixels`, from the PNGs if present, else from the latents."""
 
     def __init__(self, family: str, model: dict[str, Any], images_per_batch: int) -> None:
         self.family, self.model_arguments = family, model
@@ -273,7 +285,7 @@ class PixelReader:
 
 
 class SampleScorer:
-    """Rows of 1-samples -> the same rows with score columns, read and judged in one place; what a pool wraps."""
+    """Rows of 1-samples -> the same rows with score columns; reads and scores in one actor."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Images -> agreement with the prompt, as text: a caption of the image against the prompt."""
+"""Images -> similarity of their captions to the prompts."""
 
 import json
 import logging
@@ -25,18 +25,21 @@ ENCODER_KEY = "rewards.vlm_alignment.sentence_encoder"
 
 
 class VlmAlignmentReward:
-    """Cosine similarity of an image's caption and its prompt as sentences, -1 to 1; NaN where there is no caption.
+    """Cosine similarity of the sentence embeddings of caption and prompt, -1 to 1; NaN without a caption.
 
     Source: arXiv:2405.13637 (text alignment), arXiv:2305.13301.
 
     Args:
-        sentence_encoder: a folder, or a hub id.
+        sentence_encoder: folder or hub id.
         sentence_encoder_revision: commit of the hub id.
-        captioner: a folder or a hub id of a vision-language model, to run here; or none, and
-        endpoint: who runs it, keyword arguments of `EndpointCaptioner`.
+        captioner: folder or hub id of a vision-language model that runs in this process; `None`: ``endpoint`` is used.
         captioner_revision: commit of the captioner's hub id.
-        instruction: what the model is asked.
-        max_caption_tokens: of a caption.
+        endpoint: keyword arguments of `EndpointCaptioner`.
+        instruction: prompt of the captioner.
+        max_caption_tokens: maximum number of tokens of a caption.
+
+    Raises:
+        RewardError: if a model cannot be loaded, or the endpoint's token is missing.
     """
 
     def __init__(
@@ -55,43 +58,43 @@ class VlmAlignmentReward:
         if endpoint is not None:
             self.caption = EndpointCaptioner(**endpoint, instruction=instruction, max_tokens=max_caption_tokens)
         else:
-            assert captioner is not None, "config: there is a captioner or an endpoint"
+            assert captioner is not None, "the config requires a captioner or an endpoint"
             folder = hub_folder(captioner, captioner_revision, key=CAPTIONER_KEY)
             self.caption = LocalCaptioner(
                 folder, instruction=instruction, max_tokens=max_caption_tokens, key=CAPTIONER_KEY
             )
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
-        """Scores ``[image]`` of uint8 ``[image, 3, height, width]``, a prompt each.
+        """Scores ``[image]`` of uint8 ``[image, 3, height, width]``, with one prompt each.
 
         Raises:
-            RewardError: not one of the images could be captioned.
+            RewardError: if no image could be captioned.
         """
         captions = self.caption(images)
-        _tell_faults(captions)
+        _report_faults(captions)
         similarity = (self.encode([caption.text for caption in captions]) * self.encode(prompts)).sum(-1)
         return np.where([bool(caption.fault) for caption in captions], np.nan, similarity.double().cpu().numpy())
 
 
 class SentenceEncoder:
-    """Sentences -> vectors of length 1 ``[sentence, channel]``: the mean over the tokens of an encoder's last layer.
+    """Sentences -> normalised embeddings ``[sentence, channel]``: the mean of an encoder's last layer over the tokens.
 
     Source: arXiv:1908.10084.
 
     Raises:
-        RewardError: the folder cannot be loaded, or says that its vectors are made in another way.
+        RewardError: if the folder cannot be loaded, or configures another pooling.
     """
 
     def __init__(self, folder: Path) -> None:
         pooling = folder / "1_Pooling" / "config.json"
         if pooling.is_file() and not json.loads(pooling.read_text()).get("pooling_mode_mean_tokens", True):
             raise RewardError(
-                f"`{ENCODER_KEY}` {folder}: must be a model whose vectors are the mean over its tokens, got"
-                f" another in {pooling.relative_to(folder)}; give for example sentence-transformers/all-MiniLM-L6-v2"
+                f"`{ENCODER_KEY}` {folder}: must pool by the mean over tokens, got another pooling in"
+                f" {pooling.relative_to(folder)}; give for example sentence-transformers/all-MiniLM-L6-v2"
             )
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer: Any = from_folder(AutoTokenizer, folder, key=ENCODER_KEY)
-        model: Any = model_from_folder(AutoModel, folder, key=ENCODER_KEY, unread=["pooler."])
+        model: Any = model_from_folder(AutoModel, folder, key=ENCODER_KEY, unused=["pooler."])
         self.model = model.eval().to(self.device)
         self.max_tokens = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
 
@@ -102,11 +105,11 @@ class SentenceEncoder:
         ).to(self.device)
         with net_precision(self.device):
             states = self.model(**tokens).last_hidden_state
-        counted = tokens.attention_mask[..., None]
-        return F.normalize((states * counted).sum(1) / counted.sum(1), dim=-1)
+        mask = tokens.attention_mask[..., None]
+        return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-def _tell_faults(captions: Sequence[Caption]) -> None:
+def _report_faults(captions: Sequence[Caption]) -> None:
     faults = [caption.fault for caption in captions if caption.fault]
     if len(faults) == len(captions):
         raise RewardError(f"reward `vlm_alignment`: none of {len(captions)} images could be captioned: {faults[0]}")

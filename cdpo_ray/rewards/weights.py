@@ -1,4 +1,4 @@
-"""Published weights -> files on this machine: pinned, and never a pickle that runs code."""
+"""Published weights -> verified files on this machine; code in pickles never runs."""
 
 import hashlib
 import os
@@ -18,22 +18,22 @@ from cdpo_ray.errors import RewardError
 from cdpo_ray.hub import FETCH_ERRORS, how_to_stage
 
 CONVERTED_DIR = Path(HF_HOME) / "cdpo_ray"
-"""Where foreign pickles lie once they are converted, by the SHA-256 of what they were."""
+"""Folder of converted pickles, named by the SHA-256 of the original."""
 
 MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "*.safetensors")
-"""What a model's folder needs: all but pickles and code."""
+"""Files of a model folder that are needed: all but pickles and code."""
 
 
 def hub_file(checkpoint: str, filename: str, revision: str | None, *, key: str) -> Path:
-    """A file that is here, or a file of a hub id at a revision.
+    """Path of a local file, or of a downloaded file of a hub id at a revision.
 
     Args:
-        checkpoint: path of a local file, or a hub id.
-        filename: of the file within the hub id.
-        key: of the configuration, to name in errors.
+        checkpoint: path of a local file, or hub id.
+        filename: name of the file in the hub id's repository.
+        key: config key to name in errors.
 
     Raises:
-        RewardError: it is not here and cannot be fetched.
+        RewardError: if the download fails.
     """
     if Path(checkpoint).is_file():
         return Path(checkpoint)
@@ -44,15 +44,15 @@ def hub_file(checkpoint: str, filename: str, revision: str | None, *, key: str) 
 
 
 def hub_folder(checkpoint: str, revision: str | None, *, key: str, files: Sequence[str] = MODEL_FILES) -> Path:
-    """A folder that is here, or that of a hub id at a revision.
+    """Path of a local folder, or of the downloaded snapshot of a hub id at a revision.
 
     Args:
-        checkpoint: path of a local folder, or a hub id.
-        files: patterns of the hub id's files to fetch.
-        key: of the configuration, to name in errors.
+        checkpoint: path of a local folder, or hub id.
+        files: patterns of the files to download.
+        key: config key to name in errors.
 
     Raises:
-        RewardError: it is not here and cannot be fetched.
+        RewardError: if the download fails.
     """
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
@@ -64,64 +64,73 @@ def hub_folder(checkpoint: str, revision: str | None, *, key: str, files: Sequen
 
 
 def from_folder(kind: Any, folder: Path, *, key: str, **options: Any) -> Any:
-    """What a class of transformers reads from a folder; code that lies in it is not run.
+    """Load an object of a class of transformers from a folder; code in the folder does not run.
+
+    Args:
+        kind: class of transformers.
+        key: config key to name in errors.
 
     Raises:
-        RewardError: the folder does not hold it whole, or holds one that needs its own code.
+        RewardError: if the folder is incomplete, or requires custom code.
     """
     try:
         return kind.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise RewardError(f"`{key}` {folder}: is no {kind.__name__}: {_first_line(error)}") from None
+        raise RewardError(f"`{key}` {folder}: cannot be loaded as {kind.__name__}: {_first_line(error)}") from None
 
 
 def model_from_folder(
-    kind: Any, folder: Path, *, key: str, dtype: torch.dtype | str = torch.float32, unread: Sequence[str] = ()
+    kind: Any, folder: Path, *, key: str, dtype: torch.dtype | str = torch.float32, unused: Sequence[str] = ()
 ) -> Any:
-    """A model of transformers from a folder's safetensors.
+    """Load a model of transformers from a folder's safetensors.
 
     Args:
-        unread: beginnings of the names of weights that may be missing: what they compute is not used.
+        kind: class of transformers.
+        key: config key to name in errors.
+        unused: name prefixes of weights that may be missing, because their outputs are not used.
 
     Raises:
-        RewardError: the folder does not hold it whole; transformers would draw what is missing at random.
+        RewardError: if weights are missing, which transformers would initialise at random, or as in `from_folder`.
     """
     model, found = from_folder(kind, folder, key=key, use_safetensors=True, dtype=dtype, output_loading_info=True)
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith(tuple(unread)))
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(tuple(unused)))
     if missing:
         raise RewardError(
             f"`{key}` {folder}: lacks {len(missing)} weights of {kind.__name__}, the first {missing[0]!r};"
-            " it is of another kind, or was damaged"
+            " give an undamaged folder of this kind of model"
         )
     return model
 
 
 def converted(path: Path, sha256: str, *, key: str) -> dict[str, Tensor]:
-    """Tensors of a foreign ``torch.save`` file, checked against its SHA-256, then read without running its code.
+    """Tensors of an untrusted ``torch.save`` file, verified by its SHA-256 and read without running code.
 
-    Converted once to safetensors in `CONVERTED_DIR`; later calls read that.
+    The file is converted once to safetensors in `CONVERTED_DIR`; later calls read that.
 
     Args:
-        sha256: of the file, 64 hex digits.
-        key: of the configuration, to name in errors.
+        sha256: expected SHA-256 of the file, 64 hex digits.
+        key: config key to name in errors.
+
+    Returns:
+        Name -> tensor.
 
     Raises:
-        RewardError: the file is another one, or holds more than tensors.
+        RewardError: if the SHA-256 differs, or the file holds more than tensors.
     """
     with path.open("rb") as handle:
         found = hashlib.file_digest(handle, "sha256").hexdigest()
     if found != sha256:
         raise RewardError(
-            f"`{key}` {path}: SHA-256 must be {sha256}, got {found}; it is another file, or was damaged: fetch it anew"
+            f"`{key}` {path}: SHA-256 must be {sha256}, got {found}; the file differs or is damaged: download it again"
         )
     safe = CONVERTED_DIR / f"{sha256}.safetensors"
     if not safe.is_file():
         tensors = _read_pickle(path, key)
         CONVERTED_DIR.mkdir(parents=True, exist_ok=True)
-        aside = safe.with_name(f"{safe.name}.{os.getpid()}.tmp")  # several actors may convert at once
-        save_file(tensors, aside)
-        aside.chmod(0o644)  # others may share the folder
-        aside.replace(safe)
+        temporary = safe.with_name(f"{safe.name}.{os.getpid()}.tmp")  # several actors may convert concurrently
+        save_file(tensors, temporary)
+        temporary.chmod(0o644)  # the folder may be shared
+        temporary.replace(safe)
     return load_file(safe)
 
 
@@ -129,11 +138,11 @@ def _read_pickle(path: Path, key: str) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise RewardError(f"`{key}` {path}: holds more than tensors, and was not run: {_first_line(error)}") from None
+        raise RewardError(f"`{key}` {path}: holds more than tensors and was not run: {_first_line(error)}") from None
     tensors = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise RewardError(f"`{key}` {path}: must hold tensors by name, got {type(tensors).__name__} of other things")
-    # each on its own: safetensors takes no views of one memory
+        raise RewardError(f"`{key}` {path}: must hold a dict of tensors, got {type(tensors).__name__} of other values")
+    # clones: safetensors refuses views of shared memory
     return {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
 
 

@@ -10,7 +10,7 @@ from cdpo_ray.config import Config, Pool, PromptSource
 from cdpo_ray.config.rewards import OWN_REWARD
 from cdpo_ray.dataflow.parts import read_set_aside
 from cdpo_ray.errors import ConfigError
-from cdpo_ray.preferences.files import Source, fingerprint
+from cdpo_ray.preferences.files import PreferenceSource, fingerprint
 from cdpo_ray.prompts import sources
 from cdpo_ray.records import LABEL, score_file
 from cdpo_ray.store import StepOutput, files_sha256
@@ -25,10 +25,10 @@ def prompt_source(section: PromptSource) -> sources.Source:
     return sources.Source(**section.model_dump())
 
 
-def preference_source(config: Config) -> Source:
+def preference_source(config: Config) -> PreferenceSource:
     """Location and format of the preferences."""
     assert config.preferences is not None, "called for a config with preferences only"
-    return Source(**config.preferences.model_dump(include={"path", "format", "columns", "difficulty"}))
+    return PreferenceSource(**config.preferences.model_dump(include={"path", "format", "columns", "difficulty"}))
 
 
 def preference_frame(config: Config) -> Any:

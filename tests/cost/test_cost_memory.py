@@ -1,4 +1,4 @@
-"""Peak memory, added up by hand."""
+"""Peak memory against hand-computed values."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def test_full_fine_tuning_keeps_a_frozen_copy_which_zero_does_not_shard() -> Non
     assert sharded == {1: num * (2 + 2 + 2 + 12 / 4), 2: num * (2 + 2 + 14 / 4), 3: num * (2 + 16 / 4)}
 
 
-def test_8_bit_moments_take_a_quarter_and_a_little() -> None:
+def test_8_bit_moments_take_slightly_more_than_a_quarter() -> None:
     saved = trainer(lora=None).weights - trainer(lora=None, optimizer="adamw_8bit").weights
     assert saved / SD15.parameters == pytest.approx(8 - 2.04)
 
@@ -50,17 +50,17 @@ def test_fp32_has_no_masters_and_twice_the_activations() -> None:
     assert full.weights == 4 * SD15.parameters + SD15.lora_parameters(*LORA) * (4 + 4 + 8)
 
 
-def test_quantization_stores_the_linear_layers_alone() -> None:
+def test_quantization_applies_to_the_linear_layers_only() -> None:
     num, linear = SD15.parameters, SD15.linear_parameters
     for kind, size in (("nf4", 0.53), ("int8", 1.01)):
         stored = DenoiserStorage("bfloat16", kind).denoiser_bytes(SD15)
         assert stored == pytest.approx(linear * size + 2 * (num - linear))
 
 
-def test_a_teacher_is_kept_and_sees_both_images_with_and_without_prompt() -> None:
+def test_a_teacher_is_resident_and_runs_on_both_images_with_and_without_prompt() -> None:
     with_teacher = trainer(teacher=SD15)
     assert with_teacher.weights - trainer().weights == 2 * SD15.parameters
-    assert with_teacher.work == trainer().work, "its four launches without gradient take less than the policy's two"
+    assert with_teacher.work == trainer().work, "four forward passes without gradient need less than the policy's two"
 
 
 def test_text_encoders_are_on_the_gpu_only_while_a_worker_loads() -> None:
@@ -72,7 +72,7 @@ def test_text_encoders_are_on_the_gpu_only_while_a_worker_loads() -> None:
     assert offloaded.work == 2 * flux.activation_bytes(64, lora=LORA, checkpointing=True)
 
 
-def test_offload_keeps_text_encoders_and_vae_off_the_gpu_while_they_are_not_needed() -> None:
+def test_offload_removes_text_encoders_and_vae_from_the_gpu_while_not_in_use() -> None:
     given = {"positions": 4096, "images": 4, "passes": 2}
     resident = generator_peak(SD15, BF16, **given)  # type: ignore[arg-type]
     offloaded = generator_peak(SD15, DenoiserStorage("bfloat16", offload=True), **given)  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def test_offload_keeps_text_encoders_and_vae_off_the_gpu_while_they_are_not_need
     assert offloaded.work == 2 * SD15.vae_parameters + decoding
 
 
-def test_memory_grows_with_the_batch_and_shrinks_with_each_remedy() -> None:
+def test_memory_grows_with_the_batch_and_shrinks_with_each_saving_option() -> None:
     totals = [trainer(pairs=pairs).total for pairs in (1, 2, 8, 16)]
     assert totals == sorted(totals)
     assert trainer(checkpointing=True).total < trainer().total
@@ -103,7 +103,7 @@ def test_memory_grows_with_the_batch_and_shrinks_with_each_remedy() -> None:
         ("auto", 200.0, None, False),
     ],
 )
-def test_checkpointing_is_used_where_it_is_asked_for_or_the_gpu_is_too_small(
+def test_checkpointing_is_used_if_set_or_if_the_gpu_is_too_small(
     asked: bool | str, peak: float | None, gpu: float | None, used: bool
 ) -> None:
     assert use_checkpointing(asked, peak, gpu) is used

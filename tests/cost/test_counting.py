@@ -1,5 +1,4 @@
-"""Counts on meta tensors: operators by hand, and the real SD1.5 against the published table at sizes that it was not
-counted at."""
+"""Counts on meta tensors: single operators by hand, and SD1.5 against the table at other sizes than counted."""
 
 import json
 import math
@@ -37,7 +36,7 @@ def meta(*shape: int) -> torch.Tensor:
     return torch.empty(*shape, device="meta")
 
 
-def test_a_matrix_product_is_two_flops_per_multiply_add() -> None:
+def test_a_matrix_product_has_two_flops_per_multiply_add() -> None:
     with torch.device("meta"):
         layer = nn.Linear(32, 48)
     meter = Meter(layer)
@@ -46,7 +45,7 @@ def test_a_matrix_product_is_two_flops_per_multiply_add() -> None:
     assert meter.flops == 2 * 8 * 32 * 48
 
 
-def test_storages_are_counted_while_they_live_and_weights_and_views_are_not() -> None:
+def test_live_storages_are_counted_but_weights_and_views_are_not() -> None:
     with torch.device("meta"):
         layer = nn.Linear(32, 48)
     meter, given = Meter(layer), meta(8, 32)
@@ -55,24 +54,24 @@ def test_storages_are_counted_while_they_live_and_weights_and_views_are_not() ->
         view = first[:4].t()
         weight = layer.weight.t()
     assert meter.bytes == first.numel() * 4
-    assert meter.peak_bytes == 2 * first.numel() * 4, "the product and twice it"
+    assert meter.peak_bytes == 2 * first.numel() * 4, "the product and its double"
     del first
-    assert meter.bytes > 0 and weight is not None, "a view keeps it"
+    assert meter.bytes > 0 and weight is not None, "a view keeps the storage alive"
     del view
     assert meter.bytes == 0
 
 
-def test_fused_attention_takes_the_flops_of_two_products_and_keeps_no_square() -> None:
+def test_fused_attention_has_the_flops_of_two_products_and_no_quadratic_memory() -> None:
     query = meta(1, 2, 4096, 64)
     meter = Meter(nn.Identity())
     with fused_attention(), meter, torch.no_grad():
         functional.scaled_dot_product_attention(query, query, query)
     assert meter.flops == 2 * 2 * 2 * 4096 * 4096 * 64
     assert meter.peak_bytes < 4096 * 4096
-    assert functional.scaled_dot_product_attention.__module__ != "cdpo_ray.cost.counting", "it is put back"
+    assert functional.scaled_dot_product_attention.__module__ != "cdpo_ray.cost.counting", "the function is restored"
 
 
-def test_a_folder_is_counted_by_its_configurations(tiny_models: Callable[[str], Path]) -> None:
+def test_a_folder_is_counted_from_its_configurations(tiny_models: Callable[[str], Path]) -> None:
     folder = tiny_models("stable_diffusion_3")
     counted = count_folder(folder)
     weights = {name: _num_parameters(folder / name) for name in ("transformer", "vae")}
@@ -99,7 +98,7 @@ def _num_parameters(folder: Path) -> int:
         ("flux_schnell", (2, 16, 64)),
     ],
 )
-def test_a_denoiser_gets_the_inputs_that_its_configuration_asks_for(
+def test_a_denoiser_gets_the_inputs_of_its_configuration(
     tiny_models: Callable[[str], Path], family: str, shape: tuple[int, ...]
 ) -> None:
     (path,) = (
@@ -121,7 +120,7 @@ def half() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("half")
-def test_a_forward_of_sd15_takes_what_the_table_says_at_a_size_that_was_not_counted() -> None:
+def test_a_forward_pass_of_sd15_matches_the_table_at_a_size_that_was_not_counted() -> None:
     make, inputs, native = denoiser_of(SD15)
     denoiser, table = make().eval(), published_footprint("sd15")
     found: dict[int, int] = {}
@@ -139,7 +138,7 @@ def test_a_forward_of_sd15_takes_what_the_table_says_at_a_size_that_was_not_coun
     ("rank", "targets", "checkpointing", "side", "pairs"),
     [(8, ATTENTION_TARGETS, False, 40, 2), (8, ATTENTION_TARGETS, True, 88, 1), (64, CONVOLUTIONS, False, 80, 1)],
 )
-def test_the_estimated_memory_of_training_is_within_15_percent_of_the_counted_peak(
+def test_the_estimated_training_memory_is_within_15_percent_of_the_counted_peak(
     rank: int, targets: tuple[str, ...], checkpointing: bool, side: int, pairs: int
 ) -> None:
     make, inputs, _ = denoiser_of(SD15)

@@ -1,4 +1,4 @@
-"""Hours against figures computed by hand; how they change with the configuration."""
+"""Estimated hours against hand-computed values, and their dependence on the configuration."""
 
 import re
 from dataclasses import replace
@@ -29,7 +29,7 @@ def busy(load: Workload, verb: str, **options: bool) -> float:
     return step_cost(load, verb, **options).gpu_seconds  # type: ignore[arg-type]
 
 
-def test_generation_takes_two_forwards_per_denoising_step_with_guidance_and_one_decoding() -> None:
+def test_generation_takes_two_forward_passes_per_denoising_step_with_guidance_and_one_decoding() -> None:
     load = workload("model.compile=false", "rewards=[jpeg_size]", "rewards.rank_by=null")
     rate = 989e12
     denoising = 30 * 2 * SD15.forward_flops(4096) / (rate * EFFICIENCY["generate"].eager)
@@ -42,7 +42,7 @@ def test_generation_takes_two_forwards_per_denoising_step_with_guidance_and_one_
     assert busy(unguided, "generate") == pytest.approx(encoding + 100 * 50 * (denoising / 2 + decoding))
 
 
-def test_a_lora_pair_takes_two_forwards_two_backwards_and_two_of_the_reference() -> None:
+def test_a_lora_pair_takes_two_forward_and_two_backward_passes_and_two_of_the_reference() -> None:
     load = workload("model.compile=false")
     flops = 2 * (2 * SD15.forward_flops(4096) + SD15.backward_flops["lora"](4096))
     assert flops / 1e12 == pytest.approx(5.17, rel=0.01)  # published table of the project
@@ -52,8 +52,8 @@ def test_a_lora_pair_takes_two_forwards_two_backwards_and_two_of_the_reference()
     assert busy(load, "train", checkpointing=True) == pytest.approx(busy(load, "train") + more)
 
 
-def test_a_consistency_pair_takes_ten_forwards_and_two_backwards() -> None:
-    """Policy 2, reference at both timesteps 4, guided teacher 4."""
+def test_a_consistency_pair_takes_ten_forward_and_two_backward_passes() -> None:
+    """Policy: 2, reference at both timesteps: 4, guided teacher: 4."""
     load = workload("model.compile=false", config="lcm")
     forward = SD15.forward_flops(96 * 96)
     flops = 10 * forward + 2 * published_footprint("lcm").backward_flops["lora"](96 * 96)
@@ -116,8 +116,8 @@ def test_a_faster_gpu_takes_less_time_and_memory_does_not_change() -> None:
     assert len({each.memory[1].peak for each in found.values()}) == 1
 
 
-def test_compile_auto_compiles_past_the_break_even_and_not_before() -> None:
-    """SD1.5: seconds saved per prompt times prompts, against the seconds that compiling takes."""
+def test_compile_auto_compiles_only_beyond_the_break_even() -> None:
+    """SD1.5: time saved per prompt times number of prompts, against compilation time."""
     auto = workload("model.compile=auto", prompts=1)
     saving = step_cost(auto, "generate").saved_seconds
     enough = int(COMPILE_SECONDS["stable_diffusion"] / saving) + 1
@@ -134,13 +134,13 @@ def _actors(load: Workload, num: int) -> object:
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_compile_is_as_the_config_says_unless_it_is_auto(asked: bool) -> None:
+def test_compile_follows_the_config_unless_it_is_auto(asked: bool) -> None:
     for prompts in (1, 10_000):
         found = estimate(workload(f"model.compile={asked}".lower(), prompts=prompts))
         assert [step.compiled for step in found.steps] == [asked] * 3
 
 
-def test_checkpointing_auto_is_on_where_the_peak_without_it_is_too_large() -> None:
+def test_checkpointing_auto_is_on_if_the_peak_without_it_is_too_large() -> None:
     auto = "training.gradient_checkpointing=auto"
     assert not estimate(workload(auto)).checkpointing
     on = estimate(workload(auto, gpu="l4"))
@@ -151,7 +151,7 @@ def test_checkpointing_auto_is_on_where_the_peak_without_it_is_too_large() -> No
 @pytest.mark.parametrize(
     ("config", "gpu"), [("sd15", "l4"), ("sd15", "t4"), ("sdxl", "l4"), ("flux", "4090"), ("lcm", "3090")]
 )
-def test_what_is_advised_fits(config: str, gpu: str) -> None:
+def test_the_advised_changes_fit(config: str, gpu: str) -> None:
     load = workload(config=config, gpu=gpu)
     found = estimate(load)
     assert not found.fits
@@ -182,7 +182,7 @@ def _trainer_fits(size: int) -> bool:
 
 
 def test_a_gpu_without_bfloat16_is_noted() -> None:
-    assert any("does not compute in bfloat16" in note for note in estimate(workload(gpu="t4")).notes)
+    assert any("does not support bfloat16" in note for note in estimate(workload(gpu="t4")).notes)
     assert not estimate(workload("model.dtype=float16", gpu="t4")).notes
 
 
@@ -198,12 +198,12 @@ def test_lines_give_hours_memory_and_verdict_as_estimates() -> None:
     assert memory_faults(estimate(workload())) == []
 
 
-def test_gpu_hours_are_those_of_all_gpus_while_a_step_lasts() -> None:
+def test_gpu_hours_count_all_gpus_for_the_whole_step() -> None:
     step = StepCost("train", 7200.0, 3600.0, 4, 0.5, False, 0.0, 0.0)
     assert step.gpu_hours == 2.0
 
 
-def test_rounds_multiply_the_hours_and_not_the_memory() -> None:
+def test_rounds_multiply_the_hours_but_not_the_memory() -> None:
     once, thrice = (estimate(workload(f"rounds={rounds}")) for rounds in (1, 3))
     assert thrice.gpu_hours == pytest.approx(3 * once.gpu_hours)
     assert (thrice.steps, thrice.memory) == (once.steps, once.memory)
@@ -227,7 +227,7 @@ def test_a_search_trains_every_point_of_a_grid_the_papers_schedule_and_two_confi
         "prompts.validation={fraction: 0.1}",
         "model.compile=false",
         "curriculum.order=none",
-    )  # the paper's is apart
+    )  # the paper's schedule is extra
     space = "space: {training.beta: [2500, 5000], training.learning_rate: [1e-5, 1e-4]}"
     grid, sampled = (
         replace(workload(*common, f"search={{{how}, {space}}}"), prompts=NumPrompts(100, 20, 10))
@@ -242,7 +242,7 @@ def test_a_search_trains_every_point_of_a_grid_the_papers_schedule_and_two_confi
         assert estimate(load).search_gpu_hours == pytest.approx(seconds / 3600), name
 
 
-def test_hours_in_the_thousands_are_written_out() -> None:
+def test_large_hours_have_thousands_separators() -> None:
     lines = cost_lines(estimate(workload("curriculum.updates_per_stage=400000", gpu="l4")), "sd15")
     (train,) = (line for line in lines if line.startswith("    train "))
     assert re.search(r"train +\d,\d{3} GPU-hours, ", train)

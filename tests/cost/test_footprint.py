@@ -1,4 +1,4 @@
-"""Polynomials are exact, and a footprint survives the table."""
+"""Polynomials are exact, and footprints survive serialisation."""
 
 from fractions import Fraction
 
@@ -13,7 +13,7 @@ COEFFICIENTS = st.lists(st.integers(-(10**6), 10**6), min_size=1, max_size=4)
 
 
 @given(COEFFICIENTS)
-def test_as_many_points_as_coefficients_give_the_polynomial_back(coefficients: list[int]) -> None:
+def test_interpolation_recovers_the_polynomial(coefficients: list[int]) -> None:
     places = range(1024, 1024 * (len(coefficients) + 1), 1024)
     points = {place: sum(c * Fraction(place) ** power for power, c in enumerate(coefficients)) for place in places}
     assert Polynomial.through(points).coefficients == tuple(coefficients)  # type: ignore[arg-type]
@@ -24,17 +24,17 @@ def test_a_quadratic_is_exact_at_a_size_that_was_not_counted() -> None:
     assert quadratic(128**2) == 7 + 3 * 128**2 + 2 * 128**4
 
 
-def test_a_footprint_is_the_same_once_it_was_written() -> None:
+def test_a_footprint_survives_writing_and_reading() -> None:
     footprint = published_footprint("sdxl")
     assert Footprint.of(footprint.plain()) == footprint
 
 
-def test_sd15_has_as_many_lora_parameters_as_its_published_loras() -> None:
-    """797,184 at rank 4 on attention: 3.2 MB, the size of the first published LoRAs of diffusers."""
+def test_a_lora_of_sd15_has_the_published_number_of_parameters() -> None:
+    """797,184 at rank 4 on attention: 3.2 MB, the size of diffusers' first published LoRAs."""
     assert published_footprint("sd15").lora_parameters(4, ("to_q", "to_k", "to_v", "to_out.0")) == 797_184
 
 
-def test_a_lora_outside_attention_saves_what_full_fine_tuning_saves_and_its_own_factors() -> None:
+def test_a_lora_outside_attention_saves_the_activations_of_full_fine_tuning_and_of_its_factors() -> None:
     footprint = published_footprint("sd15")
     attention = footprint.activation_bytes(4096, lora=(8, ("to_q", "to_v")), checkpointing=False)
     wide = footprint.activation_bytes(4096, lora=(8, ("to_q", "conv1")), checkpointing=False)
@@ -42,7 +42,7 @@ def test_a_lora_outside_attention_saves_what_full_fine_tuning_saves_and_its_own_
     assert attention < full < wide < 1.05 * full
 
 
-def test_the_end_of_a_name_is_matched_at_its_dots() -> None:
+def test_suffixes_of_names_match_at_dots() -> None:
     footprint = published_footprint("sd15")
     assert footprint.lora_parameters(8, ("out.0",)) == 0
     assert footprint.lora_parameters(8, ("to_out.0",)) == footprint.lora_parameters(
@@ -51,7 +51,7 @@ def test_the_end_of_a_name_is_matched_at_its_dots() -> None:
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd35_medium", "flux_dev", "lcm"])
-def test_a_footprint_grows_with_the_image_and_less_is_saved_with_checkpointing(name: str) -> None:
+def test_a_footprint_grows_with_the_image_and_shrinks_with_checkpointing(name: str) -> None:
     footprint = published_footprint(name)
     lora = (8, ATTENTION_TARGETS)
     for small, large in ((32**2, 64**2), (64**2, 128**2)):

@@ -1,4 +1,4 @@
-"""GPUs by the device names that drivers and Ray report."""
+"""GPUs by the device names of drivers and Ray."""
 
 from pathlib import Path
 
@@ -31,14 +31,14 @@ def test_a_device_is_identified_by_its_name_and_memory(device: str, memory: floa
     assert (found.name if found else None) == name
 
 
-def test_the_driver_is_asked_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_is_queried_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'NVIDIA A100-SXM4-40GB, 40960'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert visible_gpu() == GPUS["a100-40gb"]
     program.write_text("#!/bin/sh\necho 'NVIDIA L4, [N/A]'\n")
-    assert visible_gpu() == GPUS["l4"], "unified memory has no size of its own"
+    assert visible_gpu() == GPUS["l4"], "the driver reports no size of unified memory"
     program.write_text("#!/bin/sh\nexit 9\n")
     assert visible_gpu() is None
     program.unlink()

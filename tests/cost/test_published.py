@@ -1,4 +1,4 @@
-"""The table of published models, against figures that are known beforehand, and how a model finds its entry."""
+"""The table of published models against independent figures, and the lookup of models."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ CONFIGS = Path(__file__).parents[2] / "configs"
     ("name", "side", "teraflops"),
     [("sd15", 64, 0.803), ("sdxl", 128, 6.76), ("sd35_medium", 128, 11.25), ("flux_dev", 128, 74.4)],
 )
-def test_a_forward_takes_the_flops_that_are_known(name: str, side: int, teraflops: float) -> None:
+def test_a_forward_pass_has_the_known_flops(name: str, side: int, teraflops: float) -> None:
     assert published_footprint(name).forward_flops(side * side) / 1e12 == pytest.approx(teraflops, rel=0.002)
 
 
 @pytest.mark.parametrize(
     ("name", "teraflops"), [("sd15", 0.975), ("sdxl", 7.74), ("sd35_medium", 17.5), ("flux_dev", 96.6)]
 )
-def test_a_backward_of_a_lora_takes_the_flops_that_are_known(name: str, teraflops: float) -> None:
+def test_a_backward_pass_of_a_lora_has_the_known_flops(name: str, teraflops: float) -> None:
     footprint = published_footprint(name)
     found = footprint.backward_flops["lora"](footprint.native_positions) / 1e12
     assert found == pytest.approx(teraflops, rel=0.002)
@@ -36,7 +36,7 @@ def test_a_denoiser_has_its_published_number_of_parameters(name: str, parameters
     assert published_footprint(name).parameters == parameters
 
 
-def test_a_vae_takes_the_flops_that_are_known() -> None:
+def test_a_vae_has_the_known_flops() -> None:
     footprint = published_footprint("sd15")
     assert footprint.encode_flops(64 * 64) / 1e12 == pytest.approx(1.12, rel=0.01)
     assert footprint.decode_flops(64 * 64) / 1e12 == pytest.approx(2.52, rel=0.01)
@@ -50,13 +50,13 @@ def test_the_model_of_every_shipped_config_is_in_the_table(path: Path) -> None:
     assert found and not found.is_assumed
 
 
-def test_a_hub_model_that_is_not_in_the_table_is_taken_for_its_familys_and_said_to_be() -> None:
+def test_an_unknown_hub_model_is_assumed_to_be_its_familys_and_reported_as_such() -> None:
     found = known_footprint("stable_diffusion_xl", "someone/their-model")
     assert found and found.is_assumed and found.footprint == published_footprint("sdxl")
     assert found.source == "assumed to be as large as sdxl"
 
 
-def test_a_folder_with_a_published_architecture_is_known_and_one_with_another_is_not(tmp_path: Path) -> None:
+def test_a_folder_is_known_only_by_a_published_architecture(tmp_path: Path) -> None:
     unet = tmp_path / "unet"
     unet.mkdir()
     config = {"_class_name": "UNet2DConditionModel", "cross_attention_dim": 768, "attention_head_dim": 8}

@@ -1,4 +1,4 @@
-"""Several rewards' scores -> one, against definitions written out sample by sample."""
+"""Combined scores against definitions evaluated sample by sample."""
 
 import math
 import statistics
@@ -23,12 +23,12 @@ def combine(rank_by: str, scores: np.ndarray) -> np.ndarray:
     return RankingRule(rank_by, dict(list(WEIGHTS.items())[: scores.shape[2]])).combine(scores)
 
 
-def whole_samples(prompt: np.ndarray) -> list[int]:
+def finite_samples(prompt: np.ndarray) -> list[int]:
     return [i for i, row in enumerate(prompt.tolist()) if all(map(math.isfinite, row))]
 
 
 def by_definition(rank_by: str, prompt: list[list[float]]) -> list[float]:
-    """What a prompt's samples, all whole, ``[sample][reward]``, should get."""
+    """Expected scores of a prompt's samples with finite scores ``[sample][reward]``."""
     columns = list(zip(*prompt, strict=True))
     if rank_by == "weighted_sum":
         total = [0.0] * len(prompt)
@@ -58,18 +58,18 @@ def dominates(one: list[float], other: list[float]) -> bool:
 
 @pytest.mark.parametrize("rank_by", COMBINATIONS)
 @given(scores=SCORES)
-def test_a_combination_is_what_its_definition_says_of_the_whole_samples(rank_by: str, scores: np.ndarray) -> None:
+def test_a_combination_equals_its_definition_on_samples_with_finite_scores(rank_by: str, scores: np.ndarray) -> None:
     combined = combine(rank_by, scores)
     assert combined.shape == scores.shape[:2]
     for prompt, found in zip(scores, combined, strict=True):
-        whole = whole_samples(prompt)
+        whole = finite_samples(prompt)
         if whole:
             np.testing.assert_allclose(found[whole], by_definition(rank_by, prompt[whole].tolist()), atol=1e-6)
         assert np.isnan(np.delete(found, whole)).all()
 
 
 @given(SCORES)
-def test_of_a_pareto_pair_the_rejected_never_dominates_the_chosen_and_a_front_forms_no_pair(scores: np.ndarray) -> None:
+def test_no_rejected_sample_of_a_pareto_pair_dominates_the_chosen_and_fronts_form_no_pair(scores: np.ndarray) -> None:
     fronts = combine("pareto", scores)
     for prompt, chosen, rejected, _, score_gap in formed_pairs(fronts):
         assert not dominates(*scores[prompt, [rejected, chosen]].tolist())
@@ -77,33 +77,33 @@ def test_of_a_pareto_pair_the_rejected_never_dominates_the_chosen_and_a_front_fo
 
 
 @pytest.mark.parametrize("rank_by", COMBINATIONS)
-def test_a_reward_that_finds_all_images_alike_has_no_say(rank_by: str) -> None:
+def test_a_reward_with_equal_scores_has_no_influence(rank_by: str) -> None:
     scores = np.random.default_rng(0).normal(size=(3, 6, 1))
     alike = np.broadcast_to(0.1, (3, 6, 1))
     combined = combine(rank_by, np.concatenate([scores, alike], axis=2))
     assert (np.argsort(combined) == np.argsort(scores[:, :, 0])).all()
 
 
-def test_a_negative_weight_asks_for_low_scores() -> None:
+def test_a_negative_weight_prefers_low_scores() -> None:
     scores = np.stack([np.zeros((1, 4)), [[1.0, 4.0, 2.0, 3.0]]], axis=2)
     assert np.argsort(-combine("weighted_sum", scores)).tolist() == [[0, 2, 3, 1]]
 
 
-def test_units_do_not_matter_to_a_weighted_sum() -> None:
+def test_a_weighted_sum_does_not_depend_on_units() -> None:
     scores = np.random.default_rng(0).normal(size=(2, 8, 3))
     rescaled = scores * [1e-200, 1.0, 1e150] + [0, 7, 0]
     np.testing.assert_allclose(combine("weighted_sum", rescaled), combine("weighted_sum", scores), atol=1e-12)
 
 
-def test_one_reward_ranks_by_its_scores_as_they_are() -> None:
+def test_a_single_reward_ranks_by_its_unchanged_scores() -> None:
     scores = np.array([[[1.5], [np.nan], [-2.0]]])
     np.testing.assert_array_equal(RankingRule("clip", {"clip": 1.0}).combine(scores), scores[:, :, 0])
 
 
-def test_scores_of_other_rewards_than_the_rules_are_refused() -> None:
+def test_scores_of_a_wrong_number_of_rewards_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must be \[prompt, sample, reward\] of a, b, got shape \(1, 4, 3\)"):
         RankingRule("pareto", {"a": 1.0, "b": 1.0}).combine(np.zeros((1, 4, 3)))
 
 
-def test_every_combination_that_the_config_knows_is_there() -> None:
+def test_every_combination_of_the_config_is_implemented() -> None:
     assert tuple(COMBINATIONS) == config.COMBINATIONS

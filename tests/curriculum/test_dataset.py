@@ -1,4 +1,4 @@
-"""The score table as the pairs step reads it."""
+"""The score table of the pairs step."""
 
 from pathlib import Path
 
@@ -38,13 +38,13 @@ def test_pairs_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
 
 
 def write_table(folder: Path, reward: str, scores: np.ndarray, *, second: bool = False) -> None:
-    """Scores ``[prompt, sample]`` of prompts 0, 1, .. as the score step leaves them."""
+    """Write scores ``[prompt, sample]`` of prompts 0, 1, ... in the format of the score step."""
     prompts = pa.table({"prompt_index": np.arange(len(scores)), "prompt_id": ["an id"] * len(scores)})
     prompts = prompts.append_column(score_column(reward), pa.array(scores.tolist(), pa.list_(pa.float64())))
     write_scores(prompts, reward, folder / score_file(reward, second=second))
 
 
-def test_what_ranks_is_combined_from_the_files_of_its_rewards_and_from_no_others(tmp_path: Path) -> None:
+def test_ranking_scores_are_combined_from_the_files_of_their_rewards_only(tmp_path: Path) -> None:
     scores = np.random.default_rng(0).normal(size=(5, 6, 2))
     scores[2, 3, 1] = np.nan
     for place, name in enumerate(("clip", "own:reward")):
@@ -57,7 +57,7 @@ def test_what_ranks_is_combined_from_the_files_of_its_rewards_and_from_no_others
     np.testing.assert_array_equal(alone.scores, scores[:, :, 1])
 
 
-def test_the_noise_is_that_of_the_ranking_scores_on_the_prompts_that_were_scored_twice(tmp_path: Path) -> None:
+def test_the_noise_is_that_of_the_ranking_scores_on_prompts_scored_twice(tmp_path: Path) -> None:
     first = np.random.default_rng(0).normal(size=(5, 6, 2))
     second = first[:3] + 0.1 * np.random.default_rng(1).normal(size=(3, 6, 2))
     for place, name in enumerate(("a", "b")):
@@ -67,7 +67,7 @@ def test_the_noise_is_that_of_the_ranking_scores_on_the_prompts_that_were_scored
     expected = gap_noise(rule.combine(first)[:3], rule.combine(second))
     assert read_ranking_scores(tmp_path, rule).gap_noise == expected > 0
     write_table(tmp_path, "b", np.full((3, 6), np.nan), second=True)
-    with pytest.raises(CurriculumError, match=r"so the noise is unknown; raise `rewards.noise_prompts`, or mend"):
+    with pytest.raises(CurriculumError, match=r"so the noise is unknown; raise `rewards.noise_prompts`, or fix"):
         read_ranking_scores(tmp_path, rule)
 
 
@@ -75,13 +75,13 @@ LABELLED = RankingRule("clip", {"clip": 1.0}, with_labels=True)
 
 
 def write_labels(folder: Path, labels: dict[int, list[float]]) -> None:
-    """Labels of the prompts that may be trained on."""
+    """Write labels of training prompts."""
     prompts = pa.table({"prompt_index": list(labels), "prompt_id": ["an id"] * len(labels)})
     prompts = prompts.append_column(score_column("label"), pa.array(labels.values(), pa.list_(pa.float64())))
     write_scores(prompts, "label", folder / score_file("label"))
 
 
-def test_of_labelled_pairs_only_those_rank_that_agree_and_are_not_held_out(tmp_path: Path) -> None:
+def test_labelled_pairs_are_ranked_only_if_they_agree_and_are_not_held_out(tmp_path: Path) -> None:
     nan = np.nan
     write_table(tmp_path, "clip", np.array([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7], [0.5, 0.5], [nan, 0.2], [0.2, 0.8]]))
     write_labels(tmp_path, {0: [1, 0], 1: [0, 1], 3: [1, 0], 4: [1, 0], 5: [0, 1]})  # 2 is held out
@@ -89,13 +89,13 @@ def test_of_labelled_pairs_only_those_rank_that_agree_and_are_not_held_out(tmp_p
     assert read.prompt_index.tolist() == [0, 1, 3, 4, 5]
     np.testing.assert_array_equal(read.scores, [[0.9, 0.1], [nan, nan], [nan, nan], [nan, nan], [0.2, 0.8]])
     assert read.num_disagreeing == 2  # rows 1 and 3; row 4 has no score to disagree
-    assert int(rank_samples(read.scores).num_set_aside.sum()) - read.num_excused == 1  # the score that is missing
+    assert int(rank_samples(read.scores).num_unranked.sum()) - read.num_excused == 1  # the missing score
 
 
-def test_images_that_a_ranked_folder_lacks_rank_nowhere_and_no_reward_is_blamed(tmp_path: Path) -> None:
+def test_missing_images_of_a_ranked_folder_are_not_ranked_and_no_reward_is_blamed(tmp_path: Path) -> None:
     nan = np.nan
     write_table(tmp_path, "clip", np.array([[0.0, -1.0, -2.0], [0.0, -1.0, 7.0]]))
-    write_labels(tmp_path, {0: [0, -1, -2], 1: [0, -1, nan]})  # the third image of prompt 1 only fills the table
+    write_labels(tmp_path, {0: [0, -1, -2], 1: [0, -1, nan]})  # the third image of prompt 1 is padding
     read = read_ranking_scores(tmp_path, LABELLED)
     np.testing.assert_array_equal(read.scores, [[0, -1, -2], [0, -1, nan]])
     assert (read.num_excused, read.num_disagreeing) == (1, 0)
@@ -103,9 +103,7 @@ def test_images_that_a_ranked_folder_lacks_rank_nowhere_and_no_reward_is_blamed(
 
 
 @pytest.mark.parametrize("missing", [np.nan, np.inf, None])
-def test_samples_that_one_of_several_rewards_did_not_score_stop_a_run_when_they_are_too_many(
-    missing: float | None, tmp_path: Path
-) -> None:
+def test_too_many_samples_without_a_score_of_one_reward_stop_a_run(missing: float | None, tmp_path: Path) -> None:
     write_table(tmp_path, "a", np.random.default_rng(0).normal(size=(5, 6)))
     holes = np.random.default_rng(1).normal(size=(5, 6)).astype(object)
     holes[:3, 1] = missing
@@ -113,4 +111,4 @@ def test_samples_that_one_of_several_rewards_did_not_score_stop_a_run_when_they_
     table = read_ranking_scores(tmp_path, RankingRule("pareto", {"a": 1.0, "b": 1.0}))
     with pytest.raises(CurriculumError, match=r"3 of 30 scores are not finite, more than `rewards.max_bad_fraction`"):
         write_stages(table, tmp_path, schedule=Schedule(), pairs_per_stage=1, max_bad_fraction=0.09, seed=0)
-    assert rank_samples(table.scores).num_set_aside.tolist() == [1, 1, 1, 0, 0]
+    assert rank_samples(table.scores).num_unranked.tolist() == [1, 1, 1, 0, 0]

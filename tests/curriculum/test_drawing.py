@@ -1,4 +1,4 @@
-"""Draws: uniform or weighted, addressed by their number."""
+"""Draws: uniform or weighted, addressed by number."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from brute_force import chi_square_is_plausible, formed_pairs, rows
 
 from cdpo_ray.curriculum.drawing import draw_pairs, sort_by_difficulty, swap_labels
 from cdpo_ray.curriculum.measures import ACCEPTS
-from cdpo_ray.curriculum.pairs import AdmittedPairs, PairBatch
+from cdpo_ray.curriculum.pairs import AdmittedPairs, PairArrays
 from cdpo_ray.curriculum.ranking import rank_samples
 
 
@@ -17,12 +17,12 @@ def some_scores() -> np.ndarray:
     return scores
 
 
-def some_pairs(num_draws: int = 4000, *, seed: int = 0) -> PairBatch:
+def some_pairs(num_draws: int = 4000, *, seed: int = 0) -> PairArrays:
     ranking = rank_samples(np.random.default_rng(3).normal(size=(5, 20)))
     return draw_pairs(AdmittedPairs(ranking, 5), num_draws, seed=seed, stage=3)
 
 
-def counts_of(drawn: PairBatch, expected: list[tuple]) -> np.ndarray:
+def counts_of(drawn: PairArrays, expected: list[tuple]) -> np.ndarray:
     names, counts = np.unique(drawn.identity(9), return_counts=True)
     found = dict(zip(names.tolist(), counts.tolist(), strict=True))
     return np.array(
@@ -42,7 +42,7 @@ def test_draws_are_uniform() -> None:
 
 @pytest.mark.parametrize("measure", ["rank_gap", "score_gap", "score_gap_quantile"])
 def test_weighted_draws_follow_the_measure(measure: str) -> None:
-    """Within a part of the pairs, so that weights are those of the whole and not of the part."""
+    """Draws from a subset of the pairs, to check that weights are those of the whole set."""
     formed = AdmittedPairs(rank_samples(some_scores()))
     admitted = AdmittedPairs(rank_samples(some_scores()), 3)
     every = formed_pairs(some_scores())
@@ -68,7 +68,7 @@ def test_a_longer_draw_starts_with_the_same_pairs(measure: str | None) -> None:
     assert len(none) == 0
 
 
-def test_seed_and_stage_give_other_draws() -> None:
+def test_draws_depend_on_seed_and_stage() -> None:
     admitted = AdmittedPairs(rank_samples(np.random.default_rng(3).normal(size=(5, 20))))
     for accept in (None, ACCEPTS["rank_gap"](admitted, admitted)):
         draws = [
@@ -78,13 +78,13 @@ def test_seed_and_stage_give_other_draws() -> None:
         assert draws[0] == draws[3] and draws[0] != draws[1] and draws[0] != draws[2] and draws[1] != draws[2]
 
 
-def test_draws_stay_the_same_across_versions() -> None:
+def test_draws_do_not_change_between_versions() -> None:
     admitted = AdmittedPairs(rank_samples(np.arange(8.0).reshape(2, 4)))
     pinned = [(0, 3, 2), (0, 1, 0), (1, 2, 0), (0, 3, 1), (0, 2, 1)]
     assert [pair[:3] for pair in rows(draw_pairs(admitted, 5, seed=7, stage=1))] == pinned
 
 
-def test_weights_that_one_outlier_holds_alone_are_refused() -> None:
+def test_weights_dominated_by_one_outlier_are_refused() -> None:
     scores = np.zeros((400, 300)) + np.arange(300) * 1e-9
     scores[0, 0] = 1e9
     admitted = AdmittedPairs(rank_samples(scores), 1, 1)
@@ -108,7 +108,7 @@ def test_labels_are_swapped_with_the_probability(probability: float, low: float,
     assert (swapped.score_gap == pairs.score_gap).all() and (swapped.rank_gap == pairs.rank_gap).all()
 
 
-def test_swapping_goes_by_draw_not_by_place() -> None:
+def test_swapping_depends_on_the_draw_not_on_the_position() -> None:
     pairs = some_pairs(200)
     swapped_then_sorted = sort_by_difficulty(swap_labels(pairs, 0.5, seed=0, stage=3))
     sorted_then_swapped = swap_labels(sort_by_difficulty(pairs), 0.5, seed=0, stage=3)
@@ -116,14 +116,14 @@ def test_swapping_goes_by_draw_not_by_place() -> None:
     assert rows(swap_labels(pairs, 0.5, seed=1, stage=3)) != rows(swap_labels(pairs, 0.5, seed=0, stage=3))
 
 
-def test_sorted_from_easy_to_hard() -> None:
+def test_pairs_are_sorted_from_easy_to_hard() -> None:
     pairs = some_pairs(300)
     in_order = sorted(range(300), key=lambda index: (-pairs.rank_gap[index], pairs.draw[index]))
     assert sort_by_difficulty(pairs).draw.tolist() == in_order
     assert rows(sort_by_difficulty(pairs)) == [rows(pairs)[index] for index in in_order]
 
 
-def test_wrong_values_are_refused() -> None:
+def test_invalid_values_are_refused() -> None:
     admitted = AdmittedPairs(rank_samples(np.arange(6.0)[None]))
     with pytest.raises(ValueError, match="`num_draws` must be >= 0, got -1"):
         draw_pairs(admitted, -1, seed=0, stage=1)

@@ -1,4 +1,4 @@
-"""What is told of a stage, counted by hand."""
+"""Descriptions of stages against hand-computed values."""
 
 import errno
 import os
@@ -29,12 +29,12 @@ def described(schedule: Schedule, num_draws: int = 50, gap_noise: float | None =
     return stages
 
 
-def test_a_stage_is_described_by_what_one_can_count() -> None:
+def test_the_description_of_a_stage_equals_hand_counts() -> None:
     first, _, last = described(Schedule(num_stages=3, label_noise=0.5))
     assert (first["levels"], last["levels"]) == ([1, 1], [1, 3])
     assert (first["min_rank_gap"], first["max_rank_gap"]) == (3, 3)
     assert (first["min_score_gap"], first["max_score_gap"]) == (2.0, 7.0)
-    assert first["num_candidate_pairs"] == first["num_distinct_pairs"] == 2  # a swapped pair is no other pair
+    assert first["num_candidate_pairs"] == first["num_distinct_pairs"] == 2  # a swapped pair is the same pair
     assert last["num_candidate_pairs"] == len(formed_pairs(SCORES)) == last["num_distinct_pairs"] == 9
     assert (last["min_score_gap"], last["max_score_gap"]) == (1.0, 7.0)
     assert (last["num_prompts"], last["num_prompts_drawn"], last["num_prompts_of_run"]) == (2, 2, 3)
@@ -42,7 +42,7 @@ def test_a_stage_is_described_by_what_one_can_count() -> None:
     assert last["score_gap_edges"][0] == 0.0 and last["score_gap_edges"][-1] == 7.0
 
 
-def test_quantiles_of_the_drawn_score_gaps_are_a_sorted_lists_places() -> None:
+def test_quantiles_of_the_drawn_score_gaps_are_elements_of_the_sorted_list() -> None:
     schedule = Schedule(num_stages=3)
     drawn, _ = Curriculum(rank_samples(SCORES), schedule, seed=0).plan(3, 101)
     stage = described(schedule, 101)[2]
@@ -51,7 +51,7 @@ def test_quantiles_of_the_drawn_score_gaps_are_a_sorted_lists_places() -> None:
                                             "0.75": in_order[75], "0.95": in_order[95]}  # fmt: skip
 
 
-def test_the_table_has_a_line_a_stage_in_columns() -> None:
+def test_the_table_has_one_line_per_stage_in_columns() -> None:
     stages = described(Schedule(num_stages=3))
     head, *lines = stages_table(stages).split("\n")
     medians = [f"{stage['score_gap_quantiles']['0.5']:g}" for stage in stages]
@@ -60,7 +60,7 @@ def test_the_table_has_a_line_a_stage_in_columns() -> None:
     assert lines[2].split() == f"3 1 to 3 1 to 3 1 to 7 {medians[2]} 9 50 9 2 of 3".split()
 
 
-def test_pairs_within_the_noise_are_counted_where_it_was_measured() -> None:
+def test_pairs_within_the_noise_are_counted_if_it_was_measured() -> None:
     stages = described(Schedule(num_stages=3), gap_noise=2.0)
     small = [pair for pair in formed_pairs(SCORES) if pair[4] <= 2.0]
     drawn, _ = Curriculum(rank_samples(SCORES), Schedule(num_stages=3), seed=0).plan(3, 50)
@@ -71,7 +71,7 @@ def test_pairs_within_the_noise_are_counted_where_it_was_measured() -> None:
     assert described(Schedule(num_stages=3))[2]["num_drawn_within_noise"] is None
 
 
-def test_the_picture_grows_with_the_stages_and_shows_what_differs(tmp_path: Path) -> None:
+def test_the_chart_grows_with_the_stages_and_shows_differences(tmp_path: Path) -> None:
     sizes, pixels = [], []
     for name, schedule in {
         "two": Schedule(num_stages=2),

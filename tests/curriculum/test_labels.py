@@ -1,4 +1,4 @@
-"""Labels against scores: agreement pair by pair."""
+"""Agreement of labels and scores, pair by pair."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ LABELS = st.sampled_from([0.0, 0.5, 1.0])
 
 
 @given(arrays.arrays(float, (12, 2), elements=SCORES), arrays.arrays(float, (12, 2), elements=LABELS))
-def test_every_pair_that_forms_has_the_labels_order_and_the_scores_gap(scores: np.ndarray, labels: np.ndarray) -> None:
+def test_every_formed_pair_has_the_labels_order_and_the_scores_gap(scores: np.ndarray, labels: np.ndarray) -> None:
     formed = AdmittedPairs(rank_samples(where_labels_agree(scores, labels))).all()
     expected = {}
     for row in range(len(scores)):
@@ -27,6 +27,6 @@ def test_every_pair_that_forms_has_the_labels_order_and_the_scores_gap(scores: n
     assert {prompt: (chosen, rejected, gap) for prompt, chosen, rejected, gap in found} == expected
 
 
-def test_more_than_two_images_a_row_are_refused() -> None:
+def test_more_than_two_images_per_row_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must be \[pair, 2\], got shapes \(4, 3\) and \(4, 3\)"):
         where_labels_agree(np.zeros((4, 3)), np.zeros((4, 3)))

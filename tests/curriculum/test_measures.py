@@ -1,4 +1,4 @@
-"""Levels of difficulty, against every pair sorted and cut."""
+"""Levels of difficulty against brute force over all pairs."""
 
 import itertools
 from collections.abc import Callable
@@ -66,7 +66,7 @@ def test_linear_levels_of_score_gaps_equal_brute_force(
 
 
 @given(SCORES, MIN_SCORE_GAP, st.sampled_from([("rank_gap", 3), ("score_gap", 4)]), st.data())
-def test_levels_of_equal_count_keep_the_order_of_the_measure(
+def test_levels_of_equal_count_respect_the_order_of_the_measure(
     scores: np.ndarray, min_score_gap: float, measure_and_column: tuple[str, int], data: st.DataObject
 ) -> None:
     measure, column = measure_and_column
@@ -74,11 +74,11 @@ def test_levels_of_equal_count_keep_the_order_of_the_measure(
     found = levels(measure, Cut(rank_samples(scores), num_levels, "equal_count", min_score_gap))
     occupied = [[pair[column] for pair in level] for level in found if level]
     for easier, harder in itertools.pairwise(occupied):
-        assert min(easier) > max(harder)  # so what is equal stays together
+        assert min(easier) > max(harder)  # so equal values stay in one level
 
 
 @given(st.integers(2, 6), st.integers(2, 9), st.integers(1, 8), st.integers(0, 1000))
-def test_score_gaps_that_all_differ_are_cut_into_equal_counts(
+def test_distinct_score_gaps_are_divided_into_equal_counts(
     num_prompts: int, num_samples: int, num_levels: int, seed: int
 ) -> None:
     scores = np.random.default_rng(seed).normal(size=(num_prompts, num_samples))
@@ -93,7 +93,7 @@ def test_score_gaps_that_all_differ_are_cut_into_equal_counts(
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_quantile_cut_linearly_is_a_score_gap_cut_into_equal_counts(seed: int) -> None:
+def test_linear_levels_of_quantiles_equal_score_gap_levels_of_equal_count(seed: int) -> None:
     ranking = rank_samples(np.random.default_rng(seed).normal(size=(4, 12)).round(1))
     equal_count = levels("score_gap", Cut(ranking, 5, "equal_count", 0.1))
     assert levels("score_gap_quantile", Cut(ranking, 5, "linear", 0.1)) == equal_count
@@ -117,14 +117,14 @@ def test_levels_of_margins_equal_brute_force(
 
 
 @given(SCORES, st.data())
-def test_margins_before_the_first_update_fall_back_on_the_rank_gap(scores: np.ndarray, data: st.DataObject) -> None:
+def test_margins_before_the_first_update_fall_back_to_the_rank_gap(scores: np.ndarray, data: st.DataObject) -> None:
     found = levels("margin", Cut(rank_samples(scores), 3, "equal_count"))
     gaps = [sorted((pair[3] for pair in level), reverse=True) for level in found]
     joined = [gap for level in gaps for gap in level]
     assert joined == sorted(joined, reverse=True)
 
 
-def test_values_of_set_aside_samples_are_not_asked_for() -> None:
+def test_values_of_unranked_samples_may_be_missing() -> None:
     scores = np.array([[3.0, np.nan, 1.0, 2.0]])
     cut = Cut(rank_samples(scores), 1, "equal_count", values=np.array([[0.1, np.nan, 0.3, 0.2]]))
     assert len(levels("margin", cut)[0]) == 3
@@ -139,7 +139,7 @@ def test_values_of_set_aside_samples_are_not_asked_for() -> None:
         ("margin", {"values": np.full((1, 6), np.nan)}, "`values` of 6 ranked samples are not finite"),
     ],
 )
-def test_a_cut_that_cannot_be_made_is_refused(measure: str, changes: dict, message: str) -> None:
+def test_an_impossible_cut_is_refused(measure: str, changes: dict, message: str) -> None:
     cut = Cut(
         **({"ranking": rank_samples(np.arange(6.0)[None]), "num_levels": 2, "boundaries": "equal_count"} | changes)
     )
@@ -148,7 +148,7 @@ def test_a_cut_that_cannot_be_made_is_refused(measure: str, changes: dict, messa
 
 
 def best_edges(count_above: Callable[[int], int], lowest: int, highest: int, num_levels: int) -> list[int]:
-    """The rule of `equal_count_edges`, by trying every edge."""
+    """Edges by the rule of `equal_count_edges`, found by trying every edge."""
     edges = [highest]
     for level in range(1, num_levels):
         possible = range(lowest + num_levels - level, edges[-1])
@@ -158,7 +158,7 @@ def best_edges(count_above: Callable[[int], int], lowest: int, highest: int, num
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(-5, 5), st.data())
-def test_edges_of_equal_count_are_the_nearest_there_are(counts: list[int], lowest: int, data: st.DataObject) -> None:
+def test_edges_of_equal_count_are_the_nearest_possible(counts: list[int], lowest: int, data: st.DataObject) -> None:
     highest = lowest + len(counts)
     num_levels = data.draw(st.integers(1, len(counts)))
 
@@ -170,15 +170,15 @@ def test_edges_of_equal_count_are_the_nearest_there_are(counts: list[int], lowes
     assert all(easier > harder for easier, harder in itertools.pairwise(edges))
 
 
-def test_equal_counts_of_eight_ranks_written_out() -> None:
-    """28 pairs, 7 gaps of 1 to 7 pairs: 6, 9, 6 and 7 are as near to 7 each as whole gaps can be."""
+def test_equal_counts_of_eight_ranks_equal_hand_counts() -> None:
+    """28 pairs, 7 gaps with 1 to 7 pairs: 6, 9, 6 and 7 are as near to 7 each as possible with whole gaps."""
     found = levels("rank_gap", Cut(rank_samples(np.arange(8.0)[None]), 4, "equal_count"))
     assert [sorted({pair[3] for pair in level}) for level in found] == [[5, 6, 7], [3, 4], [2], [1]]
     assert [len(level) for level in found] == [6, 9, 6, 7]
 
 
-def test_the_released_codes_first_stage_holds_next_to_nothing() -> None:
-    """At most 0.005 % of the pairs of Gaussian scores; the paper's holds 4 %."""
+def test_the_released_codes_first_stage_holds_almost_no_pairs() -> None:
+    """At most 0.005 % of the pairs for Gaussian scores; 4 % with the paper's measure."""
     ranking = rank_samples(np.random.default_rng(0).normal(size=(135, 500)))
     by_score, by_rank = (MEASURES[measure](Cut(ranking, 5))(1, 1).num_pairs for measure in ("score_gap", "rank_gap"))
     total = AdmittedPairs(ranking).num_pairs

@@ -1,4 +1,4 @@
-"""Noise from two scorings, against all pairs written out and against noise that was put in."""
+"""Noise from two scorings, against brute force over all pairs and against known simulated noise."""
 
 import itertools
 
@@ -16,7 +16,7 @@ TWO_SCORINGS = hnp.arrays(np.float64, st.tuples(st.just(2), st.integers(1, 4), s
 
 
 @given(TWO_SCORINGS)
-def test_gap_noise_is_half_the_mean_squared_difference_of_all_gaps(scorings: np.ndarray) -> None:
+def test_squared_gap_noise_is_half_the_mean_squared_difference_of_all_gaps(scorings: np.ndarray) -> None:
     halves = []
     for first, second in zip(*scorings.tolist(), strict=True):
         known = [pair for pair in zip(first, second, strict=True) if np.isfinite(pair).all()]
@@ -27,13 +27,13 @@ def test_gap_noise_is_half_the_mean_squared_difference_of_all_gaps(scorings: np.
 
 
 @given(TWO_SCORINGS)
-def test_score_noise_is_half_the_mean_squared_difference_of_all_scores(scorings: np.ndarray) -> None:
+def test_squared_score_noise_is_half_the_mean_squared_difference_of_all_scores(scorings: np.ndarray) -> None:
     halves = [(a - b) ** 2 / 2 for a, b in scorings.reshape(2, -1).T.tolist() if np.isfinite([a, b]).all()]
     np.testing.assert_allclose(score_noise(*scorings), np.sqrt(np.mean(halves)) if halves else np.nan)
 
 
 def scored_twice(noise: float, num_prompts: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """True scores, and two scorings of them, with an offset a prompt and scoring beside the noise of each sample."""
+    """True scores and two noisy scorings, each also with an offset per prompt."""
     random = np.random.default_rng(0)
     true = random.normal(size=(num_prompts, 8))
     first, second = (
@@ -42,21 +42,21 @@ def scored_twice(noise: float, num_prompts: int = 400) -> tuple[np.ndarray, np.n
     return true, first, second
 
 
-def test_noise_that_was_put_in_is_found_in_gaps_whatever_moves_a_whole_prompt() -> None:
+def test_gap_noise_recovers_simulated_noise_in_spite_of_offsets_per_prompt() -> None:
     true, first, second = scored_twice(0.3)
     gap_errors = (first[:, :1] - first[:, 1:]) - (true[:, :1] - true[:, 1:])
     assert gap_noise(first, second) == pytest.approx(0.3 * np.sqrt(2), rel=0.03)
     assert gap_noise(first, second) == pytest.approx(gap_errors.std(), rel=0.05)
 
 
-def test_noise_that_was_put_in_is_found_in_scores() -> None:
+def test_score_noise_recovers_simulated_noise() -> None:
     random = np.random.default_rng(1)
     first, second = 0.3 * random.normal(size=(2, 4000))
     assert score_noise(first, second) == pytest.approx(0.3, rel=0.03)
 
 
 @pytest.mark.parametrize("rank_by", ["weighted_sum", "mean_rank"])
-def test_noise_of_a_combined_gap_is_how_far_it_strays_over_many_scorings(rank_by: str) -> None:
+def test_noise_of_a_combined_gap_equals_its_deviation_over_many_scorings(rank_by: str) -> None:
     random = np.random.default_rng(0)
     true = random.normal(size=(60, 1, 6, 2))
     scorings = true + np.array([0.2, 0.05]) * random.normal(size=(60, 200, 6, 2))

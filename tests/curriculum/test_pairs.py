@@ -1,4 +1,4 @@
-"""Pairs by arithmetic, against every pair written out."""
+"""Numbered pairs against brute force over all pairs."""
 
 import itertools
 
@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdpo_ray.curriculum import pairs as pairs_module
-from cdpo_ray.curriculum.pairs import AdmittedPairs, DealtPairs, ListedPairs, PairSet, cap_per_prompt, concat
+from cdpo_ray.curriculum.pairs import AdmittedPairs, ListedPairs, PairSet, ShuffledSlice, cap_per_prompt, concat
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.stages import count_pairs
 
 
 def holds_exactly(found: PairSet, expected: list[Pair], num_prompts: int) -> bool:
-    """Whether the set has these pairs, once each, and tells their extent."""
+    """Whether the set has exactly these pairs and the right extent."""
     pairs, extent = rows(found.all()), found.extent
     assert len(pairs) == len(set(pairs)) == found.num_pairs
     assert found.pairs_per_prompt.tolist() == [
@@ -68,7 +68,7 @@ def test_a_prompts_pairs_do_not_depend_on_the_other_rows(scores: np.ndarray, ran
 
 
 @given(SCORES, st.data())
-def test_listed_pairs_are_those_listed(scores: np.ndarray, data: st.DataObject) -> None:
+def test_listed_pairs_are_the_pairs_with_the_listed_numbers(scores: np.ndarray, data: st.DataObject) -> None:
     formed = AdmittedPairs(rank_samples(scores))
     numbers = data.draw(st.lists(st.integers(0, max(formed.num_pairs - 1, 0)), unique=True, max_size=formed.num_pairs))
     expected = [formed_pairs(scores)[number] for number in numbers]
@@ -76,26 +76,26 @@ def test_listed_pairs_are_those_listed(scores: np.ndarray, data: st.DataObject) 
 
 
 @given(SCORES, st.integers(0, 3), st.data())
-def test_dealing_gives_each_pair_to_one_hand(scores: np.ndarray, seed: int, data: st.DataObject) -> None:
+def test_shuffled_slices_partition_the_pairs(scores: np.ndarray, seed: int, data: st.DataObject) -> None:
     formed = AdmittedPairs(rank_samples(scores))
     places = st.lists(st.integers(0, formed.num_pairs), max_size=3)
     cuts = [0, *sorted(data.draw(places)), formed.num_pairs]
-    hands = [DealtPairs(formed, first, end, seed=seed) for first, end in itertools.pairwise(cuts)]
+    hands = [ShuffledSlice(formed, first, end, seed=seed) for first, end in itertools.pairwise(cuts)]
     assert [hand.num_pairs for hand in hands] == np.diff(cuts).tolist()
     assert sorted(pair for hand in hands for pair in rows(hand.all())) == sorted(formed_pairs(scores))
     assert all(holds_exactly(hand, rows(hand.all()), len(scores)) for hand in hands)
 
 
-def test_every_pair_is_dealt_to_a_hand_as_often() -> None:
+def test_every_pair_is_equally_often_in_a_shuffled_slice() -> None:
     formed = AdmittedPairs(rank_samples(np.random.default_rng(0).normal(size=(3, 8))))
-    hands = [DealtPairs(formed, 0, 21, seed=seed).all().identity(8) for seed in range(2000)]
+    hands = [ShuffledSlice(formed, 0, 21, seed=seed).all().identity(8) for seed in range(2000)]
     counts = np.unique(np.concatenate(hands), return_counts=True)[1]
-    # A hand holds a quarter of the 84 pairs, without replacement: variance is a quarter less than of a free draw.
+    # a slice holds a quarter of the 84 pairs, without replacement: the variance is a quarter less than with it
     assert chi_square_is_plausible(500 + (counts - 500) / np.sqrt(0.75), np.full(84, 500.0))
 
 
 @given(SCORES, st.integers(1, 6), st.integers(0, 3), st.integers(1, 3))
-def test_a_cap_keeps_no_more_of_a_prompt_and_nothing_new(
+def test_a_cap_keeps_a_bounded_subset_of_each_prompts_pairs(
     scores: np.ndarray, max_pairs: int, seed: int, stage: int
 ) -> None:
     formed = AdmittedPairs(rank_samples(scores))
@@ -104,18 +104,18 @@ def test_a_cap_keeps_no_more_of_a_prompt_and_nothing_new(
     assert set(rows(capped.all())) <= set(formed_pairs(scores))
 
 
-def test_a_cap_does_not_depend_on_how_many_pairs_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cap_does_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     formed = AdmittedPairs(rank_samples(np.random.default_rng(0).normal(size=(7, 12))))
     at_once = rows(cap_per_prompt(formed, 5, seed=0, stage=1).all())
-    extent = DealtPairs(formed, 3, 200, seed=0).extent
+    extent = ShuffledSlice(formed, 3, 200, seed=0).extent
     monkeypatch.setattr(pairs_module, "CHUNK_PAIRS", 10)
     assert rows(cap_per_prompt(formed, 5, seed=0, stage=1).all()) == at_once
-    in_parts = DealtPairs(formed, 3, 200, seed=0).extent
+    in_parts = ShuffledSlice(formed, 3, 200, seed=0).extent
     assert (in_parts.pairs_per_prompt == extent.pairs_per_prompt).all()
     assert (in_parts.min_score_gap, in_parts.max_score_gap) == (extent.min_score_gap, extent.max_score_gap)
 
 
-def test_a_cap_chooses_every_pair_as_often_and_anew_in_each_stage() -> None:
+def test_a_cap_chooses_every_pair_equally_often_and_differs_between_stages() -> None:
     formed = AdmittedPairs(rank_samples(np.random.default_rng(0).normal(size=(2, 8))))
     kept = [cap_per_prompt(formed, 7, seed=seed, stage=1).all().identity(8) for seed in range(2000)]
     counts = np.unique(np.concatenate(kept), return_counts=True)[1]
@@ -123,19 +123,19 @@ def test_a_cap_chooses_every_pair_as_often_and_anew_in_each_stage() -> None:
     assert kept[0].tolist() != cap_per_prompt(formed, 7, seed=0, stage=2).all().identity(8).tolist()
 
 
-def test_a_pairs_identity_does_not_tell_chosen_from_rejected() -> None:
+def test_a_pairs_identity_does_not_depend_on_the_labels() -> None:
     pairs = AdmittedPairs(rank_samples(np.random.default_rng(0).normal(size=(4, 6)))).all()
     swapped = type(pairs)(pairs.prompt, pairs.rejected, pairs.chosen, pairs.rank_gap, pairs.score_gap, pairs.draw)
     assert pairs.identity(6).tolist() == swapped.identity(6).tolist()
     assert len(set(pairs.identity(6).tolist())) == len(pairs) == 60
 
 
-def test_joined_batches_stand_one_after_the_other() -> None:
+def test_concatenated_batches_keep_their_order() -> None:
     pairs = AdmittedPairs(rank_samples(np.random.default_rng(0).normal(size=(2, 5)))).all()
     assert rows(concat([pairs.take(np.arange(3)), pairs])) == rows(pairs)[:3] + rows(pairs)
 
 
-def test_wrong_values_are_refused() -> None:
+def test_invalid_values_are_refused() -> None:
     ranking = rank_samples(np.arange(6.0)[None])
     with pytest.raises(ValueError, match="`min_gap` must be >= 1, got 0"):
         AdmittedPairs(ranking, 0, 5)

@@ -1,4 +1,4 @@
-"""Scores -> ranking, against a plain sort."""
+"""Ranking of scores against a plain sort."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_ranking_equals_a_plain_sort(scores: np.ndarray) -> None:
         assert num_ranked == len(finite)
         assert sorted_scores[:num_ranked].tolist() == [row[index] for index in best_first]
         assert np.isnan(sorted_scores[num_ranked:]).all()
-    assert (ranking.num_set_aside == np.sum(~np.isfinite(scores), axis=1)).all()
+    assert (ranking.num_unranked == np.sum(~np.isfinite(scores), axis=1)).all()
 
 
 def test_the_scores_are_not_changed() -> None:
@@ -39,7 +39,7 @@ def test_the_scores_are_not_changed() -> None:
     assert rank_samples(scores).order.tolist() == [[2, 0, 1]]
 
 
-def test_single_precision_and_integer_scores_rank_alike() -> None:
+def test_single_precision_and_integer_scores_rank_equally() -> None:
     scores = np.array([[3, 1, 2], [5, 5, 9]])
     assert (rank_samples(scores).order == rank_samples(scores.astype(np.float32)).order).all()
     assert rank_samples(scores).order.dtype == np.int32

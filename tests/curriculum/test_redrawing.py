@@ -1,4 +1,4 @@
-"""The pairs of a stage, redrawn by the margins of the policy."""
+"""Pairs of a stage drawn by the policy's margins."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from cdpo_ray.records import score_column, score_file
 from cdpo_ray.rewards.score_table import write_scores
 
 
-def test_pairs_drawn_by_margin_are_of_the_combined_scores_and_above_their_noise(tmp_path: Path) -> None:
+def test_pairs_drawn_by_margin_use_the_combined_scores_and_exceed_their_noise(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     first = random.normal(size=(6, 5, 2))
     second = first + 0.2 * random.normal(size=first.shape)

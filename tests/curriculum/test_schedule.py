@@ -1,4 +1,4 @@
-"""What each stage admits and draws, for every schedule, against every pair written out."""
+"""Admitted and drawn pairs of each stage, for every schedule, against brute force over all pairs."""
 
 import itertools
 from collections import Counter
@@ -38,7 +38,7 @@ SCHEDULES = st.builds(
 
 
 def stage_of_scores(schedule: Schedule, scores: np.ndarray, stage: int) -> set[Pair] | int:
-    """The pairs that a stage may draw, from the words of the schedule; of a random order their number."""
+    """Expected candidates of a stage by the schedule's definition; in random order only their number."""
     formed = formed_pairs(scores, schedule.min_score_gap)
     if schedule.order in ("none", "shuffled"):
         return set(formed)
@@ -58,10 +58,10 @@ def stage_of_scores(schedule: Schedule, scores: np.ndarray, stage: int) -> set[P
 
 @settings(max_examples=300)
 @given(SCORES, SCHEDULES, st.integers(0, 3), st.data())
-def test_every_stage_holds_the_pairs_that_its_schedule_says(
+def test_every_stage_holds_the_pairs_of_its_schedule(
     scores: np.ndarray, schedule: Schedule, seed: int, data: st.DataObject
 ) -> None:
-    scores = np.where(scores == 1e16, 5.0, scores)  # an outlier that holds all the weight has a test of its own
+    scores = np.where(scores == 1e16, 5.0, scores)  # outliers with all the weight have a separate test
     schedule = replace(schedule, num_stages=data.draw(st.integers(1, scores.shape[1] - 1)))
     stage = data.draw(st.integers(1, schedule.num_stages))
     expected = stage_of_scores(schedule, scores, stage)
@@ -95,7 +95,7 @@ def some_ranking(seed: int = 0) -> Ranking:
 @pytest.mark.parametrize(
     ("measure", "boundaries"), [("rank_gap", "linear"), ("rank_gap", "equal_count"), ("score_gap", "equal_count")]
 )
-def test_a_random_order_shares_out_the_pairs_in_the_sizes_of_the_ordered_one(measure: str, boundaries: str) -> None:
+def test_a_random_order_has_the_level_sizes_of_the_ordered_one(measure: str, boundaries: str) -> None:
     ordered = Schedule(measure=measure, boundaries=boundaries, pacing="one_stage")
     stages = {
         order: [Curriculum(some_ranking(), replace(ordered, order=order), seed=0).plan(k, 0)[1] for k in range(1, 6)]
@@ -107,7 +107,7 @@ def test_a_random_order_shares_out_the_pairs_in_the_sizes_of_the_ordered_one(mea
     assert [rows(stage.all()) for stage in stages["random"]] != [rows(stage.all()) for stage in stages["easy_to_hard"]]
 
 
-def test_in_a_random_order_a_stages_difficulty_says_nothing() -> None:
+def test_in_a_random_order_all_stages_have_the_same_difficulty() -> None:
     schedule = Schedule(order="random", pacing="one_stage", num_stages=2, boundaries="equal_count")
     mean_gaps = [
         Curriculum(some_ranking(), schedule, seed=seed).plan(1, 0)[1].all().rank_gap.mean() for seed in range(200)
@@ -117,7 +117,7 @@ def test_in_a_random_order_a_stages_difficulty_says_nothing() -> None:
 
 
 @given(SCHEDULES.filter(lambda schedule: schedule.measure != "margin"), st.integers(1, 30), st.integers(0, 9))
-def test_a_shuffled_order_shows_the_very_draws_of_the_ordered_one(
+def test_a_shuffled_order_has_exactly_the_draws_of_the_ordered_one(
     schedule: Schedule, num_draws: int, seed: int
 ) -> None:
     ranking = some_ranking(seed)
@@ -131,7 +131,7 @@ def test_a_shuffled_order_shows_the_very_draws_of_the_ordered_one(
     assert Counter(shown["shuffled"]) == Counter(shown["easy_to_hard"])
 
 
-def test_in_a_shuffled_order_every_stage_shows_alike() -> None:
+def test_in_a_shuffled_order_all_stages_have_the_same_distribution() -> None:
     curriculum = Curriculum(some_ranking(), Schedule(order="shuffled"), seed=0)
     gaps = [curriculum.plan(stage, 2000)[0].rank_gap for stage in range(1, 6)]
     every = np.concatenate(gaps)
@@ -180,7 +180,7 @@ def test_a_longer_plan_starts_with_the_same_pairs(order: str, draws: str) -> Non
     assert rows(short) == rows(long)[:10]
 
 
-def test_the_papers_schedule_draws_the_same_across_versions() -> None:
+def test_draws_of_the_papers_schedule_do_not_change_between_versions() -> None:
     drawn, _ = plan_stage(
         rank_samples(np.arange(16.0).reshape(2, 8)), schedule=Schedule(), stage=2, num_draws=5, seed=7
     )
@@ -189,7 +189,7 @@ def test_the_papers_schedule_draws_the_same_across_versions() -> None:
 
 
 @pytest.mark.parametrize("order", ["easy_to_hard", "shuffled"])
-def test_labels_are_swapped_with_their_probability_and_gaps_kept(order: str) -> None:
+def test_labels_are_swapped_with_their_probability_and_gaps_stay(order: str) -> None:
     plain, noisy = (
         plan_stage(some_ranking(), schedule=Schedule(order=order, label_noise=p), stage=3, num_draws=4000, seed=0)[0]
         for p in (0, 0.25)
@@ -203,16 +203,16 @@ def test_labels_are_swapped_with_their_probability_and_gaps_kept(order: str) -> 
     "scores", [np.ones((3, 6)), np.full((3, 6), np.nan), np.zeros((0, 6)), np.linspace(0, 0.05, 6)[None]]
 )
 @pytest.mark.parametrize("order", ORDERS)
-def test_fault_19_scores_that_form_no_pair_are_told_with_the_reason(scores: np.ndarray, order: str) -> None:
+def test_fault_19_scores_that_form_no_pair_are_refused_with_the_reason(scores: np.ndarray, order: str) -> None:
     schedule = Schedule(order=order, min_score_gap=0.1)
     with pytest.raises(
-        CurriculumError, match=r"stage 2 admits no pair: .* pairs form above 0\.1, .*; lower `min_score_gap` or"
+        CurriculumError, match=r"stage 2 admits no pair: .* must differ by more than 0\.1, .*; lower `min_score_gap` or"
     ):
         plan_stage(rank_samples(scores), schedule=schedule, stage=2, num_draws=4, seed=0)
 
 
 @given(SCORES, SCHEDULES, st.floats(0.5, 4), st.sampled_from([0.0, 0.05, 0.25, 2.0]))
-def test_pairs_form_above_the_larger_of_the_smallest_gap_and_the_noise(
+def test_pairs_exceed_the_larger_of_the_smallest_gap_and_the_noise(
     scores: np.ndarray, schedule: Schedule, min_gap_in_noise: float, gap_noise: float
 ) -> None:
     schedule = replace(schedule, num_stages=1)
@@ -221,9 +221,9 @@ def test_pairs_form_above_the_larger_of_the_smallest_gap_and_the_noise(
     formed = Curriculum(rank_samples(scores), by_noise, seed=0, gap_noise=gap_noise).formed
     assert rows(formed.all()) == formed_pairs(scores, above)
     stages = []
-    for asked, noise in ((by_noise, gap_noise), (replace(schedule, min_score_gap=above), None)):
+    for each, noise in ((by_noise, gap_noise), (replace(schedule, min_score_gap=above), None)):
         try:
-            stages.append(rows(Curriculum(rank_samples(scores), asked, seed=0, gap_noise=noise).plan(1, 9)[0]))
+            stages.append(rows(Curriculum(rank_samples(scores), each, seed=0, gap_noise=noise).plan(1, 9)[0]))
         except CurriculumError as error:
             stages.append(str(error))
     assert stages[0] == stages[1]
@@ -234,7 +234,7 @@ def test_a_smallest_gap_in_noise_needs_the_noise() -> None:
         Curriculum(some_ranking(), Schedule(min_gap_in_noise=2.0), seed=0)
 
 
-def test_a_level_that_holds_nothing_is_told_with_the_reason() -> None:
+def test_an_empty_level_is_refused_with_the_reason() -> None:
     scores = np.array([[0.0, 1.0, 10.0]])  # gaps 1, 9 and 10: nothing between 2.5 and 7.5
     schedule = Schedule(num_stages=4, measure="score_gap", pacing="one_stage")
     message = (

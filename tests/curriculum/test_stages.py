@@ -1,4 +1,4 @@
-"""The levels of each stage, and their rank gaps against the paper's bounds in exact fractions."""
+"""Levels of each stage, and their rank gaps against the paper's bounds in exact fractions."""
 
 import subprocess
 import sys
@@ -30,19 +30,19 @@ def test_each_level_holds_the_gaps_of_the_papers_interval(ranks_and_stages: tupl
 
 
 @given(st.integers(1, 12), st.integers(1, 20))
-def test_more_levels_than_gaps_still_give_each_gap_one_level(num_ranks: int, num_stages: int) -> None:
+def test_with_more_levels_than_gaps_each_gap_has_one_level(num_ranks: int, num_stages: int) -> None:
     edges = [smallest_gap(num_ranks, num_stages, stage) for stage in range(num_stages + 1)]
     gaps = [gap for easier, edge in pairwise(edges) for gap in reversed(range(edge, easier))]
     assert gaps == list(range(num_ranks - 1, 0, -1))
 
 
 @given(st.integers(0, 30), st.integers(-3, 35), st.integers(-3, 35))
-def test_count_equals_brute_force(num_ranks: int, min_gap: int, max_gap: int) -> None:
+def test_the_number_of_pairs_equals_brute_force(num_ranks: int, min_gap: int, max_gap: int) -> None:
     pairs = [(i, j) for j in range(num_ranks) for i in range(j) if min_gap <= j - i <= max_gap]
     assert count_pairs(num_ranks, min_gap, max_gap) == len(pairs)
 
 
-def test_published_setting() -> None:
+def test_the_published_setting_admits_the_published_shares() -> None:
     counts = [count_pairs(500, *admitted_gaps(500, 5, level, level)) for level in range(1, 6)]
     assert admitted_gaps(500, 5, 1, 1) == (400, 499)
     assert counts[0] == 5050 and sum(counts) == 500 * 499 // 2
@@ -99,10 +99,10 @@ def test_a_stage_that_does_not_exist_is_refused(stage: int) -> None:
         ({"order": "best_against_worst"}, [(1, 4)] * 4),
     ],
 )
-def test_levels_of_four_stages_written_out(changes: dict, levels: list[tuple[int, int]]) -> None:
+def test_levels_of_four_stages_equal_hand_written_ones(changes: dict, levels: list[tuple[int, int]]) -> None:
     assert [admitted_levels(stage, 4, **changes) for stage in range(1, 5)] == levels
 
 
-def test_importing_the_stages_loads_no_numpy() -> None:
+def test_importing_the_stages_does_not_import_numpy() -> None:
     code = "import sys, cdpo_ray.curriculum.stages; sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

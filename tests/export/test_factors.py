@@ -58,13 +58,13 @@ DAMAGES: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "no tensors": ({}, "two factors per layer and nothing else, got 0 tensors"),
     "half of a pair": ({FIRST: torch.ones(1, 2)}, "two factors per layer and nothing else, got 1 tensors"),
     "other tensors": (WHOLE | {"unet.a.lora_magnitude_vector": torch.ones(1)}, "two factors per layer"),
-    "not a number": (WHOLE | {SECOND: torch.tensor([[1.0], [float("nan")]])}, "1 tensors are not finite numbers"),
-    "infinite": (WHOLE | {FIRST: torch.tensor([[1.0, float("inf")]])}, "1 tensors are not finite numbers"),
-    "integers": (WHOLE | {FIRST: torch.ones(1, 2, dtype=torch.int8)}, "1 tensors are not finite numbers"),
-    "two ranks": (WHOLE | {SECOND: torch.ones(2, 3)}, "its factors have different ranks"),
+    "not a number": (WHOLE | {SECOND: torch.tensor([[1.0], [float("nan")]])}, "1 tensors must be finite floats"),
+    "infinite": (WHOLE | {FIRST: torch.tensor([[1.0, float("inf")]])}, "1 tensors must be finite floats"),
+    "integers": (WHOLE | {FIRST: torch.ones(1, 2, dtype=torch.int8)}, "1 tensors must be finite floats"),
+    "two ranks": (WHOLE | {SECOND: torch.ones(2, 3)}, "factors must have one rank"),
     "another net's": (
         {name.replace("unet", "text_encoder"): value for name, value in WHOLE.items()},
-        "not of the unet",
+        "does not belong to the unet",
     ),
 }
 
@@ -97,5 +97,5 @@ def test_fault_48_a_lora_that_is_missing_or_no_safetensors_is_refused_by_name(tm
     with pytest.raises(ModelError, match=r"pytorch_lora_weights\.safetensors: cannot be read"):
         read_factors(tmp_path, "unet")
     save_file(WHOLE, tmp_path / LORA_WEIGHTS)
-    with pytest.raises(ModelError, match=r"its metadata must have `unet\.lora_alpha`"):
+    with pytest.raises(ModelError, match=r"metadata `unet\.lora_alpha` must be a number"):
         read_factors(tmp_path, "unet")

@@ -1,4 +1,4 @@
-"""An image is a function of (seed, prompt, index); a row holds what `records` says."""
+"""An image is a function of (seed, prompt, index); rows match the schema in `records`."""
 
 import functools
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def table(prompts: Sequence[str]) -> pa.Table:
 
 
 class Mirror:
-    """A model whose latents are the noise it is given."""
+    """A model whose latents are its noise."""
 
     compiled = False
 
@@ -95,7 +95,7 @@ class CompiledMirror(Mirror):
 
 
 @pytest.mark.parametrize("images_per_batch", [1, 2, 4, 5, 100])
-def test_a_compiled_model_sees_one_batch_size_and_what_fills_up_a_batch_is_dropped(images_per_batch: int) -> None:
+def test_a_compiled_model_sees_one_batch_size_and_padding_is_dropped(images_per_batch: int) -> None:
     sampling = replace(SAMPLING, images_per_prompt=5, images_per_batch=images_per_batch)
     named, latents = mirrored(PROMPTS, sampling)
     model, judge = CompiledMirror(), lambda images, prompts: {"number": np.full(len(images), len(prompts))}
@@ -133,13 +133,11 @@ def made(generator: Generator) -> pa.Table:
 
 @pytest.fixture(scope="module")
 def rows(made: pa.Table) -> pa.Table:
-    """As they are written."""
+    """Rows as they are written to disk."""
     return encode_pixels(made)
 
 
-def test_an_images_latents_and_png_are_the_same_whatever_rows_are_beside_it(
-    generator: Generator, rows: pa.Table
-) -> None:
+def test_an_images_latents_and_png_do_not_depend_on_other_rows(generator: Generator, rows: pa.Table) -> None:
     for prompts in (PROMPTS[::-1], PROMPTS[1:2]):
         again = encode_pixels(generator(table(prompts)))
         for row, prompt in enumerate(prompts):
@@ -161,7 +159,7 @@ def test_the_images_of_a_prompt_differ(rows: pa.Table) -> None:
         assert len(set(pngs)) == 2
 
 
-def test_the_latents_are_what_the_model_samples_from_the_addressed_noise(generator: Generator, rows: pa.Table) -> None:
+def test_latents_are_sampled_from_the_addressed_noise(generator: Generator, rows: pa.Table) -> None:
     model = generator.model
     conditioning, _ = model.encode_prompts([PROMPTS[2]] * 2)
     noise = torch.stack([noise_at((4, 8, 8), 3, "image", PROMPTS[2], index) for index in range(2)])
@@ -179,7 +177,7 @@ def test_the_png_is_the_decoded_latents(generator: Generator, made: pa.Table, ro
         assert np.array_equal(np.stack([decode_png(png) for png in rows["images"][row].as_py()]), decoded)
 
 
-def test_fused_scores_are_those_computed_afterwards_from_the_pngs(rows: pa.Table) -> None:
+def test_fused_scores_equal_those_of_the_pngs(rows: pa.Table) -> None:
     for name, options in REWARDS.items():
         scorer = Scorer({name: options})
         for row, prompt in enumerate(PROMPTS):
@@ -190,7 +188,7 @@ def test_fused_scores_are_those_computed_afterwards_from_the_pngs(rows: pa.Table
 
 @pytest.mark.parametrize("kept", ["images", "latents"])
 @pytest.mark.parametrize("images_per_batch", [1, 3, 100])
-def test_scoring_again_from_pngs_or_latents_gives_the_fused_scores(
+def test_rescoring_pngs_or_latents_gives_the_fused_scores(
     rows: pa.Table, tiny_sd15: Path, kept: str, images_per_batch: int
 ) -> None:
     plain = rows.select(["prompt_index", "prompt", kept])
@@ -200,11 +198,11 @@ def test_scoring_again_from_pngs_or_latents_gives_the_fused_scores(
     assert scored.column_names == ["prompt_index", "prompt", *(f"score_{name}" for name in REWARDS)]
     for name in REWARDS:
         found, fused = (np.array(table[f"score_{name}"].to_pylist()) for table in (scored, rows))
-        # decoded one by one and not two together, a pixel may round to the next level
+        # decoded one by one instead of two together, a pixel may round to the next level
         np.testing.assert_allclose(found, fused, rtol=0, atol=0.02 if (kept, images_per_batch) == ("latents", 1) else 0)
 
 
-def test_columns_are_those_of_the_records_and_plain_parquet_keeps_their_shape(rows: pa.Table, tmp_path: Path) -> None:
+def test_columns_match_the_schema_and_parquet_keeps_their_shape(rows: pa.Table, tmp_path: Path) -> None:
     kept = rows.drop_columns(["images_per_batch"])
     pq.write_table(kept, tmp_path / "samples.parquet")
     back = pq.read_table(tmp_path / "samples.parquet")
@@ -223,12 +221,12 @@ def test_columns_are_those_of_the_records_and_plain_parquet_keeps_their_shape(ro
     assert back["prompt"].to_pylist() == PROMPTS
 
 
-def test_the_embedding_stored_is_the_prompts(generator: Generator, rows: pa.Table) -> None:
+def test_the_stored_embedding_is_the_prompts(generator: Generator, rows: pa.Table) -> None:
     embeddings = generator.model.encode_prompts(PROMPTS)[0]["prompt_embedding"]
     assert np.array_equal(rows["prompt_embedding"].combine_chunks().to_numpy_ndarray(), embeddings.numpy())
 
 
-def test_images_and_scores_are_left_out_when_not_asked_for(generator: Generator) -> None:
+def test_images_and_scores_are_omitted_by_default(generator: Generator) -> None:
     generator.keep_pixels, scores, generator.scores = False, generator.scores, None
     try:
         found = generator(table(["a" * 80]))

@@ -1,4 +1,4 @@
-"""Prompts masked to rising degrees."""
+"""Prompts masked to increasing degrees."""
 
 import itertools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from cdpo_ray.generation.generator import Generator, Sampling
 from cdpo_ray.generation.perturbation import masked_positions, masked_shares, perturbed
 
 
-def test_shares_rise_evenly_from_the_clean_prompt_to_the_largest() -> None:
+def test_shares_rise_evenly_from_the_clean_prompt_to_the_maximum() -> None:
     assert masked_shares(5, 0.8, 10) == [0, 0.2, 0.4, 0.6, 0.8]
     assert masked_shares(1, 0.8, 10) == [0]
 
@@ -26,7 +26,7 @@ def test_samples_with_the_same_mask_have_the_same_share() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 77])
-def test_masks_are_nested_and_of_the_size_asked_for(num_tokens: int) -> None:
+def test_masks_are_nested_and_have_the_requested_size(num_tokens: int) -> None:
     masks = [masked_positions(num_tokens, share, seed=0, prompt="a cat") for share in masked_shares(9, 1.0, num_tokens)]
     assert [int(mask.sum()) for mask in masks] == [round(index / 8 * num_tokens) for index in range(9)]
     assert not masks[0].any() and masks[-1].all()
@@ -42,16 +42,16 @@ def test_a_mask_is_a_function_of_the_seed_and_the_prompt() -> None:
     assert masks(0, "a cat") != masks(0, "a dog")
 
 
-def test_masked_positions_say_what_the_empty_prompt_says_and_pooled_embeddings_move_by_the_share() -> None:
-    told = {"prompt_embedding": torch.ones(2, 3, 2), "pooled_embedding": torch.ones(2, 4)}
+def test_masked_positions_are_the_empty_prompts_and_pooled_embeddings_are_interpolated() -> None:
+    conditioning = {"prompt_embedding": torch.ones(2, 3, 2), "pooled_embedding": torch.ones(2, 4)}
     empty = {"prompt_embedding": torch.full((1, 3, 2), -5.0), "pooled_embedding": torch.full((1, 4), -5.0)}
-    found = perturbed(told, empty, [0.0, 0.5], torch.tensor([[False, False, False], [True, False, True]]))
+    found = perturbed(conditioning, empty, [0.0, 0.5], torch.tensor([[False, False, False], [True, False, True]]))
     assert found["prompt_embedding"][:, :, 0].tolist() == [[1, 1, 1], [-5, 1, -5]]
     assert found["pooled_embedding"][:, 0].tolist() == [1, -2]
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl"])
-def test_the_first_image_is_the_clean_prompts_the_others_are_not_and_the_scores_are_their_degree(
+def test_only_the_first_image_has_the_clean_prompt_and_scores_are_the_negative_shares(
     family: str, tiny_models: Callable[[str], Path]
 ) -> None:
     model = {"path": str(tiny_models(family)), "device": "cpu"}
@@ -66,4 +66,4 @@ def test_the_first_image_is_the_clean_prompts_the_others_are_not_and_the_scores_
             one == other for one, other in zip(clean["images"][row].as_py(), masked["images"][row].as_py(), strict=True)
         ]
         assert same == [True, False, False]
-    assert clean["prompt_embedding"].equals(masked["prompt_embedding"])  # what is trained on stays clean
+    assert clean["prompt_embedding"].equals(masked["prompt_embedding"])  # training sees the clean prompt

@@ -1,4 +1,4 @@
-"""Compiled nets: how often they are compiled while images are made, counted with a backend that compiles nothing."""
+"""Number of compilations while images are generated, counted with a backend that compiles nothing."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from cdpo_ray.generation.generator import Sampling, sample_batches
-from cdpo_ray.models.family import TextToImageModel, lay_out
+from cdpo_ray.models.family import TextToImageModel, set_memory_format
 from cdpo_ray.models.lora import LORA_DIR, attach_lora, save_lora
 
 PROMPTS = ["a red circle", "a blue square", "a green cross"]
@@ -23,7 +23,7 @@ UNETS = ["stable_diffusion", "stable_diffusion_xl"]
 
 @pytest.fixture
 def compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
-    """Graphs made since it was last asked; refuses breaks. Modules are compiled by the backend `eager`."""
+    """Number of graphs since the last call; fails on graph breaks. Modules use the backend `eager`."""
     compile_module = nn.Module.compile
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **options: compile_module(self, **options | {"backend": "eager"})
@@ -43,7 +43,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
 
 
 def make(model: TextToImageModel, guidance_scale: float = 1.0, *, images_per_batch: int = 4) -> torch.Tensor:
-    """Images of a call in batches of 4, of which the last lacks one; then of a call that is smaller."""
+    """Images of a call in batches of 4 whose last batch has 3, then of a smaller call."""
     sampling = Sampling(
         seed=3, images_per_prompt=2, guidance_scale=guidance_scale, images_per_batch=images_per_batch, **SAMPLING
     )
@@ -67,7 +67,7 @@ def write_tuned(model: TextToImageModel, folder: Path, *, lora: bool) -> None:
 @pytest.mark.nightly  # Dynamo takes a minute per UNet
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("family", [*UNETS, "stable_diffusion_3", "flux"])
-def test_base_and_tuned_net_are_compiled_once_each_whatever_the_last_batch(
+def test_base_and_tuned_model_are_compiled_once_each_whatever_the_last_batch(
     family: str, lora: bool, tiny_models: TinyModels, compiles: Callable[[], int], tmp_path: Path
 ) -> None:
     write_tuned(load(tiny_models(family), family), tmp_path, lora=lora)
@@ -87,7 +87,7 @@ def test_base_and_tuned_net_are_compiled_once_each_whatever_the_last_batch(
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("family", [*UNETS, "stable_diffusion_3"])
-def test_guidance_takes_one_graph_and_a_compiled_model_makes_the_same_images(
+def test_guidance_needs_one_graph_and_a_compiled_model_makes_the_same_images(
     family: str, tiny_models: TinyModels, compiles: Callable[[], int]
 ) -> None:
     compiled = make(load(tiny_models(family), family, compile=True), 4.0)
@@ -97,7 +97,7 @@ def test_guidance_takes_one_graph_and_a_compiled_model_makes_the_same_images(
     assert (compiled.int() - eager.int()).abs().max() <= 1
 
 
-def test_launches_of_a_compiled_model_have_one_size_that_wastes_least() -> None:
+def test_launches_of_a_compiled_model_have_one_size_with_the_least_padding() -> None:
     sampling = Sampling(3, 500, 2, 1.0, None, None, images_per_batch=32)
     assert [sampling.images_per_launch(limit) for limit in (32, 16, 500, 1)] == [32, 16, 500, 1]
     forty = Sampling(3, 40, 2, 1.0, None, None, images_per_batch=32)
@@ -106,9 +106,9 @@ def test_launches_of_a_compiled_model_have_one_size_that_wastes_least() -> None:
     assert (several.rows_per_call, several.images_per_launch(32)) == (5, 30)
 
 
-def test_convolutions_are_channels_last_on_cuda_alone(tiny_sd15: Path) -> None:
+def test_convolutions_are_channels_last_on_cuda_only(tiny_sd15: Path) -> None:
     for device, expected in (("cpu", False), ("cuda", True), ("cuda:1", True)):
         net = UNet2DConditionModel.from_pretrained(tiny_sd15, subfolder="unet")
-        lay_out(net, device)
+        set_memory_format(net, device)
         assert net.conv_in.weight.is_contiguous(memory_format=torch.channels_last) is expected
-        assert net.conv_in.weight.device.type == "cpu", "it moves nothing"
+        assert net.conv_in.weight.device.type == "cpu", "the device does not change"

@@ -1,4 +1,4 @@
-"""The consistency maths, against diffusers' schedulers and float64."""
+"""Consistency maths against diffusers' schedulers and float64."""
 
 import math
 
@@ -38,11 +38,11 @@ def draw(seed: int, count: int = len(GRID)) -> Tensor:
 ALPHA_BAR = lcm_scheduler().alphas_cumprod[GRID]
 
 
-def test_the_grid_is_what_the_scheduler_samples_at_with_all_of_its_50_steps() -> None:
+def test_the_grid_equals_the_schedulers_timesteps_for_50_steps() -> None:
     assert grid_timesteps().tolist() == lcm_scheduler().timesteps.tolist()[::-1] == GRID.tolist()
 
 
-def test_scalings_are_the_lcm_schedulers_at_all_timesteps() -> None:
+def test_scalings_equal_the_lcm_schedulers_at_all_timesteps() -> None:
     timesteps = torch.arange(1000)
     theirs = lcm_scheduler().get_scalings_for_boundary_condition_discrete(timesteps.double())
     for ours, expected in zip(boundary_scalings(timesteps), theirs, strict=True):
@@ -51,7 +51,7 @@ def test_scalings_are_the_lcm_schedulers_at_all_timesteps() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_a_true_prediction_gives_back_the_clean_latents_and_the_noise(prediction_type: PredictionType) -> None:
+def test_an_exact_prediction_recovers_the_clean_latents_and_the_noise(prediction_type: PredictionType) -> None:
     latents, noise = draw(0), draw(1)
     noisy = add_noise(latents, noise, ALPHA_BAR)
     velocity = ALPHA_BAR.sqrt()[:, None, None, None] * noise - (1 - ALPHA_BAR).sqrt()[:, None, None, None] * latents
@@ -63,7 +63,7 @@ def test_a_true_prediction_gives_back_the_clean_latents_and_the_noise(prediction
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
-def test_a_step_of_20_timesteps_is_ddims_at_every_place_of_the_grid(
+def test_a_step_of_20_timesteps_equals_ddims_at_every_grid_timestep(
     prediction_type: PredictionType, set_alpha_to_one: bool
 ) -> None:
     ddim = DDIMScheduler(
@@ -82,7 +82,7 @@ def test_a_step_of_20_timesteps_is_ddims_at_every_place_of_the_grid(
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_the_consistency_function_is_what_the_lcm_scheduler_calls_denoised(prediction_type: PredictionType) -> None:
+def test_the_consistency_function_equals_the_lcm_schedulers_denoised_sample(prediction_type: PredictionType) -> None:
     scheduler, noisy, prediction = lcm_scheduler(prediction_type), draw(0), draw(1)
     theirs = [scheduler.step(prediction[i], int(GRID[i]), noisy[i]).denoised for i in range(len(GRID))]
     clean, _ = clean_and_noise(noisy, prediction, ALPHA_BAR, prediction_type)
@@ -95,24 +95,24 @@ def test_at_timestep_zero_the_consistency_function_is_the_identity_exactly() -> 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_guiding_the_prediction_guides_the_clean_latents_and_the_noise(prediction_type: PredictionType) -> None:
-    noisy, told, untold = draw(0), draw(1), draw(2)
+    noisy, with_prompt, without_prompt = draw(0), draw(1), draw(2)
     guidance = torch.linspace(0, 15, len(GRID))
-    found = clean_and_noise(noisy, guided(told, untold, guidance), ALPHA_BAR, prediction_type)
-    with_prompt, without = (clean_and_noise(noisy, each, ALPHA_BAR, prediction_type) for each in (told, untold))
+    found = clean_and_noise(noisy, guided(with_prompt, without_prompt, guidance), ALPHA_BAR, prediction_type)
+    splits = [clean_and_noise(noisy, each, ALPHA_BAR, prediction_type) for each in (with_prompt, without_prompt)]
     scale = guidance.double()[:, None, None, None]
-    for ours, a, b in zip(found, with_prompt, without, strict=True):
+    for ours, a, b in zip(found, *splits, strict=True):
         torch.testing.assert_close(ours.double(), a.double() + scale * (a.double() - b.double()), rtol=1e-4, atol=1e-3)
-    assert torch.equal(guided(told, untold, torch.zeros(len(GRID))), told)
+    assert torch.equal(guided(with_prompt, without_prompt, torch.zeros(len(GRID))), with_prompt)
 
 
 @pytest.mark.parametrize("num_channels", [256, 32])
-def test_the_guidance_embedding_is_the_pipelines(num_channels: int) -> None:
+def test_the_guidance_embedding_equals_the_pipelines(num_channels: int) -> None:
     guidance = torch.tensor([0.0, 1.0, 5.0, 7.5, 14.99])
     theirs = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, guidance, num_channels)
     assert torch.equal(guidance_embedding(guidance, num_channels), theirs)
 
 
-def test_pseudo_huber_is_the_float64_mean_over_each_sample() -> None:
+def test_pseudo_huber_equals_the_float64_mean_per_sample() -> None:
     prediction, target = draw(2), draw(3)
     difference = (prediction.double() - target.double()).numpy()
     exact = (np.hypot(difference, 0.001) - 0.001).reshape(len(GRID), -1).mean(axis=1)
@@ -121,7 +121,7 @@ def test_pseudo_huber_is_the_float64_mean_over_each_sample() -> None:
     np.testing.assert_allclose(found.numpy(), exact, rtol=1e-6)
 
 
-def test_pseudo_huber_is_square_near_zero_and_absolute_far_from_it() -> None:
+def test_pseudo_huber_is_quadratic_near_zero_and_linear_far_from_it() -> None:
     def distance(difference: float) -> float:
         return pseudo_huber(torch.full((1, 1, 1, 1), difference), torch.zeros(1, 1, 1, 1)).item()
 

@@ -1,4 +1,4 @@
-"""What holds for every family: the stock pipeline's images and predictions, and a LoRA that it loads."""
+"""Every family against its stock pipeline: same images and predictions, and a LoRA that it loads."""
 
 import importlib
 import math
@@ -51,7 +51,7 @@ def stock_call(pipeline: Any, noise: Tensor, **options: Any) -> Any:
 
 
 def image(latents: Tensor, height: int, width: int) -> Tensor:
-    """Latents as images, of pipelines that pack them too."""
+    """Latents ``[sample, channel, height, width]``, unpacked if the pipeline packs them."""
     return latents if latents.ndim == 4 else FluxPipeline._unpack_latents(latents, 8 * height, 8 * width, 8)
 
 
@@ -68,7 +68,7 @@ def sample(model: TextToImageModel, guidance_scale: float, num_denoising_steps: 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @each_family
-def test_images_are_the_stock_pipelines(tiny_models: TinyModels, name: str, guidance_scale: float) -> None:
+def test_images_equal_the_stock_pipelines(tiny_models: TinyModels, name: str, guidance_scale: float) -> None:
     model = load(tiny_models, name)
     ours = model.decode(sample(model, guidance_scale)).permute(0, 2, 3, 1).numpy()
     theirs = stock_call(stock(tiny_models, name), first_noise(model), guidance_scale=guidance_scale)
@@ -84,8 +84,8 @@ def test_guidance_changes_the_latents(tiny_models: TinyModels, name: str) -> Non
 
 
 @each_family
-def test_predictions_are_those_of_the_net_in_the_stock_pipeline(tiny_models: TinyModels, name: str) -> None:
-    """At both denoising steps: what the pipeline gave its net, and what came out, against ours from the same."""
+def test_predictions_equal_those_of_the_denoiser_in_the_stock_pipeline(tiny_models: TinyModels, name: str) -> None:
+    """At both denoising steps: the denoiser's output in the pipeline against ours from the same inputs."""
     model, pipeline = load(tiny_models, name, for_training=True), stock(tiny_models, name)
     calls: list[tuple[dict[str, Any], Tensor]] = []
 
@@ -112,7 +112,7 @@ def test_predictions_are_those_of_the_net_in_the_stock_pipeline(tiny_models: Tin
 
 @pytest.mark.parametrize(
     ("name", "num_steps"),
-    [*((name, 3) for name in NAMES), ("latent_consistency", 1)],  # which adds noise of its own at more
+    [*((name, 3) for name in NAMES), ("latent_consistency", 1)],  # its sampler adds noise with more steps
 )
 def test_a_changed_lora_makes_the_same_latents_in_the_stock_pipeline_and_can_be_switched_off(
     tiny_models: TinyModels, name: str, num_steps: int, tmp_path: Path
@@ -140,7 +140,7 @@ def test_a_changed_lora_makes_the_same_latents_in_the_stock_pipeline_and_can_be_
 
 
 @each_family
-def test_prompts_are_encoded_each_for_itself(tiny_models: TinyModels, name: str) -> None:
+def test_encoding_a_prompt_does_not_depend_on_the_others(tiny_models: TinyModels, name: str) -> None:
     model = load(tiny_models, name)
     together, _ = model.encode_prompts(PROMPTS)
     assert set(together) == {"prompt_embedding", "pooled_embedding"}
@@ -152,7 +152,7 @@ def test_prompts_are_encoded_each_for_itself(tiny_models: TinyModels, name: str)
 
 
 @each_family
-def test_training_goes_without_the_decoder_and_once_prompts_are_encoded_without_text_encoders(
+def test_training_needs_no_decoder_and_no_text_encoders_once_prompts_are_encoded(
     tiny_models: TinyModels, name: str
 ) -> None:
     model = load(tiny_models, name, for_training=True)
@@ -174,12 +174,12 @@ def test_flow_timesteps_are_logit_normal(tiny_models: TinyModels, family: str) -
     logits = torch.logit(torch.stack([times["timestep"] for times in drawn]).double() / 1000)
     expected = 0.5 * (1 + torch.erf(logits.sort().values / math.sqrt(2)))
     distance = (expected - torch.arange(1, 2001) / 2000).abs().max()
-    assert distance * math.sqrt(2000) < 1.95  # Kolmogorov and Smirnov's, 99.9 %
+    assert distance * math.sqrt(2000) < 1.95  # Kolmogorov-Smirnov test, 99.9 %
     assert ("guidance" in drawn[0]) == (family == "flux")
 
 
-def test_v_and_epsilon_predictions_of_one_net_have_errors_of_a_known_ratio(tiny_models: TinyModels) -> None:
-    """v = (eps_hat - sqrt(1-abar) x_t) / sqrt(abar) ... so the v error is the eps error over abar."""
+def test_v_and_epsilon_predictions_of_one_model_have_errors_of_a_known_ratio(tiny_models: TinyModels) -> None:
+    """v_hat = (eps_hat - sqrt(1 - abar) x_t) / sqrt(abar), so the v error is the eps error over abar."""
     model = load(tiny_models, "stable_diffusion", for_training=True)
     latents, noise = noise_at((2, 4, 8, 8), 0, "latents"), noise_at((2, 4, 8, 8), 0, "noise")
     conditioning, _ = model.encode_prompts(PROMPTS)
@@ -203,7 +203,7 @@ def test_v_and_epsilon_predictions_of_one_net_have_errors_of_a_known_ratio(tiny_
     torch.testing.assert_close(by_velocity.double(), by_epsilon.double() / alpha_bar, rtol=1e-4, atol=0)
 
 
-def test_families_are_those_that_a_config_can_name_and_each_can_be_imported() -> None:
+def test_families_equal_those_of_the_config_and_each_can_be_imported() -> None:
     assert set(FAMILIES) == set(get_args(Family))
     for place in FAMILIES.values():
         module, _, name = place.partition(":")

@@ -1,4 +1,4 @@
-"""FLUX's own: patches, places, the guidance that the net is told of."""
+"""Specific to FLUX: patches, their positions, guidance conditioning."""
 
 import copy
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def folder(tiny_models: TinyModels) -> Path:
     return tiny_models("flux")
 
 
-def test_packed_latents_are_those_of_the_stock_pipeline_and_unpack_to_themselves() -> None:
+def test_packed_latents_equal_the_stock_pipelines_and_unpacking_inverts_packing() -> None:
     latents = noise_at((2, 16, 6, 4), 0, "latents")
     tokens = pack(latents)
     assert torch.equal(tokens, FluxPipeline._pack_latents(latents, 2, 16, 6, 4))
@@ -27,12 +27,12 @@ def test_packed_latents_are_those_of_the_stock_pipeline_and_unpack_to_themselves
     assert torch.equal(unpack(tokens, 6, 4), FluxPipeline._unpack_latents(tokens, 48, 32, vae_scale_factor=8))
 
 
-def test_the_places_of_patches_are_those_of_the_stock_pipeline() -> None:
+def test_positions_of_patches_equal_the_stock_pipelines() -> None:
     expected = FluxPipeline._prepare_latent_image_ids(1, 3, 2, "cpu", torch.int64)
     assert torch.equal(patch_ids(3, 2, torch.device("cpu"), torch.int64), expected)
 
 
-def test_errors_are_those_of_the_velocity_in_float64(folder: Path) -> None:
+def test_errors_equal_those_of_the_velocity_in_float64(folder: Path) -> None:
     model = Flux.load(str(folder), device="cpu", for_training=True)
     time, guidance = torch.tensor([0.003, 0.4, 0.97]), torch.tensor([1.0, 3.5, 8.0])
     latents, noise = noise_at((3, 16, 8, 6), 0, "latents"), noise_at((3, 16, 8, 6), 0, "noise")
@@ -58,7 +58,7 @@ def test_errors_are_those_of_the_velocity_in_float64(folder: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
-def test_the_net_is_told_of_a_guidance_between_the_bounds(folder: Path) -> None:
+def test_the_guidance_in_training_is_uniform_between_the_bounds(folder: Path) -> None:
     model = Flux.load(str(folder), device="cpu", for_training=True)
     assert model.draw_times(generator_at(0))["guidance"] == 3.5
     model.guidance_range = (2.0, 6.0)
@@ -67,19 +67,19 @@ def test_the_net_is_told_of_a_guidance_between_the_bounds(folder: Path) -> None:
     assert drawn.mean() == pytest.approx(4, abs=4 * 4 / (12 * 200) ** 0.5)
 
 
-def test_a_net_without_guidance_embedding_is_told_of_none(tiny_models: TinyModels) -> None:
+def test_a_model_without_guidance_embedding_draws_no_guidance(tiny_models: TinyModels) -> None:
     model = Flux.load(str(tiny_models("flux_schnell")), device="cpu", for_training=True)
     assert set(model.draw_times(generator_at(0))) == {"timestep"}
 
 
-def test_an_image_has_the_pipelines_size_unless_told(folder: Path) -> None:
+def test_the_default_image_size_is_the_pipelines(folder: Path) -> None:
     model = Flux.load(str(folder), device="cpu")
     assert model.latent_shape(None, None) == (16, 128, 128)
     assert model.latent_shape(32, 64) == (16, 4, 8)
 
 
 @pytest.mark.parametrize(("length", "cut"), [(100, 0), (510, 0), (511, 1), (600, 90)])
-def test_tokens_beyond_the_512_of_t5_are_counted(folder: Path, length: int, cut: int) -> None:
+def test_tokens_beyond_the_t5_limit_of_512_are_counted(folder: Path, length: int, cut: int) -> None:
     conditioning, num_cut = Flux.load(str(folder), device="cpu").encode_prompts(["a" * length, "b"])
     assert num_cut == [cut, 0]
     assert conditioning["prompt_embedding"].shape == (2, 512, 32)

@@ -1,4 +1,4 @@
-"""The family against the stock pipeline: same noise, same images; and what it draws to train at."""
+"""The latent consistency family against the stock pipeline, and its draws, teacher and target in training."""
 
 from pathlib import Path
 
@@ -48,14 +48,14 @@ def assert_images_are_the_stock_pipelines(
 
 
 @pytest.mark.parametrize("num_denoising_steps", [1, 8])
-def test_tiny_lcms_images_are_the_stock_pipelines(
+def test_images_of_the_tiny_model_equal_the_stock_pipelines(
     tiny: LatentConsistency, tiny_lcm: Path, num_denoising_steps: int
 ) -> None:
     stock = LatentConsistencyModelPipeline.from_pretrained(tiny_lcm, safety_checker=None, requires_safety_checker=False)
     assert_images_are_the_stock_pipelines(tiny, stock, num_denoising_steps)
 
 
-def test_the_embedded_models_images_are_the_stock_pipelines(embedded: Path) -> None:
+def test_images_of_the_embedded_model_equal_the_stock_pipelines(embedded: Path) -> None:
     model = load_model("latent_consistency", path="embedded", device="cpu")
     assert_images_are_the_stock_pipelines(model, load_consistency_pipeline(), 2)
 
@@ -71,20 +71,23 @@ def test_images_do_not_depend_on_the_batch(tiny: LatentConsistency) -> None:
     assert torch.equal(again, together)
 
 
-def test_the_samplers_own_noise_is_a_function_of_the_first_noise(tiny: LatentConsistency) -> None:
-    def own(noise: Tensor) -> Tensor:
+def test_the_samplers_noise_depends_on_the_initial_noise_only(tiny: LatentConsistency) -> None:
+    def sampler_noise(noise: Tensor) -> Tensor:
         return torch.stack([torch.randn(8, generator=generator) for generator in tiny.sampler_generators(noise)])
 
     noise = draw_noise(tiny)
-    assert torch.equal(own(noise), own(noise))
-    assert torch.equal(own(noise[[2, 0]]), own(noise)[[2, 0]])
+    assert torch.equal(sampler_noise(noise), sampler_noise(noise))
+    assert torch.equal(sampler_noise(noise[[2, 0]]), sampler_noise(noise)[[2, 0]])
     nearly = noise.clone()
     nearly[0, 0, 0, 0] += 1e-6
-    assert torch.equal(own(nearly)[1:], own(noise)[1:])
-    assert abs(np.corrcoef(torch.cat([own(nearly)[:1], own(noise)]))[np.triu_indices(4, k=1)]).max() < 0.99
+    assert torch.equal(sampler_noise(nearly)[1:], sampler_noise(noise)[1:])
+    assert (
+        abs(np.corrcoef(torch.cat([sampler_noise(nearly)[:1], sampler_noise(noise)]))[np.triu_indices(4, k=1)]).max()
+        < 0.99
+    )
 
 
-def test_more_denoising_steps_add_noise_on_the_way(tiny: LatentConsistency, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_denoising_steps_add_noise_between_them(tiny: LatentConsistency, monkeypatch: pytest.MonkeyPatch) -> None:
     conditioning, noise = tiny.encode_prompts(PROMPTS)[0], draw_noise(tiny)
 
     def sampled(num_denoising_steps: int) -> Tensor:
@@ -108,13 +111,13 @@ def test_times_are_uniform_over_the_grid_and_the_guidance_range(tiny: LatentCons
     drawn = [tiny.draw_times(generator) for _ in range(5000)]
     timesteps, counts = np.unique([int(times["timestep"]) for times in drawn], return_counts=True)
     assert timesteps.tolist() == list(range(19, 1000, 20))
-    assert ((counts - 100) ** 2 / 100).sum() < 49 + 5 * np.sqrt(2 * 49)  # chi-squared of 50 cells
+    assert ((counts - 100) ** 2 / 100).sum() < 49 + 5 * np.sqrt(2 * 49)  # chi-squared test of 50 cells
     guidance = np.array([float(times["guidance"]) for times in drawn])
     assert 5 <= guidance.min() < 5.02 < 14.98 < guidance.max() <= 15
     assert abs(guidance.mean() - 10) < 0.2
 
 
-def test_the_teacher_is_loaded_for_training_only_frozen_and_without_the_rest(tiny_lcm: Path, tiny_sd15: Path) -> None:
+def test_the_teachers_unet_is_loaded_for_training_only_and_frozen(tiny_lcm: Path, tiny_sd15: Path) -> None:
     arguments = {"teacher": {"path": str(tiny_sd15)}, "dtype": "bfloat16", "device": "cpu"}
     assert not hasattr(LatentConsistency.load(str(tiny_lcm), **arguments), "teacher")
     model = LatentConsistency.load(str(tiny_lcm), for_training=True, **arguments)
@@ -134,9 +137,7 @@ def test_the_embedded_models_teacher_is_the_embedded_diffusion_model(embedded: P
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_what_the_teacher_predicts_is_what_its_scheduler_says(
-    tiny_lcm: Path, tmp_path: Path, prediction_type: str
-) -> None:
+def test_the_teachers_prediction_type_is_its_schedulers(tiny_lcm: Path, tmp_path: Path, prediction_type: str) -> None:
     folder = build_tiny_sd15(tmp_path / "teacher", prediction_type=prediction_type)
     model = LatentConsistency.load(str(tiny_lcm), device="cpu", for_training=True, teacher={"path": str(folder)})
     assert (model.teacher_prediction_type, model.prediction_type) == (prediction_type, "epsilon")
@@ -149,7 +150,7 @@ def test_a_missing_teacher_is_a_model_error(tiny_lcm: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
-def test_from_the_last_of_the_grid_the_target_is_ddims_last_step_whatever_the_reference_says(
+def test_at_the_lowest_grid_timestep_the_target_is_ddims_last_step_whatever_the_reference_predicts(
     tiny_lcm: Path, tiny_sd15: Path, set_alpha_to_one: bool
 ) -> None:
     loaded = LatentConsistency.load(str(tiny_lcm), device="cpu", for_training=True, teacher={"path": str(tiny_sd15)})
@@ -168,11 +169,13 @@ def test_from_the_last_of_the_grid_the_target_is_ddims_last_step_whatever_the_re
         return (torch.full_like(noisy_latents, 7.0),)
 
     task = model.denoising_task(reference, draw_noise(model), conditioning, times, draw_noise(model).flip(0))
-    told, untold = (
+    with_prompt, without_prompt = (
         model.teacher(task.noisy_latents, times["timestep"], embeddings).sample
         for embeddings in (conditioning["prompt_embedding"], model.encode_prompts([""] * 3)[0]["prompt_embedding"])
     )
-    scale = 1 + times["guidance"][:, None, None, None]  # what pipelines call guidance_scale
-    expected = ddim.step(untold + scale * (told - untold), 19, task.noisy_latents, eta=0.0).prev_sample
+    scale = 1 + times["guidance"][:, None, None, None]  # the pipelines' guidance_scale
+    expected = ddim.step(
+        without_prompt + scale * (with_prompt - without_prompt), 19, task.noisy_latents, eta=0.0
+    ).prev_sample
     torch.testing.assert_close(task.target, expected, rtol=1e-4, atol=1e-4)
     assert [timestep.tolist() for timestep in seen] == [[0, 0, 0]]

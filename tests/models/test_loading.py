@@ -1,4 +1,4 @@
-"""Every weight of a net comes from its folder, and what the hub does not give is named by its cause."""
+"""Every weight of a module comes from its folder, and failed downloads are reported with their cause."""
 
 import http.server
 import json
@@ -34,7 +34,7 @@ def weights_path(part_dir: Path) -> Path:
 
 @pytest.fixture
 def changed(tiny_sd15: Path, tmp_path: Path) -> Callable[[str, Change], Path]:
-    """Copy of a part of the tiny model with other weights."""
+    """Function that copies a part of the tiny model with changed weights."""
 
     def change(part: str, other: Change) -> Path:
         part_dir = Path(shutil.copytree(tiny_sd15 / part, tmp_path / part))
@@ -74,24 +74,24 @@ def shorter(end: str) -> Change:
 
 
 @pytest.mark.parametrize(
-    ("part", "other", "told"),
+    ("part", "other", "message"),
     [
         ("text_encoder", without("layers.0.mlp.fc1.weight"), r"lacks 1 weights of CLIPText.* the first .*fc1\.weight$"),
         ("text_encoder", prefixed("cond_stage_model."), r"lacks \d+ weights .*, and has \d+ weights .*cond_stage"),
-        ("text_encoder", plus(foo__weight=torch.zeros(1)), r"has 1 weights that .* does not have, .*foo\.weight$"),
+        ("text_encoder", plus(foo__weight=torch.zeros(1)), r"has 1 weights that .* lacks, .*foo\.weight$"),
         ("text_encoder", shorter("fc1.weight"), r"of shape \[63, 32\], not \[64, 32\]"),
         ("unet", without("conv_in.bias"), r"unet/ lacks 1 weights of UNet2DConditionModel, the first conv_in\.bias$"),
-        ("unet", plus(motion__weight=torch.zeros(1)), r"unet/ has 1 weights that .* does not have, .* motion\.weight$"),
+        ("unet", plus(motion__weight=torch.zeros(1)), r"unet/ has 1 weights that .* lacks, .* motion\.weight$"),
         ("unet", with_lora, r"unet/ lacks .*it was saved with a LoRA attached: merge or unload"),
         ("unet", shorter("conv_in.bias"), r"conv_in\.bias"),
         ("vae", without("decoder.conv_out.weight"), r"vae/ lacks 1 weights of AutoencoderKL"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
-def test_fault_37_weights_that_are_missing_or_foreign_are_named(
-    part: str, other: Change, told: str, changed: Callable[[str, Change], Path]
+def test_fault_37_missing_and_unexpected_weights_are_named(
+    part: str, other: Change, message: str, changed: Callable[[str, Change], Path]
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load_part(KINDS[part], changed(part, other), torch.float32)
 
 
@@ -112,7 +112,7 @@ def whole_clip(weights: Weights) -> Weights:
         ("vae", renamed("attentions.0.to_q", "attentions.0.query")),
     ],
 )
-def test_older_names_and_the_rest_of_clip_are_no_fault(
+def test_older_names_and_the_rest_of_clip_are_accepted(
     part: str, other: Change, tiny_sd15: Path, changed: Callable[[str, Change], Path]
 ) -> None:
     assert_same(load_part(KINDS[part], changed(part, other), torch.float32), KINDS[part], tiny_sd15 / part)
@@ -139,7 +139,7 @@ def split(part_dir: Path, variant: str = "") -> None:
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
-def test_weights_of_a_variant_alone_are_loaded(
+def test_weights_of_a_single_variant_are_loaded(
     part: str, sharded: bool, tiny_sd15: Path, changed: Callable[[str, Change], Path]
 ) -> None:
     part_dir = changed(part, dict)
@@ -151,7 +151,7 @@ def test_weights_of_a_variant_alone_are_loaded(
     assert_same(load_part(KINDS[part], part_dir, torch.float32), KINDS[part], tiny_sd15 / part)
 
 
-def test_fault_37_a_shard_without_a_weight_that_its_index_promises_is_named(
+def test_fault_37_a_weight_that_is_in_the_index_but_not_in_its_shard_is_named(
     changed: Callable[[str, Change], Path],
 ) -> None:
     part_dir = changed("unet", dict)
@@ -165,7 +165,7 @@ def test_fault_37_a_shard_without_a_weight_that_its_index_promises_is_named(
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
-def test_fault_37_weights_cut_short_and_odd_configurations_are_told_in_one_line(
+def test_fault_37_truncated_weights_and_invalid_configurations_are_reported_in_one_line(
     part: str, tiny_sd15: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(tiny_sd15, tmp_path / "model"))
@@ -181,7 +181,7 @@ def test_fault_37_weights_cut_short_and_odd_configurations_are_told_in_one_line(
         load_model("stable_diffusion", path=str(folder), device="cpu")
 
 
-def test_a_model_without_a_part_on_this_machine_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+def test_a_missing_part_of_a_local_model_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unet/ is missing"):
         load_part(UNet2DConditionModel, tmp_path / "unet", torch.float32)
 
@@ -202,7 +202,7 @@ ANSWERS: dict[str, tuple[int, dict[str, str], str]] = {
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    """A hub that answers each repository of `ANSWERS` as it says; its address."""
+    """Address of a fake hub that answers as listed in `ANSWERS`."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -235,14 +235,14 @@ def of_hub(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("of_hub")
 @pytest.mark.parametrize("name", ANSWERS)
-def test_fault_39_what_the_hub_answers_is_named_with_what_to_do(name: str) -> None:
+def test_fault_39_the_hubs_answer_is_reported_with_advice(name: str) -> None:
     with pytest.raises(ModelError, match=rf"^`model\.path` some/{name} \(revision {COMMIT}\): .*{ANSWERS[name][2]}"):
         fetch(StableDiffusionPipeline, f"some/{name}", COMMIT, {})
 
 
 @pytest.mark.usefixtures("of_hub")
 @pytest.mark.parametrize("name", ["unauthorized", "gated", "forbidden", "busy", "down"])
-def test_fault_39_no_token_is_in_what_is_told(
+def test_fault_39_no_message_contains_a_token(
     name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
@@ -254,7 +254,7 @@ def test_fault_39_no_token_is_in_what_is_told(
 
 
 @pytest.mark.usefixtures("of_hub")
-def test_fault_39_offline_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_39_offline_mode_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"cannot be fetched \(HF_HUB_OFFLINE is set\); stage it with `hf download"):
         fetch(StableDiffusionPipeline, "some/gone", COMMIT, {})
@@ -262,7 +262,7 @@ def test_fault_39_offline_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("of_hub")
 @pytest.mark.parametrize("variant", ["", ".fp16"])
-def test_a_staged_hub_model_is_loaded_offline_also_where_it_has_one_variant_alone(
+def test_a_staged_hub_model_with_a_single_variant_is_loaded_offline(
     variant: str, tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""A LoRA starts as nothing, can be switched off, and loads into a stock pipeline."""
+"""A LoRA has no effect at first, can be switched off, and loads into a stock pipeline."""
 
 import stat
 from pathlib import Path
@@ -26,7 +26,7 @@ def with_lora(
 
 
 def change(trainable: list[nn.Parameter], seed: int = 1) -> None:
-    """As if trained, and hard."""
+    """Change the LoRA as if it were trained at a large learning rate."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trainable:
@@ -45,7 +45,7 @@ def base_prediction(tiny_sd15: Path) -> Tensor:
     return predict(StableDiffusion.load(str(tiny_sd15), device="cpu"))
 
 
-def test_at_first_the_output_is_the_base_models_exactly(tiny_sd15: Path, base_prediction: Tensor) -> None:
+def test_the_initial_output_equals_the_base_models_exactly(tiny_sd15: Path, base_prediction: Tensor) -> None:
     assert torch.equal(predict(with_lora(tiny_sd15)[0]), base_prediction)
 
 
@@ -59,12 +59,12 @@ def test_only_the_lora_is_trained_and_it_is_fp32(tiny_sd15: Path) -> None:
     expected = sum(3 * (layer.in_features + layer.out_features) for layer in targets)
     assert sum(parameter.numel() for parameter in trainable) == expected > 0
     assert {parameter.dtype for parameter in trainable} == {torch.float32}
-    learning = [name for name, parameter in model.denoiser.named_parameters() if parameter.requires_grad]
-    assert len(learning) == len(trainable) == 2 * len(targets)
-    assert all("lora" in name for name in learning)
+    trained = [name for name, parameter in model.denoiser.named_parameters() if parameter.requires_grad]
+    assert len(trained) == len(trainable) == 2 * len(targets)
+    assert all("lora" in name for name in trained)
 
 
-def test_the_first_factor_is_a_function_of_the_seed_alone(tiny_sd15: Path) -> None:
+def test_the_first_factor_depends_on_the_seed_only(tiny_sd15: Path) -> None:
     first = [parameter.clone() for parameter in with_lora(tiny_sd15, seed=5)[1]]
     torch.manual_seed(123)
     again, other = with_lora(tiny_sd15, seed=5)[1], with_lora(tiny_sd15, seed=6)[1]
@@ -72,7 +72,7 @@ def test_the_first_factor_is_a_function_of_the_seed_alone(tiny_sd15: Path) -> No
     assert not all(torch.equal(*pair) for pair in zip(first, other, strict=True))
 
 
-def test_attaching_leaves_the_global_random_numbers_alone(tiny_sd15: Path) -> None:
+def test_attaching_does_not_change_the_global_random_state(tiny_sd15: Path) -> None:
     model = StableDiffusion.load(str(tiny_sd15), device="cpu", for_training=True)
     torch.manual_seed(5)
     expected = torch.randn(4)
@@ -81,7 +81,7 @@ def test_attaching_leaves_the_global_random_numbers_alone(tiny_sd15: Path) -> No
     assert torch.equal(torch.randn(4), expected)
 
 
-def test_with_adapters_off_a_changed_net_is_the_base_exactly_and_on_again_it_is_not(
+def test_with_adapters_off_a_trained_model_is_the_base_exactly_and_not_after_the_block(
     tiny_sd15: Path, base_prediction: Tensor
 ) -> None:
     model, trainable = with_lora(tiny_sd15)
@@ -93,7 +93,7 @@ def test_with_adapters_off_a_changed_net_is_the_base_exactly_and_on_again_it_is_
     assert torch.equal(predict(model), changed)
 
 
-def test_adapters_are_on_again_after_an_error(tiny_sd15: Path, base_prediction: Tensor) -> None:
+def test_adapters_are_enabled_again_after_an_error(tiny_sd15: Path, base_prediction: Tensor) -> None:
     model, trainable = with_lora(tiny_sd15)
     change(trainable)
     with pytest.raises(RuntimeError, match="in the block"), Adapters(model.denoiser).off():
@@ -146,7 +146,7 @@ def test_a_saved_lora_loads_back_and_can_be_switched(tiny_sd15: Path, tmp_path: 
     torch.testing.assert_close(predict(fresh), predict(model), rtol=1e-5, atol=1e-5)
 
 
-def test_the_saved_file_holds_the_weights_as_trained_and_others_may_read_it(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_the_saved_file_holds_the_trained_weights_and_is_readable_by_others(tiny_sd15: Path, tmp_path: Path) -> None:
     model, trainable = with_lora(tiny_sd15)
     change(trainable)
     save_lora(model.pipeline_class, "unet", model.denoiser, tmp_path)
@@ -159,17 +159,17 @@ def test_the_saved_file_holds_the_weights_as_trained_and_others_may_read_it(tiny
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
-        ("half of the layers", "layers are in the LoRA or in the net, but not in both"),
-        ("a layer more", "layers are in the LoRA or in the net, but not in both"),
+        ("half of the layers", "layers are in either the LoRA or the model but not both"),
+        ("an extra layer", "layers are in either the LoRA or the model but not both"),
         ("another shape", "have shapes that do not fit the layer"),
-        ("not finite", "1 tensors are not finite numbers"),
-        ("no metadata", "its metadata must have `unet.lora_alpha`"),
+        ("not finite", "1 tensors must be finite floats"),
+        ("no metadata", "metadata `unet.lora_alpha` must be a number"),
     ],
 )
-def test_fault_48_a_lora_that_does_not_fit_the_net_is_refused_by_name(
-    tiny_sd15: Path, tmp_path: Path, damage: str, told: str
+def test_fault_48_a_lora_that_does_not_fit_the_model_is_refused_by_name(
+    tiny_sd15: Path, tmp_path: Path, damage: str, message: str
 ) -> None:
     model, _ = with_lora(tiny_sd15)
     save_lora(StableDiffusionPipeline, "unet", model.denoiser, tmp_path / LORA_DIR)
@@ -181,7 +181,7 @@ def test_fault_48_a_lora_that_does_not_fit_the_net_is_refused_by_name(
     second = first.replace("lora_A", "lora_B")
     if damage == "half of the layers":
         tensors = {name: tensors[name] for name in sorted(tensors)[: len(tensors) // 4 * 2]}
-    elif damage == "a layer more":
+    elif damage == "an extra layer":
         tensors |= {"unet.extra.lora_A.weight": tensors[first], "unet.extra.lora_B.weight": tensors[second].clone()}
     elif damage == "another shape":
         tensors[first] = tensors[first][:, :-1].clone()
@@ -190,5 +190,5 @@ def test_fault_48_a_lora_that_does_not_fit_the_net_is_refused_by_name(
     else:
         metadata = {"format": "pt"}
     save_file({name: value.clone() for name, value in tensors.items()}, path, metadata=metadata)
-    with pytest.raises(ModelError, match=rf"{LORA_WEIGHTS}: .*{told}"):
+    with pytest.raises(ModelError, match=rf"{LORA_WEIGHTS}: .*{message}"):
         StableDiffusion.load(str(tiny_sd15), device="cpu").load_tuned(tmp_path)

@@ -1,4 +1,4 @@
-"""A LoRA that is held back is one of smaller rank, and growing is padding it with zeros."""
+"""A masked LoRA equals one of smaller rank, and growing it equals padding with zeros."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,7 @@ from cdpo_ray.randomness.noise import noise_at
 TARGETS = ("to_q", "to_v")
 RANK, ALPHA = 4, 8.0
 WHOLE = Fraction(1)
-# fp64, and no level one pixel wide, where a group norm of two values is a step: else what is compared is rounding
+# fp64, and no level one pixel wide, where a group norm of two values is a step function: else rounding dominates
 NOISY, EMBEDDING = noise_at((2, 4, 16, 16), 0, "noisy").double(), noise_at((2, 77, 32), 0, "embedding").double()
 
 Factors = dict[str, Tensor]
@@ -56,7 +56,7 @@ def narrowed(name: str, value: Tensor, rank: int) -> Tensor:
 
 
 def smaller(folder: Path, rank: int) -> tuple[StableDiffusion, list[nn.Parameter]]:
-    """A true LoRA of this rank: the first rows of the same start, the same scaling."""
+    """A LoRA of smaller rank with the same first rows and the same scaling."""
     large = factors(fresh(folder)[0])
     model, trainable = fresh(folder, rank, ALPHA * rank / RANK)
     with torch.no_grad():
@@ -66,66 +66,66 @@ def smaller(folder: Path, rank: int) -> tuple[StableDiffusion, list[nn.Parameter
     return model, trainable
 
 
-def test_a_held_back_lora_learns_as_a_true_one_of_smaller_rank(tiny_sd15: Path) -> None:
-    held, trainable = fresh(tiny_sd15)
-    start = factors(held)
-    LoraGrowth(held.denoiser).let_learn(2, WHOLE)
-    train(held, optimizer_of(trainable), 5)
+def test_a_masked_lora_trains_like_one_of_smaller_rank(tiny_sd15: Path) -> None:
+    masked, trainable = fresh(tiny_sd15)
+    start = factors(masked)
+    LoraGrowth(masked.denoiser).set_capacity(2, WHOLE)
+    train(masked, optimizer_of(trainable), 5)
     true, true_trainable = smaller(tiny_sd15, 2)
     train(true, optimizer_of(true_trainable), 5)
-    found, expected = factors(held), factors(true)
+    found, expected = factors(masked), factors(true)
     for name, value in expected.items():
         torch.testing.assert_close(narrowed(name, found[name], 2), value, rtol=1e-9, atol=1e-10)
-    for name, value in found.items():  # and the rest has not moved
+    for name, value in found.items():  # the masked part has not changed
         assert torch.equal(*(v[2:] if "lora_A" in name else v[:, 2:] for v in (value, start[name])))
     moved = max(float((found[name] - start[name]).abs().max()) for name in found)
     assert moved > 1e-2
-    torch.testing.assert_close(predict(held), predict(true), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(predict(masked), predict(true), rtol=1e-9, atol=1e-10)
 
 
-def test_gradients_are_those_of_the_smaller_lora_and_zero_beyond(tiny_sd15: Path) -> None:
-    held, trainable = fresh(tiny_sd15)
-    LoraGrowth(held.denoiser).let_learn(2, WHOLE)
-    train(held, optimizer_of(trainable), 1)  # else the first factors have no gradient at all
+def test_gradients_equal_those_of_the_smaller_lora_and_are_zero_beyond(tiny_sd15: Path) -> None:
+    masked, trainable = fresh(tiny_sd15)
+    LoraGrowth(masked.denoiser).set_capacity(2, WHOLE)
+    train(masked, optimizer_of(trainable), 1)  # at first, first factors have no gradient
     true, true_trainable = smaller(tiny_sd15, 2)
     train(true, optimizer_of(true_trainable), 1)
-    for model in (held, true):
+    for model in (masked, true):
         model.denoiser.zero_grad()
         (predict(model) - 1).square().mean().backward()
     expected = {name: value.grad for name, value in true.denoiser.named_parameters() if "lora_" in name}
-    for name, value in held.denoiser.named_parameters():
+    for name, value in masked.denoiser.named_parameters():
         if "lora_" in name:
             assert value.grad is not None and expected[name] is not None
             torch.testing.assert_close(narrowed(name, value.grad, 2), expected[name], rtol=1e-9, atol=1e-12)
             assert (value.grad[2:] if "lora_A" in name else value.grad[:, 2:]).abs().max() == 0
 
 
-def test_growing_is_padding_the_factors_and_the_optimizers_state_with_zeros(tiny_sd15: Path) -> None:
-    """The other implementation: a small LoRA is trained, a large one takes over its factors and Adam's moments."""
-    held, trainable = fresh(tiny_sd15)
-    start, growth, optimizer = factors(held), LoraGrowth(held.denoiser), optimizer_of(trainable)
-    growth.let_learn(2, WHOLE)
-    train(held, optimizer, 4)
-    growth.let_learn(RANK, WHOLE)
-    train(held, optimizer, 4)
+def test_growing_equals_padding_the_factors_and_the_optimizer_state_with_zeros(tiny_sd15: Path) -> None:
+    """Reference implementation: train a small LoRA, copy its factors and Adam's moments into a large one."""
+    masked, trainable = fresh(tiny_sd15)
+    start, growth, optimizer = factors(masked), LoraGrowth(masked.denoiser), optimizer_of(trainable)
+    growth.set_capacity(2, WHOLE)
+    train(masked, optimizer, 4)
+    growth.set_capacity(RANK, WHOLE)
+    train(masked, optimizer, 4)
 
     small, small_trainable = smaller(tiny_sd15, 2)
     small_optimizer = optimizer_of(small_trainable)
     train(small, small_optimizer, 4)
     padded, padded_trainable = fresh(tiny_sd15)
     padded_optimizer = optimizer_of(padded_trainable)
-    learnt = dict(small.denoiser.named_parameters())
+    trained = dict(small.denoiser.named_parameters())
     with torch.no_grad():
         for name, value in padded.denoiser.named_parameters():
             if "lora_" in name:
-                narrowed(name, value, 2).copy_(learnt[name])
+                narrowed(name, value, 2).copy_(trained[name])
                 state = {key: torch.zeros_like(value) for key in ("exp_avg", "exp_avg_sq")}
                 for key, moment in state.items():
-                    narrowed(name, moment, 2).copy_(small_optimizer.state[learnt[name]][key])
+                    narrowed(name, moment, 2).copy_(small_optimizer.state[trained[name]][key])
                 padded_optimizer.state[value] = state | {"step": torch.tensor(4.0)}
     train(padded, padded_optimizer, 4)
 
-    found, expected = factors(held), factors(padded)
+    found, expected = factors(masked), factors(padded)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-10)
     assert all(float(value[:, 2:].abs().max()) > 1e-3 for name, value in found.items() if "lora_B" in name)
@@ -133,22 +133,20 @@ def test_growing_is_padding_the_factors_and_the_optimizers_state_with_zeros(tiny
 
 
 @pytest.mark.parametrize(("rank", "block_share"), [(RANK, Fraction(1, 3)), (1, WHOLE), (RANK, WHOLE)])
-def test_the_output_is_the_very_same_before_and_after_growing(
-    tiny_sd15: Path, rank: int, block_share: Fraction
-) -> None:
+def test_growing_does_not_change_the_output(tiny_sd15: Path, rank: int, block_share: Fraction) -> None:
     model, trainable = fresh(tiny_sd15)
     growth = LoraGrowth(model.denoiser)
-    growth.let_learn(1, Fraction(1, 3))
+    growth.set_capacity(1, Fraction(1, 3))
     base = predict(model)
     train(model, optimizer_of(trainable), 3)
     before = predict(model)
-    growth.let_learn(rank, block_share)
+    growth.set_capacity(rank, block_share)
     assert torch.equal(predict(model), before)
     assert not torch.equal(before, base)
 
 
 @pytest.mark.parametrize("from_output", [False, True])
-def test_blocks_begin_to_learn_one_after_the_other(tiny_sd15: Path, from_output: bool) -> None:
+def test_blocks_start_training_one_after_the_other(tiny_sd15: Path, from_output: bool) -> None:
     model, trainable = fresh(tiny_sd15)
     growth, optimizer = LoraGrowth(model.denoiser, from_output=from_output), optimizer_of(trainable)
     order = [
@@ -157,19 +155,19 @@ def test_blocks_begin_to_learn_one_after_the_other(tiny_sd15: Path, from_output:
     ]  # fmt: skip
     if from_output:
         order.reverse()
-    for stage, num_learning in ((1, 3), (2, 5), (3, 7)):  # a third, two thirds and all of 7, rounded up
+    for stage, num_trained in ((1, 3), (2, 5), (3, 7)):  # a third, two thirds and all of 7, rounded up
         before = factors(model)
-        growth.let_learn(2, Fraction(stage, 3))
+        growth.set_capacity(2, Fraction(stage, 3))
         train(model, optimizer, 2)
         moved = {name for name, value in factors(model).items() if not torch.equal(value, before[name])}
-        assert {next(block for block in order if name.startswith(block)) for name in moved} == set(order[:num_learning])
-        assert len(moved) == sum(name.startswith(tuple(order[:num_learning])) for name in before)
+        assert {next(block for block in order if name.startswith(block)) for name in moved} == set(order[:num_trained])
+        assert len(moved) == sum(name.startswith(tuple(order[:num_trained])) for name in before)
 
 
-def test_waiting_rows_shrink_by_weight_decay_alone(tiny_sd15: Path) -> None:
+def test_masked_rows_change_by_weight_decay_only(tiny_sd15: Path) -> None:
     model, trainable = fresh(tiny_sd15)
     start = factors(model)
-    LoraGrowth(model.denoiser).let_learn(1, WHOLE)
+    LoraGrowth(model.denoiser).set_capacity(1, WHOLE)
     train(model, optimizer_of(trainable, weight_decay=0.1), 3)
     for name, value in factors(model).items():
         if "lora_A" in name:
@@ -178,7 +176,7 @@ def test_waiting_rows_shrink_by_weight_decay_alone(tiny_sd15: Path) -> None:
             assert value[:, 1:].abs().max() == 0
 
 
-def test_blocks_of_a_transformer_are_its_numbered_ones_and_what_is_outside_stands_alone() -> None:
+def test_numbered_modules_and_single_layers_outside_them_are_blocks_of_a_transformer() -> None:
     net = FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
@@ -191,15 +189,15 @@ def test_blocks_of_a_transformer_are_its_numbered_ones_and_what_is_outside_stand
         axes_dims_rope=(4, 4, 8),
     )
     net.add_adapter(LoraConfig(r=2, target_modules=["x_embedder", "to_q", "to_out.0", "proj_out"]))
-    # x_embedder; to_q and to_out of two blocks; to_q and proj_out of the single block; the net's own proj_out
+    # x_embedder; to_q and to_out of two blocks; to_q and proj_out of the single block; the transformer's proj_out
     assert [len(block) for block in second_factors(net)] == [1, 2, 2, 2, 1]
 
 
-def test_a_convolutions_lora_grows_too(tiny_sd15: Path) -> None:
+def test_the_lora_of_a_convolution_grows(tiny_sd15: Path) -> None:
     model, trainable = fresh(tiny_sd15, 3, targets=("conv1", "conv_out"))
-    assert len(second_factors(model.denoiser)[-1]) == 1, "conv_out is behind the last block"
+    assert len(second_factors(model.denoiser)[-1]) == 1, "conv_out comes after the last block"
     growth = LoraGrowth(model.denoiser)
-    growth.let_learn(2, WHOLE)
+    growth.set_capacity(2, WHOLE)
     train(model, optimizer_of(trainable), 2)
     for name, value in factors(model).items():
         if "lora_B" in name:
@@ -218,7 +216,7 @@ def test_a_lora_saved_while_it_grows_loads_into_a_stock_pipeline(tiny_sd15: Path
     with torch.no_grad():
         base = stock.unet(NOISY, time, EMBEDDING).sample
     for stage, rank in ((1, 1), (2, 3), (3, RANK)):
-        growth.let_learn(rank, Fraction(stage, 3))
+        growth.set_capacity(rank, Fraction(stage, 3))
         train(model, optimizer, 2)
         save_lora(model.pipeline_class, "unet", model.denoiser, tmp_path / str(stage))
         stock.load_lora_weights(tmp_path / str(stage), adapter_name=f"stage-{stage}")

@@ -1,4 +1,4 @@
-"""Text encoders and VAE kept in host memory: moved to the device for their work and back, with identical images."""
+"""Offloading of text encoders and VAE: moved to the device on use and back, with identical images."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def record_moves(model: TextToImageModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Moves of the pipeline's parts and launches of its denoiser, in order; the device is recorded as `cpu:0`."""
+    """Record moves of the pipeline's parts and calls of its denoiser, in order; the device is called `cpu:0`."""
     events: list[str] = []
     model.device = "cpu:0"
     for name in (*model.text_encoders, "vae"):
@@ -29,7 +29,7 @@ def images(model: TextToImageModel) -> torch.Tensor:
 
 
 @each_family
-def test_each_part_is_on_the_device_for_its_work_alone(
+def test_each_part_is_on_the_device_only_while_it_is_used(
     tiny_models: TinyModels, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(tiny_models(family), family, offload=True)
@@ -57,17 +57,17 @@ def test_without_offload_nothing_is_moved(
 
 
 @each_family
-def test_images_are_the_same_byte_for_byte(tiny_models: TinyModels, family: str) -> None:
+def test_images_are_identical_with_and_without_offload(tiny_models: TinyModels, family: str) -> None:
     assert torch.equal(
         images(load(tiny_models(family), family)), images(load(tiny_models(family), family, offload=True))
     )
 
 
-def test_a_part_goes_back_when_its_work_fails(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_is_moved_back_after_an_error(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(tiny_models("stable_diffusion"), "stable_diffusion", offload=True)
     events = record_moves(model, monkeypatch)
     with pytest.raises(RuntimeError):
-        model.decode(torch.zeros(1, 3, 8, 8))  # of another number of channels
+        model.decode(torch.zeros(1, 3, 8, 8))  # wrong number of channels
     assert events == ["vae to cpu:0", "vae to cpu"]
 
 
@@ -78,7 +78,7 @@ def test_weights_return_to_the_same_host_memory(
     model = load(tiny_models("stable_diffusion"), "stable_diffusion", offload=True)
     part = getattr(model.pipeline, name)
 
-    def move(device: str) -> None:  # as between host and GPU: in place, to memory of its own
+    def move(device: str) -> None:  # as between host and GPU: in place, to other memory
         for parameter in part.parameters():
             if parameter.data_ptr() in on_host and device == "cpu:0":
                 parameter.data = parameter.data.clone()

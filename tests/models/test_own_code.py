@@ -1,4 +1,4 @@
-"""Folders that bring code of their own: it is refused by its name where it would be needed, and never runs."""
+"""Model folders with custom code: required code is refused by name, and no code runs."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def folder(tiny_sd15: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Path:
-    """A folder that is there once the code has run."""
+    """Folder that the code would create."""
     return tmp_path / "ran"
 
 
@@ -47,29 +47,29 @@ def pipeline_in_the_folder(folder: Path, canary: Path) -> None:
     change(folder / "model_index.json", _class_name=["evil", "EvilPipeline"])
 
 
-def code_in_a_librarys_name(folder: Path, canary: Path) -> None:
+def code_named_like_a_library(folder: Path, canary: Path) -> None:
     add_code(folder / "unet" / "diffusers.py", canary)
 
 
-def library_that_nobody_knows(folder: Path, canary: Path) -> None:
+def unknown_library(folder: Path, canary: Path) -> None:
     change(folder / "model_index.json", unet=["evil_library", "EvilUNet"])
 
 
-def library_that_is_no_librarys_model(folder: Path, canary: Path) -> None:
+def library_without_models(folder: Path, canary: Path) -> None:
     change(folder / "model_index.json", unet=["subprocess", "Popen"])
 
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (component_in_its_folder, "asks for its own code, unet/evil.py, which is not run"),
-        (pipeline_in_the_folder, "asks for its own code, evil.py, which is not run"),
-        (code_in_a_librarys_name, "asks for its own code, unet/diffusers.py, which is not run"),
-        (library_that_nobody_knows, "cannot be loaded: evil_library is not one of the libraries"),
-        (library_that_is_no_librarys_model, "cannot be loaded: .*subprocess.Popen"),
+        (component_in_its_folder, "requires custom code, unet/evil.py, which is not run"),
+        (pipeline_in_the_folder, "requires custom code, evil.py, which is not run"),
+        (code_named_like_a_library, "requires custom code, unet/diffusers.py, which is not run"),
+        (unknown_library, "must be of diffusers or transformers, got evil_library"),
+        (library_without_models, "must be of diffusers or transformers, got subprocess.Popen"),
     ],
 )
-def test_fault_23_a_pipeline_that_asks_for_other_code_is_refused_by_name_and_it_does_not_run(
+def test_fault_23_custom_code_that_a_pipeline_requires_is_refused_by_name_and_does_not_run(
     spoil: Callable[[Path, Path], None], reason: str, folder: Path, canary: Path
 ) -> None:
     spoil(folder, canary)
@@ -78,7 +78,7 @@ def test_fault_23_a_pipeline_that_asks_for_other_code_is_refused_by_name_and_it_
     assert not canary.exists()
 
 
-def test_fault_23_code_that_lies_beside_a_stock_pipeline_does_not_run(folder: Path, canary: Path) -> None:
+def test_fault_23_code_beside_a_stock_pipeline_does_not_run(folder: Path, canary: Path) -> None:
     for path in ("pipeline.py", "unet/evil.py", "text_encoder/evil.py"):
         add_code(folder / path, canary)
     change(folder / "unet" / "config.json", auto_map={"AutoModel": "evil.EvilUNet"})

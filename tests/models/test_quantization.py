@@ -1,4 +1,4 @@
-"""A quantised base: rounding as published, reference with adapters off, LoRA training, loading and merging."""
+"""A quantised base model: rounding as published, reference with adapters off, LoRA training, loading, merging."""
 
 import math
 import os
@@ -50,7 +50,7 @@ def quantized(layer: nn.Linear, storage: str) -> Any:
 
 
 def num_bytes(layer: Any) -> int:
-    """Of the weight and what restores it, the bias aside."""
+    """Bytes of the weight and its scales, without the bias."""
     if isinstance(layer, Int8Linear):
         return layer.weight.nbytes + layer.scale.nbytes
     state = layer.weight.quant_state
@@ -58,7 +58,7 @@ def num_bytes(layer: Any) -> int:
 
 
 def prediction(model: TextToImageModel) -> Tensor:
-    """Of the denoiser, for two prompts at fixed times and noise."""
+    """Prediction of the denoiser for two prompts at fixed timesteps and noise."""
     conditioning, _ = model.encode_prompts(["a cat", "a dog"])
     shape = model.latent_shape(64, 64)
     times = model.draw_times(torch.Generator().manual_seed(1))
@@ -85,7 +85,7 @@ def test_nf4_weights_are_the_nearest_published_level_of_their_block() -> None:
     largest = blocks.abs().amax(dim=1, keepdim=True)
     levels = torch.tensor(NF4_LEVELS)
     nearest = levels[(blocks / largest)[..., None].sub(levels).abs().argmin(-1)] * largest
-    # The scale of a block is itself stored in 8 bits.
+    # the scale of a block is stored in 8 bits
     torch.testing.assert_close(found.reshape(-1, 64), nearest, rtol=0.01, atol=0.01 * float(largest.max()))
 
 
@@ -116,10 +116,10 @@ def test_backward_keeps_no_dequantised_copy_of_the_weights(storage: str) -> None
 
 
 @each_storage
-def test_bytes_of_a_weight_are_as_documented(storage: str) -> None:
+def test_bytes_per_weight_are_as_documented(storage: str) -> None:
     layer = nn.Linear(640, 640, dtype=torch.bfloat16)
     expected = {
-        "int8": 1 + 4 / 640,  # a scale of 4 bytes for each of 640 outputs
+        "int8": 1 + 4 / 640,  # a 4-byte scale per row of 640 weights
         "nf4": 1 / 2 + 1 / 64 + 4 / (64 * 256),  # codes, 8-bit scales, their fp32 scales
     }[storage]
     assert num_bytes(quantized(layer, storage)) / layer.weight.numel() == pytest.approx(expected, rel=1e-3)
@@ -140,7 +140,7 @@ def test_only_the_denoisers_linear_layers_are_quantised(tiny_models: TinyModels,
 
 @pytest.mark.parametrize(("storage", "largest_change"), [("int8", 0.01), ("nf4", 0.15)])
 @each_family
-def test_rounding_changes_the_nets_output_a_little(
+def test_rounding_changes_the_output_slightly(
     tiny_models: TinyModels, family: str, storage: str, largest_change: float
 ) -> None:
     expected = prediction(load(tiny_models(family), family))
@@ -162,7 +162,7 @@ def frozen_weights(model: TextToImageModel) -> dict[str, Tensor]:
 
 
 def trained(case: tuple[str, str, str, int, str], base_dir: Path, folder: Path) -> dict[str, Any]:
-    """Three updates in CUDA's memory format: metrics of each, and the base and the predictions afterwards."""
+    """Three updates in CUDA's memory format: metrics of each, then base weights and predictions."""
     family, storage, dtype, zero_stage, optimizer = case
     model = load_model(family, path=str(base_dir), device="cpu", dtype=dtype, quantization=storage, for_training=True)
     if family == "stable_diffusion_xl":
@@ -204,7 +204,7 @@ def work(rank: int, base_dirs: dict[str, Path], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of each case's LoRA and of what was found."""
+    """Folder with each case's LoRA and results."""
     folder = tmp_path_factory.mktemp("trained")
     base_dirs = {family: tiny_models(family) for family in FAMILIES}
     torch.multiprocessing.spawn(work, (base_dirs, folder), nprocs=1)  # type: ignore[attr-defined]
@@ -213,7 +213,7 @@ def folder(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_updates_train_a_lora_around_a_quantised_base_which_stays_the_reference_exactly(
+def test_updates_train_the_lora_and_leave_the_quantised_base_as_the_exact_reference(
     tiny_models: TinyModels, folder: Path, case: tuple[str, str, str, int, str]
 ) -> None:
     family, storage, dtype, *_ = case
@@ -237,9 +237,7 @@ def test_updates_train_a_lora_around_a_quantised_base_which_stays_the_reference_
     assert float((expected - base).norm() / expected.norm()) > 2 * tolerance
 
 
-def test_a_merge_starts_from_the_weights_that_the_base_was_rounded_from(
-    tiny_models: TinyModels, tmp_path: Path
-) -> None:
+def test_merging_starts_from_the_unquantised_weights(tiny_models: TinyModels, tmp_path: Path) -> None:
     arguments = {"path": str(tiny_models("flux")), "quantization": "int8", "offload": True}
     model = load_model("flux", **arguments, device="cpu")
     policy = make_policy(model, LoraSection(rank=4, targets=("to_q",)))

@@ -1,4 +1,4 @@
-"""The family against the stock pipeline: same noise, same images."""
+"""The Stable Diffusion family against the stock pipeline: same noise, same images."""
 
 import os
 import pickle
@@ -48,12 +48,12 @@ def assert_images_are_the_stock_pipelines(folder: Path, path: str, guidance_scal
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_tiny_sd15s_images_are_the_stock_pipelines(tiny_sd15: Path, guidance_scale: float) -> None:
+def test_images_of_the_tiny_model_equal_the_stock_pipelines(tiny_sd15: Path, guidance_scale: float) -> None:
     assert_images_are_the_stock_pipelines(tiny_sd15, str(tiny_sd15), guidance_scale)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_the_embedded_models_images_are_the_stock_pipelines(embedded: Path, guidance_scale: float) -> None:
+def test_images_of_the_embedded_model_equal_the_stock_pipelines(embedded: Path, guidance_scale: float) -> None:
     assert_images_are_the_stock_pipelines(embedded, "embedded", guidance_scale)
 
 
@@ -74,7 +74,7 @@ def test_another_image_size_is_sampled_at_that_size(tiny: StableDiffusion) -> No
     assert tiny.decode(latents).shape == (1, 3, 64, 128)
 
 
-def test_prompts_are_encoded_each_for_itself(tiny: StableDiffusion) -> None:
+def test_encoding_a_prompt_does_not_depend_on_the_others(tiny: StableDiffusion) -> None:
     together, _ = tiny.encode_prompts(PROMPTS)
     for row, prompt in enumerate(PROMPTS):
         torch.testing.assert_close(
@@ -86,19 +86,19 @@ def test_prompts_are_encoded_each_for_itself(tiny: StableDiffusion) -> None:
 
 
 @pytest.mark.parametrize(("length", "cut"), [(0, 0), (75, 0), (76, 1), (100, 25), (10_000, 9925)])
-def test_tokens_beyond_the_encoders_77_are_counted(tiny: StableDiffusion, length: int, cut: int) -> None:
-    conditioning, num_cut = tiny.encode_prompts(["a" * length, "b"])  # a token a letter, with a start and an end
+def test_tokens_beyond_the_limit_of_77_are_counted(tiny: StableDiffusion, length: int, cut: int) -> None:
+    conditioning, num_cut = tiny.encode_prompts(["a" * length, "b"])  # one token per letter, a start and an end token
     assert num_cut == [cut, 0]
     assert conditioning["prompt_embedding"].shape[1] == 77
 
 
 @pytest.mark.parametrize("prompt", ["a 🦊", "nul\x00", "قطة", "../../etc/passwd", "\u2028"])
-def test_strange_prompts_have_finite_embeddings(tiny: StableDiffusion, prompt: str) -> None:
+def test_unusual_prompts_have_finite_embeddings(tiny: StableDiffusion, prompt: str) -> None:
     assert tiny.encode_prompts([prompt])[0]["prompt_embedding"].isfinite().all()
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_errors_are_those_of_the_unet_under_the_ddpm_scheduler(tiny_sd15: Path, prediction_type: str) -> None:
+def test_errors_equal_those_of_the_unet_with_the_ddpm_scheduler(tiny_sd15: Path, prediction_type: str) -> None:
     model = StableDiffusion.load(str(tiny_sd15), device="cpu", for_training=True)
     model.prediction_type = prediction_type
     scheduler = DDPMScheduler.from_pretrained(tiny_sd15, subfolder="scheduler")
@@ -125,11 +125,11 @@ def test_pixels_outside_the_range_are_clamped_not_wrapped(
     assert tiny.decode(torch.zeros(1, 4, 1, 1))[0, 0, 0].tolist() == [0, 0, 102, 128, 255, 255]
 
 
-def test_training_goes_without_the_decoder(tiny_sd15: Path) -> None:
+def test_training_needs_no_decoder(tiny_sd15: Path) -> None:
     assert StableDiffusion.load(str(tiny_sd15), device="cpu", for_training=True).pipeline.vae is None
 
 
-def test_the_type_asked_for_is_that_of_the_weights(tiny_sd15: Path) -> None:
+def test_weights_have_the_requested_dtype(tiny_sd15: Path) -> None:
     model = load_model("stable_diffusion", path=str(tiny_sd15), dtype="bfloat16", device="cpu", for_training=True)
     assert {parameter.dtype for parameter in model.denoiser.parameters()} == {torch.bfloat16}
 

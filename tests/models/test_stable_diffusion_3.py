@@ -1,4 +1,4 @@
-"""SD3's own: errors along the straight way, and what three text encoders read."""
+"""Specific to SD3: errors along the straight path, three text encoders."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ def folder(tiny_models: TinyModels) -> Path:
     return tiny_models("stable_diffusion_3")
 
 
-def test_errors_are_those_of_the_velocity_in_float64(folder: Path) -> None:
+def test_errors_equal_those_of_the_velocity_in_float64(folder: Path) -> None:
     model = StableDiffusion3.load(str(folder), device="cpu", for_training=True)
     time = torch.tensor([0.003, 0.4, 0.97])
     latents, noise = noise_at((3, 16, 8, 6), 0, "latents"), noise_at((3, 16, 8, 6), 0, "noise")
@@ -38,7 +38,7 @@ def test_errors_are_those_of_the_velocity_in_float64(folder: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
-def test_no_prompt_is_what_the_stock_pipeline_guides_away_from(folder: Path) -> None:
+def test_the_empty_conditioning_equals_the_stock_pipelines(folder: Path) -> None:
     model = StableDiffusion3.load(str(folder), device="cpu")
     with torch.no_grad():
         encoded = model.pipeline.encode_prompt("x", prompt_2=None, prompt_3=None, device="cpu")
@@ -47,8 +47,8 @@ def test_no_prompt_is_what_the_stock_pipeline_guides_away_from(folder: Path) -> 
 
 
 @pytest.mark.parametrize(("length", "cut"), [(100, 0), (254, 0), (255, 1), (300, 46)])
-def test_tokens_beyond_the_256_of_t5_are_counted(folder: Path, length: int, cut: int) -> None:
+def test_tokens_beyond_the_t5_limit_of_256_are_counted(folder: Path, length: int, cut: int) -> None:
     model = StableDiffusion3.load(str(folder), device="cpu")
-    conditioning, num_cut = model.encode_prompts(["a" * length, "b"])  # a token a letter, one before and one after
+    conditioning, num_cut = model.encode_prompts(["a" * length, "b"])  # one token per letter, one before and one after
     assert num_cut == [cut, 0]
     assert conditioning["prompt_embedding"].shape == (2, 77 + 256, 64)

@@ -1,4 +1,4 @@
-"""SDXL's own: what the UNet is told of the size, the prompt that is no prompt, a VAE too large for fp16."""
+"""Specific to SDXL: size conditioning, empty prompt, a VAE that overflows in fp16."""
 
 import copy
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def folder(tiny_models: TinyModels) -> Path:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_errors_are_those_of_the_unet_under_the_ddpm_scheduler_in_float64(folder: Path, prediction_type: str) -> None:
+def test_errors_equal_those_of_the_unet_with_the_ddpm_scheduler_in_float64(folder: Path, prediction_type: str) -> None:
     model = StableDiffusionXL.load(str(folder), device="cpu", for_training=True)
     model.prediction_type = prediction_type
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -44,7 +44,7 @@ def test_errors_are_those_of_the_unet_under_the_ddpm_scheduler_in_float64(folder
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
-def test_the_size_the_unet_is_told_is_that_of_the_stock_pipeline(folder: Path) -> None:
+def test_the_size_conditioning_equals_the_stock_pipelines(folder: Path) -> None:
     model = StableDiffusionXL.load(str(folder), device="cpu", for_training=True)
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     expected = pipeline._get_add_time_ids(
@@ -54,7 +54,7 @@ def test_the_size_the_unet_is_told_is_that_of_the_stock_pipeline(folder: Path) -
 
 
 @pytest.mark.parametrize("zeros", [True, False])
-def test_no_prompt_is_what_the_stock_pipeline_guides_away_from(folder: Path, zeros: bool) -> None:
+def test_the_empty_conditioning_equals_the_stock_pipelines(folder: Path, zeros: bool) -> None:
     model = StableDiffusionXL.load(str(folder), device="cpu")
     model.pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
     _, negative, _, negative_pooled = model.pipeline.encode_prompt("x", device="cpu")
@@ -70,7 +70,7 @@ def test_tokens_beyond_77_are_counted(folder: Path, length: int, cut: int) -> No
     assert conditioning["prompt_embedding"].shape == (2, 77, 64)
 
 
-def test_in_fp16_the_decoder_runs_in_fp32_and_images_are_the_stock_pipelines(folder: Path) -> None:
+def test_in_fp16_the_decoder_runs_in_fp32_and_images_equal_the_stock_pipelines(folder: Path) -> None:
     model = StableDiffusionXL.load(str(folder), dtype="float16", device="cpu")
     latents = (5 * noise_at((1, 4, 8, 8), 0, "latents")).half()
     stock = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float16)
@@ -93,7 +93,7 @@ def test_a_decoder_that_fits_fp16_stays_fp16(folder: Path, tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def overflowing(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a VAE whose activations are beyond fp16, though its weights are not."""
+    """The tiny model with a VAE whose activations overflow in fp16, though its weights do not."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     with torch.no_grad():
         for net in (pipeline.vae.encoder, pipeline.vae.decoder):

@@ -143,7 +143,7 @@ def test_only_the_trained_adapter_is_saved_when_the_reference_is_an_adapter_too(
 
 
 def test_a_rank_other_than_the_previous_rounds_is_refused(tiny_sd15: Path, first_round: Path) -> None:
-    with pytest.raises(ModelError, match="its LoRA has other layers or another rank than the one to train"):
+    with pytest.raises(ModelError, match="layers or rank of the LoRA differ from those to train"):
         make_policy(load(tiny_sd15), LoraSection(rank=2), start_dir=first_round)
 
 

@@ -1,4 +1,4 @@
-"""Imported images are encoded as diffusers encodes them, once, and come back from what is kept."""
+"""Imported images are encoded once, as in diffusers, and the stored posterior decodes to them."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def encoder(path: Path, **options: object) -> Encoder:
     return Encoder("stable_diffusion", {"path": str(path)}, **arguments)  # type: ignore[arg-type]
 
 
-def test_mean_and_spread_are_the_posterior_of_the_plain_autoencoder(embedded: Path) -> None:
+def test_mean_and_standard_deviation_equal_the_autoencoders_posterior(embedded: Path) -> None:
     rows = rows_with_pixels()
     encoded = encoder(embedded)(rows)
     vae = AutoencoderKL.from_pretrained(embedded, subfolder="vae")
@@ -48,7 +48,7 @@ def test_mean_and_spread_are_the_posterior_of_the_plain_autoencoder(embedded: Pa
         torch.testing.assert_close(found, expected * vae.config.scaling_factor, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_kept_decodes_to_the_image(embedded: Path) -> None:
+def test_stored_latents_decode_to_the_image(embedded: Path) -> None:
     rows = rows_with_pixels()
     encoded = encoder(embedded)(rows)
     model = load_model("stable_diffusion", path=str(embedded))
@@ -59,7 +59,7 @@ def test_what_is_kept_decodes_to_the_image(embedded: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion_3", "flux"])
-def test_a_shifted_latent_space_is_turned_back_by_decoding(tiny_models: object, family: str) -> None:
+def test_decoding_inverts_the_shift_of_a_latent_space(tiny_models: object, family: str) -> None:
     model = load_model(family, path=str(tiny_models(family)), device="cpu")  # type: ignore[operator]
     images = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     mean, _ = model.encode(images)
@@ -71,7 +71,7 @@ def test_a_shifted_latent_space_is_turned_back_by_decoding(tiny_models: object, 
     torch.testing.assert_close(model.decode(mean).float(), expected, rtol=0, atol=1)
 
 
-def test_scores_and_images_are_of_the_pixels_that_came_not_of_what_is_decoded(embedded: Path) -> None:
+def test_scores_and_images_are_those_of_the_input_pixels_not_the_decoded_ones(embedded: Path) -> None:
     rows = rows_with_pixels()
 
     class Brightness:
@@ -88,10 +88,10 @@ def test_scores_and_images_are_of_the_pixels_that_came_not_of_what_is_decoded(em
     assert "pixels" not in encoder(embedded, keep_images=False)(rows).column_names
 
 
-def test_fault_36_images_whose_latents_are_not_finite_are_refused_by_name(embedded: Path, tmp_path: Path) -> None:
+def test_fault_36_images_with_non_finite_latents_are_quarantined_by_name(embedded: Path, tmp_path: Path) -> None:
     pixels = np.stack([[one.right, one.wrong, one.wrong] for one in judged_scenes(3)])
     labels = np.array([[2.0, 1, 0]] * 3)
-    labels[2, 2] = np.nan  # black pixels that fill up a row of two
+    labels[2, 2] = np.nan  # padding of a row of two images
     rows = pa.table({"prompt_index": pa.array([4, 5, 6], pa.int64()), "prompt": ["a", "b", "c"]})
     for name in ("score_label", "score_preference"):
         rows = rows.append_column(name, list_column(labels.ravel(), 3, pa.float64()))
@@ -105,12 +105,12 @@ def test_fault_36_images_whose_latents_are_not_finite_are_refused_by_name(embedd
 
     encode.model.pipeline.vae.encoder.register_forward_hook(overflow)
     encoded = encode(rows)
-    assert encoded["prompt"].to_pylist() == ["a", "b"], "of the third, one image is left"
+    assert encoded["prompt"].to_pylist() == ["a", "b"], "the third has one image left"
     assert encoded.slice(1).equals(whole.slice(1, 1))
     for name in ("score_label", "score_preference"):
         np.testing.assert_array_equal(encoded[name].to_pylist(), [[2, np.nan, 0], [2, 1, 0]])
     entries = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.jsonl"))]
     assert [(entry["prompt_index"], entry["prompt"], entry["reason"]) for entry in entries] == [
-        (4, "a", "image 1 of row 5: its latents are not finite; try another `model.dtype`"),
-        (6, "c", "image 1 of row 7: its latents are not finite; try another `model.dtype`"),
+        (4, "a", "image 1 of row 5: latents are not finite; try another `model.dtype`"),
+        (6, "c", "image 1 of row 7: latents are not finite; try another `model.dtype`"),
     ]

@@ -1,4 +1,4 @@
-"""Values of rows as people and programs write them."""
+"""Values of rows in the spellings of people and programs."""
 
 import base64
 from pathlib import Path
@@ -21,7 +21,7 @@ def image(value: Any, folder: Path = Path("/data")) -> bytes | str:
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "bmp", "tiff"])
-def test_every_kind_of_image_is_known_as_base64(kind: str) -> None:
+def test_base64_of_every_image_format_is_recognised(kind: str) -> None:
     data = encoded(IMAGE, kind)
     assert image(base64.b64encode(data).decode()) == data
 
@@ -43,19 +43,19 @@ def test_every_kind_of_image_is_known_as_base64(kind: str) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_bytes_of_an_image_are_taken_however_they_are_written(value: Any) -> None:
+def test_image_bytes_are_accepted_in_every_encoding(value: Any) -> None:
     assert image(value) == PNG
 
 
 @pytest.mark.parametrize(
     "path", ["a.png", "/9j/a.png", "Qk/very/long/" + "x" * 100 + ".png", "/9j/" + "x" * 100 + "_y"]
 )
-def test_a_path_is_no_base64(path: str) -> None:
+def test_a_path_is_not_taken_for_base64(path: str) -> None:
     assert image(path) == str(Path("/data") / path)
     assert image({"bytes": None, "path": path}) == str(Path("/data") / path)
 
 
-def test_separators_of_windows_are_taken_where_no_file_has_such_a_name(tmp_path: Path) -> None:
+def test_backslashes_separate_folders_if_no_file_has_such_a_name(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.png").touch()
     (tmp_path / ".\\sub\\b.png").touch()
@@ -66,29 +66,29 @@ def test_separators_of_windows_are_taken_where_no_file_has_such_a_name(tmp_path:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("https://host/a.png", "`jpg_0` is a URL, 'https://host/a.png'; download the image first, and give its path"),
+        ("https://host/a.png", "`jpg_0` is a URL, 'https://host/a.png'; download the image, and give its path"),
         ("s3://bucket/a.png", "`jpg_0` is a URL, "),
         ({"bytes": None, "path": "file:///a.png"}, "`jpg_0` is a URL, "),
         (f"https://host/{'x' * 5000}", r"`jpg_0` is a URL, 'https://host/x+\.\.\.x+'; "),
-        ("data:image/png;base64,iVBORw0KGgo", "`jpg_0` is a data URI whose base64 cannot be read: "),
+        ("data:image/png;base64,iVBORw0KGgo", "`jpg_0` is a data URI with invalid base64: "),
         ([1, 2], "`jpg_0` must be an image's bytes or its path, got list"),
         ({"bytes": None, "path": None}, "`jpg_0` must be an image's bytes or its path, got NoneType"),
     ],
 )
-def test_what_is_no_image_is_told_by_what_it_is(value: Any, reason: str) -> None:
+def test_a_value_that_is_not_an_image_is_refused_with_the_reason(value: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
         image(value)
     assert len(str(caught.value)) < 250
 
 
-def test_numbers_may_be_text_and_are_finite() -> None:
+def test_numbers_may_be_strings_and_are_finite() -> None:
     assert [number_of({"n": value}, "n") for value in (1, True, 0.5, "1", " 2.5 ")] == [1, 1, 0.5, 1, 2.5]
     for value in (None, "left", "nan", float("inf"), [1], "1" * 400, 10**400):
         with pytest.raises(ValueError, match="`n` must be a number, got "):
             number_of({"n": value}, "n")
 
 
-def test_flags_are_off_by_any_of_their_spellings() -> None:
+def test_every_spelling_of_false_is_recognised() -> None:
     assert all(map(is_false, (False, 0, 0.0, "0", "False", " false ")))
     assert not any(map(is_false, (True, 1, None, "", "yes", "true")))
 

@@ -1,4 +1,4 @@
-"""The aesthetic predictor against plain transformers and a head recomputed in float64."""
+"""The aesthetic predictor against plain transformers and a float64 implementation of the head."""
 
 import os
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ from cdpo_ray.rewards.aesthetic import AestheticReward, ratings
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 RECORDED = [4.464580885594412, 5.480434543043335, 5.008130865594411, 5.67625658970988]
-"""Of the released head, by `recomputed`, for `default_rng(0).standard_normal((4, 768))`."""
+"""Ratings of the released head by `recomputed` for `default_rng(0).standard_normal((4, 768))`."""
 
 
 def save_head(path: Path, width: int) -> Path:
-    """A random head as it was saved: a module whose `layers` hold dropouts between the linear ones."""
+    """Save a random head in the released format: a module whose `layers` hold dropouts between the linear ones."""
     torch.manual_seed(0)
     module = nn.Module()
     module.layers = nn.Sequential(
@@ -36,13 +36,13 @@ def save_head(path: Path, width: int) -> Path:
         nn.Linear(64, 16),
         nn.Linear(16, 1),
     )
-    weights = {name: 3 * value for name, value in module.state_dict().items()}  # as drawn, all images rate alike
+    weights = {name: 3 * value for name, value in module.state_dict().items()}  # else ratings hardly differ
     torch.save(weights, path)
     return path
 
 
 def recomputed(embeddings: NDArray, head: Mapping[str, Tensor]) -> NDArray:
-    """In float64, by numpy: the embedding over its length, then matrix after matrix."""
+    """Ratings in float64 by numpy: normalise the embedding, then multiply by each matrix."""
     values = embeddings.astype(np.float64)
     values /= np.sqrt((values**2).sum(axis=1, keepdims=True))
     for place in (0, 2, 4, 6, 7):
@@ -62,7 +62,7 @@ def converted_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (50, 81), (97, 40), (20, 28)])
-def test_ratings_are_those_of_transformers_torchvision_and_numpy(
+def test_ratings_equal_those_of_transformers_torchvision_and_numpy(
     tiny_clip: Path, tmp_path: Path, height: int, width: int
 ) -> None:
     path = save_head(tmp_path / "head.pth", width=12)
@@ -73,13 +73,13 @@ def test_ratings_are_those_of_transformers_torchvision_and_numpy(
         embeddings = CLIPModel.from_pretrained(tiny_clip).get_image_features(pixels).pooler_output
     expected = recomputed(embeddings.numpy(), torch.load(path, weights_only=True))
     scores = AestheticReward(str(path), sha256(path), str(tiny_clip), None)(images, ["x", "y", "z"])
-    exact = (height, width) == (32, 32)  # else PIL rounds to 256 levels after each direction
+    exact = (height, width) == (32, 32)  # else PIL rounds to 256 levels after resizing each axis
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6 if exact else 0.04)
     assert scores.std() > 0.1
     assert scores.dtype == np.float64
 
 
-def test_a_rating_does_not_depend_on_the_embeddings_length(tmp_path: Path) -> None:
+def test_a_rating_does_not_depend_on_the_embeddings_norm(tmp_path: Path) -> None:
     head = torch.load(save_head(tmp_path / "head.pth", width=768), weights_only=True)
     embeddings = torch.randn(5, 768, generator=torch.Generator().manual_seed(0))
     found = ratings(embeddings, {name: value.double() for name, value in head.items()})
@@ -105,7 +105,7 @@ def test_a_head_for_other_embeddings_is_refused(tiny_clip: Path, tmp_path: Path,
         AestheticReward(str(path), sha256(path), str(tiny_clip), None)
 
 
-def test_a_file_that_is_no_head_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
+def test_a_file_without_a_head_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1, 12), "bias": torch.zeros(1)}, tmp_path / "linear.pth")
-    with pytest.raises(RewardError, match=r"/linear\.pth: must hold layers\.0, .* got bias \[1\], weight \[1, 12\]"):
+    with pytest.raises(RewardError, match=r"/linear\.pth: must hold .* layers\.0, .* got bias \[1\], weight \[1, 12\]"):
         AestheticReward(str(tmp_path / "linear.pth"), sha256(tmp_path / "linear.pth"), str(tiny_clip), None)

@@ -1,4 +1,4 @@
-"""Captions: a model in this process against greedy decoding by hand; a server against all it may do wrong."""
+"""Captions: a local model against plain greedy decoding; an endpoint with all kinds of server faults."""
 
 import base64
 import contextlib
@@ -37,14 +37,14 @@ def prepared(image: Tensor) -> Tensor:
 
 @torch.no_grad()
 def greedy(next_logits: Callable[[list[int]], Tensor], begin: list[int], end: int, num_tokens: int) -> list[int]:
-    """The likeliest token after all before it, again and again, without a cache."""
+    """Greedy decoding without a cache."""
     tokens: list[int] = []
     while len(tokens) < num_tokens and end not in tokens:
         tokens.append(int(next_logits(begin + tokens).argmax()))
     return tokens
 
 
-def test_blip_says_what_greedy_decoding_by_hand_says(tmp_path: Path) -> None:
+def test_captions_of_blip_equal_plain_greedy_decoding(tmp_path: Path) -> None:
     folder, images = build_blip(tmp_path / "blip"), smooth_images(5)
     net = BlipForConditionalGeneration.from_pretrained(folder).eval()
     words = dict(enumerate((*BERT_MARKS, *WORDS)))
@@ -65,7 +65,7 @@ def test_blip_says_what_greedy_decoding_by_hand_says(tmp_path: Path) -> None:
     assert len(set(expected)) > 2
 
 
-def test_a_chat_model_is_asked_about_each_image_and_only_its_answer_is_kept(tmp_path: Path) -> None:
+def test_a_chat_model_gets_the_instruction_with_each_image_and_only_its_reply_is_kept(tmp_path: Path) -> None:
     folder, images = build_llava(tmp_path / "llava"), smooth_images(5)
     net = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "USER", "ASSISTANT", *WORDS]
@@ -102,7 +102,7 @@ def image_of(question: dict[str, Any]) -> Tensor:
     return torch.tensor(decode_png(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
 
 
-def test_a_server_is_sent_each_image_unchanged_with_the_question_and_the_token() -> None:
+def test_a_server_gets_each_image_unchanged_with_the_instruction_and_the_token() -> None:
     images = smooth_images(1)
     with CaptionServer(lambda _: saying("  a cat \n")) as server:
         assert asking(f"{server.url}/")(images) == [("a cat", "")]
@@ -117,7 +117,7 @@ def test_a_server_is_sent_each_image_unchanged_with_the_question_and_the_token()
     }
 
 
-def test_images_are_asked_together_within_the_bound_and_captions_keep_their_order() -> None:
+def test_requests_run_in_parallel_up_to_the_limit_and_captions_keep_their_order() -> None:
     images = torch.arange(9, dtype=torch.uint8).reshape(9, 1, 1, 1).expand(9, 3, 4, 4)
 
     def slow(question: dict[str, Any]) -> Answer:
@@ -131,7 +131,7 @@ def test_images_are_asked_together_within_the_bound_and_captions_keep_their_orde
     assert 2 <= server.most_at_once <= 3
 
 
-def test_no_token_is_sent_where_none_is_named_even_if_netrc_has_one(
+def test_no_token_is_sent_unless_configured_even_if_netrc_has_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
@@ -142,7 +142,7 @@ def test_no_token_is_sent_where_none_is_named_even_if_netrc_has_one(
     assert [headers.get("Authorization") for headers, _ in server.requests] == [None, f"Bearer {TOKEN}"]
 
 
-def test_a_busy_server_is_asked_again_and_not_waited_for_longer_than_the_bound() -> None:
+def test_a_busy_server_is_retried_with_a_bounded_delay() -> None:
     answers = iter([failing(503), failing(429, Retry_After="3600"), saying("a cat")])
     with CaptionServer(lambda _: next(answers)) as server:
         began = time.monotonic()
@@ -152,7 +152,7 @@ def test_a_busy_server_is_asked_again_and_not_waited_for_longer_than_the_bound()
 
 
 @pytest.mark.parametrize(("status", "num_attempts"), [(503, 3), (401, 1), (404, 1), (302, 1)])
-def test_attempts_are_counted_and_only_passing_faults_are_repeated(
+def test_only_transient_errors_are_retried_and_attempts_are_limited(
     status: int, num_attempts: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -164,7 +164,7 @@ def test_attempts_are_counted_and_only_passing_faults_are_repeated(
     assert TOKEN not in f"{found}{caplog.text}{vars(captioner)}"
 
 
-def test_a_server_that_does_not_answer_in_time_is_given_up_after_the_retries() -> None:
+def test_a_server_that_times_out_is_given_up_after_the_retries() -> None:
     def sleep(_: object) -> Answer:
         time.sleep(1)
         return saying("too late")
@@ -176,7 +176,7 @@ def test_a_server_that_does_not_answer_in_time_is_given_up_after_the_retries() -
 
 
 @pytest.mark.parametrize("begins_with", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Slow: ", b""])
-def test_fault_56_a_server_that_drips_is_given_up_at_the_deadline(begins_with: bytes) -> None:
+def test_fault_56_a_server_that_sends_single_bytes_is_given_up_at_the_timeout(begins_with: bytes) -> None:
     def drip(connection: socket.socket) -> None:
         with contextlib.suppress(OSError), connection:
             connection.sendall(begins_with)
@@ -201,14 +201,14 @@ def test_fault_56_a_server_that_drips_is_given_up_at_the_deadline(begins_with: b
     assert len(connections) == 4
 
 
-def test_a_server_that_is_not_there_is_a_fault_and_no_traceback() -> None:
+def test_an_unreachable_server_is_a_fault_without_traceback() -> None:
     with CaptionServer(lambda _: saying("")) as server:
         pass
     (caption,) = asking(server.url, max_retries=1)(smooth_images(1))
     assert "did not answer: " in caption.fault and TOKEN not in caption.fault
 
 
-def test_an_answer_beyond_the_size_cap_is_not_read_to_its_end() -> None:
+def test_a_response_beyond_the_size_limit_is_not_read_to_its_end() -> None:
     with CaptionServer(lambda _: saying("a" * 30_000_000)) as server:
         assert asking(server.url)(smooth_images(1)) == [
             ("", f"{server.url}/chat/completions answered with more than 1000000 bytes")
@@ -227,13 +227,13 @@ def test_an_answer_beyond_the_size_cap_is_not_read_to_its_end() -> None:
         (saying(" \n"), "answered with an empty caption"),
     ],
 )
-def test_what_is_no_caption_is_a_fault_of_that_image(answer: Answer, fault: str) -> None:
+def test_an_invalid_response_is_a_fault_of_that_image(answer: Answer, fault: str) -> None:
     with CaptionServer(lambda _: answer) as server:
         assert asking(server.url)(smooth_images(1)) == [("", f"{server.url}/chat/completions {fault}")]
 
 
-@pytest.mark.parametrize(("value", "fault"), [("", "no such environment variable"), ("a\nb", "holds characters")])
-def test_a_token_that_cannot_be_sent_is_refused_unseen(value: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("value", "fault"), [("", "environment variable is not set"), ("a\nb", "holds characters")])
+def test_an_invalid_token_is_refused_but_not_printed(value: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN_OF_A_TEST", value)
     with pytest.raises(RewardError, match=f"`rewards.vlm_alignment.endpoint.token_variable` TOKEN_OF_A_TEST: {fault}"):
         asking("http://127.0.0.1:9/v1")

@@ -1,4 +1,4 @@
-"""The CLIP reward against open_clip's own preprocessing and PIL."""
+"""The CLIP reward against open_clip's preprocessing and PIL."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from cdpo_ray.testbed.scenes import caption, render, sample_scene
 
 @pytest.fixture(scope="module")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random ViT that open_clip knows by name, as a checkpoint file."""
+    """Checkpoint file of a random ViT of open_clip."""
     folder = tmp_path_factory.mktemp("clip")
     torch.save(tiny_open_clip(folder).state_dict(), folder / "weights.pt")
     return folder / "weights.pt"
@@ -38,7 +38,7 @@ def independent_scores(reward: ClipReward, pixels: Tensor, prompts: list[str]) -
 
 
 @pytest.mark.skipif(not list(CLIP_DIR.glob("*.safetensors")), reason="no weights in the repository")
-def test_the_embedded_reward_is_the_cosine_that_open_clip_and_pil_give() -> None:
+def test_the_embedded_reward_equals_the_cosine_of_open_clip_and_pil() -> None:
     rng = np.random.default_rng(0)
     scenes = [sample_scene(rng) for _ in range(6)]
     images, prompts = [render(scene, rng) for scene in scenes], [caption(scene) for scene in scenes]
@@ -54,9 +54,7 @@ def test_the_embedded_reward_is_the_cosine_that_open_clip_and_pil_give() -> None
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (50, 81), (97, 40), (20, 28), (33, 32)])
-def test_images_of_any_size_are_prepared_as_open_clip_prepares_them_with_pil(
-    tiny: ClipReward, height: int, width: int
-) -> None:
+def test_preprocessing_of_any_image_size_equals_open_clips_with_pil(tiny: ClipReward, height: int, width: int) -> None:
     images = smooth_images(3, height, width)
     visual = tiny.model.visual
     transform = open_clip.image_transform(32, is_train=False, mean=visual.image_mean, std=visual.image_std)
@@ -64,7 +62,7 @@ def test_images_of_any_size_are_prepared_as_open_clip_prepares_them_with_pil(
     ours = tiny.preprocess(images)
     assert ours.shape == theirs.shape
     levels = 255 * torch.tensor(tiny.std)[:, None, None]
-    in_levels = (ours - theirs).abs() * levels  # PIL rounds to whole levels after each direction
+    in_levels = (ours - theirs).abs() * levels  # PIL rounds to whole levels after resizing each axis
     assert in_levels.max() <= 1.5
     prompts = ["a cat", "a dog", "a cat"]
     np.testing.assert_allclose(tiny(images, prompts), independent_scores(tiny, theirs, prompts), rtol=0, atol=5e-3)
@@ -78,37 +76,37 @@ def test_each_image_is_scored_with_its_own_prompt(tiny: ClipReward) -> None:
     assert len(set(together.round(5))) == 4
 
 
-def test_the_logit_scale_multiplies_the_cosine_as_open_clips_own_logits_do(tiny_checkpoint: Path) -> None:
+def test_the_logit_scale_multiplies_the_cosine_as_in_open_clips_logits(tiny_checkpoint: Path) -> None:
     images, prompts = smooth_images(3, 32, 32), ["a cat", "a dog", "an ant"]
     reward = ClipReward(TINY, str(tiny_checkpoint), scale="logit")
     tokens = open_clip.get_tokenizer(TINY)(prompts)
     with torch.no_grad():
         logits, _ = reward.model.get_logits(reward.preprocess(images), tokens)
     np.testing.assert_allclose(reward(images, prompts), logits.diagonal().numpy(), rtol=1e-5)
-    np.testing.assert_allclose(reward.scale, 1 / 0.07, rtol=1e-6)  # where open_clip starts to learn it
+    np.testing.assert_allclose(reward.scale, 1 / 0.07, rtol=1e-6)  # open_clip's initial value
 
 
-def test_the_checkpoints_weights_are_those_of_the_model(tiny: ClipReward, tiny_checkpoint: Path) -> None:
+def test_the_model_has_the_checkpoints_weights(tiny: ClipReward, tiny_checkpoint: Path) -> None:
     saved = torch.load(tiny_checkpoint, weights_only=True)
     assert all(torch.equal(value, saved[name]) for name, value in tiny.model.state_dict().items())
     assert not tiny.model.training
 
 
-def test_an_architecture_that_open_clip_does_not_know_is_refused(tiny_checkpoint: Path) -> None:
+def test_an_unknown_architecture_is_refused(tiny_checkpoint: Path) -> None:
     with pytest.raises(
-        RewardError, match=r"`rewards\.clip\.architecture` must be a name that open_clip knows, got 'ViT-X'"
+        RewardError, match=r"`rewards\.clip\.architecture` must be an architecture of open_clip, got 'ViT-X'"
     ):
         ClipReward("ViT-X", str(tiny_checkpoint))
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_its_path(tiny_checkpoint: Path, tmp_path: Path) -> None:
     torch.save({"something": torch.zeros(2)}, tmp_path / "other.pt")
-    with pytest.raises(RewardError, match=rf"`rewards\.clip\.checkpoint` .*/other\.pt: does not load into {TINY}: "):
+    with pytest.raises(RewardError, match=rf"`rewards\.clip\.checkpoint` .*/other\.pt: does not fit {TINY}: "):
         ClipReward(TINY, str(tmp_path / "other.pt"))
 
 
 def test_a_checkpoint_that_runs_code_is_refused_and_does_not_run(tiny_checkpoint: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": MakesFolder(tmp_path / "ran")}, tmp_path / "evil.pt")
-    with pytest.raises(RewardError, match=rf"`rewards\.clip\.checkpoint` .*/evil\.pt: does not load into {TINY}: "):
+    with pytest.raises(RewardError, match=rf"`rewards\.clip\.checkpoint` .*/evil\.pt: does not fit {TINY}: "):
         ClipReward(TINY, str(tmp_path / "evil.pt"))
     assert not (tmp_path / "ran").exists()

@@ -1,4 +1,4 @@
-"""HPS v2.1 against plain open_clip, its preprocessing against the steps that the released scorer takes."""
+"""HPS v2.1 against plain open_clip, and its preprocessing against the released scorer's."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ PROMPTS = ["a cat", "two dogs on a red sofa", "a cat"]
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[open_clip.CLIP, Path]:
-    """A model and its checkpoint as released: halves, under `state_dict`, with what training kept beside."""
+    """A model and its checkpoint in the released format: fp16 in `state_dict`, beside training state."""
     folder = tmp_path_factory.mktemp("hpsv2")
     model = tiny_open_clip(folder)
     halves = {name: value.half() for name, value in model.state_dict().items()}
@@ -34,7 +34,7 @@ def converted_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def as_released(image: Image.Image) -> torch.Tensor:
-    """To floats, the longest side to 32, zeros around, normalised: the released scorer's steps with torchvision."""
+    """The released scorer's preprocessing with torchvision: to float, longest side to 32, zero padding, normalise."""
     pixels = vision.to_tensor(image)
     height, width = (round(side * (32 / max(image.size))) for side in pixels.shape[1:])
     pixels = vision.resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True)
@@ -44,9 +44,7 @@ def as_released(image: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (50, 81), (97, 40), (32, 20), (20, 28)])
-def test_scores_are_the_cosines_that_open_clip_gives(
-    released: tuple[open_clip.CLIP, Path], height: int, width: int
-) -> None:
+def test_scores_equal_the_cosines_of_open_clip(released: tuple[open_clip.CLIP, Path], height: int, width: int) -> None:
     model, path = released
     reward = HpsV2Reward(TINY_OPEN_CLIP, str(path), None, sha256(path))
     images = smooth_images(3, height, width)
@@ -60,7 +58,7 @@ def test_scores_are_the_cosines_that_open_clip_gives(
     assert scores.dtype == np.float64
 
 
-def test_of_a_sliver_a_line_is_left(released: tuple[open_clip.CLIP, Path]) -> None:
+def test_a_very_narrow_image_keeps_a_line(released: tuple[open_clip.CLIP, Path]) -> None:
     _, path = released
     pixels = HpsV2Reward(TINY_OPEN_CLIP, str(path), None, sha256(path)).preprocess(smooth_images(1, 200, 3) + 1)
     black = -torch.tensor(open_clip.OPENAI_DATASET_MEAN) / torch.tensor(open_clip.OPENAI_DATASET_STD)
@@ -72,13 +70,13 @@ def test_a_checkpoint_of_another_model_is_refused(released: tuple[open_clip.CLIP
     torch.save({"state_dict": {"something": torch.zeros(2)}}, tmp_path / "other.pt")
     with pytest.raises(
         RewardError,
-        match=rf"`rewards\.hpsv2\.checkpoint` .*/other\.pt: does not load into {TINY_OPEN_CLIP}: .*something",
+        match=rf"`rewards\.hpsv2\.checkpoint` .*/other\.pt: does not fit {TINY_OPEN_CLIP}: .*something",
     ):
         HpsV2Reward(TINY_OPEN_CLIP, str(tmp_path / "other.pt"), None, sha256(tmp_path / "other.pt"))
 
 
-def test_an_architecture_that_open_clip_does_not_know_is_refused() -> None:
+def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(
-        RewardError, match=r"`rewards\.hpsv2\.architecture` must be a name that open_clip knows, got 'ViT-X'"
+        RewardError, match=r"`rewards\.hpsv2\.architecture` must be an architecture of open_clip, got 'ViT-X'"
     ):
         HpsV2Reward("ViT-X", "weights.pt", None, "0" * 64)

@@ -1,4 +1,4 @@
-"""ImageReward: the released file's format, at reduced size, against BLIP written out by hand."""
+"""ImageReward: the released format at reduced size, against an independent implementation of BLIP."""
 
 import hashlib
 import math
@@ -45,7 +45,7 @@ PUBLISHED = Sizes(1024, 4096, 24, 224, 16, 768, 3072, 12, 30524, 512, 256, (1024
 
 
 def released_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight, as BLIP's and ImageReward's own modules name them."""
+    """Name in the code of BLIP and ImageReward -> shape of every weight."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def layer(name: str, outputs: int, *inputs: int) -> None:
@@ -99,7 +99,7 @@ def random_weights() -> dict[str, Tensor]:
 
 
 class ByHand:
-    """The score from the weights' original names, in float64 and plain operations."""
+    """Independent implementation in float64, by the original names of the weights."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self.weights = {name: weight.double() for name, weight in weights.items() if weight.is_floating_point()}
@@ -118,7 +118,7 @@ class ByHand:
 
     @staticmethod
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One head after another, 64 wide; no token is padding."""
+        """Multi-head attention, one head of width 64 after another; without padding."""
         heads = []
         for start in range(0, query.shape[-1], 64):
             q, k, v = (x[:, start : start + 64] for x in (query, key, value))
@@ -146,7 +146,7 @@ class ByHand:
         return self.norm(f"{root}.norm", x, 1e-6)
 
     def read(self, token_ids: list[int], seen: Tensor) -> Tensor:
-        """Token ids and what was seen -> ``[token, channel]``."""
+        """Token ids and image states -> ``[token, channel]``."""
         root = "blip.text_encoder"
         x = self.weights[f"{root}.embeddings.word_embeddings.weight"][token_ids]
         x = x + self.weights[f"{root}.embeddings.position_embeddings.weight"][: len(token_ids)]
@@ -190,7 +190,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def saved(weights: object, folder: Path) -> tuple[str, None, str]:
-    """The file that the hub would have, as the reward is told of it."""
+    """Save a checkpoint in the released format; returns the reward's arguments."""
     torch.save(weights, folder / "ImageReward.pt")
     return (
         str(folder / "ImageReward.pt"),
@@ -221,10 +221,10 @@ PROMPTS = {
     "a [ENC] cat [DEC]": [CLS, A, ENC, CAT, DEC, SEP],
     "cat " * 50: [CLS, *[CAT] * 33, SEP],
 }
-"""Prompt -> its tokens by hand: words are split, lowered, and cut at 35."""
+"""Prompt -> expected tokens: split into words, lower case, truncated at 35."""
 
 
-def test_scores_are_those_of_blip_written_out_from_the_released_names(reward: ImageReward) -> None:
+def test_scores_equal_the_independent_implementation(reward: ImageReward) -> None:
     images, by_hand = images_of(len(PROMPTS), SIZE, SIZE), ByHand(random_weights())
     expected = [
         by_hand.score(prepared(image), token_ids) for image, token_ids in zip(images, PROMPTS.values(), strict=True)
@@ -241,7 +241,7 @@ def test_a_score_depends_on_the_image_and_on_the_prompt(reward: ImageReward) -> 
     assert min(abs(same - another_image), abs(same - another_prompt)) > 1e-3
 
 
-def test_a_large_image_is_reduced_and_cropped_as_pil_does_it(reward: ImageReward) -> None:
+def test_a_large_image_is_resized_and_cropped_as_by_pil(reward: ImageReward) -> None:
     image = images_of(1, 50, 81)[0]
     small = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((51, 32), Image.Resampling.BICUBIC)
     cropped = torch.from_numpy(np.asarray(small)[:, 10:42].copy()).permute(2, 0, 1)
@@ -249,11 +249,11 @@ def test_a_large_image_is_reduced_and_cropped_as_pil_does_it(reward: ImageReward
     assert reward(image[None], ["Cats"])[0] == pytest.approx(expected, abs=5e-3)
 
 
-def test_the_published_files_shapes_make_the_published_model() -> None:
+def test_the_published_shapes_build_the_published_model() -> None:
     with torch.device("meta"):
         weights = {name: torch.empty(shape) for name, shape in released_shapes(PUBLISHED).items()}
         model = BlipWithHead(weights)
-    # the file has 1,786,880,927 bytes, as others who fetch it state; the rest is the archive's index
+    # the published file has 1,786,880,927 bytes; the rest is the archive's index
     assert 0 < 1_786_880_927 - 4 * sum(weight.numel() for weight in weights.values()) < 500_000
     assert {original_name(name): weight.shape for name, weight in model.state_dict().items()} == {
         name: weight.shape
@@ -283,14 +283,15 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_names_of_its_weights(
     weights = random_weights() | {name: torch.zeros(size) for name, size in change.items() if size}
     weights = {name: weight for name, weight in weights.items() if change.get(name, 1) is not None}
     with pytest.raises(
-        RewardError, match=rf"`rewards\.imagereward\.checkpoint` .*ImageReward\.pt: is not ImageReward's: {reason}"
+        RewardError,
+        match=rf"`rewards\.imagereward\.checkpoint` .*: is not a checkpoint of ImageReward: {reason}",
     ):
         ImageReward(*saved(weights, tmp_path), vocabulary, None)
 
 
-def test_another_vocabulary_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
+def test_a_vocabulary_that_does_not_fit_the_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("\n".join([*WORDS, "bird"]) + "\n")
-    with pytest.raises(RewardError, match=r"`rewards\.imagereward\.vocabulary` .*: must hold 15 words.*, got 16; give"):
+    with pytest.raises(RewardError, match=r"`rewards\.imagereward\.vocabulary` .*: must hold 15 tokens.*, got 16;"):
         ImageReward(*saved(random_weights(), tmp_path), str(tmp_path / "words.txt"), None)
 
 
@@ -299,6 +300,6 @@ def test_a_checkpoint_that_runs_code_is_refused_and_does_not_run(vocabulary: str
         def __reduce__(self) -> tuple:
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    with pytest.raises(RewardError, match=r"ImageReward\.pt: holds more than tensors, and was not run"):
+    with pytest.raises(RewardError, match=r"ImageReward\.pt: holds more than tensors and was not run"):
         ImageReward(*saved(random_weights() | {"evil": Evil()}, tmp_path), vocabulary, None)
     assert not (tmp_path / "ran").exists()

@@ -1,4 +1,4 @@
-"""Kilobytes beyond a blank image."""
+"""JPEG size beyond that of a black image."""
 
 import io
 
@@ -33,7 +33,7 @@ def test_noise_scores_above_a_gradient_and_a_gradient_above_a_flat_colour() -> N
 
 
 @pytest.mark.parametrize("quality", [10, 90])
-def test_the_score_is_the_kilobytes_that_pil_writes_beyond_a_black_image(quality: int) -> None:
+def test_the_score_is_the_size_by_pil_beyond_that_of_a_black_image(quality: int) -> None:
     image = noise(24, 40)
     expected = size(image[0].permute(1, 2, 0).numpy(), quality) - size(np.zeros((24, 40, 3), np.uint8), quality)
     assert JpegSizeReward(quality)(image, ["x"]).tolist() == [expected / 1000]

@@ -1,4 +1,4 @@
-"""PickScore against plain calls of transformers, on PIL images."""
+"""PickScore against plain transformers on PIL images."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (50, 81), (97, 40), (20, 28)])
-def test_scores_are_the_logits_that_transformers_gives(tiny_clip: Path, height: int, width: int) -> None:
+def test_scores_equal_the_logits_of_transformers(tiny_clip: Path, height: int, width: int) -> None:
     model, processor = AutoModel.from_pretrained(tiny_clip), AutoProcessor.from_pretrained(tiny_clip)
     images = smooth_images(4, height, width)
     inputs = processor(
@@ -45,7 +45,7 @@ def test_the_tokenizer_reads_the_files_of_the_processor(tiny_clip: Path) -> None
     assert reward.tokenizer.tokenize("a cat dog") == ["a</w>", "cat</w>", "d", "o", "g</w>"]
 
 
-def test_a_folder_that_lacks_weights_is_refused_not_filled_with_random_ones(tiny_clip: Path, tmp_path: Path) -> None:
+def test_a_folder_that_lacks_weights_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(tiny_clip, tmp_path / "partial")
@@ -58,7 +58,7 @@ def test_a_folder_that_lacks_weights_is_refused_not_filled_with_random_ones(tiny
         PickScoreReward(str(folder), None, str(tiny_clip), None)
 
 
-def test_a_processor_without_its_words_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
+def test_a_processor_without_vocabulary_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_clip, tmp_path / "wordless")
     for name in ("vocab.json", "merges.txt"):
         (folder / name).unlink()
@@ -66,9 +66,9 @@ def test_a_processor_without_its_words_is_refused(tiny_clip: Path, tmp_path: Pat
         PickScoreReward(str(tiny_clip), None, str(folder), None)
 
 
-def test_a_processor_of_other_words_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
+def test_a_processor_with_another_vocabulary_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_clip, tmp_path / "other")
     words = json.loads((folder / "vocab.json").read_text())
     (folder / "vocab.json").write_text(json.dumps(words | {"dog</w>": len(words)}))
-    with pytest.raises(RewardError, match=r"/other: must know 516 tokens, as the checkpoint does, got 517"):
+    with pytest.raises(RewardError, match=r"/other: must have 516 tokens to fit the checkpoint, got 517"):
         PickScoreReward(str(tiny_clip), None, str(folder), None)

@@ -1,4 +1,4 @@
-"""Judges in reduced precision order images as in fp32; on the CPU nothing is reduced."""
+"""Judges in TF32 order images as in fp32; on the CPU, precision is not reduced."""
 
 import sys
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def imagereward(folder: Path) -> Any:
 
 
 class EmulatedTF32(TorchDispatchMode):
-    """Rounds inputs of matrix products and convolutions to TF32's ten bits of fraction, while TF32 is allowed."""
+    """Rounds inputs of matrix products and convolutions to TF32's 10-bit mantissa while TF32 is allowed."""
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: Any = None) -> Any:
         if function.overloadpacket in PRODUCTS and torch.backends.cuda.matmul.allow_tf32:
@@ -97,7 +97,7 @@ def test_tf32_orders_the_images_of_a_prompt_as_fp32_does(
     assert rank_correlation(full, reduced).min() > 0.99
 
 
-def test_precision_is_reduced_on_cuda_alone_and_put_back() -> None:
+def test_precision_is_reduced_on_cuda_only_and_restored() -> None:
     for before in (False, True):
         torch.backends.cuda.matmul.allow_tf32 = before
         try:

@@ -1,4 +1,4 @@
-"""Rewards behind one call: whoever fails is named."""
+"""Rewards behind one call: a failing reward is reported by name."""
 
 import importlib
 import inspect
@@ -21,7 +21,7 @@ from cdpo_ray.rewards.scorer import PixelScorer, Scorer, batches_of, load_reward
 
 IMAGES = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
 PROMPTS = ["a cat", "a dog"]
-OWN = '''"""Rewards of one's own."""
+OWN = '''"""Rewards of a user."""
 
 import sys
 
@@ -132,7 +132,7 @@ class NotCalled:
     pass
 
 
-def changes_what_it_is_given(images, prompts):
+def modifies_its_inputs(images, prompts):
     scores = mean(images, prompts)
     images.zero_()
     prompts.sort()
@@ -163,7 +163,7 @@ MODULE = "own_rewards_of_a_test"
 
 @pytest.fixture(autouse=True)
 def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A module in the folder that the command is started in, not on the path."""
+    """A module in the working directory that is not on the import path."""
     path = tmp_path / "own_rewards_of_a_test.py"
     path.write_text(OWN)
     monkeypatch.chdir(tmp_path)
@@ -172,7 +172,7 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     sys.modules.pop(path.stem, None)
 
 
-def test_ones_own_function_is_found_in_the_working_folder_and_called() -> None:
+def test_a_users_function_is_found_in_the_working_directory_and_called() -> None:
     scores = Scorer({"own_rewards_of_a_test:mean": {}, "own_rewards_of_a_test:as_list": {}})(IMAGES, PROMPTS)
     assert scores["own_rewards_of_a_test:mean"].tolist() == [23.5, 71.5]
     assert scores["own_rewards_of_a_test:as_list"].tolist() == [5.0, 5.0]
@@ -185,7 +185,7 @@ def test_several_rewards_keep_their_order_and_their_options() -> None:
     assert scorer.rewards["jpeg_size"].quality == 20  # type: ignore[attr-defined]
 
 
-def test_a_reward_that_raises_is_named_with_its_error_and_its_line(own_module: Path) -> None:
+def test_a_reward_that_raises_is_reported_with_error_and_line(own_module: Path) -> None:
     line = 1 + OWN.split("\n").index("    return images / broken")
     with pytest.raises(RewardError, match="raised") as caught:
         Scorer({"own_rewards_of_a_test:breaks": {}})(IMAGES, PROMPTS)
@@ -202,7 +202,7 @@ def test_a_reward_that_raises_is_named_with_its_error_and_its_line(own_module: P
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("num_images", [1, 2])
-def test_usual_shapes_and_types_of_scores_are_taken(name: str, num_images: int) -> None:
+def test_usual_shapes_and_types_of_scores_are_accepted(name: str, num_images: int) -> None:
     scores = Scorer({f"{MODULE}:{name}": {}})(IMAGES[:num_images], PROMPTS[:num_images])[f"{MODULE}:{name}"]
     np.testing.assert_allclose(scores, [23.5, 71.5][:num_images], rtol=1 / 256 if name == "in_bfloat16" else 0)
     assert scores.dtype == np.float64
@@ -218,7 +218,7 @@ def test_usual_shapes_and_types_of_scores_are_taken(name: str, num_images: int) 
         ("words", r"a list of 2 items \(str\)"),
     ],
 )
-def test_anything_else_is_refused_with_what_came_and_what_to_return(name: str, got: str) -> None:
+def test_other_return_values_are_refused_with_a_description(name: str, got: str) -> None:
     message = (
         rf"^reward `{MODULE}:{name}`: must return one score per image, a tensor, an array or a list of 2 numbers,"
         rf" got {got}$"
@@ -227,7 +227,7 @@ def test_anything_else_is_refused_with_what_came_and_what_to_return(name: str, g
         Scorer({f"{MODULE}:{name}": {}})(IMAGES, PROMPTS)
 
 
-def test_scores_that_a_reward_writes_over_in_its_next_call_are_kept() -> None:
+def test_scores_survive_a_reward_that_reuses_its_buffer() -> None:
     scorer = Scorer({f"{MODULE}:in_a_buffer": {}})
     first = scorer(IMAGES, PROMPTS)[f"{MODULE}:in_a_buffer"]
     scorer(IMAGES + 1, PROMPTS)
@@ -242,14 +242,14 @@ def test_scores_that_a_reward_writes_over_in_its_next_call_are_kept() -> None:
         ("buffer", r"must be a function of images and prompts, .* got ndarray"),
     ],
 )
-def test_what_cannot_be_called_is_named(name: str, reason: str) -> None:
+def test_a_reward_that_is_not_callable_is_reported(name: str, reason: str) -> None:
     with pytest.raises(RewardError, match=rf"^reward `{MODULE}:{name}`:? {reason}"):
         load_reward(f"{MODULE}:{name}", {})
 
 
-def test_fault_44_a_reward_that_writes_into_its_images_and_prompts_changes_nothing() -> None:
+def test_fault_44_a_reward_that_modifies_its_inputs_changes_nothing() -> None:
     images, prompts = IMAGES.clone(), list(PROMPTS[::-1])
-    names = [f"{MODULE}:{name}" for name in ("changes_what_it_is_given", "mean", "as_list")]
+    names = [f"{MODULE}:{name}" for name in ("modifies_its_inputs", "mean", "as_list")]
     scores = Scorer({name: {} for name in names})(images, prompts)
     assert torch.equal(images, IMAGES) and prompts == PROMPTS[::-1]
     assert scores[names[0]].tolist() == scores[names[1]].tolist() == [23.5, 71.5]
@@ -263,7 +263,7 @@ def rows_of(num_prompts: int, num_samples: int) -> pa.Table:
 
 @pytest.mark.parametrize("images_per_batch", [2, 3, 4, 8, 16, 100])
 @pytest.mark.parametrize(("num_prompts", "num_samples"), [(2, 4), (5, 2), (4, 4)])
-def test_fault_45_another_composition_of_batches_shows_a_score_that_depends_on_it(
+def test_fault_45_mixed_batches_reveal_a_score_that_depends_on_the_batch(
     num_prompts: int, num_samples: int, images_per_batch: int
 ) -> None:
     rewards = {f"{MODULE}:{name}": {} for name in ("mean", "normalized", "ranked")}
@@ -279,7 +279,7 @@ def test_fault_45_another_composition_of_batches_shows_a_score_that_depends_on_i
 
 @pytest.mark.parametrize("num_images", [1, 2, 3, 16, 127, 128])
 @pytest.mark.parametrize("images_per_batch", [1, 2, 3, 16, 200])
-def test_batches_hold_each_image_once_within_the_bound(num_images: int, images_per_batch: int) -> None:
+def test_batches_hold_each_image_once_and_respect_the_limit(num_images: int, images_per_batch: int) -> None:
     for mixed in (False, True):
         batches = [range(num_images)[one] for one in batches_of(num_images, images_per_batch, mixed=mixed)]
         assert sorted(number for batch in batches for number in batch) == list(range(num_images))
@@ -297,7 +297,7 @@ def test_fault_36_a_black_image_has_no_score() -> None:
     np.testing.assert_allclose(scores, [np.nan, 1 / 48, 71.5])
 
 
-def test_fault_61_a_reward_that_raises_system_exit_is_named(own_module: Path) -> None:
+def test_fault_61_a_reward_that_raises_system_exit_is_reported(own_module: Path) -> None:
     line = 1 + OWN.split("\n").index('    raise SystemExit("cannot go on")')
     message = rf"^reward `{MODULE}:leaves` raised SystemExit: cannot go on at {own_module}:{line}$"
     with pytest.raises(RewardError, match=message):
@@ -308,7 +308,7 @@ def test_fault_61_a_reward_that_raises_system_exit_is_named(own_module: Path) ->
         load_reward(f"{MODULE}:leaves", {})
 
 
-def test_fault_61_a_reward_without_memory_gets_fewer_images_and_is_named_at_one(
+def test_fault_61_a_reward_out_of_memory_gets_fewer_images_and_is_reported_at_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     images, scorer = IMAGES.repeat(3, 1, 1, 1)[:5], Scorer({f"{MODULE}:of_two": {}})
@@ -322,7 +322,7 @@ def test_fault_61_a_reward_without_memory_gets_fewer_images_and_is_named_at_one(
         Scorer({f"{MODULE}:of_none": {}})(images, ["a"] * 5)
 
 
-def test_scores_that_are_not_finite_are_passed_on_to_be_counted() -> None:
+def test_non_finite_scores_are_passed_on_to_be_counted() -> None:
     scores = Scorer({"own_rewards_of_a_test:not_a_number": {}})(IMAGES, PROMPTS)["own_rewards_of_a_test:not_a_number"]
     assert np.isnan(scores[0]) and np.isposinf(scores[1])
 
@@ -334,7 +334,7 @@ def test_scores_that_are_not_finite_are_passed_on_to_be_counted() -> None:
         ("own_rewards_of_a_test:no_such_function", "has no attribute 'no_such_function'"),
     ],
 )
-def test_a_reward_that_is_not_there_is_named_with_where_it_may_lie(name: str, reason: str) -> None:
+def test_a_missing_reward_is_reported_with_advice(name: str, reason: str) -> None:
     with pytest.raises(
         RewardError, match=rf"reward `{name}`: cannot be imported: .*{reason}.*; the module must be installed"
     ):
@@ -348,16 +348,16 @@ def test_a_builtin_reward_is_called_by_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "where"), REWARDS.items())
-def test_the_config_gives_each_builtin_reward_the_arguments_it_takes(name: str, where: str) -> None:
+def test_the_config_provides_the_arguments_of_each_builtin_reward(name: str, where: str) -> None:
     module, _, kind = where.partition(":")
     options = RewardsSection(names=[name]).options(name)
     inspect.signature(getattr(importlib.import_module(module), kind)).bind(**options)
 
 
-def test_fault_50_in_the_working_folder_only_the_module_that_is_named_hides_another(
+def test_fault_50_only_the_named_module_in_the_working_directory_hides_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("this", "sched"):  # of the standard library
+    for name in ("this", "sched"):  # modules of the standard library
         monkeypatch.delitem(sys.modules, name, raising=False)
         (tmp_path / f"{name}.py").write_text("def score(images, prompts):\n    return [7.0] * len(prompts)\n")
     load_reward("jpeg_size", {})
@@ -367,7 +367,7 @@ def test_fault_50_in_the_working_folder_only_the_module_that_is_named_hides_anot
     monkeypatch.delitem(sys.modules, "this")
 
 
-def test_an_own_module_that_fails_is_imported_again(tmp_path: Path) -> None:
+def test_a_users_module_that_failed_is_imported_again(tmp_path: Path) -> None:
     path = tmp_path / "fails_at_first.py"
     path.write_text("import no_such_package")
     with pytest.raises(RewardError, match="No module named 'no_such_package'"):

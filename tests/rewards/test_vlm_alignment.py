@@ -1,4 +1,4 @@
-"""Text alignment: sentences against an encoder run one by one; captions that cannot be had; folders with code."""
+"""Text alignment: batched against single sentence embeddings, missing captions, folders with code."""
 
 import json
 import logging
@@ -41,11 +41,11 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 def one_by_one(encoder_dir: Path, sentences: list[str]) -> Tensor:
-    """Vectors in float64: a sentence a call, without padding, the mean taken token by token."""
+    """Embeddings in float64, one sentence per call without padding, summed token by token."""
     net, tokenizer = BertModel.from_pretrained(encoder_dir).double().eval(), bert_tokenizer()
     vectors = []
     for sentence in sentences:
-        words = tokenizer.tokenize(sentence)[:10]  # of 12 places, two are the marks around a sentence
+        words = tokenizer.tokenize(sentence)[:10]  # two of 12 positions are the start and end token
         token_ids = tokenizer.convert_tokens_to_ids(["[CLS]", *words, "[SEP]"])
         states = net(torch.tensor([token_ids])).last_hidden_state[0]
         mean = sum(states) / len(token_ids)
@@ -57,24 +57,22 @@ def alignment(**options: Any) -> Scorer:
     return Scorer({"vlm_alignment": VlmAlignmentOptions(**options).model_dump()})
 
 
-def test_sentence_vectors_are_normalised_means_over_their_own_tokens(encoder_dir: Path) -> None:
+def test_sentence_embeddings_are_normalised_means_over_their_tokens(encoder_dir: Path) -> None:
     sentences = [*SENTENCES, "a cat " * 30]
     found = SentenceEncoder(encoder_dir)(sentences)
     np.testing.assert_allclose(found, one_by_one(encoder_dir, sentences), rtol=0, atol=2e-6)
 
 
-def test_an_encoder_that_pools_in_another_way_is_refused(tmp_path: Path) -> None:
+def test_an_encoder_with_another_pooling_is_refused(tmp_path: Path) -> None:
     folder = build_sentence_encoder(tmp_path / "encoder")
     (folder / "1_Pooling" / "config.json").write_text(
         '{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}'
     )
-    with pytest.raises(
-        RewardError, match=r"`rewards\.vlm_alignment\.sentence_encoder` .*must be a model whose vectors"
-    ):
+    with pytest.raises(RewardError, match=r"`rewards\.vlm_alignment\.sentence_encoder` .*must pool by the mean"):
         SentenceEncoder(folder)
 
 
-def test_an_encoder_without_some_weights_is_refused_unless_they_are_not_read(tmp_path: Path) -> None:
+def test_an_encoder_that_lacks_weights_is_refused_unless_they_are_unused(tmp_path: Path) -> None:
     folder = build_sentence_encoder(tmp_path / "encoder")
     weights = load_file(folder / "model.safetensors")
     unpooled = {name: weight for name, weight in weights.items() if not name.startswith("pooler.")}
@@ -93,7 +91,7 @@ def test_the_score_is_the_cosine_of_caption_and_prompt(encoder_dir: Path, blip_d
     prompts = ["a cat", captions[1].text, "the blue bike"]
     vectors = one_by_one(encoder_dir, [*(caption.text for caption in captions), *prompts])
     expected = torch.nn.functional.cosine_similarity(vectors[:3], vectors[3:])
-    # A captioner of random weights may say nothing of an image, which then has no score (transformers 5.17).
+    # a captioner with random weights may return an empty caption, and the image has no score (transformers 5.17)
     expected[[bool(caption.fault) for caption in captions]] = torch.nan
     scorer = alignment(captioner=str(blip_dir), sentence_encoder=str(encoder_dir), max_caption_tokens=6)
     found = scorer(images, prompts)["vlm_alignment"]
@@ -106,7 +104,7 @@ def served(server: CaptionServer, encoder_dir: Path) -> Scorer:
     return alignment(endpoint=endpoint, sentence_encoder=str(encoder_dir))
 
 
-def test_an_image_without_a_caption_scores_nan_with_one_warning_and_the_others_keep_theirs(
+def test_an_image_without_a_caption_scores_nan_with_one_warning_and_others_are_scored(
     encoder_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers: list[Answer] = [saying("a cat"), failing(500), saying(""), saying("the red bird")]
@@ -123,7 +121,7 @@ def test_an_image_without_a_caption_scores_nan_with_one_warning_and_the_others_k
     ]
 
 
-def test_a_batch_without_any_caption_stops_with_the_reason(encoder_dir: Path) -> None:
+def test_a_batch_without_any_caption_raises_the_reason(encoder_dir: Path) -> None:
     with CaptionServer(lambda _: failing(401)) as server:
         scorer = served(server, encoder_dir)
         with pytest.raises(
@@ -141,7 +139,7 @@ def evil_pickle(canary: Path) -> bytes:
 
 
 def add_code(folder: Path, canary: Path, **config: Any) -> None:
-    """Code in the folder, and a configuration that names it as the model's class."""
+    """Add code to the folder, and a configuration that names it as the model's class."""
     (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(canary)!r}).mkdir()\nclass EvilModel: pass\n")
     given = json.loads((folder / "config.json").read_text())
     maps = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForImageTextToText"), "evil.EvilModel")
@@ -153,7 +151,7 @@ def test_a_folder_with_only_pickled_weights_is_refused_and_does_not_run(tmp_path
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(evil_pickle(tmp_path / "ran"))
     with pytest.raises(
-        RewardError, match=r"`rewards\.vlm_alignment\.sentence_encoder` .*/encoder: is no AutoModel: .*"
+        RewardError, match=r"`rewards\.vlm_alignment\.sentence_encoder` .*/encoder: cannot be loaded as AutoModel: .*"
     ):
         SentenceEncoder(folder)
     assert not (tmp_path / "ran").exists()
@@ -164,17 +162,17 @@ def captioner(folder: Path) -> LocalCaptioner:
 
 
 @pytest.mark.parametrize(("build", "load"), [(build_sentence_encoder, SentenceEncoder), (build_blip, captioner)])
-def test_a_model_that_needs_its_folders_code_is_refused_and_it_does_not_run(
+def test_a_model_that_requires_code_in_its_folder_is_refused_and_the_code_does_not_run(
     build: Any, load: Any, tmp_path: Path
 ) -> None:
     folder = build(tmp_path / "model")
     add_code(folder, tmp_path / "ran", model_type="evil")
-    with pytest.raises(RewardError, match=rf"`rewards\.vlm_alignment\..*` {folder}: is no Auto.* contains custom code"):
+    with pytest.raises(RewardError, match=rf"`rewards\..*` {folder}: cannot be loaded as Auto.* contains custom code"):
         load(folder)
     assert not (tmp_path / "ran").exists()
 
 
-def test_code_beside_a_model_that_does_not_need_it_does_not_run(encoder_dir: Path, tmp_path: Path) -> None:
+def test_code_beside_a_model_that_does_not_require_it_does_not_run(encoder_dir: Path, tmp_path: Path) -> None:
     folder = build_sentence_encoder(tmp_path / "encoder")
     add_code(folder, tmp_path / "ran")
     found, expected = SentenceEncoder(folder)(SENTENCES), SentenceEncoder(encoder_dir)(SENTENCES)
