@@ -12,7 +12,7 @@ import yaml
 from markupsafe import Markup
 
 from cdpo_ray.config import HUB_ID
-from cdpo_ray.evaluation.report import find, signs_of_reward_hacking
+from cdpo_ray.evaluation.report import measure_results, signs_of_reward_hacking
 from cdpo_ray.store import flat
 
 ACTIVE = re.compile(r"[\\`*_\[\]|~$]")
@@ -54,7 +54,7 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         denoiser_name: `unet` or `transformer`, which decides who reads a kohya file.
     """
     settings, is_lora = facts.settings, facts.settings["training"]["method"] == "lora"
-    findings = find(facts.metrics, settings["rewards"]) if facts.metrics else []
+    results = measure_results(facts.metrics, settings["rewards"]) if facts.metrics else []
     return _template().render(
         front_matter=Markup(front_matter(settings["model"], format_name, is_lora=is_lora)),
         facts=facts,
@@ -72,8 +72,8 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         making=_table({"generation": settings["generation"], "rewards": _reward_settings(settings["rewards"])}),
         curriculum=_table({"curriculum": settings["curriculum"]}),
         training=_table({"training": _training_settings(settings["training"])}),
-        findings=findings,
-        hacking=[f"{sign.name} {sign.verdict}" for sign in signs_of_reward_hacking(findings)],
+        results=results,
+        hacking=[f"{sign.name} {sign.verdict}" for sign in signs_of_reward_hacking(results)],
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from cdpo_ray.config import Config
 from cdpo_ray.evaluation.metrics import preference_accuracy
 from cdpo_ray.evaluation.report import TRAINED_STAGES, read_record
-from cdpo_ray.evaluation.statistics import Scores, compare
+from cdpo_ray.evaluation.statistics import Scores, compare_scores
 from cdpo_ray.records import TRAINING, score_column
 from cdpo_ray.run import run_steps
 from cdpo_ray.search.space import config_of
@@ -109,7 +109,7 @@ def stage_report(
     tuned = {name: np.array(values, dtype=float) for name, values in found["scores"].items()}
     few = {name: base[name][:num_prompts] for name in tuned}
     bootstrap = {"num_resamples": num_resamples, "seed": seed}
-    compared = {name: compare(few[name], tuned[name], **bootstrap) for name in tuned}
+    compared = {name: compare_scores(few[name], tuned[name], **bootstrap) for name in tuned}
     accuracy = None
     if "implicit_values" in found:
         accuracy = preference_accuracy(np.array(found["implicit_values"]), few[judge], **bootstrap)

@@ -12,8 +12,8 @@ import torch
 from finished_runs import change, save_policy
 
 from cdpo_ray.dataflow.quarantine import SetAside
+from cdpo_ray.evaluation.appearance_columns import add_appearance
 from cdpo_ray.evaluation.comparison import Comparer
-from cdpo_ray.evaluation.looks import measure_looks
 from cdpo_ray.generation.generator import Generator, Sampling
 from cdpo_ray.models import load_model
 from cdpo_ray.policy.job import LoraJob
@@ -100,7 +100,7 @@ def test_a_policy_is_judged_as_the_evaluation_judges_what_was_trained(base: Path
         guidance_range=None,
         set_aside=SetAside(tmp_path, len(PROMPTS), 0.0),
     )
-    compared = measure_looks(comparer(rows()))
+    compared = add_appearance(comparer(rows()))
     for judge in JUDGES:
         np.testing.assert_allclose(
             found["scores"][judge], np.array(compared[f"tuned_score_{judge}"].to_pylist()), atol=1e-4
