@@ -1,4 +1,4 @@
-"""`cdpo tune` in a process of its own: killed, taken up again, and what it leaves."""
+"""`cdpo tune` in its own process: killed and resumed, and its output."""
 
 import json
 import os
@@ -42,7 +42,7 @@ SETTINGS: dict[str, Any] = {
         "stop_early": None,
         "space": {
             "training.beta": {"low": 50, "high": 1000, "log": True},
-            "training.learning_rate": [5e-3, 5e-4],  # the first, the paper's here, is too high to be the best
+            "training.learning_rate": [5e-3, 5e-4],  # the first is the paper's here, and too high to be the best
         },
     },
 }
@@ -63,9 +63,9 @@ class Search:
 
     def finish(self, *overrides: str) -> tuple[str, str]:
         process = self.start(*overrides)
-        said, told = process.communicate(timeout=400)
-        assert process.returncode == 0, told
-        return said, told
+        stdout, stderr = process.communicate(timeout=400)
+        assert process.returncode == 0, stderr
+        return stdout, stderr
 
     def trials(self, folder: str = "trials") -> list[Trial]:
         return [*Trials(self.run / folder).values()]
@@ -73,7 +73,7 @@ class Search:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, list[Trial], str, str]:
-    """A search whose driver was killed after a trial's first stage, and that was taken up again to its end."""
+    """A search whose driver was killed after a trial's first stage, and that was resumed and finished."""
     search = Search(tmp_path_factory.mktemp("search"))
     process = search.start()
     while not any(trial.reports for trial in search.trials()):
@@ -85,12 +85,12 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, list[Trial
     return search, found, *search.finish()
 
 
-def test_fault_28_a_killed_search_goes_on_and_no_trial_is_lost_or_trained_twice(
+def test_fault_28_a_killed_search_resumes_and_no_trial_is_lost_or_trained_twice(
     killed: tuple[Search, list[Trial], str, str],
 ) -> None:
-    search, before, _, told = killed
+    search, before, _, stderr = killed
     trials = search.trials()
-    assert before and any(trial.state == RUNNING and trial.reports for trial in before), "it was broken off in a trial"
+    assert before and any(trial.state == RUNNING and trial.reports for trial in before), "it was killed within a trial"
     assert [trial.number for trial in trials] == [1, 2] and trials[0].state == DONE
     for trial in trials:
         assert trial.state in (DONE, STOPPED)
@@ -99,28 +99,28 @@ def test_fault_28_a_killed_search_goes_on_and_no_trial_is_lost_or_trained_twice(
         assert now.point == was.point and now.reports[: len(was.reports)] == was.reports
     orders = [report["order"] for trial in trials for report in trial.reports]
     assert sorted(orders) == list(range(1, len(orders) + 1))
-    assert told.count("done already") == 4, "images and scores were not made again"
+    assert stderr.count("done already") == 4, "images and scores must not be regenerated"
 
 
-def test_a_search_that_is_done_trains_nothing_and_finds_the_same(
+def test_a_finished_search_trains_nothing_and_has_the_same_output(
     killed: tuple[Search, list[Trial], str, str],
 ) -> None:
-    search, _, said, _ = killed
+    search, _, stdout, _ = killed
     written = {path: path.stat().st_mtime for path in search.run.glob("*/*/trial.json")}
-    again, told = search.finish()
-    assert again == said and "explore" not in told
+    again, stderr = search.finish()
+    assert again == stdout and "explore" not in stderr
     assert written == {path: path.stat().st_mtime for path in search.run.glob("*/*/trial.json")}
 
 
-def test_a_search_is_not_gone_on_with_by_other_settings(killed: tuple[Search, list[Trial], str, str]) -> None:
+def test_a_search_is_not_resumed_with_other_settings(killed: tuple[Search, list[Trial], str, str]) -> None:
     process = killed[0].start("search.early_prompts=2")
-    _, told = process.communicate(timeout=100)
+    _, stderr = process.communicate(timeout=100)
     assert process.returncode == 2
-    assert "a search was begun there with `search.early_prompts` = 3, config says 2; delete the folder" in told
+    assert "its search was started with `search.early_prompts` = 3, config says 2; delete the folder" in stderr
 
 
 @pytest.mark.nightly
-def test_the_best_schedule_run_by_itself_trains_what_its_trial_trained(
+def test_a_run_of_the_best_config_trains_the_same_adapter_as_its_trial(
     killed: tuple[Search, list[Trial], str, str],
 ) -> None:
     search, _, _, _ = killed
@@ -137,11 +137,11 @@ def test_the_best_schedule_run_by_itself_trains_what_its_trial_trained(
 
 
 @pytest.mark.nightly
-def test_the_best_and_the_papers_are_trained_anew_and_judged_on_held_out_prompts(
+def test_the_best_and_the_papers_schedule_are_retrained_and_judged_on_held_out_prompts(
     killed: tuple[Search, list[Trial], str, str],
 ) -> None:
     search = killed[0]
-    said, _ = search.finish("search.confirm_seeds=1")
+    stdout, _ = search.finish("search.confirm_seeds=1")
     found = json.loads((search.run / "tune.json").read_text())
     confirmed = search.trials("confirmation")
     assert found["best"] == 2
@@ -149,11 +149,11 @@ def test_the_best_and_the_papers_are_trained_anew_and_judged_on_held_out_prompts
     for trial in confirmed:
         assert [report["is_last"] for report in trial.reports] == [True]
         assert trial.reports[0]["num_prompts"] == SETTINGS["prompts"]["heldout"]["count"]
-    assert found["sentence"] in said
+    assert found["sentence"] in stdout
 
 
 @pytest.mark.nightly
-def test_more_trials_join_a_search_that_is_done(killed: tuple[Search, list[Trial], str, str]) -> None:
+def test_a_finished_search_can_be_extended_by_trials(killed: tuple[Search, list[Trial], str, str]) -> None:
     search = killed[0]
     before = search.trials()
     search.finish("search.num_trials=3")
