@@ -35,7 +35,7 @@ FILES = {
 def finished(
     tmp_path: Path, model_dir: Path | str, *, evaluated: bool = True, rounds: int = 1
 ) -> tuple[str, list[TextToImageModel]]:
-    """A run whose rounds have different adapters and CLIP means (0.6, 0.7, ...); returns its config's path, policies."""
+    """A run whose rounds have different adapters and CLIP means (0.6, ...); returns the config path and policies."""
     config = config_of(tmp_path / "runs", model_dir, training={"lora": {"rank": 4, "alpha": 8}}, rounds=rounds)
     policies = [policy_of(config, seed=number) for number in range(1, rounds + 1)]
     write_run(
