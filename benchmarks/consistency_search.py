@@ -27,7 +27,7 @@ from torch import Tensor
 from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
-from cdpo_ray.evaluation.statistics import compare
+from cdpo_ray.evaluation.statistics import compare_scores
 from cdpo_ray.generation.generator import Generator, Sampling, sample_batches
 from cdpo_ray.models.consistency import GRID_STEP
 from cdpo_ray.models.family import DenoisingTask, Net, Times, uniform_between
@@ -220,7 +220,9 @@ def main() -> None:
         sampler.load_tuned(output_dir)
         tuned = judge_heldout(sampler)
         sampler.pipeline.unload_lora_weights()
-        attr, clip = (compare(base[name], tuned[name], num_resamples=2000, seed=0) for name in ("oracle", "clip"))
+        attr, clip = (
+            compare_scores(base[name], tuned[name], num_resamples=2000, seed=0) for name in ("oracle", "clip")
+        )
         print(
             f"| {setting} | {attr.base.mean:.3f} -> {attr.tuned.mean:.3f} | {_interval(attr.difference)} |"
             f" {_interval(clip.difference)} | {last['margin']:+.3f} |"

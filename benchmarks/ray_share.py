@@ -161,8 +161,8 @@ class Bare:
     def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
         from cdpo_ray.dataflow.images import encode_pixels
         from cdpo_ray.dataflow.quarantine import SetAside
+        from cdpo_ray.evaluation.appearance_columns import add_appearance
         from cdpo_ray.evaluation.comparison import Comparer
-        from cdpo_ray.evaluation.looks import measure_looks
 
         comparer = Comparer(
             FAMILY,
@@ -175,7 +175,7 @@ class Bare:
             set_aside=SetAside(output_dir, len(prompts), 0.0),
         )
         self._write(
-            lambda rows: encode_pixels(measure_looks(comparer(rows))),
+            lambda rows: encode_pixels(add_appearance(comparer(rows))),
             prompts,
             COMPARED,
             output_dir / "comparison.parquet",

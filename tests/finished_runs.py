@@ -1,4 +1,4 @@
-"""Run folders as they lie after a run, without the run: the real steps' manifests around what a test puts in."""
+"""Finished run folders for tests: manifests of the real steps around synthetic content."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from cdpo_ray.steps import STEPS
 
 
 def config_of(runs_dir: Path, model_dir: Path | str, **sections: dict[str, Any]) -> Config:
-    """A small configuration; ``sections`` are laid over its own, key by key."""
+    """A small configuration; the keys of ``sections`` override its own."""
     values: dict[str, Any] = {
         "run": {"name": "tuned", "dir": str(runs_dir), "seed": 3},
         "prompts": {"train": {"source": "scenes", "count": 6}, "heldout": {"source": "scenes", "count": 4}},
@@ -35,7 +35,7 @@ def config_of(runs_dir: Path, model_dir: Path | str, **sections: dict[str, Any])
 
 
 def judged(base: float, tuned: float, *, within: float = 0.005) -> dict[str, Any]:
-    """What `metrics.json` says of one judge, made by hand."""
+    """Entry of one judge in `metrics.json`."""
     difference = tuned - base
     return {
         "base": {"mean": base, "low": base - 0.01, "high": base + 0.01},
@@ -52,8 +52,8 @@ def write_run(
     """Finish every step of every round.
 
     Args:
-        train: writes what a round (1-based) trained into the folder given.
-        metrics: content of a round's `metrics.json`; none leaves the run without evaluation.
+        train: takes the number of a round (1-based) and a folder, and writes the trained files of the round there.
+        metrics: takes the number of a round and returns its `metrics.json`; `None`: the run is not evaluated.
     """
     previous = None
     for number, run in enumerate(round_folders(config), start=1):
@@ -76,7 +76,7 @@ def write_run(
 
 
 def change(parameters: list[nn.Parameter], seed: int = 1, size: float = 0.05) -> None:
-    """As if trained; much more, and attention is so sharp that rounding shows in the images."""
+    """Add noise, as if trained; with a larger ``size``, attention saturates and rounding shows in the images."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:
@@ -84,7 +84,7 @@ def change(parameters: list[nn.Parameter], seed: int = 1, size: float = 0.05) ->
 
 
 def policy_of(config: Config, *, seed: int = 1) -> TextToImageModel:
-    """The base model with a LoRA that has changed it."""
+    """The base model with a LoRA of random weights."""
     lora = config.training.lora
     model = load_model(
         config.model.family, path=config.model.path, revision=None, dtype=config.model.dtype, device="cpu"

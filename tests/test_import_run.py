@@ -120,7 +120,7 @@ def test_what_was_imported_trains_a_lora_and_is_measured_on_labels_held_out(run_
     assert labels["clip"]["mean"] == pytest.approx(np.mean(agreeing))
     assert labels["policy"]["num_prompts"] == len(held)
     assert 0 <= labels["policy"]["mean"] <= 1
-    assert "As people said?" in (run_dir / "report.html").read_text()
+    assert "Agreement with human preferences" in (run_dir / "report.html").read_text()
 
 
 def test_the_same_command_finds_all_done_and_a_changed_file_is_refused(

@@ -27,8 +27,8 @@ from cdpo_ray.config import Config, validate
 from cdpo_ray.dataflow.parts import write_part
 from cdpo_ray.dataflow.quarantine import SetAside
 from cdpo_ray.errors import CurriculumError, GenerationError, RewardError, StoreError
+from cdpo_ray.evaluation.appearance_columns import add_appearance
 from cdpo_ray.evaluation.comparison import Comparer
-from cdpo_ray.evaluation.looks import measure_looks
 from cdpo_ray.generation.generator import Sampling
 from cdpo_ray.models import load_model
 from cdpo_ray.randomness.noise import noise_at
@@ -253,7 +253,7 @@ def test_evaluation_goes_on_with_the_part_that_is_whole(finished: tuple[Config, 
     )
     table = pq.read_table(run.step("5-evaluation") / "comparison.parquet")
     prompts = pa.table({name: table[name].take(pa.array([0, 2])) for name in ("prompt_index", "prompt_id", "prompt")})
-    made = measure_looks(comparer(prompts))
+    made = add_appearance(comparer(prompts))
     marked = made.set_column(made.column_names.index("base_diversity"), "base_diversity", pa.array([99.0, 99.0]))
     write_part(marked, parts_dir=aside / "parts")
     run_steps(half, STEPS)

@@ -1,4 +1,4 @@
-"""Images -> measures of how they look, that no judge is asked for."""
+"""Images -> measures of their appearance, independent of any judge."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ Images = NDArray[np.uint8]
 Values = NDArray[np.floating]
 
 LUMA = (0.299, 0.587, 0.114)
-EDGE_THRESHOLD = 0.1  # of the step from black to white: what the eye sees as a contour, and sensor noise stays below
+EDGE_THRESHOLD = 0.1  # share of the step from black to white: contours exceed it, sensor noise does not
 
 
 def saturation(images: Images) -> Values:
@@ -33,9 +33,9 @@ def saturation(images: Images) -> Values:
 
 
 def edge_density(images: Images) -> Values:
-    """Share of inner pixels that lie on an edge: whose Sobel gradient of luma exceeds `EDGE_THRESHOLD`, 0 to 1.
+    """Share of inner pixels whose Sobel gradient of luma exceeds `EDGE_THRESHOLD`, 0 to 1.
 
-    The gradient is scaled so that a straight step from black to white has 1.
+    The gradient is scaled so that a straight step from black to white has a gradient of 1.
 
     Args:
         images: uint8 ``[image, 3, height, width]``, at least 3 x 3 pixels.
@@ -54,7 +54,7 @@ def edge_density(images: Images) -> Values:
 
 
 def jpeg_kilobytes(images: Images) -> Values:
-    """Kilobytes of each image as JPEG of quality 90, ``[image]``; see `JpegSizeReward`."""
+    """Size of each image as a JPEG of quality 90 in kilobytes, ``[image]``; see `JpegSizeReward`."""
     return JpegSizeReward()(torch.from_numpy(images), [""] * len(images))
 
 
@@ -63,4 +63,4 @@ APPEARANCE: dict[str, Callable[[Images], Values]] = {
     "edge_density": edge_density,
     "jpeg_kilobytes": jpeg_kilobytes,
 }
-"""Name of a column -> its measure, a number an image."""
+"""Column name -> function that returns one value per image."""

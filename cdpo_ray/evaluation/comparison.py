@@ -1,4 +1,4 @@
-"""Held-out prompts -> images of base and fine-tuned model from the same noise, with scores; in one process."""
+"""Held-out prompts -> images and scores of base and fine-tuned model from the same noise, in one process."""
 
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,16 @@ from cdpo_ray.records import ARMS, IMPLICIT_VALUE, score_column
 
 
 class Comparer:
-    """Rows of prompts -> rows of `5-evaluation` (`records`), a list of images each; a plain class that a pool wraps.
+    """Rows of prompts -> rows of `5-evaluation` (`records`), one list of images per model; independent of Ray.
 
     Images are returned as pixels: later tasks, which need no model, measure their appearance and encode them as PNG.
 
     Args:
         family, model: name in `FAMILIES` and the arguments of its ``load``.
-        training_dir: `4-training`, whose model is compared with the base.
-        num_margin_draws: of times and noise, for the implicit value of each of the base's images; 0 leaves it out.
-        guidance_range: that the net was told of in training; none is the family's own.
-        set_aside: takes prompts that raise inside the model.
+        training_dir: `4-training`, which holds the fine-tuned model.
+        num_margin_draws: timesteps and noises drawn for the implicit value of each base image; 0: no implicit values.
+        guidance_range: guidance scales that the model was conditioned on in training; `None`: the family's default.
+        set_aside: quarantine of the prompts that raise inside the model.
     """
 
     def __init__(

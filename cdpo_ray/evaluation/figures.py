@@ -1,4 +1,4 @@
-"""Numbers of a run -> charts as inline SVG."""
+"""Metrics of a run -> charts as inline SVG."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,15 @@ from cdpo_ray.pages.svg import blank_figure, inline_svg
 
 Values = NDArray[np.floating]
 
-MAX_POINTS = 2_000  # a raw curve of more points is thinned: the eye sees no more, and the page stays light
+MAX_POINTS = 2_000  # longer raw curves are thinned: more points are not visible and make the page large
 
 
 def training_curves(updates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Four charts over updates, stage boundaries marked: thin the raw values, bold their mean within a stage.
+    """Four charts over updates with stage boundaries; thin: raw values, bold: moving mean within a stage.
 
     Args:
-        updates: an update each, in order: `update`, `stage`, `loss`, `margin`, `implicit_accuracy` and the four errors.
+        updates: one mapping per update, in order: `update`, `stage`, `loss`, `margin`, `implicit_accuracy` and the four
+            errors.
 
     Returns:
         SVG of `loss`, `implicit_accuracy`, `margin` and `error_change`.
@@ -47,10 +48,10 @@ def training_curves(updates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def pairs_by_rank_gap(stages: Sequence[Mapping[str, Any]]) -> str:
-    """Drawn pairs by rank gap, a strip a stage, easy at the top.
+    """Drawn pairs by rank gap, one strip per stage, easy at the top.
 
     Args:
-        stages: a stage each: `stage`, `min_rank_gap`, `max_rank_gap` and `drawn_by_rank_gap`.
+        stages: one mapping per stage: `stage`, `min_rank_gap`, `max_rank_gap` and `drawn_by_rank_gap`.
     """
     last = max(stage["max_rank_gap"] for stage in stages)
     edges = np.arange(0.5, last + 1.5)
@@ -67,12 +68,12 @@ def pairs_by_rank_gap(stages: Sequence[Mapping[str, Any]]) -> str:
         strips[-1].set_xlim(edges[-1], edges[0])  # easy pairs, far apart in rank, come first
         strips[-1].xaxis.set_major_locator(MaxNLocator(10, integer=True))
         strips[-1].set_xlabel("rank gap of a pair (easy → hard)")
-        figure.suptitle("pairs drawn; shaded: rank gaps the stage admits", x=0.01, ha="left", fontsize=9)
+        figure.suptitle("pairs drawn; shaded: rank gaps of the stage", x=0.01, ha="left", fontsize=9)
         return inline_svg(figure, "Pairs drawn in each stage by rank gap")
 
 
 def gains(judges: Mapping[str, Mapping[str, Any]]) -> str:
-    """Mean score of base and fine-tuned model with 95 % intervals, an axis a judge as their units differ.
+    """Mean score of base and fine-tuned model with 95 % intervals; one axis per judge, because their units differ.
 
     Args:
         judges: by name, `base` and `tuned` with `mean`, `low` and `high`.
@@ -98,10 +99,10 @@ def gains(judges: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def difference_histograms(differences: Mapping[str, Values]) -> str:
-    """How the difference spreads over prompts, an axis a judge.
+    """Distribution of the score difference over prompts, one axis per judge.
 
     Args:
-        differences: by judge, ``[prompt]`` mean of tuned minus base; prompts without a finite score left out.
+        differences: by judge, ``[prompt]`` mean of tuned minus base, without the prompts that have no finite score.
     """
     with mpl.rc_context(STYLE):
         figure = blank_figure(0.2 + 1.45 * len(differences))
@@ -115,7 +116,7 @@ def difference_histograms(differences: Mapping[str, Values]) -> str:
             axes.axvline(0, color=INK, lw=0.8)
             better, equal = (f"{share.mean():.0%}".replace("%", " %") for share in (values > 0, values == 0))
             axes.set_title(f"{name}: {better} of prompts better, {equal} equal (not drawn)")
-            axes.set_xlabel("score of fine-tuned − base, mean of a prompt")
+            axes.set_xlabel("fine-tuned − base: mean score difference of a prompt")
             axes.set_ylabel("prompts")
             axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
             axes.grid(visible=False, axis="x")
@@ -123,7 +124,7 @@ def difference_histograms(differences: Mapping[str, Values]) -> str:
 
 
 def smooth_within_stages(values: Values, stages: Values) -> Values:
-    """Centred moving mean over a fifth of each stage, never across its boundary; what is not finite is left out."""
+    """Centred moving mean over a fifth of each stage, never across its boundary; non-finite values are skipped."""
     smoothed = np.empty_like(values)
     for stage in np.unique(stages):
         inside = stages == stage
@@ -165,7 +166,7 @@ def _curve(
 def _mark_stages(axes: Axes, place: Values, stages: Values) -> None:
     numbers = np.unique(stages)
     axes.set_xlim(place[0] - 0.5, place[-1] + 0.5)
-    every = math.ceil(len(numbers) / 8)  # more names than eight would touch
+    every = math.ceil(len(numbers) / 8)  # more than eight names would overlap
     for index, stage in enumerate(numbers):
         inside = place[stages == stage]
         if index:
@@ -178,7 +179,7 @@ def _mark_stages(axes: Axes, place: Values, stages: Values) -> None:
 
 
 def _edges_around_zero(values: Values) -> Values:
-    """Bin edges of one width with 0 among them, so that no bar mixes better and worse."""
+    """Bin edges of equal width that include 0, so that no bar mixes better and worse prompts."""
     low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
     if low == high:
         return np.array([-0.5, 0.0, 0.5])

@@ -1,4 +1,4 @@
-"""Parts of an evaluation -> `comparison.parquet`, and the rows that its metrics are measured on."""
+"""Parts of an evaluation -> `comparison.parquet` and the rows from which the metrics are computed."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,13 +15,13 @@ ROW_GROUP_BYTES = 64 * 2**20
 
 
 def join_comparison(parts: Sequence[Part], path: Path, *, row_group_bytes: int = ROW_GROUP_BYTES) -> pa.Table:
-    """Write parts, which have one row per prompt, as one file with one row per image; atomic, and in their order.
+    """Write parts with one row per prompt atomically as one file with one row per image, in the order of the parts.
 
     Memory holds one row group, not the images of all parts.
 
     Args:
         parts: at least one, in prompt order; not deleted.
-        row_group_bytes: a row group ends with the part by which it has this size.
+        row_group_bytes: a row group ends with the part that makes it reach this size.
 
     Returns:
         The rows of all parts, one per prompt, without the image columns.
@@ -40,13 +40,13 @@ def join_comparison(parts: Sequence[Part], path: Path, *, row_group_bytes: int =
 
 
 def row_per_image(rows: pa.Table) -> pa.Table:
-    """Rows of prompts, whose list columns have a value per image -> a row per image."""
+    """Rows of prompts, whose list columns have one value per image -> one row per image."""
     lists = [name for name in rows.column_names if pa.types.is_list(rows.schema.field(name).type)]
     num_images = len(rows[lists[0]][0])
     repeated = rows.select(["prompt_index", "prompt_id", "prompt"]).take(
         np.repeat(np.arange(rows.num_rows), num_images)
     )
     repeated = repeated.append_column("sample_index", pa.array(np.tile(np.arange(num_images), rows.num_rows)))
-    for name in lists:  # chunk by chunk: combined first, more than 2 GiB of images overflow Arrow's offsets
+    for name in lists:  # chunk by chunk: more than 2 GiB of images in one chunk overflow Arrow's offsets
         repeated = repeated.append_column(name, pc.list_flatten(rows[name]))
     return repeated

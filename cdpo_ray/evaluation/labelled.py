@@ -1,4 +1,4 @@
-"""Images that people judged, of prompts held out -> whether the fine-tuned model prefers what they preferred."""
+"""Human preferences on held-out prompts -> how often the fine-tuned model prefers the same image."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from cdpo_ray.records import CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
 
 @dataclass(frozen=True)
 class LabelledSamples:
-    """Where imported samples lie, and which of them are held out.
+    """Location of imported samples, and which of them are held out.
 
     Attributes:
-        heldout_fraction: of the prompts, by hash.
-        rewards: those that scored the samples too.
-        samples_per_launch: samples that go through the net at once.
+        heldout_fraction: share of prompts that are held out, by hash.
+        rewards: rewards that scored the samples too.
+        samples_per_launch: number of samples in one forward pass.
     """
 
     samples_dir: Path
@@ -38,14 +38,14 @@ def only_held_out(rows: pa.Table, *, fraction: float) -> pa.Table:
     return rows.filter(held_out(rows["prompt"].to_pylist(), fraction))
 
 
-class Valuer:
-    """Rows of samples -> the same rows with an implicit value a sample; a plain class that a pool wraps.
+class ImplicitValueModel:
+    """Rows of samples -> the same rows with one implicit value per sample; independent of Ray.
 
     Args:
         family, model: name in `FAMILIES` and the arguments of its ``load``.
-        training_dir: `4-training`, whose model is asked.
-        num_margin_draws, samples_per_launch, seed: of `implicit_values`.
-        guidance_range: that the net was told of in training; none is the family's own.
+        training_dir: `4-training`, which holds the fine-tuned model.
+        num_margin_draws, samples_per_launch, seed: arguments of `implicit_values`.
+        guidance_range: guidance scales that the model was conditioned on in training; `None`: the family's default.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ def label_accuracy(
     """How often the fine-tuned model, and each reward, orders two images as people did.
 
     Args:
-        rows: what `Valuer` made.
-        num_resamples, seed: of the bootstrap over prompts.
+        rows: output of `ImplicitValueModel`.
+        num_resamples, seed: number of draws and seed of the bootstrap over prompts.
 
     Returns:
-        ``policy``, and each reward that scored them: `preference_accuracy`.
+        `preference_accuracy` of ``policy`` and of each reward that scored the rows.
     """
 
     def column(name: str) -> np.ndarray:

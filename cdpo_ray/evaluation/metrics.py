@@ -1,4 +1,4 @@
-"""Compared images -> the numbers of `metrics.json`."""
+"""Rows of compared images -> content of `metrics.json`."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,23 +9,26 @@ import numpy as np
 import pyarrow as pa
 
 from cdpo_ray.evaluation.appearance import APPEARANCE
-from cdpo_ray.evaluation.statistics import Scores, bootstrap_mean, compare, pair_agreement, rank_correlation
+from cdpo_ray.evaluation.statistics import Scores, bootstrap_mean, compare_scores, pair_agreement, rank_correlation
 from cdpo_ray.records import ARMS, IMPLICIT_VALUE, score_column
 
 
 def measure(rows: pa.Table, judges: Sequence[str], *, num_resamples: int, seed: int) -> dict[str, Any]:
-    """What `Comparer` made, judged: see `records`, `metrics.json`.
+    """Metrics of the rows of `Comparer`; see `metrics.json` in `records`.
 
     Args:
-        rows: a row a prompt, all of them.
-        num_resamples, seed: of the bootstrap over prompts.
+        rows: all rows of the evaluation, one per prompt.
+        num_resamples, seed: number of draws and seed of the bootstrap over prompts.
+
+    Raises:
+        ValueError: a judge has no image with a finite score of both models.
     """
 
     def column(name: str) -> Scores:
         return np.array(rows[name].to_pylist(), dtype=float)
 
     def compared(base: Scores, tuned: Scores) -> dict[str, Any]:
-        return compare(base, tuned, num_resamples=num_resamples, seed=seed).to_dict()
+        return compare_scores(base, tuned, num_resamples=num_resamples, seed=seed).to_dict()
 
     scores = {judge: {arm: column(f"{arm}_{score_column(judge)}") for arm in ARMS} for judge in judges}
     measured: dict[str, Any] = {
@@ -51,11 +54,12 @@ def measure(rows: pa.Table, judges: Sequence[str], *, num_resamples: int, seed: 
 
 
 def preference_accuracy(values: Scores, scores: Scores, *, num_resamples: int, seed: int) -> dict[str, Any] | None:
-    """Mean of `pair_agreement` over prompts with its interval; none where no prompt has a pair with unequal scores.
+    """Mean of `pair_agreement` over prompts with its interval; `None` if no prompt has a pair with unequal scores.
 
     Args:
         values: ``[prompt, image]`` implicit values.
-        scores: ``[prompt, image]`` of a judge.
+        scores: ``[prompt, image]`` scores of a judge.
+        num_resamples, seed: number of draws and seed of the bootstrap over prompts.
     """
     agreement = pair_agreement(values, scores)
     kept = agreement[np.isfinite(agreement)]

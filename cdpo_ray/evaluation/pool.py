@@ -1,4 +1,4 @@
-"""Ray Data: held-out prompts stream through a pool of comparers into the table that the report reads."""
+"""Ray Data: held-out prompts -> pool of model actors -> the table that the report reads."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +10,10 @@ import ray
 from cdpo_ray.dataflow.parts import find_parts, join_set_aside
 from cdpo_ray.dataflow.quarantine import SetAside
 from cdpo_ray.dataflow.streams import PoolSize, in_pool, read_rows, write_parts
+from cdpo_ray.evaluation.appearance_columns import add_appearance
 from cdpo_ray.evaluation.comparison import Comparer
 from cdpo_ray.evaluation.joining import join_comparison
-from cdpo_ray.evaluation.labelled import LabelledSamples, Valuer, label_accuracy, only_held_out
-from cdpo_ray.evaluation.looks import measure_looks
+from cdpo_ray.evaluation.labelled import ImplicitValueModel, LabelledSamples, label_accuracy, only_held_out
 from cdpo_ray.evaluation.metrics import measure
 from cdpo_ray.generation.generator import MakeScores, Sampling
 from cdpo_ray.generation.pool import prompt_rows
@@ -41,18 +41,22 @@ def evaluate_adapter(
     progress: Progress,
     labelled: LabelledSamples | None = None,
 ) -> dict[str, Any]:
-    """Write `5-evaluation`: the images and scores of both models, and what follows from them; returns the latter.
+    """Write `5-evaluation`: images and scores of both models, and `metrics.json`.
 
-    Goes on with what an interrupted attempt left. Prompts that raise inside the model go to `set_aside.jsonl`.
+    Reuses the finished parts of an interrupted attempt. Prompts that raise inside the model are quarantined in
+    `set_aside.jsonl`.
 
     Args:
-        max_bad_fraction: of the prompts, that may be set aside.
-        labelled: images that people judged, some of prompts held out.
+        max_bad_fraction: maximum share of prompts in quarantine.
+        labelled: images with human preferences, if given; those of held-out prompts are used.
+
+    Returns:
+        Content of `metrics.json`.
 
     Raises:
-        GenerationError: too many prompts are set aside.
+        GenerationError: more than ``max_bad_fraction`` of the prompts are in quarantine.
     """
-    output_dir = output_dir.resolve()  # actors elsewhere have another working folder
+    output_dir = output_dir.resolve()  # actors on other nodes have another working directory
     set_aside = SetAside(output_dir, len(prompts), max_bad_fraction)
     parts, held = find_parts(output_dir, "comparison")
     done = held | set_aside.refuse_too_many()
@@ -74,7 +78,7 @@ def evaluate_adapter(
         set_aside=set_aside,
     )
     compared = compared and compared.map_batches(
-        measure_looks, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, max_retries=3
+        add_appearance, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, max_retries=3
     )
     parts = sorted([*parts, *write_parts(compared, output_dir, "evaluate", progress)])
     table = join_comparison(parts, output_dir / "comparison.parquet")
@@ -108,7 +112,7 @@ def _valued(labelled: LabelledSamples, generators: PoolSize, **arguments: Any) -
     rows_per_call = max(1, labelled.samples_per_launch // schema.field("latents").type.shape[0])
     valued = in_pool(
         rows,
-        Valuer,
+        ImplicitValueModel,
         generators,
         rows_per_call=rows_per_call,
         samples_per_launch=labelled.samples_per_launch,

@@ -1,4 +1,4 @@
-"""Run folder -> one self-contained page."""
+"""Run folder -> one self-contained HTML page."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -42,16 +42,17 @@ from cdpo_ray.store.untrusted import Count, Seconds, bytes_of, other_keys_allowe
 
 STEPS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 DIVERSITY, APPEARANCE = "diversity", "appearance"
-MAX_IMAGES = 6  # shown of a prompt and model; more would be too small to compare
+MAX_IMAGES = 6  # per prompt and model; more would be too small to compare
 LARGE_CHANGE = 0.05
-"""Share of the base's mean beyond which the whole interval of a change of appearance must lie to be a sign of hacking.
+"""A change of appearance is a sign of hacking if its whole interval exceeds this share of the base's mean.
 
-Measured on the quickstart: trained on `clip`, a gain that the held-out `oracle` confirms, no interval of saturation,
-edge density or JPEG size reached 3 %; trained on `jpeg_size`, while `oracle` fell, edge density rose by 9 to 16 %.
+Measured on the quickstart: trained on `clip`, with a gain that the held-out `oracle` confirms, no interval of
+saturation, edge density or JPEG size reached 3 %; trained on `jpeg_size`, while `oracle` fell, edge density rose by
+9 to 16 %.
 """
 
 
-MAX_ROWS = 10_000_000  # of a comparison: a small file may say that a row is repeated a billion times
+MAX_ROWS = 10_000_000  # of a comparison: run-length encoding fits a billion rows into a small file
 RUN_AGAIN = "run `cdpo run CONFIG` to make it again"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 JudgeName = Annotated[str, Field(pattern=r"^[\w.:]{1,200}$")]
@@ -82,7 +83,7 @@ class _Agreement(TypedDict):
 
 @other_keys_allowed
 class Metrics(TypedDict):
-    """What is read of `metrics.json` to compare runs."""
+    """Keys of `metrics.json` that comparing runs needs."""
 
     images_per_prompt: Annotated[int, Field(ge=1, le=1_000_000)]
     diversity: NotRequired[_Comparison]
@@ -91,7 +92,7 @@ class Metrics(TypedDict):
 
 @other_keys_allowed
 class _JudgedMetrics(Metrics):
-    """What the page shows of `metrics.json`."""
+    """Keys of `metrics.json` that the page shows."""
 
     num_prompts: Count
     judges: Annotated[dict[JudgeName, _Comparison], Field(min_length=1)]
@@ -102,7 +103,7 @@ class _JudgedMetrics(Metrics):
 
 @other_keys_allowed
 class _Update(TypedDict):
-    """What the page shows of an update."""
+    """Keys of an update that the page shows."""
 
     stage: Gap
     loss: float
@@ -121,7 +122,7 @@ class _NumberedUpdate(_Update):
 
 @other_keys_allowed
 class _TrainedStage(_Update):
-    """What the page shows of a stage's training."""
+    """Keys of a trained stage that the page shows."""
 
     num_updates: Count
     num_pairs: Count
@@ -137,16 +138,17 @@ _UPDATE: TypeAdapter[_NumberedUpdate] = TypeAdapter(_NumberedUpdate)
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What one judge, or one measure of appearance, says of base against fine-tuned.
+class MeasureResult:
+    """Base against fine-tuned model by one judge or one measure of appearance.
 
     Attributes:
-        name: the judge, `diversity`, or a measure of appearance.
-        role: `trained on`: ranked the pairs; `scored, did not rank`: seen at training, without a say; `held out`;
-            `appearance`: no judge, neither direction is better.
-        change: -1, 0 or 1: lower, no significant change, higher; significant when the 95 % interval excludes 0.
+        name: name of the judge, `diversity`, or name of a measure of appearance.
+        role: `trained on`: ranked the pairs; `scored, did not rank`: scored the training images only; `held out`: not
+            used in training; `appearance`: not a judge, neither direction is better.
+        change: -1, 0 or 1: lower, no significant change, higher; significant if the 95 % interval excludes 0.
         values: base, tuned, difference, interval (of the difference), win_rate and win_rate_interval, as text.
-        relative: of appearance, the difference and its interval as shares of the base's mean.
+        num_missing: number of images without two finite values.
+        relative: difference and its interval as shares of the base's mean; `None`: a judge, or a mean of 0 or less.
     """
 
     name: str
@@ -164,7 +166,7 @@ class Finding:
 
     @property
     def per_cent(self) -> dict[str, str]:
-        """The relative change and its interval, as text."""
+        """The relative change and its interval in per cent, as text."""
         if self.relative is None:
             return {"mean": "–", "interval": "–"}
         mean, low, high = (number(100 * self.relative[end], 1, "+") for end in ("mean", "low", "high"))
@@ -172,7 +174,7 @@ class Finding:
 
     @property
     def large(self) -> bool:
-        """Whether its whole interval lies beyond `LARGE_CHANGE`."""
+        """Whether the whole interval of the relative change exceeds `LARGE_CHANGE`."""
         return self.relative is not None and max(self.relative["low"], -self.relative["high"]) > LARGE_CHANGE
 
     @property
@@ -186,23 +188,23 @@ class Finding:
 
 
 def write_report(run_dir: Path, output_path: Path) -> None:
-    """Write the page of a finished run, whole or not at all; it needs no other file and no network.
+    """Write the page of a finished run atomically; it needs no other file and no network.
 
     Args:
-        run_dir: `runs/<name>` with its configuration and all five steps.
-        output_path: an HTML file; replaced if it is there.
+        run_dir: run folder, `runs/<name>`, with its configuration and all five steps.
+        output_path: path of the HTML file; replaced if it exists.
 
     Raises:
-        StoreError: a file of the run is missing, is not as its manifest says, or `config.yaml` was edited.
+        StoreError: a file of the run is missing or differs from its manifest, or `config.yaml` was edited.
     """
     run = RunFolder(run_dir)
-    for step in STEPS:  # images and scores are not shown; they may be very large
+    for step in STEPS:  # samples and scores are not shown and may be very large
         run.refuse_damage(step, read_up_to=0 if step in (SAMPLES, SCORES) else math.inf)
     manifests = {step: run.manifest(step) for step in STEPS}
     config = read_config(run)
     metrics = read_metrics(run_dir)
-    findings = find(metrics, config["rewards"])
-    judges = [finding.name for finding in findings if finding.role != APPEARANCE]
+    results = measure_results(metrics, config["rewards"])
+    judges = [result.name for result in results if result.role != APPEARANCE]
     comparison_path = run_dir / EVALUATION / "comparison.parquet"
     check_comparison(comparison_path, judges)
     write_page(
@@ -211,9 +213,9 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         name=run_dir.resolve().name,
         created=manifests[EVALUATION]["created"],
         metrics=metrics,
-        judged=[finding for finding in findings if finding.role != APPEARANCE],
-        looks=[finding for finding in findings if finding.role == APPEARANCE],
-        hacking=signs_of_reward_hacking(findings),
+        judged=[result for result in results if result.role != APPEARANCE],
+        appearance=[result for result in results if result.role == APPEARANCE],
+        hacking=signs_of_reward_hacking(results),
         trained_on=trained_on(config),
         agreement=agreement_matrix(metrics.get("agreement", []), judges),
         accuracy=[_accuracy(metrics, judge) for judge in judges],
@@ -232,15 +234,15 @@ def write_report(run_dir: Path, output_path: Path) -> None:
 
 
 def trained_on(config: Mapping[str, Any]) -> str:
-    """What chose between the images of a pair: the reward that ranks, or people, whose pairs it only sorts."""
+    """What chose between the images of a pair: the ranking reward, or people, whose pairs the reward only sorts."""
     ranking: str = config["rewards"]["rank_by"] or config["rewards"]["names"][0]
     if config.get("preferences"):
         return "people's labels" if ranking == PREFERENCE else f"people's labels, sorted by {ranking}"
     return ranking
 
 
-def find(metrics: Mapping[str, Any], rewards: Mapping[str, Any]) -> list[Finding]:
-    """Metrics -> a finding a judge, those trained on first, then diversity and what else there is of appearance.
+def measure_results(metrics: Mapping[str, Any], rewards: Mapping[str, Any]) -> list[MeasureResult]:
+    """Metrics -> one result per judge, those trained on first, then diversity and the measures of appearance.
 
     Args:
         metrics: content of `metrics.json`.
@@ -249,34 +251,35 @@ def find(metrics: Mapping[str, Any], rewards: Mapping[str, Any]) -> list[Finding
     roles = dict.fromkeys(rewards["names"], "scored, did not rank")
     roles |= dict.fromkeys(ranking_weights(rewards), "trained on")
     order = ["trained on", "scored, did not rank", "held out"]
-    found = [_finding(name, roles.get(name, "held out"), judge) for name, judge in metrics["judges"].items()]
-    found.sort(key=lambda finding: order.index(finding.role))
+    judged = [_result(name, roles.get(name, "held out"), judge) for name, judge in metrics["judges"].items()]
+    judged.sort(key=lambda result: order.index(result.role))
     diversity = {DIVERSITY: metrics[DIVERSITY]} if DIVERSITY in metrics else {}
-    looks = diversity | metrics.get(APPEARANCE, {})
-    return found + [_finding(name, APPEARANCE, comparison) for name, comparison in looks.items()]
+    appearance = diversity | metrics.get(APPEARANCE, {})
+    return judged + [_result(name, APPEARANCE, comparison) for name, comparison in appearance.items()]
 
 
-def signs_of_reward_hacking(findings: Sequence[Finding]) -> list[Finding]:
-    """What else changed while the reward that was trained on rose, and nobody asked for it; empty when nothing.
+def signs_of_reward_hacking(results: Sequence[MeasureResult]) -> list[MeasureResult]:
+    """Results that indicate reward hacking: undesired changes while the reward that was trained on rose.
 
-    A judge that fell significantly, diversity likewise, or a large change of how images look, in either direction: see
-    `LARGE_CHANGE`. A model that errs less also varies less: diversity alone is no sign while a judge held out says
-    better.
+    Signs are a significant fall of another judge or of diversity, and a large change of appearance in either direction:
+    see `LARGE_CHANGE`. A better model also varies less, so a fall of diversity alone is no sign if a held-out judge
+    rose.
     """
-    rose = {finding.role for finding in findings if finding.change > 0}
+    rose = {result.role for result in results if result.change > 0}
     if "trained on" not in rose:
         return []
-    signs = [finding for finding in findings if finding.role != "trained on" and finding.change and _is_sign(finding)]
-    return [] if [finding.name for finding in signs] == [DIVERSITY] and "held out" in rose else signs
+    signs = [result for result in results if result.role != "trained on" and result.change and _is_sign(result)]
+    return [] if [result.name for result in signs] == [DIVERSITY] and "held out" in rose else signs
 
 
 def agreement_matrix(
     agreement: Sequence[Mapping[str, Any]], judges: Sequence[str]
 ) -> list[list[dict[str, str] | None]]:
-    """``[judge][judge]`` rank correlation on the images of `base` and `tuned`, as text; none where it was not measured.
+    """``[judge][judge]`` rank correlation on the images of `base` and `tuned`, as text; `None` if not measured.
 
     Args:
-        agreement: of `metrics.json`.
+        agreement: `agreement` of `metrics.json`.
+        judges: names in the order of rows and columns.
     """
     found = {
         frozenset(entry["judges"]): {arm: "–" if entry[arm] is None else number(entry[arm], 2) for arm in ARMS}
@@ -286,7 +289,7 @@ def agreement_matrix(
 
 
 def image_grid(comparison_path: Path, judges: Sequence[str], num_prompts: int) -> list[dict[str, Any]]:
-    """The first held-out prompts: each with its text and, of `base` and `tuned`, images as data URIs with scores."""
+    """The first held-out prompts: text, and the images of `base` and `tuned` as data URIs with their scores."""
     first = sorted(set(read_table(comparison_path, ["prompt_index"])["prompt_index"].to_pylist()))[:num_prompts]
     columns = ["prompt_index", "prompt", "sample_index", *(f"{arm}_image" for arm in ARMS)]
     columns += [f"{arm}_{score_column(judge)}" for arm in ARMS for judge in judges]
@@ -303,7 +306,7 @@ def image_grid(comparison_path: Path, judges: Sequence[str], num_prompts: int) -
 
 
 def differences_by_prompt(comparison_path: Path, judges: Sequence[str]) -> dict[str, NDArray[np.floating]]:
-    """By judge, ``[prompt]`` mean of tuned minus base; prompts without two finite scores are left out."""
+    """By judge, ``[prompt]`` mean of tuned minus base, without the prompts that lack two finite scores."""
     columns = [f"{arm}_{score_column(judge)}" for arm in ARMS for judge in judges]
     rows = read_table(comparison_path, ["prompt_index", *columns])
     _, prompt = np.unique(rows["prompt_index"].to_numpy(), return_inverse=True)
@@ -317,11 +320,11 @@ def differences_by_prompt(comparison_path: Path, judges: Sequence[str]) -> dict[
 
 
 def _pair_stages(run_dir: Path) -> list[dict[str, Any]]:
-    """What each stage held: as drawn before training, or as training drew it anew by the policy's margins."""
+    """Pairs of each stage: as drawn before training, or as redrawn in training by the policy's margins."""
     planned = read_record(run_dir / STAGES / "stages.json", _PLANNED_STAGES)
     trained = read_record(run_dir / TRAINING / "stages.json", TRAINED_STAGES)
     if len(planned) != len(trained):
-        raise _damaged(run_dir / TRAINING / "stages.json", f"{len(trained)} stages, planned were {len(planned)}")
+        raise _damaged(run_dir / TRAINING / "stages.json", f"must have {len(planned)} stages, got {len(trained)}")
     return [stage.get("pairs", plan) for stage, plan in zip(trained, planned, strict=True)]
 
 
@@ -333,11 +336,11 @@ def _charts(run_dir: Path, comparison_path: Path, metrics: Mapping[str, Any], ju
     }
 
 
-def _finding(name: str, role: str, comparison: Mapping[str, Any]) -> Finding:
+def _result(name: str, role: str, comparison: Mapping[str, Any]) -> MeasureResult:
     judged = role != APPEARANCE
     wins, wins_interval = spoken_share(comparison["win_rate"]) if judged else ("–", "–")
     relative = None if judged else relative_change(comparison)
-    return Finding(
+    return MeasureResult(
         name=name,
         role=role,
         change=significant_change(comparison),
@@ -352,10 +355,10 @@ def _accuracy(metrics: Mapping[str, Any], judge: str) -> tuple[str, str] | None:
     return spoken_share(found) if found else None
 
 
-def _is_sign(finding: Finding) -> bool:
-    if finding.role == APPEARANCE and finding.name != DIVERSITY:
-        return finding.large
-    return finding.change < 0
+def _is_sign(result: MeasureResult) -> bool:
+    if result.role == APPEARANCE and result.name != DIVERSITY:
+        return result.large
+    return result.change < 0
 
 
 def _score(value: float | None) -> str:
@@ -363,7 +366,7 @@ def _score(value: float | None) -> str:
 
 
 def _merged(manifests: Any, key: str) -> dict[str, str]:
-    """What the steps were made with; several values where they differ."""
+    """Versions or machine of the steps; several values if the steps differ."""
     values: dict[str, list[str]] = {}
     for manifest in manifests:
         for name, value in manifest[key].items():
@@ -373,7 +376,7 @@ def _merged(manifests: Any, key: str) -> dict[str, str]:
 
 
 def read_config(run: RunFolder) -> dict[str, Any]:
-    """The configuration that a run was made with, as plain values; raises as `RunFolder.config`."""
+    """The configuration of a run, as plain values; raises as `RunFolder.config`, and StoreError if it is missing."""
     try:
         return run.config()
     except FileNotFoundError:
@@ -381,13 +384,13 @@ def read_config(run: RunFolder) -> dict[str, Any]:
 
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
-    """`metrics.json` of a run; raises StoreError with what to do if it is missing or damaged."""
+    """Content of `metrics.json` of a run; raises StoreError with what to do if it is missing or damaged."""
     metrics: dict[str, Any] = read_record(run_dir / EVALUATION / "metrics.json", _JUDGED_METRICS)
     return metrics
 
 
 def read_record(path: Path, kind: TypeAdapter[Any]) -> Any:
-    """A JSON file of a step; raises StoreError with what to do if it is missing or damaged."""
+    """Content of a JSON file of a step; raises StoreError with what to do if it is missing or damaged."""
     try:
         return read_untrusted(path, kind, remedy=f"delete {path.parent} and {RUN_AGAIN}")
     except FileNotFoundError:
@@ -400,7 +403,7 @@ def _read_updates(path: Path) -> list[Any]:
     except FileNotFoundError:
         raise _missing(path) from None
     if not lines:
-        raise _damaged(path, "it is empty")
+        raise _damaged(path, "is empty")
     return [
         validate_untrusted(line, _UPDATE, where=f"{path}:{number}", remedy=f"delete {path.parent} and {RUN_AGAIN}")
         for number, line in enumerate(lines, start=1)
@@ -418,13 +421,13 @@ def read_table(path: Path, columns: Sequence[str], filters: Any = None) -> pa.Ta
 
 
 def check_comparison(path: Path, judges: Sequence[str]) -> None:
-    """Refuse a `comparison.parquet` that lacks a column, or holds something else in one, see `records`.
+    """Refuse a `comparison.parquet` that lacks a column of its schema in `records`, or has one of another type.
 
     Args:
-        judges: whose scores must be there.
+        judges: judges whose scores are required.
 
     Raises:
-        StoreError: with the first such column, or the file is missing or damaged.
+        StoreError: the file is missing or damaged, or a column is wrong; names the first one.
     """
     try:
         schema, num_rows = tables.table_schema(path), tables.rows_of(path)
@@ -441,19 +444,19 @@ def check_comparison(path: Path, judges: Sequence[str]) -> None:
         ("numbers", [*scores, *({IMPLICIT_VALUE} & {*schema.names})], pa.types.is_floating),
     ]
     if num_rows > MAX_ROWS:
-        raise _damaged(path, f"has {num_rows:,} rows, at most {MAX_ROWS:,} are read")
+        raise _damaged(path, f"must have at most {MAX_ROWS:,} rows, got {num_rows:,}")
     for what, columns, is_kind in kinds:
         for name in columns:
             if schema.names.count(name) != 1 or not is_kind(schema.field(name).type):
                 raise _damaged(path, f"must have one column `{name}` of {what}")
     places = read_table(path, ["prompt_index", "sample_index", "prompt"])
     if not places.num_rows or any(column.null_count for column in places.columns):
-        raise _damaged(path, "is empty, or has rows without prompt or place")
+        raise _damaged(path, "is empty, or has rows without prompt or index")
 
 
 def _missing(path: Path) -> StoreError:
-    first = "" if path.name == CONFIG else f"delete {path.parent} and "  # the configuration is written by every run
-    return StoreError(f"{path}: is missing, and the report needs it; {first}{RUN_AGAIN}")
+    first = "" if path.name == CONFIG else f"delete {path.parent} and "  # every run writes the configuration
+    return StoreError(f"{path}: is missing, but the report needs it; {first}{RUN_AGAIN}")
 
 
 def _damaged(path: Path, error: object) -> StoreError:

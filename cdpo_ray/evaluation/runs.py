@@ -1,4 +1,4 @@
-"""Evaluated runs -> one comparison of what they trained: `compare.json` and `compare.html`; nothing is generated."""
+"""Evaluated runs -> one comparison of their models: `compare.json` and `compare.html`; generates no images."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from cdpo_ray.evaluation.report import (
     read_table,
     trained_on,
 )
-from cdpo_ray.evaluation.statistics import Scores, compare
+from cdpo_ray.evaluation.statistics import Scores, compare_scores
 from cdpo_ray.pages.page import (
     aligned,
     inlined,
@@ -58,7 +58,7 @@ COMPARABLE_BY = (
     "generation.width",
     "evaluation.images_per_prompt",
 )
-"""Settings that decide which images the base model makes: alike, or the runs were not put to the same test."""
+"""Settings that determine the images of the base model; runs are comparable only if these are equal."""
 SHOWN_PROMPTS, SHOWN_IMAGES = 8, 2
 
 
@@ -75,7 +75,7 @@ class _Generation(TypedDict):
 
 
 class _Settings(BaseModel):
-    """What is used of an evaluation's settings; others are compared, and shown."""
+    """Settings of an evaluation that are used here; the others are only compared and shown."""
 
     seed: Annotated[Count, Field(alias="run.seed")]
     generation: _Generation
@@ -84,14 +84,14 @@ class _Settings(BaseModel):
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """What `5-evaluation` of one run holds, without its images.
+    """`5-evaluation` of one run, without its images.
 
     Attributes:
-        name: what it is called beside the others.
-        trained_on: the reward that ranked its pairs.
-        settings: of its evaluation, flat.
-        judges: keyword arguments of the class of each.
-        rows: a row an image, in prompt and sample order.
+        name: display name, distinct among the compared runs.
+        trained_on: reward that ranked the pairs; see `report.trained_on`.
+        settings: flat settings of the evaluation.
+        judges: by name, the keyword arguments of the judge's class.
+        rows: one row per image, in prompt and sample order.
     """
 
     name: str
@@ -112,9 +112,9 @@ class EvaluatedRun:
         return prompts[:: self.metrics["images_per_prompt"]]
 
     def values(self, column: str) -> Scores:
-        """``[prompt, image]`` of a column."""
-        found = np.array(self.rows[column].to_pylist(), dtype=float)
-        return found.reshape(-1, self.metrics["images_per_prompt"])
+        """``[prompt, image]`` values of a column."""
+        values = np.array(self.rows[column].to_pylist(), dtype=float)
+        return values.reshape(-1, self.metrics["images_per_prompt"])
 
     def scores(self, arm: str, judge: str) -> Scores:
         return self.values(f"{arm}_{score_column(judge)}")
@@ -123,24 +123,24 @@ class EvaluatedRun:
 def compare_runs(
     run_dirs: Sequence[Path], output_dir: Path, own_judges: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """Compare what several runs trained, on the images that each of their evaluations kept.
+    """Compare the models of several runs on the images that their evaluations stored.
 
-    A judge that one run has and another lacks scores the latter's images now, in this process, if the options that the
-    run recorded choose no address, environment variable, file, model or code: a run may be somebody else's. Otherwise
-    the judge is left out, unless ``own_judges`` has it.
+    A judge that only some runs have scores the images of the others now, in this process, if its recorded options
+    choose no address, environment variable, file, model or code: a run may come from someone else. Otherwise the judge
+    is left out, unless ``own_judges`` has it.
 
     Args:
-        run_dirs: `runs/<name>`, or a round's folder within it, each with a finished evaluation.
-        output_dir: where `compare.json` and `compare.html` go.
-        own_judges: of the user's own configuration, by name the keyword arguments of each one's class.
+        run_dirs: run folders, `runs/<name>`, or folders of rounds within them, each with a finished evaluation.
+        output_dir: folder of `compare.json` and `compare.html`.
+        own_judges: judges of the user's own configuration: by name, the keyword arguments of the judge's class.
 
     Returns:
-        The content of `compare.json`.
+        Content of `compare.json`.
 
     Raises:
-        StoreError: a run is not evaluated or is damaged, two were not put to the same test, no judge is left, or
+        StoreError: a run is not evaluated or is damaged, two runs are not comparable, no judge is left, or
             ``output_dir`` cannot be written.
-        RewardError: a missing judge cannot be loaded, or fails, or would be imported from a run's folder.
+        RewardError: a missing judge cannot be loaded, fails, or would be imported from a run's folder.
     """
     runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, names_of(run_dirs), strict=True)]
     for other in runs[1:]:
@@ -154,26 +154,26 @@ def compare_runs(
     runs = [with_scores(run, {judge: options[judge] for judge in scored_now[run.name]}) for run in runs]
     try:
         found = measure_runs(runs, judges) | {"scored_now": scored_now, "left_out": left_out}
-    except ValueError as error:  # scores that no mean has
+    except ValueError as error:  # a judge without finite scores
         raise StoreError(f"compare: {error}") from None
     make_folder(output_dir)
     write_json(output_dir / "compare.json", found)
-    write_page(
-        output_dir / "compare.html",
-        Path(__file__).with_name("compare.html.jinja"),
-        grid=image_grid(runs),
-        **spoken(found),
-    )
+    template = Path(__file__).with_name("compare.html.jinja")
+    write_page(output_dir / "compare.html", template, grid=image_grid(runs), **page_values(found))
     return found
 
 
 def options_of_missing(
     runs: Sequence[EvaluatedRun], own_judges: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
-    """Options of the judges that some runs have and others lack; and of those that cannot be used, a sentence why.
+    """Options of the judges that only some runs have.
 
     Args:
-        own_judges: as of `compare_runs`; these are used as they are.
+        own_judges: as in `compare_runs`; their options are trusted.
+
+    Returns:
+        options: by judge, the keyword arguments of its class.
+        left_out: by judge that cannot be used, a sentence with the reason.
     """
     options: dict[str, Mapping[str, Any]] = {}
     left_out: dict[str, str] = {}
@@ -184,35 +184,35 @@ def options_of_missing(
         if judge in own_judges:
             options[judge] = own_judges[judge]
             if changed := differences(recorded, own_judges[judge]):
-                log.warning("compare: `%s` is not set up as it was: %s", judge, printable(changed, 1000))
+                log.warning("compare: `%s` has other options than in the run: %s", judge, printable(changed, 1000))
             continue
         try:
             options[judge] = options_without_choices(judge, recorded)
         except ValueError as reason:
             left_out[judge] = (
                 f"`{judge}` is left out: {', '.join(map(printable, lacking))} lacks its scores, and it {reason};"
-                " give `--judges CONFIG`, a configuration of your own that names it."
+                " pass `--judges CONFIG`, a configuration of your own that names it."
             )
     return options, left_out
 
 
 def _refuse_code_of_runs(options: Mapping[str, Any], run_dirs: Sequence[Path]) -> None:
-    """Own rewards are imported from the working folder, which must not be a run's: its files may be somebody else's.
+    """Refuse to import custom rewards from a compared run's folder, whose files may come from someone else.
 
     Raises:
-        RewardError: it is.
+        RewardError: a custom reward is used, and the working directory is within a run's folder.
     """
     own = [judge for judge in options if judge not in REWARD_NAMES]
     here = Path.cwd().resolve()
     if own and any(is_local(run_dir) and here.is_relative_to(run_dir.resolve()) for run_dir in run_dirs):
         raise RewardError(
-            f"reward `{own[0]}`: would be imported from {here}, the folder of a run that is compared; start the command"
-            " in a folder of your own"
+            f"reward `{own[0]}`: would be imported from {here}, the folder of a compared run; start the command in a"
+            " folder of your own"
         )
 
 
 def names_of(run_dirs: Sequence[Path]) -> list[str]:
-    """Folder names, of rounds with the run's; whole paths where those are not distinct.
+    """Folder names of the runs, `<run>/round-<number>` for rounds; paths if the names are not distinct.
 
     Raises:
         StoreError: a folder is given twice.
@@ -226,10 +226,10 @@ def names_of(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def read_run(run_dir: Path, name: str) -> EvaluatedRun:
-    """Read what a finished evaluation kept, all but the images.
+    """Read a finished evaluation without its images.
 
     Raises:
-        StoreError: it is not there or is damaged.
+        StoreError: the evaluation is missing or damaged.
     """
     run = RunFolder(run_dir, foreign=True)
     if not run.has(EVALUATION) and run.path.is_dir() and (rounds := sorted(run.path.glob("round-*"))):
@@ -238,14 +238,14 @@ def read_run(run_dir: Path, name: str) -> EvaluatedRun:
     if run.has(TRAINING):
         try:
             run.refuse_damage(TRAINING, read_up_to=0)
-        except StoreError as error:  # what was trained is not shown
+        except StoreError as error:  # the adapter is not needed here
             log.warning("compare: %s", printable(error, 1000))
     settings, judges = _settings_of(run)
     metrics = read_record(run_dir / EVALUATION / "metrics.json", METRICS)
     path = run_dir / EVALUATION / "comparison.parquet"
     check_comparison(path, list(judges))
-    kept = [column for column in table_schema(path).names if not column.endswith("_image")]
-    rows = read_table(path, kept).sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
+    columns = [column for column in table_schema(path).names if not column.endswith("_image")]
+    rows = read_table(path, columns).sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
     num_images = settings["evaluation.images_per_prompt"]
     if metrics["images_per_prompt"] != num_images or not _has_images_of_each_prompt(rows, num_images):
         raise StoreError(f"{path}: must have {num_images} rows of each prompt; delete {path.parent}, do not use it")
@@ -253,7 +253,7 @@ def read_run(run_dir: Path, name: str) -> EvaluatedRun:
 
 
 def _settings_of(run: RunFolder) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Flat settings of an evaluation, and what was recorded of each judge's options."""
+    """Flat settings of an evaluation, and the recorded options of each judge."""
     settings, where = run.manifest(EVALUATION)["settings"], run.path / EVALUATION / MANIFEST
     remedy = f"delete {where.parent}, do not use it"
     try:
@@ -275,10 +275,10 @@ def _has_images_of_each_prompt(rows: pa.Table, num_images: int) -> bool:
 
 
 def refuse_incomparable(one: EvaluatedRun, other: EvaluatedRun) -> None:
-    """Refuse two runs that were not put to the same test: other images asked for, or a judge set up otherwise.
+    """Refuse two runs with different base images, prompts, or options of a common judge.
 
     Raises:
-        StoreError: with every key that differs.
+        StoreError: the runs differ; names every key.
     """
     common = [f"rewards.{judge}." for judge in one.judges if judge in other.judges]
     keys = [
@@ -293,16 +293,20 @@ def refuse_incomparable(one: EvaluatedRun, other: EvaluatedRun) -> None:
         differences.append(f"`prompts.heldout` gives {_prompts_differ(one.prompts, other.prompts)}")
     if differences:
         raise StoreError(
-            f"compare: {one.path} and {other.path} were not put to the same test: {'; '.join(differences)};"
+            f"compare: {one.path} and {other.path} are not comparable: {'; '.join(differences)};"
             " evaluate one of them again, or leave it out"
         )
 
 
 def with_scores(run: EvaluatedRun, judges: Mapping[str, Mapping[str, Any]]) -> EvaluatedRun:
-    """The run with columns of judges that its evaluation did not have, scored from the images that it kept.
+    """The run with score columns of further judges, computed from its stored images.
 
     Args:
-        judges: keyword arguments of the class of each.
+        judges: by name, the keyword arguments of the judge's class.
+
+    Raises:
+        StoreError: an image is not a PNG, or has another size than the others.
+        RewardError: a judge cannot be loaded, or fails.
     """
     if not judges:
         return run
@@ -325,7 +329,7 @@ def with_scores(run: EvaluatedRun, judges: Mapping[str, Mapping[str, Any]]) -> E
                 for judge, scores in scorer(torch.from_numpy(images), batch["prompt"].to_pylist()).items():
                     scored[f"{arm}_{score_column(judge)}"] += scores.tolist()
                 bar.update(len(images))
-    order = np.lexsort(np.array(places).T[::-1])  # as `rows` are sorted
+    order = np.lexsort(np.array(places).T[::-1])  # the order of `rows`
     rows = run.rows
     for column, values in scored.items():
         rows = rows.append_column(column, pa.array(np.array(values)[order]))
@@ -333,21 +337,24 @@ def with_scores(run: EvaluatedRun, judges: Mapping[str, Mapping[str, Any]]) -> E
 
 
 def measure_runs(runs: Sequence[EvaluatedRun], judges: Sequence[str]) -> dict[str, Any]:
-    """The numbers of `compare.json`; intervals are of a bootstrap over prompts, by the first run's settings.
+    """The numbers of `compare.json`, with intervals by bootstrap over prompts with the first run's settings.
 
     Returns:
-        `arms`: names of the runs, then the base model (its images are the first run's).
-        `scores`: by run and judge, a `Comparison` with the base from the same noise.
-        `win_rates`: by judge, ``[arm][arm]``, how often the row's image is better than the column's from the same
-        noise; a tie counts one half; none on the diagonal.
-        `appearance`: by run and measure, diversity among them, as its evaluation found it.
-        `preference_accuracy`: by run and judge, as in `metrics.preference_accuracy`.
+        `arms`: names of the runs, then the base model (with the first run's images).
+        `scores`: by run and judge, a `Comparison` with the base model on images from the same noise.
+        `win_rates`: by judge, ``[arm][arm]``, how often the row's image scores higher than the column's from the same
+        noise; a tie counts one half; `None` on the diagonal.
+        `appearance`: by run and measure, including diversity, a `Comparison` from the run's evaluation.
+        `preference_accuracy`: by run and judge, see `metrics.preference_accuracy`.
+
+    Raises:
+        ValueError: a judge has no image with a finite score of both arms.
     """
     seed = runs[0].settings["run.seed"]
     num_resamples = runs[0].settings["evaluation.num_bootstrap_resamples"]
 
     def win_rate(row: Scores, column: Scores) -> dict[str, float]:
-        return asdict(compare(column, row, num_resamples=num_resamples, seed=seed).win_rate)
+        return asdict(compare_scores(column, row, num_resamples=num_resamples, seed=seed).win_rate)
 
     scores: dict[str, dict[str, Any]] = {run.name: {} for run in runs}
     win_rates: dict[str, list[list[Any]]] = {}
@@ -358,7 +365,7 @@ def measure_runs(runs: Sequence[EvaluatedRun], judges: Sequence[str]) -> dict[st
             for row in range(len(arms))
         ]
         for run, tuned in zip(runs, arms, strict=False):
-            compared = compare(run.scores("base", judge), tuned, num_resamples=num_resamples, seed=seed)
+            compared = compare_scores(run.scores("base", judge), tuned, num_resamples=num_resamples, seed=seed)
             scores[run.name][judge] = compared.to_dict()
     return {
         "runs": [{"name": run.name, "path": str(run.path), "trained_on": run.trained_on} for run in runs],
@@ -386,8 +393,8 @@ def measure_runs(runs: Sequence[EvaluatedRun], judges: Sequence[str]) -> dict[st
     }
 
 
-def spoken(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of `compare.json` with what the page shows of them as text."""
+def page_values(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `compare.json`, and its numbers formatted as text in the order of the page's tables."""
 
     def cell(comparison: Mapping[str, Any] | None) -> dict[str, Any] | None:
         if comparison is None:
@@ -422,29 +429,28 @@ def spoken(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table_of(found: Mapping[str, Any]) -> str:
-    """What the terminal shows: a row a run, a column a judge; mean score, and its difference to the base."""
-    told = spoken(found)
+    """Table for the terminal: one row per run, one column per judge; mean score and its difference to the base."""
+    score_rows = page_values(found)["score_rows"]
     header = ["run", "trained on", *found["judges"]]
-    first = told["score_rows"][0]
-    rows = [[BASE, "", *(cell["base"] for cell in first)]]
-    for run, cells in zip(found["runs"], told["score_rows"], strict=True):
+    rows = [[BASE, "", *(cell["base"] for cell in score_rows[0])]]
+    for run, cells in zip(found["runs"], score_rows, strict=True):
         shown = [f"{cell['tuned']} ({cell['difference']} {cell['interval']})" for cell in cells]
         rows.append([run["name"], run["trained_on"], *shown])
     return aligned([header, *rows])
 
 
 def image_grid(runs: Sequence[EvaluatedRun]) -> list[dict[str, Any]]:
-    """The first held-out prompts: each with its text and an entry an arm, its images from the same noise."""
+    """The first held-out prompts: text, and one entry per arm with its images from the same noise."""
     grid: list[dict[str, Any]] = [
         {"prompt": prompt, "arms": [{"name": name, "images": []} for name in (BASE, *(run.name for run in runs))]}
         for prompt in runs[0].prompts[:SHOWN_PROMPTS]
     ]
-    first = runs[0].rows["prompt_index"].unique().to_pylist()[:SHOWN_PROMPTS]  # those set aside have no row
+    first = runs[0].rows["prompt_index"].unique().to_pylist()[:SHOWN_PROMPTS]  # prompts in quarantine have no row
     places = {prompt_index: place for place, prompt_index in enumerate(first)}
     for place, (run, arm) in enumerate([(runs[0], "base"), *((run, "tuned") for run in runs)]):
         column = f"{arm}_image"
-        few = [("prompt_index", "in", list(places)), ("sample_index", "<", SHOWN_IMAGES)]
-        rows = read_table(run.comparison_path, ["prompt_index", "sample_index", column], few)
+        shown_rows = [("prompt_index", "in", list(places)), ("sample_index", "<", SHOWN_IMAGES)]
+        rows = read_table(run.comparison_path, ["prompt_index", "sample_index", column], shown_rows)
         for row in rows.sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")]).to_pylist():
             where = f"{run.comparison_path}: image {row['sample_index']} of prompt {row['prompt_index']}"
             grid[places[row["prompt_index"]]]["arms"][place]["images"].append(inlined(row[column], where))
@@ -455,4 +461,4 @@ def _prompts_differ(one: Sequence[str], other: Sequence[str]) -> str:
     if len(one) != len(other):
         return f"{len(one)} and {len(other)} prompts"
     place = next(index for index, prompts in enumerate(zip(one, other, strict=True)) if len(set(prompts)) > 1)
-    return f"other prompts: number {place + 1} is {printable(repr(one[place]))} and {printable(repr(other[place]))}"
+    return f"different prompts: number {place + 1} is {printable(repr(one[place]))} and {printable(repr(other[place]))}"

@@ -1,4 +1,4 @@
-"""Scores of two models on the same prompts -> means, differences and win rate with their uncertainty."""
+"""Scores of two models on the same prompts -> means, difference and win rate with confidence intervals."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,13 +20,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base against fine-tuned, by one judge.
+    """Base against fine-tuned model, by one judge.
 
     Attributes:
         base, tuned: mean score.
         difference: mean of tuned minus base, paired by prompt.
-        win_rate: share of (prompt, image) in which tuned scores higher; a tie counts one half.
-        num_missing: (prompt, image) left out because either score is not finite.
+        win_rate: share of images for which the fine-tuned model scores higher; a tie counts one half.
+        num_missing: number of images excluded because either score is not finite.
     """
 
     base: Interval
@@ -41,13 +41,14 @@ class Comparison:
 
 
 def bootstrap_mean(values: Scores, *, num_resamples: int, seed: int, confidence: float = 0.95) -> Interval:
-    """Mean over prompts with its percentile bootstrap interval: prompts are drawn anew, with replacement.
+    """Mean over prompts with its percentile bootstrap interval: prompts are resampled with replacement.
 
-    Images of one prompt are alike, so the prompt is what is drawn, not the image.
+    Prompts are resampled, not images, because the images of one prompt are correlated.
 
     Args:
-        values: ``[prompt]``, one number a prompt.
-        num_resamples: bootstrap draws of the whole set.
+        values: ``[prompt]``, one number per prompt.
+        num_resamples: number of bootstrap draws of the whole set.
+        seed: seed of the bootstrap.
         confidence: share of resampled means within the interval.
 
     Raises:
@@ -73,15 +74,15 @@ def bootstrap_mean(values: Scores, *, num_resamples: int, seed: int, confidence:
 
 
 def bootstrap_over_runs(values: Scores, *, num_resamples: int, seed: int, confidence: float = 0.95) -> Interval:
-    """Mean over runs and prompts with its percentile bootstrap interval: both are drawn anew, with replacement.
+    """Mean over runs and prompts with its percentile bootstrap interval: both are resampled with replacement.
 
-    Tells what another set of seeds and another set of prompts would have given; `bootstrap_mean` of the mean run tells
-    of other prompts alone. Of few runs the spread comes out too small, by a factor of ``sqrt(1 - 1/run)``, and of one
-    run it is none.
+    The interval covers other seeds and other prompts; `bootstrap_mean` of the mean over runs covers other prompts only.
+    The spread over runs is underestimated by a factor of ``sqrt(1 - 1/run)``; a single run has no spread.
 
     Args:
-        values: ``[run, prompt]``, one number a prompt of each run; the same prompts in every run.
-        num_resamples: bootstrap draws of the whole set.
+        values: ``[run, prompt]``, one number per run and prompt; the same prompts in every run.
+        num_resamples: number of bootstrap draws of the whole set.
+        seed: seed of the bootstrap.
         confidence: share of resampled means within the interval.
 
     Raises:
@@ -106,24 +107,24 @@ def bootstrap_over_runs(values: Scores, *, num_resamples: int, seed: int, confid
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def compare(base: Scores, tuned: Scores, *, num_resamples: int, seed: int) -> Comparison:
-    """Compare two models judged on images made from the same noise.
+def compare_scores(base: Scores, tuned: Scores, *, num_resamples: int, seed: int) -> Comparison:
+    """Compare the scores of two models on images generated from the same noise.
 
     Args:
-        base, tuned: ``[prompt, image]`` scores, higher is better; entry for entry from the same prompt and noise.
-        num_resamples, seed: of the bootstrap; all intervals draw the same prompts.
+        base, tuned: ``[prompt, image]`` scores, higher is better; each entry of both has the same prompt and noise.
+        num_resamples, seed: number of draws and seed of the bootstrap; all intervals draw the same prompts.
 
     Raises:
-        ValueError: shapes differ, or no (prompt, image) has two finite scores.
+        ValueError: the shapes differ, or no image has two finite scores.
     """
     if base.shape != tuned.shape or base.ndim != 2:
         raise ValueError(
-            f"compare: `base` and `tuned` must be [prompt, image] alike, got {base.shape} and {tuned.shape}"
+            f"compare_scores: `base` and `tuned` must both be [prompt, image], got {base.shape} and {tuned.shape}"
         )
     valid = np.isfinite(base) & np.isfinite(tuned)
     kept = valid.any(axis=1)
     if not kept.any():
-        raise ValueError("compare: no image has a finite score of both models; mend the judge")
+        raise ValueError("compare_scores: no image has a finite score of both models; fix the judge")
     wins = np.where(tuned > base, 1.0, np.where(tuned == base, 0.5, 0.0))
 
     def interval(values: Scores) -> Interval:
@@ -136,16 +137,16 @@ def compare(base: Scores, tuned: Scores, *, num_resamples: int, seed: int) -> Co
 
 
 def pair_agreement(values: Scores, scores: Scores) -> Scores:
-    """Share of a prompt's image pairs that ``values`` put in the order of ``scores``; equal values count one half.
+    """Share of a prompt's image pairs that ``values`` order as ``scores`` do; equal values count one half.
 
     Before training all implicit values are equal, and the share is one half. Pairs with equal scores, or with a value
-    or score that is not finite, are left out.
+    or score that is not finite, are excluded.
 
     Args:
         values, scores: ``[prompt, image]``.
 
     Returns:
-        ``[prompt]``, 0 to 1; NaN where no pair is left.
+        ``[prompt]``, 0 to 1; NaN if no pair is left.
     """
     value_signs, score_signs = _pair_signs(values, scores)
     num_decided = np.abs(score_signs).sum(axis=1)
@@ -154,13 +155,13 @@ def pair_agreement(values: Scores, scores: Scores) -> Scores:
 
 
 def rank_correlation(one: Scores, other: Scores) -> Scores:
-    """Kendall's tau-b of two judges within each prompt: -1 (opposite order) to 1 (same order), ties allowed for.
+    """Kendall's tau-b of two judges within each prompt: -1 (opposite order) to 1 (same order), corrected for ties.
 
     Args:
-        one, other: ``[prompt, image]``; a pair with a score that is not finite is left out.
+        one, other: ``[prompt, image]`` scores; pairs with a score that is not finite are excluded.
 
     Returns:
-        ``[prompt]``; NaN where a judge finds all images alike.
+        ``[prompt]``; NaN if a judge gives all images the same score.
 
     Source: M. G. Kendall, "The treatment of ties in ranking problems", Biometrika 33 (1945).
     """
@@ -170,8 +171,7 @@ def rank_correlation(one: Scores, other: Scores) -> Scores:
 
 
 def _pair_signs(one: Scores, other: Scores) -> tuple[Scores, Scores]:
-    """Order of every two images of a prompt by each of two scores, ``[prompt, pair]`` of -1, 0, 1; 0 in both where a
-    score is not finite."""
+    """Order of each image pair by both scores, ``[prompt, pair]`` of -1, 0, 1; 0 if a score is not finite."""
     first, second = np.triu_indices(one.shape[1], k=1)
     valid = np.isfinite(one) & np.isfinite(other)
     kept = valid[:, first] & valid[:, second]

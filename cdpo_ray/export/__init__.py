@@ -1,8 +1,8 @@
-"""What was trained -> files that other tools load, and a card that says what they are."""
+"""Trained adapter or model -> files that other tools load, with a model card."""
 
 FORMATS = {
     "diffusers": "cdpo_ray.export.formats:write_diffusers",
     "kohya": "cdpo_ray.export.formats:write_kohya",
     "merged": "cdpo_ray.export.formats:write_merged",
 }
-"""Format -> the function that writes it, imported when used. A new format is one function and one line here."""
+"""Format -> function that writes it, imported on use. A new format is one function and one line here."""

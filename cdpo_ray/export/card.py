@@ -1,4 +1,4 @@
-"""What a run did and found -> the model card beside an export."""
+"""Settings and metrics of a run -> model card of an export."""
 
 import html
 import re
@@ -12,25 +12,26 @@ import yaml
 from markupsafe import Markup
 
 from cdpo_ray.config import HUB_ID
-from cdpo_ray.evaluation.report import find, signs_of_reward_hacking
+from cdpo_ray.evaluation.report import measure_results, signs_of_reward_hacking
 from cdpo_ray.store import flat
 
 ACTIVE = re.compile(r"[\\`*_\[\]|~$]")
-"""What changes the meaning of Markdown within a line; HTML's own letters are escaped apart."""
+"""Active characters of Markdown within a line; those of HTML are escaped separately."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a card tells of a run.
+    """Content of a model card.
 
     Attributes:
+        name: name of the run.
         settings: the whole configuration, as plain values.
-        round: of how many, 1-based.
-        num_prompts, num_heldout: prompts trained on, and judged on.
-        ranking: by which rewards images were ranked, in words.
-        curriculum: what is shown and when, in words.
+        round: number of the exported round, 1-based.
+        num_prompts, num_heldout: number of training prompts and of held-out prompts.
+        ranking: description of how the rewards rank images.
+        curriculum: description of the curriculum.
         training: manifest of `4-training`.
-        metrics: content of `metrics.json`; none if the run was not evaluated.
+        metrics: content of `metrics.json`; `None`: the run was not evaluated.
     """
 
     name: str
@@ -45,16 +46,17 @@ class RunFacts:
 
 
 def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
-    """The card in Markdown, with the front matter that the hub reads; the licence is left to the user.
+    """The card in Markdown, with the front matter that the hub reads; the user adds the licence.
 
-    Text from elsewhere (names, paths) is escaped, so that it cannot become markup.
+    Untrusted text (names, paths) is escaped, so that it cannot become markup.
 
     Args:
-        format_name: of `cdpo_ray.export.FORMATS`.
-        denoiser_name: `unet` or `transformer`, which decides who reads a kohya file.
+        facts: content of the card.
+        format_name: key of `cdpo_ray.export.FORMATS`.
+        denoiser_name: `unet` or `transformer`; determines which tools read a kohya file.
     """
     settings, is_lora = facts.settings, facts.settings["training"]["method"] == "lora"
-    findings = find(facts.metrics, settings["rewards"]) if facts.metrics else []
+    results = measure_results(facts.metrics, settings["rewards"]) if facts.metrics else []
     return _template().render(
         front_matter=Markup(front_matter(settings["model"], format_name, is_lora=is_lora)),
         facts=facts,
@@ -72,13 +74,13 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         making=_table({"generation": settings["generation"], "rewards": _reward_settings(settings["rewards"])}),
         curriculum=_table({"curriculum": settings["curriculum"]}),
         training=_table({"training": _training_settings(settings["training"])}),
-        findings=findings,
-        hacking=[f"{sign.name} {sign.verdict}" for sign in signs_of_reward_hacking(findings)],
+        results=results,
+        hacking=[f"{sign.name} {sign.verdict}" for sign in signs_of_reward_hacking(results)],
     )
 
 
 def front_matter(model: Mapping[str, Any], format_name: str, *, is_lora: bool) -> str:
-    """YAML that the hub reads: what the card's model is, and what it was made from where that is on the hub."""
+    """YAML metadata for the hub: kind of model, and its base model if that is on the hub."""
     base = {
         "base_model": model["path"],
         "base_model_revision": model["revision"],
@@ -94,7 +96,7 @@ def front_matter(model: Mapping[str, Any], format_name: str, *, is_lora: bool) -
 
 
 def escaped(value: Any) -> str:
-    """Text as it stands, whatever HTML or Markdown would make of it, on one line."""
+    """A value as literal text on one line, escaped for HTML and Markdown; `Markup` is returned unchanged."""
     if isinstance(value, Markup):
         return str(value)
     text = html.escape(" ".join(_text(value).split()), quote=False)
@@ -117,13 +119,13 @@ def _table(settings: Mapping[str, Any]) -> Markup:
 
 
 def _reward_settings(rewards: Mapping[str, Any]) -> dict[str, Any]:
-    """Every value, but of the built-in rewards only those in use."""
+    """All settings, without those of unused built-in rewards."""
     used = ("weights", *rewards["names"])
     return {key: value for key, value in rewards.items() if not isinstance(value, Mapping) or (value and key in used)}
 
 
 def _training_settings(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Every value, the LoRA's alpha resolved; without the LoRA's where the whole net was trained."""
+    """All settings, with the LoRA's alpha resolved; without `lora` for full fine-tuning."""
     lora = training["lora"]
     resolved = {"lora": lora | {"alpha": lora["alpha"] or lora["rank"]}} if training["method"] == "lora" else {}
     return {key: value for key, value in training.items() if key != "lora"} | resolved
@@ -143,7 +145,7 @@ def _loading_base(model: Mapping[str, Any]) -> str:
 
 
 def _call(generation: Mapping[str, Any]) -> str:
-    """The pipeline's call with what the run sampled with."""
+    """Call of the pipeline with the sampling settings of the run."""
     sizes = "".join(f", {side}={generation[side]}" for side in ("height", "width") if generation[side])
     return (
         f'image = pipe("a prompt", num_inference_steps={generation["num_denoising_steps"]},'

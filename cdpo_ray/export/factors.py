@@ -1,4 +1,4 @@
-"""Saved LoRA -> the factors of each layer."""
+"""Saved LoRA -> factors of each layer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,9 @@ class Factors:
     """The LoRA of one linear or convolution layer.
 
     Attributes:
-        down: ``[rank, input]``, of a convolution ``[rank, input, height, width]``.
-        up: ``[output, rank]``, of a convolution ``[output, rank, 1, 1]``.
+        down: ``[rank, input]``; convolution: ``[rank, input, height, width]``.
+        up: ``[output, rank]``; convolution: ``[output, rank, 1, 1]``.
+        alpha: scale of the weight change, before division by the rank.
     """
 
     down: Tensor
@@ -30,11 +31,11 @@ class Factors:
 
 
 def read_factors(lora_dir: Path, denoiser_name: str) -> dict[str, Factors]:
-    """Layer of the denoiser -> its factors, in the order of their names.
+    """Factors by layer of the denoiser, sorted by name.
 
     Args:
-        lora_dir: written by `cdpo_ray.models.lora.save_lora`.
-        denoiser_name: `unet` or `transformer`, which the file puts before every name.
+        lora_dir: folder written by `cdpo_ray.models.lora.save_lora`.
+        denoiser_name: `unet` or `transformer`, the prefix of every name in the file.
 
     Raises:
         ModelError: the file is damaged, see `read_lora`.
@@ -45,7 +46,7 @@ def read_factors(lora_dir: Path, denoiser_name: str) -> dict[str, Factors]:
 
 @torch.no_grad()
 def merge(denoiser: torch.nn.Module, factors: dict[str, Factors]) -> None:
-    """Add each layer's weight change in place, in fp32, rounded once to the weight's own type."""
+    """Add each layer's weight change in place, computed in fp32 and rounded once to the weight's dtype."""
     for layer, found in factors.items():
         weight = denoiser.get_submodule(layer).weight
         assert isinstance(weight, Tensor)

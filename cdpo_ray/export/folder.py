@@ -1,4 +1,4 @@
-"""Files and card -> a folder, put in place whole."""
+"""Exported files and model card -> a folder, written atomically."""
 
 import contextlib
 import importlib
@@ -15,15 +15,21 @@ CARD = "README.md"
 
 
 def write_export(format_name: str, trained: Trained, card: str, output_dir: Path) -> None:
-    """Write what was trained in a format of `FORMATS`, with its card; whole or not at all on local disk.
+    """Write the trained adapter or model in a format of `FORMATS`, with its card; atomic on local disk.
+
+    Args:
+        format_name: key of `FORMATS`.
+        trained: run to export.
+        card: Markdown of the model card.
+        output_dir: folder to create.
 
     Raises:
-        ExportError: the format cannot hold what was trained, or the folder is there already.
+        ExportError: the format cannot hold a fully fine-tuned model, or the folder exists already.
         StoreError: the disk or the store fails.
-        ModelError: the base model is needed and cannot be loaded.
+        ModelError: the base model is needed and cannot be loaded, or the adapter is damaged.
     """
     if output_dir.exists():
-        raise ExportError(f"{output_dir}: is there already; delete it, or give another folder by `--out`")
+        raise ExportError(f"{output_dir}: exists already; delete it, or choose another folder with `--out`")
     module, _, function = FORMATS[format_name].partition(":")
     write = getattr(importlib.import_module(module), function)
     make_folder(output_dir.parent)
@@ -40,9 +46,9 @@ def write_export(format_name: str, trained: Trained, card: str, output_dir: Path
 
 @contextlib.contextmanager
 def _aside(output_dir: Path) -> Iterator[Path]:
-    """An empty local folder, deleted at the end if it is still there; on the same disk if the output is local.
+    """An empty temporary folder, deleted at the end if it still exists; on the same disk if the output is local.
 
-    Its name is fixed, so that the next export deletes what one that was killed left.
+    Its name is fixed, so that the next export deletes the remains of a killed one.
     """
     if not is_local(output_dir):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What was trained -> the files of each format."""
+"""Trained adapter or model -> files of each format."""
 
 import shutil
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, read_lora
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run trained, and what it is for.
+    """Trained adapter or model of a run, and its base model.
 
     Attributes:
-        name: of the run.
-        training_dir: its `4-training`.
-        family: of the base model.
-        model: arguments of the family's ``load`` that give the base model.
+        name: name of the run.
+        training_dir: `4-training` of the run.
+        family: family of the base model.
+        model: arguments of the family's ``load`` for the base model.
     """
 
     name: str
@@ -43,21 +43,21 @@ class Trained:
         """Folder of the LoRA.
 
         Raises:
-            ExportError: the whole net was trained, so that there is none.
+            ExportError: the run used full fine-tuning, so there is no LoRA.
         """
         if not self.is_lora:
             raise ExportError(
-                f"`--format` {format_name}: {self.training_dir} holds a whole net (`training.method` full), no LoRA;"
-                " use `--format merged`"
+                f"`--format` {format_name}: {self.training_dir} holds a full model (`training.method` full), not a"
+                " LoRA; use `--format merged`"
             )
         return self.training_dir / LORA_DIR
 
 
 def write_diffusers(trained: Trained, output_dir: Path) -> None:
-    """The LoRA as ``pipe.load_lora_weights(folder)`` of diffusers loads it: the trained file itself, alpha included.
+    """Copy the trained LoRA file, which ``pipe.load_lora_weights(folder)`` of diffusers loads, including alpha.
 
     Raises:
-        ExportError: the whole net was trained.
+        ExportError: the run used full fine-tuning.
         ModelError: the LoRA is damaged.
     """
     saved = read_lora(trained.lora_dir("diffusers"), trained.denoiser_name)
@@ -65,13 +65,15 @@ def write_diffusers(trained: Trained, output_dir: Path) -> None:
 
 
 def write_kohya(trained: Trained, output_dir: Path) -> None:
-    """The LoRA with the keys that kohya's scripts made common, an alpha a layer: ``<run>.safetensors``.
+    """Write the LoRA with the keys of kohya's scripts and one alpha per layer: ``<run>.safetensors``.
 
-    Layers have diffusers' names, dots replaced: ``lora_unet_mid_block_attentions_0_...``, which ComfyUI, AUTOMATIC1111
-    and diffusers read for every UNet family. Of transformers ComfyUI alone does, under ``lora_transformer_``.
+    Layers have diffusers' names with dots replaced: ``lora_unet_mid_block_attentions_0_...``, which ComfyUI,
+    AUTOMATIC1111 and diffusers read for every UNet family. For transformers, ``lora_transformer_...``, only ComfyUI
+    does.
 
     Raises:
-        ExportError: the whole net was trained.
+        ExportError: the run used full fine-tuning.
+        ModelError: the LoRA is damaged.
     """
     tensors: dict[str, torch.Tensor] = {}
     for layer, factors in read_factors(trained.lora_dir("kohya"), trained.denoiser_name).items():
@@ -83,15 +85,15 @@ def write_kohya(trained: Trained, output_dir: Path) -> None:
 
 
 def kohya_path(output_dir: Path, name: str) -> Path:
-    """The file that `write_kohya` makes of a run."""
+    """Path of the file that `write_kohya` writes."""
     return output_dir / f"{name}.safetensors"
 
 
 def write_merged(trained: Trained, output_dir: Path) -> None:
-    """The whole pipeline, as ``DiffusionPipeline.from_pretrained`` of diffusers loads it, without a trace of LoRA.
+    """Write the whole pipeline with merged weights, for ``DiffusionPipeline.from_pretrained`` of diffusers.
 
-    Its sampler is the one that the run's images were made with. A LoRA that was trained on a quantised base is merged
-    into the weights that this base was rounded from.
+    Its scheduler is the one that generated the run's images. A LoRA that was trained on a quantised base is merged into
+    the original weights of that base.
 
     Raises:
         ModelError: the base model cannot be loaded, or the LoRA is damaged or does not fit it.

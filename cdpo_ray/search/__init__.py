@@ -1,1 +1,1 @@
-"""Ray Tune over the schedules: trials on the same samples and scores -> the best schedule."""
+"""Search over schedules with Ray Tune: trials on the same samples and scores -> the best schedule."""

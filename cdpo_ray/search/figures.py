@@ -1,4 +1,4 @@
-"""What a search found -> charts as inline SVG."""
+"""Results of a search -> charts as inline SVG."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,37 +14,37 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from cdpo_ray.pages.chart_style import BLUE, GREY, INK, STYLE
 from cdpo_ray.pages.svg import blank_figure, inline_svg
-from cdpo_ray.search.findings import short, spoken
+from cdpo_ray.search.findings import short, value_text, verdict_text
 from cdpo_ray.search.trials import DONE, FAILED, STOPPED
 
 Record = Mapping[str, Any]
-"""A trial as in `tune.json`."""
+"""A trial of `tune.json`."""
 
 UNCHANGED = {"reward": 0.0, "win_rate": 0.5, "implicit_accuracy": 0.5}
-"""What an untrained model has."""
+"""Values of the base model."""
 
-SPREAD = 0.6  # of a category's width that the trials of one category lie apart, so that each line can be followed
-GAP = 0.08  # inches between axes that have titles
-CHARACTER = 0.0155  # width of one, as a share of an axis
+SPREAD = 0.6  # share of a category's width over which its trials are spread, so that lines do not overlap
+GAP = 0.08  # inches between axes with titles
+CHARACTER = 0.0155  # width of a character, as a share of an axis
 OVER_LINES = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6}
 LINES = {DONE: "-", STOPPED: (0, (4, 2)), FAILED: (0, (1, 1.5))}
-BROKEN_OFF = (0, (6, 2, 1, 2))
+UNFINISHED = (0, (6, 2, 1, 2))
 
 SCALE: Colormap = LinearSegmentedColormap.from_list(
     "objective", mpl.colormaps["YlOrBr"](np.linspace(0.25, 1, 64))
-)  # one hue from light to dark, apart from the blue and black of the two that are marked
+)  # one hue from light to dark, distinct from the blue and black of the marked trials
 
 
 def parallel_coordinates(
     trials: Sequence[Record], knobs: Sequence[Mapping[str, Any]], objective: str, *, paper: int, best: int | None
 ) -> str:
-    """A line a trial through an axis a knob, down to the objective; the axes lie below one another.
+    """One line per trial through one horizontal axis per knob, down to the objective.
 
-    So the names of choices have room beside each other, and ten knobs are as readable as two, on a phone too.
+    Horizontal axes have room for the names of choices, and many knobs remain readable on a narrow screen.
 
     Args:
         knobs: `key`, and `choices`, or `low`, `high`, `log` and `is_integer`.
-        paper, best: numbers of the trials that are marked.
+        paper, best: numbers of the trials to highlight.
     """
     colours = _colours(trials, objective)
     values = {trial["number"]: trial["values"][objective] for trial in trials}
@@ -70,23 +70,26 @@ def parallel_coordinates(
             places = [row["places"].get(number) for row in rows]
             heights = [-height for height, place in enumerate(places) if place is not None]
             xs = [place for place in places if place is not None]
-            style: dict[str, Any] = {"color": colours[number], "lw": width, "ls": LINES.get(trial["state"], BROKEN_OFF)}
+            style: dict[str, Any] = {"color": colours[number], "lw": width, "ls": LINES.get(trial["state"], UNFINISHED)}
             if trial["state"] != DONE:
                 style |= {"lw": 0.7 * width}
             if number in marked:
                 style |= {"color": marked[number][1], "lw": 2.2, "marker": "o", "markersize": 4}
             axes.plot(xs, heights, zorder=3 + depth, solid_joinstyle="round", clip_on=False, **style)
         _legend(figure, trials, marked)
-        return inline_svg(figure, f"Each trial's value of each knob, and its {objective}")
+        return inline_svg(figure, f"Hyperparameters and {_label(objective)} of each trial")
 
 
 def stage_curves(
     trials: Sequence[Record], measures: Sequence[str], objective: str, *, paper: int, best: int | None
 ) -> str:
-    """What each trial reported after each stage, an axis a measure; the paper's and the best with 95 % intervals.
+    """Reported measures of each trial after each stage, one axis per measure.
+
+    The paper's and the best trial have 95 % intervals of the objective.
 
     Args:
-        measures: of a stage's report; the intervals are the objective's.
+        measures: keys of a stage's report.
+        paper, best: numbers of the trials to highlight.
     """
     colours = _colours(trials, objective)
     marked = _marked(paper, best)
@@ -103,10 +106,10 @@ def stage_curves(
                     continue
                 stages, values = [stage["stage"] for stage in shown], [stage[measure] for stage in shown]
                 if number in marked:
-                    apart = 0.04 if number == best else -0.04  # so that two intervals are not one
+                    apart = 0.04 if number == best else -0.04  # so that the two intervals do not overlap
                     _with_intervals(axes, shown, measure, objective, marked[number][1], apart, zorder=4 + depth)
                     continue
-                style = {"lw": 1.1 if trial["state"] == DONE else 0.8, "ls": LINES.get(trial["state"], BROKEN_OFF)}
+                style = {"lw": 1.1 if trial["state"] == DONE else 0.8, "ls": LINES.get(trial["state"], UNFINISHED)}
                 axes.plot(stages, values, color=colours[number], zorder=2, **style)
                 end = {DONE: "o", STOPPED: "x", FAILED: "v"}.get(trial["state"], "|")
                 axes.plot(
@@ -123,7 +126,7 @@ def stage_curves(
 
 
 def importance_bars(importance: Mapping[str, float]) -> str:
-    """Share of each knob, the largest at the top."""
+    """Share of importance of each knob, the largest at the top."""
     shares = sorted(importance.items(), key=lambda item: item[1])
     with mpl.rc_context(STYLE):
         figure = blank_figure(0.55 + 0.27 * len(shares))
@@ -142,13 +145,13 @@ def importance_bars(importance: Mapping[str, float]) -> str:
         axes.set_xlim(0, max(1.0, 115 * shares[-1][1]))
         axes.set_xlabel("share of importance (%)")
         axes.grid(visible=False, axis="y")
-        return inline_svg(figure, "Share of each knob in how the first objective varies")
+        return inline_svg(figure, "Share of each hyperparameter in the variation of the first objective")
 
 
 def pareto_scatter(
     trials: Sequence[Record], objectives: Sequence[str], pareto: Sequence[int], *, paper: int, best: int | None
 ) -> str:
-    """Each further objective over the first; trials that no other beats are ringed, and of two objectives joined."""
+    """Each further objective over the first; Pareto-optimal trials are ringed and, with two objectives, joined."""
     colours = _colours(trials, objectives[0])
     marked = _marked(paper, best)
     judged = [trial for trial in trials if None not in trial["values"].values()]
@@ -185,7 +188,7 @@ def pareto_scatter(
             axes.xaxis.set_major_locator(MaxNLocator(6))
         all_axes[-1].set_xlabel(_label(objectives[0]))
         handles = [
-            Line2D([], [], marker="o", ls="none", color=GREY, markeredgecolor=INK, label="beaten by none"),
+            Line2D([], [], marker="o", ls="none", color=GREY, markeredgecolor=INK, label="Pareto-optimal"),
             Line2D([], [], marker="o", ls="none", color=SCALE(0.5), label="done"),
             Line2D([], [], marker="x", ls="none", color=SCALE(0.5), label="stopped early"),
         ]
@@ -196,10 +199,10 @@ def pareto_scatter(
 
 
 def confirmation_dots(judges: Mapping[str, Mapping[str, Any]]) -> str:
-    """The paper's and the found schedule against the base model, and against each other, an axis a judge.
+    """The paper's and the found schedule against the base model and against each other, one axis per judge.
 
     Args:
-        judges: `findings.confirm`'s, by name.
+        judges: `judges` of `findings.confirm`, by name.
     """
     arms = [("difference", "found − paper", INK), ("found", "found − base", BLUE), ("paper", "paper − base", GREY)]
     with mpl.rc_context(STYLE):
@@ -226,24 +229,20 @@ def confirmation_dots(judges: Mapping[str, Mapping[str, Any]]) -> str:
             axes.margins(x=0.12)
             axes.grid(visible=False, axis="y")
             axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.set_title(
-                f"{name}: found is {found['verdict']}"
-                if found["verdict"] != "not told apart"
-                else f"{name}: not told apart"
-            )
+            axes.set_title(f"{name}: found is {verdict_text(found['verdict'])}")
         return inline_svg(figure, "Paper's and found schedule on held-out prompts for each judge, with 95 % intervals")
 
 
 def _knob_row(knob: Mapping[str, Any], trials: Sequence[Record]) -> dict[str, Any]:
-    """An axis: its label, `ticks` (place from 0 to 1 and text) and the `places` of trials by number."""
+    """An axis: its label, `ticks` (position from 0 to 1, and text) and the `places` (positions) of trials by number."""
     key = knob["key"]
     used = {trial["number"]: trial["point"][key] for trial in trials if key in trial["point"]}
     unused = [trial["number"] for trial in trials if key not in trial["point"]]
-    reach = 0.86 if unused else 1.0  # what is right of it is the place of those that do not use the knob
+    reach = 0.86 if unused else 1.0  # to the right of it are the trials that do not use the knob
     if knob["choices"]:
         choices = list(knob["choices"])
         width = reach / len(choices)
-        ticks = [(width * (index + 0.5), spoken(choice)) for index, choice in enumerate(choices)]
+        ticks = [(width * (index + 0.5), value_text(choice)) for index, choice in enumerate(choices)]
         places = {
             number: width * (index + 0.5) + offset
             for index, choice in enumerate(choices)
@@ -252,7 +251,7 @@ def _knob_row(knob: Mapping[str, Any], trials: Sequence[Record]) -> dict[str, An
         label = short(key)
     else:
         to_place = _ranged(knob["low"], knob["high"], log=knob["log"])
-        ticks = [(reach * to_place(value), spoken(float(value))) for value in _tick_values(knob)]
+        ticks = [(reach * to_place(value), value_text(float(value))) for value in _tick_values(knob)]
         places = {number: reach * to_place(value) for number, value in used.items()}
         label = short(key) + (" (log)" if knob["log"] else "")
     if unused:
@@ -266,7 +265,9 @@ def _objective_row(objective: str, trials: Sequence[Record], values: Mapping[int
     low, high = _span(list(known.values()))
     to_place = _ranged(low, high, log=False)
     ticks = [
-        (to_place(tick), spoken(float(tick))) for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high
+        (to_place(tick), value_text(float(tick)))
+        for tick in MaxNLocator(5).tick_values(low, high)
+        if low <= tick <= high
     ]
     places = {number: to_place(value) for number, value in known.items()}
     return {"label": _label(objective), "ticks": ticks, "places": places, "reach": 1.0, "is_choice": False}
@@ -317,27 +318,27 @@ def _legend(
         for number, (name, colour) in marked.items()
         if number in numbers
     ]
-    told = {DONE: "done", STOPPED: "stopped early", FAILED: "failed"}
+    labels = {DONE: "done", STOPPED: "stopped early", FAILED: "failed"}
     markers = {DONE: "o", STOPPED: "x", FAILED: "v"}
-    for state in [*told, "running"]:
+    for state in [*labels, "running"]:
         others = [trial for trial in trials if trial["state"] == state and trial["number"] not in marked]
         if others:
             style: dict[str, Any] = {"marker": markers.get(state, "|"), "markersize": 4} if ends else {}
-            line = LINES.get(state, BROKEN_OFF)
+            line = LINES.get(state, UNFINISHED)
             colour = GREY if state == FAILED and not ends else SCALE(0.6)
             handles.append(
-                Line2D([], [], color=colour, lw=1.1, ls=line, label=told.get(state, "not finished"), **style)
+                Line2D([], [], color=colour, lw=1.1, ls=line, label=labels.get(state, "not finished"), **style)
             )
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
 
 
 def _marked(paper: int, best: int | None) -> dict[int | None, tuple[str, str]]:
-    """Name and colour of the trials that stand out."""
+    """Name and colour of the highlighted trials."""
     return {paper: ("paper = best", BLUE)} if paper == best else {paper: ("paper", INK), best: ("best", BLUE)}
 
 
 def _colours(trials: Sequence[Record], objective: str) -> dict[int, Any]:
-    """Of each trial by its objective; grey where it has none."""
+    """Colour of each trial by its objective; grey if it has no value."""
     values = {trial["number"]: trial["values"][objective] for trial in trials}
     known = [value for value in values.values() if value is not None]
     to_place = _ranged(*_span(known), log=False)
@@ -345,14 +346,14 @@ def _colours(trials: Sequence[Record], objective: str) -> dict[int, Any]:
 
 
 def _apart(numbers: Sequence[int], width: float) -> dict[int, float]:
-    """Offsets around the middle of a category, in the order given."""
+    """Offsets of trials from the middle of their category, in the given order."""
     middle = (len(numbers) - 1) / 2
     step = SPREAD * width / max(8, len(numbers))
     return {number: step * (index - middle) for index, number in enumerate(numbers)}
 
 
 def _ranged(low: float, high: float, *, log: bool) -> Callable[[float], float]:
-    """Value -> place, 0 at the low end and 1 at the high; what lies outside, as the paper's may, stays at the end."""
+    """Value -> position, 0 at the low end and 1 at the high; values outside, such as the paper's, are clipped."""
     ends = np.log([low, high]) if log else np.array([low, high], dtype=float)
 
     def to_place(value: float) -> float:
@@ -363,7 +364,7 @@ def _ranged(low: float, high: float, *, log: bool) -> Callable[[float], float]:
 
 
 def _tick_values(knob: Mapping[str, Any]) -> list[float]:
-    """Round numbers between the ends of a range, and the ends."""
+    """The ends of a range, and round numbers between them."""
     low, high = knob["low"], knob["high"]
     locator = (
         LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,))
@@ -386,7 +387,7 @@ def _reach(interval: Mapping[str, float]) -> list[list[float]]:
 
 
 def _steps(front: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The border of what a front beats: down and right from point to point."""
+    """Corners of the staircase below a Pareto front: down and right from point to point."""
     corners = [point for (x, y), (right, lower) in pairwise(front) for point in ((x, y), (x, lower))]
     return [*corners, front[-1]]
 

@@ -1,4 +1,4 @@
-"""Trials and confirmations -> what the search found: the numbers of `tune.json`, and the terminal's table."""
+"""Trials and confirmation runs -> results of the search: content of `tune.json` and a table for the terminal."""
 
 import json
 import math
@@ -15,22 +15,22 @@ from cdpo_ray.pages.page import aligned, direction, number, spoken_interval, spo
 from cdpo_ray.search.trials import DONE, FAILED, PAPER, RUNNING, STOPPED, Point, Trial
 
 MEASURED = ("reward", "win_rate", "diversity", "implicit_accuracy")
-"""What a trial reports of each stage, and any of which may be an objective; more is better."""
+"""Measures that a trial reports after each stage; each may be an objective, higher is better."""
 
-BETTER, WORSE, NOT_TOLD_APART = "better", "worse", "not told apart"
-VERDICTS = {1: BETTER, 0: NOT_TOLD_APART, -1: WORSE}
+BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "not told apart"
+VERDICTS = {1: BETTER, 0: NO_DIFFERENCE, -1: WORSE}
 PAPERS = "the paper's"
-MAX_TOLD = 4  # changes that a sentence has room for
+MAX_LISTED_CHANGES = 4  # in a sentence
 
 
 def best(trials: Sequence[Trial], objectives: Sequence[str]) -> Trial | None:
-    """The finished trial whose last report has the highest first objective, the earliest of equals; none: no value."""
+    """The finished trial with the highest first objective, the earliest of equals; `None` if no trial has a value."""
     judged = [trial for trial in trials if trial.state == DONE and value_of(trial, objectives[0]) is not None]
     return max(judged, key=lambda trial: (value_of(trial, objectives[0]), -trial.number), default=None)
 
 
 def pareto(trials: Sequence[Trial], objectives: Sequence[str]) -> list[int]:
-    """Numbers of the finished trials that no other beats: none is as good in every objective and better in one."""
+    """Numbers of the Pareto-optimal finished trials: no other is as good in every objective and better in one."""
     judged = {}
     for trial in trials:
         values = [value for objective in objectives if (value := value_of(trial, objective)) is not None]
@@ -47,17 +47,17 @@ def pareto(trials: Sequence[Trial], objectives: Sequence[str]) -> list[int]:
 
 
 def value_of(trial: Trial, objective: str) -> float | None:
-    """Of the last report; none if there is no report, or no finite value in it."""
+    """Value of an objective in the last report; `None` if there is no report or the value is not finite."""
     return _finite(trial.reports[-1][objective]) if trial.reports else None
 
 
 def changes(point: Point, paper_point: Point) -> str:
-    """What a trial tries that the paper's does not, in few words; nothing where they are alike."""
-    return ", ".join(f"{short(key)} {spoken(value)}" for key, value in changed(point, paper_point).items())
+    """The values in which a trial differs from the paper's, as short text; empty if it does not differ."""
+    return ", ".join(f"{short(key)} {value_text(value)}" for key, value in changed(point, paper_point).items())
 
 
 def changed(point: Point, paper_point: Point) -> Point:
-    """The keys in which a point differs from the paper's; a knob that it does not use follows from another."""
+    """The entries of a point that differ from the paper's; a knob that the point does not use follows from another."""
     return {key: value for key, value in point.items() if key not in paper_point or paper_point[key] != value}
 
 
@@ -66,18 +66,18 @@ def short(key: str) -> str:
     return key.partition(".")[2] or key
 
 
-def spoken(value: Any) -> str:
-    """A value of a knob."""
+def value_text(value: Any) -> str:
+    """Value of a knob as text."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "none"}[value]
     if isinstance(value, (list, tuple)):
-        return "+".join(map(spoken, value))
+        return "+".join(map(value_text, value))
     if isinstance(value, float):
         return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
     return str(value)
 
 
-def find(
+def search_summary(
     trials: Sequence[Trial],
     *,
     name: str,
@@ -93,22 +93,22 @@ def find(
     num_resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """All that the search found, as plain values: what is in `tune.json`.
+    """Results of a search as plain values, the content of `tune.json`.
 
     Args:
         trials: by number; the first is the paper's.
-        algorithm: that proposed them, as the config calls it.
-        objectives: the first decides.
-        judge: by whose score `reward` and `win_rate` are, and the verdict.
-        knobs: of the space, `config.knobs.Knob` as plain values. What the paper's point has beyond them, since the
-            config departs from the paper in it, no other trial has.
-        num_invalid: points that were drawn and left out, as their values do not go together.
-        importance: share of each knob in how the first objective varies; none where trials are too few to tell.
-        paper_runs, found_runs: by seed, the paper's schedule and the best trained again and judged on held-out
-            prompts; empty before that.
-        best_config: path of the schedule to keep, as a config: that of the best trial, unless the paper's led it on the
+        algorithm: name of the search algorithm in the config.
+        objectives: keys of the reports; the first decides.
+        judge: judge of `reward`, `win_rate` and the verdict.
+        knobs: the search space, `config.knobs.Knob` as plain values. Further keys of the paper's point, in which the
+            config departs from the paper, apply to the paper's trial only.
+        num_invalid: number of drawn points that were skipped because their values are not valid together.
+        importance: share of each knob in the variation of the first objective; `None`: too few trials.
+        paper_runs, found_runs: by seed, the paper's and the best schedule, retrained and judged on held-out prompts;
+            empty before the confirmation.
+        best_config: path of the config of the schedule to keep: the best trial's, or the paper's if it is better on the
             held-out prompts.
-        num_resamples, seed: of the bootstrap.
+        num_resamples, seed: number of draws and seed of the bootstrap.
     """
     paper_point = next((trial.point for trial in trials if trial.number == PAPER), {})
     leader = best(trials, objectives)
@@ -121,7 +121,7 @@ def find(
         "algorithm": algorithm,
         "objectives": list(objectives),
         "judge": judge,
-        "space": json.loads(json.dumps([dict(knob) for knob in knobs])),  # a tuple becomes what a trial's file has
+        "space": json.loads(json.dumps([dict(knob) for knob in knobs])),  # tuples become lists, as in a trial's file
         "counts": {state: Counter(trial.state for trial in trials)[state] for state in (DONE, STOPPED, FAILED, RUNNING)}
         | {"invalid": num_invalid},
         "paper": PAPER,
@@ -144,21 +144,24 @@ def find(
 def confirm(
     paper_runs: Mapping[int, Trial], found_runs: Mapping[int, Trial], *, judge: str, num_resamples: int, seed: int
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """The paper's schedule against the one found, both trained with the same seeds and judged on the same prompts.
+    """Compare the paper's schedule and the found one, trained with the same seeds and judged on the same prompts.
 
     Args:
-        paper_runs, found_runs: by seed; what counts is `by_prompt` of their last reports.
+        paper_runs, found_runs: by seed; `by_prompt` of their last reports is compared.
+        judge: judge that decides.
+        num_resamples, seed: number of draws and seed of the bootstrap.
 
     Returns:
-        None while no seed has both, or the judge that decides has no score; else `seeds`, `num_prompts` and `judges`.
-        By judge: `paper` and `found`, mean difference to the base model, and `difference`, found minus paper, paired
-        by seed and prompt, each a `statistics.Interval` over seeds and prompts; `by_seed`, the means of each seed for
-        these three; `verdict`, `better` or `worse` if the interval of the difference leaves out 0.
-        And warnings: which runs or prompts could not be counted.
+        confirmation: `None` while no seed has both runs, or if the deciding judge has no score; else `seeds`,
+            `num_prompts` and `judges`. By judge: `paper` and `found`, mean differences to the base model, and
+            `difference`, found minus paper, paired by seed and prompt, each a `statistics.Interval` over seeds and
+            prompts; `by_seed`, the means of each seed for these three; `verdict`, `better` or `worse` if the interval
+            of the difference excludes 0.
+        warnings: runs and prompts that are excluded.
     """
     arms = {PAPERS: paper_runs, "found": found_runs}
     warnings = [
-        f"seed {at} is not counted: {whose} " + ("is not trained yet" if run is None else _state_and_error(run))
+        f"seed {at} is excluded: {whose} " + ("is not trained yet" if run is None else _state_and_error(run))
         for at in sorted({*paper_runs} | {*found_runs})
         for whose, runs in arms.items()
         if not _is_judged(run := runs.get(at))
@@ -173,11 +176,11 @@ def confirm(
         if finite.any():
             judges[name] = _compared(paper[:, finite], found[:, finite], num_resamples=num_resamples, seed=seed)
         if not finite.all():
-            warnings.append(f"{name}: {np.sum(~finite)} of {finite.size} prompts lack a score and are left out")
+            warnings.append(f"{name}: {np.sum(~finite)} of {finite.size} prompts lack a score and are excluded")
     if judge not in judges:
         return None, warnings
     if len(seeds) == 1:
-        warnings.append("one seed only: the intervals do not tell what another seed would have given")
+        warnings.append("one seed only: the intervals do not include the variation over seeds")
     num_prompts = paper_runs[seeds[0]].reports[-1]["num_prompts"]
     return {"seeds": seeds, "num_prompts": num_prompts, "judges": judges}, warnings
 
@@ -189,7 +192,7 @@ def _kept(leader: Trial | None, confirmation: Mapping[str, Any] | None, judge: s
 
 
 def sentence_of(found: Mapping[str, Any]) -> str:
-    """Whether the found schedule holds, and by what; says how little a lead on the validation prompts tells."""
+    """One sentence: whether the found schedule holds on the held-out prompts, and by how much."""
     objective, leader, confirmation = found["objectives"][0], found["best"], found["confirmation"]
     if leader is None:
         return "No trial has finished, so no schedule was found."
@@ -197,34 +200,47 @@ def sentence_of(found: Mapping[str, Any]) -> str:
     num_trials = sum(counts[state] for state in (DONE, STOPPED))
     if leader == found["paper"]:
         others = num_trials - 1
-        rest = "no other trial has finished" if not others else f"{others} other{'s'[: others > 1]} did not beat it"
-        return f"The paper's schedule is the best in {objective} on the validation prompts: {rest}; nothing to confirm."
+        rest = (
+            "no other trial has finished" if not others else f"{others} other trial{'s'[: others > 1]} did not beat it"
+        )
+        return (
+            f"The paper's schedule has the highest {objective} on the validation prompts: {rest}. There is nothing to"
+            " confirm."
+        )
     record = next(trial for trial in found["trials"] if trial["number"] == leader)
-    trial = f"trial {leader}" + (f" ({record['changes']})" if len(found["best_changes"]) <= MAX_TOLD else "")
+    changes = f" ({record['changes']})" if len(found["best_changes"]) <= MAX_LISTED_CHANGES else ""
+    trial = f"trial {leader}{changes}"
     if confirmation is None:
         return (
-            f"Not confirmed yet: {trial} is the best of {num_trials} in {objective} on the validation prompts, and the"
-            " best of many looks better than it is."
+            f"Not confirmed yet: {trial} has the highest {objective} of {num_trials} trials on the validation prompts,"
+            " which overestimate the best of many."
         )
     verdict = confirmation["judges"][found["judge"]]
     mean, ends = spoken_interval(verdict["difference"])
     num_seeds = len(confirmation["seeds"])
-    once = ", with the one seed that was tried" if num_seeds == 1 else ""
-    told = (
+    once = " with one seed" if num_seeds == 1 else ""
+    evidence = (
         f"{found['judge']} {mean} {ends} against the paper's schedule on {confirmation['num_prompts']} held-out"
         f" prompts, {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}"
     )
     others = [name for name, of_judge in confirmation["judges"].items() if of_judge["verdict"] == WORSE]
-    but = f" By {', '.join(others)} it is worse." if others and verdict["verdict"] != WORSE else ""
+    but = f" It is worse by {', '.join(others)}." if others and verdict["verdict"] != WORSE else ""
     return {
-        BETTER: f"The found schedule holds{once}: {trial} is better, {told}.",
-        NOT_TOLD_APART: f"The found schedule does not hold: {trial} is not told apart from the paper's, {told}.",
-        WORSE: f"The found schedule does not hold: {trial} is worse, {told}.",
+        BETTER: f"The found schedule holds{once}: {trial} is better, {evidence}.",
+        NO_DIFFERENCE: (
+            f"The found schedule does not hold: {trial} does not differ significantly from the paper's, {evidence}."
+        ),
+        WORSE: f"The found schedule does not hold: {trial} is worse, {evidence}.",
     }[verdict["verdict"]] + but
 
 
-def spoken_objective(objective: str, value: float | None, interval: Mapping[str, float] | None = None) -> str:
-    """The value of an objective as text, with its interval if there is one."""
+def verdict_text(verdict: str) -> str:
+    """A verdict of `tune.json` as text, to follow "is"."""
+    return "not significantly different" if verdict == NO_DIFFERENCE else verdict
+
+
+def objective_text(objective: str, value: float | None, interval: Mapping[str, float] | None = None) -> str:
+    """Value of an objective as text, with its interval if given."""
     if value is None:
         return "–"
     if objective in ("win_rate", "implicit_accuracy"):
@@ -236,31 +252,33 @@ def spoken_objective(objective: str, value: float | None, interval: Mapping[str,
 
 
 def table_of(found: Mapping[str, Any]) -> str:
-    """What the terminal shows: a line a trial, then a row a schedule and a column a judge, then whether it holds."""
+    """Tables for the terminal: one row per trial; one row per schedule with one column per judge; the conclusion."""
     objective = found["objectives"][0]
-    rows = [["trial", "state", "stage", objective, "tries"]]
+    rows = [["trial", "state", "stage", objective, "changes"]]
     for trial in found["trials"]:
-        value = spoken_objective(objective, trial["values"][objective], trial["interval"])
+        value = objective_text(objective, trial["values"][objective], trial["interval"])
         marks = " *" if trial["number"] == found["best"] else ""
-        rows.append([f"{trial['number']}{marks}", trial["state"], str(trial["stage"] or "–"), value, tried(trial)])
+        rows.append(
+            [f"{trial['number']}{marks}", trial["state"], str(trial["stage"] or "–"), value, changes_text(trial)]
+        )
     parts = [aligned(rows)]
     if confirmation := found["confirmation"]:
         judges = confirmation["judges"]
-        rows = [["held-out prompts, to base", *judges]]
-        for key, told in (
-            ("paper", PAPERS),
-            ("found", f"found (trial {found['best']})"),
+        rows = [["held-out prompts", *judges]]
+        for key, label in (
+            ("paper", "paper - base"),
+            ("found", f"found (trial {found['best']}) - base"),
             ("difference", "found - paper"),
         ):
-            rows.append([told, *(" ".join(spoken_interval(judge[key])) for judge in judges.values())])
-        rows.append(["verdict", *(judge["verdict"] for judge in judges.values())])
+            rows.append([label, *(" ".join(spoken_interval(judge[key])) for judge in judges.values())])
+        rows.append(["found is", *(verdict_text(judge["verdict"]) for judge in judges.values())])
         parts.append(aligned(rows))
     return "\n\n".join([*parts, "\n".join([*found["warnings"], found["sentence"]])])
 
 
-def tried(trial: Mapping[str, Any]) -> str:
-    """What a trial of `tune.json` tries, in few words."""
-    return PAPERS if trial["number"] == PAPER else trial["changes"] or "the config's own"
+def changes_text(trial: Mapping[str, Any]) -> str:
+    """Changes of a trial of `tune.json` against the paper's, as short text."""
+    return PAPERS if trial["number"] == PAPER else trial["changes"] or "config's values"
 
 
 def _record(trial: Trial, paper_point: Point, objectives: Sequence[str], judge: str) -> dict[str, Any]:
@@ -284,7 +302,7 @@ def _record(trial: Trial, paper_point: Point, objectives: Sequence[str], judge: 
 
 
 def _interval(report: Mapping[str, Any], objective: str, judge: str) -> dict[str, float] | None:
-    """Of the objectives that a judge gives, over prompts."""
+    """Interval over prompts of an objective that a judge measures; else `None`."""
     column = {"reward": "difference", "win_rate": "win_rate"}.get(objective)
     found = report["judges"].get(judge, {}).get(column) if column else None
     if not found or not all(math.isfinite(found[end]) for end in ("mean", "low", "high")):
@@ -295,7 +313,7 @@ def _interval(report: Mapping[str, Any], objective: str, judge: str) -> dict[str
 def _compared(
     paper: NDArray[np.float64], found: NDArray[np.float64], *, num_resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Of one judge, from ``[seed, prompt]``."""
+    """Comparison by one judge, from ``[seed, prompt]`` differences to the base."""
     values = {"paper": paper, "found": found, "difference": found - paper}
     intervals = {
         whose: asdict(bootstrap_over_runs(of_runs, num_resamples=num_resamples, seed=seed))
@@ -308,7 +326,7 @@ def _compared(
 
 
 def _by_prompt(runs: Mapping[int, Trial], seeds: Sequence[int], judge: str) -> NDArray[np.float64]:
-    """``[seed, prompt]`` of tuned minus base; NaN where a prompt has no score."""
+    """``[seed, prompt]`` tuned minus base; NaN where a prompt has no score."""
     return np.array([runs[at].reports[-1]["by_prompt"][judge] for at in seeds], dtype=float)
 
 

@@ -1,4 +1,4 @@
-"""Trials -> how much each knob matters."""
+"""Trials -> importance of each knob."""
 
 import math
 from collections.abc import Sequence
@@ -15,22 +15,23 @@ NUM_SHUFFLES, CHANCE = 1000, 0.95
 
 
 def importance(space: Space, trials: Sequence[Trial], objective: str) -> dict[str, float] | None:
-    """Of what the knobs decide, the share of each.
+    """Share of each knob in the variation of an objective.
 
-    It rests on how much of the variance of the trials' ranks by the objective a knob explains by itself, among the
-    trials in which it matters: by the mean of each choice, or by a parabola over a range. As some of it is explained by
-    chance when trials are few, and more by a knob of more choices, each is held against the same ranks shuffled: one
-    that does not exceed 95 % of these has a share of 0, and the shares of the others are by what they exceed the mean
-    of these. Knobs that only matter together are not found, and only where the search has been is known.
+    The explained variance of a knob is the share of the variance of the trials' ranks by the objective that the knob
+    explains alone, among the trials that use it: by the mean of each choice, or by a parabola over a range. Chance
+    explains some of it if trials are few, and more if a knob has many choices. So each knob is compared with the same
+    ranks shuffled: a knob that does not exceed 95 % of the shuffles has a share of 0; the others share in proportion to
+    their excess over the mean of the shuffles. Interactions of knobs are not detected, nor are regions that the search
+    did not visit.
 
     Args:
-        trials: told by their last reports; those that failed, go on, have no number or are not of the space do not
-            count.
-        objective: a key of the reports.
+        trials: trials, judged by their last reports; failed and unfinished trials, and those without a finite value or
+            outside the space, are ignored.
+        objective: key of the reports.
 
     Returns:
-        Shares that sum to 1, or all 0 where no knob stands out from chance; none where trials are fewer than 8, or all
-        alike.
+        Shares that sum to 1, or are all 0 if no knob exceeds chance; `None` with fewer than 8 trials, or if all have
+        the same value.
     """
     judged = [trial for trial in trials if trial.state in (DONE, STOPPED) and _is_judged(trial, objective)]
     ended = [trial for trial in judged if is_in(space, trial.point)]
@@ -53,14 +54,14 @@ def _is_judged(trial: Trial, objective: str) -> bool:
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each value its place, the mean one where it is there more than once, less the mean of all."""
+    """Rank of each value, minus the mean rank; equal values share their mean rank."""
     below = (values[None, :] < values[:, None]).sum(axis=1)
     alike = (values[None, :] == values[:, None]).sum(axis=1)
     return below + (alike - 1) / 2 - (len(values) - 1) / 2
 
 
 def _features(knob: Knob, trials: Sequence[Trial]) -> NDArray[np.float64]:
-    """``[trial, feature]`` what the rank may depend on; of mean 0 where the knob matters, and 0 elsewhere."""
+    """``[trial, feature]`` regressors of a knob; of mean 0 over the trials that use it, and 0 elsewhere."""
     matters = np.array([knob.key in trial.point for trial in trials])
     given = [trial.point[knob.key] for trial in trials if knob.key in trial.point]
     if knob.low is None or knob.high is None:

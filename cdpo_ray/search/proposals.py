@@ -1,8 +1,4 @@
-"""Space and what is known of earlier trials -> what to try next.
-
-A proposal is a function of the space, those trials, its number and the seed, and of nothing else: a search that was
-killed goes on with what it would have tried.
-"""
+"""Search space and earlier trials -> the next point to try."""
 
 import itertools
 import math
@@ -24,17 +20,17 @@ from cdpo_ray.search.trials import DONE, RUNNING, STOPPED, Point, Trial
 MAX_ATTEMPTS = 200
 MAX_LISTED = 10_000
 MAX_STARTUP_TRIALS = 10
-"""Before the search learns from them; fewer in a small space."""
+"""Random trials before the search learns from them; fewer in a small space."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """What to try next.
+    """Next point to try.
 
     Attributes:
-        point: none where the space has no more.
-        num_invalid: points passed over because their values do not go together.
-        num_known: points passed over because they were tried already.
+        point: `None`: the space has no more points.
+        num_invalid: number of skipped points whose values are not valid together.
+        num_known: number of skipped points that earlier trials have.
     """
 
     point: Point | None
@@ -51,14 +47,16 @@ def propose(
     seed: int,
     is_valid: Callable[[Point], bool],
 ) -> Proposal:
-    """The point that a trial tries.
+    """The next point to try, a function of the arguments only, so that a killed search resumes with the same trials.
 
     Args:
-        algorithm: a key of `ALGORITHMS`.
-        objectives: keys of a trial's reports, all to be raised.
-        number: of the trial; the first is the paper's, and not proposed here.
-        known: the trials that were begun before, in whatever state.
-        is_valid: whether the values of a point go together.
+        space: knobs and their ranges or choices.
+        algorithm: key of `ALGORITHMS`.
+        objectives: keys of a trial's reports, all maximised.
+        number: number of the trial; the first is the paper's and is not proposed here.
+        known: trials that were started before, in any state.
+        seed: seed of the search.
+        is_valid: returns whether the values of a point are valid together.
     """
     tried = [trial.point for trial in known]
     num_invalid = num_known = 0
@@ -93,12 +91,12 @@ def _at_random(
 
 
 def _by_tpe(space: Space, objectives: Sequence[str], number: int, known: Sequence[Trial], seed: int) -> Iterator[Point]:
-    """By a study of Optuna that is told what is known and asked once."""
+    """One suggestion per attempt, from a new Optuna study that holds the known trials."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    trials = [known_trial for trial in known if (known_trial := _told(space, objectives, trial))]
+    trials = [frozen for trial in known if (frozen := _frozen_trial(space, objectives, trial))]
     for attempt in range(MAX_ATTEMPTS):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is experimental in Optuna
+            warnings.simplefilter("ignore")  # Optuna's warnings of experimental options
             study = optuna.create_study(
                 directions=["maximize"] * len(objectives),
                 sampler=TPESampler(
@@ -109,11 +107,11 @@ def _by_tpe(space: Space, objectives: Sequence[str], number: int, known: Sequenc
                 ),
             )
             study.add_trials(trials)
-            asked = study.ask()
+            new_trial = study.ask()
             point: Point = {}
             for knob in space:
                 if knob.is_active(point):
-                    point[knob.key] = _asked(knob, asked)
+                    point[knob.key] = _suggested(knob, new_trial)
         yield point
     yield from _what_is_left(space)
 
@@ -122,13 +120,13 @@ ALGORITHMS = {"random": _at_random, "grid": _by_grid, "tpe": _by_tpe}
 
 
 def _what_is_left(space: Space) -> Iterator[Point]:
-    """The points of a space of choices, for when draws find none that is new."""
+    """All points of a space of choices, in case the draws find no new one."""
     if all(knob.choices for knob in space):
         yield from itertools.islice(grid_points(space), MAX_LISTED)
 
 
 def _value(knob: Knob, share: float) -> Any:
-    """The value that has this share, in [0, 1), of the space below it."""
+    """The value at this quantile, in [0, 1), of a knob's distribution."""
     if knob.low is None or knob.high is None:
         return knob.choices[int(share * len(knob.choices))]
     margin = 0.5 if knob.is_integer else 0.0
@@ -139,15 +137,16 @@ def _value(knob: Knob, share: float) -> Any:
 
 
 def _within(knob: Knob, value: float) -> float:
-    """A number of the range, of no more digits than one cares to write down."""
+    """The value rounded to four significant digits, or to an integer, and clipped to the range."""
     assert knob.low is not None and knob.high is not None
     return min(max(round(value) if knob.is_integer else float(f"{value:.4g}"), knob.low), knob.high)
 
 
-def _told(space: Space, objectives: Sequence[str], trial: Trial) -> FrozenTrial | None:
-    """A trial as Optuna knows it, choices by their place; none if the space does not hold it.
+def _frozen_trial(space: Space, objectives: Sequence[str], trial: Trial) -> FrozenTrial | None:
+    """A trial in Optuna's form, with choices as indices; `None` if it is outside the space.
 
-    What ended is told by its last report, of an early stage if it was stopped; what reported no number has failed.
+    An ended trial has the values of its last report, which is of an early stage if the trial was stopped; without a
+    finite value it counts as failed.
     """
     if not is_in(space, trial.point):
         return None
@@ -176,7 +175,7 @@ def _index(knob: Knob, value: Any) -> Any:
     return knob.choices.index(value) if knob.choices else value
 
 
-def _asked(knob: Knob, trial: optuna.Trial) -> Any:
+def _suggested(knob: Knob, trial: optuna.Trial) -> Any:
     if knob.low is None or knob.high is None:
         return knob.choices[trial.suggest_categorical(knob.key, range(len(knob.choices)))]
     if knob.is_integer:

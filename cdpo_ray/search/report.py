@@ -1,4 +1,4 @@
-"""What a search found -> one self-contained page."""
+"""Results of a search -> one self-contained HTML page."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,28 +9,28 @@ from markupsafe import Markup
 
 from cdpo_ray.pages.page import number, places_of, spoken_interval, write_page
 from cdpo_ray.search import figures
-from cdpo_ray.search.findings import MEASURED, VERDICTS, short, spoken, spoken_objective, tried
+from cdpo_ray.search.findings import MEASURED, VERDICTS, changes_text, objective_text, short, value_text, verdict_text
 from cdpo_ray.search.trials import DONE, STOPPED
 
 FEW_TRIALS = 20
-"""Below this many with a value, the importance of a knob is a hint at most."""
+"""With fewer trials than this, importance is called a hint."""
 
 CHANGES = {verdict: change for change, verdict in VERDICTS.items()}
 
 
 def write_report(found: Mapping[str, Any], path: Path) -> None:
-    """Write the page of a search, whole or not at all; it needs no other file and no network.
+    """Write the page of a search atomically; it needs no other file and no network.
 
     Args:
-        found: the numbers of `tune.json`, by `findings.find`.
-        path: an HTML file; replaced if it is there.
+        found: content of `tune.json`, from `findings.search_summary`.
+        path: path of the HTML file; replaced if it exists.
     """
     judges = found["confirmation"]["judges"] if found["confirmation"] else {}
     write_page(
         path,
         Path(__file__).with_name("tune.html.jinja"),
         **found,
-        paper_alone_told=", ".join(f"{short(key)} {spoken(value)}" for key, value in found["paper_alone"].items()),
+        paper_alone_text=", ".join(f"{short(key)} {value_text(value)}" for key, value in found["paper_alone"].items()),
         change=CHANGES.get(found["verdict"], 0),
         best_yaml=yaml.safe_dump(sections(found["best_changes"]), sort_keys=False) if found["best_changes"] else "",
         confirmation_rows=[_confirmation_row(name, of_judge, found["judge"]) for name, of_judge in judges.items()],
@@ -43,7 +43,7 @@ def write_report(found: Mapping[str, Any], path: Path) -> None:
 
 
 def sections(point: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys with dots -> sections within sections, as a config has them."""
+    """Keys with dots -> nested sections, as in a config."""
     nested: dict[str, Any] = {}
     for key, value in point.items():
         *outer, last = key.split(".")
@@ -55,7 +55,7 @@ def sections(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _charts(found: Mapping[str, Any]) -> dict[str, str]:
-    """Those for which there are numbers."""
+    """The charts for which there are values."""
     trials, objectives = found["trials"], found["objectives"]
     marked = {"paper": found["paper"], "best": found["best"]}
     charts = {}
@@ -77,7 +77,7 @@ def _charts(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _measures(found: Mapping[str, Any]) -> list[str]:
-    """What the table of trials shows: the objectives, then what else was measured."""
+    """Columns of the table of trials: the objectives, then the other measures."""
     return list(dict.fromkeys([*found["objectives"], *MEASURED]))
 
 
@@ -97,7 +97,7 @@ def _confirmation_row(name: str, of_judge: Mapping[str, Any], decides: str) -> d
         "name": name,
         "decides": name == decides,
         "by_seed": by_seed,
-        "verdict": verdict,
+        "verdict": verdict_text(verdict),
         "change": CHANGES[verdict],
     }
 
@@ -108,22 +108,22 @@ def _trial_row(trial: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, 
     mark = " (best)" if trial["number"] == found["best"] else ""
     return {
         "number": f"{trial['number']}{mark}",
-        "tries": tried(trial),
+        "changes": changes_text(trial),
         "state": trial["state"],
         "stage": trial["stage"] or "–",
-        "interval": spoken_objective(objective, last[objective], trial["interval"]),
-        "others": [spoken_objective(measure, last[measure]) for measure in _measures(found)[1:]],
+        "interval": objective_text(objective, last[objective], trial["interval"]),
+        "others": [objective_text(measure, last[measure]) for measure in _measures(found)[1:]],
         "course": _course(objective, [stage[objective] for stage in stages]),
         "error": trial["error"],
     }
 
 
 def _course(objective: str, values: Sequence[float | None]) -> str:
-    """From stage to stage, with the digits of the largest."""
+    """Values from stage to stage, with the decimal places of the largest."""
     reached = max((abs(value) for value in values if value is not None), default=0.0)
     places = places_of({"low": -reached, "high": reached})
-    told = [
-        spoken_objective(objective, value) if objective != "reward" or value is None else number(value, places, "+")
+    texts = [
+        objective_text(objective, value) if objective != "reward" or value is None else number(value, places, "+")
         for value in values
     ]
-    return " → ".join(told) or "–"
+    return " → ".join(texts) or "–"

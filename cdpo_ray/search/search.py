@@ -1,4 +1,4 @@
-"""Config -> samples and scores once, trials on them, and what came of it: `cdpo tune`."""
+"""`cdpo tune`: config -> samples and scores -> trials on them -> results of the search."""
 
 import functools
 import itertools
@@ -20,7 +20,7 @@ from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.records import CONFIRMATION, FOUND, HELDOUT, TRAINING, TRIALS, VALIDATION
 from cdpo_ray.resources import Demand, check_resources, how_often
 from cdpo_ray.run import run_dir_of, run_steps
-from cdpo_ray.search.findings import best, find, spoken, spoken_objective, table_of
+from cdpo_ray.search.findings import best, objective_text, search_summary, table_of, value_text
 from cdpo_ray.search.importance import importance
 from cdpo_ray.search.proposals import propose
 from cdpo_ray.search.report import write_report
@@ -56,30 +56,30 @@ from cdpo_ray.training.job import ValidationJob
 log = logging.getLogger(__name__)
 GENERATE, SCORE, _, TRAIN, _ = STEPS
 SHARED_STEPS = (GENERATE, SCORE, *SIDES_COMPARED)
-"""Done once, for all trials."""
-BEGUN_WITH = "search.json"
-ONLY_HOW_MUCH = {"num_trials", "max_concurrent_trials", "confirm_seeds"}
-"""Keys of `SearchSection` that may change between processes of one search."""
+"""Steps whose output all trials share."""
+SETTINGS_FILE = "search.json"
+BUDGET_KEYS = {"num_trials", "max_concurrent_trials", "confirm_seeds"}
+"""Keys of `SearchSection` that may change when a search is resumed."""
 
 
 def find_schedule(
     config: Config, *, address: str | None = None, verbose: bool = False, command: str | None = None
 ) -> str:
-    """Try schedules on the same samples and scores, and confirm the best; what was done before is not done again.
+    """Try schedules on the same samples and scores, and confirm the best; resumes an interrupted search.
 
     Writes `tune.json`, `tune.html` and `best.yaml` into the run's folder.
 
     Args:
-        address, verbose, command: as of `run_steps`.
+        address, verbose, command: see `run_steps`.
 
     Returns:
-        What came of it, as a table for the terminal.
+        Results as a table for the terminal.
 
     Raises:
-        CdpoError: of any kind; what was finished before it stays.
+        CdpoError: any error of a step or of the search; finished steps and trials are kept.
     """
     if config.search is None:
-        raise ConfigError("`search` is missing: what `cdpo tune` is to try; configs/tune.yaml is an example")
+        raise ConfigError("`search` is missing, but `cdpo tune` needs it; add it, for example as in configs/tune.yaml")
     section = config.search
     with ExitStack() as stack:
 
@@ -95,37 +95,37 @@ def find_schedule(
         stack.enter_context(run.locked())
         tracked = TrackedRun(config.run.name, run.path, config.plain())
         progress = stack.enter_context(Progress(tracked, tracking=config.tracking.options, command=command))
-        _refuse_other_search(config, run)
+        _refuse_changed_search(config, run)
         search = _Search(config, section, run, progress, start_ray)
         search.explore()
         leader = search.leader()
         search.confirm(leader)
-        return search.tell(leader)
+        return search.write_results(leader)
 
 
 def max_concurrent_trials(config: Config, search: SearchSection) -> int:
-    """How many trials the nodes have room for side by side, or fewer if so many are asked for.
+    """Maximum number of concurrent trials: what the nodes have room for, or `search.max_concurrent_trials` if smaller.
 
-    On a cluster that grows it is what is asked for, or what its nodes of now have room for.
+    With an autoscaler it is `search.max_concurrent_trials` if given, else what the present nodes have room for.
 
     Raises:
-        ResourceError: not one fits, and no autoscaler may add nodes.
+        ResourceError: no trial fits, and no autoscaler can add nodes.
     """
     nodes, grows = cluster_nodes()
     demands = [Demand("search", "driver of a trial", 1, 1, DRIVER_CPUS, 0), *demands_of(TRAIN, config)]
-    fitting, asked = how_often(demands, nodes), search.max_concurrent_trials
+    fitting, configured = how_often(demands, nodes), search.max_concurrent_trials
     if grows:
-        return asked or fitting or 1
+        return configured or fitting or 1
     if not fitting:
         check_resources("a trial", demands, nodes)
-    return min(fitting, asked or fitting)
+    return min(fitting, configured or fitting)
 
 
 class _Search:
     """A search within its run's folder.
 
     Args:
-        start_ray: called before the first trial that is to be trained; returns how many may run side by side.
+        start_ray: called before the first trial is trained; returns the maximum number of concurrent trials.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class _Search:
         return judge
 
     def explore(self) -> None:
-        """Try what was broken off or failed before, then new points, until there are enough or no more."""
+        """Run interrupted and failed trials again, then new ones, until `num_trials` or the end of the space."""
 
         def to_try() -> Iterator[Trial]:
             yield from [trial for trial in self.trials.values() if trial.state in (RUNNING, FAILED)]
@@ -159,29 +159,29 @@ class _Search:
         self._train("explore", self.trials, to_try(), VALIDATION, total=total, halving=self._halving())
         for trial in self.trials.values():
             if trial.state == STOPPED:
-                delete(self.trials.path / trial.name / f"{TRAINING}.partial")  # nobody goes on with its commits
+                delete(self.trials.path / trial.name / f"{TRAINING}.partial")  # its checkpoints are not needed any more
 
     def leader(self) -> Trial:
-        """The best of the trials that were trained to their end.
+        """The best of the finished trials.
 
         Raises:
-            SearchError: the first trial, the paper's, failed, or no trial has a value of the first objective.
+            SearchError: the first trial, the paper's, failed, or no finished trial has a value of the first objective.
         """
         failed = [trial for trial in self.trials.values() if trial.state == FAILED]
         if failed:
-            log.warning("%d of %d trials failed; the same command tries them again", len(failed), len(self.trials))
+            log.warning("%d of %d trials failed; run the same command to retry them", len(failed), len(self.trials))
         leader = best([*self.trials.values()], self.search.objectives)
         if leader is None or any(trial.number == PAPER for trial in failed):
-            told = [f"trial {trial.name} failed: {trial.error}" for trial in failed[:3]]
-            reasons = "; ".join(told or [f"no trial has a {self.search.objectives[0]}: the judge scored no image"])
+            failures = [f"trial {trial.name} failed: {trial.error}" for trial in failed[:3]]
+            reasons = "; ".join(failures or [f"no trial has a {self.search.objectives[0]}: the judge scored no image"])
             raise SearchError(
-                f"{self.trials.path}: the paper's schedule and others cannot be compared: {reasons}; mend that, and"
-                " give the same command again"
+                f"{self.trials.path}: the paper's schedule cannot be compared with others: {reasons}; fix the cause and"
+                " run the same command again"
             )
         return leader
 
     def confirm(self, leader: Trial) -> None:
-        """Train the best and the paper's again with fresh seeds, and judge both on the held-out prompts."""
+        """Train the best and the paper's schedule with new seeds, and judge both on the held-out prompts."""
         if leader.number == PAPER:
             return
         paper = next(trial for trial in self.trials.values() if trial.number == PAPER)
@@ -194,11 +194,11 @@ class _Search:
         to_train = (trial for trial in known if trial.state != DONE)
         self._train("confirm", self.confirmation, to_train, HELDOUT, total=len(wanted))
 
-    def tell(self, leader: Trial) -> str:
-        """Write `best.yaml`, `tune.json` and `tune.html`; returns a table for the terminal, and where they are."""
+    def write_results(self, leader: Trial) -> str:
+        """Write `best.yaml`, `tune.json` and `tune.html`; returns a table for the terminal and the files' paths."""
         config, path, trials = self.config, self.run.path, [*self.trials.values()]
         confirmed = [trial for trial in self.confirmation.values() if trial.state == DONE]
-        found = find(
+        found = search_summary(
             trials,
             name=config.run.name,
             algorithm=self.search.algorithm,
@@ -216,15 +216,15 @@ class _Search:
         kept = next(trial for trial in trials if trial.number == found["kept"])
         schedule = config_of(config, kept.point, name=f"{config.run.name}-best", run_dir=config.run.dir)
         plain = schedule.model_dump(mode="json", exclude_unset=True)
-        this = f"# This is trial {kept.number} of {len(trials)}, on the images and scores of {path}."
-        text = f"# {found['sentence']}\n{this}\n" + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        origin = f"# This is trial {kept.number} of {len(trials)}, on the images and scores of {path}."
+        text = f"# {found['sentence']}\n{origin}\n" + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
         write_text(path / "best.yaml", text)
         write_json(path / FOUND, found)
         write_report(found, path / "tune.html")
         return f"{table_of(found)}\n{path / 'best.yaml'}\n{path / 'tune.html'}"
 
     def _proposed(self) -> Trial | None:
-        """The next new trial; none if there are enough, or the space has no more."""
+        """The next new trial; `None` after `num_trials`, or if the space has no more points."""
         known = [*self.trials.values()]
         number = next(number for number in itertools.count(1) if Trial(number, {}).name not in self.trials)
         if number == PAPER:
@@ -238,23 +238,23 @@ class _Search:
             number,
             known,
             self.config.run.seed,
-            self._goes_together,
+            self._is_valid,
         )
         if proposal.point is None:
             if self.search.num_trials:
                 log.warning(
-                    "the space has no more points: %d trials in place of %d (drawn again and tried before: %d;"
-                    " values that do not go together: %d)",
+                    "the space has no more points: %d trials instead of %d (points drawn again: %d; points with invalid"
+                    " values: %d)",
                     len(known), self.search.num_trials, proposal.num_known, proposal.num_invalid,
                 )  # fmt: skip
             return None
         return Trial(number, proposal.point, num_invalid=proposal.num_invalid)
 
-    def _goes_together(self, point: Point) -> bool:
+    def _is_valid(self, point: Point) -> bool:
         try:
             config_of(self.config, point, name="any", run_dir=self.config.run.dir)
         except ConfigError as error:
-            log.info("passed over %s: %s", _spoken(point), str(error).splitlines()[-1].strip())
+            log.info("skipped %s: %s", _point_text(point), str(error).splitlines()[-1].strip())
             return False
         return True
 
@@ -268,10 +268,15 @@ class _Search:
         total: int,
         halving: Halving | None = None,
     ) -> None:
-        """Train trials and judge them on the prompts of a side; none, and Ray is not started.
+        """Train trials and judge them on the prompts of a side; Ray is not started if there are none.
 
         Args:
-            total: how many there will be, with those that have ended.
+            verb: name of the phase in the progress output.
+            trials: folder of the trials.
+            to_run: trials to run, in order.
+            side: folder of the base model's images and scores, of the validation or the held-out prompts.
+            total: expected number of trials, including those that have ended.
+            halving: early stopping, if given.
         """
         first = next(to_run, None)
         if first is None:
@@ -281,14 +286,14 @@ class _Search:
 
         queue = itertools.chain([first], to_run)
 
-        def begun() -> Trial | None:
+        def next_trial() -> Trial | None:
             for trial in queue:
-                if trials.get(trial.name, trial).state != STOPPED:  # what was broken off may have been to be stopped
-                    log.info("%s: trial %s: %s", verb, trial.name, _spoken(trial.point))
+                if trials.get(trial.name, trial).state != STOPPED:  # the scheduler may have stopped an interrupted one
+                    log.info("%s: trial %s: %s", verb, trial.name, _point_text(trial.point))
                     return trials.put(replace(trial, state=RUNNING, error=None))
             return None
 
-        def changed(trial: Trial) -> None:
+        def on_change(trial: Trial) -> None:
             self.progress.tell(self._sentence(trial))
             self.progress.advance(trial.state != RUNNING)
 
@@ -297,7 +302,7 @@ class _Search:
             self.progress.begin(verb, total=total, unit="trial", done=num_ended)
             run_trials(
                 trials,
-                begun,
+                next_trial,
                 functools.partial(
                     train_trial,
                     trials_dir=str(trials.path.absolute()),
@@ -308,7 +313,7 @@ class _Search:
                 max_concurrent_trials=max_concurrent,
                 halving=halving,
                 max_restarts=self.config.training.max_restarts,
-                on_change=changed,
+                on_change=on_change,
             )
 
     def _halving(self) -> Halving | None:
@@ -317,7 +322,7 @@ class _Search:
         return Halving(search.objectives[0], most, early.grace_stages, early.reduction_factor) if early else None
 
     def _for_all_nodes(self) -> Config:
-        """The configuration with a run's folder that is found from wherever a trial is."""
+        """The configuration with an absolute run folder, which is valid on every node."""
         own = self.config.run.model_copy(update={"dir": str(self.run.path.absolute().parent)})
         return self.config.model_copy(update={"run": own})
 
@@ -332,33 +337,33 @@ class _Search:
         )
 
     def _sentence(self, trial: Trial) -> str:
-        """How a trial stands, for the log."""
+        """State of a trial, for the log."""
         if trial.state == FAILED:
             return f"trial {trial.name}: failed: {trial.error}"
         report = trial.reports[-1]
-        objectives = [f"{name} {spoken_objective(name, report[name])}" for name in self.search.objectives]
+        objectives = [f"{name} {objective_text(name, report[name])}" for name in self.search.objectives]
         state = {STOPPED: ", stopped", DONE: ", done"}.get(trial.state, "")
         return f"trial {trial.name}: stage {report['stage']}{state}: {', '.join(objectives)}"
 
 
-def _refuse_other_search(config: Config, run: RunFolder) -> None:
-    """Keep what a search is begun with, or compare.
+def _refuse_changed_search(config: Config, run: RunFolder) -> None:
+    """Record the settings of a new search, or compare them with the recorded ones.
 
     Raises:
-        StoreError: it was begun with other settings.
+        StoreError: the search was started with other settings.
     """
     plain = config.plain()
     settings = {key: plain[key] for key in ("model", "prompts", "curriculum", "evaluation")}
     settings |= {"training": config.training.outcome, "run.seed": config.run.seed}
-    settings["search"] = {key: value for key, value in plain["search"].items() if key not in ONLY_HOW_MUCH}
-    path = path_within(run.path, BEGUN_WITH)
+    settings["search"] = {key: value for key, value in plain["search"].items() if key not in BUDGET_KEYS}
+    path = path_within(run.path, SETTINGS_FILE)
     if not exists(path):
         write_json(path, settings)
     elif changed := differences(
         read_untrusted(path, TypeAdapter(dict[str, Any]), remedy=HOW_TO_MEND), json.loads(json.dumps(settings))
     ):
-        raise StoreError(f"{run.path}: a search was begun there with {changed}; {HOW_TO_MEND}")
+        raise StoreError(f"{run.path}: its search was started with {changed}; {HOW_TO_MEND}")
 
 
-def _spoken(point: Point) -> str:
-    return ", ".join(f"{key} {spoken(value)}" for key, value in point.items()) or "nothing is searched"
+def _point_text(point: Point) -> str:
+    return ", ".join(f"{key} {value_text(value)}" for key, value in point.items()) or "nothing is searched"

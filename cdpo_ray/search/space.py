@@ -1,4 +1,4 @@
-"""Config -> what a search may try; a point of it -> the configuration of one trial."""
+"""Config -> search space; a point of the space -> the configuration of one trial."""
 
 from cdpo_ray.config import Config, SearchSection, validate
 from cdpo_ray.config.curriculum import CurriculumSection
@@ -10,7 +10,7 @@ from cdpo_ray.search.trials import Point
 __all__ = ["Knob", "Space", "config_of", "is_in", "paper_point", "run_of", "space_of"]
 
 Space = tuple[Knob, ...]
-"""Each knob after those that it depends on."""
+"""Knobs, each after those that it depends on."""
 
 
 def space_of(config: Config) -> Space:
@@ -18,21 +18,21 @@ def space_of(config: Config) -> Space:
 
 
 def is_in(space: Space, point: Point) -> bool:
-    """Whether every knob that matters at a point has a value that it may have."""
+    """Whether every active knob of a point has a value within its range or choices."""
     return all(knob.key in point and knob.holds(point[knob.key]) for knob in space if knob.is_active(point))
 
 
 def paper_point(config: Config) -> Point:
-    """What the first trial tries: the paper's choice of everything that the paper chose whatever the model.
+    """Point of the first trial: the paper's values of all keys that do not depend on the model.
 
-    The rest, as the number of stages or beta, is as the config says, for it depends on the model. Where a config
-    departs from the paper in a key that no trial varies, the point holds that key too.
+    Keys that depend on the model, such as the number of stages and beta, have the config's values. If the config
+    departs from the paper in a key that no trial varies, the point contains that key too.
     """
     return point_of_paper(space_of(config), config.plain())
 
 
 def run_of(config: Config) -> str:
-    """The folder of the search's own run, whose images and scores the trials take."""
+    """Folder of the search's own run, whose images and scores the trials use."""
     return f"{config.run.dir.rstrip('/')}/{config.run.name}"
 
 
@@ -40,13 +40,14 @@ def config_of(config: Config, point: Point, *, name: str, run_dir: str, seed: in
     """The configuration of one trial, which is an ordinary run.
 
     Args:
-        config: of the search.
-        name: of the run.
-        run_dir: the folder that it is made in.
-        seed: what its training draws from; none: what the config says.
+        config: configuration of the search.
+        point: values of the trial.
+        name: name of the trial's run.
+        run_dir: parent folder of the run.
+        seed: `training.seed`; `None`: the config's.
 
     Raises:
-        ConfigError: the values of the point do not go together, a line a fault.
+        ConfigError: the values of the point are not valid together; one line per error.
     """
     search = _search(config)
     given = config.model_dump(mode="json", exclude_unset=True, exclude={"search"})
@@ -62,5 +63,5 @@ def config_of(config: Config, point: Point, *, name: str, run_dir: str, seed: in
 
 
 def _search(config: Config) -> SearchSection:
-    assert config.search is not None, "asked of a config with a search"
+    assert config.search is not None, "checked by the caller"
     return config.search

@@ -1,4 +1,4 @@
-"""Trials as they are kept: what each tries and what it reported, a file a trial."""
+"""Stored trials, one file per trial: its point, state and reports."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,15 +16,15 @@ from cdpo_ray.store.untrusted import Count, other_keys_allowed
 
 RUNNING, STOPPED, DONE, FAILED = "running", "stopped", "done", "failed"
 OBJECTIVES = ("reward", "win_rate", "diversity", "implicit_accuracy")
-"""What a report holds to be maximised; see `Validation.__call__`."""
+"""Keys of a report that may be maximised; see `trial_run.stage_report`."""
 DRIVER_CPUS = 0.01
-"""Of a trial beside its workers: with a whole one, trials take all CPUs, and no worker ever finds any."""
+"""CPUs of a trial's driver: with 1, the drivers could take all CPUs and leave none for their workers."""
 PAPER = 1
-"""Number of the trial that is the paper's."""
+"""Number of the trial with the paper's schedule."""
 
 Report = dict[str, Any]
 Point = dict[str, Any]
-"""What a trial tries: keys of the config, as `training.beta`, and their values; only of knobs whose condition holds."""
+"""Values that a trial tries, by key of the config, such as `training.beta`; only of knobs whose condition holds."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Trial:
     """One schedule, trained stage by stage.
 
     Attributes:
-        number: 1-based, in the order in which they were proposed.
-        state: `running` (or broken off), `stopped` after an early stage, `done`, or `failed`.
-        reports: of its stages, in order; see `Validation.__call__`, with `stage`, `is_last`, the stage's summary as
-            `training`, and `order`, its place among all reports of the search.
-        error: why it failed.
-        seed: `training.seed`; none: what the search's config has.
-        num_invalid: points passed over before this one, for their values do not go together.
+        number: 1-based, in the order of proposal.
+        state: `running` (or interrupted), `stopped` after an early stage, `done`, or `failed`.
+        reports: reports of its stages, in order: see `trial_run.stage_report`, and `order`, the 1-based position among
+            all reports of the search.
+        error: error message of a failed trial.
+        seed: `training.seed`; `None`: the search's config.
+        num_invalid: number of points skipped before this one because their values are not valid together.
     """
 
     number: int
@@ -51,7 +51,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"{self.number:03d}" if self.seed is None else f"{self.number:03d}-seed-{self.seed}"
 
     @property
@@ -60,19 +60,19 @@ class Trial:
 
     @property
     def last_stage(self) -> int:
-        """Of its reports; 0 if there is none."""
+        """Stage of its last report; 0 without reports."""
         return int(self.reports[-1]["stage"]) if self.reports else 0
 
 
 @dataclass(frozen=True)
 class Halving:
-    """Asynchronous successive halving on the curriculum's stage.
+    """Asynchronous successive halving, with the curriculum's stage as the resource.
 
     Attributes:
-        metric: of a report, to be maximised.
-        max_stages: of any trial.
-        grace_stages: no trial is stopped before.
-        reduction_factor: one in so many goes on.
+        metric: key of a report, maximised.
+        max_stages: maximum number of stages of a trial.
+        grace_stages: minimum number of stages before a trial is stopped.
+        reduction_factor: one in this many trials continues.
 
     Source: arXiv:1810.05934.
     """
@@ -85,7 +85,7 @@ class Halving:
 
 @other_keys_allowed
 class _ReportRecord(TypedDict):
-    """What is read of every report, whoever wrote it."""
+    """Keys that every stored report needs."""
 
     stage: Annotated[int, Field(ge=1, le=10_000)]
     is_last: bool
@@ -97,7 +97,7 @@ class _ReportRecord(TypedDict):
 
 
 class _TrialRecord(TypedDict):
-    """`trial.json`; its point may choose a schedule, and nothing else of the configuration."""
+    """`trial.json`; its point may set keys of the schedule only."""
 
     number: Annotated[int, Field(ge=1, le=10_000_000)]
     point: dict[Annotated[str, Field(pattern=rf"^({'|'.join(SECTIONS)})\.[a-z_.]+$")], Any]
@@ -112,9 +112,9 @@ _TRIAL_RECORD: TypeAdapter[_TrialRecord] = TypeAdapter(_TrialRecord)
 
 
 class Trials(Mapping[str, Trial]):
-    """A folder of trials by name; each is a run, with `trial.json` beside its steps. The driver alone writes it.
+    """A folder of trials by name; each is a run with `trial.json` beside its steps, written by the driver only.
 
-    A trial whose last report is of its last stage is done, whatever became of the process that was to say so.
+    A trial is done once the report of its last stage is stored, even if its process is killed after that.
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,7 +134,7 @@ class Trials(Mapping[str, Trial]):
         return len(self._by_name)
 
     def put(self, trial: Trial) -> Trial:
-        """Keep a trial, new or as it has become."""
+        """Store a trial, new or changed."""
         self._by_name[trial.name] = trial
         folder = path_within(self.path, trial.name)
         make_folder(folder)
@@ -142,7 +142,7 @@ class Trials(Mapping[str, Trial]):
         return trial
 
     def add_report(self, name: str, report: Report) -> Trial:
-        """Of a stage; one that is there already, as a restart may tell it again, is passed over."""
+        """Add the report of a stage, unless it is stored already; a restarted trial may report a stage again."""
         trial = self[name]
         if report["stage"] <= trial.last_stage:
             return trial
@@ -152,14 +152,14 @@ class Trials(Mapping[str, Trial]):
 
 
 def read_trial(folder: Path) -> Trial:
-    """A trial of a folder of trials.
+    """Read a trial from its folder.
 
     Raises:
-        StoreError: its file is damaged, is of another trial, or lies behind a link that leads out.
+        StoreError: its file is damaged, belongs to another trial, or lies behind a link that leads out.
     """
     remedy = f"delete {folder} to try that point again"
     record = read_untrusted(path_within(folder.parent, f"{folder.name}/{TRIAL}"), _TRIAL_RECORD, remedy=remedy)
     trial = Trial(**record | {"reports": tuple(record["reports"])})
     if trial.name != folder.name:
-        raise StoreError(f"{folder / TRIAL}: is damaged (it is of trial {trial.name}); {remedy}")
+        raise StoreError(f"{folder / TRIAL}: is damaged (it belongs to trial {trial.name}); {remedy}")
     return trial

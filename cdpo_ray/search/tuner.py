@@ -1,4 +1,4 @@
-"""Ray Tune: trials side by side, each a whole training; it is told what to try, and what we keep is not its own."""
+"""Ray Tune: concurrent trials, each a whole training; points and records are ours, not Tune's."""
 
 import math
 import tempfile
@@ -29,11 +29,11 @@ from cdpo_ray.search.trials import (
 )
 
 POLL_SECONDS = 0.5
-END_SECONDS = 20.0  # for Tune to end its trials
+END_SECONDS = 20.0  # time for Tune to end its trials
 NOTHING: Report = {"stage": 0, **dict.fromkeys(OBJECTIVES)}
 
 Work = Callable[[str, Callable[[Report], None]], None]
-"""Trains the trial of that name, in a process of its own, and reports its stages, but for those reported before."""
+"""Trains the trial with the given name in its own process, and reports each stage that was not reported before."""
 
 
 def run_trials(
@@ -46,26 +46,29 @@ def run_trials(
     max_restarts: int,
     on_change: Callable[[Trial], Any],
 ) -> None:
-    """Run proposed trials, so many at a time; what they report is in ``trials`` before anything follows from it.
+    """Run proposed trials concurrently; a report is stored in ``trials`` before it has any effect.
 
-    A trial that fails does not hold up the others. Ray's own records of a search are not read: each is new to it.
+    A failed trial does not affect the others. Tune's own records are not used to resume a search.
 
     Args:
-        propose: the next trial, new or broken off; none if there is no more.
-        halving: none stops no trial early.
-        max_restarts: of a trial whose process, or whose workers, die.
+        trials: folder of the trials.
+        propose: returns the next trial, new or interrupted; `None`: no more trials.
+        work: trains one trial.
+        max_concurrent_trials: maximum number of trials that run at the same time.
+        halving: early stopping; `None`: no trial is stopped early.
+        max_restarts: maximum number of restarts of a trial after its process or its workers died.
         on_change: called after each report, and when a trial ends.
 
     Raises:
-        KeyboardInterrupt: the trials are broken off, and go on from their last commits when proposed again.
+        KeyboardInterrupt: the trials are interrupted; they resume from their last checkpoints when proposed again.
     """
     failures: list[Exception] = []
-    asked = threading.Event()
+    interrupted = threading.Event()
 
     def run_one(config: dict[str, str]) -> None:
         try:
             work(config["name"], lambda report: tune.report(_metrics(report) | {"report": report}))
-        except CdpoError as error:  # no restart mends it
+        except CdpoError as error:  # a restart would not help
             tune.report(_metrics(NOTHING) | {"error": f"{type(error).__name__}: {error}"})
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as ray_dir:
@@ -74,7 +77,7 @@ def run_trials(
             tune_config=tune.TuneConfig(
                 search_alg=_Proposals(propose),
                 scheduler=_StageHalving(halving, trials) if halving else FIFOScheduler(),
-                num_samples=-1,  # until no more is proposed
+                num_samples=-1,  # until `propose` returns None
                 max_concurrent_trials=max_concurrent_trials,
             ),
             run_config=tune.RunConfig(
@@ -82,7 +85,7 @@ def run_trials(
                 storage_path=ray_dir,
                 callbacks=[_Records(trials, on_change)],
                 failure_config=tune.FailureConfig(max_failures=max_restarts),
-                stop=_WhenAsked(asked),
+                stop=_WhenInterrupted(interrupted),
                 verbose=0,
             ),
         )
@@ -93,38 +96,38 @@ def run_trials(
             except Exception as error:
                 failures.append(error)
 
-        thread = threading.Thread(target=fit, daemon=True)  # in the main thread Tune would take our signals
+        thread = threading.Thread(target=fit, daemon=True)  # in the main thread Tune would handle our signals
         thread.start()
         try:
             while thread.is_alive():
                 thread.join(POLL_SECONDS)
         except KeyboardInterrupt:
-            asked.set()
-            thread.join(END_SECONDS)  # were Ray gone while Tune still asks it, the process would die of that
+            interrupted.set()
+            thread.join(END_SECONDS)  # a call of Tune to Ray after its shutdown would kill this process
             raise
     if failures:
         raise failures[0]
 
 
-class _NotKept:
-    """Tune writes itself to a disk at every turn; what it is told by us it need not."""
+class _NotPickled:
+    """Excludes an object of ours from the state that Tune writes to disk at every event."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class _WhenAsked(_NotKept, Stopper):
-    def __init__(self, asked: threading.Event) -> None:
-        self.asked = asked
+class _WhenInterrupted(_NotPickled, Stopper):
+    def __init__(self, interrupted: threading.Event) -> None:
+        self.interrupted = interrupted
 
     def __call__(self, trial_id: str, result: Report) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self.asked.is_set()
+        return self.interrupted.is_set()
 
 
-class _Proposals(_NotKept, Searcher):
+class _Proposals(_NotPickled, Searcher):
     def __init__(self, propose: Callable[[], Trial | None]) -> None:
         super().__init__()
         self.propose = propose
@@ -134,17 +137,17 @@ class _Proposals(_NotKept, Searcher):
         return {"name": trial.name} if trial else self.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """What a trial came to is in its file."""
+        """Nothing to do: `_Records` stores the results."""
 
     def save(self, checkpoint_path: str) -> None:
-        """There is nothing to keep."""
+        """Nothing to save."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """There is nothing to keep."""
+        """Nothing to restore."""
 
 
 class _StageHalving(AsyncHyperBandScheduler):
-    """The library's, that knows what earlier processes saw, and lets the paper's trial reach its end."""
+    """Tune's ASHA scheduler, with the reports of earlier processes; it never stops the paper's trial."""
 
     def __init__(self, halving: Halving, trials: Trials) -> None:
         super().__init__(
@@ -163,7 +166,7 @@ class _StageHalving(AsyncHyperBandScheduler):
                 self.on_trial_add(None, seen)  # type: ignore[arg-type]
             decision = self.on_trial_result(None, seen, _metrics(report))
             if decision == TrialScheduler.STOP and trial.state == RUNNING and report is trial.reports[-1]:
-                trials.put(replace(trial, state=STOPPED))  # it was to be stopped when the process was killed
+                trials.put(replace(trial, state=STOPPED))  # the process was killed before it stored this decision
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Report) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
@@ -172,13 +175,13 @@ class _StageHalving(AsyncHyperBandScheduler):
 
 @dataclass(frozen=True)
 class _SeenTrial:
-    """What the scheduler looks at of a trial."""
+    """The attributes of a trial that the scheduler reads."""
 
     trial_id: str
     config: dict[str, str]
 
 
-class _Records(_NotKept, Callback):
+class _Records(_NotPickled, Callback):
     def __init__(self, trials: Trials, on_change: Callable[[Trial], Any]) -> None:
         self.trials = trials
         self.on_change = on_change
@@ -203,7 +206,7 @@ class _Records(_NotKept, Callback):
 
 
 def _metrics(report: Report) -> Report:
-    """What schedulers look at; what could not be measured is not a number, which stops no trial."""
+    """Metrics for the schedulers; a missing value is NaN, which stops no trial."""
     return {"stage": report["stage"]} | {
         name: math.nan if report[name] is None else report[name] for name in OBJECTIVES
     }

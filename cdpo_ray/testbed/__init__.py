@@ -1,4 +1,4 @@
-"""The embedded tiny world: captioned scenes, their oracle, a tiny latent diffusion pipeline and a tiny CLIP."""
+"""The embedded world: captioned scenes, their oracle, a tiny latent diffusion pipeline and a tiny CLIP model."""
 
 from pathlib import Path
 

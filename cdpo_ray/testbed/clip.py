@@ -1,4 +1,4 @@
-"""The tiny dual encoder's folder -> an open_clip model, its tokenizer and its preprocessing."""
+"""Folder of the tiny dual encoder -> open_clip model, tokenizer and preprocessing."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,10 @@ Channels = tuple[float, float, float]
 def load_clip(clip_dir: Path = CLIP_DIR) -> tuple[CLIP, SimpleTokenizer, Channels, Channels, int]:
     """Load the dual encoder with open_clip, in fp32 on the CPU.
 
-    The path of the vocabulary is put in here, because open_clip takes a relative one from the working directory.
+    The vocabulary's path is absolute, because open_clip resolves a relative one against the working directory.
+
+    Args:
+        clip_dir: folder in open_clip's ``local-dir:`` format.
 
     Returns:
         model: in evaluation mode; ``encode_image`` takes ``[image, 3, image_size, image_size]``.

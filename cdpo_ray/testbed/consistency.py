@@ -1,4 +1,4 @@
-"""The tiny consistency model's folder and the pipeline's -> diffusers' pipeline for latent consistency models."""
+"""Folders of the tiny consistency model and its teacher -> diffusers' latent consistency pipeline."""
 
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from cdpo_ray.testbed import CONSISTENCY_DIR, PIPELINE_DIR
 def load_consistency_pipeline(
     dtype: torch.dtype = torch.float32, *, pipeline_dir: Path = PIPELINE_DIR, consistency_dir: Path = CONSISTENCY_DIR
 ) -> LatentConsistencyModelPipeline:
-    """Load on the CPU; safetensors only.
+    """Load the consistency model on the CPU, from safetensors only.
 
     Args:
-        pipeline_dir: gives the autoencoder, the text encoder and its tokenizer; its UNet was the teacher.
-        consistency_dir: gives the UNet and the scheduler.
+        dtype: dtype of the weights.
+        pipeline_dir: folder of the autoencoder, the text encoder and its tokenizer; its UNet was the teacher.
+        consistency_dir: folder of the UNet and the scheduler.
     """
     unet = UNet2DConditionModel.from_pretrained(consistency_dir / "unet", dtype=dtype, use_safetensors=True)
     scheduler = LCMScheduler.from_pretrained(consistency_dir / "scheduler")

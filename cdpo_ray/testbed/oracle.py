@@ -1,4 +1,4 @@
-"""Pixels + prompts -> what a rule-abiding eye sees: colour, shape, count and place of each object."""
+"""Pixels and prompts -> rule-based checks of colour, shape, count and place of each object."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ BORDER = 2  # pixels
 MIN_BLOB = 5  # pixels; smaller specks are not counted
 MIN_COLOUR_SHARE = 0.5  # of a blob's pixels that must agree on its colour
 MIN_OVERLAP = 0.6  # intersection over union with the best template
-MIDDLE_REACH = 4.5  # pixels from the picture's centre, along either axis
+MIDDLE_REACH = 4.5  # pixels from the image's centre, along either axis
 _GRID = 16
-_CHUNK = 256  # images at a time, so that the work stays in the cache
+_CHUNK = 256  # images at a time, so that the data fits into the cache
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
@@ -36,7 +36,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Seen:
-    """The two largest blobs of each image; names are places in ``COLOURS``, ``SHAPES``, ..., -1 for none of them."""
+    """The two largest blobs of each image; values are indices into ``COLOURS``, ``SHAPES``, ...; -1: none of them."""
 
     colour: Ints  # [image, MAX_OBJECTS]
     shape: Ints  # [image, MAX_OBJECTS]
@@ -50,7 +50,7 @@ def judge(images: NDArray[np.uint8], prompts: Sequence[str]) -> dict[str, NDArra
 
     Args:
         images: ``[image, 3, 32, 32]`` uint8 RGB.
-        prompts: a caption of this world for each image.
+        prompts: one caption of this world per image.
 
     Returns:
         ``[image]`` fp32 in [0, 1]. ``strict``: every check holds (each object's colour, shape and place, the count, the
@@ -58,12 +58,12 @@ def judge(images: NDArray[np.uint8], prompts: Sequence[str]) -> dict[str, NDArra
         that hold.
 
     Raises:
-        ValueError: if shapes or dtype differ from the above, or a prompt is not of the grammar.
+        ValueError: shapes or dtype differ from the above, or a prompt does not follow the grammar.
     """
     if images.dtype != np.uint8 or images.shape[1:] != (3, SIZE, SIZE):
         raise ValueError(f"judge: `images` must be uint8 [image, 3, {SIZE}, {SIZE}], got {images.dtype} {images.shape}")
     if len(images) != len(prompts):
-        raise ValueError(f"judge: one prompt for each image, got {len(prompts)} prompts for {len(images)} images")
+        raise ValueError(f"judge: needs one prompt per image, got {len(prompts)} prompts for {len(images)} images")
     chunks = [
         _judge_chunk(images[start : start + _CHUNK], prompts[start : start + _CHUNK])
         for start in range(0, len(images), _CHUNK)
@@ -76,31 +76,29 @@ def _judge_chunk(images: NDArray[np.uint8], prompts: Sequence[str]) -> dict[str,
     seen = _look(images)
     objects, background = (np.array(wanted) for wanted in zip(*map(_wanted, prompts), strict=True))
     colour, shape, place = np.moveaxis(objects, 2, 0)  # each [image, MAX_OBJECTS]
-    asked = colour >= 0
+    requested = colour >= 0
 
-    blob = np.argmax(
-        seen.colour[:, None] == colour[..., None], axis=2
-    )  # the blob of the asked colour, the larger first
-    found = asked & (np.take_along_axis(seen.colour, blob, 1) == colour)
+    blob = np.argmax(seen.colour[:, None] == colour[..., None], axis=2)  # the largest blob of the requested colour
+    found = requested & (np.take_along_axis(seen.colour, blob, 1) == colour)
     shape_right = found & (np.take_along_axis(seen.shape, blob, 1) == shape)
     place_right = found & (np.take_along_axis(seen.place, blob, 1) == place)
-    count_right = seen.count == asked.sum(1)
-    background_asked = background >= 0
-    background_right = background_asked & (seen.background == background)
+    count_right = seen.count == requested.sum(1)
+    background_requested = background >= 0
+    background_right = background_requested & (seen.background == background)
 
     attr_held = found.sum(1) + shape_right.sum(1) + count_right + background_right
-    attr_asked = 2 * asked.sum(1) + 1 + background_asked
-    held, total = attr_held + place_right.sum(1), attr_asked + asked.sum(1)
+    attr_total = 2 * requested.sum(1) + 1 + background_requested
+    held, total = attr_held + place_right.sum(1), attr_total + requested.sum(1)
     return {
         "strict": (held == total).astype(np.float32),
-        "attr": (attr_held == attr_asked).astype(np.float32),
+        "attr": (attr_held == attr_total).astype(np.float32),
         "soft": (held / total).astype(np.float32),
     }
 
 
 @lru_cache(maxsize=1 << 14)
 def _wanted(prompt: str) -> tuple[tuple[tuple[int, int, int], ...], int]:
-    """Colour, shape and place of ``MAX_OBJECTS`` objects and the background, as indices; -1 for what is not asked."""
+    """Colour, shape and place of ``MAX_OBJECTS`` objects and the background, as indices; -1: not in the prompt."""
     scene = parse_caption(prompt)
     objects = [
         (COLOURS.index(item.colour), SHAPES.index(item.shape), PLACES.index(item.place)) for item in scene.objects
@@ -146,9 +144,9 @@ def _border_median(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _label_blobs(foreground: Bools) -> NDArray[np.int16]:
-    """Give the pixels of each 4-connected blob one label, the largest pixel number in it; 0 is background.
+    """Label the pixels of each 4-connected blob with the largest pixel number in it; 0 is background.
 
-    Each round spreads labels over whole runs of a line, forth and back along both axes, until nothing changes.
+    Each pass propagates labels along all lines of both axes, in both directions, until nothing changes.
     """
     labels = np.where(foreground, np.arange(1, SIZE * SIZE + 1, dtype=np.int16).reshape(SIZE, SIZE), np.int16(0))
     while True:
@@ -165,7 +163,7 @@ def _label_blobs(foreground: Bools) -> NDArray[np.int16]:
 
 
 def _blob_colour(pixels: NDArray[np.float32], masks: Bools) -> Ints:
-    """The palette colour that most pixels of each blob are nearest to, -1 without a clear majority."""
+    """The nearest palette colour of most pixels of each blob; -1: no clear majority."""
     distance = np.stack([np.square(pixels - np.array(rgb)[:, None, None]).sum(1) for rgb in PALETTE.values()], 1)
     nearest = distance.argmin(1)  # [image, y, x]
     votes = np.stack([(masks & (nearest == i)[:, None]).sum((2, 3)) for i in range(len(PALETTE))], 2)
@@ -174,7 +172,7 @@ def _blob_colour(pixels: NDArray[np.float32], masks: Bools) -> Ints:
 
 
 def _boxes(masks: Bools) -> tuple[Ints, Ints, Ints, Ints]:
-    """Bounding boxes ``top, bottom, left, right`` in pixels, ends excluded; each ``[image, blob]``."""
+    """Bounding boxes ``top, bottom, left, right`` in pixels, ends exclusive; each ``[image, blob]``."""
     rows, columns = np.asarray(masks.any(3)), np.asarray(masks.any(2))
     return (
         rows.argmax(2),
@@ -185,7 +183,7 @@ def _boxes(masks: Bools) -> tuple[Ints, Ints, Ints, Ints]:
 
 
 def _blob_shape(masks: Bools, top: Ints, bottom: Ints, left: Ints, right: Ints) -> Ints:
-    """The shape whose template overlaps each blob best within its bounding box, -1 if none does by ``MIN_OVERLAP``."""
+    """The shape whose template overlaps each blob best within its bounding box; -1: all below ``MIN_OVERLAP``."""
     position = (np.arange(_GRID) + 0.5) / _GRID
     row = (top[..., None] + (bottom - top)[..., None] * position).astype(np.int64)
     column = (left[..., None] + (right - left)[..., None] * position).astype(np.int64)
@@ -207,7 +205,7 @@ def _templates() -> NDArray[np.float32]:
 
 
 def _blob_place(top: Ints, bottom: Ints, left: Ints, right: Ints) -> Ints:
-    """The side of the picture on which the centre of each blob's box lies, or the middle."""
+    """The side of the image on which the centre of each blob's box lies, or the middle."""
     x, y = (left + right - SIZE) / 2, (top + bottom - SIZE) / 2
     sideways = np.where(x < 0, PLACES.index("left"), PLACES.index("right"))
     upright = np.where(y < 0, PLACES.index("top"), PLACES.index("bottom"))

@@ -1,4 +1,4 @@
-"""Rules -> captioned 32x32 scenes."""
+"""Captioned 32x32 scenes: grammar, splits and renderer."""
 
 import hashlib
 import itertools
@@ -30,7 +30,7 @@ HELDOUT_SHARE = 0.145
 TWO_OBJECTS_SHARE = 0.8
 BACKGROUND_NAMED_SHARE = 0.5
 
-# Centres in pixels. Even the largest neighbours stay 2 pixels apart, so that the oracle can tell them apart.
+# Centres in pixels. Even the largest neighbours stay 2 pixels apart, so that the oracle can separate them.
 _CENTRES = {"left": (8, 16), "right": (24, 16), "top": (16, 8), "bottom": (16, 24), "middle": (16, 16)}
 _RADII = (4.4, 5.9)
 _JITTER_ALONG = 1.0
@@ -45,7 +45,7 @@ Image = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One coloured shape and its own place in the picture."""
+    """One coloured shape and its place in the image."""
 
     colour: str
     shape: str
@@ -78,15 +78,15 @@ class Scene:
         places = [item.place for item in self.objects]
         if len(places) == 1:
             if places != ["middle"]:
-                raise ValueError(f"Scene: a single object stands in the middle, got {places[0]!r}")
+                raise ValueError(f"Scene: a single object must be in the middle, got {places[0]!r}")
         elif len(places) != 2 or OPPOSITE.get(places[0]) != places[1]:
-            raise ValueError(f"Scene: two objects stand at opposite places, such as left and right, got {places}")
+            raise ValueError(f"Scene: two objects must be at opposite places, such as left and right, got {places}")
         elif self.objects[0].colour == self.objects[1].colour:
-            raise ValueError(f"Scene: two objects have different colours, got {self.objects[0].colour!r} twice")
+            raise ValueError(f"Scene: two objects must have different colours, got {self.objects[0].colour!r} twice")
 
 
 def caption(scene: Scene) -> str:
-    """The caption that names each object with its own place, and the background where ``background_named``."""
+    """Caption that names each object with its place, and the background if ``background_named``."""
     objects = " and ".join(
         f"a {item.colour} {item.shape} {'in' if item.place == 'middle' else 'on'} the {item.place}"
         for item in scene.objects
@@ -95,10 +95,10 @@ def caption(scene: Scene) -> str:
 
 
 def parse_caption(text: str) -> Scene:
-    """The scene that a caption speaks of; where it names no background, the first of ``BACKGROUNDS`` stands in.
+    """The scene of a caption; without a named background, the first of ``BACKGROUNDS``.
 
     Raises:
-        ValueError: if ``text`` is not a caption of this grammar.
+        ValueError: ``text`` is not a caption of this grammar.
     """
     match = _CAPTION.fullmatch(text)
     if match is None:
@@ -123,6 +123,7 @@ def signed_distance(
     """Signed distance to a shape's outline, negative inside.
 
     Args:
+        shape: one of ``SHAPES``.
         x, y: offsets from the shape's centre, in the unit of ``radius``; ``y`` grows downwards.
         radius: half the side of the shape's bounding box.
     """
@@ -163,7 +164,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Image:
 
 
 def is_heldout(scene: Scene) -> bool:
-    """Whether the scene shows a pair of objects that no training may see, wherever the two stand."""
+    """Whether the scene's pair of objects is held out from training, at any places."""
     if len(scene.objects) < 2:
         return False
     pair = "+".join(sorted(f"{item.colour} {item.shape}" for item in scene.objects))
@@ -172,9 +173,10 @@ def is_heldout(scene: Scene) -> bool:
 
 
 def sample_scene(rng: np.random.Generator, split: Split | None = "train") -> Scene:
-    """A random scene of a split; ``None`` draws from both.
+    """A random scene of a split; `None` draws from both.
 
-    80 % of the draws show two objects before the split is looked at, half of all captions name the background.
+    Before scenes of the other split are rejected, 80 % of the draws have two objects, and half of the captions name the
+    background.
     """
     while True:
         num_objects = 2 if rng.random() < TWO_OBJECTS_SHARE else 1
@@ -194,7 +196,7 @@ def sample_scene(rng: np.random.Generator, split: Split | None = "train") -> Sce
 
 
 def all_scenes() -> Iterator[Scene]:
-    """Every scene with a caption of its own, in a fixed order; unnamed backgrounds are the first of ``BACKGROUNDS``."""
+    """Every scene with a distinct caption, in a fixed order; unnamed backgrounds are the first of ``BACKGROUNDS``."""
     things = tuple(itertools.product(COLOURS, SHAPES))
     groups: list[tuple[SceneObject, ...]] = [(SceneObject(*thing, "middle"),) for thing in things]
     groups += [
@@ -209,10 +211,10 @@ def all_scenes() -> Iterator[Scene]:
 
 
 def scene_prompts(split: Split, count: int, seed: int) -> list[str]:
-    """``count`` distinct captions of a split; the same ones for the same seed, and a prefix of any longer list.
+    """``count`` distinct captions of a split; for one seed, a shorter list is a prefix of a longer one.
 
     Raises:
-        ValueError: if the split is unknown or has fewer captions than ``count``.
+        ValueError: the split is unknown or has fewer captions than ``count``.
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"scene_prompts: `split` must be 'train' or 'heldout', got {split!r}")
@@ -224,26 +226,26 @@ def scene_prompts(split: Split, count: int, seed: int) -> list[str]:
 
 
 def scene_prompts_apart(apart_from: Sequence[str], count: int, seed: int) -> list[str]:
-    """``count`` distinct captions of the held-out split whose objects stand in other places than any of ``apart_from``.
+    """``count`` distinct captions of the held-out split that share no set of objects and places with ``apart_from``.
 
-    They are taken from the end of the list whose beginning `scene_prompts` gives, so that the two seldom meet.
+    They are taken from the end of the list whose beginning `scene_prompts` returns, so that the two seldom overlap.
 
     Raises:
-        ValueError: if the split has fewer such captions than ``count``.
+        ValueError: the split has fewer such captions than ``count``.
     """
     shown = {_objects(text) for text in apart_from}
     everything = scene_prompts("heldout", sum(is_heldout(scene) for scene in all_scenes()), seed)
     captions = [text for text in reversed(everything) if _objects(text) not in shown]
     if len(captions) < count:
         raise ValueError(
-            f"there are {len(captions)} prompts that show no scene of the {len(apart_from)} held-out ones, got"
-            f" `count` = {count}; ask for fewer, or hold fewer out"
+            f"scene_prompts_apart: there are {len(captions)} prompts without a scene of the {len(apart_from)} held-out"
+            f" ones, got `count` = {count}; lower it, or hold out fewer"
         )
     return captions[:count]
 
 
 def _objects(text: str) -> frozenset[SceneObject]:
-    """What a caption shows, in whatever order it names it; nothing where it is not of this world."""
+    """Objects of a caption in any order; empty if the text is not a caption of this world."""
     try:
         return frozenset(parse_caption(text).objects)
     except ValueError:

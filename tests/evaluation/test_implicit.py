@@ -1,4 +1,4 @@
-"""Implicit values, against plain calls of the base and of the fine-tuned net."""
+"""Implicit values, against direct calls of the base and the fine-tuned model."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def fresh(folder: Path) -> StableDiffusion:
 
 
 def trained(folder: Path, output: Path, *, whole: bool = False, size: float = 0.05) -> nn.Module:
-    """A net that is another than the base by ``size``, written as training writes it."""
+    """A net that differs from the base by ``size``, saved as training saves it."""
     model = fresh(folder)
     if whole:
         change(list(model.denoiser.parameters()), size=size / 10)
@@ -55,7 +55,7 @@ def values(model: TextToImageModel, rows: slice = slice(None), at_once: int = 8)
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_value_is_how_much_better_the_tuned_net_predicts_the_noise_than_the_base(
+def test_a_value_is_the_error_of_the_base_minus_that_of_the_tuned_model(
     whole: bool, tiny_sd15: Path, tmp_path: Path
 ) -> None:
     tuned = trained(tiny_sd15, tmp_path, whole=whole)
@@ -72,9 +72,9 @@ def test_a_value_is_how_much_better_the_tuned_net_predicts_the_noise_than_the_ba
             timestep = torch.randint(1000, (), generator=generator)[None]
             noise = torch.randn(4, 8, 8, generator=generator)[None]
             noisy = scheduler.add_noise(latents[row : row + 1], noise, timestep)
-            told = conditioning["prompt_embedding"][row : row + 1]
+            text = conditioning["prompt_embedding"][row : row + 1]
             with torch.no_grad():
-                errors = [((net(noisy, timestep, told).sample - noise) ** 2).mean().item() for net in (base, tuned)]
+                errors = [((net(noisy, timestep, text).sample - noise) ** 2).mean().item() for net in (base, tuned)]
             gains.append(errors[0] - errors[1])
         expected.append(np.mean(gains))
     found = values(model)
@@ -95,7 +95,7 @@ def test_before_training_every_value_is_zero(tiny_sd15: Path, tmp_path: Path) ->
     np.testing.assert_array_equal(values(model), 0)
 
 
-def test_a_value_does_not_depend_on_the_samples_beside_it(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_a_value_does_not_depend_on_the_other_samples(tiny_sd15: Path, tmp_path: Path) -> None:
     trained(tiny_sd15, tmp_path)
     model = fresh(tiny_sd15)
     model.load_tuned(tmp_path)
@@ -104,7 +104,7 @@ def test_a_value_does_not_depend_on_the_samples_beside_it(tiny_sd15: Path, tmp_p
     np.testing.assert_allclose(values(model, slice(1, 3)), together[1:3], atol=1e-6)
 
 
-def test_a_consistency_model_is_asked_with_its_teacher_and_still_decodes(
+def test_a_consistency_model_uses_its_teacher_and_still_decodes(
     tiny_lcm: Path, tiny_sd15: Path, tmp_path: Path
 ) -> None:
     model = LatentConsistency.load(
@@ -117,5 +117,5 @@ def test_a_consistency_model_is_asked_with_its_teacher_and_still_decodes(
     found = values(model)
     assert np.isfinite(found).all() and len(set(found.tolist())) == len(PROMPTS)
     model.guidance_range = (1.0, 1.0)
-    assert (values(model) != found).all(), "the guidance that the net is told of is drawn from its range"
+    assert (values(model) != found).all(), "the guidance scale must be drawn from the model's range"
     assert model.decode(samples(model)[0]).shape == (len(PROMPTS), 3, 64, 64)

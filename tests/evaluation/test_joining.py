@@ -1,4 +1,4 @@
-"""Parts of an evaluation are joined row group by row group: every image once, in order, in bounded memory."""
+"""Joining the parts of an evaluation: every image once, in order, with bounded memory."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -38,9 +38,7 @@ def write(folder: Path, num_parts: int, num_bytes: int) -> list[Part]:
 
 
 @pytest.mark.parametrize("row_group_bytes", [1, 200, 10**9])
-def test_the_file_has_every_image_of_every_part_in_order_whatever_its_row_groups(
-    row_group_bytes: int, tmp_path: Path
-) -> None:
+def test_the_file_has_every_image_in_order_for_any_row_group_size(row_group_bytes: int, tmp_path: Path) -> None:
     parts = write(tmp_path, 4, 50)
     kept = join_comparison(parts, tmp_path / "comparison.parquet", row_group_bytes=row_group_bytes)
     expected = [
@@ -67,7 +65,7 @@ def test_the_file_has_every_image_of_every_part_in_order_whatever_its_row_groups
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.parquet", PARTS]
 
 
-def test_a_part_that_cannot_be_read_leaves_the_earlier_file_whole(tmp_path: Path) -> None:
+def test_an_unreadable_part_leaves_the_existing_file_unchanged(tmp_path: Path) -> None:
     parts, path = write(tmp_path, 2, 50), tmp_path / "comparison.parquet"
     join_comparison(parts, path)
     before = path.read_bytes()
@@ -78,7 +76,7 @@ def test_a_part_that_cannot_be_read_leaves_the_earlier_file_whole(tmp_path: Path
 
 
 def peak_of_joining(parts: list[Part], path: Path) -> int:
-    """Peak of Arrow's memory, in bytes, in this process."""
+    """Peak of Arrow's memory in this process, in bytes."""
     join_comparison(parts, path, row_group_bytes=2 * parts[0].num_bytes)
     peak: int = pa.default_memory_pool().max_memory()
     return peak
@@ -88,7 +86,7 @@ def test_memory_does_not_grow_with_the_number_of_parts(tmp_path: Path) -> None:
     peaks = {}
     for num_parts in (3, 30):
         parts = write(tmp_path / str(num_parts), num_parts, IMAGE_BYTES)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # a pool that held nothing yet
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # an empty memory pool
             peaks[num_parts] = process.submit(peak_of_joining, parts, tmp_path / f"{num_parts}.parquet").result()
     all_images = 30 * PROMPTS_PER_PART * NUM_IMAGES * 2 * IMAGE_BYTES
     assert peaks[30] < 1.3 * peaks[3] and peaks[30] < all_images / 3, peaks

@@ -1,4 +1,4 @@
-"""Held-out images that people judged: which rows are asked, and how often the order is theirs."""
+"""Human preferences on held-out prompts: selection of rows, implicit values and accuracy."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from finished_runs import change
 
 from cdpo_ray.dataflow.columns import list_column, tensor_column
-from cdpo_ray.evaluation.labelled import Valuer, label_accuracy, only_held_out
+from cdpo_ray.evaluation.labelled import ImplicitValueModel, label_accuracy, only_held_out
 from cdpo_ray.models import load_model
 from cdpo_ray.models.lora import LORA_DIR, attach_lora, save_lora
 from cdpo_ray.policy.implicit_rewards import implicit_values
@@ -17,13 +17,13 @@ from cdpo_ray.prompts.sources import is_held_out
 PROMPTS = [f"a red circle number {number}" for number in range(60)]
 
 
-def test_only_prompts_of_the_held_out_share_are_asked() -> None:
+def test_only_rows_of_held_out_prompts_are_selected() -> None:
     kept = only_held_out(pa.table({"prompt": PROMPTS}), fraction=0.3)["prompt"].to_pylist()
     assert kept == [prompt for prompt in PROMPTS if is_held_out(prompt, 0.3)]
     assert 5 < len(kept) < 35
 
 
-def test_accuracy_is_the_share_of_pairs_in_peoples_order_and_missing_images_do_not_count() -> None:
+def test_accuracy_is_the_share_of_pairs_in_the_order_of_the_labels_without_missing_images() -> None:
     nan = np.nan
     rows = pa.table(
         {
@@ -38,7 +38,7 @@ def test_accuracy_is_the_share_of_pairs_in_peoples_order_and_missing_images_do_n
     assert (found["clip"]["mean"], found["clip"]["num_prompts"]) == (np.mean([0.5, 1, 0]), 3)
 
 
-def test_values_are_those_of_the_same_latents_asked_by_hand(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_values_equal_those_of_each_prompt_alone(tiny_sd15: Path, tmp_path: Path) -> None:
     model = load_model("stable_diffusion", path=str(tiny_sd15))
     attach_lora(model.denoiser, rank=2, alpha=2, targets=("to_q",), seed=0)
     change([parameter for parameter in model.denoiser.parameters() if parameter.requires_grad])
@@ -53,7 +53,7 @@ def test_values_are_those_of_the_same_latents_asked_by_hand(tiny_sd15: Path, tmp
             "score_label": list_column(np.tile([1.0, 0.0], 3), 2, pa.float64()),
         }
     )
-    valuer = Valuer(
+    model_of_rows = ImplicitValueModel(
         "stable_diffusion",
         {"path": str(tiny_sd15)},
         training_dir=tmp_path,
@@ -62,10 +62,10 @@ def test_values_are_those_of_the_same_latents_asked_by_hand(tiny_sd15: Path, tmp
         guidance_range=None,
         seed=5,
     )
-    found = np.array(valuer(rows)["implicit_value"].to_pylist())
+    found = np.array(model_of_rows(rows)["implicit_value"].to_pylist())
     for row, prompt in enumerate(PROMPTS[:3]):
         alone = implicit_values(
-            valuer.model,
+            model_of_rows.model,
             latents[row],
             {name: value[[row, row]] for name, value in conditioning.items()},
             [prompt] * 2,

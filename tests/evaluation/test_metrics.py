@@ -1,4 +1,4 @@
-"""Compared images -> metrics: which columns go where."""
+"""Metrics of compared images."""
 
 import numpy as np
 import pyarrow as pa
@@ -24,11 +24,11 @@ def measured(**columns: list) -> dict:
     return measure(compared_rows(**columns), ["up", "down"], num_resamples=100, seed=0)
 
 
-def test_opposite_judges_disagree_wherever_they_see_a_difference() -> None:
+def test_judges_with_opposite_scores_have_a_rank_correlation_of_minus_1() -> None:
     assert measured()["agreement"] == [{"judges": ["up", "down"], "base": -1.0, "tuned": -1.0}]
 
 
-def test_looks_and_diversity_are_compared_like_scores() -> None:
+def test_appearance_and_diversity_are_compared_like_scores() -> None:
     found = measured()
     assert list(found["appearance"]) == ["saturation", "edge_density", "jpeg_kilobytes"]
     for comparison in (found["diversity"], *found["appearance"].values()):
@@ -37,7 +37,7 @@ def test_looks_and_diversity_are_compared_like_scores() -> None:
     assert found["judges"]["down"]["win_rate"]["mean"] == 0
 
 
-def test_one_image_a_prompt_has_neither_diversity_nor_pairs() -> None:
+def test_one_image_per_prompt_gives_neither_diversity_nor_pairs() -> None:
     rows = compared_rows().to_pydict()
     one = {name: [values[:1] if isinstance(values, list) else None for values in found] for name, found in rows.items()}
     found = measure(pa.table(one | {"implicit_value": [[0.1]] * 3}), ["up", "down"], num_resamples=100, seed=0)
@@ -46,7 +46,7 @@ def test_one_image_a_prompt_has_neither_diversity_nor_pairs() -> None:
     assert found["preference_accuracy"] == {"up": None, "down": None}
 
 
-def test_preference_accuracy_is_of_the_base_images_and_leaves_out_prompts_without_order() -> None:
+def test_preference_accuracy_uses_the_base_images_and_excludes_prompts_without_order() -> None:
     assert measured()["preference_accuracy"] == {}
     found = measured(implicit_value=[[0.1, 0.2, 0.3], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]])["preference_accuracy"]
     assert (found["up"]["mean"], found["up"]["num_prompts"]) == (0.5, 2)

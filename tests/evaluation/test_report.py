@@ -17,10 +17,10 @@ from cdpo_ray.errors import StoreError
 from cdpo_ray.evaluation import figures
 from cdpo_ray.evaluation.report import (
     STEPS,
-    Finding,
+    MeasureResult,
     differences_by_prompt,
-    find,
     image_grid,
+    measure_results,
     signs_of_reward_hacking,
     trained_on,
     write_report,
@@ -40,7 +40,7 @@ BETTER = {"mean": 0.033, "low": 0.028, "high": 0.038}
 WORSE = {"mean": -0.033, "low": -0.038, "high": -0.028}
 NONE = {"mean": 0.0, "low": 0.0, "high": 0.0}
 LARGE = {"mean": 1234.0, "low": 1100.0, "high": 1400.0}
-MUCH = {"mean": 0.1, "low": 0.06, "high": 0.14}  # of 0.812: 12 %, and surely more than 5 %
+MUCH = {"mean": 0.1, "low": 0.06, "high": 0.14}  # of 0.812: 12 %, with an interval above 5 %
 MUCH_LESS = {"mean": -0.1, "low": -0.14, "high": -0.06}
 UNCLEAR = {"mean": 0.004, "low": -0.011, "high": 0.019}
 
@@ -65,7 +65,7 @@ def png(size: int = 16, shade: int = 90) -> bytes:
 def build_run(
     folder: Path, *, clip: dict = BETTER, oracle: dict = BETTER, diversity: dict | None = None, **measured: Any
 ) -> Path:
-    """A run folder of two judges: `clip` ranked the pairs, `oracle` is held out."""
+    """A run folder with two judges: `clip` ranked the pairs, `oracle` is held out."""
     config = {
         "rewards": {"names": ["clip", "jpeg_size"], "rank_by": None},
         "evaluation": {"judges": ["oracle", "clip"], "grid_prompts": 4},
@@ -92,7 +92,7 @@ def build_run(
 
 
 def write_manifest(folder: Path) -> None:
-    """Describe the files as they are now."""
+    """Describe the current files."""
     files = {name: describe(path) for name, path in files_within(folder).items() if name != "manifest.json"}
     manifest = {
         "step": folder.name,
@@ -135,7 +135,7 @@ def write_stages(folder: Path) -> None:
 
 
 def comparison() -> pa.Table:
-    """Tuned is above base by 0.5 x (prompt index - 2); one score is missing; rows are out of order."""
+    """The tuned score exceeds the base's by 0.5 x (prompt index - 2); one is missing; rows are out of order."""
     rows = [
         {
             "prompt_index": index,
@@ -164,12 +164,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return page_of(build_run(tmp_path_factory.mktemp("report") / "run"))
 
 
-def findings(rewards: dict[str, Any] | None = None, **judges: dict[str, float]) -> list[Finding]:
+def results(rewards: dict[str, Any] | None = None, **judges: dict[str, float]) -> list[MeasureResult]:
     metrics: dict[str, Any] = {name: judge(difference) for name, difference in judges.items()}
     diversity = {"diversity": metrics.pop("diversity")} if "diversity" in metrics else {}
-    looks = {name: metrics.pop(name) for name in ("saturation", "edge_density") if name in metrics}
-    return find(
-        {"judges": metrics, "appearance": looks} | diversity,
+    appearance = {name: metrics.pop(name) for name in ("saturation", "edge_density") if name in metrics}
+    return measure_results(
+        {"judges": metrics, "appearance": appearance} | diversity,
         rewards or {"names": ["clip", "jpeg_size"], "rank_by": None},
     )
 
@@ -184,36 +184,36 @@ def findings(rewards: dict[str, Any] | None = None, **judges: dict[str, float]) 
         (LARGE, "clip 1 → 1235, +1234 [+1100, +1400], win rate 71 %: improved"),
     ],
 )
-def test_sentence_states_scores_difference_interval_win_rate_and_whether_it_matters(
+def test_sentence_states_scores_difference_interval_win_rate_and_verdict(
     difference: dict[str, float], sentence: str
 ) -> None:
-    assert [finding.sentence for finding in findings(clip=difference)] == [sentence]
+    assert [result.sentence for result in results(clip=difference)] == [sentence]
 
 
 def test_interval_that_touches_zero_is_no_significant_change() -> None:
-    [finding] = findings(clip={"mean": 0.1, "low": 0.0, "high": 0.2})
-    assert finding.verdict == "no significant change"
+    [result] = results(clip={"mean": 0.1, "low": 0.0, "high": 0.2})
+    assert result.verdict == "no significant change"
 
 
-def test_diversity_is_told_without_a_win_rate() -> None:
-    *_, found = findings(clip=BETTER, diversity=WORSE)
+def test_diversity_is_reported_without_a_win_rate() -> None:
+    *_, found = results(clip=BETTER, diversity=WORSE)
     assert found.sentence == "diversity 0.812 → 0.779, −0.033 [−0.038, −0.028]: fell by 4.1 %"
 
 
 def test_only_the_reward_that_ranks_counts_as_trained_on() -> None:
     roles = {"clip": "scored, did not rank", "jpeg_size": "trained on", "oracle": "held out"}
-    found = findings({"names": ["clip", "jpeg_size"], "rank_by": "jpeg_size"}, **dict.fromkeys(roles, BETTER))
-    assert {finding.name: finding.role for finding in found} == roles
+    found = results({"names": ["clip", "jpeg_size"], "rank_by": "jpeg_size"}, **dict.fromkeys(roles, BETTER))
+    assert {result.name: result.role for result in found} == roles
     assert found[0].name == "jpeg_size"
 
 
-def test_all_rewards_that_have_a_say_in_a_combination_count_as_trained_on() -> None:
+def test_all_rewards_with_a_weight_in_a_combination_count_as_trained_on() -> None:
     roles = {"clip": "trained on", "oracle": "scored, did not rank", "jpeg_size": "trained on"}
     weighted = {"names": [*roles], "rank_by": "weighted_sum", "weights": {"jpeg_size": -0.2, "oracle": 0.0}}
-    found = findings(weighted, **dict.fromkeys(roles, BETTER))
-    assert {finding.name: finding.role for finding in found} == roles
-    agreed = findings({"names": [*roles], "rank_by": "pareto", "weights": {}}, **dict.fromkeys(roles, BETTER))
-    assert {finding.role for finding in agreed} == {"trained on"}
+    found = results(weighted, **dict.fromkeys(roles, BETTER))
+    assert {result.name: result.role for result in found} == roles
+    agreed = results({"names": [*roles], "rank_by": "pareto", "weights": {}}, **dict.fromkeys(roles, BETTER))
+    assert {result.role for result in agreed} == {"trained on"}
 
 
 @pytest.mark.parametrize(
@@ -236,10 +236,10 @@ def test_all_rewards_that_have_a_say_in_a_combination_count_as_trained_on() -> N
         ({"clip": UNCLEAR, "edge_density": MUCH}, []),
     ],
 )
-def test_reward_hacking_is_when_the_trained_reward_rises_and_another_measure_falls(
+def test_reward_hacking_is_a_rise_of_the_trained_reward_and_an_undesired_change_of_another_measure(
     judges: dict[str, dict[str, float]], fallen: list[str]
 ) -> None:
-    assert [sign.name for sign in signs_of_reward_hacking(findings(**judges))] == fallen
+    assert [sign.name for sign in signs_of_reward_hacking(results(**judges))] == fallen
 
 
 def test_page_warns_of_reward_hacking(tmp_path: Path) -> None:
@@ -248,14 +248,14 @@ def test_page_warns_of_reward_hacking(tmp_path: Path) -> None:
     assert "while\noracle got worse, diversity fell by 4.1 %, saturation rose by 12.3 %." in page
 
 
-def test_page_tells_how_the_images_look_in_per_cent(tmp_path: Path) -> None:
-    looks = {"saturation": judge(MUCH), "edge_density": judge(UNCLEAR)}
-    page = page_of(build_run(tmp_path / "run", diversity=WORSE, appearance=looks))
+def test_page_shows_the_change_of_appearance_in_per_cent(tmp_path: Path) -> None:
+    appearance = {"saturation": judge(MUCH), "edge_density": judge(UNCLEAR)}
+    page = page_of(build_run(tmp_path / "run", diversity=WORSE, appearance=appearance))
     assert "<li>diversity fell by 4.1 %, saturation rose by 12.3 % <small>appearance</small>" in page
     assert "<td>+12.3 %</td><td>[+7.4, +17.2] %</td>" in page
 
 
-def test_page_has_what_was_trained_on_against_all_judges_and_how_these_agree(tmp_path: Path) -> None:
+def test_page_has_the_cross_reward_table_and_the_agreement_between_judges(tmp_path: Path) -> None:
     agreement = [{"judges": ["oracle", "clip"], "base": 0.454, "tuned": -0.12}]
     accuracy = {"clip": {"mean": 0.641, "low": 0.6, "high": 0.68, "num_prompts": 5}, "oracle": None}
     page = page_of(build_run(tmp_path / "run", agreement=agreement, preference_accuracy=accuracy))
@@ -264,7 +264,7 @@ def test_page_has_what_was_trained_on_against_all_judges_and_how_these_agree(tmp
     assert '64 %<span class="under">[60, 68] %</span>' in page
 
 
-def test_page_does_not_warn_when_nothing_fell(page: str) -> None:
+def test_page_does_not_warn_if_nothing_fell(page: str) -> None:
     assert "reward hacking" not in page
 
 
@@ -280,7 +280,7 @@ def test_hostile_text_stays_text(page: str) -> None:
     assert not set(page) & {"\x00", "\x1b"}
 
 
-def test_report_is_the_only_file_that_is_written(tmp_path: Path) -> None:
+def test_no_file_but_the_report_is_written(tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     before = set(tmp_path.rglob("*"))
     write_report(run, tmp_path / "page.html")
@@ -299,7 +299,7 @@ def test_page_shows_the_first_prompts_with_all_images_and_their_scores(page: str
     assert 'alt="fine-tuned model, image 1: a red circle" title="clip no score, oracle 0"' in page
 
 
-def test_large_images_are_shrunk_and_small_ones_kept_and_enlarged_without_blur(tmp_path: Path) -> None:
+def test_large_images_are_shrunk_and_small_ones_are_enlarged_without_blur(tmp_path: Path) -> None:
     table = comparison().slice(0, 2)
     large = pa.array([png(600), png(64)])
     path = tmp_path / "comparison.parquet"
@@ -308,7 +308,7 @@ def test_large_images_are_shrunk_and_small_ones_kept_and_enlarged_without_blur(t
     assert sorted((image["width"], image["pixelated"]) for image in row["base"]) == [(64, True), (256, False)]
 
 
-def test_difference_of_a_prompt_leaves_out_missing_scores(tmp_path: Path) -> None:
+def test_difference_of_a_prompt_excludes_missing_scores(tmp_path: Path) -> None:
     pq.write_table(comparison(), tmp_path / "comparison.parquet")
     found = differences_by_prompt(tmp_path / "comparison.parquet", ["clip"])
     np.testing.assert_allclose(found["clip"], [-1, -0.5, 0, 0.5, 1])
@@ -328,7 +328,7 @@ def test_tables_hold_counts_stages_config_and_timings(page: str) -> None:
         assert expected in page
 
 
-def test_no_grid_is_shown_when_none_is_asked_for(tmp_path: Path) -> None:
+def test_grid_prompts_of_0_shows_no_grid(tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["evaluation"]["grid_prompts"] = 0
@@ -385,7 +385,7 @@ def test_damaged_file_is_named_with_what_to_do(name: str, tmp_path: Path) -> Non
         ("4-training/updates.jsonl", [[], {"update": 1}, "text"]),
     ],
 )
-def test_fault_52_a_file_that_holds_something_else_is_named(name: str, values: list[Any], tmp_path: Path) -> None:
+def test_fault_52_a_file_with_malformed_content_is_named(name: str, values: list[Any], tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     for value in values:
         (run / name).write_text(json.dumps(value))
@@ -404,7 +404,7 @@ def test_fault_59_a_metric_that_was_edited_is_not_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", "rewards: 3", "rewards: {names: [], rank_by: null}", "rewards: {names: [1]}"])
-def test_fault_52_a_config_of_another_kind_is_named(text: str, tmp_path: Path) -> None:
+def test_fault_52_a_malformed_config_is_named(text: str, tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     (run / "config.yaml").write_text(text)
     with pytest.raises(StoreError, match=r"config\.yaml: is damaged"):
@@ -432,7 +432,7 @@ def test_fault_53_images_of_another_format_or_of_too_many_pixels_are_named_by_ro
             page_of(run)
 
 
-def test_fault_52_a_table_without_its_columns_is_named(tmp_path: Path) -> None:
+def test_fault_52_a_table_with_a_missing_column_is_named(tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     for column in ("prompt", "tuned_image", "base_score_oracle", "prompt_index"):
         for table in (
@@ -450,7 +450,7 @@ def test_same_run_gives_the_same_page(tmp_path: Path) -> None:
     assert page_of(run) == page_of(run)
 
 
-def test_smoothing_is_the_mean_of_a_window_and_stays_within_its_stage() -> None:
+def test_smoothing_is_a_windowed_mean_within_a_stage() -> None:
     values = np.concatenate([np.zeros(20), np.ones(20)])
     stages = np.repeat([1.0, 2.0], 20)
     np.testing.assert_array_equal(figures.smooth_within_stages(values, stages), values)
@@ -461,12 +461,14 @@ def test_smoothing_is_the_mean_of_a_window_and_stays_within_its_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranking", "preferences", "told"),
+    ("ranking", "preferences", "expected"),
     [
         ("clip", None, "clip"),
         ("clip", {"path": "set.parquet"}, "people's labels, sorted by clip"),
         ("preference", {"path": "set.parquet"}, "people's labels"),
     ],
 )
-def test_a_run_on_peoples_preferences_says_whose_they_are(ranking: str, preferences: object, told: str) -> None:
-    assert trained_on({"rewards": {"rank_by": None, "names": [ranking]}, "preferences": preferences}) == told
+def test_a_run_on_human_preferences_is_trained_on_peoples_labels(
+    ranking: str, preferences: object, expected: str
+) -> None:
+    assert trained_on({"rewards": {"rank_by": None, "names": [ranking]}, "preferences": preferences}) == expected

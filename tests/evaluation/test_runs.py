@@ -1,4 +1,4 @@
-"""Several evaluated runs -> one comparison, from hand-made runs whose every number is known."""
+"""Comparison of several evaluated runs, on synthetic runs with known numbers."""
 
 import json
 import socket
@@ -34,7 +34,7 @@ def image(seed: int, width: int = 8) -> bytes:
 def evaluated(
     folder: Path, *, tuned: float = 0.5, seed: int = 1, without: str = "", appearance: bool = True, **settings: Any
 ) -> Path:
-    """A run judged by `oracle` (base 0, 1, 2, ...; tuned is ``tuned`` more) and by `jpeg_size`, if not ``without``."""
+    """A run judged by `oracle` (base 0, 1, 2, ...; tuned: ``tuned`` higher) and by `jpeg_size`, unless ``without``."""
     judges = [judge for judge in ("oracle", "jpeg_size") if judge != without]
     places = [(prompt, sample) for prompt in range(len(PROMPTS)) for sample in range(NUM_IMAGES)]
     images = {"base": [image(place) for place in range(len(places))]}
@@ -96,7 +96,7 @@ def test_each_run_has_its_difference_to_the_base_by_each_judge(compared: tuple[P
     assert {run["name"]: run["trained_on"] for run in found["runs"]} == {"one": "oracle", "<b>other": "oracle"}
 
 
-def test_a_win_rate_is_counted_image_by_image_between_all_arms(compared: tuple[Path, dict[str, Any]]) -> None:
+def test_win_rates_count_images_between_all_arms(compared: tuple[Path, dict[str, Any]]) -> None:
     _, found = compared
     assert found["arms"] == ["one", "<b>other", "base model"]
     rates = [[cell and cell["mean"] for cell in row] for row in found["win_rates"]["oracle"]]
@@ -112,7 +112,7 @@ def test_a_win_rate_is_counted_image_by_image_between_all_arms(compared: tuple[P
                 assert found["win_rates"]["jpeg_size"][row][column]["mean"] == pytest.approx(wins.mean())
 
 
-def test_a_judge_that_a_run_lacks_scores_the_images_it_kept(compared: tuple[Path, dict[str, Any]]) -> None:
+def test_a_judge_that_a_run_lacks_scores_its_stored_images(compared: tuple[Path, dict[str, Any]]) -> None:
     _, found = compared
     assert found["scored_now"] == {"one": [], "<b>other": ["jpeg_size"]}
     expected = jpeg([image(place + 40) for place in range(6)]).mean()
@@ -120,7 +120,7 @@ def test_a_judge_that_a_run_lacks_scores_the_images_it_kept(compared: tuple[Path
     assert found["scores"]["<b>other"]["jpeg_size"]["base"] == found["scores"]["one"]["jpeg_size"]["base"]
 
 
-def test_preference_accuracy_and_looks_are_told_of_runs_that_have_them(compared: tuple[Path, dict[str, Any]]) -> None:
+def test_preference_accuracy_and_appearance_are_reported_if_measured(compared: tuple[Path, dict[str, Any]]) -> None:
     folder, found = compared
     assert found["preference_accuracy"]["one"]["oracle"]["mean"] == 1
     assert list(found["appearance"]["one"]) == ["diversity", "saturation"] and found["appearance"]["<b>other"] == {}
@@ -137,7 +137,7 @@ def test_page_shows_all_arms_of_the_same_prompt_and_hostile_text_stays_text(
     assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "").replace("www.w3.org", "")
 
 
-def test_terminal_shows_a_row_a_run(compared: tuple[Path, dict[str, Any]]) -> None:
+def test_terminal_shows_one_row_per_run(compared: tuple[Path, dict[str, Any]]) -> None:
     header, base, one, other = table_of(compared[1]).split("\n")
     assert header.split() == ["run", "trained", "on", "oracle", "jpeg_size"]
     assert base.startswith("base model") and "2.50" in base
@@ -151,14 +151,17 @@ def test_terminal_shows_a_row_a_run(compared: tuple[Path, dict[str, Any]]) -> No
         ({"run_seed": 4}, "`run.seed` is 3 and 4"),
         ({"guidance_scale": 7.5}, r"`generation.guidance_scale` is 1.0 and 7.5"),
         ({"quality": 50}, "`rewards.jpeg_size.quality` is 90 and 50"),
-        ({"prompts": ["other"] * 6}, "`prompts.heldout` gives other prompts: number 1 is 'a red circle' and 'other'"),
+        (
+            {"prompts": ["other"] * 6},
+            "`prompts.heldout` gives different prompts: number 1 is 'a red circle' and 'other'",
+        ),
     ],
 )
-def test_runs_that_were_not_put_to_the_same_test_are_refused_with_the_key(
+def test_runs_that_are_not_comparable_are_refused_with_the_key(
     changed: dict[str, Any], difference: str, tmp_path: Path
 ) -> None:
     runs = [evaluated(tmp_path / "one"), evaluated(tmp_path / "two", **changed)]
-    with pytest.raises(StoreError, match=f"one and .*two were not put to the same test: {difference}; evaluate one"):
+    with pytest.raises(StoreError, match=f"one and .*two are not comparable: {difference}; evaluate one"):
         compare_runs(runs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -175,7 +178,7 @@ def test_a_run_given_twice_or_with_rounds_or_altered_is_refused(tmp_path: Path) 
         compare_runs([run, rounds / "round-2"], tmp_path)
 
 
-def test_a_round_is_called_by_its_run(tmp_path: Path) -> None:
+def test_the_name_of_a_round_includes_its_run(tmp_path: Path) -> None:
     runs = [evaluated(tmp_path / "many" / f"round-{number}", seed=number) for number in (1, 2)]
     assert compare_runs(runs, tmp_path)["arms"][:2] == ["many/round-1", "many/round-2"]
 
@@ -192,20 +195,20 @@ def judge(images, prompts):
 """
 
 
-def test_fault_29_another_runs_endpoint_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_29_another_runs_endpoint_is_not_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECRET, "hunter2")
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
-        asked = VlmAlignmentOptions(endpoint={"url": url, "model": "any", "token_variable": SECRET})
-        theirs = evaluated(tmp_path / "theirs", more_judges={"vlm_alignment": asked.model_dump()})
+        options = VlmAlignmentOptions(endpoint={"url": url, "model": "any", "token_variable": SECRET})
+        theirs = evaluated(tmp_path / "theirs", more_judges={"vlm_alignment": options.model_dump()})
         found = compare_runs([evaluated(tmp_path / "mine"), theirs], tmp_path / "out")
-        with pytest.raises(BlockingIOError):  # nobody called
+        with pytest.raises(BlockingIOError):  # no connection was made
             server.accept()
     assert found["judges"] == ["oracle", "jpeg_size"]
     sentence = found["left_out"]["vlm_alignment"]
     assert "needs `rewards.vlm_alignment.endpoint`, which another run may not choose" in sentence
-    assert "give `--judges CONFIG`" in sentence
+    assert "pass `--judges CONFIG`" in sentence
     assert "vlm_alignment` is left out" in (tmp_path / "out" / "compare.html").read_text()
 
 
@@ -239,19 +242,21 @@ def test_fault_29_options_that_choose_nothing_are_used(judge: str, options: dict
     assert options_without_choices(judge, options).items() >= options.items()
 
 
-def test_fault_42_another_runs_own_reward_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_42_another_runs_custom_reward_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = evaluated(tmp_path / "theirs", more_judges={"judge_of_theirs:judge": {}})
     (theirs / "judge_of_theirs.py").write_text(OWN_CODE)
     monkeypatch.chdir(theirs)
     runs = [evaluated(tmp_path / "mine"), theirs]
     found = compare_runs(runs, tmp_path / "out")
     assert list(found["left_out"]) == ["judge_of_theirs:judge"]
-    with pytest.raises(RewardError, match=r"would be imported from .*theirs, the folder of a run that is compared"):
+    with pytest.raises(RewardError, match=r"would be imported from .*theirs, the folder of a compared run"):
         compare_runs(runs, tmp_path / "out", {"judge_of_theirs:judge": {}})
     assert not (theirs / "ran").exists() and "judge_of_theirs" not in sys.modules
 
 
-def test_fault_42_my_own_reward_scores_by_my_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_42_my_custom_reward_scores_if_my_configuration_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "judge_of_mine.py").write_text(OWN_CODE)
     monkeypatch.chdir(tmp_path / "here")
@@ -261,7 +266,7 @@ def test_fault_42_my_own_reward_scores_by_my_configuration(tmp_path: Path, monke
     assert found["scored_now"]["theirs"] == ["judge_of_mine:judge"] and not found["left_out"]
 
 
-def test_fault_42_the_command_says_what_to_pass_and_takes_it(
+def test_fault_42_the_command_says_what_to_pass_and_accepts_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -279,7 +284,7 @@ def test_fault_42_the_command_says_what_to_pass_and_takes_it(
     assert header == ["run", "trained", "on", "oracle", "jpeg_size", judge] and (tmp_path / "ran").exists()
 
 
-def test_fault_29_where_no_judge_is_left_the_reason_is_told(tmp_path: Path) -> None:
+def test_fault_29_if_no_judge_is_left_the_reasons_are_reported(tmp_path: Path) -> None:
     runs = [tmp_path / "one", tmp_path / "two"]
     for run, judge in zip(runs, ("one:judge", "two:judge"), strict=True):
         made = {"judges": [judge], "images_per_prompt": NUM_IMAGES, "num_bootstrap_resamples": 100}
@@ -317,20 +322,20 @@ JUDGED = {"judges": ["oracle"], "images_per_prompt": NUM_IMAGES, "num_bootstrap_
         {"rows": {"base_score_oracle": [float("nan")] * 6}},
     ],
 )
-def test_fault_52_a_run_that_holds_something_else_is_refused_by_name(changed: dict[str, Any], tmp_path: Path) -> None:
+def test_fault_52_a_run_with_malformed_content_is_refused_by_name(changed: dict[str, Any], tmp_path: Path) -> None:
     runs = [evaluated(tmp_path / "mine"), evaluated(tmp_path / "theirs", **changed)]
     with pytest.raises(StoreError, match=r"theirs/5-evaluation|no image has a finite score") as caught:
         compare_runs(runs, tmp_path / "out")
     assert str(caught.value).isprintable()
 
 
-def test_fault_53_an_image_that_is_no_png_is_named_by_its_row(tmp_path: Path) -> None:
+def test_fault_53_an_image_that_is_not_a_png_is_named_by_its_row(tmp_path: Path) -> None:
     postscript = [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) run\n"] * 6
     wide = [image(0)] * 5 + [image(0, width=9)]
-    for images, told in ((postscript, "is not a PNG that can be read"), (wide, "is . x 8 pixels, another image")):
-        theirs = evaluated(tmp_path / f"theirs-{told}", without="jpeg_size", rows={"tuned_image": images})
-        with pytest.raises(StoreError, match=rf"comparison\.parquet: tuned image \d of prompt \d: {told}"):
-            compare_runs([evaluated(tmp_path / f"mine-{told}"), theirs], tmp_path / "out")
+    for images, reason in ((postscript, "is not a PNG that can be read"), (wide, "is . x 8 pixels, another image")):
+        theirs = evaluated(tmp_path / f"theirs-{reason}", without="jpeg_size", rows={"tuned_image": images})
+        with pytest.raises(StoreError, match=rf"comparison\.parquet: tuned image \d of prompt \d: {reason}"):
+            compare_runs([evaluated(tmp_path / f"mine-{reason}"), theirs], tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", [EVALUATION, f"{EVALUATION}/comparison.parquet", f"{EVALUATION}/manifest.json"])
@@ -342,12 +347,14 @@ def test_fault_30_a_link_out_of_a_run_is_not_followed(name: str, tmp_path: Path)
         compare_runs([evaluated(tmp_path / "mine"), theirs], tmp_path / "out")
 
 
-def test_fault_59_an_edited_configuration_is_named_before_it_says_what_a_run_was_trained_on(tmp_path: Path) -> None:
+def test_fault_59_an_edited_configuration_is_reported_before_it_is_used(tmp_path: Path) -> None:
     theirs = evaluated(tmp_path / "theirs")
     with RunFolder(theirs).writing("3-stages", {"rewards.rank_by": "oracle"}, {}, seed=3, resumable=False):
         pass
     compare_runs([evaluated(tmp_path / "mine"), theirs], tmp_path / "out")
     (theirs / "config.yaml").write_text("rewards: {names: [oracle, clip], rank_by: clip}")
-    told = r"config\.yaml: is not the configuration that 3-stages was made with: `rewards.rank_by` was oracle, .* clip"
-    with pytest.raises(StoreError, match=told):
+    message = (
+        r"config\.yaml: is not the configuration that 3-stages was made with: `rewards.rank_by` was oracle, .* clip"
+    )
+    with pytest.raises(StoreError, match=message):
         compare_runs([tmp_path / "mine", theirs], tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The model card: what the hub reads, the figures, the settings, and code that runs."""
+"""Model card: metadata for the hub, metrics, settings, and code that runs."""
 
 import re
 from pathlib import Path
@@ -55,7 +55,7 @@ def front_matter_of(card: str) -> dict[str, Any]:
 
 
 def rows_of(card: str) -> dict[str, list[str]]:
-    """First cell of each table row -> the others, with Markdown's escapes undone."""
+    """First cell of each table row -> the other cells, without Markdown's escapes."""
     rows = [line.strip("| \n").split(" | ") for line in card.splitlines() if line.startswith("| ")]
     return {row[0].replace("\\", ""): [cell.replace("\\", "") for cell in row[1:]] for row in rows}
 
@@ -63,7 +63,7 @@ def rows_of(card: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("format_name", "relation"), [("diffusers", "adapter"), ("kohya", "adapter"), ("merged", "finetune")]
 )
-def test_the_hub_reads_the_base_its_revision_and_what_this_is_to_it(format_name: str, relation: str) -> None:
+def test_front_matter_has_the_base_its_revision_and_the_relation(format_name: str, relation: str) -> None:
     card = card_of(format_name)
     assert card.startswith("---\n")
     assert front_matter_of(card) == {
@@ -76,18 +76,18 @@ def test_the_hub_reads_the_base_its_revision_and_what_this_is_to_it(format_name:
     }
 
 
-def test_a_base_that_is_not_on_the_hub_is_not_named_to_it(tmp_path: Path) -> None:
+def test_a_base_that_is_not_on_the_hub_is_not_in_the_front_matter(tmp_path: Path) -> None:
     for path in ("embedded", str(tmp_path)):
         assert not any(key.startswith("base_model") for key in front_matter_of(card_of(model={"path": path})))
 
 
-def test_a_whole_net_is_not_tagged_as_a_lora() -> None:
+def test_a_fully_fine_tuned_model_is_not_tagged_as_a_lora() -> None:
     card = card_of("merged", training={"method": "full"})
     assert "lora" not in front_matter_of(card)["tags"]
     assert not any("lora" in setting for setting in rows_of(card))
 
 
-def test_the_figures_are_those_of_the_metrics_and_a_fall_beside_the_reward_is_told() -> None:
+def test_the_figures_are_those_of_the_metrics_and_signs_of_reward_hacking_are_reported() -> None:
     card = card_of()
     rows = rows_of(card)
     assert rows["clip"] == [
@@ -103,13 +103,13 @@ def test_the_figures_are_those_of_the_metrics_and_a_fall_beside_the_reward_is_to
     )
 
 
-def test_a_run_that_was_not_evaluated_says_so_in_place_of_figures() -> None:
+def test_the_card_of_a_run_without_evaluation_says_so() -> None:
     card = card_of(metrics=None)
     assert "\nNot evaluated: " in card
     assert "win rate" not in card
 
 
-def test_a_ranking_by_several_rewards_is_told_with_its_weights() -> None:
+def test_a_ranking_by_several_rewards_is_described_with_its_weights() -> None:
     rewards = {"names": ["clip", "jpeg_size"], "rank_by": "weighted_sum", "weights": {"jpeg_size": -0.2}}
     card = card_of(rewards=rewards)
     assert "ranked by weighted\\_sum of 1 clip, -0.2 jpeg\\_size." in card
@@ -132,24 +132,24 @@ def test_settings_are_resolved_and_kappa_is_half_of_beta() -> None:
     assert "beta 500, kappa = beta/2 = 250" in card
     assert "15 updates on 30 pairs" in card
     assert "\npaper: easy\\_to\\_hard, cumulative; rank\\_gap, linear boundaries; uniform draws" in card
-    assert "6 prompts of scenes, 4 images of each made and scored; 4 prompts of scenes were held out." in card
+    assert "6 prompts of scenes, 4 images per prompt generated and scored; 4 prompts of scenes were held out." in card
     assert "Scored by clip, jpeg\\_size; ranked by jpeg\\_size." in card
     assert "rewards.jpeg_size.quality" not in rows_of(card_of()), "a reward that was not used has no settings"
 
 
-def test_every_setting_of_the_curriculum_and_of_training_is_told() -> None:
+def test_every_setting_of_the_curriculum_and_of_training_is_listed() -> None:
     plain = config_of(Path("runs"), "embedded").plain()
     settings = {f"curriculum.{key}" for key in plain["curriculum"]} | {f"training.{key}" for key in plain["training"]}
     settings = settings - {"training.lora"} | {f"training.lora.{key}" for key in plain["training"]["lora"]}
     assert settings <= set(rows_of(card_of()))
 
 
-def test_of_several_rounds_the_card_says_which() -> None:
+def test_the_card_names_the_round() -> None:
     assert "Round 2 of 2;" in card_of(rounds=2, round_=2)
     assert "Round" not in card_of()
 
 
-def test_seed_and_versions_are_told() -> None:
+def test_seed_and_versions_are_listed() -> None:
     assert card_of().endswith("Seed 3, 2026-01-01T00:00:00+00:00.\ncdpo\\_ray 1.2.3, torch 2.10.\n")
 
 
@@ -167,11 +167,11 @@ def test_seed_and_versions_are_told() -> None:
         (["a_b", 2], "a\\_b, 2"),
     ],
 )
-def test_text_from_elsewhere_stays_text(text: Any, safe: str) -> None:
+def test_untrusted_text_is_escaped(text: Any, safe: str) -> None:
     assert escaped(text) == safe
 
 
-def test_a_prompt_file_named_like_markup_stays_within_its_line() -> None:
+def test_a_prompt_file_named_like_markup_is_escaped() -> None:
     source = "x\n# owned <img src=1 onerror=alert(1)> | [a](b).txt"
     card = card_of(prompts={"train": {"source": source}})
     assert "6 prompts of x # owned &lt;img src=1 onerror=alert(1)&gt; \\| \\[a\\](b).txt, 4 images" in card
@@ -187,17 +187,17 @@ def test_code_of_a_card_is_python_and_pins_the_revision() -> None:
         assert (f"from_pretrained({HUB['path']!r}, revision={HUB['revision']!r}" in code) == (format_name != "merged")
 
 
-def test_a_kohya_file_of_a_transformer_is_said_to_be_for_comfyui_alone() -> None:
+def test_a_kohya_file_of_a_transformer_is_described_as_for_comfyui_only() -> None:
     card = card_of("kohya", denoiser_name="transformer")
     assert "`tuned.safetensors` goes to `models/loras` of ComfyUI. Diffusers does not read" in card
     assert "```python" not in card
 
 
-def test_a_card_of_imported_preferences_says_whose_images_were_trained_on() -> None:
+def test_a_card_of_imported_preferences_names_their_source() -> None:
     card = card_of(
         prompts={"train": None, "heldout": {"fraction": 0.2}},
         preferences={"path": "data/judged.parquet", "format": "pickapic"},
         curriculum={"measure": "score_gap_quantile"},
     )
-    told = "Images of 6 prompts that people judged (data/judged.parquet, pickapic), none made for training"
-    assert f"{told}; 4 prompts were held out." in card
+    source = "Labelled images of 6 prompts (data/judged.parquet, pickapic), none generated for training"
+    assert f"{source}; 4 prompts were held out." in card

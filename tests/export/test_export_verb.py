@@ -1,4 +1,4 @@
-"""`cdpo export`: a finished run -> a folder with its card, whole or not at all, without Ray."""
+"""`cdpo export`: a finished run -> a folder with its card, atomically and without Ray."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ FILES = {
 def finished(
     tmp_path: Path, model_dir: Path | str, *, evaluated: bool = True, rounds: int = 1
 ) -> tuple[str, list[TextToImageModel]]:
-    """A run whose rounds differ in what they trained, and in CLIP's mean: 0.6, 0.7, ...; path of its configuration."""
+    """A run whose rounds have different adapters and CLIP means (0.6, ...); returns the config path and policies."""
     config = config_of(tmp_path / "runs", model_dir, training={"lora": {"rank": 4, "alpha": 8}}, rounds=rounds)
     policies = [policy_of(config, seed=number) for number in range(1, rounds + 1)]
     write_run(
@@ -55,7 +55,7 @@ def written(config: Config, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("format_name", list(FORMATS))
-def test_the_verb_says_where_it_wrote_and_the_cards_code_run_there_makes_the_policys_images(
+def test_export_prints_its_folder_and_the_cards_code_generates_the_policys_images(
     tiny_sd15: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -90,7 +90,7 @@ def sampled(policy: TextToImageModel, noise: torch.Tensor) -> torch.Tensor:
     return policy.sample(conditioning, noise, num_denoising_steps=3, guidance_scale=1.0)
 
 
-def test_the_embedded_model_is_found_by_the_cards_code(tmp_path: Path, embedded: Path) -> None:
+def test_the_cards_code_loads_the_embedded_model(tmp_path: Path, embedded: Path) -> None:
     config, _ = finished(tmp_path, "embedded", evaluated=False)
     assert main(["export", config]) == 0
     folder = tmp_path / "runs" / "tuned" / "export" / "diffusers"
@@ -102,7 +102,7 @@ def test_the_embedded_model_is_found_by_the_cards_code(tmp_path: Path, embedded:
     assert found["pipe"].get_list_adapters() == {"unet": ["default_0"]}
 
 
-def test_of_several_rounds_the_last_is_exported_with_its_own_figures(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_the_last_round_is_exported_with_its_own_metrics(tiny_sd15: Path, tmp_path: Path) -> None:
     config, _ = finished(tmp_path, tiny_sd15, rounds=2)
     assert main(["export", config, "--out", str(tmp_path / "out")]) == 0
     first, second = (
@@ -114,7 +114,7 @@ def test_of_several_rounds_the_last_is_exported_with_its_own_figures(tiny_sd15: 
     assert "| clip | trained on | 0.50 | 0.70 | +0.20 |" in card
 
 
-def test_a_whole_net_is_exported_merged_and_otherwise_refused(
+def test_a_fully_fine_tuned_model_is_exported_merged_and_otherwise_refused(
     tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(tmp_path / "runs", tiny_sd15, training={"method": "full"})
@@ -126,10 +126,10 @@ def test_a_whole_net_is_exported_merged_and_otherwise_refused(
     assert "ExportError: `--format` kohya: " in capsys.readouterr().err
     assert not list((tmp_path / "runs" / "tuned" / "export").iterdir()), "nothing is left of the attempt"
     assert main(["export", path, "--format", "merged"]) == 0
-    assert "its denoiser trained anew" in (tmp_path / "runs/tuned/export/merged/README.md").read_text()
+    assert "its denoiser fully fine-tuned" in (tmp_path / "runs/tuned/export/merged/README.md").read_text()
 
 
-def test_values_after_an_option_count_and_others_than_the_runs_are_refused(
+def test_overrides_after_an_option_apply_and_values_that_differ_from_the_runs_are_refused(
     tmp_path: Path, embedded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, _ = finished(tmp_path, "embedded")
@@ -145,24 +145,22 @@ def test_values_after_an_option_count_and_others_than_the_runs_are_refused(
         main(["export", config, "--format", "onnx"])
 
 
-def test_a_run_that_is_not_trained_is_told_what_to_do(
+def test_the_error_for_an_untrained_run_says_what_to_do(
     tmp_path: Path, embedded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = written(config_of(tmp_path / "runs", "embedded"), tmp_path)
     assert main(["export", config]) == 2
-    told = capsys.readouterr().err
-    assert re.search(r"StoreError: .*: not there, or not finished; run the step that makes it first", told)
+    stderr = capsys.readouterr().err
+    assert re.search(r"StoreError: .*: not there, or not finished; run the step that makes it first", stderr)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_folder_that_is_there_is_left_alone(
-    tmp_path: Path, embedded: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_existing_folder_is_not_changed(tmp_path: Path, embedded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, _ = finished(tmp_path, "embedded")
     mine = tmp_path / "mine"
     mine.mkdir()
     assert main(["export", config, "--out", str(mine)]) == 2
-    assert f"ExportError: {mine}: is there already; delete it, or give another folder by `--out`\n" in (
+    assert f"ExportError: {mine}: exists already; delete it, or choose another folder with `--out`\n" in (
         capsys.readouterr().err
     )
     assert not list(mine.iterdir())
@@ -181,7 +179,7 @@ def test_a_lora_that_was_altered_after_training_is_not_exported(
     assert "was altered (its SHA-256 differs)" in capsys.readouterr().err
 
 
-def test_fault_02_an_export_that_is_killed_at_its_final_rename_leaves_nothing_once_it_is_given_again(
+def test_fault_02_the_next_export_deletes_the_remains_of_one_killed_at_its_final_rename(
     tmp_path: Path, embedded: Path
 ) -> None:
     config, _ = finished(tmp_path, "embedded", evaluated=False)

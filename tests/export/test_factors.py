@@ -1,4 +1,4 @@
-"""Factors read from a file give what PEFT adds to each layer."""
+"""LoRA factors read from a file, against PEFT's weight changes."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS
 KINDS = ("to_q", "to_out.0", "ff.net.2", "proj_in", "conv1", "downsamplers.0.conv")
 
 
-def test_every_layers_change_is_the_one_that_peft_computes(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_the_weight_change_of_every_layer_equals_pefts(tiny_sd15: Path, tmp_path: Path) -> None:
     lora = {"rank": 4, "alpha": 6, "targets": KINDS}
     policy = policy_of(config_of(tmp_path, tiny_sd15, training={"lora": lora}))
     save_policy(policy, tmp_path)
@@ -28,12 +28,12 @@ def test_every_layers_change_is_the_one_that_peft_computes(tiny_sd15: Path, tmp_
         torch.testing.assert_close(factors[name].weight_change(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_change_of_a_linear_layer_by_hand() -> None:
+def test_the_weight_change_of_a_linear_layer_equals_a_hand_computed_one() -> None:
     factors = Factors(down=torch.tensor([[1.0, 2.0, 3.0]]), up=torch.tensor([[10.0], [20.0]]), alpha=0.5)
     assert factors.weight_change().tolist() == [[5, 10, 15], [10, 20, 30]]
 
 
-def test_the_change_of_a_convolution_is_the_two_convolutions_in_a_row() -> None:
+def test_the_weight_change_of_a_convolution_equals_two_successive_convolutions() -> None:
     generator = torch.Generator().manual_seed(0)
     down, up = (torch.randn(shape, generator=generator) for shape in ((2, 3, 3, 3), (5, 2, 1, 1)))
     images = torch.randn((1, 3, 7, 7), generator=generator)
@@ -42,11 +42,11 @@ def test_the_change_of_a_convolution_is_the_two_convolutions_in_a_row() -> None:
     torch.testing.assert_close(at_once, in_a_row, rtol=1e-4, atol=1e-5)
 
 
-def test_merging_rounds_once_so_that_small_changes_are_not_lost_on_the_way() -> None:
+def test_merging_rounds_only_once() -> None:
     layer = nn.Sequential(nn.Linear(1, 1, bias=False)).bfloat16()
     nn.init.ones_(layer[0].weight)
     merge(layer, {"0": Factors(torch.full((4, 1), 2.0**-5), torch.full((1, 4), 2.0**-5), alpha=4.0)})
-    # four products of 2**-10, each below bfloat16's step of 2**-7 at 1; their sum is half a step, which goes to even
+    # four products of 2**-10, each below bfloat16's step of 2**-7 at 1; their sum is half a step, rounded to even
     assert layer[0].weight.item() == 1
     merge(layer, {"0": Factors(torch.full((4, 1), 2.0**-5), torch.full((1, 4), 2.0**-5), alpha=5.0)})
     assert layer[0].weight.item() == 1 + 2**-7
@@ -69,28 +69,29 @@ DAMAGES: dict[str, tuple[dict[str, torch.Tensor], str]] = {
 }
 
 
-def write_lora(folder: Path, tensors: dict[str, torch.Tensor], told: object) -> None:
-    save_file(tensors, folder / LORA_WEIGHTS, metadata={"lora_adapter_metadata": json.dumps(told)})
+def write_lora(folder: Path, tensors: dict[str, torch.Tensor], metadata: object) -> None:
+    save_file(tensors, folder / LORA_WEIGHTS, metadata={"lora_adapter_metadata": json.dumps(metadata)})
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_fault_48_a_lora_that_is_not_whole_is_refused_by_name(damage: str, tmp_path: Path) -> None:
-    tensors, told = DAMAGES[damage]
+def test_fault_48_a_damaged_lora_is_refused_by_name(damage: str, tmp_path: Path) -> None:
+    tensors, message = DAMAGES[damage]
     write_lora(tmp_path, tensors, {"unet.lora_alpha": 1})
-    with pytest.raises(ModelError, match=rf"pytorch_lora_weights\.safetensors: .*{told}"):
+    with pytest.raises(ModelError, match=rf"pytorch_lora_weights\.safetensors: .*{message}"):
         read_factors(tmp_path, "unet")
 
 
 @pytest.mark.parametrize(
-    "told", [{}, {"unet.r": 4}, {"unet.lora_alpha": "1"}, {"unet.lora_alpha": 0}, {"unet.lora_alpha": 1e999}, [], None]
+    "metadata",
+    [{}, {"unet.r": 4}, {"unet.lora_alpha": "1"}, {"unet.lora_alpha": 0}, {"unet.lora_alpha": 1e999}, [], None],
 )
-def test_fault_48_a_lora_without_alpha_is_refused_by_name(told: object, tmp_path: Path) -> None:
-    write_lora(tmp_path, WHOLE, told)
+def test_fault_48_a_lora_without_alpha_is_refused_by_name(metadata: object, tmp_path: Path) -> None:
+    write_lora(tmp_path, WHOLE, metadata)
     with pytest.raises(ModelError, match=r"pytorch_lora_weights\.safetensors: cannot be read"):
         read_factors(tmp_path, "unet")
 
 
-def test_fault_48_a_lora_that_is_missing_or_no_safetensors_is_refused_by_name(tmp_path: Path) -> None:
+def test_fault_48_a_missing_lora_and_one_of_another_format_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"pytorch_lora_weights\.safetensors: is missing"):
         read_factors(tmp_path, "unet")
     (tmp_path / LORA_WEIGHTS).write_bytes(b"\x80\x04pickle")

@@ -1,4 +1,4 @@
-"""Each format, loaded back by stock diffusers, is the policy that was trained."""
+"""Exported files, loaded by stock diffusers, against the trained policy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +46,7 @@ def sampled(model: TextToImageModel) -> Tensor:
 
 
 def assert_samples_as(policy: TextToImageModel, pipeline: Any) -> None:
-    """In fp64, as nets with random weights and guidance make 1e-4 of the rounding of fp32."""
+    """In fp64, because random weights and guidance amplify fp32 rounding to 1e-4."""
     found, trained = (
         sampled(type(policy)(made_of.to(torch.float64), dtype=torch.float64, device="cpu"))
         for made_of in (pipeline, policy.pipeline)
@@ -63,7 +63,7 @@ def assert_samples_as(policy: TextToImageModel, pipeline: Any) -> None:
     + [(write_kohya, family, 2.0) for family in UNETS]
     + [(write, "stable_diffusion", 8.0) for write in (write_diffusers, write_kohya)],
 )
-def test_a_lora_file_loads_into_the_stock_pipeline_and_samples_as_the_policy_whatever_its_alpha(
+def test_a_lora_file_loads_into_the_stock_pipeline_and_samples_like_the_policy_for_any_alpha(
     tiny_models: TinyModels, tmp_path: Path, write: Any, family: str, alpha: float
 ) -> None:
     trained, policy = trained_lora(tmp_path, tiny_models(family), family, rank=4, alpha=alpha, targets=ATTENTION)
@@ -76,7 +76,7 @@ def test_a_lora_file_loads_into_the_stock_pipeline_and_samples_as_the_policy_wha
     assert_samples_as(policy, pipeline)
 
 
-def test_kohya_keys_of_every_kind_of_layer_find_it_in_the_stock_pipeline(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_the_stock_pipeline_reads_kohya_keys_of_every_kind_of_layer(tiny_sd15: Path, tmp_path: Path) -> None:
     trained, policy = trained_lora(tmp_path, tiny_sd15, rank=3, alpha=1.5, targets=ALL_KINDS)
     write_kohya(trained, tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(tiny_sd15)
@@ -85,7 +85,7 @@ def test_kohya_keys_of_every_kind_of_layer_find_it_in_the_stock_pipeline(tiny_sd
 
 
 @pytest.mark.parametrize("family", UNETS + TRANSFORMERS)
-def test_merged_weights_sample_as_the_policy_and_hold_no_lora(
+def test_merged_weights_sample_like_the_policy_and_contain_no_lora(
     tiny_models: TinyModels, tmp_path: Path, family: str
 ) -> None:
     trained, policy = trained_lora(tmp_path, tiny_models(family), family, rank=4, alpha=2, targets=ATTENTION)
@@ -96,7 +96,7 @@ def test_merged_weights_sample_as_the_policy_and_hold_no_lora(
     assert_samples_as(policy, pipeline)
 
 
-def test_merging_reaches_convolutions_too(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_merging_includes_convolutions(tiny_sd15: Path, tmp_path: Path) -> None:
     trained, policy = trained_lora(tmp_path, tiny_sd15, rank=3, alpha=1.5, targets=ALL_KINDS)
     write_merged(trained, tmp_path / "out")
     assert_samples_as(policy, DiffusionPipeline.from_pretrained(tmp_path / "out"))
@@ -115,7 +115,7 @@ def test_merging_is_computed_in_fp32_and_rounded_once_to_the_models_type(tiny_sd
     assert torch.equal(merged.weight, exact.float().bfloat16())
 
 
-def test_a_whole_net_takes_the_place_of_the_bases(tiny_sd15: Path, tmp_path: Path) -> None:
+def test_a_fully_fine_tuned_denoiser_replaces_the_bases(tiny_sd15: Path, tmp_path: Path) -> None:
     policy = load_model("stable_diffusion", path=str(tiny_sd15), device="cpu")
     base = sampled(policy)
     change(list(policy.denoiser.parameters()), size=0.02)
@@ -129,16 +129,14 @@ def test_a_whole_net_takes_the_place_of_the_bases(tiny_sd15: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("name", "write"), [("diffusers", write_diffusers), ("kohya", write_kohya)])
-def test_a_whole_net_is_refused_by_formats_of_a_lora(tmp_path: Path, name: str, write: Any) -> None:
+def test_lora_formats_refuse_a_fully_fine_tuned_model(tmp_path: Path, name: str, write: Any) -> None:
     (tmp_path / "unet").mkdir()
     trained = Trained("tuned", tmp_path, "stable_diffusion", {"path": "embedded"})
-    with pytest.raises(ExportError, match=rf"^`--format` {name}: .* holds a whole net .*; use `--format merged`$"):
+    with pytest.raises(ExportError, match=rf"^`--format` {name}: .* holds a full model .*; use `--format merged`$"):
         write(trained, tmp_path)
 
 
-def test_kohya_keys_are_spelled_as_its_readers_expect_and_give_the_layers_change(
-    tiny_sd15: Path, tmp_path: Path
-) -> None:
+def test_kohya_keys_have_the_expected_names_and_give_the_layers_weight_change(tiny_sd15: Path, tmp_path: Path) -> None:
     trained, policy = trained_lora(tmp_path, tiny_sd15, rank=4, alpha=2, targets=ALL_KINDS)
     write_kohya(trained, tmp_path)
     file = load_file(kohya_path(tmp_path, "tuned"))

@@ -1,4 +1,4 @@
-"""Trials of a search that never ran, with reports of the form that trials write."""
+"""Synthetic trials, with reports as trials write them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -56,7 +56,7 @@ def report(
     num_prompts: int = 16,
     **measured: float | None,
 ) -> dict[str, Any]:
-    """One stage's; its intervals reach ``width`` to both sides."""
+    """Report of one stage; its intervals extend by ``width`` to both sides."""
     middle = reward if reward is not None else 0.0
 
     def interval(mean: float, reach: float) -> dict[str, float]:
@@ -85,12 +85,12 @@ def report(
 
 
 def done(number: int, reward: float | None, point: Point | None = None, **measured: Any) -> Trial:
-    """A trial of one stage that ended with this reward."""
+    """A finished trial of one stage with this reward."""
     return Trial(number, point or {}, DONE, (report(reward=reward, **measured),))
 
 
 def confirmed(values: Sequence[Sequence[float | None]], judge: str = "clip", **others: Any) -> dict[int, Trial]:
-    """Runs by seed from ``[seed, prompt]`` of one judge, and of ``others``."""
+    """Runs by seed, from ``[seed, prompt]`` differences of one judge and of ``others``."""
     return {
         100 + at: Trial(
             at + 1,
@@ -108,7 +108,7 @@ def confirmed(values: Sequence[Sequence[float | None]], judge: str = "clip", **o
 
 
 def search_of(num_trials: int, num_knobs: int, seed: int = 0) -> list[Trial]:
-    """Trials over the first knobs: some stopped, one failed; stages follow the point where it has `num_stages`."""
+    """Trials over the first knobs: some stopped, one failed; the number of stages is the point's, if it has one."""
     rng = np.random.default_rng(seed)
     knobs = KNOBS[:num_knobs]
     keys = {knob["key"] for knob in knobs}

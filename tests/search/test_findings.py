@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from made_up_trials import JUDGES, KNOBS, PAPER_POINT, confirmed, done, report, search_of
 
-from cdpo_ray.search.findings import best, changes, confirm, find, pareto, table_of
+from cdpo_ray.search.findings import best, changes, confirm, pareto, search_summary, table_of
 from cdpo_ray.search.trials import DONE, FAILED, RUNNING, STOPPED, Trial
 
 SMALL = {"num_resamples": 2_000, "seed": 0}
 
 
 def found_of(trials, *, paper_runs=None, found_runs=None, objectives=("reward",), importance=None):
-    return find(
+    return search_summary(
         trials,
         name="tune",
         algorithm="tpe",
@@ -30,7 +30,7 @@ def found_of(trials, *, paper_runs=None, found_runs=None, objectives=("reward",)
 
 
 def gains(gain: float, *, seeds: int = 3, prompts: int = 60, noise: float = 0.01) -> tuple[np.ndarray, np.ndarray]:
-    """Differences to the base ``[seed, prompt]`` of the paper's schedule and of one that gains so much more."""
+    """``[seed, prompt]`` differences to the base of the paper's schedule and of one that is better by ``gain``."""
     rng = np.random.default_rng(0)
     paper = rng.normal(0.02, 0.05, size=(seeds, prompts))
     return paper, paper + gain + rng.normal(0, noise, size=(seeds, prompts))
@@ -41,7 +41,7 @@ def confirmation(gain: float, **size):
     return {"paper_runs": confirmed(paper.tolist()), "found_runs": confirmed(found.tolist())}
 
 
-def test_best_is_the_finished_trial_that_ended_highest() -> None:
+def test_best_is_the_finished_trial_with_the_highest_last_report() -> None:
     fell = Trial(4, {}, DONE, (report(1, is_last=False, reward=0.9), report(2, reward=0.01)))
     stopped = Trial(5, {}, STOPPED, (report(1, is_last=False, reward=0.8),))
     trials = [done(1, 0.02), done(2, 0.05), done(3, 0.05), fell, stopped, Trial(6, {}, FAILED), done(7, None)]
@@ -55,7 +55,7 @@ def test_another_objective_may_decide() -> None:
 
 
 @pytest.mark.parametrize("trials", [[], [Trial(1, {})], [Trial(1, {}, FAILED)], [done(1, float("nan"))]])
-def test_no_trial_is_best_while_none_has_a_value(trials) -> None:
+def test_without_a_finished_trial_with_a_value_there_is_no_best(trials) -> None:
     assert best(trials, ["reward"]) is None
     assert found_of(trials)["sentence"] == "No trial has finished, so no schedule was found."
 
@@ -89,15 +89,15 @@ def test_only_finished_trials_with_all_values_are_on_the_front() -> None:
     assert pareto(trials, ["reward", "implicit_accuracy"]) == [1]
 
 
-def test_changes_name_what_the_paper_does_not_have() -> None:
+def test_changes_name_the_values_that_differ_from_the_papers() -> None:
     point = PAPER_POINT | {"training.beta": 372.81, "training.lora.rank": 16, "curriculum.pacing": "sliding_window"}
     assert changes(point | {"curriculum.window": 2}, PAPER_POINT) == (
         "beta 373, pacing sliding_window, lora.rank 16, window 2"
     )
     assert changes(PAPER_POINT, PAPER_POINT) == ""
     assert changes({}, PAPER_POINT) == ""  # a knob that is not used follows from another
-    told = changes({"a.lr": 0.000123456, "a.loud": True, "a.cap": None, "a.layers": ["q", "k"]}, {})
-    assert told == "lr 0.000123, loud true, cap none, layers q+k"
+    text = changes({"a.lr": 0.000123456, "a.loud": True, "a.cap": None, "a.layers": ["q", "k"]}, {})
+    assert text == "lr 0.000123, loud true, cap none, layers q+k"
 
 
 @pytest.mark.parametrize(
@@ -108,22 +108,22 @@ def test_changes_name_what_the_paper_does_not_have() -> None:
             0.0,
             "not told apart",
             None,
-            "The found schedule does not hold: trial 2 (beta 400) is not told apart from the paper's",
+            "The found schedule does not hold: trial 2 (beta 400) does not differ significantly from the paper's",
         ),
         (-0.05, "worse", 1, "The found schedule does not hold: trial 2 (beta 400) is worse"),
     ],
 )
-def test_verdict_is_that_of_fresh_seeds_on_held_out_prompts(gain, verdict, kept, sentence) -> None:
+def test_verdict_is_that_of_new_seeds_on_held_out_prompts(gain, verdict, kept, sentence) -> None:
     trials = [done(1, 0.02, PAPER_POINT), done(2, 0.4, PAPER_POINT | {"training.beta": 400.0})]
     found = found_of(trials, **confirmation(gain))
     assert found["verdict"] == verdict
-    assert found["kept"] == kept or kept is None, "what fell behind is not kept"
+    assert found["kept"] == kept or kept is None, "a worse schedule must not be kept"
     assert found["sentence"].startswith(sentence)
     assert "on 60 held-out prompts, 3 seeds" in found["sentence"]
 
 
 def test_difference_is_paired_by_seed_and_prompt() -> None:
-    """Values that spread by 0.05 over prompts and a gain of 0.004 that does not: only pairs can tell."""
+    """Values with a spread of 0.05 over prompts and a constant gain of 0.004, which only pairing detects."""
     table, _ = confirm(**confirmation(0.004, noise=0), judge="clip", **SMALL)
     clip = table["judges"]["clip"]
     assert clip["difference"]["low"] == pytest.approx(0.004)
@@ -131,7 +131,7 @@ def test_difference_is_paired_by_seed_and_prompt() -> None:
     assert clip["paper"]["high"] > clip["found"]["low"]
 
 
-def test_means_are_over_seeds_and_prompts_and_of_each_seed() -> None:
+def test_means_are_over_seeds_and_prompts_and_by_seed() -> None:
     paper, found = gains(0.03)
     table, warnings = confirm(confirmed(paper.tolist()), confirmed(found.tolist()), judge="clip", **SMALL)
     clip = table["judges"]["clip"]
@@ -150,7 +150,7 @@ def test_gain_of_one_seed_alone_does_not_hold() -> None:
     assert table["judges"]["clip"]["verdict"] == "not told apart"
 
 
-def test_judge_that_finds_it_worse_is_named_though_another_decides() -> None:
+def test_a_non_deciding_judge_with_a_worse_result_is_named() -> None:
     paper, found = gains(0.05)
     trials = [done(1, 0.02), done(2, 0.4, {"training.beta": 400.0})]
     runs = {
@@ -158,23 +158,23 @@ def test_judge_that_finds_it_worse_is_named_though_another_decides() -> None:
         "found_runs": confirmed(found.tolist(), oracle=(paper - 0.05).tolist()),
     }
     sentence = found_of(trials, **runs)["sentence"]
-    assert sentence.startswith("The found schedule holds") and sentence.endswith("By oracle it is worse.")
+    assert sentence.startswith("The found schedule holds") and sentence.endswith("It is worse by oracle.")
 
 
-def test_seed_that_failed_is_left_out_of_both_and_named() -> None:
+def test_a_failed_seed_is_excluded_from_both_and_named() -> None:
     runs = confirmation(0.05)
     runs["found_runs"][101] = Trial(2, {}, FAILED, (), "TrainingError: NaN")
     del runs["paper_runs"][102]
     table, warnings = confirm(**runs, judge="clip", **SMALL)
     assert table["seeds"] == [100]
     assert warnings == [
-        "seed 101 is not counted: found failed: TrainingError: NaN",
-        "seed 102 is not counted: the paper's is not trained yet",
-        "one seed only: the intervals do not tell what another seed would have given",
+        "seed 101 is excluded: found failed: TrainingError: NaN",
+        "seed 102 is excluded: the paper's is not trained yet",
+        "one seed only: the intervals do not include the variation over seeds",
     ]
 
 
-def test_prompts_without_a_score_are_left_out_and_counted() -> None:
+def test_prompts_without_a_score_are_excluded_and_counted() -> None:
     paper, found = gains(0.05)
     holes = [[None, *row[1:]] for row in paper.tolist()]
     nothing = [[float("nan")] * 60] * 3
@@ -183,31 +183,31 @@ def test_prompts_without_a_score_are_left_out_and_counted() -> None:
     )
     assert table["judges"]["clip"]["difference"]["mean"] == pytest.approx((found - paper)[:, 1:].mean())
     assert warnings == [
-        "clip: 1 of 60 prompts lack a score and are left out",
-        "oracle: 60 of 60 prompts lack a score and are left out",
+        "clip: 1 of 60 prompts lack a score and are excluded",
+        "oracle: 60 of 60 prompts lack a score and are excluded",
     ]
     assert list(table["judges"]) == ["clip"]
     assert confirm(confirmed(nothing), confirmed(nothing), judge="clip", **SMALL)[0] is None
 
 
-def test_paper_as_the_best_needs_no_confirmation_and_says_so() -> None:
+def test_the_paper_as_the_best_needs_no_confirmation() -> None:
     found = found_of([done(1, 0.5), done(2, 0.1)], **confirmation(0.05))
     assert found["confirmation"] is None and found["verdict"] is None
     assert found["sentence"] == (
-        "The paper's schedule is the best in reward on the validation prompts: 1 other did not beat it; nothing to"
-        " confirm."
+        "The paper's schedule has the highest reward on the validation prompts: 1 other trial did not beat it. There is"
+        " nothing to confirm."
     )
 
 
-def test_lead_that_is_not_confirmed_is_called_so() -> None:
+def test_an_unconfirmed_lead_is_called_unconfirmed() -> None:
     found = found_of([done(1, 0.1), done(2, 0.5, {"training.beta": 400.0})])
     assert found["sentence"] == (
-        "Not confirmed yet: trial 2 (beta 400) is the best of 2 in reward on the validation prompts, and the best of"
-        " many looks better than it is."
+        "Not confirmed yet: trial 2 (beta 400) has the highest reward of 2 trials on the validation prompts, which"
+        " overestimate the best of many."
     )
 
 
-def test_findings_are_plain_values_without_nan() -> None:
+def test_the_summary_has_plain_values_without_nan() -> None:
     trials = [*search_of(12, 10), done(13, float("nan"), win_rate=float("inf"))]
     found = found_of(trials, **confirmation(0.01), importance={"training.beta": 1.0})
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -215,7 +215,7 @@ def test_findings_are_plain_values_without_nan() -> None:
     assert found["counts"]["invalid"] == 3
 
 
-def test_table_has_a_line_a_trial_then_the_schedules_by_judge_then_the_verdict() -> None:
+def test_table_has_the_trials_then_the_schedules_by_judge_then_the_verdict() -> None:
     trials = search_of(12, 5)
     paper, values = gains(0.05)
     runs = {
@@ -228,24 +228,24 @@ def test_table_has_a_line_a_trial_then_the_schedules_by_judge_then_the_verdict()
     assert of_trials.splitlines()[1].endswith("the paper's")
     assert of_trials.splitlines()[found["best"]].startswith(f"{found['best']} *")
     assert [line.split("  ")[0] for line in of_schedules.splitlines()] == [
-        "held-out prompts, to base",
-        "the paper's",
-        f"found (trial {found['best']})",
+        "held-out prompts",
+        "paper - base",
+        f"found (trial {found['best']}) - base",
         "found - paper",
-        "verdict",
+        "found is",
     ]
     assert all(judge in of_schedules.splitlines()[0] for judge in JUDGES)
-    assert of_schedules.endswith("not told apart")
+    assert of_schedules.endswith("not significantly different")
     assert verdict == found["sentence"]
 
 
-def test_interval_of_a_trial_is_the_judges_of_its_last_report() -> None:
+def test_interval_of_a_trial_is_the_deciding_judges_in_its_last_report() -> None:
     [trial] = found_of([Trial(1, {}, DONE, (report(1, reward=0.1), report(2, reward=0.2, width=0.05)))])["trials"]
     assert trial["interval"] == pytest.approx({"mean": 0.2, "low": 0.15, "high": 0.25})
     [trial] = found_of([done(1, 0.1)], objectives=["diversity", "reward"])["trials"]
     assert trial["interval"] is None and trial["values"] == {"diversity": 0.17, "reward": 0.1}
 
 
-def test_findings_and_page_are_made_without_torch_or_ray() -> None:
+def test_summary_and_page_need_neither_torch_nor_ray() -> None:
     code = "import cdpo_ray.search.report, sys; print([name for name in ('torch', 'ray') if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,4 +1,4 @@
-"""What stands out from chance is told, and nothing else."""
+"""Importance of knobs: only effects that exceed chance are reported."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ SPACE: Space = (
 
 
 def trials(value: Callable[[Point], float], num: int, *, seed: int = 0) -> list[Trial]:
-    """Drawn at random, each a little off its value."""
+    """Random trials, with noise added to their value."""
     noise = np.random.default_rng(seed).normal(size=num) * 0.1
     found = []
     for number in range(2, num + 2):
@@ -40,15 +40,15 @@ def trials(value: Callable[[Point], float], num: int, *, seed: int = 0) -> list[
         ("curriculum.num_stages", lambda point: float(point["curriculum.num_stages"] in (2, 4))),
     ],
 )
-def test_the_knob_that_decides_has_nearly_all_of_it(key: str, value: Callable[[Point], float]) -> None:
+def test_the_only_knob_with_an_effect_has_most_of_the_importance(key: str, value: Callable[[Point], float]) -> None:
     shares = [importance(SPACE, trials(value, 16, seed=seed), "reward") for seed in range(10)]
     assert all(found and sum(found.values()) == pytest.approx(1) for found in shares)
     assert all(max(found, key=found.__getitem__) == key for found in shares if found)
     assert np.mean([found[key] for found in shares if found]) > 0.75
 
 
-def test_where_nothing_decides_chance_is_seldom_taken_for_a_cause() -> None:
-    """A knob passes once in twenty times: a binomial of 100 searches and 4 knobs."""
+def test_without_effects_a_knob_seldom_has_importance() -> None:
+    """A knob passes in one of twenty searches: a binomial of 100 searches and 4 knobs."""
     found = [importance(SPACE, trials(lambda point: 0.0, 12, seed=seed), "reward") for seed in range(100)]
     assert all(shares is not None and [*shares] == [knob.key for knob in SPACE] for shares in found)
     by_knob = [sum(shares[knob.key] > 0 for shares in found if shares) for knob in SPACE]
@@ -56,7 +56,7 @@ def test_where_nothing_decides_chance_is_seldom_taken_for_a_cause() -> None:
     assert {sum(shares.values()) for shares in found if shares and not any(shares.values())} == {0.0}
 
 
-def test_a_knob_that_seldom_matters_does_not_take_what_its_condition_decides() -> None:
+def test_a_conditional_knob_does_not_take_the_importance_of_its_condition() -> None:
     def by_pacing(point: Point) -> float:
         return float(point[PACING.key] == "sliding_window")
 
@@ -69,7 +69,7 @@ def test_a_knob_that_seldom_matters_does_not_take_what_its_condition_decides() -
     assert np.mean([found["curriculum.window"] for found in shares if found]) > 0.6
 
 
-def test_what_a_knob_explains_is_the_variance_between_its_choices_or_along_a_parabola() -> None:
+def test_explained_variance_is_between_choices_or_along_a_parabola() -> None:
     rng = np.random.default_rng(0)
     ranks = _ranks(rng.normal(size=(30)))
     windows, betas = rng.integers(3, size=30), rng.uniform(50, 1000, size=30)
@@ -84,17 +84,17 @@ def test_what_a_knob_explains_is_the_variance_between_its_choices_or_along_a_par
     assert _ranks(np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [1.0, -1.5, 1.0, -0.5]
 
 
-def test_too_few_trials_or_equal_ones_say_nothing() -> None:
+def test_too_few_or_equal_trials_give_none() -> None:
     judged = trials(lambda point: math.log(point["training.beta"]), 8)
     assert importance(SPACE, judged, "reward") is not None
     assert importance(SPACE, judged[:-1], "reward") is None
     assert importance(SPACE, [], "reward") is None
-    assert importance(SPACE, judged, "diversity") is None, "none reported it"
+    assert importance(SPACE, judged, "diversity") is None, "no trial reported it"
     alike = [Trial(trial.number, trial.point, DONE, ({"stage": 1, "reward": 0.5},)) for trial in judged]
     assert importance(SPACE, alike, "reward") is None
 
 
-def test_only_trials_that_ended_with_a_number_count_by_their_last_report() -> None:
+def test_only_ended_trials_with_a_value_count_by_their_last_report() -> None:
     judged = trials(lambda point: math.log(point["training.beta"]), 12)
     expected = importance(SPACE, judged, "reward")
     earlier = {"stage": 0, "reward": -9.0}

@@ -1,4 +1,4 @@
-"""What is proposed depends on the space, the trials known, the number and the seed, and on nothing else."""
+"""Proposals are a function of the space, the known trials, the number and the seed."""
 
 import itertools
 import math
@@ -45,7 +45,7 @@ def proposed(
 def search(
     space: Space, algorithm: str, value: Callable[[Point], float], num_trials: int, seed: int = 0
 ) -> list[tuple[Point, float]]:
-    """One trial after another, the first at the lowest corner of the space."""
+    """Points and values of a sequential search."""
     known: list[Trial] = []
     for number in range(2, num_trials + 2):
         point = proposed(space, algorithm, number, known, seed=seed).point
@@ -60,18 +60,18 @@ def draws(knob: Knob, num: int = 2000) -> list[Any]:
 
 
 def distance_to_uniform(shares: Sequence[float]) -> float:
-    """Kolmogorov-Smirnov's of numbers in [0, 1]; of 2,000 uniform ones above 0.036 once in a hundred times."""
+    """Kolmogorov-Smirnov statistic of numbers in [0, 1]; for 2,000 uniform numbers above 0.036 in 1 % of cases."""
     ordered = np.sort(shares)
     steps = np.arange(len(ordered) + 1) / len(ordered)
     return float(max((steps[1:] - ordered).max(), (ordered - steps[:-1]).max()))
 
 
-def test_a_range_is_drawn_evenly_or_evenly_by_logarithm() -> None:
+def test_a_range_is_drawn_uniformly_or_log_uniformly() -> None:
     logs = [math.log(value / 50) / math.log(20) for value in draws(BETA)]
     assert distance_to_uniform(logs) < 0.036
     plain = [value / 3 for value in draws(Knob("b", low=0.0, high=3.0))]
     assert distance_to_uniform(plain) < 0.036
-    assert distance_to_uniform([(value - 50) / 950 for value in draws(BETA)]) > 0.3, "by logarithm is another draw"
+    assert distance_to_uniform([(value - 50) / 950 for value in draws(BETA)]) > 0.3, "log-uniform is not uniform"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_range_is_drawn_evenly_or_evenly_by_logarithm() -> None:
         ),
     ],
 )
-def test_choices_and_whole_numbers_are_drawn_as_often_as_they_should_both_ends_included(
+def test_choices_and_integers_are_drawn_with_their_probability_including_both_ends(
     knob: Knob, values: Sequence[Any], shares: Sequence[float]
 ) -> None:
     found = draws(knob)
@@ -96,7 +96,7 @@ def test_choices_and_whole_numbers_are_drawn_as_often_as_they_should_both_ends_i
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_knob_has_a_value_exactly_where_its_condition_holds(algorithm: str) -> None:
+def test_a_knob_has_a_value_only_if_its_condition_holds(algorithm: str) -> None:
     nested = Knob("d", ("x", "y"), when={WINDOW.key: [2, 3]})
     space = (PACING, WINDOW, nested) if algorithm == "grid" else (*SPACE, nested)
     known: list[Trial] = []
@@ -126,16 +126,16 @@ KNOWN = [
 
 @DRAWN
 @pytest.mark.parametrize("objectives", [("reward",), ("reward", "diversity")])
-def test_a_proposal_depends_on_what_is_known_alone(algorithm: str, objectives: tuple[str, ...]) -> None:
+def test_a_proposal_depends_on_its_arguments_only(algorithm: str, objectives: tuple[str, ...]) -> None:
     first = proposed(SPACE, algorithm, 16, KNOWN, objectives=objectives)
-    for number in range(17, 20):  # what else was asked for changes nothing
+    for number in range(17, 20):  # other proposals have no effect
         proposed(SPACE, algorithm, number, KNOWN[:5], objectives=objectives)
     assert proposed(SPACE, algorithm, 16, KNOWN[::-1], objectives=objectives) == first
     assert proposed(SPACE, algorithm, 16, KNOWN, objectives=objectives, seed=1) != first
     assert proposed(SPACE, algorithm, 17, KNOWN, objectives=objectives) != first
 
 
-def test_the_same_is_proposed_in_another_process() -> None:
+def test_another_process_gives_the_same_proposal() -> None:
     code = (
         "from search.test_proposals import KNOWN, SPACE, proposed;"
         "print([proposed(SPACE, name, 16, KNOWN).point for name in ('random', 'tpe')])"
@@ -151,13 +151,13 @@ def test_the_same_is_proposed_in_another_process() -> None:
     assert found.stdout.strip() == str([proposed(SPACE, name, 16, KNOWN).point for name in ("random", "tpe")])
 
 
-def test_another_knob_leaves_the_random_draws_of_the_others_as_they_were() -> None:
+def test_a_further_knob_does_not_change_the_random_draws_of_the_others() -> None:
     fewer, all_of_them = proposed((BETA, RANK), "random", 7).point, proposed(SPACE, "random", 7).point
     assert fewer and all_of_them
     assert {key: all_of_them[key] for key in fewer} == fewer
 
 
-def test_tpe_learns_from_what_is_known_but_not_from_what_was_not_judged() -> None:
+def test_tpe_learns_from_judged_trials_only() -> None:
     judged = [trial for trial in KNOWN if trial.state in (DONE, STOPPED) and trial.number != 5]
     better = [ended(trial.number, trial.point, -trial.reports[-1]["reward"]) for trial in judged]
     numbers = range(20, 40)
@@ -167,14 +167,14 @@ def test_tpe_learns_from_what_is_known_but_not_from_what_was_not_judged() -> Non
         return [point[BETA.key] for point in points if point]
 
     unjudged = [trial for trial in KNOWN if trial.number not in (4, 5)]
-    assert betas(unjudged) == betas(judged), "a failed trial says nothing"
-    assert betas(judged) != betas(better), "what was best is now worst"
-    assert betas(KNOWN) != betas(unjudged), "what others try now is avoided"
+    assert betas(unjudged) == betas(judged), "a failed trial has no effect"
+    assert betas(judged) != betas(better), "the best trial is now the worst"
+    assert betas(KNOWN) != betas(unjudged), "points of running trials are avoided"
     elsewhere = ended(30, {BETA.key: 5000.0, PACING.key: "cumulative", RANK.key: 8}, 9.0)
-    assert betas([*judged, elsewhere]) == betas(judged), "a trial outside of the space says nothing"
+    assert betas([*judged, elsewhere]) == betas(judged), "a trial outside the space has no effect"
 
 
-def test_tpe_finds_the_best_more_often_than_random_draws_do() -> None:
+def test_tpe_finds_a_better_point_than_random_search_in_most_searches() -> None:
     space = (BETA, PACING, WINDOW, Knob("curriculum.num_stages", (1, 2, 4, 6)))
 
     def value(point: Point) -> float:
@@ -189,8 +189,8 @@ def test_tpe_finds_the_best_more_often_than_random_draws_do() -> None:
     assert np.mean([tpe for tpe, _ in pairs]) > np.mean([random for _, random in pairs]) + 0.05
 
 
-def test_of_two_objectives_tpe_fills_the_front_better_than_random_draws_do() -> None:
-    """Both are to be raised: on the front one knob is what it likes, and the other trades them."""
+def test_with_two_objectives_tpe_finds_a_better_front_than_random_search() -> None:
+    """Both objectives are maximised: on the front b is 1, and a trades them."""
     space = (Knob("a", low=0.0, high=1.0), Knob("b", low=0.0, high=1.0))
 
     def front(algorithm: str, seed: int) -> float:
@@ -210,7 +210,7 @@ def test_of_two_objectives_tpe_fills_the_front_better_than_random_draws_do() -> 
     assert sum(tpe > random for tpe, random in pairs) >= 7
 
 
-def test_the_grid_is_the_product_once_each_in_its_order() -> None:
+def test_the_grid_is_the_ordered_product_without_duplicates() -> None:
     stages, order = Knob("s", (1, 2, 4)), Knob("o", ("easy", "none"))
     space = (stages, PACING, WINDOW, order)
     brute = []
@@ -228,7 +228,7 @@ def test_the_grid_is_the_product_once_each_in_its_order() -> None:
 
 
 @DRAWN
-def test_nothing_is_proposed_twice_and_a_small_space_is_tried_to_its_end(algorithm: str) -> None:
+def test_no_point_is_proposed_twice_and_a_small_space_is_exhausted(algorithm: str) -> None:
     space = (PACING, WINDOW, Knob("s", (1, 2, 4)))
     known = [ended(1, {PACING.key: "cumulative", "s": 4}, 0.0)]
     while point := proposed(space, algorithm, len(known) + 1, known).point:
@@ -239,7 +239,7 @@ def test_nothing_is_proposed_twice_and_a_small_space_is_tried_to_its_end(algorit
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_points_whose_values_do_not_go_together_are_passed_over_and_counted(algorithm: str) -> None:
+def test_invalid_points_are_skipped_and_counted(algorithm: str) -> None:
     space = (PACING, WINDOW, Knob("s", (1, 2, 4)))
     found = proposed(space, algorithm, 2, [], is_valid=lambda point: point["s"] == 4 and WINDOW.key in point)
     assert found.point and found.point["s"] == 4 and found.point[PACING.key] == "sliding_window"
@@ -249,7 +249,7 @@ def test_points_whose_values_do_not_go_together_are_passed_over_and_counted(algo
     assert nothing == Proposal(None, num_invalid=12 if algorithm == "grid" else 200)
 
 
-def test_the_papers_trial_that_departs_from_the_config_elsewhere_hides_no_point() -> None:
+def test_a_papers_trial_with_further_keys_hides_no_point() -> None:
     space = (Knob(BETA.key, (100.0, 200.0)),)
     apart = [ended(1, {BETA.key: 200.0, "curriculum.pacing": "cumulative"}, 0.0)]
     points = [
@@ -259,7 +259,7 @@ def test_the_papers_trial_that_departs_from_the_config_elsewhere_hides_no_point(
     assert points[0] == {BETA.key: 100.0} and points[1] == Proposal({BETA.key: 200.0}, num_known=1)
 
 
-def test_proposed_numbers_are_short_enough_to_write_down() -> None:
+def test_proposed_numbers_have_at_most_four_significant_digits() -> None:
     for algorithm in ("random", "tpe"):
         point = proposed((BETA,), algorithm, 20, KNOWN).point
         assert point and point[BETA.key] == float(f"{point[BETA.key]:.4g}")

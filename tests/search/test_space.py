@@ -1,4 +1,4 @@
-"""A point of the space -> the configuration of one trial, the paper's first of all."""
+"""Points of the search space -> configurations of trials."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ SPACE = {
 
 
 def config(space: dict[str, Any] = SPACE, *overrides: str, **search: Any) -> Config:
-    """The quickstart with a search over this space."""
+    """The quickstart with a search over ``space``."""
     values = parse_yaml(QUICKSTART.read_text(), where="quickstart")
     values["prompts"]["validation"] = {"source": "scenes", "count": 8}
     values["search"] = {"num_trials": 4, "space": space} | search
@@ -39,7 +39,7 @@ def trial(searched: Config, point: dict[str, Any], seed: int | None = None) -> C
     return config_of(searched, point, name="003", run_dir="runs/quickstart/trials", seed=seed)
 
 
-def test_a_key_that_may_be_searched_or_why_not_is_known_of_every_field() -> None:
+def test_every_field_is_either_searchable_or_refused_with_a_reason() -> None:
     searched = set(searched_keys())
     assert {"curriculum.order", "training.loss", "training.lora.rank", "training.guidance_range"} <= searched
     assert not searched & {*REFUSED} and not any(key.startswith(("run.", "model.")) for key in searched)
@@ -56,12 +56,12 @@ def test_a_key_that_may_be_searched_or_why_not_is_known_of_every_field() -> None
         (Knob("a", low=2, high=4, is_integer=True), [2, 3, 4, 3.0], [1, 5, 2.5, True]),
     ],
 )
-def test_a_knob_holds_what_it_may_be(knob: Knob, inside: list[Any], outside: list[Any]) -> None:
+def test_a_knob_holds_only_its_choices_or_range(knob: Knob, inside: list[Any], outside: list[Any]) -> None:
     assert all(knob.holds(value) for value in inside)
     assert not any(knob.holds(value) for value in outside)
 
 
-def test_the_papers_trial_takes_the_papers_choices_and_what_depends_on_the_model_from_the_config() -> None:
+def test_the_papers_trial_has_the_papers_choices_and_the_configs_model_dependent_values() -> None:
     everything = SPACE | {"curriculum.order": ["easy_to_hard", "none"], "curriculum.label_noise": [0, 0.1]}
     searched = config(everything, "curriculum.order=none", "curriculum.label_noise=0.1", "training.beta=300")
     assert paper_point(searched) == {
@@ -71,10 +71,10 @@ def test_the_papers_trial_takes_the_papers_choices_and_what_depends_on_the_model
         "training.lora.rank": 8,
         "curriculum.order": "easy_to_hard",
         "curriculum.label_noise": 0.0,
-    }, "the window is of another pacing"
+    }, "the window belongs to another pacing"
 
 
-def test_the_papers_trial_is_the_papers_also_in_keys_that_no_trial_varies() -> None:
+def test_the_papers_trial_has_the_papers_values_also_for_keys_that_no_trial_varies() -> None:
     beta = {"training.beta": [100, 200]}
     assert paper_point(config(beta)) == {"training.beta": 200}
     departs = config(beta, "curriculum.pacing=sliding_window", "curriculum.window=3", "curriculum.min_score_gap=0.5")
@@ -118,14 +118,14 @@ def test_a_trial_is_an_ordinary_run_on_the_images_of_the_search() -> None:
 
 
 @pytest.mark.parametrize(("num_stages", "updates"), [(1, 160), (2, 80), (4, 40), (6, 26)])
-def test_each_trial_has_its_share_of_the_updates_in_each_stage(num_stages: int, updates: int) -> None:
+def test_the_updates_of_a_trial_are_divided_among_its_stages(num_stages: int, updates: int) -> None:
     found = trial(config(updates_per_trial=160), {"curriculum.num_stages": num_stages})
     assert found.curriculum.updates_per_stage == updates
     without = {key: knob for key, knob in SPACE.items() if key != "curriculum.num_stages"}
     assert trial(config(without, updates_per_trial=160), {}).curriculum.updates_per_stage == 40
 
 
-def test_what_does_not_matter_at_a_point_is_not_given() -> None:
+def test_inactive_knobs_have_no_value_in_the_configuration() -> None:
     searched = config(SPACE, "curriculum.pacing=sliding_window", "curriculum.window=3")
     found = trial(searched, {"curriculum.pacing": "cumulative"}).curriculum
     assert (found.pacing, found.window) == ("cumulative", None)
@@ -143,7 +143,7 @@ def test_what_does_not_matter_at_a_point_is_not_given() -> None:
     assert trial(config({"training.method": ["lora", "full"]}), {"training.method": "full"}).training.method == "full"
 
 
-def test_values_that_do_not_go_together_are_told_a_line_each() -> None:
+def test_invalid_combinations_are_reported_one_per_line() -> None:
     searched = config(SPACE | {"curriculum.measure": ["rank_gap", "margin"], "curriculum.num_stages": [4, 9]})
     with pytest.raises(ConfigError, match=r"runs/quickstart/trials/003: 1 fault\n.*have only 7 rank gaps"):
         trial(searched, {"curriculum.num_stages": 9})
@@ -151,7 +151,7 @@ def test_values_that_do_not_go_together_are_told_a_line_each() -> None:
         trial(searched, {"curriculum.measure": "margin"})
 
 
-def test_the_space_is_known_without_torch_ray_and_optuna() -> None:
+def test_the_space_needs_neither_torch_nor_ray_nor_optuna() -> None:
     code = (
         "import sys; import cdpo_ray.search.space;"
         "print(sorted({'torch', 'ray', 'optuna', 'diffusers', 'transformers'} & set(sys.modules)))"

@@ -1,4 +1,4 @@
-"""What a trial reports of a stage, by hand."""
+"""Reports of a stage, against values computed by hand."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def report_of(judge: str = "clip") -> dict:
     return stage_report(SUMMARY, BASE, judge, is_last=False, num_resamples=200, seed=0)
 
 
-def test_a_policy_is_compared_with_the_base_on_the_prompts_that_were_asked() -> None:
+def test_a_policy_is_compared_with_the_base_on_the_measured_prompts() -> None:
     report = report_of()
     assert (report["stage"], report["is_last"], report["num_prompts"]) == (2, False, 2)
     # By clip: +0.1 and 0 on the first prompt, -0.1 and +0.2 on the second.
@@ -36,12 +36,12 @@ def test_a_policy_is_compared_with_the_base_on_the_prompts_that_were_asked() -> 
     assert report["training"] == {"stage": 2, "loss": 0.6}
 
 
-def test_implicit_accuracy_is_how_many_of_the_bases_pairs_it_orders_as_the_judge() -> None:
+def test_implicit_accuracy_is_the_share_of_the_bases_pairs_in_the_order_of_the_judge() -> None:
     assert report_of("clip")["implicit_accuracy"] == 0.5, "0.1 < 0.2 as -1 < 2, but 0.5 > 0.3 against -3 < -2"
-    assert report_of("oracle")["implicit_accuracy"] == 1.0, "the second prompt's images are alike to the oracle"
+    assert report_of("oracle")["implicit_accuracy"] == 1.0, "the second prompt's images have equal oracle scores"
 
 
-def test_images_without_a_score_count_for_nothing() -> None:
+def test_images_without_a_score_are_excluded() -> None:
     report = report_of("oracle")
     assert report["reward"] == pytest.approx(1.0)
     assert report["judges"]["oracle"]["num_missing"] == 3

@@ -1,4 +1,4 @@
-"""Trials in their files: nothing twice, nothing lost."""
+"""Stored trials: no report twice, none lost."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ def stage_report(stage: int, *, is_last: bool = False) -> dict[str, Any]:
     return {"stage": stage, "is_last": is_last, "reward": 0.1 * stage}
 
 
-def test_files_give_back_what_was_put(tmp_path: Path) -> None:
+def test_stored_trials_are_read_back_unchanged(tmp_path: Path) -> None:
     trials = Trials(tmp_path)
     trials.put(Trial(2, {"training.beta": 300.0, "curriculum.window": None}))
     trials.put(Trial(1, {"training.beta": 200}, seed=7))
@@ -25,7 +25,7 @@ def test_files_give_back_what_was_put(tmp_path: Path) -> None:
     assert again["002"].point == {"training.beta": 300.0, "curriculum.window": None}
 
 
-def test_a_stage_that_is_reported_again_changes_nothing(tmp_path: Path) -> None:
+def test_a_repeated_report_changes_nothing(tmp_path: Path) -> None:
     trials = Trials(tmp_path)
     trials.put(Trial(1, {}))
     first = trials.add_report("001", stage_report(1))
@@ -43,7 +43,7 @@ def test_reports_are_numbered_over_all_trials(tmp_path: Path) -> None:
     assert orders == {"001": [1, 3], "002": [2]}
 
 
-def test_the_report_of_the_last_stage_makes_a_trial_done_whoever_was_killed_after_it(tmp_path: Path) -> None:
+def test_the_report_of_the_last_stage_makes_a_trial_done(tmp_path: Path) -> None:
     trials = Trials(tmp_path)
     trials.put(Trial(1, {}))
     assert trials.add_report("001", stage_report(1)).state == RUNNING
@@ -77,7 +77,7 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:
         {"error": ["a"]},
     ],
 )
-def test_fault_52_a_trial_that_holds_something_else_is_named(changed: dict[str, Any], tmp_path: Path) -> None:
+def test_fault_52_a_malformed_trial_is_named(changed: dict[str, Any], tmp_path: Path) -> None:
     Trials(tmp_path).put(Trial(1, {"training.beta": 5}))
     path = tmp_path / "001" / "trial.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))

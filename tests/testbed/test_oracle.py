@@ -1,4 +1,4 @@
-"""The oracle tells right pictures from wrong ones."""
+"""The oracle distinguishes correct images from wrong ones."""
 
 import time
 from dataclasses import replace
@@ -46,7 +46,7 @@ def test_captions_of_other_scenes_fail(split: Split) -> None:
     assert scores["strict"].mean() <= 0.01
 
 
-def test_a_right_picture_scores_one_throughout() -> None:
+def test_a_correct_image_scores_1_in_every_respect() -> None:
     assert verdict(picture(PROMPT)) == (1, 1, 1)
 
 
@@ -63,7 +63,7 @@ def test_swapped_colours_fail_both_shapes_and_places() -> None:
     assert verdict(swapped) == (0, 0, pytest.approx(4 / 8))
 
 
-def test_swapped_places_fail_strict_alone() -> None:
+def test_swapped_places_fail_strict_only() -> None:
     swapped = picture("a blue square on the left and a red circle on the right, on a white background")
     assert verdict(swapped) == (0, 1, pytest.approx(6 / 8))
 
@@ -87,20 +87,20 @@ def test_a_missing_object_fails_all_its_checks_and_the_count() -> None:
     assert verdict(image) == (0, 0, pytest.approx(4 / 8))
 
 
-def test_another_background_fails_only_where_it_is_named() -> None:
+def test_another_background_fails_only_if_it_is_named() -> None:
     scene = parse_caption(PROMPT)
     image = render(replace(scene, background="black"), np.random.default_rng(0))
     assert verdict(image) == (0, 0, pytest.approx(7 / 8))
     assert verdict(image, caption(replace(scene, background_named=False))) == (1, 1, 1)
 
 
-def test_noise_and_blank_pictures_fail() -> None:
+def test_noise_and_blank_images_fail() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
     for image in (noise, np.full((3, 32, 32), 245, np.uint8)):
         assert verdict(image)[:2] == (0, 0)
 
 
-def test_scores_do_not_depend_on_the_company() -> None:
+def test_scores_do_not_depend_on_the_other_images() -> None:
     scenes, images = renders("train")
     captions = [caption(scene) for scene in scenes]
     together, alone = judge(images, captions), judge(images[-3:], captions[-3:])
@@ -115,7 +115,7 @@ def test_no_images_give_no_scores() -> None:
 def test_wrong_input_is_refused() -> None:
     with pytest.raises(ValueError, match="must be uint8"):
         judge(np.zeros((1, 32, 32, 3), np.uint8), [PROMPT])
-    with pytest.raises(ValueError, match="one prompt for each image"):
+    with pytest.raises(ValueError, match="needs one prompt per image"):
         judge(np.zeros((1, 3, 32, 32), np.uint8), [])
     with pytest.raises(ValueError, match="not a caption"):
         judge(np.zeros((1, 3, 32, 32), np.uint8), ["a dog"])

@@ -1,4 +1,4 @@
-"""The world's rules: grammar, splits and renders."""
+"""Scenes: grammar, splits and renders."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def test_captions_name_each_object_with_its_own_place() -> None:
         ("a photo of a dog", "write it like"),
         ("a pink circle in the middle", "`colour` must be one of red"),
         ("a red star in the middle", "`shape` must be one of circle"),
-        ("a red circle on the left", "a single object stands in the middle"),
+        ("a red circle on the left", "a single object must be in the middle"),
         ("a red circle on the left and a blue square on the top", "opposite places"),
         ("a red circle on the left and a red square on the right", "different colours"),
         ("a red circle on the middle", "wrong preposition"),
@@ -55,23 +55,23 @@ def test_captions_name_each_object_with_its_own_place() -> None:
         ("a red circle in the middle ", "write it like"),
     ],
 )
-def test_text_outside_the_grammar_is_refused_with_its_fault(text: str, complaint: str) -> None:
+def test_text_outside_the_grammar_is_refused_with_the_reason(text: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         parse_caption(text)
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_sampled_scenes_come_from_the_asked_split_and_parse_back(seed: int) -> None:
+def test_sampled_scenes_belong_to_the_given_split_and_parse_back(seed: int) -> None:
     rng = np.random.default_rng(seed)
     assert not is_heldout(sample_scene(rng))
     scene = sample_scene(rng, "heldout")
     assert is_heldout(scene)
-    told = parse_caption(caption(scene))
-    assert told.objects == scene.objects
-    assert told.background == (scene.background if scene.background_named else BACKGROUNDS[0])
+    parsed = parse_caption(caption(scene))
+    assert parsed.objects == scene.objects
+    assert parsed.background == (scene.background if scene.background_named else BACKGROUNDS[0])
 
 
-def test_being_held_out_depends_on_the_pair_of_objects_alone() -> None:
+def test_the_split_depends_on_the_pair_of_objects_only() -> None:
     by_pair: dict[frozenset[tuple[str, str]], set[bool]] = {}
     for scene in SCENES:
         pair = frozenset((item.colour, item.shape) for item in scene.objects)
@@ -94,7 +94,7 @@ def test_prompts_are_the_same_in_another_process() -> None:
     assert output.splitlines() == scene_prompts("heldout", 5, seed=3)
 
 
-def test_more_prompts_of_a_seed_begin_with_the_fewer() -> None:
+def test_a_shorter_prompt_list_is_a_prefix_of_a_longer_one() -> None:
     assert scene_prompts("train", 50, seed=1)[:20] == scene_prompts("train", 20, seed=1)
     assert scene_prompts("train", 20, seed=1) != scene_prompts("train", 20, seed=2)
 

@@ -1,4 +1,4 @@
-"""The distillation starts from its teacher, and the weights are what it says."""
+"""Distillation of the consistency model, and its shipped weights."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from cdpo_ray.testbed.scenes import caption, scene_prompts
 
 
 def denoised(noisy_latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What a predicted noise comes to, at the end of the trajectory."""
+    """Latents at the end of the trajectory, for a predicted noise."""
     alpha_bar = make_consistency_scheduler().alphas_cumprod[timesteps]
     clean, _ = clean_and_noise(noisy_latents, noise, alpha_bar, "epsilon")
     return consistency_function(noisy_latents, clean, timesteps)
@@ -46,22 +46,22 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_noise_is_the_teachers() -> None:
+def test_the_noise_schedule_is_the_teachers() -> None:
     assert torch.equal(make_consistency_scheduler().alphas_cumprod, make_scheduler().alphas_cumprod)
 
 
 @pytest.mark.parametrize("num_denoising_steps", range(1, 51))
-def test_the_sampler_visits_only_what_was_trained(num_denoising_steps: int) -> None:
+def test_the_sampler_uses_only_trained_timesteps(num_denoising_steps: int) -> None:
     scheduler = make_consistency_scheduler()
     scheduler.set_timesteps(num_denoising_steps)
     assert set(scheduler.timesteps.tolist()) <= set(grid_timesteps().tolist())
 
 
-def test_the_student_starts_as_its_teacher_whatever_the_guidance(teacher: UNet2DConditionModel) -> None:
+def test_the_student_starts_as_its_teacher_for_any_guidance(teacher: UNet2DConditionModel) -> None:
     student, inputs = make_student(teacher), (draw(2, 4, 8, 8), torch.tensor([19, 999]), draw(2, 20, 128))
     with torch.no_grad():
-        told = student(*inputs, timestep_cond=draw(2, GUIDANCE_CHANNELS)).sample
-        torch.testing.assert_close(told, teacher(*inputs).sample)
+        predicted = student(*inputs, timestep_cond=draw(2, GUIDANCE_CHANNELS)).sample
+        torch.testing.assert_close(predicted, teacher(*inputs).sample)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,15 +73,15 @@ def test_the_weights_load_with_the_stock_pipeline_in_any_type(dtype: torch.dtype
     assert pipeline.scheduler.to_json_string() == make_consistency_scheduler().to_json_string()
 
 
-def test_guidance_enters_the_stock_sampler_as_it_entered_the_distillation(
+def test_the_stock_sampler_embeds_guidance_as_the_distillation_does(
     pipeline: LatentConsistencyModelPipeline,
 ) -> None:
     prompts, noise = scene_prompts("heldout", 4, seed=0), draw(4, 4, 8, 8)
     timesteps = torch.full((4,), 999)
-    told = pipeline.get_guidance_scale_embedding(torch.full((4,), MAX_GUIDANCE), GUIDANCE_CHANNELS)
+    guidance = pipeline.get_guidance_scale_embedding(torch.full((4,), MAX_GUIDANCE), GUIDANCE_CHANNELS)
     with torch.no_grad():
         embeddings = encode_captions(pipeline, prompts)
-        prediction = pipeline.unet(noise, timesteps, embeddings, timestep_cond=told).sample
+        prediction = pipeline.unet(noise, timesteps, embeddings, timestep_cond=guidance).sample
     ours = denoised(noise, prediction, timesteps)
     sampler = {"num_inference_steps": 1, "latents": noise, "output_type": "latent"}
     theirs = pipeline(prompts, guidance_scale=MAX_GUIDANCE + 1, **sampler).images
@@ -90,7 +90,7 @@ def test_guidance_enters_the_stock_sampler_as_it_entered_the_distillation(
     assert not torch.allclose(ours, other, rtol=1e-3, atol=1e-3)
 
 
-def test_one_step_ends_nearer_to_the_teachers_many_than_the_teachers_one(
+def test_one_step_of_the_student_is_nearer_to_many_teacher_steps_than_one_teacher_step(
     pipeline: LatentConsistencyModelPipeline, teacher: UNet2DConditionModel
 ) -> None:
     scheduler, start = pipeline.scheduler, 499
@@ -98,10 +98,10 @@ def test_one_step_ends_nearer_to_the_teachers_many_than_the_teachers_one(
     embeddings = encode_captions(pipeline, [caption(scene) for scene in pool.scenes])
     timesteps = torch.full((24,), start)
     noisy_latents = scheduler.add_noise(encode_pool(pool, pipeline.vae), draw(24, 4, 8, 8), timesteps)
-    told = pipeline.get_guidance_scale_embedding(torch.full((24,), MIN_GUIDANCE), GUIDANCE_CHANNELS)
-    untold = encode_captions(pipeline, [""]).expand_as(embeddings)
+    guidance = pipeline.get_guidance_scale_embedding(torch.full((24,), MIN_GUIDANCE), GUIDANCE_CHANNELS)
+    empty = encode_captions(pipeline, [""]).expand_as(embeddings)
     with torch.no_grad():
-        student_noise = pipeline.unet(noisy_latents, timesteps, embeddings, timestep_cond=told).sample
+        student_noise = pipeline.unet(noisy_latents, timesteps, embeddings, timestep_cond=guidance).sample
         student_end = denoised(noisy_latents, student_noise, timesteps)
         teacher_noise = teacher(noisy_latents, timesteps, embeddings).sample
         teacher_end = denoised(noisy_latents, teacher_noise, timesteps)
@@ -109,7 +109,7 @@ def test_one_step_ends_nearer_to_the_teachers_many_than_the_teachers_one(
         for timestep in range(start, 0, -20):
             timesteps = torch.full((24,), timestep)
             with_caption = teacher(latents, timesteps, embeddings).sample
-            without = teacher(latents, timesteps, untold).sample
+            without = teacher(latents, timesteps, empty).sample
             guided = with_caption + MIN_GUIDANCE * (with_caption - without)
             alpha_bar, below = (scheduler.alphas_cumprod[t].expand(24) for t in (timestep, max(timestep - 20, 0)))
             latents = ddim_step(latents, guided, alpha_bar, below, "epsilon")
@@ -117,7 +117,7 @@ def test_one_step_ends_nearer_to_the_teachers_many_than_the_teachers_one(
     assert distances[0] < 0.8 * distances[1]
 
 
-def test_two_steps_draw_heldout_prompts_far_above_chance_but_leave_room(
+def test_two_steps_score_far_above_chance_on_heldout_prompts_but_below_eight(
     pipeline: LatentConsistencyModelPipeline,
 ) -> None:
     prompts = scene_prompts("heldout", 64, seed=0)
@@ -130,7 +130,7 @@ def test_two_steps_draw_heldout_prompts_far_above_chance_but_leave_room(
     assert 0.5 < attr[2] < attr[8] - 0.05
 
 
-def test_images_depend_on_their_seed_alone(pipeline: LatentConsistencyModelPipeline) -> None:
+def test_images_are_a_function_of_their_seed(pipeline: LatentConsistencyModelPipeline) -> None:
     prompts = scene_prompts("heldout", 2, seed=0)
     first, again, other = (
         generate(pipeline, prompts, guidance_scale=3.0, seed=seed, num_denoising_steps=2) for seed in (0, 0, 1)

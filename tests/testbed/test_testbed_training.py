@@ -1,4 +1,4 @@
-"""The training scripts run, and their parts mean what they say."""
+"""Training scripts of the testbed and their parts."""
 
 from pathlib import Path
 
@@ -48,26 +48,26 @@ def test_a_contrast_is_a_different_scene_of_the_same_size(name: str) -> None:
             assert (frozenset(wrong.objects), wrong.background) != (frozenset(scene.objects), scene.background)
 
 
-def test_a_caption_fits_whatever_it_is_true_of() -> None:
-    told = [
+def test_a_caption_fits_every_scene_that_it_is_true_of() -> None:
+    captions = [
         PROMPT,
         "a blue square on the right and a red circle on the left",
         "a red circle on the left and a blue square on the right, on a black background",
         "a blue square on the left and a red circle on the right",
     ]
-    assert fits([parse_caption(PROMPT)], [parse_caption(text) for text in told]).tolist() == [
+    assert fits([parse_caption(PROMPT)], [parse_caption(text) for text in captions]).tolist() == [
         [True, True, False, False]
     ]
 
 
-def test_other_true_captions_cost_nothing() -> None:
+def test_other_true_captions_do_not_change_the_loss() -> None:
     logits = torch.tensor([[3.0, 9.0], [0.0, 3.0]])
     true = torch.tensor([[True, True], [False, True]])
     alone = contrastive_loss(torch.tensor([[3.0, -torch.inf], [0.0, 3.0]]), torch.eye(2, dtype=torch.bool))
     assert torch.equal(contrastive_loss(logits, true), alone)
 
 
-def test_binned_errors_of_all_timesteps_come_to_weigh_the_same() -> None:
+def test_binned_errors_of_all_timesteps_converge_to_the_same_weight() -> None:
     torch.manual_seed(0)
     binned = BinnedError()
     for _ in range(3000):
@@ -80,7 +80,7 @@ def test_binned_errors_of_all_timesteps_come_to_weigh_the_same() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # starts four processes, each of which loads torch and diffusers
-def test_the_training_runs_from_nothing_to_loadable_weights_and_their_card(tmp_path: Path) -> None:
+def test_the_training_writes_loadable_weights_and_their_card(tmp_path: Path) -> None:
     few = ["--autoencoder-updates=2", "--dual-encoder-updates=2", "--denoiser-updates=2", "--consistency-updates=2"]
     small = ["--num-scenes=64", "--num-eval-prompts=2", "--num-eval-scenes=10"]
     main(["--out", str(tmp_path), *few, *small])

@@ -1,4 +1,4 @@
-"""The weights in the repository load by plain means and do what they are for."""
+"""The weights in the repository load with stock libraries and reach their figures."""
 
 import subprocess
 import sys
@@ -28,12 +28,12 @@ def pipeline() -> StableDiffusionPipeline:
     return load_pipeline(PIPELINE_DIR)
 
 
-def test_the_folders_are_known_without_torch() -> None:
+def test_the_paths_are_available_without_torch() -> None:
     code = "import sys, cdpo_ray.testbed; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_weights_stay_small_and_carry_their_card() -> None:
+def test_the_weights_are_small_and_have_a_card() -> None:
     files = [path for path in PIPELINE_DIR.parent.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= MAX_WEIGHTS_BYTES
     assert PIPELINE_DIR.parent / "README.md" in files
@@ -46,7 +46,7 @@ def test_no_file_of_the_weights_holds_an_absolute_path() -> None:
         assert '"/' not in path.read_text(), path
 
 
-def test_the_pipeline_keeps_the_names_that_adapters_look_for(pipeline: StableDiffusionPipeline) -> None:
+def test_the_pipeline_has_the_layer_names_that_adapters_target(pipeline: StableDiffusionPipeline) -> None:
     names = {
         name.split(".attn1.")[1].removesuffix(".weight") for name in pipeline.unet.state_dict() if ".attn1." in name
     }
@@ -69,7 +69,7 @@ def test_both_tokenizers_give_every_caption_the_same_ids(pipeline: StableDiffusi
     assert max(map(len, ours)) <= pipeline.tokenizer.model_max_length
 
 
-def test_latents_have_unit_deviation_and_decode_to_what_was_drawn(pipeline: StableDiffusionPipeline) -> None:
+def test_latents_have_unit_deviation_and_decode_to_the_original(pipeline: StableDiffusionPipeline) -> None:
     scenes, images = heldout_renders(200, seed=1)
     pixels = torch.from_numpy(images).float() / 127.5 - 1
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_latents_have_unit_deviation_and_decode_to_what_was_drawn(pipeline: Stab
     assert figures["reconstructions_strict"] > 0.9
 
 
-def test_the_pipeline_draws_heldout_prompts_well_but_leaves_room(pipeline: StableDiffusionPipeline) -> None:
+def test_the_pipeline_is_good_but_not_perfect_on_heldout_prompts(pipeline: StableDiffusionPipeline) -> None:
     prompts = scene_prompts("heldout", 64, seed=0)
     attr = judge(generate(pipeline, prompts, guidance_scale=1.0, seed=0), prompts)["attr"].mean()
     assert 0.4 < attr < 0.9

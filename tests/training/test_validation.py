@@ -13,8 +13,8 @@ from finished_runs import change, save_policy
 
 from cdpo_ray.config.training import LoraSection
 from cdpo_ray.dataflow.quarantine import SetAside
+from cdpo_ray.evaluation.appearance_columns import add_appearance
 from cdpo_ray.evaluation.comparison import Comparer
-from cdpo_ray.evaluation.looks import measure_looks
 from cdpo_ray.generation.generator import Generator, Sampling
 from cdpo_ray.models import load_model
 from cdpo_ray.policy.policy import Policy, make_policy
@@ -96,7 +96,7 @@ def test_a_policy_is_judged_as_the_evaluation_judges_the_trained_adapter(base: P
         guidance_range=None,
         set_aside=SetAside(tmp_path, len(PROMPTS), 0.0),
     )
-    compared = measure_looks(comparer(rows()))
+    compared = add_appearance(comparer(rows()))
     for judge in JUDGES:
         np.testing.assert_allclose(
             found["scores"][judge], np.array(compared[f"tuned_score_{judge}"].to_pylist()), atol=1e-4

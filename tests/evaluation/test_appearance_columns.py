@@ -1,4 +1,4 @@
-"""Appearance and diversity are columns behind the others of each model, a value per image or per prompt."""
+"""Columns of appearance and diversity: after the other columns of each model, one value per image or per prompt."""
 
 import numpy as np
 import pyarrow as pa
@@ -7,7 +7,7 @@ import pytest
 from cdpo_ray.dataflow.columns import tensor_column
 from cdpo_ray.dataflow.images import pairwise_rms_distance
 from cdpo_ray.evaluation.appearance import APPEARANCE
-from cdpo_ray.evaluation.looks import measure_looks
+from cdpo_ray.evaluation.appearance_columns import add_appearance
 
 NUM_PROMPTS = 3
 MEASURED = [*APPEARANCE, "diversity"]
@@ -34,10 +34,10 @@ def compared(num_images: int) -> pa.Table:
 
 @pytest.mark.parametrize("num_images", [1, 2])
 @pytest.mark.parametrize("num_tables", [1, 2])
-def test_each_value_is_that_of_its_image_and_each_column_behind_its_models(num_images: int, num_tables: int) -> None:
+def test_columns_follow_those_of_their_model_and_values_belong_to_their_image(num_images: int, num_tables: int) -> None:
     rows = compared(num_images)
     rows = rows if num_tables == 1 else pa.concat_tables([rows.slice(0, 1), rows.slice(1)])
-    found = measure_looks(rows)
+    found = add_appearance(rows)
     assert found.column_names == [
         *("prompt_index", "base_pixels", "base_score_clip", *(f"base_{name}" for name in MEASURED), "implicit_value"),
         *("tuned_pixels", "tuned_score_clip", *(f"tuned_{name}" for name in MEASURED)),

@@ -8,20 +8,20 @@ from cdpo_ray.evaluation.appearance import APPEARANCE
 from cdpo_ray.records import ARMS
 
 
-def measure_looks(rows: pa.Table) -> pa.Table:
-    """Add appearance and diversity of each model's images to the rows of `Comparer`.
+def add_appearance(rows: pa.Table) -> pa.Table:
+    """Add the appearance and diversity of each model's images to the rows of `Comparer`.
 
-    Behind the other columns of each model: a list column per measure of `APPEARANCE`, and `diversity`, which is
-    ``None`` where a prompt has one image.
+    After the other columns of each model: one list column per measure of `APPEARANCE`, and `diversity`, which is
+    ``None`` if a prompt has one image.
     """
     for arm in ARMS:
         per_prompt = rows[f"{arm}_pixels"].combine_chunks().to_numpy_ndarray()
         num_images = per_prompt.shape[1]
         images = per_prompt.reshape(-1, *per_prompt.shape[2:])
-        looks = {name: list_column(measure(images), num_images, pa.float64()) for name, measure in APPEARANCE.items()}
-        diversity = [pairwise_rms_distance(few) if num_images > 1 else None for few in per_prompt]
-        looks["diversity"] = pa.array(diversity, pa.float64())
+        added = {name: list_column(measure(images), num_images, pa.float64()) for name, measure in APPEARANCE.items()}
+        diversity = [pairwise_rms_distance(images) if num_images > 1 else None for images in per_prompt]
+        added["diversity"] = pa.array(diversity, pa.float64())
         position = 1 + max(index for index, name in enumerate(rows.column_names) if name.startswith(f"{arm}_"))
-        for offset, (name, values) in enumerate(looks.items()):
+        for offset, (name, values) in enumerate(added.items()):
             rows = rows.add_column(position + offset, f"{arm}_{name}", values)
     return rows
