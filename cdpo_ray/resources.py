@@ -114,7 +114,7 @@ def _quota_of(group: Path) -> Iterator[float]:
             continue
 
 
-def how_often(demands: Sequence[Demand], nodes: Sequence[Node]) -> int:
+def count_fitting(demands: Sequence[Demand], nodes: Sequence[Node]) -> int:
     """How many times the actors of these roles, as many as each cannot do without, fit the nodes side by side."""
     left, times = list(nodes), 0
     while all(_place(demand, demand.num_needed, left) == demand.num_needed for demand in demands):

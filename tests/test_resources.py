@@ -7,7 +7,7 @@ import pytest
 from finished_runs import config_of
 
 from cdpo_ray.errors import ResourceError
-from cdpo_ray.resources import Demand, Node, check_resources, how_often, usable_cpus
+from cdpo_ray.resources import Demand, Node, check_resources, count_fitting, usable_cpus
 from cdpo_ray.steps import STEPS, demands_of
 
 CPU_HEAD, ONE_GPU, TWO_GPUS = Node("head", 8), Node("a", 8, (1.0,)), Node("b", 8, (1.0, 1.0))
@@ -126,7 +126,7 @@ def test_trials_side_by_side_are_counted_with_the_driver_that_each_has(
 ) -> None:
     driver = Demand("search", "driver of a trial", 1, 1, 0.01, 0)
     nodes = [Node("a", 8.0, (1.0,)), Node("b", 8.0, (1.0, 1.0)), Node("c", 8.0)]
-    assert how_often([driver, trainers(workers, cpus=cpus, gpus=gpus)], nodes) == times
+    assert count_fitting([driver, trainers(workers, cpus=cpus, gpus=gpus)], nodes) == times
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from cdpo_ray.dataflow.images import encode_pixels
 from cdpo_ray.errors import StoreError
 from cdpo_ray.store import (
     PARTS,
-    damage,
     delete,
     describe,
     exists,
+    find_damage,
     make_folder,
     move,
     read_bytes,
@@ -91,7 +91,7 @@ def find_parts(output_dir: Path, stem: str) -> tuple[list[Part], set[int]]:
     expected = {shard: _shard_sha256(parts_dir, shard) for shard in shards} | {
         part: _part_sha256(part) for part in parts
     }
-    damaged = damage(expected, folder=output_dir)
+    damaged = find_damage(expected, folder=output_dir)
     if damaged:
         log.warning(
             "%s: %d of %d files of the interrupted attempt are not whole, the first %s; what they held is made again",
@@ -168,7 +168,7 @@ def _shard_sha256(parts_dir: Path, shard: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if exists(path) else ""
 
 
-def write_set_aside(output_dir: Path, prompt_index: int, entry: Mapping[str, Any]) -> None:
+def write_quarantined(output_dir: Path, prompt_index: int, entry: Mapping[str, Any]) -> None:
     """Write a file about one prompt that was set aside; its name holds the SHA-256."""
     line = f"{json.dumps(entry)}\n"
     path = output_dir / SET_ASIDE / f"{prompt_index:012d}-{hashlib.sha256(line.encode()).hexdigest()}.jsonl"
@@ -176,13 +176,13 @@ def write_set_aside(output_dir: Path, prompt_index: int, entry: Mapping[str, Any
     write_text(path, line)
 
 
-def read_set_aside(output_dir: Path) -> list[dict[str, Any]]:
+def read_quarantined(output_dir: Path) -> list[dict[str, Any]]:
     """What was set aside up to now, an entry each, with its `reason`.
 
     What is damaged is left out with a warning: its prompt is tried again.
     """
     paths = sorted((output_dir / SET_ASIDE).glob("*.jsonl"))
-    for path in damage({path: _part_sha256(path) for path in paths if "-" in path.stem}, folder=output_dir):
+    for path in find_damage({path: _part_sha256(path) for path in paths if "-" in path.stem}, folder=output_dir):
         log.warning("%s: was altered (its SHA-256 differs); its prompt is tried again", path)
         delete(path)
         paths.remove(path)
@@ -199,9 +199,9 @@ def read_set_aside(output_dir: Path) -> list[dict[str, Any]]:
     return [*entries.values()]
 
 
-def join_set_aside(output_dir: Path) -> list[dict[str, Any]]:
+def join_quarantined(output_dir: Path) -> list[dict[str, Any]]:
     """Files of what was set aside -> `set_aside.jsonl`, if there is anything; returns its entries."""
-    found = read_set_aside(output_dir)
+    found = read_quarantined(output_dir)
     if found:
         write_text(output_dir / f"{SET_ASIDE}.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in found))
     delete(output_dir / SET_ASIDE)

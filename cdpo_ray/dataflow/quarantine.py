@@ -10,14 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from cdpo_ray.dataflow.memory import is_out_of_memory
-from cdpo_ray.dataflow.parts import read_set_aside, write_set_aside
+from cdpo_ray.dataflow.parts import read_quarantined, write_quarantined
 from cdpo_ray.errors import CdpoError, GenerationError, ModelError
 
 IMAGES = "images"
 """Key of an entry whose prompt has a row: the images of it that have no score."""
 
 
-class SetAside:
+class Quarantine:
     """A file per prompt in the step's folder, where every actor and a later attempt find it.
 
     A prompt that was set aside is not tried again, so that a step interrupted anywhere ends as one that was not. A
@@ -34,7 +34,7 @@ class SetAside:
         self.num_prompts = num_prompts
         self.max_bad_fraction = max_bad_fraction
 
-    def sparing(self, make: Callable[[pa.Table], pa.Table], rows: pa.Table) -> pa.Table:
+    def apply(self, make: Callable[[pa.Table], pa.Table], rows: pa.Table) -> pa.Table:
         """What ``make`` makes of some prompts; of one by one where it raises, without those that do.
 
         Raises:
@@ -52,7 +52,7 @@ class SetAside:
             if rows.num_rows == 1:
                 self._put(rows, _line(error))
                 return rows.slice(0, 0)
-        made = [self.sparing(make, rows.slice(row, 1)) for row in range(rows.num_rows)]
+        made = [self.apply(make, rows.slice(row, 1)) for row in range(rows.num_rows)]
         made = [row for row in made if row.num_rows]
         return pa.concat_tables(made) if made else rows.slice(0, 0)
 
@@ -62,7 +62,7 @@ class SetAside:
         Raises:
             GenerationError: they are too many, or all, together with the images without a score.
         """
-        found = sorted(read_set_aside(self.output_dir), key=lambda entry: entry["prompt_index"])
+        found = sorted(read_quarantined(self.output_dir), key=lambda entry: entry["prompt_index"])
         whole = [entry for entry in found if IMAGES not in entry]
         num_bad = len(whole) + sum(len(entry[IMAGES]) / entry["num_images"] for entry in found if IMAGES in entry)
         if num_bad > self.max_bad_fraction * self.num_prompts or num_bad >= self.num_prompts > 0:
@@ -77,7 +77,7 @@ class SetAside:
             )
         return {entry["prompt_index"] for entry in whole}
 
-    def put_images(self, rows: pa.Table, black: NDArray[np.bool_], names: Sequence[Any]) -> None:
+    def add_images(self, rows: pa.Table, black: NDArray[np.bool_], names: Sequence[Any]) -> None:
         """Name the images that have no score.
 
         Args:
@@ -98,7 +98,7 @@ class SetAside:
 
     def _put(self, row: pa.Table, reason: str, **more: Any) -> None:
         (entry,) = row.select(["prompt_index", "prompt"]).to_pylist()
-        write_set_aside(self.output_dir, entry["prompt_index"], {**entry, **more, "reason": reason})
+        write_quarantined(self.output_dir, entry["prompt_index"], {**entry, **more, "reason": reason})
         self.refuse_too_many()
 
 

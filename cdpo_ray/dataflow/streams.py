@@ -13,7 +13,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from cdpo_ray.dataflow.parts import Part, join_parts, shards_of, write_part
 from cdpo_ray.progress import Progress
-from cdpo_ray.store import PARTS, arrow_place, make_folder
+from cdpo_ray.store import PARTS, arrow_path, make_folder
 
 MIN_SHARD_BYTES = 128 * 2**20
 
@@ -53,7 +53,7 @@ def in_pool(
 
 def read_rows(folder: Path, columns: Sequence[str]) -> Dataset:
     """Rows of all Parquet shards of a folder."""
-    where = arrow_place(folder)
+    where = arrow_path(folder)
     return ray.data.read_parquet(
         where["path"], filesystem=where["filesystem"], columns=list(columns), file_extensions=["parquet"]
     )

@@ -41,7 +41,7 @@ def write_page(path: Path, template: Path, **values: Any) -> None:
     write_text(path, page)
 
 
-def inlined(png: bytes, where: str) -> dict[str, Any]:
+def inline_png(png: bytes, where: str) -> dict[str, Any]:
     """A PNG as a data URI, shrunk if it is large, with its size and whether to enlarge it without blur.
 
     Raises:
@@ -57,37 +57,37 @@ def inlined(png: bytes, where: str) -> dict[str, Any]:
     return {"uri": uri, "pixelated": max(image.size) < PIXELATED_BELOW, "width": image.width, "height": image.height}
 
 
-def spoken_difference(comparison: Mapping[str, Any]) -> dict[str, str]:
+def formatted_difference(comparison: Mapping[str, Any]) -> dict[str, str]:
     """`base`, `tuned`, `difference` and its `interval` as text, with two digits of the difference whatever the unit.
 
     Args:
         comparison: `statistics.Comparison` as plain values.
     """
     difference = comparison["difference"]
-    places = places_of(difference)
-    mean, ends = spoken_interval(difference)
+    places = decimal_places(difference)
+    mean, ends = formatted_interval(difference)
     return {
-        "base": number(comparison["base"]["mean"], places),
-        "tuned": number(comparison["tuned"]["mean"], places),
+        "base": format_number(comparison["base"]["mean"], places),
+        "tuned": format_number(comparison["tuned"]["mean"], places),
         "difference": mean,
         "interval": ends,
     }
 
 
-def spoken_interval(interval: Mapping[str, Any]) -> tuple[str, str]:
+def formatted_interval(interval: Mapping[str, Any]) -> tuple[str, str]:
     """A mean difference and its interval as text, with two digits of the larger end."""
-    places = places_of(interval)
-    mean, low, high = (number(interval[end], places, "+") for end in ("mean", "low", "high"))
+    places = decimal_places(interval)
+    mean, low, high = (format_number(interval[end], places, "+") for end in ("mean", "low", "high"))
     return mean, f"[{low}, {high}]"
 
 
-def places_of(interval: Mapping[str, Any]) -> int:
+def decimal_places(interval: Mapping[str, Any]) -> int:
     """Decimal places that show two digits of the larger end of an interval."""
     largest = max(abs(interval["low"]), abs(interval["high"]))
     return min(6, max(0, 1 - math.floor(math.log10(largest)))) if largest > 0 else 3
 
 
-def spoken_share(interval: Mapping[str, Any]) -> tuple[str, str]:
+def formatted_share(interval: Mapping[str, Any]) -> tuple[str, str]:
     """A mean of shares and its interval in per cent, as text."""
     mean, low, high = (f"{100 * interval[end]:.0f}" for end in ("mean", "low", "high"))
     return f"{mean} %", f"[{low}, {high}] %"
@@ -109,11 +109,11 @@ def relative_change(comparison: Mapping[str, Any]) -> dict[str, float] | None:
     return {end: comparison["difference"][end] / base for end in ("mean", "low", "high")} if base > 0 else None
 
 
-def number(value: float, places: int, sign: str = "-") -> str:
+def format_number(value: float, places: int, sign: str = "-") -> str:
     return f"{value:{sign}.{places}f}".replace("-", "−")
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as lines for a terminal, a column as wide as its widest cell."""
     rows = [[printable(cell, MAX_CELL_CHARS) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -10,7 +10,7 @@ import ray
 import ray.data
 from ray.data import Dataset
 
-from cdpo_ray.dataflow.parts import SET_ASIDE, join_set_aside
+from cdpo_ray.dataflow.parts import SET_ASIDE, join_quarantined
 from cdpo_ray.dataflow.streams import PoolSize, in_pool, write_shards
 from cdpo_ray.preferences.encoder import Encoder
 from cdpo_ray.preferences.files import Chunk, Source, blocks_of
@@ -71,7 +71,7 @@ def import_samples(
         set_aside_dir=set_aside_dir,
     )
     write_shards(rows, output_dir, "samples", progress)
-    return join_set_aside(output_dir)
+    return join_quarantined(output_dir)
 
 
 def find_faults(chunks: Sequence[Chunk], *, source: Source, frame: Frame) -> list[str]:

@@ -11,7 +11,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # our o
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from cdpo_ray.progress.trackers import Point, TrackedRun
+from cdpo_ray.progress.trackers import Metrics, TrackedRun
 from cdpo_ray.store import flat
 
 MAX_BATCH = 100  # params a call; the API's limit
@@ -48,7 +48,7 @@ class MLflow:
     def begin(self, place: str, at: int) -> None:
         """MLflow keeps all it was told."""
 
-    def log(self, points: Sequence[Point]) -> None:
+    def log(self, points: Sequence[Metrics]) -> None:
         now = int(time.time() * 1000)
         metrics = [
             Metric(f"{point.place}/{name}", value, now, point.at)

@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from cdpo_ray.progress.pace import Pace, duration, rate_in_words
 from cdpo_ray.progress.status import STATUS, read_status
-from cdpo_ray.progress.trackers import Point, TrackedRun, Trackers
+from cdpo_ray.progress.trackers import Metrics, TrackedRun, Trackers
 from cdpo_ray.records import PREDICTED
 from cdpo_ray.store import write_json
 
 log = logging.getLogger(__name__)
-BEAT_SECONDS = 5.0  # between two signs of life in `status.json`
+HEARTBEAT_SECONDS = 5.0  # between two signs of life in `status.json`
 IDLE_SECONDS = 120.0  # without progress, before a line names what is waited for; then twice as long
 LINE_SECONDS = 60.0  # between two lines in a log, and two points of a rate
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}{postfix}]"
@@ -57,7 +57,7 @@ class Progress:
         self._about = {"command": command, "num_rounds": num_rounds, "pid": os.getpid(), "host": platform.node()}
         self._told: dict[str, int] = earlier.get("recorded", {})  # by place, the last update that trackers keep
         self._taken = dict(self._told)  # the same, of those that are on their way too
-        self._points: list[Point] = []
+        self._points: list[Metrics] = []
         self._state: dict[str, Any] = {"state": "running"}
         self._verb = self._place = ""
         self._pace: Pace | None = None
@@ -99,20 +99,20 @@ class Progress:
         *,
         round: int = 1,
         predicted: Mapping[str, Any] | None = None,
-        waits_for: str = "its workers",
+        waiting_for: str = "its workers",
     ) -> Iterator[None]:
         """The block is a step of the run.
 
         Args:
             round: 1-based.
-            waits_for: what works on it, named once nothing has progressed for a while.
+            waiting_for: what works on it, named once nothing has progressed for a while.
             predicted: estimate to compare with, see `records.PREDICTED`; ``None``: there is none.
         """
         started = time.monotonic()
         with self._lock:
             self._verb, self._place = verb, f"round-{round}/{verb}" if self._about["num_rounds"] != 1 else verb
             self._state = {"state": "running", "folder": folder, "round": round}
-            self._waits_for = waits_for
+            self._waits_for = waiting_for
             self._move()
             if predicted:
                 self._state[PREDICTED] = dict(predicted)
@@ -123,7 +123,9 @@ class Progress:
             self._waits_for = ""
             self.end()
         with self._lock:
-            self._points.append(Point(self._place, self._state.get("done", 0), {"seconds": time.monotonic() - started}))
+            self._points.append(
+                Metrics(self._place, self._state.get("done", 0), {"seconds": time.monotonic() - started})
+            )
             self._state = {"state": "running"}
 
     def begin(self, verb: str, *, total: int, unit: str, done: int = 0, makes: tuple[int, str] | None = None) -> None:
@@ -168,9 +170,9 @@ class Progress:
         with self._lock:
             if update > self._taken.get(place, 0):
                 self._taken[place] = update
-                self._points.append(Point(place, update, dict(values)))
+                self._points.append(Metrics(place, update, dict(values)))
 
-    def tell(self, line: str) -> None:
+    def log_line(self, line: str) -> None:
         """A line in the log."""
         log.info(line)
         self._state["line"] = line
@@ -195,10 +197,10 @@ class Progress:
         if self._waits_for and idle > self._idle_due:
             self._idle_due = 2 * idle
             reached = f" at {self._pace.done}/{self._pace.total} {self._unit}s" if self._pace else ""
-            self.tell(f"{self._verb}: no progress for {duration(idle)}{reached}; waiting for {self._waits_for}")
+            self.log_line(f"{self._verb}: no progress for {duration(idle)}{reached}; waiting for {self._waits_for}")
 
     def _live(self) -> None:
-        while not self._over.wait(BEAT_SECONDS):
+        while not self._over.wait(HEARTBEAT_SECONDS):
             with self._lock:
                 pace = self._pace
                 if pace and time.monotonic() > self._line_due:
@@ -225,7 +227,7 @@ class Progress:
         if self._pace and (rate := self._pace.rate(time.monotonic())):
             per_unit, what = self._makes
             self._points.append(
-                Point(self._place or self._verb, self._pace.done, {f"{what}_per_second": rate * per_unit})
+                Metrics(self._place or self._verb, self._pace.done, {f"{what}_per_second": rate * per_unit})
             )
 
     def _reached(self) -> dict[str, Any]:

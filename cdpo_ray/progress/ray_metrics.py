@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.util.metrics import Gauge
 
-from cdpo_ray.progress.trackers import Point, TrackedRun
+from cdpo_ray.progress.trackers import Metrics, TrackedRun
 
 
 class RayMetrics:
@@ -24,7 +24,7 @@ class RayMetrics:
     def begin(self, place: str, at: int) -> None:
         """Gauges have no history."""
 
-    def log(self, points: Sequence[Point]) -> None:
+    def log(self, points: Sequence[Metrics]) -> None:
         if not ray.is_initialized():
             return
         for point in points:

@@ -34,7 +34,7 @@ SHARED_FOLDERS = (SAMPLES, SCORES, VALIDATION, HELDOUT)
 """Steps of a search's run."""
 SEARCH_FOLDERS = (VALIDATION, HELDOUT, f"{VALIDATION}.partial", TRIALS)
 """By one of which a search's run is known."""
-LIFE_SECONDS = 60.0  # a process that was silent for so long is taken for dead; it writes every few seconds
+HEARTBEAT_TIMEOUT_SECONDS = 60.0  # a process that was silent for so long is taken for dead; it writes every few seconds
 READ_UP_TO = 2**20  # bytes; of larger files only presence and size are compared with the manifest
 MAX_ROUNDS = 1000
 MAX_ERROR_LINES = 20
@@ -86,7 +86,7 @@ class RunStatus:
     """What `cdpo status` prints, and whether the run stands still before its end."""
 
     text: str
-    stands_still: bool
+    is_interrupted: bool
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
@@ -134,7 +134,7 @@ def run_status(run_dir: Path, *, now: datetime | None = None) -> RunStatus:
     done &= not damaged
     goes_on = f"next: {_command(run_dir, status) or 'give the original command again; it continues'}"
     lines += ["", *damaged, *_end_lines(status, now, goes_on, alive=alive, done=done)]
-    return RunStatus("\n".join(lines), stands_still=not (alive or done))
+    return RunStatus("\n".join(lines), is_interrupted=not (alive or done))
 
 
 def _damage(run: RunFolder) -> list[str]:
@@ -250,7 +250,7 @@ def _end_lines(status: dict[str, Any], now: datetime, goes_on: str, *, alive: bo
 
 
 def _is_alive(status: dict[str, Any], now: datetime) -> bool:
-    if (now - datetime.fromisoformat(status["time"])).total_seconds() > LIFE_SECONDS:
+    if (now - datetime.fromisoformat(status["time"])).total_seconds() > HEARTBEAT_TIMEOUT_SECONDS:
         return False
     if status["host"] != platform.node():
         return True

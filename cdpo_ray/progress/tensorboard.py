@@ -10,7 +10,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from cdpo_ray.progress.trackers import Point, TrackedRun
+from cdpo_ray.progress.trackers import Metrics, TrackedRun
 from cdpo_ray.store import copy, is_local, path_within
 
 
@@ -36,7 +36,7 @@ class TensorBoard:
         self._files[place] = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._write(place, at, session_log=SessionLog(status=SessionLog.START))  # TensorBoard forgets what is from `at`
 
-    def log(self, points: Sequence[Point]) -> None:
+    def log(self, points: Sequence[Metrics]) -> None:
         for point in points:
             if point.place not in self._files:
                 self.begin(point.place, point.at)

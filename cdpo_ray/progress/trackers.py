@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from cdpo_ray.errors import ConfigError
-from cdpo_ray.store import output_place
+from cdpo_ray.store import output_path
 
 log = logging.getLogger(__name__)
 TRACKERS = {
@@ -39,7 +39,7 @@ class TrackedRun:
 
 
 @dataclass(frozen=True)
-class Point:
+class Metrics:
     """Values of one moment of a step.
 
     Attributes:
@@ -61,7 +61,7 @@ class Tracker(Protocol):
     def begin(self, place: str, at: int) -> None:
         """Points of `place` come from `at` on; any that are there already will be told again."""
 
-    def log(self, points: Sequence[Point]) -> None:
+    def log(self, points: Sequence[Metrics]) -> None:
         """Keep them; a kill after the return loses none."""
 
     def close(self, state: str) -> None:
@@ -98,7 +98,7 @@ class Trackers:
     def begin(self, place: str, at: int) -> None:
         self._thread.submit(self._each, lambda tracker: tracker.begin(place, at))
 
-    def log(self, points: Sequence[Point], then: Callable[[], None]) -> None:
+    def log(self, points: Sequence[Metrics], then: Callable[[], None]) -> None:
         """Tell all trackers, and do something when they were told."""
         self._thread.submit(self._each, lambda tracker: tracker.log(points)).add_done_callback(lambda _: then())
 
@@ -156,4 +156,4 @@ def _refuse_missing(options: Mapping[str, Mapping[str, Any]]) -> None:
 def _refuse_lost(options: Mapping[str, Mapping[str, Any]]) -> None:
     uri = urlsplit(options.get("mlflow", {}).get("tracking_uri", ""))
     if uri.scheme in ("", "file", "sqlite") and uri.path:
-        output_place(uri.path.removeprefix("/") if uri.scheme == "sqlite" else uri.path, "tracking.mlflow.tracking_uri")
+        output_path(uri.path.removeprefix("/") if uri.scheme == "sqlite" else uri.path, "tracking.mlflow.tracking_uri")

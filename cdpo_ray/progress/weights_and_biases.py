@@ -6,7 +6,7 @@ from typing import Any
 
 import wandb
 
-from cdpo_ray.progress.trackers import Point, TrackedRun
+from cdpo_ray.progress.trackers import Metrics, TrackedRun
 from cdpo_ray.store import is_local
 
 EXIT_CODES = {"ended": 0, "failed": 1, "stopped": 255}
@@ -41,7 +41,7 @@ class WeightsAndBiases:
         self._run.define_metric(f"{place}/*", step_metric=f"{place}/at")
         self._places.add(place)
 
-    def log(self, points: Sequence[Point]) -> None:
+    def log(self, points: Sequence[Metrics]) -> None:
         for point in points:
             if point.place not in self._places:
                 self.begin(point.place, point.at)

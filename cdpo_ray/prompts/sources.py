@@ -24,7 +24,7 @@ BUILT_IN = (*PROMPT_SETS, "scenes")
 
 
 @dataclass(frozen=True)
-class Source:
+class PromptSource:
     """Where prompts come from.
 
     Attributes:
@@ -83,7 +83,7 @@ class PromptList:
 
 
 def split_prompts(
-    train: Source | Sequence[str], heldout: Source, validation: Source | None = None, *, seed: int
+    train: PromptSource | Sequence[str], heldout: PromptSource, validation: PromptSource | None = None, *, seed: int
 ) -> PromptSplit:
     """The prompts to train on, the prompts to judge on, and those to judge the trials of a search by.
 
@@ -95,7 +95,7 @@ def split_prompts(
         PromptError: a source is missing, broken or empty, too short, or a prompt is on two sides, be it with other
             case, spaces or punctuation.
     """
-    if isinstance(train, Source):
+    if isinstance(train, PromptSource):
         found, train_count = read_prompts(train, "train", seed), train.count
     else:
         found, train_count = _without_doubles(train), None
@@ -156,7 +156,7 @@ def wording(prompt: str) -> str:
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", prompt).casefold())) or prompt
 
 
-def read_prompts(source: Source, side: str, seed: int, apart_from: Sequence[str] = ()) -> PromptList:
+def read_prompts(source: PromptSource, side: str, seed: int, apart_from: Sequence[str] = ()) -> PromptList:
     """Distinct prompts of a source, at most its ``count``.
 
     Args:
@@ -193,7 +193,7 @@ def _without_doubles(prompts: Sequence[str]) -> PromptList:
     return PromptList(distinct, len(prompts), len(prompts) - len(distinct))
 
 
-def content_sha256(source: Source, side: str) -> str | None:
+def content_sha256(source: PromptSource, side: str) -> str | None:
     """SHA-256 of a local file; ``None`` where the name, or the revision, identifies the content.
 
     Raises:
@@ -210,7 +210,7 @@ def content_sha256(source: Source, side: str) -> str | None:
         raise _cannot_be_read(side, source.source, path, error) from None
 
 
-def _read_file(source: Source, side: str) -> tuple[list[str], str | None]:
+def _read_file(source: PromptSource, side: str) -> tuple[list[str], str | None]:
     """Prompts as they are written, and `content_sha256`."""
     key, name = f"prompts.{side}.source", str(source.source)
     path = Path(name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from cdpo_ray.config import Config, Pool, PromptSource
 from cdpo_ray.config.rewards import OWN_REWARD
-from cdpo_ray.dataflow.parts import read_set_aside
+from cdpo_ray.dataflow.parts import read_quarantined
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.preferences.files import Source, fingerprint
 from cdpo_ray.prompts import sources
@@ -21,8 +21,8 @@ REWARD_WEIGHTS = ("checkpoint", "processor", "vocabulary", "captioner", "sentenc
 """Options of rewards that name a file, a folder or a hub id."""
 
 
-def prompt_source(section: PromptSource) -> sources.Source:
-    return sources.Source(**section.model_dump())
+def prompt_source(section: PromptSource) -> sources.PromptSource:
+    return sources.PromptSource(**section.model_dump())
 
 
 def preference_source(config: Config) -> Source:
@@ -223,7 +223,7 @@ def warn_of_set_aside(output: StepOutput, output_dir: Path) -> None:
 
     if num_prompts := output.counts["prompts_set_aside"]:
         output.warnings.append(f"{num_prompts} prompts raise inside the model; set_aside.jsonl says which and why")
-    output.counts["images_without_score"] = num_images_without_score(read_set_aside(output_dir))
+    output.counts["images_without_score"] = num_images_without_score(read_quarantined(output_dir))
     if num_images := output.counts["images_without_score"]:
         output.warnings.append(
             f"{num_images} images are black or of values that are not finite and have no score; set_aside.jsonl says"

@@ -17,7 +17,7 @@ from huggingface_hub.constants import HF_HOME
 
 from cdpo_ray.errors import StoreError
 from cdpo_ray.store.copies import FILES_AT_ONCE, describe
-from cdpo_ray.store.places import read_json
+from cdpo_ray.store.paths import read_json
 
 log = logging.getLogger(__name__)
 KNOWN = Path(HF_HOME) / "cdpo_ray" / "sha256.json"

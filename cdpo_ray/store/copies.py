@@ -18,7 +18,7 @@ from tqdm import tqdm
 from cdpo_ray.errors import StoreError
 from cdpo_ray.store.failures import storage_errors
 from cdpo_ray.store.manifests import FILES_MANIFEST
-from cdpo_ray.store.places import MANIFEST, files_within, is_local, make_folder, new_file
+from cdpo_ray.store.paths import MANIFEST, files_within, is_local, make_folder, new_file
 from cdpo_ray.store.untrusted import path_within, read_untrusted
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def damage(files: Mapping[Path, str], *, folder: Path) -> dict[Path, str]:
+def find_damage(files: Mapping[Path, str], *, folder: Path) -> dict[Path, str]:
     """Read files whole and compare their SHA-256; four at a time.
 
     Args:
@@ -80,7 +80,7 @@ def _sha256(path: Path) -> str | None:
     return None
 
 
-def settled(path: Path) -> dict[str, Any]:
+def flush_and_describe(path: Path) -> dict[str, Any]:
     """`describe` of a file that from now on stays: on the disk itself, and for others to read."""
     if is_local(path):
         with storage_errors(path):

@@ -18,27 +18,27 @@ from cdpo_ray.config.reading import parse_yaml
 from cdpo_ray.errors import StoreError
 from cdpo_ray.records import STEP_FOLDERS
 from cdpo_ray.resources import usable_cpus
-from cdpo_ray.store.copies import damage, delete, move, settled
+from cdpo_ray.store.copies import delete, find_damage, flush_and_describe, move
 from cdpo_ray.store.failures import storage_errors, storage_errors_within
 from cdpo_ray.store.lock import LOCK, file_lock, renewed_lock
 from cdpo_ray.store.manifests import (
-    BEGUN_WITH,
     CONFIG,
     CONFIG_FACTS,
     SETTINGS,
     STEP_MANIFEST,
+    STEP_SETTINGS,
     contradictions,
     fingerprint_of,
     flat,
 )
-from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, write_json
-from cdpo_ray.store.untrusted import bytes_of, damage_sentence, path_within, read_untrusted, refuse_links_out
+from cdpo_ray.store.paths import MANIFEST, exists, files_within, is_local, make_folder, write_json
+from cdpo_ray.store.untrusted import damage_message, path_within, read_untrusted, read_untrusted_bytes, refuse_links_out
 
 log = logging.getLogger(__name__)
 PARTS = "parts"
 """Folder beside unfinished work from which `cdpo_ray.dataflow.parts` resumes."""
 FAULTS_SHOWN = 5
-HOW_TO_MEND = "delete the folder, restore the value, or choose another `run.name`"
+SETTINGS_REMEDY = "delete the folder, restore the value, or choose another `run.name`"
 VERSIONS_KEPT = (
     "cdpo_ray",
     "torch",
@@ -154,7 +154,7 @@ class RunFolder:
         path, manifest = self.path / folder, self.manifest(folder)
         made = {name: value for name, value in manifest["settings"].items() if not grows or name in settings}
         if changed := differences(made, settings):
-            raise StoreError(f"{path} was made with {changed}; {HOW_TO_MEND}")
+            raise StoreError(f"{path} was made with {changed}; {SETTINGS_REMEDY}")
         for name, fingerprint in inputs.items():
             if manifest["inputs"].get(name) != fingerprint:
                 raise StoreError(f"{path} was made from another {name}; delete {path} to make it again")
@@ -179,7 +179,7 @@ class RunFolder:
         expected = manifest["files"]
         named = {path_within(path, name): expected[name] for name in files or expected}
         read = {file: entry["sha256"] for file, entry in named.items() if entry["bytes"] <= read_up_to}
-        faults = damage(read, folder=path)
+        faults = find_damage(read, folder=path)
         faults |= {
             file: fault
             for file, entry in named.items()
@@ -204,11 +204,11 @@ class RunFolder:
         """
         path = path_within(self.path, CONFIG)
         remedy = "`cdpo run CONFIG` with the run's configuration rewrites it"
-        values = parse_yaml(bytes_of(path, remedy=remedy).decode("utf-8", "replace"), where=str(path))
+        values = parse_yaml(read_untrusted_bytes(path, remedy=remedy).decode("utf-8", "replace"), where=str(path))
         try:
             CONFIG_FACTS.validate_python(values, strict=True)
         except ValidationError as error:
-            raise StoreError(damage_sentence(error, where=str(path), remedy=remedy)) from None
+            raise StoreError(damage_message(error, where=str(path), remedy=remedy)) from None
         for folder in STEP_FOLDERS:
             if self.has(folder) and (edited := contradictions(values, self.manifest(folder)["settings"])):
                 raise StoreError(f"{path}: is not the configuration that {folder} was made with: {edited}; {remedy}")
@@ -283,7 +283,7 @@ class RunFolder:
             started = time.monotonic()
             output = StepOutput(parts=[name for name in settings if not finished or name not in finished["settings"]])
             yield aside.absolute(), output  # workers have folders of their own to be in
-            files = {name: settled(path) for name, path in _products(aside, scratch).items()}
+            files = {name: flush_and_describe(path) for name, path in _products(aside, scratch).items()}
             manifest = {
                 "step": folder,
                 **begun_with,
@@ -361,13 +361,13 @@ def _products(aside: Path, scratch: Sequence[str]) -> dict[str, Path]:
 
 def _changes_since(aside: Path, now: Mapping[str, Any], *, allow_change: bool) -> list[str]:
     """What changed, each time that a step was gone on with, since it was begun."""
-    begun = read_untrusted(aside / SETTINGS, BEGUN_WITH, remedy=f"delete {aside} to start over")
+    begun = read_untrusted(aside / SETTINGS, STEP_SETTINGS, remedy=f"delete {aside} to start over")
     if begun["inputs"] != now["inputs"]:
         raise StoreError(f"{aside} was begun from other inputs; delete it to start over")
     changes: list[str] = begun.get("changes", [])
     changed = differences(begun["settings"], now["settings"])
     if changed and not allow_change:
-        raise StoreError(f"{aside} was begun with {changed}; {HOW_TO_MEND}")
+        raise StoreError(f"{aside} was begun with {changed}; {SETTINGS_REMEDY}")
     return [*changes, changed] if changed else changes
 
 

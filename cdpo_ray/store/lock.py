@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.store.copies import delete
 from cdpo_ray.store.failures import one_line, storage_errors
-from cdpo_ray.store.places import is_local, make_folder, new_file, read_bytes
+from cdpo_ray.store.paths import is_local, make_folder, new_file, read_bytes
 
 log = logging.getLogger(__name__)
 

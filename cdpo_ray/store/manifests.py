@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from cdpo_ray.config.rewards import JUDGE_NO_IMAGE, REWARD_NAMES
 from cdpo_ray.errors import printable
 from cdpo_ray.records import PERTURBATION
-from cdpo_ray.store.places import MANIFEST
+from cdpo_ray.store.paths import MANIFEST
 from cdpo_ray.store.untrusted import Count, Predicted, Seconds, Timestamp, other_keys_allowed
 
 SETTINGS = "settings.json"
@@ -61,7 +61,7 @@ class StepManifest(FilesManifest):
     created: Timestamp
 
 
-class BegunWith(TypedDict):
+class StepSettings(TypedDict):
     """Content of `SETTINGS`."""
 
     settings: dict[str, Any]
@@ -101,7 +101,7 @@ def _is_consistent(manifest: FilesManifest) -> FilesManifest:
 
 FILES_MANIFEST: TypeAdapter[FilesManifest] = TypeAdapter(Annotated[FilesManifest, AfterValidator(_is_consistent)])
 STEP_MANIFEST: TypeAdapter[StepManifest] = TypeAdapter(Annotated[StepManifest, AfterValidator(_is_consistent)])
-BEGUN_WITH: TypeAdapter[BegunWith] = TypeAdapter(BegunWith)
+STEP_SETTINGS: TypeAdapter[StepSettings] = TypeAdapter(StepSettings)
 CONFIG_FACTS: TypeAdapter[ConfigFacts] = TypeAdapter(ConfigFacts)
 
 

@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 
 from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.store.failures import storage_errors
-from cdpo_ray.store.places import is_local, new_file
+from cdpo_ray.store.paths import is_local, new_file
 
 EXTENSION = b"ARROW:extension:name"
 """Key of a field's metadata where its extension type is not registered in this process."""
 
 
-def arrow_place(path: Path) -> dict[str, Any]:
+def arrow_path(path: Path) -> dict[str, Any]:
     """A path as pyarrow and Ray Data take it: `{"path": text, "filesystem": ...}`."""
     if is_local(path):
         return {"path": str(path), "filesystem": None}
@@ -66,7 +66,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None, filters: Any = 
         FileNotFoundError: there is no such file.
         StoreError: as of `table_schema`.
     """
-    where = arrow_place(path)
+    where = arrow_path(path)
     with storage_errors(path, "read"):
         try:
             table = pq.read_table(where["path"], columns=columns, filters=filters, filesystem=where["filesystem"])
@@ -90,10 +90,10 @@ def shard_schema(folder: Path) -> pa.Schema:
 
 def count_rows(folder: Path) -> int:
     """Rows of a folder's Parquet shards; reads none of them."""
-    return sum(map(rows_of, folder.glob("*.parquet")))
+    return sum(map(num_rows_of, folder.glob("*.parquet")))
 
 
-def rows_of(path: Path) -> int:
+def num_rows_of(path: Path) -> int:
     """Rows of a Parquet file; reads none of them."""
     with path.open("rb") as handle:
         return int(pq.read_metadata(handle).num_rows)

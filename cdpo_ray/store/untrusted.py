@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from typing_extensions import TypedDict
 
 from cdpo_ray.errors import StoreError, printable
-from cdpo_ray.store.places import is_local, read_bytes
+from cdpo_ray.store.paths import is_local, read_bytes
 
 MAX_TEXT_BYTES = 2**28
 MAX_NAME_CHARS = 1024
@@ -89,12 +89,12 @@ def read_untrusted(path: Path, kind: TypeAdapter[Any], *, remedy: str) -> Any:
 
     Raises:
         FileNotFoundError: it is not there.
-        StoreError: as of `bytes_of` and `validate_untrusted`.
+        StoreError: as of `read_untrusted_bytes` and `validate_untrusted`.
     """
-    return validate_untrusted(bytes_of(path, remedy=remedy), kind, where=str(path), remedy=remedy)
+    return validate_untrusted(read_untrusted_bytes(path, remedy=remedy), kind, where=str(path), remedy=remedy)
 
 
-def bytes_of(path: Path, *, remedy: str) -> bytes:
+def read_untrusted_bytes(path: Path, *, remedy: str) -> bytes:
     """Content of a text file.
 
     Raises:
@@ -123,10 +123,10 @@ def validate_untrusted(text: str | bytes, kind: TypeAdapter[Any], *, where: str,
     try:
         return kind.validate_json(text, strict=True)
     except ValidationError as error:
-        raise StoreError(damage_sentence(error, where=where, remedy=remedy)) from None
+        raise StoreError(damage_message(error, where=where, remedy=remedy)) from None
 
 
-def damage_sentence(error: ValidationError, *, where: str, remedy: str) -> str:
+def damage_message(error: ValidationError, *, where: str, remedy: str) -> str:
     """What is wrong with a file, for a `StoreError`."""
     faults = error.errors(include_url=False, include_context=False)
     shown = "; ".join(_sentence(fault) for fault in faults[:SHOWN_FAULTS])

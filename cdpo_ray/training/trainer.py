@@ -177,7 +177,7 @@ def _followed(
             last_record = int(record["update"])
             progress.record({name: value for name, value in record.items() if name != "update"}, update=last_record)
         for line in news.lines:
-            progress.tell(line)
+            progress.log_line(line)
         num_lines = news.num_lines
         for summary in news.summaries:
             num_stages += 1

@@ -26,7 +26,7 @@ from cdpo_ray.models import load_model
 from cdpo_ray.policy.implicit_rewards import sample_values
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.numbers import seed_of
-from cdpo_ray.store import copy_tree, is_local, place, storage_errors_within, write_json
+from cdpo_ray.store import copy_tree, is_local, storage_errors_within, storage_path, write_json
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, state_of, tensors_of
 from cdpo_ray.training.engine import limit_waiting, restore_training, save_trained, start_engine, training_tensors
@@ -73,7 +73,7 @@ class Worker:
 
     def __init__(self, job: TrainingJob, board: Any) -> None:
         context = ray.train.get_context()
-        self.job, self.board, self.output_dir = job, board, place(job.output_dir)
+        self.job, self.board, self.output_dir = job, board, storage_path(job.output_dir)
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.validator = Validator(job.validation) if job.validation else None
         keep_vae = self.validator is not None
@@ -84,7 +84,7 @@ class Worker:
         self.policy = make_policy(
             model,
             job.lora,
-            start_dir=place(job.start_dir) if job.start_dir else None,
+            start_dir=storage_path(job.start_dir) if job.start_dir else None,
             reference_is_start=job.reference_is_start,
             seed=seed_of(job.seed, "lora"),
         )
@@ -95,7 +95,7 @@ class Worker:
             model.denoiser, self.policy.trainable, job.optimization, num_workers=self.num_workers
         )
         limit_waiting(self.engine, job.collective_timeout_seconds)
-        self.bank = SampleBank.read(place(job.samples_dir))
+        self.bank = SampleBank.read(storage_path(job.samples_dir))
         self.feed = Feed(
             self.bank,
             model.draw_times,
@@ -107,7 +107,7 @@ class Worker:
             job.optimization,
         )
         self.commits = Commits(
-            place(job.commits.commits_dir), keep_last=job.commits.keep_last, device=self.engine.device
+            storage_path(job.commits.commits_dir), keep_last=job.commits.keep_last, device=self.engine.device
         )
         self.summaries: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
@@ -164,7 +164,7 @@ class Worker:
     def _begin_stage(self, state: TrainingState) -> StagePairs:
         self.policy.begin_stage(state.stage)
         if self.job.online is None:
-            return StagePairs.read(place(self.job.stages_dir), state.stage, self.bank)
+            return StagePairs.read(storage_path(self.job.stages_dir), state.stage, self.bank)
         if self.drawn is None or not state.cursor:  # else as drawn when the stage began, by the policy of then
             values = sample_values(
                 self.model,
@@ -182,7 +182,7 @@ class Worker:
             )
             online = self.job.online
             draws, self.description = redraw_stage(
-                read_ranking_scores(place(online.scores_dir), online.rule),
+                read_ranking_scores(storage_path(online.scores_dir), online.rule),
                 online.schedule,
                 values,
                 self.bank.row_of_prompt,

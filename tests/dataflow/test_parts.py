@@ -11,11 +11,11 @@ from cdpo_ray.dataflow.parts import (
     Part,
     find_parts,
     join_parts,
-    join_set_aside,
-    read_set_aside,
+    join_quarantined,
+    read_quarantined,
     shards_of,
     write_part,
-    write_set_aside,
+    write_quarantined,
 )
 from cdpo_ray.errors import StoreError
 from cdpo_ray.store import PARTS, write_table
@@ -175,20 +175,20 @@ def test_fault_51_a_prompt_whose_quarantine_file_is_damaged_is_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for index in (3, 7):
-        write_set_aside(tmp_path, index, {"prompt_index": index, "reason": "broken"})
+        write_quarantined(tmp_path, index, {"prompt_index": index, "reason": "broken"})
     path = next((tmp_path / "set_aside").glob("*7-*"))
     whole = path.read_bytes()
     for bit in range(8 * len(whole)):
         flip(path, bit)
-        assert [entry["prompt_index"] for entry in read_set_aside(tmp_path)] == [3]
+        assert [entry["prompt_index"] for entry in read_quarantined(tmp_path)] == [3]
         path.write_bytes(whole)
     assert f"{path}: was altered (its SHA-256 differs); its prompt is tried again" in caplog.text
 
 
 def test_a_prompt_that_was_set_aside_twice_counts_once(tmp_path: Path) -> None:
     for reason in ("one", "other"):
-        write_set_aside(tmp_path, 7, {"prompt_index": 7, "reason": reason})
-    assert len(read_set_aside(tmp_path)) == 1
+        write_quarantined(tmp_path, 7, {"prompt_index": 7, "reason": reason})
+    assert len(read_quarantined(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -210,10 +210,10 @@ def test_neighbours_join_until_a_shard_is_large_enough(
 
 
 def test_what_was_set_aside_is_joined_once_and_stays_known_after(tmp_path: Path) -> None:
-    assert join_set_aside(tmp_path) == [] and not list(tmp_path.iterdir())
+    assert join_quarantined(tmp_path) == [] and not list(tmp_path.iterdir())
     (tmp_path / "set_aside").mkdir()
     (tmp_path / "set_aside" / "000000000007.jsonl").write_text('{"prompt_index": 7}\n')
     (tmp_path / "set_aside.jsonl").write_text('{"prompt_index": 3}\n{"prompt_index": 7}\n')
     expected = [{"prompt_index": 3}, {"prompt_index": 7}]
-    assert join_set_aside(tmp_path) == expected == read_set_aside(tmp_path)
+    assert join_quarantined(tmp_path) == expected == read_quarantined(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["set_aside.jsonl"]

@@ -59,7 +59,7 @@ def test_a_running_step_tells_how_far_it_is_and_how_long_it_will_take(tmp_path: 
     finish(run, *STEP_FOLDERS[:3], warnings=("3 prompts form no pair",))
     tell(run, **TRAINING, rate=2.0, seconds_left=175.0, line="stage 1/4: 50 updates")
     found = run_status(run, now=NOW)
-    assert not found.stands_still
+    assert not found.is_interrupted
     lines = found.text.splitlines()
     assert lines[1].startswith("  1-samples     done     8 prompts, 0 s, until 20")
     assert lines[2] == "                warning: 3 prompts form no pair"
@@ -81,7 +81,7 @@ def test_a_killed_run_is_told_apart_from_a_running_one(tmp_path: Path, how: str)
     host = "elsewhere" if "machine" in how else platform.node()
     tell(run, **TRAINING, seconds_ago=200 if "silent" in how else 2, pid=pid, host=host)
     found = run_status(run, now=NOW)
-    assert found.stands_still
+    assert found.is_interrupted
     assert "  4-training    stopped  50/400 updates\n" in found.text
     assert f"\nno sign of life of pid {pid} on {host} since 2026-03-04 11:5" in found.text
     assert found.text.endswith("\nnext: cdpo run c.yaml")
@@ -90,7 +90,7 @@ def test_a_killed_run_is_told_apart_from_a_running_one(tmp_path: Path, how: str)
 def test_another_machines_process_lives_as_long_as_it_says_so(tmp_path: Path) -> None:
     finish(tmp_path / "run", "1-samples")
     tell(tmp_path / "run", pid=dead_pid(), host="elsewhere")
-    assert not run_status(tmp_path / "run", now=NOW).stands_still
+    assert not run_status(tmp_path / "run", now=NOW).is_interrupted
 
 
 def test_a_failed_run_tells_why_and_after_which_commit_it_goes_on(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_failed_run_tells_why_and_after_which_commit_it_goes_on(tmp_path: Path
             write_json(commit / "manifest.json", {})
     tell(run, **TRAINING, state="failed", error="TrainingError: loss is not finite;\nlower it")
     found = run_status(run, now=NOW)
-    assert found.stands_still
+    assert found.is_interrupted
     assert found.text.splitlines()[4:] == [
         "  4-training    failed   50/400 updates",
         "                a restart goes on after update-000050",
@@ -120,7 +120,7 @@ def test_a_run_whose_steps_are_all_there_is_done_whatever_was_told(tmp_path: Pat
     finish(tmp_path / "run", *STEP_FOLDERS)
     assert run_status(tmp_path / "run").text.endswith("\n\ndone")
     tell(tmp_path / "run", state="failed", error="StoreError: made with another beta")
-    assert not run_status(tmp_path / "run", now=NOW).stands_still
+    assert not run_status(tmp_path / "run", now=NOW).is_interrupted
 
 
 def test_each_round_is_told(tmp_path: Path) -> None:
@@ -175,13 +175,13 @@ def test_a_search_tells_of_its_trials_and_is_done_once_it_has_told_what_it_found
         write_json(run / "trials" / f"{number:03d}" / "trial.json", {"state": state})
     tell(run, command="cdpo tune c.yaml", folder="trials", round=1, pid=dead_pid())
     found = run_status(run, now=NOW)
-    assert found.stands_still
+    assert found.is_interrupted
     assert "  trials        2 done, 1 running, 1 stopped\n  confirmation  to do" in found.text
     assert "3-stages" not in found.text and found.text.endswith("next: cdpo tune c.yaml")
     tell(run, state="ended")
-    assert run_status(run, now=NOW).stands_still, "it has not told what it found"
+    assert run_status(run, now=NOW).is_interrupted, "it has not told what it found"
     write_json(run / "tune.json", {})
-    assert not run_status(run, now=NOW).stands_still
+    assert not run_status(run, now=NOW).is_interrupted
 
 
 @pytest.mark.parametrize(
@@ -276,10 +276,10 @@ def test_fault_59_damage_and_an_edited_config_are_named_and_the_run_is_not_done(
         (folder / "adapter.safetensors").write_text("weights")
     config = "rewards: {{names: [clip], rank_by: null}}\ntraining: {{beta: {beta}}}\n"
     (run / "config.yaml").write_text(config.format(beta=5))
-    assert not run_status(run).stands_still
+    assert not run_status(run).is_interrupted
     (run / "config.yaml").write_text(config.format(beta=6))
     found = run_status(run)
-    assert found.stands_still
+    assert found.is_interrupted
     assert "edited: " in found.text and "4-training was made with: `training.beta` was 5, the file says 6" in found.text
     (run / "config.yaml").unlink()
     (run / "4-training" / "adapter.safetensors").write_text("WEIGHTS")

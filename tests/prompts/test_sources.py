@@ -19,8 +19,8 @@ from cdpo_ray.prompts.files import read_file
 from cdpo_ray.prompts.sources import (
     BUILT_IN,
     PromptList,
+    PromptSource,
     PromptSplit,
-    Source,
     content_sha256,
     is_held_out,
     read_prompts,
@@ -63,13 +63,13 @@ def split(
     for key, value in sides.items():
         side, _, name = key.partition("_")
         given[side][name] = value
-    sources = {side: Source(**keys) for side, keys in given.items()}
-    validated = sources["validation"] if sources["validation"] != Source() else None
+    sources = {side: PromptSource(**keys) for side, keys in given.items()}
+    validated = sources["validation"] if sources["validation"] != PromptSource() else None
     return split_prompts(sources["train"], sources["heldout"], validated, seed=seed)
 
 
 def read(path: Path | str, side: str = "train", **keys: Any) -> PromptList:
-    return read_prompts(Source(str(path), **keys), side, 0)
+    return read_prompts(PromptSource(str(path), **keys), side, 0)
 
 
 def write(path: Path, lines: list[str]) -> Path:
@@ -290,21 +290,21 @@ def test_what_is_read_is_trained_on_or_held_out_or_counted_as_left_out(tmp_path:
 def test_prompts_that_come_with_preferences_are_split_like_those_of_a_source(tmp_path: Path) -> None:
     prompts = ["one", "two", "one", *(f"prompt {number}" for number in range(50))]
     expected = split(write(tmp_path / "p.txt", prompts), heldout_fraction=0.3)
-    assert split_prompts(prompts, Source(fraction=0.3), seed=0) == expected
+    assert split_prompts(prompts, PromptSource(fraction=0.3), seed=0) == expected
     assert expected.num_doubled == 1
 
 
 def test_the_content_of_a_file_is_told_by_its_bytes_and_of_what_is_pinned_by_name_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"abc")
     nist = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
-    assert content_sha256(Source(str(tmp_path / "p.txt")), "train") == nist
-    for pinned in (Source("animals"), Source("some/prompts", "a.csv", COMMIT), Source(fraction=0.5)):
+    assert content_sha256(PromptSource(str(tmp_path / "p.txt")), "train") == nist
+    for pinned in (PromptSource("animals"), PromptSource("some/prompts", "a.csv", COMMIT), PromptSource(fraction=0.5)):
         assert content_sha256(pinned, "train") is None
 
 
 def test_fault_33_the_sha256_is_of_the_content_that_was_read(tmp_path: Path) -> None:
     train, heldout = write(tmp_path / "t.txt", ["a cat"]), write(tmp_path / "h.txt", ["a dog"])
-    found = split_prompts(Source(str(train)), Source(str(heldout)), Source("animals"), seed=0)
+    found = split_prompts(PromptSource(str(train)), PromptSource(str(heldout)), PromptSource("animals"), seed=0)
     digests = {"train": hashlib.sha256(train.read_bytes()), "heldout": hashlib.sha256(heldout.read_bytes())}
     write(heldout, ["a fox"])
     assert found.sha256 == {side: digest.hexdigest() for side, digest in digests.items()}
@@ -322,7 +322,7 @@ def test_fault_33_a_file_that_is_changed_while_it_is_read_is_refused(
 
     monkeypatch.setattr("cdpo_ray.prompts.sources.read_file", read_and_change)
     with pytest.raises(PromptError, match=r"`prompts.train.source` .*t\.txt: was changed while it was read"):
-        read_prompts(Source(str(path)), "train", 0)
+        read_prompts(PromptSource(str(path)), "train", 0)
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -336,8 +336,8 @@ def test_a_hub_file_is_read_where_it_was_staged_and_otherwise_told_how_to_stage(
         folder.mkdir(parents=True)
         write(folder / "train.parquet", ["a cat", "a dog"])
     code = (
-        "import sys; from cdpo_ray.prompts.sources import Source, read_prompts;"
-        f"print(read_prompts(Source('some/prompts', 'data/train.parquet', '{COMMIT}'), 'train', 0).prompts)"
+        "import sys; from cdpo_ray.prompts.sources import PromptSource, read_prompts;"
+        f"print(read_prompts(PromptSource('some/prompts', 'data/train.parquet', '{COMMIT}'), 'train', 0).prompts)"
     )
     offline = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from finished_runs import change, save_policy
 
-from cdpo_ray.dataflow.quarantine import SetAside
+from cdpo_ray.dataflow.quarantine import Quarantine
 from cdpo_ray.evaluation.comparison import Comparer
 from cdpo_ray.evaluation.looks import measure_looks
 from cdpo_ray.generation.generator import Generator, Sampling
@@ -98,7 +98,7 @@ def test_a_policy_is_judged_as_the_evaluation_judges_what_was_trained(base: Path
         make_scores=partial(Scorer, JUDGES),
         num_margin_draws=0,
         guidance_range=None,
-        set_aside=SetAside(tmp_path, len(PROMPTS), 0.0),
+        set_aside=Quarantine(tmp_path, len(PROMPTS), 0.0),
     )
     compared = measure_looks(comparer(rows()))
     for judge in JUDGES:

@@ -30,7 +30,7 @@ JOB_COPIES = "/runtime_resources/working_dir_files/"
 """Ray keeps its copies of jobs' working folders in such a folder of its session."""
 
 
-def place(text: str | Path) -> Path:
+def storage_path(text: str | Path) -> Path:
     """A local path, or one in an object store: a `UPath`, which has the methods of `Path`, its `fs`, and `path` in it.
 
     Endpoint and credentials come from the environment, as for all that speaks to these stores.
@@ -67,7 +67,7 @@ def refuse_special_file(path: Path) -> None:
         raise OSError(errno.EINVAL, "is a pipe, a device or a socket, not a regular file", str(path))
 
 
-def output_place(text: str | Path, key: str) -> Path:
+def output_path(text: str | Path, key: str) -> Path:
     """A place to write to, which stays when the process has ended.
 
     Args:
@@ -76,7 +76,7 @@ def output_place(text: str | Path, key: str) -> Path:
     Raises:
         StoreError: as of `place`; or it is in the copy of the working folder that a Ray job runs in.
     """
-    path = place(text)
+    path = storage_path(text)
     if is_local(path) and JOB_COPIES in str(path.resolve()):
         raise StoreError(
             f"`{key}` {text}: is {path.resolve()}, in this Ray job's copy of the working folder, which Ray deletes;"
