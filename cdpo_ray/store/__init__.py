@@ -1,4 +1,4 @@
-"""Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
+"""Run folders on local disk or in an object store; every file is written atomically."""
 
 from cdpo_ray.store.contents import files_sha256
 from cdpo_ray.store.copies import (

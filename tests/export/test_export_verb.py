@@ -151,7 +151,7 @@ def test_a_run_that_is_not_trained_is_told_what_to_do(
     config = written(config_of(tmp_path / "runs", "embedded"), tmp_path)
     assert main(["export", config]) == 2
     told = capsys.readouterr().err
-    assert re.search(r"StoreError: .*: not there, or not finished; run the step that makes it first", told)
+    assert re.search(r"StoreError: .*: is missing or not finished; run the step that makes it first", told)
     assert not (tmp_path / "runs").exists()
 
 

@@ -86,7 +86,7 @@ def test_a_step_that_was_broken_off_counts_for_nothing_and_is_begun_anew_or_gone
         assert ("half.bin" in run.manifest(STEP)["files"]) == resumable
         delete(s3 / "run")
     (s3 / "run" / STEP / "foreign.txt").write_text("not ours")
-    with pytest.raises(StoreError, match=r"1-samples: is there without its manifest\.json; delete it"):
+    with pytest.raises(StoreError, match=r"1-samples: has no manifest\.json; delete the folder"):
         write_step(run)
 
 

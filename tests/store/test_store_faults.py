@@ -125,10 +125,10 @@ def test_fault_11_a_full_disk_is_told_with_path_needed_and_free_and_earlier_step
     )
     assert done.returncode == 0, done.stderr
     refused, full, went_on = done.stdout.splitlines()
-    assert refused.startswith(f"{tmp_path}: needs 1.9 MiB, but 0.8 MiB are free on its disk; make room")
+    assert refused.startswith(f"{tmp_path}: needs 1.9 MiB, but 0.8 MiB are free on its disk; free disk space")
     assert re.fullmatch(
         rf"{tmp_path}/2-scores\.partial(/manifest\.json)?: cannot be written.*: .*No space left on device;"
-        r" 0\.0 MiB are free there; make room, and give the same command again",
+        r" 0\.0 MiB are free; free disk space, and run the same command again",
         full,
     )
     assert went_on == "went on"
@@ -191,7 +191,7 @@ def test_fault_17_a_lock_of_another_machine_is_taken_over_when_it_is_renewed_no_
 ) -> None:
     lock_from_elsewhere(s3 / "run")
     with (
-        pytest.raises(StoreError, match=r"\(pid 1 on elsewhere, \d s ago; after 60 s it counts as gone\)"),
+        pytest.raises(StoreError, match=r"\(pid 1 on elsewhere, \d s ago; its lock expires after 60 s\)"),
         RunFolder(s3 / "run").locked(),
     ):
         pytest.fail("two runs hold one folder")
