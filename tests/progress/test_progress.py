@@ -168,7 +168,7 @@ def test_a_status_that_cannot_be_written_stops_nothing(run: TrackedRun, caplog: 
     (run.dir / "status.json.tmp").mkdir()
     train(run, range(1, 9), done=0)
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1 and "status.json: cannot be written, the run goes on" in warnings[0]
+    assert len(warnings) == 1 and "status.json: cannot be written, the run continues" in warnings[0]
 
 
 def test_without_a_run_it_only_counts() -> None:

@@ -64,10 +64,10 @@ def test_a_running_step_tells_how_far_it_is_and_how_long_it_will_take(tmp_path: 
     assert lines[1].startswith("  1-samples     done     8 prompts, 0 s, until 20")
     assert lines[2] == "                warning: 3 prompts form no pair"
     assert lines[7] == "  4-training    running  50/400 updates, 2 updates/s, 2 min 55 s left"
-    assert lines[8] == "  5-evaluation  to do"
+    assert lines[8] == "  5-evaluation  pending"
     assert lines[10:] == [
-        f"running: pid {os.getpid()} on {platform.node()}; last sign of life 2026-03-04 11:59:58 UTC, 2 s ago",
-        "said last: stage 1/4: 50 updates",
+        f"running: pid {os.getpid()} on {platform.node()}; last heartbeat 2026-03-04 11:59:58 UTC, 2 s ago",
+        "last log line: stage 1/4: 50 updates",
     ]
 
 
@@ -83,7 +83,7 @@ def test_a_killed_run_is_told_apart_from_a_running_one(tmp_path: Path, how: str)
     found = run_status(run, now=NOW)
     assert found.is_interrupted
     assert "  4-training    stopped  50/400 updates\n" in found.text
-    assert f"\nno sign of life of pid {pid} on {host} since 2026-03-04 11:5" in found.text
+    assert f"\nno heartbeat from pid {pid} on {host} since 2026-03-04 11:5" in found.text
     assert found.text.endswith("\nnext: cdpo run c.yaml")
 
 
@@ -106,8 +106,8 @@ def test_a_failed_run_tells_why_and_after_which_commit_it_goes_on(tmp_path: Path
     assert found.is_interrupted
     assert found.text.splitlines()[4:] == [
         "  4-training    failed   50/400 updates",
-        "                a restart goes on after update-000050",
-        "  5-evaluation  to do",
+        "                a restart resumes after update-000050",
+        "  5-evaluation  pending",
         "",
         "failed: 2026-03-04 11:59:58 UTC, 2 s ago",
         "  TrainingError: loss is not finite;",
@@ -140,7 +140,7 @@ def test_a_run_of_which_some_steps_were_asked_for_says_how_it_goes_on(
     finish(tmp_path / "run", "1-samples")
     tell(tmp_path / "run", state="ended")
     assert main(["status", str(tmp_path / "run")]) == 1
-    assert capsys.readouterr().out.endswith("\n\nnothing runs\nnext: cdpo run c.yaml\n")
+    assert capsys.readouterr().out.endswith("\n\nnot running\nnext: cdpo run c.yaml\n")
     finish(tmp_path / "run", *STEP_FOLDERS[1:])
     assert main(["status", str(tmp_path / "run")]) == 0
 
@@ -149,9 +149,7 @@ def test_a_folder_that_is_no_run_and_a_damaged_status_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["status", str(tmp_path)]) == 2
-    assert (
-        capsys.readouterr().err == f"StoreError: {tmp_path}: no run is there; give the folder of one, as runs/<name>\n"
-    )
+    assert capsys.readouterr().err == f"StoreError: {tmp_path}: is not a run's folder; give one, such as runs/<name>\n"
     (tmp_path / STATUS).write_text("{")
     with pytest.raises(StoreError, match=r"status\.json: is damaged"):
         run_status(tmp_path)
@@ -176,7 +174,7 @@ def test_a_search_tells_of_its_trials_and_is_done_once_it_has_told_what_it_found
     tell(run, command="cdpo tune c.yaml", folder="trials", round=1, pid=dead_pid())
     found = run_status(run, now=NOW)
     assert found.is_interrupted
-    assert "  trials        2 done, 1 running, 1 stopped\n  confirmation  to do" in found.text
+    assert "  trials        2 done, 1 running, 1 stopped\n  confirmation  pending" in found.text
     assert "3-stages" not in found.text and found.text.endswith("next: cdpo tune c.yaml")
     tell(run, state="ended")
     assert run_status(run, now=NOW).is_interrupted, "it has not told what it found"
@@ -197,7 +195,7 @@ def test_fault_52_a_status_of_another_kind_is_named(value: Any, tmp_path: Path) 
         tell(tmp_path / "run", **{"state": "running"} | value)
     else:
         write_json(tmp_path / "run" / STATUS, value)
-    with pytest.raises(StoreError, match=r"status\.json: is damaged .*; delete it, it holds none of the run's results"):
+    with pytest.raises(StoreError, match=r"status\.json: is damaged .*; delete it: it holds none of the run's results"):
         run_status(tmp_path / "run", now=NOW)
 
 
@@ -252,7 +250,7 @@ def test_fault_52_a_command_that_may_do_harm_is_not_offered(command: str, tmp_pa
     finish(tmp_path / "run", "1-samples")
     tell(tmp_path / "run", state="ended", command=command.format(run=tmp_path / "run"))
     last = run_status(tmp_path / "run", now=NOW).text.splitlines()[-1]
-    assert last == "next: give the original command again; it continues"
+    assert last == "next: run the original command again; it resumes the run"
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(
     track(tmp_path, {"mlflow": nobody}, range(1, 4))
     warnings = [record.message for record in caplog.records if record.name.startswith("cdpo_ray")]
     assert len(warnings) == 1
-    assert warnings[0].startswith("tracking: `mlflow` is told no more, the run goes on: MlflowException: ")
+    assert warnings[0].startswith("tracking: `mlflow` is disabled, the run continues: MlflowException: ")
     assert list((tmp_path / "tensorboard" / "train").iterdir())
 
 
