@@ -48,7 +48,7 @@ def test_a_part_of_a_gpu_is_on_one_gpu(gpus: float, room: int) -> None:
 
 def test_a_pool_needs_one_actor_and_more_are_told() -> None:
     assert check_resources("generate", [pool(4, gpus=1)], [ONE_GPU, TWO_GPUS]) == [
-        "`resources.generators`: of 4 actors of 1 CPUs and 1 GPUs each only 3 fit the nodes that are there"
+        "`resources.generators`: of 4 actors of 1 CPUs and 1 GPUs each only 3 fit the nodes of the cluster"
     ]
 
 
@@ -64,7 +64,7 @@ def test_actors_without_a_gpu_leave_the_gpu_nodes_to_others() -> None:
 
 
 def test_no_node_is_told() -> None:
-    with pytest.raises(ResourceError, match=r"\(no node\)"):
+    with pytest.raises(ResourceError, match=r"\(no nodes\)"):
         check_resources("generate", [pool(1)], [])
 
 

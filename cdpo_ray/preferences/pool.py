@@ -10,7 +10,7 @@ import ray
 import ray.data
 from ray.data import Dataset
 
-from cdpo_ray.dataflow.parts import SET_ASIDE, join_quarantined
+from cdpo_ray.dataflow.parts import QUARANTINE, join_quarantined
 from cdpo_ray.dataflow.streams import PoolSize, in_pool, write_shards
 from cdpo_ray.preferences.encoder import Encoder
 from cdpo_ray.preferences.files import Chunk, Source, blocks_of
@@ -43,7 +43,7 @@ def import_samples(
     Readers and encoders take some rows at a time, so memory does not grow with the files.
     """
     output_dir = output_dir.resolve()  # readers elsewhere have another working folder
-    set_aside_dir = output_dir / SET_ASIDE
+    set_aside_dir = output_dir / QUARANTINE
     make_folder(set_aside_dir)
     rows_per_call = max(1, images_per_batch // num_samples)
     rows = _chunk_rows(chunks).map_batches(

@@ -137,8 +137,8 @@ def test_fault_51_a_bit_flipped_anywhere_in_a_file_of_an_interrupted_step_costs_
         found, held = find_parts(folder, "samples")
         assert held == {0, 1, 2, 3, 4} - lost == {index for one in found for index in indices(one.path)}
         assert [record.message for record in caplog.records] == [
-            f"{folder}: 1 of 3 files of the interrupted attempt are not whole, the first"
-            f" {path.name.removesuffix('.sha256')}; what they held is made again"
+            f"{folder}: 1 of 3 files of the interrupted attempt are damaged, the first"
+            f" {path.name.removesuffix('.sha256')}; their rows are regenerated"
         ]
         for file, content in whole.items():
             file.write_bytes(content)
@@ -166,7 +166,9 @@ def test_fault_51_a_part_that_is_altered_before_it_is_joined_joins_no_shard(num_
     parts = written(parts_dir, *([index] for index in range(num_parts)))
     flip(parts[-1], 800)
     shard = parts_dir.parent / "samples-000000000000.parquet"
-    with pytest.raises(StoreError, match=rf"{parts[-1].name}: was altered .*the same command makes its prompts again"):
+    with pytest.raises(
+        StoreError, match=rf"{parts[-1].name}: was altered .*run the same command again to regenerate it"
+    ):
         join_parts(parts, shard)
     assert not shard.exists()
 
@@ -182,7 +184,7 @@ def test_fault_51_a_prompt_whose_quarantine_file_is_damaged_is_tried_again(
         flip(path, bit)
         assert [entry["prompt_index"] for entry in read_quarantined(tmp_path)] == [3]
         path.write_bytes(whole)
-    assert f"{path}: was altered (its SHA-256 differs); its prompt is tried again" in caplog.text
+    assert f"{path}: was altered (its SHA-256 differs); its prompt is retried" in caplog.text
 
 
 def test_a_prompt_that_was_set_aside_twice_counts_once(tmp_path: Path) -> None:

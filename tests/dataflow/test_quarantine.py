@@ -60,7 +60,8 @@ def test_fault_07_a_call_of_which_nothing_is_left_gives_no_row(no_z: Path, tmp_p
 def test_fault_07_one_too_many_stops_at_once_and_names_the_first_reason(no_z: Path, tmp_path: Path) -> None:
     told = (
         "2 of 4 prompts cannot be made into images; `generation.max_bad_fraction` = 0.25 allows fewer; the first,"
-        " 'a zebra': IndexError: index out of range in self; raise it, or mend the cause and delete "
+        " 'a zebra': IndexError: index out of range in self; raise `generation.max_bad_fraction`, or fix the"
+        " cause and delete "
     )
     with pytest.raises(GenerationError, match=re.escape(told)):
         generator(no_z, Quarantine(tmp_path, 4, 0.25))(table(PROMPTS))
@@ -130,10 +131,10 @@ def test_fault_36_images_that_are_not_finite_have_no_score_and_are_named(
     assert set_aside.refuse_too_many() == set(), "no prompt is made again or left out"
     entries = [json.loads(path.read_text()) for path in sorted((tmp_path / "set_aside").iterdir())]
     assert [(entry["prompt_index"], entry["images"]) for entry in entries] == [(0, [0, 1]), (2, [1])]
-    assert entries[1]["reason"].startswith("images 1 of 2 are black everywhere: the model or its VAE gave values that")
+    assert entries[1]["reason"].startswith("images 1 of 2 are black: the model or its VAE returned non-finite")
     told = (
         "3 images have no score; `generation.max_bad_fraction` = 0.25 allows fewer; the first, 'a cat': images 0, 1 of"
-        " 2 are black everywhere"
+        " 2 are black: "
     )
     with pytest.raises(GenerationError, match=re.escape(told)):
         Quarantine(tmp_path, 4, 0.25).refuse_too_many()

@@ -426,9 +426,7 @@ def test_fault_53_images_of_another_format_or_of_too_many_pixels_are_named_by_ro
         table = pa.Table.from_pylist(rows, schema=comparison().schema)
         pq.write_table(table, run / EVALUATION / "comparison.parquet")
         write_manifest(run / EVALUATION)
-        with pytest.raises(
-            StoreError, match=r"comparison\.parquet: image 0 of prompt 3: is not a PNG that can be read"
-        ):
+        with pytest.raises(StoreError, match=r"comparison\.parquet: image 0 of prompt 3: is not a readable PNG"):
             page_of(run)
 
 

@@ -327,7 +327,7 @@ def test_fault_52_a_run_that_holds_something_else_is_refused_by_name(changed: di
 def test_fault_53_an_image_that_is_no_png_is_named_by_its_row(tmp_path: Path) -> None:
     postscript = [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) run\n"] * 6
     wide = [image(0)] * 5 + [image(0, width=9)]
-    for images, told in ((postscript, "is not a PNG that can be read"), (wide, "is . x 8 pixels, another image")):
+    for images, told in ((postscript, "is not a readable PNG"), (wide, "is . x 8 pixels, another image")):
         theirs = evaluated(tmp_path / f"theirs-{told}", without="jpeg_size", rows={"tuned_image": images})
         with pytest.raises(StoreError, match=rf"comparison\.parquet: tuned image \d of prompt \d: {told}"):
             compare_runs([evaluated(tmp_path / f"mine-{told}"), theirs], tmp_path / "out")

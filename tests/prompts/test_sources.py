@@ -174,7 +174,7 @@ def test_bytes_that_are_not_utf8_are_refused_with_file_and_line(tmp_path: Path) 
 def test_fault_19_a_file_without_prompts_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(
-        PromptError, match=r"`prompts\.train\.source` .*p\.txt: has no prompts; write one prompt a line"
+        PromptError, match=r"`prompts\.train\.source` .*p\.txt: has no prompts; write one prompt per line"
     ):
         read(tmp_path / "p.txt")
 
@@ -207,15 +207,15 @@ def test_a_count_keeps_prompts_from_the_front(tmp_path: Path) -> None:
 
 def test_fewer_prompts_than_asked_for_are_refused(tmp_path: Path) -> None:
     train, heldout = write(tmp_path / "t.txt", ["a", "b"]), write(tmp_path / "h.txt", ["c"])
-    with pytest.raises(PromptError, match=r"`prompts\.train`: wants 3 prompts, got 2; give more, or ask for fewer"):
+    with pytest.raises(PromptError, match=r"`prompts\.train`: needs 3 prompts, got 2; add prompts, or lower `count`"):
         split(train, heldout, train_count=3)
-    with pytest.raises(PromptError, match=r"`prompts\.heldout`: wants 4 prompts, got 1"):
+    with pytest.raises(PromptError, match=r"`prompts\.heldout`: needs 4 prompts, got 1"):
         split(train, heldout, heldout_count=4)
 
 
 def test_a_share_too_small_to_hold_out_anything_is_refused(tmp_path: Path) -> None:
     train = write(tmp_path / "t.txt", ["a", "b"])
-    with pytest.raises(PromptError, match=r"`prompts\.heldout`: wants at least 1 prompts, got 0"):
+    with pytest.raises(PromptError, match=r"`prompts\.heldout`: needs at least 1 prompts, got 0"):
         split(train, heldout_fraction=1e-9)
 
 
@@ -229,7 +229,7 @@ def test_more_scenes_than_the_world_has_are_refused() -> None:
 def test_training_on_held_out_prompts_is_refused_with_the_prompts(tmp_path: Path) -> None:
     train, heldout = write(tmp_path / "t.txt", ["a", "b", "c"]), write(tmp_path / "h.txt", ["x", " c ", "b"])
     with pytest.raises(
-        PromptError, match=r"2 of its 3 prompts are trained on \('b', 'c'\); a gain on them would prove nothing"
+        PromptError, match=r"2 of its 3 prompts are also trained on \('b', 'c'\), so a gain on them would prove nothing"
     ):
         split(train, heldout)
 
@@ -321,7 +321,7 @@ def test_fault_33_a_file_that_is_changed_while_it_is_read_is_refused(
         return prompts
 
     monkeypatch.setattr("cdpo_ray.prompts.sources.read_file", read_and_change)
-    with pytest.raises(PromptError, match=r"`prompts.train.source` .*t\.txt: was changed while it was read"):
+    with pytest.raises(PromptError, match=r"`prompts.train.source` .*t\.txt: changed while it was being read"):
         read_prompts(PromptSource(str(path)), "train", 0)
 
 
@@ -382,7 +382,7 @@ def test_validation_takes_its_share_where_held_out_prompts_have_a_source(tmp_pat
     [
         (["x", "A cat, sleeping"], r"`prompts.validation`: 1 of its 2 prompts are trained on \('A cat, sleeping'\)"),
         (["x", "a  Dog"], r"`prompts.validation`: 1 of its 2 prompts are held out \('a  Dog'\); a schedule chosen by"),
-        (["x"], r"`prompts.validation`: wants 3 prompts, got 1"),
+        (["x"], r"`prompts.validation`: needs 3 prompts, got 1"),
     ],
 )
 def test_validation_prompts_are_neither_trained_on_nor_held_out_and_enough(
