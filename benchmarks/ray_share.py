@@ -160,7 +160,7 @@ class Bare:
 
     def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
         from cdpo_ray.dataflow.images import encode_pixels
-        from cdpo_ray.dataflow.quarantine import SetAside
+        from cdpo_ray.dataflow.quarantine import Quarantine
         from cdpo_ray.evaluation.appearance_columns import add_appearance
         from cdpo_ray.evaluation.comparison import Comparer
 
@@ -172,7 +172,7 @@ class Bare:
             make_scores=MAKE_JUDGES,
             num_margin_draws=0,
             guidance_range=None,
-            set_aside=SetAside(output_dir, len(prompts), 0.0),
+            set_aside=Quarantine(output_dir, len(prompts), 0.0),
         )
         self._write(
             lambda rows: encode_pixels(add_appearance(comparer(rows))),

@@ -35,7 +35,7 @@ from cdpo_ray.run import (
 )
 from cdpo_ray.steps import steps_of
 from cdpo_ray.steps.cost import workload_of
-from cdpo_ray.store import output_place, place
+from cdpo_ray.store import output_path, storage_path
 
 VERBS = {
     "check": "say what a run will make and cost, or what is wrong with the config; needs no GPU and starts no Ray",
@@ -265,13 +265,13 @@ def _terminate(number: int, frame: object) -> None:
 def _do(asked: argparse.Namespace) -> int:
     if asked.verb == "compare":
         config = load_config(asked.judges) if asked.judges else None
-        output_dir = asked.out and output_place(asked.out, "--out")
-        _tell(compare_runs([place(run) for run in asked.runs], output_dir, config))
+        output_dir = asked.out and output_path(asked.out, "--out")
+        _tell(compare_runs([storage_path(run) for run in asked.runs], output_dir, config))
         return 0
     if asked.verb == "status":
-        found = run_status(place(asked.run))
+        found = run_status(storage_path(asked.run))
         _tell(found.text)
-        return EXIT_UNSOUND if found.stands_still else 0
+        return EXIT_UNSOUND if found.is_interrupted else 0
     if asked.verb == "doctor":
         return _examine(asked)
     config, verb = load_config(asked.config, asked.overrides), asked.verb
@@ -299,7 +299,7 @@ def _do(asked: argparse.Namespace) -> int:
 
         _tell(find_schedule(config, address=asked.address, verbose=asked.verbose, command=goes_on))
     elif verb == "export":
-        _tell(export_trained(config, asked.format, asked.out and output_place(asked.out, "--out")))
+        _tell(export_trained(config, asked.format, asked.out and output_path(asked.out, "--out")))
     elif verb in ("generate", "import") and verb != steps_of(config)[0].verb:
         raise ConfigError(f"{asked.config}: its images are not made by `cdpo {verb}`: `{steps_of(config)[0].verb}` is")
     elif verb == "import" and asked.check:

@@ -1,4 +1,4 @@
-"""What of a machine, a cluster and a configuration will not do, and what to do."""
+"""Checks of the machine, the cluster and the configuration before a run, each with a remedy."""
 
 import os
 import shutil
@@ -22,25 +22,37 @@ from cdpo_ray.run import check_cluster, read_prompts
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import steps_of
 from cdpo_ray.steps.cost import workload_of
-from cdpo_ray.store import delete, is_local, output_place, write_text
+from cdpo_ray.store import delete, is_local, output_path, write_text
 
 OK, WARN, WRONG = "ok", "warn", "wrong"
 FLOORS = {"ray": "2.60", "diffusers": "0.42.1", "transformers": "5.3", "torch": "2.10"}
-"""Each closes a published hole."""
-LITTLE_BYTES = 10 * 2**30
+"""Lowest versions without published vulnerabilities."""
+LOW_DISK_BYTES = 10 * 2**30
 HUB_SECONDS = 4
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
+    """Result of one check.
+
+    Attributes:
+        grade: `OK`, `WARN` or `WRONG`.
+        message: what was checked, what was found, and what to do.
+    """
+
     grade: str
-    what: str
+    message: str
 
     def __str__(self) -> str:
-        return f"{self.grade:<5}  {self.what}"
+        return f"{self.grade:<5}  {self.message}"
 
 
-def examine(config: Config | None, *, address: str | None = None) -> Iterator[Finding]:
-    """Look at everything that a run needs, the quick things first; changes nothing but a file that it deletes again."""
+def examine(config: Config | None, *, address: str | None = None) -> Iterator[CheckResult]:
+    """Check everything that a run needs, quick checks first; only a temporary file in `run.dir` is written.
+
+    Args:
+        config: configuration to check; ``None``: only the machine and the cluster.
+        address: address of a Ray cluster, see `session.ray_session`.
+    """
     yield from _versions()
     yield _gpus()
     yield from _token()
@@ -51,85 +63,92 @@ def examine(config: Config | None, *, address: str | None = None) -> Iterator[Fi
     yield from _ray(config, address)
 
 
-def _versions() -> Iterator[Finding]:
+def _versions() -> Iterator[CheckResult]:
     for name, floor in FLOORS.items():
         try:
             version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield Finding(WRONG, f"{name}: not installed; install requirements.lock")
+            yield CheckResult(WRONG, f"{name}: not installed; install requirements.lock")
             continue
         if Version(version) < Version(floor):
-            yield Finding(WRONG, f"{name} {version}: {floor} closes a hole that it has; install requirements.lock")
+            yield CheckResult(
+                WRONG, f"{name} {version}: has a vulnerability fixed in {floor}; install requirements.lock"
+            )
         else:
-            yield Finding(OK, f"{name} {version}")
+            yield CheckResult(OK, f"{name} {version}")
 
 
-def _gpus() -> Finding:
+def _gpus() -> CheckResult:
     import torch
 
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        told = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in names)
-        return Finding(OK, f"GPUs of this machine: {told}, CUDA {torch.version.cuda}")
+        gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        listed = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus)
+        return CheckResult(OK, f"GPUs of this machine: {listed}, CUDA {torch.version.cuda}")
     if Path("/dev/nvidia0").exists():
-        return Finding(WRONG, f"GPU: there, but torch {torch.__version__} does not see it; is the driver new enough?")
-    return Finding(WARN, "GPU: none on this machine; fine for the smoke and quickstart configs, or beside a cluster")
+        return CheckResult(WRONG, f"GPU: present, but torch {torch.__version__} does not detect it; update the driver")
+    return CheckResult(
+        WARN, "GPU: none on this machine; sufficient for the smoke and quickstart configs, or with a cluster"
+    )
 
 
-def _token() -> Iterator[Finding]:
+def _token() -> Iterator[CheckResult]:
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if path.is_file():
         mode = stat.S_IMODE(path.stat().st_mode)
-        others = mode & 0o077
-        yield Finding(
-            WRONG if others else OK,
-            f"token file {path}: mode {mode:04o}" + (f", others may read it; `chmod 600 {path}`" if others else ""),
+        is_exposed = bool(mode & 0o077)
+        yield CheckResult(
+            WRONG if is_exposed else OK,
+            f"token file {path}: mode {mode:04o}"
+            + (f", other users may read it; run `chmod 600 {path}`" if is_exposed else ""),
         )
     elif "RAY_AUTH_TOKEN_PATH" in os.environ:
-        yield Finding(
-            WRONG, f"token file {path}: not there; write the cluster's token to it, or unset RAY_AUTH_TOKEN_PATH"
+        yield CheckResult(
+            WRONG, f"token file {path}: is missing; write the cluster's token to it, or unset RAY_AUTH_TOKEN_PATH"
         )
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
-        yield Finding(WARN, "RAY_AUTH_MODE=disabled: whoever reaches Ray's ports runs code; unset it")
+        yield CheckResult(WARN, "RAY_AUTH_MODE=disabled: anyone who reaches Ray's ports can run code; unset it")
 
 
-def _hub() -> Iterator[Finding]:
+def _hub() -> Iterator[CheckResult]:
     from huggingface_hub import constants, get_token
 
-    yield Finding(OK, f"hub token: {'there' if get_token() else 'none; gated models need one (`hf auth login`)'}")
+    yield CheckResult(OK, f"hub token: {'found' if get_token() else 'none; gated models need one (`hf auth login`)'}")
     if constants.HF_HUB_OFFLINE:
-        yield Finding(OK, f"hub: HF_HUB_OFFLINE is set; models come from {constants.HF_HUB_CACHE}")
+        yield CheckResult(OK, f"hub: HF_HUB_OFFLINE is set; models are loaded from {constants.HF_HUB_CACHE}")
         return
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
     except urllib.error.HTTPError as error:
-        yield Finding(WARN, f"hub: answers with {error.code}; models that are not cached may not be fetched")
+        yield CheckResult(WARN, f"hub: answers with status {error.code}; models that are not cached may fail to load")
     except OSError as error:
-        yield Finding(WARN, f"hub: cannot be reached ({type(error).__name__}); only local and cached models will load")
+        yield CheckResult(
+            WARN, f"hub: cannot be reached ({type(error).__name__}); only local and cached models will load"
+        )
     else:
-        yield Finding(OK, "hub: can be reached")
+        yield CheckResult(OK, "hub: can be reached")
 
 
-def _storage(config: Config) -> Finding:
+def _storage(config: Config) -> CheckResult:
     try:
-        run_dir = output_place(config.run.dir, "run.dir")
-        there = next((folder for folder in (run_dir, *run_dir.parents) if folder.exists()), run_dir)
-        probe = there / f".doctor-{os.getpid()}"
+        run_dir = output_path(config.run.dir, "run.dir")
+        existing = next((folder for folder in (run_dir, *run_dir.parents) if folder.exists()), run_dir)
+        probe = existing / f".doctor-{os.getpid()}"
         write_text(probe, "")
         delete(probe)
     except StoreError as error:
-        return Finding(WRONG, str(error))
+        return CheckResult(WRONG, str(error))
     except OSError as error:
-        return Finding(WRONG, f"`run.dir` {config.run.dir}: cannot be written ({error}); choose another")
+        return CheckResult(WRONG, f"`run.dir` {config.run.dir}: cannot be written ({error}); choose another")
     if not is_local(run_dir):
-        return Finding(OK, f"`run.dir` {config.run.dir}: can be written")
-    free = shutil.disk_usage(there).free
-    told = f"`run.dir` {config.run.dir}: can be written, {free / 2**30:.1f} GiB free"
-    return Finding(OK if free >= LITTLE_BYTES else WARN, told)
+        return CheckResult(OK, f"`run.dir` {config.run.dir}: can be written")
+    free = shutil.disk_usage(existing).free
+    message = f"`run.dir` {config.run.dir}: can be written, {free / 2**30:.1f} GiB free"
+    return CheckResult(OK if free >= LOW_DISK_BYTES else WARN, message)
 
 
-def _memory(config: Config) -> Iterator[Finding]:
-    """Estimated peak of each role, compared with the memory of this machine's GPU."""
+def _memory(config: Config) -> Iterator[CheckResult]:
+    """Compare the estimated peak memory of each role with the memory of this machine's GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -140,25 +159,25 @@ def _memory(config: Config) -> Iterator[Finding]:
     try:
         load, known = workload_of(config, read_prompts(config), gpu)
     except CdpoError as error:
-        yield Finding(WARN, f"memory: {error}")
+        yield CheckResult(WARN, f"memory: {error}")
         return
     faults = memory_faults(estimate(load))
-    yield from (Finding(WARN, fault) for fault in faults)
+    yield from (CheckResult(WARN, fault) for fault in faults)
     if not faults:
-        yield Finding(OK, f"memory: by estimate every role fits {device.name} ({known.source})")
+        yield CheckResult(OK, f"memory: by estimate, every role fits on {device.name} ({known.source})")
 
 
-def _ray(config: Config | None, address: str | None) -> Iterator[Finding]:
+def _ray(config: Config | None, address: str | None) -> Iterator[CheckResult]:
     try:
         with ray_session(address=address):
             nodes, grows = cluster_nodes()
             cpus, gpus = sum(node.cpus for node in nodes), sum(len(node.gpus) for node in nodes)
-            more = ", and an autoscaler that may add some" if grows else ""
-            yield Finding(OK, f"Ray: nodes {len(nodes)}, CPUs {cpus:g}, GPUs {gpus}{more}")
+            more = ", and an autoscaler that may add nodes" if grows else ""
+            yield CheckResult(OK, f"Ray: nodes {len(nodes)}, CPUs {cpus:g}, GPUs {gpus}{more}")
             if config:
-                told = check_cluster(config, steps_of(config))
-                yield from (Finding(WARN, line) for line in told)
-                if not told:
-                    yield Finding(OK, "`resources`: every step fits")
+                warnings = check_cluster(config, steps_of(config))
+                yield from (CheckResult(WARN, line) for line in warnings)
+                if not warnings:
+                    yield CheckResult(OK, "`resources`: every step fits")
     except CdpoError as error:
-        yield Finding(WRONG, str(error))
+        yield CheckResult(WRONG, str(error))

@@ -1,8 +1,8 @@
-"""Errors for people: each carries one string that says where, what, what came, and what to do."""
+"""Errors for users; each message is one string: `where: what, got X; what to do`."""
 
 
 def printable(text: object, max_chars: int = 200) -> str:
-    """Text from elsewhere for a message or a terminal: on one line, shortened, control characters escaped.
+    """Make external text safe for a message or a terminal: one line, shortened, control characters escaped.
 
     Escape sequences, bidirectional overrides and line breaks are shown as ``\\x1b``, ``\\u202e`` and ``\\n``.
     """
@@ -14,7 +14,7 @@ def printable(text: object, max_chars: int = 200) -> str:
 
 
 class CdpoError(Exception):
-    """Base of every error that a user can cause or mend; the command line prints it without a traceback."""
+    """Base of all errors that a user can cause or fix; the command line prints them without a traceback."""
 
 
 class ConfigError(CdpoError):
@@ -22,7 +22,7 @@ class ConfigError(CdpoError):
 
 
 class PromptError(CdpoError):
-    """A prompt source is missing, empty or broken."""
+    """A prompt source is missing, empty or invalid."""
 
 
 class ModelError(CdpoError):
@@ -30,7 +30,7 @@ class ModelError(CdpoError):
 
 
 class GenerationError(CdpoError):
-    """Too many prompts cannot be made into images."""
+    """Images cannot be generated for too many prompts."""
 
 
 class RewardError(CdpoError):
@@ -38,15 +38,15 @@ class RewardError(CdpoError):
 
 
 class PreferenceError(CdpoError):
-    """A set of preferences is missing or broken."""
+    """A set of preferences is missing or invalid."""
 
 
 class CurriculumError(CdpoError):
-    """The scores do not yield the pairs that the curriculum asks for."""
+    """The scores do not yield the pairs that the curriculum requires."""
 
 
 class TrainingError(CdpoError):
-    """Training could not start or go on."""
+    """Training cannot start or continue."""
 
 
 class SearchError(CdpoError):
@@ -54,15 +54,15 @@ class SearchError(CdpoError):
 
 
 class ExportError(CdpoError):
-    """What was trained cannot be written in the format asked for, or where it was asked for."""
+    """The trained weights cannot be written in the requested format or to the requested path."""
 
 
 class StoreError(CdpoError):
-    """A run folder is missing, damaged, in use, or was made with another configuration."""
+    """A run folder is missing, damaged, locked, or was made with another configuration."""
 
 
 class ClusterError(CdpoError):
-    """Ray cannot be reached, does not let us in, or lets everyone in."""
+    """Ray cannot be reached, refuses our token, or is open to everyone."""
 
 
 class ResourceError(CdpoError):

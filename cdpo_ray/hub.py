@@ -1,16 +1,16 @@
-"""What the hub does not give -> a line that names the cause and what to do."""
+"""Errors of the hub -> one line with the cause and the remedy."""
 
 from collections.abc import Iterator
 
 from huggingface_hub import get_token
 
 FETCH_ERRORS = (Exception,)
-"""What huggingface_hub, and the HTTP library under it, raise where something is not here and cannot be fetched."""
+"""Exceptions of huggingface_hub and its HTTP library if a file is not cached and cannot be downloaded."""
 
 _NO_ANSWER = {
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
     "ProxyError": "the proxy refuses the connection: correct HTTPS_PROXY",
-    "FileMetadataError": "what answers is no hub: correct HF_ENDPOINT or the proxy",
+    "FileMetadataError": "the server is not a hub: correct HF_ENDPOINT or the proxy",
     "TimeoutException": "the hub does not answer in time: try again later",
     "Timeout": "the hub does not answer in time: try again later",
     "TimeoutError": "the hub does not answer in time: try again later",
@@ -19,21 +19,23 @@ _NO_ANSWER = {
     "ConnectionError": "the hub cannot be reached: check the network, HTTPS_PROXY and HF_ENDPOINT",
     "LocalEntryNotFoundError": "a part of it is not in the cache",
 }
-"""Class of an error, of huggingface_hub or an HTTP library -> why the hub does not answer; the first that fits."""
+"""Exception class of huggingface_hub or an HTTP library -> why the hub does not answer; the first match is used."""
 
 
 def how_to_stage(
     hub_id: str, filename: str, revision: str | None, error: Exception, *, key: str, dataset: bool = False
 ) -> str:
-    """One line: what is missing, at which revision, why, and what to do; where it helps, how to fetch it beforehand.
+    """One line with what is missing, at which revision, why, and what to do; if it helps, how to stage it beforehand.
 
-    An error's own text is never part of it: it may hold an address, or a header with a token.
+    The text of the error is never part of it: it may hold an address, or a header with a token.
 
     Args:
-        filename: within the hub id, or the options that choose files of it; empty: all of it.
+        hub_id: id of the model or data set.
+        filename: file in the repository, or options of `hf download` that select files; empty: all files.
+        revision: commit; ``None``: the latest.
         error: one of `FETCH_ERRORS`.
-        key: of the configuration.
-        dataset: the hub id is a data set, not a model.
+        key: key of the configuration that names the hub id.
+        dataset: whether the hub id is a data set, not a model.
     """
     where = f"`{key}` {hub_id} (revision {revision})"
     cause = cause_of(error)
@@ -49,9 +51,9 @@ def how_to_stage(
 
 
 def cause_of(error: BaseException) -> BaseException | None:
-    """What of an error and its causes came from the hub or the way to it; none: something else went wrong."""
+    """The error of the hub or the network in the chain of an error's causes; ``None``: there is none."""
     causes = [each for each in _chain(error) if _answer(each) or _no_answer(each)]
-    absent = "LocalEntryNotFoundError"  # raised from what kept the file from being fetched
+    absent = "LocalEntryNotFoundError"  # its cause says why the download failed
     return next((each for each in causes if absent not in _kinds(each)), causes[0] if causes else None)
 
 
@@ -70,22 +72,22 @@ def _no_answer(error: BaseException) -> str | None:
 
 
 def _answer(error: BaseException) -> str | None:
-    """What the hub answered, and what to do; ``None``: it did not answer."""
+    """Answer of the hub and the remedy; ``None``: it did not answer."""
     kinds = _kinds(error)
     if "HFValidationError" in kinds:
-        return "is no valid hub id; correct it"
+        return "is not a valid hub id; correct it"
     if "HfHubHTTPError" not in kinds:
         return None
     status = getattr(getattr(error, "response", None), "status_code", None)
     token = "a token that may read it (HF_TOKEN, or `hf auth login`)"
     if "GatedRepoError" in kinds:
-        return f"is gated ({status}); accept its terms on its page of the hub, and give {token}"
+        return f"is gated ({status}); accept its terms on its hub page, and give {token}"
     if "RepositoryNotFoundError" in kinds or (status == 401 and not get_token()):
         return f"is not on the hub, or is private ({status}); correct the name, or give {token}"
     if "RevisionNotFoundError" in kinds:
-        return f"has no such revision ({status}); give a commit that the hub lists"
+        return f"has no such revision ({status}); give a commit that exists on the hub"
     if "EntryNotFoundError" in kinds:
-        return f"lacks a file that it must have ({status}); correct the hub id, the revision or the name of the file"
+        return f"lacks a required file ({status}); correct the hub id, the revision or the name of the file"
     if "DisabledRepoError" in kinds:
         return f"is disabled on the hub ({status}); use another"
     if status == 401:
@@ -93,7 +95,7 @@ def _answer(error: BaseException) -> str | None:
     if status == 403:
         return f"the hub denies access ({status}); give {token}"
     if status == 429:
-        return f"too many requests to the hub ({status}); wait some minutes, or give a token, which may ask more often"
+        return f"too many requests to the hub ({status}); wait some minutes, or give a token for a higher rate limit"
     if isinstance(status, int) and status >= 500:
         return f"the hub fails ({status}); try again later"
     return f"the hub answers with status {status}; correct the hub id, the revision or HF_ENDPOINT"

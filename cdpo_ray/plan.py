@@ -10,7 +10,7 @@ from cdpo_ray.models.sizes import Sizes, sizes_of
 from cdpo_ray.preferences.files import Scan
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.prompts.syntax import literal_syntax
-from cdpo_ray.store import place
+from cdpo_ray.store import storage_path
 
 PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawings take less
 
@@ -48,7 +48,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), ju
     noise = f"; {noise_prompts} prompts scored twice for the rewards' noise" if noise_prompts else ""
     validated = f", {len(prompts.validation):,} to validate by" if prompts.validation else ""
     lines = [
-        f"run {config.run.name} in {place(config.run.dir) / config.run.name}",
+        f"run {config.run.name} in {storage_path(config.run.dir) / config.run.name}",
         f"  prompts      {len(prompts.train):,} to train on, {len(prompts.heldout):,} held out{validated}"
         f" (of {prompts.num_read:,}: {prompts.num_doubled:,} doubled, {prompts.num_empty:,} empty,"
         f" {prompts.num_beyond_count:,} beyond `count` left out)",

@@ -1,4 +1,4 @@
-"""What a step's actors need, against the nodes that are there."""
+"""Check that the actors of a step fit on the nodes of the cluster."""
 
 import math
 import os
@@ -11,11 +11,13 @@ from cdpo_ray.errors import ResourceError
 
 @dataclass(frozen=True)
 class Node:
-    """What of a node is free.
+    """Free resources of a node.
 
     Attributes:
-        gpus: the free part of each GPU, 0 to 1.
-        gpu_name: Ray's name of the GPU model, as ``H100``; ``None``: unknown.
+        name: address of the node.
+        cpus: number of free CPUs.
+        gpus: free fraction of each GPU, 0 to 1.
+        gpu_name: Ray's name of the GPU model, such as ``H100``; ``None``: unknown.
     """
 
     name: str
@@ -26,13 +28,15 @@ class Node:
 
 @dataclass(frozen=True)
 class Demand:
-    """Actors of one role.
+    """Actors of one role and the resources of each.
 
     Attributes:
-        key: of the configuration.
-        actor: what one of them is called in a message.
-        num_actors: as many as are wanted.
-        num_needed: with fewer the step cannot run.
+        key: key of the configuration that sets the number of actors.
+        actor: name of one actor in messages.
+        num_actors: desired number of actors.
+        num_needed: minimum number of actors; with fewer, the step cannot run.
+        cpus: CPUs per actor.
+        gpus: GPUs per actor: a fraction below 1, or a whole number.
     """
 
     key: str
@@ -44,15 +48,20 @@ class Demand:
 
 
 def check_resources(step: str, demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
-    """Place the actors of a step, which all run at the same time, on the nodes; returns what is less than was wanted.
+    """Place the actors of a step, which all run at the same time, on the nodes.
 
-    An actor runs on one node, and a part of a GPU is on one GPU.
+    An actor runs on one node, and a fraction of a GPU is on one GPU.
 
     Args:
-        step: its verb.
+        step: verb of the step, for the message.
+        demands: actors of each role.
+        nodes: nodes of the cluster.
+
+    Returns:
+        One warning per role of which fewer actors fit than desired.
 
     Raises:
-        ResourceError: the actors that the step cannot do without do not fit.
+        ResourceError: the minimum number of actors of each role does not fit.
     """
     left = list(nodes)
     for demand in demands:
@@ -61,31 +70,31 @@ def check_resources(step: str, demands: Sequence[Demand], nodes: Sequence[Node])
             raise ResourceError(
                 f"`{demand.key}`: {step} needs {_of(demand, demand.num_needed)}, but the cluster"
                 f" has room for {found} of them{' beside the others' if len(demands) > 1 else ''}"
-                f" ({'; '.join(map(_told, nodes)) or 'no node'}); lower it, or add nodes"
+                f" ({'; '.join(map(_node_text, nodes)) or 'no nodes'}); lower it, or add nodes"
             )
-    told = []
+    warnings = []
     for demand in demands:
         more = demand.num_actors - demand.num_needed
         if (found := _place(demand, more, left)) < more:
-            told.append(
+            warnings.append(
                 f"`{demand.key}`: of {_of(demand, demand.num_actors)} only {demand.num_needed + found} fit the nodes"
-                " that are there"
+                " of the cluster"
             )
-    return told
+    return warnings
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """CPUs that this process may use: the host's, limited by its affinity and by the quotas of its cgroups.
+    """Number of CPUs that this process may use: its affinity, limited by the quotas of its cgroups, at least 1.
 
     Args:
-        root: of the file system that holds ``proc`` and ``sys``.
+        root: folder that holds ``proc`` and ``sys``.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(affinity, max(1, math.ceil(min(_cpu_quotas(root), default=affinity))))
 
 
 def _cpu_quotas(root: Path) -> Iterator[float]:
-    """CPUs that each cgroup of this process may use, where it has a limit."""
+    """CPU limits of the cgroups of this process that have one."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
@@ -97,25 +106,25 @@ def _cpu_quotas(root: Path) -> Iterator[float]:
         mounts = ["sys/fs/cgroup", "sys/fs/cgroup/unified"] if not controllers else ["sys/fs/cgroup/cpu"]
         mounts += [f"sys/fs/cgroup/{controllers}"] if controllers not in ("", "cpu") else []
         path = PurePosixPath("/", name)
-        # A limit of a group above holds too. In a container the own group may be mounted as the root.
+        # Limits of parent groups apply too. In a container, the process's own group may be mounted as the root.
         for mount in mounts:
             for group in (path, *path.parents):
                 yield from _quota_of(root / mount / group.relative_to("/"))
 
 
 def _quota_of(group: Path) -> Iterator[float]:
-    """CPUs of one cgroup, of version 2 or 1; nothing if it has no limit, or cannot be read."""
+    """CPU limit of one cgroup, of version 2 or 1; nothing if it has none or cannot be read."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
             quota, period = " ".join((group / name).read_text() for name in names).split()
-            if int(quota) > 0:  # "max" and -1 are none
+            if int(quota) > 0:  # "max" and -1 mean no limit
                 yield int(quota) / int(period)
         except (OSError, ValueError, ZeroDivisionError):
             continue
 
 
-def how_often(demands: Sequence[Demand], nodes: Sequence[Node]) -> int:
-    """How many times the actors of these roles, as many as each cannot do without, fit the nodes side by side."""
+def count_fitting(demands: Sequence[Demand], nodes: Sequence[Node]) -> int:
+    """Number of times that the minimum number of actors of all roles fits on the nodes at the same time."""
     left, times = list(nodes), 0
     while all(_place(demand, demand.num_needed, left) == demand.num_needed for demand in demands):
         times += 1
@@ -123,18 +132,18 @@ def how_often(demands: Sequence[Demand], nodes: Sequence[Node]) -> int:
 
 
 def _place(demand: Demand, count: int, left: list[Node]) -> int:
-    """Put actors where the fewest GPUs stay free; returns how many found a place, which is taken from what is left."""
+    """Place actors where the fewest GPUs stay free, and update ``left``; returns the number of placed actors."""
     for placed in range(count):
-        places = [(sum(after.gpus), index, after) for index, node in enumerate(left) if (after := _with(demand, node))]
-        if not places:
+        options = [(sum(after.gpus), index, after) for index, node in enumerate(left) if (after := _with(demand, node))]
+        if not options:
             return placed
-        _, index, after = min(places)
+        _, index, after = min(options)
         left[index] = after
     return count
 
 
 def _with(demand: Demand, node: Node) -> Node | None:
-    """What is left of a node beside one actor more; nothing if that does not fit."""
+    """Free resources of a node after placing one more actor; ``None``: it does not fit."""
     if demand.cpus > node.cpus:
         return None
     if demand.gpus >= 1:
@@ -155,5 +164,5 @@ def _of(demand: Demand, count: int) -> str:
     return f"{count} {demand.actor}{'s' * (count > 1)} of {demand.cpus:g} CPUs{gpus} each"
 
 
-def _told(node: Node) -> str:
+def _node_text(node: Node) -> str:
     return f"{node.name}: {node.cpus:g} CPUs, {sum(node.gpus):g} GPUs"

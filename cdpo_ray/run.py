@@ -41,7 +41,7 @@ from cdpo_ray.store import (
     differences,
     flat,
     make_folder,
-    output_place,
+    output_path,
     path_within,
     read_untrusted,
     storage_errors_within,
@@ -251,7 +251,7 @@ def compare_runs(run_dirs: list[Path], output_dir: Path | None = None, config: C
     """
     from cdpo_ray.evaluation import runs
 
-    output_dir = output_place(output_dir or run_dirs[0].parent, "--out")
+    output_dir = output_path(output_dir or run_dirs[0].parent, "--out")
     found = runs.compare_runs(run_dirs, output_dir, config.evaluation_judges if config else None)
     return "\n".join([runs.table_of(found), *found["left_out"].values(), str(output_dir / "compare.html")])
 
@@ -338,7 +338,7 @@ def perform_step(
             step.folder,
             round=context.round,
             predicted=predicted,
-            waits_for=_workers_of(step, context.config),
+            waiting_for=_workers_of(step, context.config),
         ),
         run.writing(
             step.folder,
@@ -454,4 +454,4 @@ def run_dir_of(config: Config) -> Path:
     Raises:
         StoreError: it would be lost with the Ray job that this process is.
     """
-    return output_place(config.run.dir, "run.dir") / config.run.name
+    return output_path(config.run.dir, "run.dir") / config.run.name

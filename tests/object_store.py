@@ -13,7 +13,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Response
 
-from cdpo_ray.store import place
+from cdpo_ray.store import storage_path
 
 ENDPOINT = "CDPO_TEST_S3_ENDPOINT"
 """Variable with the URL of a server to test with, which has an empty bucket named `bucket`; credentials as for AWS."""
@@ -81,9 +81,9 @@ def serve(server: S3Server | None = None) -> Iterator[Path]:
     given = {name: os.environ.get(name, value) for name, value in CREDENTIALS.items()} if found else CREDENTIALS
     try:
         with patch.dict(os.environ, given | {"AWS_ENDPOINT_URL": str(endpoint)}):
-            bucket = place("s3://bucket")
+            bucket = storage_path("s3://bucket")
             bucket.fs.clear_instance_cache()  # or one that knows another endpoint
-            bucket = place("s3://bucket")
+            bucket = storage_path("s3://bucket")
             if not found and not bucket.fs.exists("bucket"):  # all servers of this process hold the same buckets
                 bucket.fs.mkdir("bucket")
             yield bucket

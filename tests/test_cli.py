@@ -78,7 +78,7 @@ def test_compare_takes_run_folders_around_its_options_and_says_which_is_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", f"{tmp_path}/one", "--out", str(tmp_path), f"{tmp_path}/two"]) == 2
-    assert capsys.readouterr().err.startswith(f"StoreError: {tmp_path}/one/5-evaluation: not there, or not finished")
+    assert capsys.readouterr().err.startswith(f"StoreError: {tmp_path}/one/5-evaluation: is missing or not finished")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,8 +16,8 @@ def test_a_version_below_its_floor_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     assert {finding.grade for finding in doctor._versions()} == {OK}
     monkeypatch.setitem(doctor.FLOORS, "torch", "99.1")
     monkeypatch.setitem(doctor.FLOORS, "no_such_package", "1")
-    wrong = [finding.what for finding in doctor._versions() if finding.grade == WRONG]
-    assert len(wrong) == 2 and "99.1 closes a hole" in wrong[0] and "no_such_package: not installed" in wrong[1]
+    wrong = [finding.message for finding in doctor._versions() if finding.grade == WRONG]
+    assert len(wrong) == 2 and "fixed in 99.1" in wrong[0] and "no_such_package: not installed" in wrong[1]
 
 
 @pytest.mark.parametrize(("mode", "grade"), [(0o600, OK), (0o400, OK), (0o644, WRONG), (0o660, WRONG)])
@@ -29,15 +29,15 @@ def test_a_token_file_that_others_may_read_is_wrong(
     path.chmod(mode)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
     (finding,) = doctor._token()
-    assert finding.grade == grade and "canary" not in finding.what
-    assert ("chmod 600" in finding.what) == (grade == WRONG)
+    assert finding.grade == grade and "canary" not in finding.message
+    assert ("chmod 600" in finding.message) == (grade == WRONG)
 
 
 def test_the_hubs_token_is_told_by_its_presence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     told = [str(finding) for finding in doctor._hub()]
-    assert told[0] == "ok     hub token: there" and "canary" not in "".join(told)
+    assert told[0] == "ok     hub token: found" and "canary" not in "".join(told)
 
 
 def test_a_run_dir_that_cannot_be_made_is_wrong_and_one_that_can_is_left_as_it_was(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_gpu_with_too_little_memory_is_a_warning_that_names_what_would_fit(
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: device)
     found = list(doctor._memory(load_config(Path(__file__).parents[1] / "configs" / "sd15.yaml")))
     assert {finding.grade for finding in found} == grades
-    assert all(("would fit: `" in finding.what) == (gib < 80) for finding in found)
+    assert all(("would fit: `" in finding.message) == (gib < 80) for finding in found)
 
 
 def test_memory_is_not_compared_where_there_is_no_gpu() -> None:

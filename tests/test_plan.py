@@ -205,7 +205,7 @@ def test_preferences_are_told_with_what_is_left_out_and_prompts_with_the_syntax_
     plan = str(make_plan(config(*given), read_prompts(config(*given), judged), judged=judged))
     where = f"{tmp_path}/a.jsonl"
     for line in (
-        "1 prompt contains weights, as (cat:1.2) or ((cat)): read literally",
+        "1 prompt contains weights, such as (cat:1.2) or ((cat)): read literally",
         "1 file, 12 rows: 9 with a preference, 1 tied, 1 unlabelled, 1 cannot be read",
         f"tied: {where}:1",
         f"unlabelled: {where}:3",

@@ -107,7 +107,7 @@ def test_images_that_would_be_others_are_refused_with_the_difference(source: Run
         f"`run.samples_from`: {source.path / SAMPLES} was made with `generation.guidance_scale` = 3.0, config says 4.0;"
         " restore the value, or leave out `run.samples_from`"
     )
-    with pytest.raises(StoreError, match=r"nowhere/1-samples: not there, or not finished"):
+    with pytest.raises(StoreError, match=r"nowhere/1-samples: is missing or not finished"):
         perform(config_in(tmp_path, "taken", samples_from=tmp_path / "nowhere"), SAMPLES)
 
 

@@ -7,7 +7,7 @@ import pytest
 from finished_runs import config_of
 
 from cdpo_ray.errors import ResourceError
-from cdpo_ray.resources import Demand, Node, check_resources, how_often, usable_cpus
+from cdpo_ray.resources import Demand, Node, check_resources, count_fitting, usable_cpus
 from cdpo_ray.steps import STEPS, demands_of
 
 CPU_HEAD, ONE_GPU, TWO_GPUS = Node("head", 8), Node("a", 8, (1.0,)), Node("b", 8, (1.0, 1.0))
@@ -48,7 +48,7 @@ def test_a_part_of_a_gpu_is_on_one_gpu(gpus: float, room: int) -> None:
 
 def test_a_pool_needs_one_actor_and_more_are_told() -> None:
     assert check_resources("generate", [pool(4, gpus=1)], [ONE_GPU, TWO_GPUS]) == [
-        "`resources.generators`: of 4 actors of 1 CPUs and 1 GPUs each only 3 fit the nodes that are there"
+        "`resources.generators`: of 4 actors of 1 CPUs and 1 GPUs each only 3 fit the nodes of the cluster"
     ]
 
 
@@ -64,7 +64,7 @@ def test_actors_without_a_gpu_leave_the_gpu_nodes_to_others() -> None:
 
 
 def test_no_node_is_told() -> None:
-    with pytest.raises(ResourceError, match=r"\(no node\)"):
+    with pytest.raises(ResourceError, match=r"\(no nodes\)"):
         check_resources("generate", [pool(1)], [])
 
 
@@ -126,7 +126,7 @@ def test_trials_side_by_side_are_counted_with_the_driver_that_each_has(
 ) -> None:
     driver = Demand("search", "driver of a trial", 1, 1, 0.01, 0)
     nodes = [Node("a", 8.0, (1.0,)), Node("b", 8.0, (1.0, 1.0)), Node("c", 8.0)]
-    assert how_often([driver, trainers(workers, cpus=cpus, gpus=gpus)], nodes) == times
+    assert count_fitting([driver, trainers(workers, cpus=cpus, gpus=gpus)], nodes) == times
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from benchmarks.testbed.measure import load_pipeline
 from cdpo_ray.cli import main
 from cdpo_ray.config import Config, validate
 from cdpo_ray.dataflow.parts import write_part
-from cdpo_ray.dataflow.quarantine import SetAside
+from cdpo_ray.dataflow.quarantine import Quarantine
 from cdpo_ray.errors import CurriculumError, GenerationError, RewardError, StoreError
 from cdpo_ray.evaluation.appearance_columns import add_appearance
 from cdpo_ray.evaluation.comparison import Comparer
@@ -249,7 +249,7 @@ def test_evaluation_goes_on_with_the_part_that_is_whole(finished: tuple[Config, 
         make_scores=functools.partial(Scorer, {"jpeg_size": {"quality": 90}}),
         num_margin_draws=config.evaluation.num_margin_draws,
         guidance_range=None,
-        set_aside=SetAside(aside, 3, 0.0),
+        set_aside=Quarantine(aside, 3, 0.0),
     )
     table = pq.read_table(run.step("5-evaluation") / "comparison.parquet")
     prompts = pa.table({name: table[name].take(pa.array([0, 2])) for name in ("prompt_index", "prompt_id", "prompt")})

@@ -88,7 +88,7 @@ def test_a_wrong_token_is_told_in_seconds_and_never_printed(head: Head, tmp_path
         RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=wrong,
     )  # fmt: skip
     assert refused.returncode == 2
-    assert f"\nClusterError: Ray at {head.address}: does not let us in" in f"\n{refused.stderr}"
+    assert f"\nClusterError: Ray at {head.address}: refuses our token" in f"\n{refused.stderr}"
     assert "Traceback" not in refused.stderr and wrong not in refused.stdout + refused.stderr
     assert time.monotonic() - started < 60  # without our limits 81 s on an idle machine
 
@@ -114,8 +114,8 @@ def test_fault_34_what_is_not_an_address_is_refused(address: str) -> None:
 @pytest.mark.parametrize(
     ("address", "what_to_do"),
     [
-        ("http://10.0.0.1:8265", r"jobs go there: `ray job submit --address http://10\.0\.0\.1:8265 "),
-        ("https://me:5ec2e7@host", r"got 'https://\*\*\*@host'; jobs go there"),
+        ("http://10.0.0.1:8265", r"submit a job to it instead: `ray job submit --address http://10\.0\.0\.1:8265 "),
+        ("https://me:5ec2e7@host", r"got 'https://\*\*\*@host'; submit a job to it instead"),
         ("ray://10.0.0.1:10001", "Ray Client is not supported"),
         ("\x1b[31mhead", r"got '\\x1b\[31mhead'"),
     ],
@@ -152,7 +152,10 @@ def test_fault_34_a_port_that_is_not_a_heads_is_told_before_ray_is_asked() -> No
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_port}"
-        with pytest.raises(ClusterError, match="what listens there is not a head"), ray_session(address=address):
+        with (
+            pytest.raises(ClusterError, match="the server at this port is not a Ray head"),
+            ray_session(address=address),
+        ):
             pass
         server.shutdown()
 
@@ -168,9 +171,9 @@ def test_fault_34_a_port_that_is_not_a_heads_is_told_before_ray_is_asked() -> No
         (
             "auto",
             ConnectionError("Could not find any running Ray instance."),
-            "none runs on this machine; give its head",
+            "none is running on this machine; give a head",
         ),
-        ("a:1", ConnectionError("Failed to connect"), "does not let us in .*; set RAY_AUTH_MODE=token"),
+        ("a:1", ConnectionError("Failed to connect"), "refuses our token .*; set RAY_AUTH_MODE=token"),
         ("a:1", ValueError("strange"), r"cannot be joined \(ValueError: strange\)"),
     ],
 )
@@ -214,7 +217,7 @@ def test_fault_49_a_low_limit_is_told_before_ray_starts(kind: int, what: str, mo
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(resource, "getrlimit", lambda asked: (64, 64) if asked == kind else unlimited)
     with (
-        pytest.raises(ClusterError, match=rf"needs at least [\d,]+ .*{what}, the limit is 64; `ulimit -"),
+        pytest.raises(ClusterError, match=rf"needs at least [\d,]+ .*{what}, the limit is 64; run `ulimit -"),
         ray_session(),
     ):
         pass

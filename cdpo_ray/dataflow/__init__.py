@@ -1,1 +1,1 @@
-"""What all streaming steps share: Ray Data streams, durable parts, columns, images, memory, quarantine."""
+"""Shared by all streaming steps: Ray Data streams, durable parts, columns, images, memory, quarantine."""

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 PNGS = pa.list_(pa.binary())
 MAX_PNG_BYTES, MAX_PNG_PIXELS = 2**28, 2**26
-"""Of an image that a run kept: 8192 x 8192 pixels."""
+"""Limits of an image that a run stored; the latter is 8192 x 8192 pixels."""
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
-    """One image, uint8 ``[3, height, width]``, as PNG."""
+    """Encode one image, uint8 ``[3, height, width]``, as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, format="png")
     return buffer.getvalue()
@@ -31,7 +31,7 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 def encode_pixels(rows: pa.Table) -> pa.Table:
     """Replace each column of raw pixels by a column of PNGs, ``list<binary>``, at the same position of the table.
 
-    Each row is a chunk of its own: offsets of one Arrow array of binary values end at 2 GiB.
+    Each row becomes a separate chunk, because the offsets of one binary Arrow array end at 2 GiB.
     """
     for pixels, images in PIXEL_COLUMNS.items():
         if pixels in rows.column_names:
@@ -45,13 +45,14 @@ def encode_pixels(rows: pa.Table) -> pa.Table:
 
 
 def open_png(data: bytes, where: str) -> Image.Image:
-    """Read an image that a run kept, as RGB; it may be somebody else's, so nothing but PNG of a bounded size is read.
+    """Decode an image that a run stored, as RGB; it is untrusted, so only PNGs of a limited size are read.
 
     Args:
+        data: content of the PNG.
         where: file and row, for the message.
 
     Raises:
-        StoreError: it is no PNG, is damaged, or has more than `MAX_PNG_BYTES` or, by its header, `MAX_PNG_PIXELS`.
+        StoreError: the data are not a PNG, are damaged, or exceed `MAX_PNG_BYTES` or, by the header, `MAX_PNG_PIXELS`.
     """
     try:
         if not isinstance(data, bytes) or len(data) > MAX_PNG_BYTES:
@@ -62,41 +63,42 @@ def open_png(data: bytes, where: str) -> Image.Image:
                 if image.width * image.height > MAX_PNG_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PNG_PIXELS:,}")
                 return image.convert("RGB")
-    except Exception as error:  # Pillow reports damage by many kinds
+    except Exception as error:  # Pillow reports damage by many exception types
         raise StoreError(
-            f"{where}: is not a PNG that can be read ({printable(error)}); delete its folder and run `cdpo run CONFIG`"
-            " to make it again"
+            f"{where}: is not a readable PNG ({printable(error)}); delete its folder and run `cdpo run CONFIG` to"
+            " regenerate it"
         ) from None
 
 
 def decode_png(data: bytes, where: str = "image") -> NDArray[np.uint8]:
-    """PNG -> uint8 ``[3, height, width]``; arguments and errors as of `open_png`."""
+    """Decode a PNG to uint8 ``[3, height, width]``; arguments and errors as of `open_png`."""
     return np.asarray(open_png(data, where)).transpose(2, 0, 1)
 
 
 def decode_pngs(pngs: Sequence[bytes], where: Sequence[str]) -> NDArray[np.uint8]:
-    """PNGs of one size -> uint8 ``[image, 3, height, width]``.
+    """Decode PNGs of one size to uint8 ``[image, 3, height, width]``.
 
     Args:
-        where: of each, as of `open_png`.
+        pngs: content of each PNG.
+        where: file and row of each PNG, for the message.
 
     Raises:
-        StoreError: one cannot be read, or has another size than the first.
+        StoreError: a PNG cannot be read, or has another size than the first.
     """
-    images = [decode_png(png, place) for png, place in zip(pngs, where, strict=True)]
-    for image, place in zip(images, where, strict=True):
+    images = [decode_png(png, source) for png, source in zip(pngs, where, strict=True)]
+    for image, source in zip(images, where, strict=True):
         if image.shape != images[0].shape:
             raise StoreError(
-                f"{place}: is {image.shape[2]} x {image.shape[1]} pixels, another image of the run is"
+                f"{source}: is {image.shape[2]} x {image.shape[1]} pixels, another image of the run is"
                 f" {images[0].shape[2]} x {images[0].shape[1]}; the file was altered, do not use it"
             )
     return np.stack(images)
 
 
 def pairwise_rms_distance(images: NDArray[np.uint8]) -> float:
-    """Diversity of one prompt's images: root-mean-square pixel difference of two, averaged over all pairs, 0 to 1.
+    """Diversity of one prompt's images: root-mean-square pixel difference, averaged over all pairs, 0 to 1.
 
-    Distances come from the Gram matrix, so memory is that of the images.
+    Distances are computed from the Gram matrix, so memory is proportional to the images.
 
     Args:
         images: uint8 ``[image, 3, height, width]``, at least two.
@@ -114,9 +116,9 @@ def pairwise_rms_distance(images: NDArray[np.uint8]) -> float:
 
 
 def is_black(images: "Tensor") -> NDArray[np.bool_]:
-    """Which images, ``[image, 3, height, width]``, are 0 everywhere: such an image has no score.
+    """Mask ``[image]`` of the images, ``[image, 3, height, width]``, that are 0 everywhere and so have no score.
 
-    It is what a safety checker leaves, and what `TextToImageModel.decode` makes of values that are not finite.
+    A safety checker blacks images out, and `TextToImageModel.decode` returns black for non-finite values.
     """
     black: NDArray[np.bool_] = (images.flatten(1).amax(dim=1) == 0).cpu().numpy()
     return black

@@ -1,4 +1,4 @@
-"""How many images go through a net at once: as many as asked for, or as memory allows."""
+"""Batch sizes that are halved when memory runs out."""
 
 import logging
 import os
@@ -19,22 +19,22 @@ NEEDED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, of Python, or of the CPU's allocator, whose error has no class of its own."""
+    """Whether the error is a GPU's, Python's or the CPU allocator's; the latter's has no class of its own."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_ALLOCATOR in str(error)
 
 
 def needed_and_free(error: BaseException, device: str) -> str:
-    """What was asked for, as the error tells it, and what is free now."""
-    asked = NEEDED.search(str(error))
+    """Memory that the error says was needed, and bytes that are free now, as text."""
+    needed = NEEDED.search(str(error))
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"{asked[1] if asked else 'more than there is'} needed, {free} bytes free on {device}"
+    return f"{needed[1] if needed else 'more than available'} needed, {free} bytes free on {device}"
 
 
 class BatchSize:
-    """Images that go through the net at once; halved when memory does not suffice, and kept so."""
+    """Number of images per forward pass; halved when memory runs out, and never raised again."""
 
     def __init__(self, num_images: int) -> None:
         self.num_images = num_images
@@ -42,10 +42,15 @@ class BatchSize:
     def halve(
         self, error: BaseException, num_tried: int, model: "TextToImageModel", latent_shape: Sequence[int]
     ) -> None:
-        """Take half of what was tried.
+        """Halve the batch size after an out-of-memory error.
+
+        Args:
+            error: the out-of-memory error.
+            num_tried: number of images of the failed pass.
+            model, latent_shape: model and shape of the latents, for the message.
 
         Raises:
-            ModelError: it was one image.
+            ModelError: a single image does not fit in memory.
         """
         if num_tried == 1:
             height, width = (side * model.pipeline.vae_scale_factor for side in latent_shape[-2:])
@@ -55,4 +60,4 @@ class BatchSize:
                 " generators a larger device"
             )
         self.num_images = num_tried // 2
-        log.warning("out of memory with %d images at once, going on with %d", num_tried, self.num_images)
+        log.warning("out of memory with %d images at once, continuing with %d", num_tried, self.num_images)

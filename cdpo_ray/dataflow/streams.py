@@ -1,4 +1,4 @@
-"""Ray Data: rows through pools of plain classes, and into files; what every step's own Ray module builds on."""
+"""Ray Data: streams of rows through actor pools and into files, for the Ray module of each step."""
 
 import heapq
 from collections import Counter
@@ -13,14 +13,14 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from cdpo_ray.dataflow.parts import Part, join_parts, shards_of, write_part
 from cdpo_ray.progress import Progress
-from cdpo_ray.store import PARTS, arrow_place, make_folder
+from cdpo_ray.store import PARTS, arrow_path, make_folder
 
 MIN_SHARD_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
 class PoolSize:
-    """Actors of one role and what each needs."""
+    """Maximum number of actors of one role, and the resources of each."""
 
     num_actors: int
     cpus_per_actor: float
@@ -33,9 +33,11 @@ def in_pool(
     """Run a plain class (Arrow rows in, Arrow rows out) in a pool of actors, with bounded retries.
 
     Args:
-        rows_per_call: none: a block, as it is.
+        plain_class: callable class.
+        rows_per_call: number of rows per call; ``None``: one block.
+        arguments: arguments of the class's constructor.
     """
-    # The public `map_batches` refuses a whole block (no batch size) with GPUs; this is the same without that check.
+    # The public `map_batches` refuses to pass whole blocks with GPUs; this is the same without that check.
     return rows.map_batches_internal(
         plain_class,
         fn_constructor_kwargs=arguments,
@@ -45,26 +47,26 @@ def in_pool(
         compute=ActorPoolStrategy(min_size=1, max_size=pool.num_actors, max_tasks_in_flight_per_actor=2),
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor,
-        # Spot machines leave many times a night; an actor that its call, or its start, kills must not be for ever.
+        # Spot machines are preempted many times a night, but an actor that always crashes must not restart forever.
         max_restarts=30,
-        max_task_retries=-1,  # restarts bound them: until a lost node counts as dead, a handful would be used up
+        max_task_retries=-1,  # bounded by restarts: a small number is used up before Ray declares a lost node dead
     )
 
 
 def read_rows(folder: Path, columns: Sequence[str]) -> Dataset:
-    """Rows of all Parquet shards of a folder."""
-    where = arrow_place(folder)
+    """Stream the rows of all Parquet shards of a folder."""
+    where = arrow_path(folder)
     return ray.data.read_parquet(
         where["path"], filesystem=where["filesystem"], columns=list(columns), file_extensions=["parquet"]
     )
 
 
 def write_parts(rows: Dataset | None, output_dir: Path, stem: str, progress: Progress) -> Iterator[Part]:
-    """Write each block, what one call made, as a part; each is told, in order, once a restart would not make it again.
+    """Write each block, the output of one call, as a part; yields parts, in order, once they are durable.
 
     Args:
-        rows: none: everything is there.
-        stem: what Ray calls the work.
+        rows: rows to write; ``None``: none.
+        stem: name of the operator in Ray.
     """
     if rows is None:
         return
@@ -85,19 +87,21 @@ def write_parts(rows: Dataset | None, output_dir: Path, stem: str, progress: Pro
 
 
 def write_shards(
-    rows: Dataset | None, output_dir: Path, stem: str, progress: Progress, there: Sequence[Part] = ()
+    rows: Dataset | None, output_dir: Path, stem: str, progress: Progress, existing: Sequence[Part] = ()
 ) -> Counter[int]:
     """Write rows, in prompt order, as Parquet shards of at least `MIN_SHARD_BYTES` (the last may be smaller).
 
-    Parts are joined as soon as there are enough of them, so that few small files lie about at any time. Shards are
-    named by their first prompt index: the same run gives the same files, however often it was interrupted.
+    Parts are joined as soon as they suffice for a shard, so that few small files exist at any time. Shards are named by
+    their first prompt index: the same run gives the same files, regardless of interruptions.
 
     Args:
-        rows: what is not there yet; none: nothing.
-        there: what an interrupted attempt left.
+        rows: rows that are still missing; ``None``: none.
+        output_dir: folder to write to.
+        stem: beginning of the shards' names.
+        existing: parts and shards of an interrupted attempt, see `find_parts`.
 
     Returns:
-        How many of the rows were made with how many images at once.
+        Number of rows by number of images per forward pass; 0: unknown.
     """
     made_with: Counter[int] = Counter()
 
@@ -109,7 +113,7 @@ def write_shards(
     join = ray.remote(num_cpus=0.1, max_retries=3)(join_parts)
     joining = [
         join.remote([part.path for part in parts], output_dir / f"{stem}-{parts[0].first:012d}.parquet")
-        for parts in shards_of(heapq.merge(there, counted()), MIN_SHARD_BYTES)
+        for parts in shards_of(heapq.merge(existing, counted()), MIN_SHARD_BYTES)
     ]
     ray.get(joining)
     return made_with

@@ -11,7 +11,7 @@ from torch import Tensor
 from cdpo_ray.dataflow.columns import list_column, tensor_column
 from cdpo_ray.dataflow.memory import BatchSize
 from cdpo_ray.dataflow.parts import IMAGES_PER_BATCH
-from cdpo_ray.dataflow.quarantine import SetAside
+from cdpo_ray.dataflow.quarantine import Quarantine
 from cdpo_ray.generation.generator import MakeScores, Sampling, sample_batches
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import Conditioning
@@ -42,7 +42,7 @@ class Comparer:
         make_scores: MakeScores,
         num_margin_draws: int,
         guidance_range: tuple[float, float] | None,
-        set_aside: SetAside,
+        set_aside: Quarantine,
     ) -> None:
         self.model = load_model(family, **model, for_training=num_margin_draws > 0, keep_vae=True)
         self.model.guidance_range = guidance_range or self.model.guidance_range
@@ -54,7 +54,7 @@ class Comparer:
         self.batch_size = BatchSize(sampling.images_per_batch)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return self.set_aside.sparing(self.compared, rows)
+        return self.set_aside.apply(self.compared, rows)
 
     def compared(self, rows: pa.Table) -> pa.Table:
         prompts = rows["prompt"].to_pylist()
@@ -77,7 +77,7 @@ class Comparer:
                 values = self._implicit_values(prompts, conditioning, torch.cat(latents))
                 rows = rows.append_column(IMPLICIT_VALUE, list_column(values, num_images, pa.float32()))
         black = np.concatenate(are_black).reshape(len(ARMS), rows.num_rows, num_images).swapaxes(0, 1)
-        self.set_aside.put_images(rows, black, [f"{arm} {image}" for arm in ARMS for image in range(num_images)])
+        self.set_aside.add_images(rows, black, [f"{arm} {image}" for arm in ARMS for image in range(num_images)])
         return rows.append_column(IMAGES_PER_BATCH, pa.array([self.batch_size.num_images] * len(prompts), pa.int64()))
 
     def _implicit_values(self, prompts: list[str], conditioning: Conditioning, latents: Tensor) -> Any:

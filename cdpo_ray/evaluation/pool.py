@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from cdpo_ray.dataflow.parts import find_parts, join_set_aside
-from cdpo_ray.dataflow.quarantine import SetAside
+from cdpo_ray.dataflow.parts import find_parts, join_quarantined
+from cdpo_ray.dataflow.quarantine import Quarantine
 from cdpo_ray.dataflow.streams import PoolSize, in_pool, read_rows, write_parts
 from cdpo_ray.evaluation.appearance_columns import add_appearance
 from cdpo_ray.evaluation.comparison import Comparer
@@ -57,7 +57,7 @@ def evaluate_adapter(
         GenerationError: more than ``max_bad_fraction`` of the prompts are in quarantine.
     """
     output_dir = output_dir.resolve()  # actors on other nodes have another working directory
-    set_aside = SetAside(output_dir, len(prompts), max_bad_fraction)
+    set_aside = Quarantine(output_dir, len(prompts), max_bad_fraction)
     parts, held = find_parts(output_dir, "comparison")
     done = held | set_aside.refuse_too_many()
     makes = (len(ARMS) * sampling.images_per_prompt, "images")
@@ -97,7 +97,7 @@ def evaluate_adapter(
         )
         metrics["labels"] = label_accuracy(valued, labelled.rewards, num_resamples=num_resamples, seed=seed)
     write_json(output_dir / "metrics.json", metrics)
-    join_set_aside(output_dir)
+    join_quarantined(output_dir)
     return metrics
 
 

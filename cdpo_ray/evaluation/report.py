@@ -18,12 +18,12 @@ from cdpo_ray.curriculum.explanation import Gap, ShownStage
 from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.evaluation import figures
 from cdpo_ray.pages.page import (
-    inlined,
-    number,
+    format_number,
+    formatted_difference,
+    formatted_share,
+    inline_png,
     relative_change,
     significant_change,
-    spoken_difference,
-    spoken_share,
     write_page,
 )
 from cdpo_ray.records import (
@@ -38,7 +38,7 @@ from cdpo_ray.records import (
     score_column,
 )
 from cdpo_ray.store import CONFIG, RunFolder, read_untrusted, tables, validate_untrusted
-from cdpo_ray.store.untrusted import Count, Seconds, bytes_of, other_keys_allowed
+from cdpo_ray.store.untrusted import Count, Seconds, other_keys_allowed, read_untrusted_bytes
 
 STEPS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 DIVERSITY, APPEARANCE = "diversity", "appearance"
@@ -169,7 +169,7 @@ class MeasureResult:
         """The relative change and its interval in per cent, as text."""
         if self.relative is None:
             return {"mean": "–", "interval": "–"}
-        mean, low, high = (number(100 * self.relative[end], 1, "+") for end in ("mean", "low", "high"))
+        mean, low, high = (format_number(100 * self.relative[end], 1, "+") for end in ("mean", "low", "high"))
         return {"mean": f"{mean} %", "interval": f"[{low}, {high}] %"}
 
     @property
@@ -219,7 +219,7 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         trained_on=trained_on(config),
         agreement=agreement_matrix(metrics.get("agreement", []), judges),
         accuracy=[_accuracy(metrics, judge) for judge in judges],
-        label_accuracy={name: spoken_share(found) for name, found in metrics.get("labels", {}).items() if found},
+        label_accuracy={name: formatted_share(found) for name, found in metrics.get("labels", {}).items() if found},
         grid=image_grid(comparison_path, judges, config.get("evaluation", {}).get("grid_prompts", 0)),
         shown_images=min(MAX_IMAGES, metrics["images_per_prompt"]),
         charts={name: Markup(svg) for name, svg in _charts(run_dir, comparison_path, metrics, judges).items()},
@@ -229,7 +229,7 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         total_seconds=sum(manifest["seconds"] for manifest in manifests.values()),
         versions=_merged(manifests.values(), "versions"),
         machine=_merged(manifests.values(), "machine"),
-        config=bytes_of(run_dir / CONFIG, remedy=RUN_AGAIN).decode("utf-8", "replace"),
+        config=read_untrusted_bytes(run_dir / CONFIG, remedy=RUN_AGAIN).decode("utf-8", "replace"),
     )
 
 
@@ -282,7 +282,7 @@ def agreement_matrix(
         judges: names in the order of rows and columns.
     """
     found = {
-        frozenset(entry["judges"]): {arm: "–" if entry[arm] is None else number(entry[arm], 2) for arm in ARMS}
+        frozenset(entry["judges"]): {arm: "–" if entry[arm] is None else format_number(entry[arm], 2) for arm in ARMS}
         for entry in agreement
     }
     return [[found.get(frozenset([row, column])) for column in judges] for row in judges]
@@ -301,7 +301,7 @@ def image_grid(comparison_path: Path, judges: Sequence[str], num_prompts: int) -
         for arm in ARMS:
             scores = [f"{judge} {_score(row[f'{arm}_{score_column(judge)}'])}" for judge in judges]
             where = f"{comparison_path}: image {row['sample_index']} of prompt {row['prompt_index']}"
-            shown[arm].append(inlined(row[f"{arm}_image"], where) | {"scores": ", ".join(scores)})
+            shown[arm].append(inline_png(row[f"{arm}_image"], where) | {"scores": ", ".join(scores)})
     return list(grid.values())
 
 
@@ -338,13 +338,13 @@ def _charts(run_dir: Path, comparison_path: Path, metrics: Mapping[str, Any], ju
 
 def _result(name: str, role: str, comparison: Mapping[str, Any]) -> MeasureResult:
     judged = role != APPEARANCE
-    wins, wins_interval = spoken_share(comparison["win_rate"]) if judged else ("–", "–")
+    wins, wins_interval = formatted_share(comparison["win_rate"]) if judged else ("–", "–")
     relative = None if judged else relative_change(comparison)
     return MeasureResult(
         name=name,
         role=role,
         change=significant_change(comparison),
-        values=spoken_difference(comparison) | {"win_rate": wins, "win_rate_interval": wins_interval},
+        values=formatted_difference(comparison) | {"win_rate": wins, "win_rate_interval": wins_interval},
         num_missing=comparison["num_missing"],
         relative=relative,
     )
@@ -352,7 +352,7 @@ def _result(name: str, role: str, comparison: Mapping[str, Any]) -> MeasureResul
 
 def _accuracy(metrics: Mapping[str, Any], judge: str) -> tuple[str, str] | None:
     found = metrics.get("preference_accuracy", {}).get(judge)
-    return spoken_share(found) if found else None
+    return formatted_share(found) if found else None
 
 
 def _is_sign(result: MeasureResult) -> bool:
@@ -399,7 +399,7 @@ def read_record(path: Path, kind: TypeAdapter[Any]) -> Any:
 
 def _read_updates(path: Path) -> list[Any]:
     try:
-        lines = bytes_of(path, remedy=RUN_AGAIN).splitlines()
+        lines = read_untrusted_bytes(path, remedy=RUN_AGAIN).splitlines()
     except FileNotFoundError:
         raise _missing(path) from None
     if not lines:
@@ -430,7 +430,7 @@ def check_comparison(path: Path, judges: Sequence[str]) -> None:
         StoreError: the file is missing or damaged, or a column is wrong; names the first one.
     """
     try:
-        schema, num_rows = tables.table_schema(path), tables.rows_of(path)
+        schema, num_rows = tables.table_schema(path), tables.num_rows_of(path)
     except FileNotFoundError:
         raise _missing(path) from None
     except (pa.ArrowInvalid, OSError) as error:

@@ -31,18 +31,18 @@ from cdpo_ray.evaluation.report import (
 )
 from cdpo_ray.evaluation.statistics import Scores, compare_scores
 from cdpo_ray.pages.page import (
-    aligned,
-    inlined,
+    align_columns,
+    formatted_difference,
+    formatted_share,
+    inline_png,
     relative_change,
     significant_change,
-    spoken_difference,
-    spoken_share,
     write_page,
 )
 from cdpo_ray.records import ARMS, EVALUATION, IMPLICIT_VALUE, TRAINING, score_column
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.store import MANIFEST, RunFolder, differences, flat, is_local, make_folder, table_schema, write_json
-from cdpo_ray.store.untrusted import Count, damage_sentence, other_keys_allowed
+from cdpo_ray.store.untrusted import Count, damage_message, other_keys_allowed
 
 log = logging.getLogger(__name__)
 BASE = "base model"
@@ -259,7 +259,7 @@ def _settings_of(run: RunFolder) -> tuple[dict[str, Any], dict[str, dict[str, An
     try:
         _Settings.model_validate(settings, strict=True)
     except ValidationError as error:
-        raise StoreError(damage_sentence(error, where=str(where), remedy=remedy)) from None
+        raise StoreError(damage_message(error, where=str(where), remedy=remedy)) from None
     judges = {judge: settings.get(f"rewards.{judge}") for judge in settings["evaluation"]["judges"]}
     if unknown := [judge for judge, options in judges.items() if not isinstance(options, dict)]:
         raise StoreError(f"{where}: is damaged (no options of `{unknown[0]}`); {remedy}")
@@ -400,7 +400,7 @@ def page_values(found: Mapping[str, Any]) -> dict[str, Any]:
         if comparison is None:
             return None
         relative = relative_change(comparison)
-        return spoken_difference(comparison) | {
+        return formatted_difference(comparison) | {
             "change": significant_change(comparison),
             "per_cent": f"{100 * relative['mean']:+.2g} %".replace("-", "−") if relative else None,
         }
@@ -408,7 +408,7 @@ def page_values(found: Mapping[str, Any]) -> dict[str, Any]:
     def share(interval: Mapping[str, Any] | None) -> dict[str, Any] | None:
         if interval is None:
             return None
-        mean, ends = spoken_share(interval)
+        mean, ends = formatted_share(interval)
         above = int(interval["low"] > 0.5) - int(interval["high"] < 0.5)
         return {"mean": mean, "interval": ends, "change": above, "strength": round(200 * abs(interval["mean"] - 0.5))}
 
@@ -436,7 +436,7 @@ def table_of(found: Mapping[str, Any]) -> str:
     for run, cells in zip(found["runs"], score_rows, strict=True):
         shown = [f"{cell['tuned']} ({cell['difference']} {cell['interval']})" for cell in cells]
         rows.append([run["name"], run["trained_on"], *shown])
-    return aligned([header, *rows])
+    return align_columns([header, *rows])
 
 
 def image_grid(runs: Sequence[EvaluatedRun]) -> list[dict[str, Any]]:
@@ -453,7 +453,7 @@ def image_grid(runs: Sequence[EvaluatedRun]) -> list[dict[str, Any]]:
         rows = read_table(run.comparison_path, ["prompt_index", "sample_index", column], shown_rows)
         for row in rows.sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")]).to_pylist():
             where = f"{run.comparison_path}: image {row['sample_index']} of prompt {row['prompt_index']}"
-            grid[places[row["prompt_index"]]]["arms"][place]["images"].append(inlined(row[column], where))
+            grid[places[row["prompt_index"]]]["arms"][place]["images"].append(inline_png(row[column], where))
     return grid
 
 

@@ -15,12 +15,12 @@ from cdpo_ray.dataflow.columns import list_column, storable, tensor_column
 from cdpo_ray.dataflow.images import is_black
 from cdpo_ray.dataflow.memory import BatchSize, is_out_of_memory
 from cdpo_ray.dataflow.parts import IMAGES_PER_BATCH
-from cdpo_ray.dataflow.quarantine import SetAside
+from cdpo_ray.dataflow.quarantine import Quarantine
 from cdpo_ray.generation.perturbation import masked_positions, masked_shares, perturbed
 from cdpo_ray.models import load_model
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.records import PERTURBATION, score_column
-from cdpo_ray.store import place
+from cdpo_ray.store import storage_path
 
 if TYPE_CHECKING:
     from cdpo_ray.models.family import Conditioning, TextToImageModel
@@ -174,11 +174,11 @@ class Generator:
         tuned_dir: str | None = None,
         make_scores: MakeScores | None = None,
         keep_pixels: bool = True,
-        set_aside: SetAside | None = None,
+        set_aside: Quarantine | None = None,
     ) -> None:
         self.model = load_model(family, **model)
         if tuned_dir:
-            self.model.load_tuned(place(tuned_dir))
+            self.model.load_tuned(storage_path(tuned_dir))
             self.model.use_tuned(True)
         self.sampling = sampling
         self.scores = make_scores() if make_scores else None
@@ -187,7 +187,7 @@ class Generator:
         self.batch_size = BatchSize(sampling.images_per_batch)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return self.set_aside.sparing(self.generate, rows) if self.set_aside else self.generate(rows)
+        return self.set_aside.apply(self.generate, rows) if self.set_aside else self.generate(rows)
 
     def generate(self, rows: pa.Table) -> pa.Table:
         """Samples of some prompts, one row per prompt."""
@@ -203,7 +203,7 @@ class Generator:
         num_samples = self.sampling.images_per_prompt
         black = np.concatenate(are_black)
         if self.set_aside:
-            self.set_aside.put_images(rows, black, range(num_samples))
+            self.set_aside.add_images(rows, black, range(num_samples))
         rows = rows.append_column("latents", tensor_column(storable(torch.cat(latents)), num_samples))
         for name, value in conditioning.items():
             rows = rows.append_column(name, tensor_column(storable(value.cpu())))

@@ -9,8 +9,8 @@ import pyarrow as pa
 import ray.data
 from ray.data import Dataset
 
-from cdpo_ray.dataflow.parts import find_parts, join_set_aside
-from cdpo_ray.dataflow.quarantine import SetAside
+from cdpo_ray.dataflow.parts import find_parts, join_quarantined
+from cdpo_ray.dataflow.quarantine import Quarantine
 from cdpo_ray.dataflow.streams import PoolSize, in_pool, write_shards
 from cdpo_ray.generation.generator import Generator, MakeScores, Sampling
 from cdpo_ray.progress import Progress
@@ -75,7 +75,7 @@ def generate_samples(
         GenerationError: if too many prompts are quarantined.
     """
     output_dir = output_dir.resolve()  # actors on other nodes have another working directory
-    set_aside = SetAside(output_dir, len(prompts), max_bad_fraction)
+    set_aside = Quarantine(output_dir, len(prompts), max_bad_fraction)
     there, held = find_parts(output_dir, "samples")
     done = held | set_aside.refuse_too_many()
     makes = (sampling.images_per_prompt, "images")
@@ -97,5 +97,5 @@ def generate_samples(
     if rows and score_in_pool is not None:
         rows = score_in_pool(rows)
     made_with = write_shards(rows, output_dir, "samples", progress, there)
-    join_set_aside(output_dir)
+    join_quarantined(output_dir)
     return made_with

@@ -1,1 +1,1 @@
-"""What all pages share: chart style, HTML shell, figures as SVG."""
+"""Shared by all pages: chart style, HTML template, figures as SVG."""

@@ -1,12 +1,12 @@
-"""How every chart looks."""
+"""Style of all charts."""
 
-# Okabe and Ito's palette, told apart by colour-blind eyes too; base is grey because it is what we measure against.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; the base model is grey, as the baseline.
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#767676"
 INK, FAINT = "#333333", "#D9D9D9"
 
 STYLE = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "cdpo_ray",  # the same numbers give the same bytes
+    "svg.hashsalt": "cdpo_ray",  # makes the output deterministic
     "text.parse_math": False,
     "font.size": 9,
     "axes.titlesize": 9,

@@ -14,25 +14,30 @@ from cdpo_ray.dataflow.images import open_png
 from cdpo_ray.errors import printable
 from cdpo_ray.store import write_text
 
-MAX_PIXELS = 256  # larger images are shrunk, so that the page stays of a size that opens
+MAX_PIXELS = 256  # longest side of an image; larger ones are shrunk to limit the size of the page
 MAX_CELL_CHARS = 1000  # on a terminal
-PIXELATED_BELOW = 128  # smaller images are enlarged without blur, which would hide what the model made
+PIXELATED_BELOW = 128  # smaller images are enlarged without interpolation, which would hide the model's pixels
 
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"}
-"""U+2400 and on, in place of what HTML forbids and a terminal obeys; a prompt may hold any of it."""
+"""Control characters -> visible U+2400 and following; prompts may hold them, and HTML forbids them."""
 
 HERE = Path(__file__).parent
 
 
 def write_page(path: Path, template: Path, **values: Any) -> None:
-    """Fill in a template and write the page, whole or not at all; it needs no other file and no network.
+    """Render a template and write the page atomically; the page needs no other file and no network.
 
     Args:
-        template: a file that may extend and import those of this folder.
+        path: path of the page.
+        template: path of a Jinja template, which may extend and import those of this folder.
+        values: variables of the template.
+
+    Raises:
+        StoreError: the storage fails.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, HERE]),
-        autoescape=True,  # prompts, names and warnings are text from elsewhere
+        autoescape=True,  # prompts, names and warnings are untrusted text
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -41,11 +46,15 @@ def write_page(path: Path, template: Path, **values: Any) -> None:
     write_text(path, page)
 
 
-def inlined(png: bytes, where: str) -> dict[str, Any]:
-    """A PNG as a data URI, shrunk if it is large, with its size and whether to enlarge it without blur.
+def inline_png(png: bytes, where: str) -> dict[str, Any]:
+    """PNG as a data URI, shrunk to `MAX_PIXELS`, with its size and whether to enlarge it without interpolation.
+
+    Args:
+        png: content of the PNG.
+        where: file and row, for the message.
 
     Raises:
-        StoreError: it is no PNG; ``where`` tells which.
+        StoreError: as `open_png`.
     """
     image = open_png(png, where)
     if max(image.size) > MAX_PIXELS:
@@ -57,64 +66,65 @@ def inlined(png: bytes, where: str) -> dict[str, Any]:
     return {"uri": uri, "pixelated": max(image.size) < PIXELATED_BELOW, "width": image.width, "height": image.height}
 
 
-def spoken_difference(comparison: Mapping[str, Any]) -> dict[str, str]:
-    """`base`, `tuned`, `difference` and its `interval` as text, with two digits of the difference whatever the unit.
+def formatted_difference(comparison: Mapping[str, Any]) -> dict[str, str]:
+    """`base`, `tuned`, `difference` and its `interval` as text, with two significant digits of the difference.
 
     Args:
         comparison: `statistics.Comparison` as plain values.
     """
     difference = comparison["difference"]
-    places = places_of(difference)
-    mean, ends = spoken_interval(difference)
+    places = decimal_places(difference)
+    mean, ends = formatted_interval(difference)
     return {
-        "base": number(comparison["base"]["mean"], places),
-        "tuned": number(comparison["tuned"]["mean"], places),
+        "base": format_number(comparison["base"]["mean"], places),
+        "tuned": format_number(comparison["tuned"]["mean"], places),
         "difference": mean,
         "interval": ends,
     }
 
 
-def spoken_interval(interval: Mapping[str, Any]) -> tuple[str, str]:
-    """A mean difference and its interval as text, with two digits of the larger end."""
-    places = places_of(interval)
-    mean, low, high = (number(interval[end], places, "+") for end in ("mean", "low", "high"))
+def formatted_interval(interval: Mapping[str, Any]) -> tuple[str, str]:
+    """Mean difference and its interval as text, with two significant digits of the larger end."""
+    places = decimal_places(interval)
+    mean, low, high = (format_number(interval[end], places, "+") for end in ("mean", "low", "high"))
     return mean, f"[{low}, {high}]"
 
 
-def places_of(interval: Mapping[str, Any]) -> int:
-    """Decimal places that show two digits of the larger end of an interval."""
+def decimal_places(interval: Mapping[str, Any]) -> int:
+    """Number of decimal places that show two significant digits of the larger end of an interval, 0 to 6."""
     largest = max(abs(interval["low"]), abs(interval["high"]))
     return min(6, max(0, 1 - math.floor(math.log10(largest)))) if largest > 0 else 3
 
 
-def spoken_share(interval: Mapping[str, Any]) -> tuple[str, str]:
-    """A mean of shares and its interval in per cent, as text."""
+def formatted_share(interval: Mapping[str, Any]) -> tuple[str, str]:
+    """Mean of shares and its interval as text, in per cent."""
     mean, low, high = (f"{100 * interval[end]:.0f}" for end in ("mean", "low", "high"))
     return f"{mean} %", f"[{low}, {high}] %"
 
 
 def significant_change(comparison: Mapping[str, Any]) -> int:
-    """-1, 0 or 1: lower, none, higher; significant when the 95 % interval of the difference excludes 0."""
+    """-1, 0 or 1: lower, no significant change, higher; significant if the 95 % interval excludes 0."""
     return direction(comparison["difference"])
 
 
 def direction(interval: Mapping[str, Any]) -> int:
-    """-1, 0 or 1: below 0, not told apart from it, above; as the whole interval lies."""
+    """-1, 0 or 1: the whole interval is below 0, includes 0, or is above 0."""
     return int(interval["low"] > 0) - int(interval["high"] < 0)
 
 
 def relative_change(comparison: Mapping[str, Any]) -> dict[str, float] | None:
-    """The difference and the ends of its interval as shares of the base's mean; none where that is not above 0."""
+    """Difference and the ends of its interval as fractions of the base's mean; ``None`` if that is not above 0."""
     base = comparison["base"]["mean"]
     return {end: comparison["difference"][end] / base for end in ("mean", "low", "high")} if base > 0 else None
 
 
-def number(value: float, places: int, sign: str = "-") -> str:
+def format_number(value: float, places: int, sign: str = "-") -> str:
+    """Number with a fixed number of decimal places and a typographic minus; ``sign``: as of `format`."""
     return f"{value:{sign}.{places}f}".replace("-", "−")
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines for a terminal, a column as wide as its widest cell."""
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines for a terminal, in aligned columns."""
     rows = [[printable(cell, MAX_CELL_CHARS) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

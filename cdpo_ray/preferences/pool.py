@@ -10,7 +10,7 @@ import ray
 import ray.data
 from ray.data import Dataset
 
-from cdpo_ray.dataflow.parts import SET_ASIDE, join_set_aside
+from cdpo_ray.dataflow.parts import QUARANTINE, join_quarantined
 from cdpo_ray.dataflow.streams import PoolSize, in_pool, write_shards
 from cdpo_ray.preferences.encoder import Encoder
 from cdpo_ray.preferences.files import Chunk, PreferenceSource, blocks_of
@@ -56,7 +56,7 @@ def import_samples(
         Quarantined rows and images, with reasons.
     """
     output_dir = output_dir.resolve()  # readers on other nodes have another working directory
-    set_aside_dir = output_dir / SET_ASIDE
+    set_aside_dir = output_dir / QUARANTINE
     make_folder(set_aside_dir)
     rows_per_call = max(1, images_per_batch // num_samples)
     rows = _chunk_rows(chunks).map_batches(
@@ -84,7 +84,7 @@ def import_samples(
         set_aside_dir=set_aside_dir,
     )
     write_shards(rows, output_dir, "samples", progress)
-    return join_set_aside(output_dir)
+    return join_quarantined(output_dir)
 
 
 def find_faults(chunks: Sequence[Chunk], *, source: PreferenceSource, frame: Frame) -> list[str]:

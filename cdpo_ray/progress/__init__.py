@@ -1,4 +1,4 @@
-"""How far a run is: told once by each step, then to all that watch."""
+"""Progress of a run: each step reports it once; it goes to the bar, `status.json`, the log and the trackers."""
 
 from cdpo_ray.progress.progress import Progress
 

@@ -1,4 +1,4 @@
-"""Points -> a run of MLflow on its tracking server."""
+"""Metrics -> a run of MLflow on its tracking server."""
 
 import logging
 import os
@@ -6,30 +6,31 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # our output holds results alone
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is for results only
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from cdpo_ray.progress.trackers import Point, TrackedRun
+from cdpo_ray.progress.trackers import Metrics, TrackedRun
 from cdpo_ray.store import flat
 
-MAX_BATCH = 100  # params a call; the API's limit
+MAX_BATCH = 100  # params per call; the API's limit
 MAX_METRICS = 1000
 MAX_PARAM_LENGTH = 6000
 STATUSES = {"ended": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
-# A server that is away for a minute is waited for; the defaults would hold up the end of a run for many.
+# Wait about a minute for an unreachable server; the defaults would delay the end of a run by many minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-logging.getLogger("mlflow").setLevel(logging.ERROR)  # what goes wrong it also raises
+logging.getLogger("mlflow").setLevel(logging.ERROR)  # MLflow also raises its warnings' causes
 
 
 class MLflow:
-    """One run, which a restart goes on with.
+    """One MLflow run, which a restart resumes.
 
     Args:
-        options: `tracking_uri`, `experiment`. Credentials are in the environment, where MLflow reads them.
+        options: `tracking_uri` and `experiment`. MLflow reads credentials from the environment.
+        run_id: id of the MLflow run to resume, if any.
     """
 
     def __init__(self, run: TrackedRun, options: Mapping[str, Any], run_id: str | None) -> None:
@@ -45,18 +46,18 @@ class MLflow:
         for start in range(0, len(params), MAX_BATCH):
             self._client.log_batch(self.run_id, params=params[start : start + MAX_BATCH])
 
-    def begin(self, place: str, at: int) -> None:
-        """MLflow keeps all it was told."""
+    def begin(self, step: str, index: int) -> None:
+        """Nothing to do: MLflow keeps repeated values."""
 
-    def log(self, points: Sequence[Point]) -> None:
+    def log(self, metrics: Sequence[Metrics]) -> None:
         now = int(time.time() * 1000)
-        metrics = [
-            Metric(f"{point.place}/{name}", value, now, point.at)
-            for point in points
-            for name, value in point.values.items()
+        batch = [
+            Metric(f"{entry.step}/{name}", value, now, entry.index)
+            for entry in metrics
+            for name, value in entry.values.items()
         ]
-        for start in range(0, len(metrics), MAX_METRICS):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + MAX_METRICS])
+        for start in range(0, len(batch), MAX_METRICS):
+            self._client.log_batch(self.run_id, metrics=batch[start : start + MAX_METRICS])
 
     def close(self, state: str) -> None:
         self._client.set_terminated(self.run_id, status=STATUSES[state])

@@ -1,4 +1,4 @@
-"""Run folder -> what is done, what runs, what failed and why, what is next: `cdpo status RUN`; asks nobody else."""
+"""Run folder -> state of each step and the command to run next, for `cdpo status RUN`; reads only that folder."""
 
 import platform
 import re
@@ -33,8 +33,8 @@ STATUS = "status.json"
 SHARED_FOLDERS = (SAMPLES, SCORES, VALIDATION, HELDOUT)
 """Steps of a search's run."""
 SEARCH_FOLDERS = (VALIDATION, HELDOUT, f"{VALIDATION}.partial", TRIALS)
-"""By one of which a search's run is known."""
-LIFE_SECONDS = 60.0  # a process that was silent for so long is taken for dead; it writes every few seconds
+"""Any of these folders marks a search's run."""
+HEARTBEAT_TIMEOUT_SECONDS = 60.0  # without a heartbeat, after which a process counts as dead
 READ_UP_TO = 2**20  # bytes; of larger files only presence and size are compared with the manifest
 MAX_ROUNDS = 1000
 MAX_ERROR_LINES = 20
@@ -45,12 +45,12 @@ SHOWN_OVERRIDE = re.compile(
 
 
 Bounded = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
-"""Of a rate and what follows from it: below 0 while units are done again."""
+"""A rate, or a value derived from it; negative while units are repeated."""
 
 
 @other_keys_allowed
 class Status(TypedDict):
-    """`status.json`."""
+    """Schema of `status.json`."""
 
     state: Literal["running", "ended", "failed", "stopped"]
     time: Timestamp
@@ -83,21 +83,26 @@ _TRIAL_STATE: TypeAdapter[_TrialState] = TypeAdapter(_TrialState)
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What `cdpo status` prints, and whether the run stands still before its end."""
+    """Status of a run.
+
+    Attributes:
+        text: what `cdpo status` prints.
+        is_interrupted: whether the run is neither finished nor running.
+    """
 
     text: str
-    stands_still: bool
+    is_interrupted: bool
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """What the latest process told of itself; none if there was none yet.
+    """Content of `status.json`, written by the run's latest process; ``None``: there is no such file.
 
     Raises:
         StoreError: the file is damaged.
     """
     try:
         status: dict[str, Any] = read_untrusted(
-            path_within(run_dir, STATUS), _STATUS, remedy="delete it, it holds none of the run's results"
+            path_within(run_dir, STATUS), _STATUS, remedy="delete it: it holds none of the run's results"
         )
     except FileNotFoundError:
         return None
@@ -105,15 +110,18 @@ def read_status(run_dir: Path) -> dict[str, Any] | None:
 
 
 def run_status(run_dir: Path, *, now: datetime | None = None) -> RunStatus:
-    """Tell how a run stands.
+    """Determine the status of a run.
+
+    Args:
+        now: time with a time zone; ``None``: the current time.
 
     Raises:
-        StoreError: this is no run's folder, or a file in it is damaged.
+        StoreError: the folder is not a run's, or a file in it is damaged.
     """
     status = read_status(run_dir)
     rounds = _rounds(run_dir, status)
     if status is None and not any(run.has(folder) for run in rounds for folder in STEP_FOLDERS):
-        raise StoreError(f"{run_dir}: no run is there; give the folder of one, as runs/<name>")
+        raise StoreError(f"{run_dir}: is not a run's folder; give one, such as runs/<name>")
     status = status or {}
     now = now or datetime.now(UTC)
     alive = status.get("state") == "running" and _is_alive(status, now)
@@ -123,8 +131,8 @@ def run_status(run_dir: Path, *, now: datetime | None = None) -> RunStatus:
         if len(rounds) > 1:
             lines.append(f"round {number}/{len(rounds)}")
         for folder in SHARED_FOLDERS if searches else STEP_FOLDERS:
-            here = status if (status.get("folder"), status.get("round")) == (folder, number) else None
-            lines += _step_lines(run, folder, here, alive=alive)
+            current = status if (status.get("folder"), status.get("round")) == (folder, number) else None
+            lines += _step_lines(run, folder, current, alive=alive)
     if searches:
         lines += [_trials_line(path_within(run_dir, folder)) for folder in (TRIALS, CONFIRMATION)]
         done = status.get("state") == "ended" and exists(run_dir / FOUND)
@@ -132,13 +140,13 @@ def run_status(run_dir: Path, *, now: datetime | None = None) -> RunStatus:
         done = all(run.has(folder) for run in rounds for folder in STEP_FOLDERS)
     damaged = [line for run in rounds for line in _damage(run)]
     done &= not damaged
-    goes_on = f"next: {_command(run_dir, status) or 'give the original command again; it continues'}"
-    lines += ["", *damaged, *_end_lines(status, now, goes_on, alive=alive, done=done)]
-    return RunStatus("\n".join(lines), stands_still=not (alive or done))
+    next_line = f"next: {_command(run_dir, status) or 'run the original command again; it resumes the run'}"
+    lines += ["", *damaged, *_end_lines(status, now, next_line, alive=alive, done=done)]
+    return RunStatus("\n".join(lines), is_interrupted=not (alive or done))
 
 
 def _damage(run: RunFolder) -> list[str]:
-    """What of the finished steps is not as their manifests say, and how `config.yaml` contradicts them, a line each."""
+    """Differences between finished steps and their manifests or `config.yaml`, one line each."""
     found = []
     for folder in filter(run.has, dict.fromkeys([*STEP_FOLDERS, *SHARED_FOLDERS])):
         try:
@@ -147,7 +155,7 @@ def _damage(run: RunFolder) -> list[str]:
             found.append(f"damaged: {printable(error, 1000)}")
     try:
         run.config()
-    except FileNotFoundError:  # it is written when all steps are done
+    except FileNotFoundError:  # it is written once all steps are done
         pass
     except (StoreError, ConfigError) as error:
         found.append(f"edited: {printable(error, 1000)}")
@@ -155,18 +163,18 @@ def _damage(run: RunFolder) -> list[str]:
 
 
 def _command(run_dir: Path, status: dict[str, Any]) -> str | None:
-    """How to go on: composed of a verb, a config and overrides that are known to be harmless, else ``None``.
+    """Command that resumes the run, if its verb, config and overrides are known to be harmless, else ``None``.
 
-    `status.json` may be somebody else's, and so may a config in the run's folder: neither may choose what is run next.
+    Somebody else may have written `status.json` or a config in the run's folder: neither may choose a command.
     """
     try:
         program, verb, config, *overrides = shlex.split(status.get("command") or "")
-    except ValueError:  # too few words, or a quotation mark too many
+    except ValueError:  # too few words, or an unbalanced quotation mark
         return None
     is_config = config.endswith((".yaml", ".yml")) and config.isprintable() and not config.startswith("-")
-    came_with_the_run = is_local(run_dir) and Path(config).resolve().is_relative_to(run_dir.resolve())
+    is_in_run_dir = is_local(run_dir) and Path(config).resolve().is_relative_to(run_dir.resolve())
     harmless = all(map(SHOWN_OVERRIDE.fullmatch, overrides))
-    if program != "cdpo" or verb not in ("run", "tune") or not is_config or came_with_the_run or not harmless:
+    if program != "cdpo" or verb not in ("run", "tune") or not is_config or is_in_run_dir or not harmless:
         return None
     return shlex.join(["cdpo", verb, config, *overrides])
 
@@ -178,8 +186,12 @@ def _rounds(run_dir: Path, status: dict[str, Any] | None) -> list[RunFolder]:
     return [RunFolder(path_within(run_dir, f"round-{number}")) for number in range(1, count + 1)]
 
 
-def _step_lines(run: RunFolder, folder: str, here: dict[str, Any] | None, *, alive: bool) -> list[str]:
-    """A line a step, and one below it for each of its warnings, or for its newest commit."""
+def _step_lines(run: RunFolder, folder: str, current: dict[str, Any] | None, *, alive: bool) -> list[str]:
+    """One line per step, followed by one per warning or by one about its newest checkpoint.
+
+    Args:
+        current: `status.json` if it is about this step.
+    """
 
     def line(state: str, *words: str) -> str:
         return f"  {folder:<14}{state:<9}{', '.join(words)}".rstrip()
@@ -193,18 +205,18 @@ def _step_lines(run: RunFolder, folder: str, here: dict[str, Any] | None, *, ali
             took += f" ({_estimated(predicted)})"
         head = line("done", *counts, f"{took}, until {ended:%Y-%m-%d %H:%M} UTC")
         return [head, *(f"{'':16}warning: {printable(warning, 1000)}" for warning in manifest["warnings"])]
-    began = (run.path / f"{folder}.partial").is_dir()
-    commit = _newest_commit(run.path / f"{folder}.partial")
-    below = [f"{'':16}a restart goes on after {commit}"] if commit else []
-    if here is None:
-        return [line("begun" if began else "to do"), *below]
-    unit, total, rate = printable(here.get("unit", "")), here.get("total", 0), here.get("rate")
-    words = [f"{here['done']}/{total} {unit}s"] if "done" in here else []
+    is_started = (run.path / f"{folder}.partial").is_dir()
+    checkpoint = _newest_checkpoint(run.path / f"{folder}.partial")
+    below = [f"{'':16}a restart resumes after {checkpoint}"] if checkpoint else []
+    if current is None:
+        return [line("started" if is_started else "pending"), *below]
+    unit, total, rate = printable(current.get("unit", "")), current.get("total", 0), current.get("rate")
+    words = [f"{current['done']}/{total} {unit}s"] if "done" in current else []
     if alive and rate and rate > 1e-9:
-        words += [rate_in_words(rate, unit), f"{duration(here.get('seconds_left') or 0)} left"]
-        if predicted := here.get(PREDICTED):
+        words += [rate_in_words(rate, unit), f"{duration(current.get('seconds_left') or 0)} left"]
+        if predicted := current.get(PREDICTED):
             words.append(f"{_estimated(predicted)}, on course for {duration(total / rate)}")
-    return [line("running" if alive else "failed" if here["state"] == "failed" else "stopped", *words), *below]
+    return [line("running" if alive else "failed" if current["state"] == "failed" else "stopped", *words), *below]
 
 
 def _estimated(predicted: dict[str, Any]) -> str:
@@ -212,45 +224,45 @@ def _estimated(predicted: dict[str, Any]) -> str:
 
 
 def _trials_line(folder: Path) -> str:
-    """How many trials of a search are in which state; a line each would be long, the table of its end has them."""
+    """Number of trials of a search by state; `cdpo tune` prints the table of all trials at its end."""
     states = Counter(
         read_untrusted(path_within(folder, f"{path.parent.name}/{TRIAL}"), _TRIAL_STATE, remedy="see the search's log")[
             "state"
         ]
         for path in folder.glob(f"*/{TRIAL}")
     )
-    states_shown = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "to do"
+    states_shown = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "pending"
     return f"  {folder.name:<14}{states_shown}"
 
 
-def _newest_commit(partial: Path) -> str | None:
-    """Name of training's newest commit, as ``update-000050``."""
+def _newest_checkpoint(partial: Path) -> str | None:
+    """Name of the newest training checkpoint, such as ``update-000050``, if any."""
     newest = max((path.parent.name for path in partial.glob(f"commits/*/{MANIFEST}")), default=None)
     return newest and printable(newest)
 
 
-def _end_lines(status: dict[str, Any], now: datetime, goes_on: str, *, alive: bool, done: bool) -> list[str]:
+def _end_lines(status: dict[str, Any], now: datetime, next_line: str, *, alive: bool, done: bool) -> list[str]:
     process = f"pid {status.get('pid')} on {printable(status.get('host'))}"
     if status:
         when = datetime.fromisoformat(status["time"])
         ago = f"{when:%Y-%m-%d %H:%M:%S} UTC, {duration((now - when).total_seconds())} ago"
     if alive:
-        said = [f"said last: {printable(status['line'], 1000)}"] if "line" in status else []
-        return [f"running: {process}; last sign of life {ago}", *said]
+        log_lines = [f"last log line: {printable(status['line'], 1000)}"] if "line" in status else []
+        return [f"running: {process}; last heartbeat {ago}", *log_lines]
     if done:
         return ["done"]
     if status.get("state") == "failed":
         error = status.get("error", "").splitlines()[:MAX_ERROR_LINES]
-        return [f"failed: {ago}", *(f"  {printable(line, 1000)}" for line in error), goes_on]
+        return [f"failed: {ago}", *(f"  {printable(line, 1000)}" for line in error), next_line]
     if status.get("state") == "running":
-        return [f"no sign of life of {process} since {ago}", goes_on]
+        return [f"no heartbeat from {process} since {ago}", next_line]
     if status.get("state") == "stopped":
-        return [f"stopped from outside: {ago}", goes_on]
-    return ["nothing runs", goes_on]
+        return [f"stopped by a signal: {ago}", next_line]
+    return ["not running", next_line]
 
 
 def _is_alive(status: dict[str, Any], now: datetime) -> bool:
-    if (now - datetime.fromisoformat(status["time"])).total_seconds() > LIFE_SECONDS:
+    if (now - datetime.fromisoformat(status["time"])).total_seconds() > HEARTBEAT_TIMEOUT_SECONDS:
         return False
     if status["host"] != platform.node():
         return True

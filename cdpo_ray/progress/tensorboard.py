@@ -1,4 +1,4 @@
-"""Points -> event files in ``<run>/tensorboard``, a folder a step."""
+"""Metrics -> event files in ``<run>/tensorboard``, one folder per step."""
 
 import tempfile
 import time
@@ -10,47 +10,48 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from cdpo_ray.progress.trackers import Point, TrackedRun
+from cdpo_ray.progress.trackers import Metrics, TrackedRun
 from cdpo_ray.store import copy, is_local, path_within
 
 
 class TensorBoard:
-    """A file a step and process, so that what a restart tells again is purged from that step alone.
+    """Writes one file per step and process, so that a restart purges repeated events of that step only.
 
-    Events are written at once: what tensorboardX's `SummaryWriter` has in its queue, a kill would lose.
+    Events are written immediately: a kill would lose the queue of tensorboardX's `SummaryWriter`.
     """
 
     run_id = None
 
     def __init__(self, run: TrackedRun, options: Mapping[str, Any], run_id: str | None) -> None:
         self._dir = path_within(run.dir, "tensorboard")
-        # an object cannot be appended to: a file is written here, and copied whole
+        # Objects cannot be appended to: files are written locally and uploaded in full.
         self._local_dir = self._dir if is_local(self._dir) else Path(tempfile.mkdtemp(prefix="cdpo-tensorboard-"))
         self._files: dict[str, EventsWriter] = {}
 
-    def begin(self, place: str, at: int) -> None:
-        if place in self._files:
-            self._files[place].close()
-        folder = path_within(self._local_dir, place)
+    def begin(self, step: str, index: int) -> None:
+        if step in self._files:
+            self._files[step].close()
+        folder = path_within(self._local_dir, step)
         folder.mkdir(parents=True, exist_ok=True)
-        self._files[place] = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
-        self._write(place, at, session_log=SessionLog(status=SessionLog.START))  # TensorBoard forgets what is from `at`
+        self._files[step] = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        # TensorBoard discards earlier events from `index` on.
+        self._write(step, index, session_log=SessionLog(status=SessionLog.START))
 
-    def log(self, points: Sequence[Point]) -> None:
-        for point in points:
-            if point.place not in self._files:
-                self.begin(point.place, point.at)
-            values = [Summary.Value(tag=name, simple_value=value) for name, value in point.values.items()]
-            self._write(point.place, point.at, summary=Summary(value=values))
-        for place in {point.place for point in points}:
-            self._files[place].flush()
+    def log(self, metrics: Sequence[Metrics]) -> None:
+        for entry in metrics:
+            if entry.step not in self._files:
+                self.begin(entry.step, entry.index)
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in entry.values.items()]
+            self._write(entry.step, entry.index, summary=Summary(value=values))
+        for step in {entry.step for entry in metrics}:
+            self._files[step].flush()
             if self._local_dir != self._dir:
-                for path in (self._local_dir / place).iterdir():
-                    copy(path, self._dir / place / path.name)
+                for path in (self._local_dir / step).iterdir():
+                    copy(path, self._dir / step / path.name)
 
     def close(self, state: str) -> None:
         for file in self._files.values():
             file.close()
 
-    def _write(self, place: str, at: int, **what: Any) -> None:
-        self._files[place].write_event(Event(wall_time=time.time(), step=at, **what))
+    def _write(self, step: str, index: int, **what: Any) -> None:
+        self._files[step].write_event(Event(wall_time=time.time(), step=index, **what))

@@ -1,4 +1,4 @@
-"""Values -> all that keep or draw them; a file a tracker, a line each in `TRACKERS`."""
+"""Metrics -> experiment trackers; one module per tracker, registered in `TRACKERS`."""
 
 import importlib
 import importlib.util
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from cdpo_ray.errors import ConfigError
-from cdpo_ray.store import output_place
+from cdpo_ray.store import output_path
 
 log = logging.getLogger(__name__)
 TRACKERS = {
@@ -21,16 +21,17 @@ TRACKERS = {
     "wandb": "cdpo_ray.progress.weights_and_biases:WeightsAndBiases",
     "mlflow": "cdpo_ray.progress.mlflow:MLflow",
 }
-"""Name -> class, imported when used: called with a `TrackedRun`, its options, and what `run_id` it had before."""
+"""Name -> class, imported on first use and called with a `TrackedRun`, its options and its earlier `run_id`."""
 ALWAYS = ("tensorboard", "ray")
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of the run.
+    """Description of a run for its trackers.
 
     Attributes:
-        settings: the whole configuration, as plain values; it holds no secrets.
+        dir: folder of the run.
+        settings: the whole configuration as plain values; it holds no secrets.
     """
 
     name: str
@@ -39,33 +40,34 @@ class TrackedRun:
 
 
 @dataclass(frozen=True)
-class Point:
-    """Values of one moment of a step.
+class Metrics:
+    """Metrics of a step at one index.
 
     Attributes:
-        place: the step's verb, within its round if there are several: `train`, `round-2/train`.
-        at: update, or units done.
+        step: the step's verb, prefixed by its round if there are several: `train`, `round-2/train`.
+        index: update, or number of finished units.
+        values: metrics by name.
     """
 
-    place: str
-    at: int
+    step: str
+    index: int
     values: Mapping[str, float]
 
 
 class Tracker(Protocol):
-    """What a tracker must do; it may raise whatever it likes, and is told no more then."""
+    """Interface of a tracker; it is disabled when it raises any exception."""
 
     run_id: str | None
-    """What a later process goes on with."""
+    """Id by which a later process resumes the tracker's run."""
 
-    def begin(self, place: str, at: int) -> None:
-        """Points of `place` come from `at` on; any that are there already will be told again."""
+    def begin(self, step: str, index: int) -> None:
+        """Metrics of ``step`` follow from ``index`` on; existing ones from there on are repeated."""
 
-    def log(self, points: Sequence[Point]) -> None:
-        """Keep them; a kill after the return loses none."""
+    def log(self, metrics: Sequence[Metrics]) -> None:
+        """Store metrics durably: a kill after the return must not lose any."""
 
     def close(self, state: str) -> None:
-        """The run is over.
+        """End the run.
 
         Args:
             state: `ended`, `failed` or `stopped` (by a signal).
@@ -73,15 +75,15 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All trackers of a run, served in order by one thread: a network that is down holds up nothing.
+    """All trackers of a run, called in order by one background thread, so that a slow network does not delay the run.
 
     Args:
-        options: of trackers that are not `ALWAYS` there, by name.
-        run_ids: what the trackers of an earlier process had.
+        options: options of the trackers that are used besides `ALWAYS`, by name.
+        run_ids: ids of the trackers' runs in an earlier process, by name.
 
     Raises:
-        ConfigError: what a tracker needs is not installed or not given.
-        StoreError: what a tracker keeps would be lost with the Ray job that this process is.
+        ConfigError: a package or a setting that a tracker needs is missing.
+        StoreError: this process is a Ray job, whose end would delete a tracker's files.
     """
 
     def __init__(
@@ -95,28 +97,28 @@ class Trackers:
         self._open: dict[str, Tracker] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trackers")
 
-    def begin(self, place: str, at: int) -> None:
-        self._thread.submit(self._each, lambda tracker: tracker.begin(place, at))
+    def begin(self, step: str, index: int) -> None:
+        self._thread.submit(self._each, lambda tracker: tracker.begin(step, index))
 
-    def log(self, points: Sequence[Point], then: Callable[[], None]) -> None:
-        """Tell all trackers, and do something when they were told."""
-        self._thread.submit(self._each, lambda tracker: tracker.log(points)).add_done_callback(lambda _: then())
+    def log(self, metrics: Sequence[Metrics], then: Callable[[], None]) -> None:
+        """Send metrics to all trackers, then call ``then``."""
+        self._thread.submit(self._each, lambda tracker: tracker.log(metrics)).add_done_callback(lambda _: then())
 
     def close(self, state: str) -> None:
-        """Wait until all is told.
+        """Wait until everything is sent, and close the trackers.
 
         Args:
-            state: how the run ended, see `Tracker.close`.
+            state: as of `Tracker.close`.
         """
         self._thread.submit(self._close, state)
         self._thread.shutdown()
 
-    def _each(self, tell: Callable[[Tracker], None]) -> None:
+    def _each(self, call: Callable[[Tracker], None]) -> None:
         if self._open is None:
             self._open = dict(self._opened())
         for name, tracker in list(self._open.items()):
             try:
-                tell(tracker)
+                call(tracker)
             except Exception as error:
                 del self._open[name]
                 _warn(name, error)
@@ -140,7 +142,7 @@ class Trackers:
 
 def _warn(name: str, error: Exception) -> None:
     lines = str(error).splitlines() or [""]
-    log.warning("tracking: `%s` is told no more, the run goes on: %s: %s", name, type(error).__name__, lines[0])
+    log.warning("tracking: `%s` is disabled, the run continues: %s: %s", name, type(error).__name__, lines[0])
 
 
 def _refuse_missing(options: Mapping[str, Mapping[str, Any]]) -> None:
@@ -156,4 +158,4 @@ def _refuse_missing(options: Mapping[str, Mapping[str, Any]]) -> None:
 def _refuse_lost(options: Mapping[str, Mapping[str, Any]]) -> None:
     uri = urlsplit(options.get("mlflow", {}).get("tracking_uri", ""))
     if uri.scheme in ("", "file", "sqlite") and uri.path:
-        output_place(uri.path.removeprefix("/") if uri.scheme == "sqlite" else uri.path, "tracking.mlflow.tracking_uri")
+        output_path(uri.path.removeprefix("/") if uri.scheme == "sqlite" else uri.path, "tracking.mlflow.tracking_uri")

@@ -1,4 +1,4 @@
-"""Points -> a run of Weights & Biases, kept in ``<run>/wandb`` (``./wandb``, if that is in an object store)."""
+"""Metrics -> a run of Weights & Biases, with files in ``<run>/wandb``, or ``./wandb`` if the run is in a store."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -6,18 +6,19 @@ from typing import Any
 
 import wandb
 
-from cdpo_ray.progress.trackers import Point, TrackedRun
+from cdpo_ray.progress.trackers import Metrics, TrackedRun
 from cdpo_ray.store import is_local
 
 EXIT_CODES = {"ended": 0, "failed": 1, "stopped": 255}
-"""What W&B's own exit hook gives, and its server shows as finished, failed and killed."""
+"""Exit codes of W&B's own exit hook, which its server shows as finished, failed and killed."""
 
 
 class WeightsAndBiases:
-    """Steps have an axis each: W&B's own counts through all of them.
+    """Each step has its own x-axis, because W&B's own step counts across all of them.
 
     Args:
-        options: `project`, `entity`, `mode`. The key is WANDB_API_KEY of the environment, which W&B reads.
+        options: `project`, `entity` and `mode`. W&B reads WANDB_API_KEY from the environment.
+        run_id: id of the W&B run to resume, if any.
     """
 
     def __init__(self, run: TrackedRun, options: Mapping[str, Any], run_id: str | None) -> None:
@@ -31,22 +32,22 @@ class WeightsAndBiases:
             resume="allow",
             dir=str(run.dir) if is_local(run.dir) else None,
             config=dict(run.settings),
-            # neither the command line, nor the host's environment, nor what is printed
+            # upload neither the command line, nor the host's environment, nor the output
             settings=wandb.Settings(console="off", silent=True, x_disable_meta=True, disable_git=True, save_code=False),
         )
-        self._places: set[str] = set()
+        self._steps: set[str] = set()
 
-    def begin(self, place: str, at: int) -> None:
-        self._run.define_metric(f"{place}/at", hidden=True)
-        self._run.define_metric(f"{place}/*", step_metric=f"{place}/at")
-        self._places.add(place)
+    def begin(self, step: str, index: int) -> None:
+        self._run.define_metric(f"{step}/at", hidden=True)
+        self._run.define_metric(f"{step}/*", step_metric=f"{step}/at")
+        self._steps.add(step)
 
-    def log(self, points: Sequence[Point]) -> None:
-        for point in points:
-            if point.place not in self._places:
-                self.begin(point.place, point.at)
-            values = {f"{point.place}/{name}": value for name, value in point.values.items()}
-            self._run.log({**values, f"{point.place}/at": point.at})
+    def log(self, metrics: Sequence[Metrics]) -> None:
+        for entry in metrics:
+            if entry.step not in self._steps:
+                self.begin(entry.step, entry.index)
+            values = {f"{entry.step}/{name}": value for name, value in entry.values.items()}
+            self._run.log({**values, f"{entry.step}/at": entry.index})
 
     def close(self, state: str) -> None:
         self._run.finish(exit_code=EXIT_CODES[state])

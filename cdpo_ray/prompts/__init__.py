@@ -1,1 +1,1 @@
-"""Text in: prompt sets, files and hub data sets."""
+"""Prompt sets, prompt files and hub data sets."""

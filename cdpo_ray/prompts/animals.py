@@ -9,12 +9,12 @@ ACTIVITIES = ("washing the dishes", "riding a bike", "playing chess")
 
 
 def animal_prompts() -> list[str]:
-    """All 135 prompts, animal by animal."""
+    """All 135 prompts, ordered by animal."""
     return [f"{_article(animal)} {animal} {activity}" for animal in ANIMALS for activity in ACTIVITIES]
 
 
 def animal_photo_prompts() -> list[str]:
-    """``a photo of a cat`` and so on, 45 prompts: what the paper judges by aesthetics."""
+    """45 prompts such as ``a photo of a cat``, which the paper judges by aesthetics."""
     return [f"a photo of {_article(animal)} {animal}" for animal in ANIMALS]
 
 

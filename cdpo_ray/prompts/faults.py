@@ -1,4 +1,4 @@
-"""What is wrong with a prompt file -> all of it in one error."""
+"""Faults of a prompt file, collected into one error."""
 
 import re
 import reprlib
@@ -8,11 +8,11 @@ from pathlib import Path
 from cdpo_ray.errors import PromptError
 
 NUM_SHOWN = 10
-_UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that `errors="surrogateescape"` let through
+_UNDECODED = re.compile("[\udc80-\udcff]")  # invalid bytes as decoded with `errors="surrogateescape"`
 
 
 class FileFaults:
-    """Faults of one file: the first few are kept, all are counted."""
+    """Faults of one file: the first `NUM_SHOWN` are stored, all are counted."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -20,51 +20,53 @@ class FileFaults:
         self.shown: list[str] = []
 
     def add(self, place: str, fault: PromptError) -> None:
-        """Take down a fault at a place: ``12`` (a line) or ``row 12``."""
+        """Record a fault; ``place``: its line or row, such as ``12`` or ``row 12``."""
         self.num_faults += 1
         if len(self.shown) < NUM_SHOWN:
             self.shown.append(f"  {self.path}:{place}: {fault}")
 
     def refuse(self) -> None:
-        """Raise PromptError if there was any."""
+        """Raise PromptError if there are any faults."""
         if not self.num_faults:
             return
-        told = "1 fault" if self.num_faults == 1 else f"{self.num_faults:,} faults"
+        summary = "1 fault" if self.num_faults == 1 else f"{self.num_faults:,} faults"
         if self.num_faults > len(self.shown):
-            told += f", the first {len(self.shown)}"
-        raise PromptError("\n".join([f"{self.path}: {told}", *self.shown]))
+            summary += f", the first {len(self.shown)}"
+        raise PromptError("\n".join([f"{self.path}: {summary}", *self.shown]))
 
 
-def missing_column(column: str, there: Iterable[str]) -> PromptError:
-    names = list(there)
+def missing_column(column: str, columns: Iterable[str]) -> PromptError:
+    """Error about a column that a file does not have."""
+    names = list(columns)
     shown = ", ".join(f"`{reprlib.repr(name)[1:-1]}`" for name in names[:NUM_SHOWN])
     shown += ", ..." * (len(names) > NUM_SHOWN)
-    return PromptError(f"has no `{column}`, but {shown or 'nothing'}; name one by `column`")
+    return PromptError(f"has no column `{column}`, got {shown or 'no columns'}; set `column` to one of them")
 
 
-def column_of(column: str, there: Sequence[str]) -> str:
-    """The name of a column in a file: as it is asked for, or the only one that differs in case and spaces alone.
+def column_of(column: str, columns: Sequence[str]) -> str:
+    """Name of a column as the file spells it: an exact match, or the only one that differs in case and spaces only.
 
     Raises:
-        PromptError: there is none, or several.
+        PromptError: no column matches, or several do.
     """
-    named = [name for name in there if name == column] or [
-        name for name in there if name.strip().casefold() == column.strip().casefold()
+    matches = [name for name in columns if name == column] or [
+        name for name in columns if name.strip().casefold() == column.strip().casefold()
     ]
-    if not named:
-        raise missing_column(column, there)
-    if len(named) > 1:
-        raise PromptError(f"has `{column}` twice; leave one out, or name another by `column`")
-    return named[0]
+    if not matches:
+        raise missing_column(column, columns)
+    if len(matches) > 1:
+        raise PromptError(f"has column `{column}` twice; remove one, or set `column` to another")
+    return matches[0]
 
 
 def not_text(column: str, value: object) -> PromptError:
+    """Error about a value that is not text."""
     got = "null" if value is None else reprlib.repr(value)
     return PromptError(f"`{column}` must be text, got {got}")
 
 
 def undecoded(text: str) -> PromptError | None:
-    """The fault of a text that was decoded with ``surrogateescape`` and holds a byte that is not UTF-8."""
+    """Error about a text, decoded with ``surrogateescape``, that holds a byte that is not UTF-8; ``None``: no fault."""
     found = _UNDECODED.search(text)
     if found is None:
         return None

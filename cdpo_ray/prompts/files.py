@@ -1,4 +1,4 @@
-"""Prompt file -> its prompts as they are written, or every line that is broken."""
+"""Prompt file -> its prompts, unchanged, or an error about all of its faulty lines."""
 
 import csv
 import functools
@@ -19,7 +19,7 @@ from cdpo_ray.prompts.parquet import read_parquet
 from cdpo_ray.store import refuse_special_file
 
 Entries = Iterator[tuple[str, str | PromptError]]
-"""Place and prompt, or place and what is wrong there."""
+"""Pairs of a place in the file and the prompt or the fault there."""
 
 DELIMITERS = (",", ";", "\t", "|")
 EXCEL_SEPARATOR = re.compile(r'^"?sep=([^"\r\n])"?\r?\n?$', re.IGNORECASE)
@@ -27,16 +27,16 @@ EXCEL_SEPARATOR = re.compile(r'^"?sep=([^"\r\n])"?\r?\n?$', re.IGNORECASE)
 
 
 def read_file(path: Path, column: str) -> list[str]:
-    """All prompts of a file in its order, empty and doubled ones too; a reader of `FORMATS` by its ending.
+    """All prompts of a file in order, including empty and duplicate ones.
 
-    A further ending ``.gz`` is of a file that is unpacked while it is read.
+    The extension selects the reader, see `FORMATS`; files with a further extension ``.gz`` are decompressed.
 
     Args:
-        column: of the file that holds the prompts; plain text has none.
+        column: name of the column that holds the prompts; ignored for plain text.
 
     Raises:
-        PromptError: the ending is unknown, or with all broken lines of the file at once.
-        OSError: the file cannot be opened, or is no regular file.
+        PromptError: the extension is unknown, or the file has faults, all of which are listed.
+        OSError: the file cannot be opened, or is not a regular file.
     """
     refuse_special_file(path)
     is_packed = path.suffix.lower() == ".gz"
@@ -46,7 +46,7 @@ def read_file(path: Path, column: str) -> list[str]:
         read = FORMATS.get(ending)
         if read is None:
             endings = ", ".join(filter(None, FORMATS))
-            raise PromptError(f"{path}: must end in {endings} (or in nothing: plain text), got {ending!r}")
+            raise PromptError(f"{path}: must end in {endings} (or have no extension: plain text), got {ending!r}")
         try:
             for place, prompt in read(handle, column):
                 fault = undecoded(prompt) if isinstance(prompt, str) else prompt
@@ -57,25 +57,26 @@ def read_file(path: Path, column: str) -> list[str]:
         except PromptError as error:
             raise PromptError(f"{path}: {error}") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise PromptError(f"{path}: cannot be unpacked: {error}; fetch or write it again") from None
+            raise PromptError(f"{path}: cannot be decompressed: {error}; download or write it again") from None
     faults.refuse()
     return prompts
 
 
 def read_text(handle: BinaryIO, column: str) -> Entries:
-    """A prompt a line; there are no columns."""
+    """One prompt per line; there are no columns."""
     for number, line in enumerate(_decoded(handle), start=1):
         yield str(number), line.removesuffix("\n")
 
 
 def read_csv(handle: BinaryIO, column: str, delimiters: tuple[str, ...] = DELIMITERS) -> Entries:
-    """The field of each record under the header's ``column``; a record's place is the line that it begins on.
+    """The field of each record in ``column``; a record's place is its first line.
 
     Args:
-        delimiters: the first by which the header has the column is taken, unless Excel's first line names one.
+        delimiters: candidates; the first by which the header has the column is used, unless Excel's first line names
+            one.
 
     Raises:
-        PromptError: the header does not have the column once.
+        PromptError: the header does not have the column exactly once.
     """
     header: list[str] | None = None
     for place, record in _csv_records(handle, column, delimiters):
@@ -89,23 +90,23 @@ def read_csv(handle: BinaryIO, column: str, delimiters: tuple[str, ...] = DELIMI
         elif not record:
             yield place, ""
         elif len(record) != len(header):
-            reason = f"has {len(record)} fields, but the header {len(header)}; quote a text that holds commas"
+            reason = f"must have {len(header)} fields as the header, got {len(record)}; quote text that holds commas"
             yield place, PromptError(reason)
         else:
             yield place, record[header.index(column)]
 
 
 def read_jsonl(handle: BinaryIO, column: str) -> Entries:
-    """The value under ``column`` of the object on each line."""
+    """One JSON object per line, with the prompt under the key ``column``."""
     for number, line in enumerate(_decoded(handle), start=1):
         yield str(number), undecoded(line) or _json_prompt(line.removesuffix("\n"), column)
 
 
 def read_json(handle: BinaryIO, column: str) -> Entries:
-    """The items of a list: texts, or objects with a text under ``column``. Of JSON lines, as `read_jsonl`.
+    """A list of texts, or of objects with a text under ``column``; JSON lines are read as by `read_jsonl`.
 
     Raises:
-        PromptError: it is no list, or not UTF-8.
+        PromptError: the file is not a list, or not UTF-8.
     """
     text = _decoded(handle).read()
     if fault := undecoded(text):
@@ -135,11 +136,11 @@ FORMATS: dict[str, Callable[[BinaryIO, str], Entries]] = {
     ".ndjson": read_jsonl,
     ".parquet": read_parquet,
 }
-"""Ending of a file -> its reader."""
+"""File extension -> reader."""
 
 
 def _decoded(handle: BinaryIO, newline: str | None = None) -> io.TextIOWrapper:
-    """Text without its byte order mark; what is not UTF-8 is kept for `undecoded` to find."""
+    """Text without its byte order mark; bytes that are not UTF-8 are kept for `undecoded` to find."""
     return io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
@@ -150,7 +151,7 @@ def _csv_records(
     first = lines.readline()
     if named := EXCEL_SEPARATOR.match(first):
         first, num_before, delimiters = lines.readline(), 1, (named[1],)
-    usual = max(delimiters, key=first.count)  # for the error, where the column is missing
+    usual = max(delimiters, key=first.count)  # for the error if the column is missing
     delimiter = next((each for each in delimiters if _has_column(first, column, each)), usual)
     records = csv.reader(
         itertools.chain([first] if first else [], lines), delimiter=delimiter, strict=True, skipinitialspace=True
@@ -198,11 +199,11 @@ def _prompt_in(found: Any, column: str) -> str | PromptError:
 
 
 def _whole(prompt: str, name: str) -> str | PromptError:
-    """A prompt, unless it cannot be encoded."""
+    """The prompt, or the fault if it cannot be encoded."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        return PromptError(f"{name} holds half of a character ({prompt[error.start]!r}); write both halves")
+        return PromptError(f"{name} holds half of a surrogate pair ({prompt[error.start]!r}); write both halves")
     return prompt
 
 

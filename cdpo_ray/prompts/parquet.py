@@ -1,4 +1,4 @@
-"""Parquet file -> the prompts of one of its columns; the others, images perhaps, are not read."""
+"""Parquet file -> the prompts of one column; other columns are not read."""
 
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -13,26 +13,26 @@ ROWS_AT_ONCE = 10_000
 
 
 def read_parquet(handle: BinaryIO, column: str) -> Iterator[tuple[str, str | PromptError]]:
-    """Each row's place and prompt, or what is wrong with it.
+    """Place and prompt, or place and fault, of each row.
 
-    Only text is taken: of a pickled or otherwise extended column nothing but its type is looked at.
+    Only text columns are read: of columns of pickled objects or other extension types, only the type is inspected.
 
     Raises:
-        PromptError: it is no Parquet file, or the column is missing or holds no text.
+        PromptError: the file is not Parquet, or the column is missing or does not hold text.
     """
     try:
         file = pq.ParquetFile(handle)
         column = _text_column(file.schema_arrow, column)
         row = 0
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column]):
-            # As bytes: pyarrow would stop at the first value that is not UTF-8, without saying where.
+            # As bytes: pyarrow would stop at the first value that is not UTF-8, without naming the row.
             for value in batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
                 row += 1
                 prompt = not_text(column, None) if value is None else value.decode("utf-8", "surrogateescape")
                 yield f"row {row}", prompt
     except PromptError:
         raise
-    except Exception as error:  # pyarrow's, and whatever an extension type that another library registered may raise
+    except Exception as error:  # raised by pyarrow, or by an extension type that another library registered
         reason = str(error).strip().split("\n")[0]
         raise PromptError(f"cannot be read as Parquet: {reason}") from None
 
@@ -41,7 +41,7 @@ def _text_column(schema: pa.Schema, column: str) -> str:
     column = column_of(column, schema.names)
     kind = schema.field(column).type
     if not _is_text(kind):
-        raise PromptError(f"`{column}` must be one column of text, got {kind}; nothing of it was read")
+        raise PromptError(f"`{column}` must be one column of text, got {kind}; set `column` to another")
     return column
 
 

@@ -1,4 +1,4 @@
-"""Prompt source -> prompts to train on, to judge trials by, and held-out ones."""
+"""Prompt sources -> training, validation and held-out prompts."""
 
 import hashlib
 import os
@@ -24,16 +24,17 @@ BUILT_IN = (*PROMPT_SETS, "scenes")
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where prompts come from.
+class PromptSource:
+    """Source of the prompts of one side: `train`, `heldout` or `validation`.
 
     Attributes:
-        source: a name of `BUILT_IN`, a file of one of `cdpo_ray.prompts.files.FORMATS`, or with ``file`` a hub id.
-        file, revision: of a hub data set, the path of a file within it and its full commit.
-        column: of a CSV, JSONL or Parquet file.
-        count: how many to keep, from the front.
-        fraction: of the other sides in place of a source: their share of the training source, chosen by hash, so that a
-            prompt stays on its side when the file grows.
+        source: name of `BUILT_IN`, path of a file of one of `cdpo_ray.prompts.files.FORMATS`, or hub id if ``file`` is
+            given.
+        file, revision: path of a file in a hub data set, and full commit of the data set.
+        column: name of the column in a CSV, JSON, JSONL or Parquet file.
+        count: number of prompts to keep, from the front; ``None``: all.
+        fraction: fraction of the training source to hold out, instead of ``source``; chosen by hash, so that a prompt
+            stays on its side when the file grows.
     """
 
     source: str | None = None
@@ -49,11 +50,13 @@ class PromptSplit:
     """Distinct prompts, in the order of their source; no prompt is on two sides.
 
     Attributes:
-        validation: what a search judges its trials by.
-        num_read: prompts that the sources hold, doubled and empty ones too.
-        num_doubled: left out because the very same prompt came earlier.
-        num_empty: left out because they hold nothing but white space.
-        sha256: by side, of the file that was read; nothing of sources that are built in or pinned.
+        train: prompts to train on.
+        heldout: prompts to evaluate on.
+        validation: prompts to judge the trials of a search by.
+        num_read: number of prompts that the sources hold, including duplicate and empty ones.
+        num_doubled: number of prompts left out as exact duplicates of earlier ones.
+        num_empty: number of prompts left out because they are empty or white space.
+        sha256: SHA-256 of the file by side; without sources that are built in or pinned.
     """
 
     train: list[str]
@@ -66,14 +69,14 @@ class PromptSplit:
 
     @property
     def num_beyond_count(self) -> int:
-        """Left out because fewer were asked for."""
+        """Number of prompts left out because of `count`."""
         kept = len(self.train) + len(self.heldout) + len(self.validation)
         return self.num_read - self.num_doubled - self.num_empty - kept
 
 
 @dataclass(frozen=True)
 class PromptList:
-    """Distinct prompts of one source, and what was left out; see `PromptSplit`."""
+    """Distinct prompts of one source, and the numbers of those left out; see `PromptSplit`."""
 
     prompts: list[str]
     num_read: int
@@ -83,19 +86,20 @@ class PromptList:
 
 
 def split_prompts(
-    train: Source | Sequence[str], heldout: Source, validation: Source | None = None, *, seed: int
+    train: PromptSource | Sequence[str], heldout: PromptSource, validation: PromptSource | None = None, *, seed: int
 ) -> PromptSplit:
-    """The prompts to train on, the prompts to judge on, and those to judge the trials of a search by.
+    """Read the sources and split their prompts into training, held-out and validation prompts.
 
     Args:
-        train: a source, or prompts that came with preferences.
-        seed: draws the prompts of `scenes`.
+        train: source, or prompts of preference data.
+        heldout, validation: sources of the other sides.
+        seed: seed of the prompts of `scenes`.
 
     Raises:
-        PromptError: a source is missing, broken or empty, too short, or a prompt is on two sides, be it with other
+        PromptError: a source is missing, invalid, empty or too short, or a prompt is on two sides, possibly with other
             case, spaces or punctuation.
     """
-    if isinstance(train, Source):
+    if isinstance(train, PromptSource):
         found, train_count = read_prompts(train, "train", seed), train.count
     else:
         found, train_count = _without_doubles(train), None
@@ -108,7 +112,7 @@ def split_prompts(
             sides[side] = lists[side].prompts
         else:
             end = start + source.fraction
-            share = [prompt for prompt in found.prompts if start <= _place(prompt) < end]
+            share = [prompt for prompt in found.prompts if start <= _hash_position(prompt) < end]
             taken |= {*share}
             sides[side], start = share[: source.count], end
     sides["train"] = [prompt for prompt in found.prompts if prompt not in taken]
@@ -121,8 +125,8 @@ def split_prompts(
     for side, prompts in sides.items():
         if len(prompts) < (counts[side] or 1):
             raise PromptError(
-                f"`prompts.{side}`: wants {counts[side] or 'at least 1'} prompts, got {len(prompts)};"
-                " give more, or ask for fewer"
+                f"`prompts.{side}`: needs {counts[side] or 'at least 1'} prompts, got {len(prompts)};"
+                " add prompts, or lower `count`"
             )
     return PromptSplit(
         sides["train"],
@@ -135,36 +139,37 @@ def split_prompts(
     )
 
 
-def _place(prompt: str) -> float:
-    """Where in [0, 1) a prompt falls; a function of its `wording` alone."""
+def _hash_position(prompt: str) -> float:
+    """Hash of a prompt's `wording`, scaled to [0, 1)."""
     digest = hashlib.blake2b(f"heldout:{wording(prompt)}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:
-    """Whether a prompt falls into the held-out share; a function of its `wording` alone."""
-    return _place(prompt) < fraction
+    """Whether a prompt is in the held-out fraction; depends only on its `wording`."""
+    return _hash_position(prompt) < fraction
 
 
 def held_out(prompts: Sequence[str], fraction: float | None) -> list[bool]:
-    """Which prompts fall into the held-out share; none where there is no fraction."""
+    """For each prompt, whether it is in the held-out fraction; ``None``: no prompt is."""
     return [fraction is not None and is_held_out(prompt, fraction) for prompt in prompts]
 
 
 def wording(prompt: str) -> str:
-    """The words of a prompt, whatever their case, spaces and punctuation; all of it where there are no words."""
+    """Words of a prompt, without regard to case, spaces and punctuation; the prompt itself if it has no words."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", prompt).casefold())) or prompt
 
 
-def read_prompts(source: Source, side: str, seed: int, apart_from: Sequence[str] = ()) -> PromptList:
+def read_prompts(source: PromptSource, side: str, seed: int, apart_from: Sequence[str] = ()) -> PromptList:
     """Distinct prompts of a source, at most its ``count``.
 
     Args:
-        side: `train`, `heldout` or `validation`, to name in errors and to draw `scenes` from.
-        apart_from: of `scenes`, the held-out prompts, whose scenes no validation shows.
+        side: `train`, `heldout` or `validation`; named in errors, and selects the split of `scenes`.
+        seed: seed of `scenes`.
+        apart_from: held-out prompts of `scenes`, whose scenes the validation prompts must not show.
 
     Raises:
-        PromptError: the source is missing, broken or empty.
+        PromptError: the source is missing, invalid or empty.
     """
     assert source.source is not None, "checked by the config"
     if source.source == "scenes":
@@ -182,7 +187,7 @@ def read_prompts(source: Source, side: str, seed: int, apart_from: Sequence[str]
     prompts = [prompt.strip() for prompt in given]
     found = _without_doubles([prompt for prompt in prompts if prompt])
     if not found.prompts:
-        raise PromptError(f"`prompts.{side}.source` {source.source}: has no prompts; write one prompt a line")
+        raise PromptError(f"`prompts.{side}.source` {source.source}: has no prompts; write one prompt per line")
     return PromptList(
         found.prompts[: source.count], len(prompts), found.num_doubled, len(prompts) - found.num_read, sha256
     )
@@ -193,8 +198,8 @@ def _without_doubles(prompts: Sequence[str]) -> PromptList:
     return PromptList(distinct, len(prompts), len(prompts) - len(distinct))
 
 
-def content_sha256(source: Source, side: str) -> str | None:
-    """SHA-256 of a local file; ``None`` where the name, or the revision, identifies the content.
+def content_sha256(source: PromptSource, side: str) -> str | None:
+    """SHA-256 of a local file; ``None``: the name or the revision identifies the content.
 
     Raises:
         PromptError: the file cannot be read.
@@ -210,8 +215,8 @@ def content_sha256(source: Source, side: str) -> str | None:
         raise _cannot_be_read(side, source.source, path, error) from None
 
 
-def _read_file(source: Source, side: str) -> tuple[list[str], str | None]:
-    """Prompts as they are written, and `content_sha256`."""
+def _read_file(source: PromptSource, side: str) -> tuple[list[str], str | None]:
+    """Prompts of a file, unchanged, and its `content_sha256`."""
     key, name = f"prompts.{side}.source", str(source.source)
     path = Path(name)
     if source.file is not None:
@@ -225,7 +230,7 @@ def _read_file(source: Source, side: str) -> tuple[list[str], str | None]:
     except OSError as error:
         raise _cannot_be_read(side, name, path, error) from None
     if content_sha256(source, side) != sha256:
-        raise PromptError(f"`{key}` {name}: was changed while it was read; give the same command again")
+        raise PromptError(f"`{key}` {name}: changed while it was being read; run the same command again")
     return prompts, sha256
 
 
@@ -250,12 +255,12 @@ def _refuse_shared(sides: Mapping[str, list[str]]) -> None:
             words = {wording(prompt) for prompt in theirs}
             if both := [prompt for prompt in prompts if wording(prompt) in words]:
                 shown = ", ".join(repr(prompt) for prompt in sorted(both)[:3])
-                fate, so = {
+                use, consequence = {
                     "train": ("trained on", "a gain on them would prove nothing"),
-                    "heldout": ("held out", "a schedule chosen by them is no longer judged by what it has not seen"),
+                    "heldout": ("held out", "the schedule chosen by them would be evaluated on prompts it has seen"),
                 }[other]
                 raise PromptError(
-                    f"`prompts.{side}`: {len(both)} of its {len(prompts)} prompts are {fate}"
-                    f" ({shown}{', ...' * (len(both) > 3)}); {so}:"
+                    f"`prompts.{side}`: {len(both)} of its {len(prompts)} prompts are also {use}"
+                    f" ({shown}{', ...' * (len(both) > 3)}), so {consequence};"
                     f" remove them from one side, or give `{side}` a `fraction` of the training source"
                 )

@@ -1,23 +1,23 @@
-"""Prompts written for other programs -> what of their syntax means nothing here."""
+"""Detection of other programs' prompt syntax, which is not interpreted here."""
 
 import re
 from collections.abc import Iterable
 
 SYNTAX = {
-    "weights, as (cat:1.2) or ((cat))": re.compile(r"\([^()]*:\s*[\d.]+\s*\)|\(\(|\[[^\[\]:]+:[^\[\]]*\]"),
-    "tags of weights, as <lora:name:0.8>": re.compile(r"<(?:lora|lyco|hypernet|embedding):[^<>]*>", re.IGNORECASE),
-    "wildcards, as __animal__": re.compile(r"__[\w/*.-]+?__"),
-    "choices, as {red|blue}": re.compile(r"\{[^{}|]*\|[^{}]*\}"),
+    "weights, such as (cat:1.2) or ((cat))": re.compile(r"\([^()]*:\s*[\d.]+\s*\)|\(\(|\[[^\[\]:]+:[^\[\]]*\]"),
+    "tags of weights, such as <lora:name:0.8>": re.compile(r"<(?:lora|lyco|hypernet|embedding):[^<>]*>", re.IGNORECASE),
+    "wildcards, such as __animal__": re.compile(r"__[\w/*.-]+?__"),
+    "choices, such as {red|blue}": re.compile(r"\{[^{}|]*\|[^{}]*\}"),
     "BREAK or AND": re.compile(r"\b(?:BREAK|AND)\b"),
-    "options, as --ar or --neg": re.compile(r"(?:^|\s)--[a-z]"),
-    "settings, as Negative prompt: or Steps:": re.compile(r"^(?:Negative prompt|Steps)\s*:", re.IGNORECASE),
+    "options, such as --ar or --neg": re.compile(r"(?:^|\s)--[a-z]"),
+    "settings, such as Negative prompt: or Steps:": re.compile(r"^(?:Negative prompt|Steps)\s*:", re.IGNORECASE),
     "a # at the beginning": re.compile(r"^#"),
 }
-"""Syntax of AUTOMATIC1111, ComfyUI, Midjourney and of dynamic prompts, with an example of each."""
+"""Syntax of AUTOMATIC1111, ComfyUI, Midjourney and dynamic prompts, with an example of each."""
 
 
 def literal_syntax(prompts: Iterable[str]) -> list[str]:
-    """A line for each kind of `SYNTAX` that prompts hold; all of it is read as any other text."""
+    """One line for each kind of `SYNTAX` that the prompts contain, with the number of prompts."""
     counts = dict.fromkeys(SYNTAX, 0)
     for prompt in prompts:
         for what, pattern in SYNTAX.items():

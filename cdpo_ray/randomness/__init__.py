@@ -1,1 +1,1 @@
-"""Address -> random numbers: what is drawn depends on its address alone, never on what was drawn before."""
+"""Addressed randomness: random numbers depend on their address only, never on earlier draws."""

@@ -1,4 +1,4 @@
-"""Address -> generators and noise of torch."""
+"""Torch generators and noise by address."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from cdpo_ray.randomness.numbers import seed_of
 
 
 def generator_at(*address: int | str) -> torch.Generator:
-    """A CPU generator at an address; CPU, so that every device starts from the same numbers."""
+    """CPU generator of an address; on the CPU, so that the numbers do not depend on the device."""
     return torch.Generator().manual_seed(seed_of(*address))
 
 

@@ -1,4 +1,4 @@
-"""Address -> seeds, random numbers and permutations, without torch."""
+"""Seeds, random numbers and permutations by address, without torch."""
 
 import math
 from hashlib import blake2b
@@ -10,25 +10,25 @@ NUM_ROUNDS = 6
 
 
 def seed_of(*address: int | str) -> int:
-    """A 63-bit seed of an address such as ``(run seed, "image", prompt, index)``; the same on every machine."""
+    """63-bit seed of an address such as ``(run seed, "image", prompt, index)``; the same on every machine."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in address)
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
 def random_words(purpose: str, seed: int, stage: int, num_words: int) -> NDArray[np.uint64]:
-    """``[word]`` 64-bit numbers of the stream that the purpose, seed and stage address; a longer one starts alike."""
+    """First 64-bit numbers, ``[word]``, of the random stream at the address (purpose, seed, stage)."""
     key = blake2b(f"{purpose}/{seed}/{stage}".encode(), digest_size=16).digest()
     return np.random.Philox(key=int.from_bytes(key, "little")).random_raw(num_words)
 
 
 def unit_interval(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """The words as numbers in ``[0, 1)``."""
+    """Map 64-bit words to numbers in ``[0, 1)``, elementwise."""
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A bijection of 64-bit numbers whose outcomes look unrelated: the finisher of SplitMix64."""
+    """Pseudorandom bijection of 64-bit numbers, elementwise: the finalizer of SplitMix64."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -36,13 +36,13 @@ def mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class Permutation:
-    """A random permutation of ``0 .. size - 1`` that is computed, not kept.
+    """Random permutation of ``0 .. size - 1`` that is computed, not stored.
 
-    A Feistel network on the smallest square that holds ``size`` numbers; what falls outside walks on until it is
-    inside, which keeps the map one-to-one.
+    A Feistel network on the smallest square of at least ``size`` numbers, with cycle walking: it is applied again to
+    numbers outside the range, which keeps the map one-to-one.
 
     Args:
-        size: 0 to 2^62.
+        size: number of elements, 0 to 2^62.
         purpose, seed: address of the permutation.
     """
 
@@ -52,7 +52,7 @@ class Permutation:
         self._keys = random_words(purpose, seed, 0, NUM_ROUNDS)
 
     def __call__(self, index: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Where these numbers, each in ``0 .. size - 1``, are sent."""
+        """Images of numbers in ``0 .. size - 1`` under the permutation, elementwise."""
         moved = self._step(index.astype(np.uint64))
         while len(outside := np.flatnonzero(moved >= self.size)):
             moved[outside] = self._step(moved[outside])

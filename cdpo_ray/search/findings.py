@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdpo_ray.evaluation.statistics import bootstrap_over_runs
-from cdpo_ray.pages.page import aligned, direction, number, spoken_interval, spoken_share
+from cdpo_ray.pages.page import align_columns, direction, format_number, formatted_interval, formatted_share
 from cdpo_ray.search.trials import DONE, FAILED, PAPER, RUNNING, STOPPED, Point, Trial
 
 MEASURED = ("reward", "win_rate", "diversity", "implicit_accuracy")
@@ -216,7 +216,7 @@ def sentence_of(found: Mapping[str, Any]) -> str:
             " which overestimate the best of many."
         )
     verdict = confirmation["judges"][found["judge"]]
-    mean, ends = spoken_interval(verdict["difference"])
+    mean, ends = formatted_interval(verdict["difference"])
     num_seeds = len(confirmation["seeds"])
     once = " with one seed" if num_seeds == 1 else ""
     evidence = (
@@ -244,10 +244,10 @@ def objective_text(objective: str, value: float | None, interval: Mapping[str, f
     if value is None:
         return "–"
     if objective in ("win_rate", "implicit_accuracy"):
-        mean, ends = spoken_share(interval or {"mean": value, "low": value, "high": value})
+        mean, ends = formatted_share(interval or {"mean": value, "low": value, "high": value})
     else:
-        mean, ends = spoken_interval(interval or {"mean": value, "low": value, "high": value})
-        mean = mean if objective == "reward" else number(value, 3)
+        mean, ends = formatted_interval(interval or {"mean": value, "low": value, "high": value})
+        mean = mean if objective == "reward" else format_number(value, 3)
     return f"{mean} {ends}" if interval else mean
 
 
@@ -261,7 +261,7 @@ def table_of(found: Mapping[str, Any]) -> str:
         rows.append(
             [f"{trial['number']}{marks}", trial["state"], str(trial["stage"] or "–"), value, changes_text(trial)]
         )
-    parts = [aligned(rows)]
+    parts = [align_columns(rows)]
     if confirmation := found["confirmation"]:
         judges = confirmation["judges"]
         rows = [["held-out prompts", *judges]]
@@ -270,9 +270,9 @@ def table_of(found: Mapping[str, Any]) -> str:
             ("found", f"found (trial {found['best']}) - base"),
             ("difference", "found - paper"),
         ):
-            rows.append([label, *(" ".join(spoken_interval(judge[key])) for judge in judges.values())])
+            rows.append([label, *(" ".join(formatted_interval(judge[key])) for judge in judges.values())])
         rows.append(["found is", *(verdict_text(judge["verdict"]) for judge in judges.values())])
-        parts.append(aligned(rows))
+        parts.append(align_columns(rows))
     return "\n\n".join([*parts, "\n".join([*found["warnings"], found["sentence"]])])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from cdpo_ray.pages.page import number, places_of, spoken_interval, write_page
+from cdpo_ray.pages.page import decimal_places, format_number, formatted_interval, write_page
 from cdpo_ray.search import figures
 from cdpo_ray.search.findings import MEASURED, VERDICTS, changes_text, objective_text, short, value_text, verdict_text
 from cdpo_ray.search.trials import DONE, STOPPED
@@ -89,9 +89,9 @@ def _num_judged(found: Mapping[str, Any]) -> int:
 
 
 def _confirmation_row(name: str, of_judge: Mapping[str, Any], decides: str) -> dict[str, Any]:
-    row: dict[str, Any] = {arm: spoken_interval(of_judge[arm]) for arm in ("paper", "found", "difference")}
-    places = places_of(of_judge["difference"])
-    by_seed = [number(mean, places, "+") for mean in of_judge["by_seed"]["difference"]]
+    row: dict[str, Any] = {arm: formatted_interval(of_judge[arm]) for arm in ("paper", "found", "difference")}
+    places = decimal_places(of_judge["difference"])
+    by_seed = [format_number(mean, places, "+") for mean in of_judge["by_seed"]["difference"]]
     verdict = of_judge["verdict"]
     return row | {
         "name": name,
@@ -121,9 +121,11 @@ def _trial_row(trial: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, 
 def _course(objective: str, values: Sequence[float | None]) -> str:
     """Values from stage to stage, with the decimal places of the largest."""
     reached = max((abs(value) for value in values if value is not None), default=0.0)
-    places = places_of({"low": -reached, "high": reached})
+    places = decimal_places({"low": -reached, "high": reached})
     texts = [
-        objective_text(objective, value) if objective != "reward" or value is None else number(value, places, "+")
+        objective_text(objective, value)
+        if objective != "reward" or value is None
+        else format_number(value, places, "+")
         for value in values
     ]
     return " → ".join(texts) or "–"

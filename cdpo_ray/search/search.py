@@ -18,7 +18,7 @@ from cdpo_ray.errors import ConfigError, SearchError, StoreError
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.records import CONFIRMATION, FOUND, HELDOUT, TRAINING, TRIALS, VALIDATION
-from cdpo_ray.resources import Demand, check_resources, how_often
+from cdpo_ray.resources import Demand, check_resources, count_fitting
 from cdpo_ray.run import run_dir_of, run_steps
 from cdpo_ray.search.findings import best, objective_text, search_summary, table_of, value_text
 from cdpo_ray.search.importance import importance
@@ -41,7 +41,7 @@ from cdpo_ray.search.trials import (
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import SIDES_COMPARED, STEPS, demands_of, sampling_to_compare
 from cdpo_ray.store import (
-    HOW_TO_MEND,
+    SETTINGS_REMEDY,
     RunFolder,
     delete,
     differences,
@@ -113,7 +113,7 @@ def max_concurrent_trials(config: Config, search: SearchSection) -> int:
     """
     nodes, grows = cluster_nodes()
     demands = [Demand("search", "driver of a trial", 1, 1, DRIVER_CPUS, 0), *demands_of(TRAIN, config)]
-    fitting, configured = how_often(demands, nodes), search.max_concurrent_trials
+    fitting, configured = count_fitting(demands, nodes), search.max_concurrent_trials
     if grows:
         return configured or fitting or 1
     if not fitting:
@@ -294,7 +294,7 @@ class _Search:
             return None
 
         def on_change(trial: Trial) -> None:
-            self.progress.tell(self._sentence(trial))
+            self.progress.log_line(self._sentence(trial))
             self.progress.advance(trial.state != RUNNING)
 
         with self.progress.step(verb, trials.path.name):
@@ -360,9 +360,9 @@ def _refuse_changed_search(config: Config, run: RunFolder) -> None:
     if not exists(path):
         write_json(path, settings)
     elif changed := differences(
-        read_untrusted(path, TypeAdapter(dict[str, Any]), remedy=HOW_TO_MEND), json.loads(json.dumps(settings))
+        read_untrusted(path, TypeAdapter(dict[str, Any]), remedy=SETTINGS_REMEDY), json.loads(json.dumps(settings))
     ):
-        raise StoreError(f"{run.path}: its search was started with {changed}; {HOW_TO_MEND}")
+        raise StoreError(f"{run.path}: its search was started with {changed}; {SETTINGS_REMEDY}")
 
 
 def _point_text(point: Point) -> str:

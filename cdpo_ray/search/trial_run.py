@@ -15,7 +15,7 @@ from cdpo_ray.run import run_steps
 from cdpo_ray.search.space import config_of
 from cdpo_ray.search.trials import Report, read_trial
 from cdpo_ray.steps import STEPS
-from cdpo_ray.store import RunFolder, place, read_shards
+from cdpo_ray.store import RunFolder, read_shards, storage_path
 from cdpo_ray.training.job import ValidationJob
 
 TRIAL_STEPS = STEPS[:4]
@@ -43,9 +43,9 @@ def train_trial(
     Raises:
         CdpoError: any error of a step; earlier checkpoints are kept.
     """
-    trial = read_trial(place(trials_dir) / name)
+    trial = read_trial(storage_path(trials_dir) / name)
     own = config_of(config, trial.point, name=name, run_dir=trials_dir, seed=trial.seed)
-    base = base_scores(place(validation.samples_dir), validation.judges)
+    base = base_scores(storage_path(validation.samples_dir), validation.judges)
     reported = trial.last_stage
 
     def report_new(summary: Mapping[str, Any], *, is_last: bool) -> None:
@@ -68,7 +68,7 @@ def train_trial(
             report_new(summary, is_last=False)
 
     run_steps(own, TRIAL_STEPS, validation=validation, on_stage=on_stage)
-    path = RunFolder(place(trials_dir) / name).step(TRAINING) / "stages.json"
+    path = RunFolder(storage_path(trials_dir) / name).step(TRAINING) / "stages.json"
     summaries = read_record(path, TRAINED_STAGES)
     for summary in summaries:
         report_new(summary, is_last=summary is summaries[-1])

@@ -8,7 +8,7 @@ from typing import Any
 
 from cdpo_ray.config import Config, Pool, PromptSource
 from cdpo_ray.config.rewards import OWN_REWARD
-from cdpo_ray.dataflow.parts import read_set_aside
+from cdpo_ray.dataflow.parts import read_quarantined
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.preferences.files import PreferenceSource, fingerprint
 from cdpo_ray.prompts import sources
@@ -21,8 +21,8 @@ REWARD_WEIGHTS = ("checkpoint", "processor", "vocabulary", "captioner", "sentenc
 """Reward options whose value is a file, a folder or a hub id."""
 
 
-def prompt_source(section: PromptSource) -> sources.Source:
-    return sources.Source(**section.model_dump())
+def prompt_source(section: PromptSource) -> sources.PromptSource:
+    return sources.PromptSource(**section.model_dump())
 
 
 def preference_source(config: Config) -> PreferenceSource:
@@ -225,7 +225,7 @@ def warn_of_set_aside(output: StepOutput, output_dir: Path) -> None:
 
     if num_prompts := output.counts["prompts_set_aside"]:
         output.warnings.append(f"{num_prompts} prompts failed in the model; see set_aside.jsonl for each error")
-    output.counts["images_without_score"] = num_images_without_score(read_set_aside(output_dir))
+    output.counts["images_without_score"] = num_images_without_score(read_quarantined(output_dir))
     if num_images := output.counts["images_without_score"]:
         output.warnings.append(
             f"{num_images} images are black or not finite and have no score; see set_aside.jsonl for each reason"

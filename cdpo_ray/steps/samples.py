@@ -31,10 +31,10 @@ from cdpo_ray.store import (
     link,
     make_folder,
     path_within,
-    place,
     read_shards,
     read_table,
     refuse_full_disk,
+    storage_path,
     table_schema,
 )
 
@@ -43,7 +43,9 @@ SAMPLE_COLUMNS = {"prompt_index", "prompt_id", "prompt", "latents"}
 
 def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     if context.config.run.samples_from:
-        _take_samples(RunFolder(place(context.config.run.samples_from), foreign=True), context, output_dir, output)
+        _take_samples(
+            RunFolder(storage_path(context.config.run.samples_from), foreign=True), context, output_dir, output
+        )
         return
     from cdpo_ray.generation.pool import generate_samples
     from cdpo_ray.models.sizes import sizes_of

@@ -16,9 +16,9 @@ from cdpo_ray.store import (
     link,
     make_folder,
     path_within,
-    place,
     read_shards,
     shard_schema,
+    storage_path,
 )
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _score_parts(config: Config) -> dict[str, tuple[str, bool]]:
 def _scores_elsewhere(context: Context) -> tuple[Path, dict[str, Any]]:
     """Scores folder of the run that the samples are taken from, and the settings of its files; empty: not usable."""
     config = context.config
-    other = RunFolder(place(config.run.samples_from or ""), foreign=True)
+    other = RunFolder(storage_path(config.run.samples_from or ""), foreign=True)
     if config.run.samples_from and other.has(SCORES):
         other.refuse_damage(SCORES)
         manifest = other.manifest(SCORES)

@@ -1,29 +1,39 @@
-"""Where a run keeps its goods: on local disk or in an object store, whole or not at all."""
+"""Run folders on local disk or in an object store; every file is written atomically."""
 
 from cdpo_ray.store.contents import files_sha256
-from cdpo_ray.store.copies import copy, copy_tree, damage, delete, describe, link, local_copy, move, refuse_full_disk
+from cdpo_ray.store.copies import (
+    copy,
+    copy_tree,
+    delete,
+    describe,
+    find_damage,
+    link,
+    local_copy,
+    move,
+    refuse_full_disk,
+)
 from cdpo_ray.store.failures import storage_errors_within
-from cdpo_ray.store.folder import HOW_TO_MEND, PARTS, RunFolder, StepOutput, differences
+from cdpo_ray.store.folder import PARTS, SETTINGS_REMEDY, RunFolder, StepOutput, differences
 from cdpo_ray.store.lock import is_alive
 from cdpo_ray.store.manifests import CONFIG, FILES_MANIFEST, fingerprint_of, flat
-from cdpo_ray.store.places import (
+from cdpo_ray.store.paths import (
     MANIFEST,
     exists,
     files_within,
     is_local,
     make_folder,
     new_file,
-    output_place,
-    place,
+    output_path,
     read_bytes,
     read_json,
     refuse_special_file,
+    storage_path,
     write_bytes,
     write_json,
     write_text,
 )
 from cdpo_ray.store.tables import (
-    arrow_place,
+    arrow_path,
     count_rows,
     read_shards,
     read_table,
@@ -38,22 +48,22 @@ from cdpo_ray.store.untrusted import path_within, read_untrusted, validate_untru
 __all__ = [
     "CONFIG",
     "FILES_MANIFEST",
-    "HOW_TO_MEND",
     "MANIFEST",
     "PARTS",
+    "SETTINGS_REMEDY",
     "RunFolder",
     "StepOutput",
-    "arrow_place",
+    "arrow_path",
     "copy",
     "copy_tree",
     "count_rows",
-    "damage",
     "delete",
     "describe",
     "differences",
     "exists",
     "files_sha256",
     "files_within",
+    "find_damage",
     "fingerprint_of",
     "flat",
     "is_alive",
@@ -63,9 +73,8 @@ __all__ = [
     "make_folder",
     "move",
     "new_file",
-    "output_place",
+    "output_path",
     "path_within",
-    "place",
     "read_bytes",
     "read_json",
     "read_shards",
@@ -75,6 +84,7 @@ __all__ = [
     "refuse_special_file",
     "shard_schema",
     "storage_errors_within",
+    "storage_path",
     "table_bytes",
     "table_schema",
     "validate_untrusted",

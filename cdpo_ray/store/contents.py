@@ -1,4 +1,4 @@
-"""SHA-256 of files that a user names, such as a model's folder: to record what was read, and to find a change."""
+"""SHA-256 of files that a user names, such as a model's folder: to record what was read and to detect changes."""
 
 import contextlib
 import hashlib
@@ -17,38 +17,40 @@ from huggingface_hub.constants import HF_HOME
 
 from cdpo_ray.errors import StoreError
 from cdpo_ray.store.copies import FILES_AT_ONCE, describe
-from cdpo_ray.store.places import read_json
+from cdpo_ray.store.paths import read_json
 
 log = logging.getLogger(__name__)
 KNOWN = Path(HF_HOME) / "cdpo_ray" / "sha256.json"
-"""SHA-256 of large sets of files, by their `_stamp`."""
+"""Cache of the SHA-256 of large sets of files, by their `_stamp`."""
 _known_here: dict[str, str] = {}
-"""The same of this process, for a home that cannot be written."""
-KNOWN_BYTES = 2**26  # smaller sets are read each time
+"""The same cache within this process, in case the home folder is not writable."""
+KNOWN_BYTES = 2**26  # smaller sets are read every time
 MAX_KNOWN = 1000
-FILES_PER_BATCH = 64  # Ctrl-C waits for one; a set may be of a million images
+FILES_PER_BATCH = 64  # Ctrl-C waits for one batch; a set may hold a million images
 SETTLED_SECONDS = 2.0
-"""A file that changed less long ago may change again within one tick of its file system's clock."""
+"""A file that changed more recently may change again within one tick of its file system's clock."""
 
 
 def files_sha256(files: Mapping[str, Path], *, where: str) -> str:
-    """SHA-256 of the names and contents of local files; one that cannot be read, or is not a regular file, has none.
+    """SHA-256 of the names and contents of local files.
 
-    A set of `KNOWN_BYTES` or more is read again only if the size, inode, modification or status-change time of a file
-    differs from when it was read last, by whichever process of this user.
+    A file that cannot be read or is not regular contributes its name only. A set of `KNOWN_BYTES` or more is read again
+    only if the size, inode, modification time or status-change time of a file has changed since any process of this
+    user last read it.
 
     Args:
-        where: the files' place, for messages.
+        files: paths by name.
+        where: location of the files, for messages.
 
     Raises:
-        StoreError: a file was changed while it was read.
+        StoreError: a file changed while it was being read.
     """
     stamp, num_bytes, newest = _stamp(files)
     is_large = num_bytes >= KNOWN_BYTES
     if is_large and (known := _known_here.get(stamp) or _known().get(stamp)):
         return known
     if num_bytes >= 2**30:
-        log.info("%s: computing the SHA-256 of %.1f GiB, once until a file changes", where, num_bytes / 2**30)
+        log.info("%s: computing the SHA-256 of %.1f GiB; cached until a file changes", where, num_bytes / 2**30)
     started, digest, entries = time.time(), hashlib.sha256(), iter(files.items())
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         while batch := list(itertools.islice(entries, FILES_PER_BATCH)):
@@ -56,7 +58,7 @@ def files_sha256(files: Mapping[str, Path], *, where: str) -> str:
             for (name, _), found in zip(batch, described, strict=True):
                 digest.update(json.dumps([name, found]).encode())
     if _stamp(files)[0] != stamp:
-        raise StoreError(f"{where}: was changed while it was read; give the same command again")
+        raise StoreError(f"{where}: changed while it was being read; run the same command again")
     if is_large and newest < started - SETTLED_SECONDS:
         _remember(stamp, digest.hexdigest())
     return digest.hexdigest()
@@ -69,7 +71,7 @@ def _described(path: Path) -> dict[str, Any] | None:
 
 
 def _stamp(files: Mapping[str, Path]) -> tuple[str, int, float]:
-    """What changes with any of the files, their bytes, and when the last of them changed, in seconds."""
+    """Digest of the files' metadata, total bytes, and Unix time of the latest change in seconds."""
     digest, num_bytes, newest = hashlib.sha256(), 0, 0
     for name, path in files.items():
         entry: list[Any] = [name]
@@ -95,6 +97,6 @@ def _remember(stamp: str, sha256: str) -> None:
     entries = [*(_known() | {stamp: sha256}).items()]
     with contextlib.suppress(OSError):
         KNOWN.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=KNOWN.parent, delete=False) as aside:
-            json.dump(dict(entries[-MAX_KNOWN:]), aside)
-        os.replace(aside.name, KNOWN)
+        with tempfile.NamedTemporaryFile("w", dir=KNOWN.parent, delete=False) as temporary:
+            json.dump(dict(entries[-MAX_KNOWN:]), temporary)
+        os.replace(temporary.name, KNOWN)

@@ -1,4 +1,4 @@
-"""The same files in a second place, and room for them."""
+"""Copying, moving, deleting and verifying files, and checks of free disk space."""
 
 import contextlib
 import hashlib
@@ -18,17 +18,17 @@ from tqdm import tqdm
 from cdpo_ray.errors import StoreError
 from cdpo_ray.store.failures import storage_errors
 from cdpo_ray.store.manifests import FILES_MANIFEST
-from cdpo_ray.store.places import MANIFEST, files_within, is_local, make_folder, new_file
+from cdpo_ray.store.paths import MANIFEST, files_within, is_local, make_folder, new_file
 from cdpo_ray.store.untrusted import path_within, read_untrusted
 
 log = logging.getLogger(__name__)
-MODE = 0o644  # safetensors writes 0600, which shared disks cannot use
-FILES_AT_ONCE = 4  # hashed by threads: a core hashes 1 GB/s, less than a disk reads
+MODE = 0o644  # safetensors writes 0600, which other users of a shared disk cannot read
+FILES_AT_ONCE = 4  # hashing threads: a core hashes 1 GB/s, less than a disk reads
 LINE_SECONDS = 60.0
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """`bytes` and `sha256` of a file; raises FileNotFoundError, or StoreError where the disk or the store fails."""
+    """`bytes` and `sha256` of a file; raises FileNotFoundError, or StoreError if the storage fails."""
     digest, size = hashlib.sha256(), 0
     for block in _blocks(path):
         digest.update(block)
@@ -37,21 +37,21 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """Content of a file, 4 MiB at a time."""
+    """Content of a file in blocks of at most 4 MiB."""
     with storage_errors(path, "read"), path.open("rb") as handle:
         while block := handle.read(2**22):
             yield block
 
 
-def damage(files: Mapping[Path, str], *, folder: Path) -> dict[Path, str]:
-    """Read files whole and compare their SHA-256; four at a time.
+def find_damage(files: Mapping[Path, str], *, folder: Path) -> dict[Path, str]:
+    """Read files in full and compare their SHA-256, `FILES_AT_ONCE` at a time.
 
     Args:
-        files: the SHA-256 that each should have.
-        folder: what they belong to, for the progress bar and the log.
+        files: expected SHA-256 by path.
+        folder: folder that the files belong to, for the progress bar and the log.
 
     Returns:
-        What is wrong with those that are missing or altered.
+        Description of the fault of each missing or altered file.
     """
     found, logged = dict[Path, str](), time.monotonic()
     pool = ThreadPoolExecutor(FILES_AT_ONCE)
@@ -67,21 +67,21 @@ def damage(files: Mapping[Path, str], *, folder: Path) -> dict[Path, str]:
                     logged = time.monotonic()
                     log.info("%s: %d of %d files verified", folder, num_read, len(files))
     finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for those that have not begun
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for files that have not been started
     return found
 
 
 def _sha256(path: Path) -> str | None:
-    """``None``: there is no such file."""
-    if is_local(path) and not path.is_file():  # a pipe of that name would never end
+    """SHA-256 of a file; ``None``: no such file."""
+    if is_local(path) and not path.is_file():  # reading a pipe may never end
         return None
     with contextlib.suppress(FileNotFoundError):
         return str(describe(path)["sha256"])
     return None
 
 
-def settled(path: Path) -> dict[str, Any]:
-    """`describe` of a file that from now on stays: on the disk itself, and for others to read."""
+def flush_and_describe(path: Path) -> dict[str, Any]:
+    """`describe` a finished file, after making it readable for others and flushing it to disk."""
     if is_local(path):
         with storage_errors(path):
             if not path.stat().st_mode & 0o004:
@@ -92,12 +92,12 @@ def settled(path: Path) -> dict[str, Any]:
 
 
 def link(source: Path, target: Path) -> None:
-    """The same file in a second place, without a second copy where the disk allows."""
+    """Hard-link a file to a second path, or copy it if the storage does not support links."""
     if is_local(source) and is_local(target):
         try:
             os.link(source, target)
             return
-        except OSError:  # another disk, or one that knows no links
+        except OSError:  # another disk, or one without hard links
             pass
     copy(source, target)
 
@@ -114,7 +114,7 @@ def move(source: Path, target: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file, whole or not at all; from and to local disk and object stores.
+    """Copy a file atomically, from and to local disks and object stores.
 
     Raises:
         StoreError: a disk or a store fails.
@@ -139,13 +139,13 @@ def copy_tree(source: Path, target: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a file, or a folder and all in it, if it is there.
+    """Delete a file, or a folder with its content, if it exists.
 
-    In an object store the objects that it lists are deleted, one by one: some stores cannot delete many at once, and
-    some fail at the name of a folder, which is no object.
+    In an object store, the listed objects are deleted one by one: some stores do not support batch deletion, and some
+    fail on the name of a folder, which is not an object.
 
     Raises:
-        StoreError: the disk or the store fails.
+        StoreError: the storage fails.
     """
     with storage_errors(path, "deleted"):
         if not is_local(path):
@@ -159,51 +159,51 @@ def delete(path: Path) -> None:
 
 
 def local_copy(folder: Path) -> Path:
-    """A finished folder as local files, for what reads no other: itself, or what its manifest names, fetched.
+    """Path of a finished folder on local disk, for libraries that read local files only.
 
-    It is fetched once a node, and again when it has changed.
+    A folder in an object store is downloaded by its manifest, once per node and again when it has changed.
 
     Raises:
-        StoreError: a file that was fetched is not the one that the manifest describes.
+        StoreError: a downloaded file does not match the manifest, or the local disk is full or belongs to others.
     """
     if is_local(folder):
         return folder
-    manifest = read_untrusted(folder / MANIFEST, FILES_MANIFEST, remedy=f"delete {folder} to make it again")
+    manifest = read_untrusted(folder / MANIFEST, FILES_MANIFEST, remedy=f"delete {folder} to regenerate it")
     copies = Path(tempfile.gettempdir()) / f"cdpo_ray-{os.getuid()}"
     with storage_errors(copies):
         copies.mkdir(mode=0o700, exist_ok=True)
         status = copies.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            raise StoreError(f"{copies}: belongs to another user, or is a link; set TMPDIR to a folder of your own")
+            raise StoreError(f"{copies}: belongs to another user or is a link; set TMPDIR to a folder of your own")
         done = copies / manifest["fingerprint"]
         if done.is_dir():
             return done
         refuse_full_disk(copies, sum(file["bytes"] for file in manifest["files"].values()))
-        with tempfile.TemporaryDirectory(dir=copies, ignore_cleanup_errors=True) as beside:
-            aside = Path(beside) / "whole"
+        with tempfile.TemporaryDirectory(dir=copies, ignore_cleanup_errors=True) as parent:
+            temporary = Path(parent) / "whole"
             for name, expected in manifest["files"].items():
-                copy(path_within(folder, name), aside / name)
-                if describe(aside / name) != expected:
+                copy(path_within(folder, name), temporary / name)
+                if describe(temporary / name) != expected:
                     raise StoreError(
-                        f"{folder / name}: was altered (its SHA-256 differs); delete {folder} to make it again"
+                        f"{folder / name}: was altered (its SHA-256 differs); delete {folder} to regenerate it"
                     )
             try:
-                aside.rename(done)
-            except OSError:  # another process of this node was quicker
+                temporary.rename(done)
+            except OSError:  # another process of this node was faster
                 if not done.is_dir():
                     raise
     return done
 
 
 def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
-    """Raise StoreError with path, needed and free bytes if a local disk has no such room; object stores have no end."""
+    """Raise StoreError if a local disk has less free space than needed; object stores are not checked."""
     if not is_local(folder):
         return
     with storage_errors(folder, "read"):
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(there).free
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise StoreError(
             f"{folder}: needs {needed_bytes / 2**20:,.1f} MiB, but {free / 2**20:,.1f} MiB are free on its disk;"
-            " make room, or choose another `run.dir`"
+            " free disk space, or choose another `run.dir`"
         )

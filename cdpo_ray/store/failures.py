@@ -1,4 +1,4 @@
-"""Errors of disks and object stores -> StoreError, with path, reason and what to do."""
+"""Errors of disks and object stores -> StoreError with path, reason and remedy."""
 
 import contextlib
 import errno
@@ -33,41 +33,41 @@ STORAGE_TEXT = re.compile(
         ]
     )
 )
-"""What the text of an error holds that came from a library or a process in which it was no `OSError` of Python's."""
+"""Text of a storage error that reaches us as text: from a native library or from another process."""
 MAX_REASON = 300
 ANSWERS = {"read": FileNotFoundError, "created": FileExistsError}
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path, doing: str = "written") -> Iterator[None]:
-    """Raise as StoreError what a disk or an object store answers in the block, which does nothing but use ``path``.
+    """Convert errors of a disk or an object store to StoreError, in a block that does nothing but access ``path``.
 
     Args:
         doing: "written", "created", "read" or "deleted".
 
     Raises:
-        FileNotFoundError, FileExistsError: of what is read and created; they are answers, not failures.
-        StoreError: with path, reason and what to do.
+        FileNotFoundError, FileExistsError: on reading and on creating; they are answers, not failures.
+        StoreError: with path, reason and remedy.
     """
     try:
         yield
     except CdpoError:
         raise
     except Exception as error:
-        # The clients of object stores raise more kinds than OSError.
+        # Clients of object stores raise other types than OSError.
         if isinstance(error, ANSWERS.get(doing, ())) or (isinstance(path, Path) and not isinstance(error, OSError)):
             raise
         reason, named = str(error) or type(error).__name__, str(getattr(error, "filename", None) or path)
-        if named in str(path) or str(path) in named:  # else the reason must say which file it is about
+        if named in str(path) or str(path) in named:  # otherwise the reason must name its file
             reason = getattr(error, "strerror", None) or reason
         raise _store_error(path, doing, reason) from None
 
 
 @contextlib.contextmanager
 def storage_errors_within(folder: Path) -> Iterator[None]:
-    """The same for a block that does other work too: only errors that are the storage's become StoreError.
+    """The same for a block that does other work too: only storage errors become StoreError.
 
-    They may come from this process, from a library that is not written in Python, or from a worker of Ray as text.
+    They may come from this process, from a native library, or from a Ray worker as text.
     """
     try:
         yield
@@ -80,7 +80,7 @@ def storage_errors_within(folder: Path) -> Iterator[None]:
 
 
 def _storage_reason(error: BaseException) -> str | None:
-    """The line that tells how the storage failed; ``None``: it did not, or an error of ours tells it already."""
+    """Line that describes a storage failure; ``None``: not a storage failure, or one of our own errors describes it."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, CdpoError):
@@ -89,7 +89,7 @@ def _storage_reason(error: BaseException) -> str | None:
             return str(seen)
         if type(seen).__module__.partition(".")[0] in STORE_CLIENTS:
             return str(seen)
-        cause = getattr(seen, "cause", None) or seen.__cause__  # Ray keeps what a worker raised in `cause`
+        cause = getattr(seen, "cause", None) or seen.__cause__  # Ray stores a worker's exception in `cause`
         seen = cause if cause is not seen else None
     if f"{CdpoError.__module__}." in str(error):
         return None
@@ -99,17 +99,17 @@ def _storage_reason(error: BaseException) -> str | None:
 
 def _store_error(path: Path, doing: str, reason: str) -> StoreError:
     is_full = any(os.strerror(number) in reason for number in FULL)
-    what_to_do = "check the disk and its permissions"
+    remedy = "check the disk and its permissions"
     if not isinstance(path, Path):
-        what_to_do = "check the network, the bucket and the credentials"
+        remedy = "check the network, the bucket and the credentials"
     elif is_full:
-        what_to_do = "make room"
+        remedy = "free disk space"
         with contextlib.suppress(OSError, StopIteration):
-            there = next(folder for folder in (path, *path.parents) if folder.is_dir())
-            what_to_do = f"{shutil.disk_usage(there).free / 2**20:,.1f} MiB are free there; make room"
-    return StoreError(f"{path}: cannot be {doing}: {one_line(reason)}; {what_to_do}, and give the same command again")
+            existing = next(folder for folder in (path, *path.parents) if folder.is_dir())
+            remedy = f"{shutil.disk_usage(existing).free / 2**20:,.1f} MiB are free; free disk space"
+    return StoreError(f"{path}: cannot be {doing}: {one_line(reason)}; {remedy}, and run the same command again")
 
 
 def one_line(text: str) -> str:
-    """A foreign text on one line, see `errors.printable`."""
+    """External text on one line, see `errors.printable`."""
     return printable(" ".join(text.split()).rstrip("."), MAX_REASON)

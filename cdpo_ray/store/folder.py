@@ -1,4 +1,4 @@
-"""A run's folder: a folder a step, written aside, manifest last, then put in place."""
+"""A run's folder, with one folder per step: written to a temporary folder, manifest last, then renamed."""
 
 import contextlib
 import logging
@@ -18,27 +18,27 @@ from cdpo_ray.config.reading import parse_yaml
 from cdpo_ray.errors import StoreError
 from cdpo_ray.records import STEP_FOLDERS
 from cdpo_ray.resources import usable_cpus
-from cdpo_ray.store.copies import damage, delete, move, settled
+from cdpo_ray.store.copies import delete, find_damage, flush_and_describe, move
 from cdpo_ray.store.failures import storage_errors, storage_errors_within
 from cdpo_ray.store.lock import LOCK, file_lock, renewed_lock
 from cdpo_ray.store.manifests import (
-    BEGUN_WITH,
     CONFIG,
     CONFIG_FACTS,
     SETTINGS,
     STEP_MANIFEST,
+    STEP_SETTINGS,
     contradictions,
     fingerprint_of,
     flat,
 )
-from cdpo_ray.store.places import MANIFEST, exists, files_within, is_local, make_folder, write_json
-from cdpo_ray.store.untrusted import bytes_of, damage_sentence, path_within, read_untrusted, refuse_links_out
+from cdpo_ray.store.paths import MANIFEST, exists, files_within, is_local, make_folder, write_json
+from cdpo_ray.store.untrusted import damage_message, path_within, read_untrusted, read_untrusted_bytes, refuse_links_out
 
 log = logging.getLogger(__name__)
 PARTS = "parts"
-"""Folder beside unfinished work from which `cdpo_ray.dataflow.parts` resumes."""
+"""Folder within an unfinished step from which `cdpo_ray.dataflow.parts` resumes."""
 FAULTS_SHOWN = 5
-HOW_TO_MEND = "delete the folder, restore the value, or choose another `run.name`"
+SETTINGS_REMEDY = "delete the folder, restore the value, or choose another `run.name`"
 VERSIONS_KEPT = (
     "cdpo_ray",
     "torch",
@@ -54,10 +54,13 @@ VERSIONS_KEPT = (
 
 @dataclass
 class StepOutput:
-    """What a step hands to its manifest beside its files.
+    """What a step adds to its manifest besides its files.
 
     Attributes:
-        parts: which of its settings it is to work for: all, or those that were added to a step that grows.
+        parts: names of the settings to work on: all, or those added to a finished step that ``grows``.
+        counts: numbers by name, such as of prompts or images.
+        warnings: sentences for the user.
+        details: further JSON values by name.
     """
 
     parts: Sequence[str] = ()
@@ -67,11 +70,11 @@ class StepOutput:
 
 
 class RunFolder:
-    """``runs/<name>``: reads finished steps, writes one at a time.
+    """Folder ``runs/<name>``: reads finished steps and writes one step at a time.
 
     Args:
-        foreign: it may be somebody else's, so that no step may be a symbolic link that leads out of it. In a run of
-            one's own a finished step may be a link to another run's.
+        foreign: the run may be somebody else's; a step must not be a symbolic link that leads out of it. In one's own
+            run, a finished step may be a link to another run's step.
     """
 
     def __init__(self, path: Path, *, foreign: bool = False) -> None:
@@ -81,10 +84,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process.
+        """Lock the folder for this process.
 
         Raises:
-            StoreError: the folder cannot be made or written, or another process holds it.
+            StoreError: the folder cannot be created or written, or another process holds the lock.
         """
         with file_lock(self.path) if is_local(self.path) else renewed_lock(self.path / LOCK):
             yield
@@ -99,65 +102,68 @@ class RunFolder:
         return exists(path_within(path, MANIFEST))
 
     def step(self, folder: str) -> Path:
-        """The folder of a finished step.
+        """Folder of a finished step.
 
         Raises:
-            StoreError: the step has not been done, or as of `has`.
+            StoreError: the step is not finished; and as `has`.
         """
         path = self.path / folder
         if not self.has(folder):
-            raise StoreError(f"{path}: not there, or not finished; run the step that makes it first")
+            raise StoreError(f"{path}: is missing or not finished; run the step that makes it first")
         return path
 
     def manifest(self, folder: str) -> dict[str, Any]:
-        """What a finished step says of itself, see `manifests.StepManifest`.
+        """Manifest of a finished step, see `manifests.StepManifest`.
 
         Raises:
-            StoreError: the step has not been done, or its manifest is damaged.
+            StoreError: the step is not finished, or its manifest is damaged.
         """
         path = self.step(folder)
         manifest: dict[str, Any] = read_untrusted(
-            path / MANIFEST, STEP_MANIFEST, remedy=f"delete {path} to make it again"
+            path / MANIFEST, STEP_MANIFEST, remedy=f"delete {path} to regenerate it"
         )
         return manifest
 
     def is_complete(
         self, folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str], *, grows: bool = False
     ) -> bool:
-        """Whether the step is there, whole, and made from these settings and inputs.
+        """Whether the step is finished, undamaged, and made from these settings and inputs.
 
         Args:
-            grows: it may hold more than these settings ask for, and is not complete if it holds less.
+            settings: everything that decides the step's outcome.
+            inputs: fingerprints of earlier steps, by name.
+            grows: the step may hold more than these settings require, and is incomplete if it holds less.
 
         Raises:
-            StoreError: it is there but was made with other settings or inputs, or a file is missing or altered.
+            StoreError: the step was made with other settings or inputs, or a file is missing or altered.
         """
         if not self.has(folder):
             return False
         made = self.manifest(folder)["settings"]
-        there = {name: value for name, value in settings.items() if not grows or name in made}
-        self.refuse_difference(folder, there, inputs, grows=grows)
+        present = {name: value for name, value in settings.items() if not grows or name in made}
+        self.refuse_difference(folder, present, inputs, grows=grows)
         self.refuse_damage(folder)
-        return len(there) == len(settings)
+        return len(present) == len(settings)
 
     def refuse_difference(
         self, folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str], *, grows: bool = False
     ) -> None:
-        """Compare what a finished step was made from; reads its manifest alone.
+        """Compare the settings and inputs that a finished step was made with; reads only its manifest.
 
         Args:
-            grows: it may hold more than these settings ask for.
+            settings, inputs: as of `is_complete`.
+            grows: the step may hold more than these settings require.
 
         Raises:
-            StoreError: the step has not been done, or was made with other settings or inputs.
+            StoreError: the step is not finished, or was made with other settings or inputs.
         """
         path, manifest = self.path / folder, self.manifest(folder)
         made = {name: value for name, value in manifest["settings"].items() if not grows or name in settings}
         if changed := differences(made, settings):
-            raise StoreError(f"{path} was made with {changed}; {HOW_TO_MEND}")
+            raise StoreError(f"{path} was made with {changed}; {SETTINGS_REMEDY}")
         for name, fingerprint in inputs.items():
             if manifest["inputs"].get(name) != fingerprint:
-                raise StoreError(f"{path} was made from another {name}; delete {path} to make it again")
+                raise StoreError(f"{path} was made from another {name}; delete {path} to regenerate it")
 
     def refuse_damage(
         self, folder: str, files: Sequence[str] | None = None, *, once: bool = False, read_up_to: float = math.inf
@@ -165,13 +171,13 @@ class RunFolder:
         """Read the files of a finished step and compare them with its manifest.
 
         Args:
-            files: of the manifest, those to read; ``None``: all. Then a table that the manifest does not name is a
-                fault too, for steps read every table of a folder.
-            once: do nothing if this object wrote or verified the whole step before.
-            read_up_to: bytes; of larger files only the size is compared.
+            files: names in the manifest of the files to read; ``None``: all, and a table that the manifest does not
+                name is a fault too, because steps read every table of a folder.
+            once: do nothing if this object has written or verified the whole step before.
+            read_up_to: size limit in bytes; of larger files only the size is compared.
 
         Raises:
-            StoreError: the step has not been done, or a file is missing, altered or added.
+            StoreError: the step is not finished, or a file is missing, altered or added.
         """
         path, manifest = self.path / folder, self.manifest(folder)
         if once and self._verified.get(folder) == manifest["fingerprint"]:
@@ -179,7 +185,7 @@ class RunFolder:
         expected = manifest["files"]
         named = {path_within(path, name): expected[name] for name in files or expected}
         read = {file: entry["sha256"] for file, entry in named.items() if entry["bytes"] <= read_up_to}
-        faults = damage(read, folder=path)
+        faults = find_damage(read, folder=path)
         faults |= {
             file: fault
             for file, entry in named.items()
@@ -190,32 +196,32 @@ class RunFolder:
         if faults:
             shown = [f"{file}: {fault}" for file, fault in faults.items()]
             more = f"; and {len(shown) - FAULTS_SHOWN} more" if len(shown) > FAULTS_SHOWN else ""
-            raise StoreError(f"{'; '.join(shown[:FAULTS_SHOWN])}{more}; delete {path} to make it again")
+            raise StoreError(f"{'; '.join(shown[:FAULTS_SHOWN])}{more}; delete {path} to regenerate it")
         if files is None and len(read) == len(named):
             self._verified[folder] = manifest["fingerprint"]
 
     def config(self) -> dict[str, Any]:
-        """What `config.yaml` says, as plain values; checked against what the finished steps were made with.
+        """Values of `config.yaml`, checked against the settings of the finished steps.
 
         Raises:
-            FileNotFoundError: it is not there.
-            ConfigError: it is not YAML.
-            StoreError: it is no configuration, or says something else than a step was made with.
+            FileNotFoundError: there is no such file.
+            ConfigError: the file is not YAML.
+            StoreError: the file is not a configuration, or contradicts the settings of a finished step.
         """
         path = path_within(self.path, CONFIG)
         remedy = "`cdpo run CONFIG` with the run's configuration rewrites it"
-        values = parse_yaml(bytes_of(path, remedy=remedy).decode("utf-8", "replace"), where=str(path))
+        values = parse_yaml(read_untrusted_bytes(path, remedy=remedy).decode("utf-8", "replace"), where=str(path))
         try:
             CONFIG_FACTS.validate_python(values, strict=True)
         except ValidationError as error:
-            raise StoreError(damage_sentence(error, where=str(path), remedy=remedy)) from None
+            raise StoreError(damage_message(error, where=str(path), remedy=remedy)) from None
         for folder in STEP_FOLDERS:
             if self.has(folder) and (edited := contradictions(values, self.manifest(folder)["settings"])):
                 raise StoreError(f"{path}: is not the configuration that {folder} was made with: {edited}; {remedy}")
         return values
 
     def _added_tables(self, folder: str, expected: Mapping[str, Any]) -> list[Path]:
-        if exists(self.path / f"{folder}.partial"):  # files that are being added, whose manifest is still to come
+        if exists(self.path / f"{folder}.partial"):  # files are being added; their manifest is written last
             return []
         return [
             path
@@ -224,10 +230,10 @@ class RunFolder:
         ]
 
     def fingerprint(self, folder: str, files: Sequence[str] | None = None) -> str:
-        """What tells a finished step's files, or some of them, from others of the same names.
+        """Fingerprint of a finished step's files, or of some of them.
 
         Raises:
-            StoreError: the step has not been done, or has no such file.
+            StoreError: the step is not finished, or has no such file.
         """
         manifest = self.manifest(folder)
         if files is None:
@@ -249,44 +255,52 @@ class RunFolder:
         allow_change: bool = False,
         scratch: Sequence[str] = (),
     ) -> Iterator[tuple[Path, StepOutput]]:
-        """Write a step aside; when the block ends well, describe every file in the manifest and put it in place.
+        """Context manager that yields a temporary folder to write a step into, and commits it if the block succeeds.
 
-        In an object store, which cannot rename, it is written in place: it counts once the manifest is there. What an
-        earlier attempt left is thrown away, unless the step is ``resumable`` and was begun alike. What is written of a
-        finished step that ``grows`` joins its files, none of which may change.
+        A commit writes the manifest, which describes every file, and renames the folder. Object stores cannot rename:
+        there the step is written in place and counts once its manifest exists. Files of an earlier attempt are deleted,
+        unless the step is ``resumable`` and has the same settings and inputs. Files written for a finished step that
+        ``grows`` are added to it; its existing files never change.
 
         Args:
-            allow_change: go on with what was begun with other settings; the manifest tells the difference.
-            scratch: names of folders in it that an interrupted step is resumed from; they are no part of the step, and
-                are deleted only once it is in place.
+            settings, inputs: as of `is_complete`; recorded in the manifest.
+            seed: seed of the run, recorded in the manifest.
+            resumable: whether an interrupted attempt can be resumed.
+            grows: whether files may be added to the finished step.
+            allow_change: resume an attempt that has other settings; the manifest records the difference.
+            scratch: names of folders that an interrupted step is resumed from; they are not part of the step and are
+                deleted after the commit.
+
+        Yields:
+            Absolute path of the folder to write into, and the `StepOutput` to fill in.
 
         Raises:
-            StoreError: a folder without manifest is in its place, it was begun with other settings or inputs, or the
-                disk or the store fails.
+            StoreError: the step's folder exists without a manifest, an interrupted attempt has other settings or
+                inputs, or the storage fails.
         """
-        place = path_within(self.path, folder)
+        final = path_within(self.path, folder)
         finished = self.manifest(folder) if grows and self.has(folder) else None
-        aside = place if not is_local(place) and not finished else path_within(self.path, f"{folder}.partial")
-        if not finished and exists(place) and (aside != place or not exists(place / SETTINGS)):
-            raise StoreError(f"{place}: is there without its {MANIFEST}; delete it to make it again")
-        begun_with: dict[str, Any] = {"settings": dict(settings), "inputs": dict(inputs)}
+        partial = final if not is_local(final) and not finished else path_within(self.path, f"{folder}.partial")
+        if not finished and exists(final) and (partial != final or not exists(final / SETTINGS)):
+            raise StoreError(f"{final}: has no {MANIFEST}; delete the folder to regenerate it")
+        made_from: dict[str, Any] = {"settings": dict(settings), "inputs": dict(inputs)}
         changes: list[str] = []
-        if exists(aside):
-            if resumable and exists(aside / SETTINGS):
-                refuse_links_out(aside, self.path)
-                changes = _changes_since(aside, begun_with, allow_change=allow_change)
+        if exists(partial):
+            if resumable and exists(partial / SETTINGS):
+                refuse_links_out(partial, self.path)
+                changes = _changes_since(partial, made_from, allow_change=allow_change)
             else:
-                delete(aside)
-        with storage_errors_within(aside):
-            make_folder(aside)
-            write_json(aside / SETTINGS, begun_with | {"changes": changes})
+                delete(partial)
+        with storage_errors_within(partial):
+            make_folder(partial)
+            write_json(partial / SETTINGS, made_from | {"changes": changes})
             started = time.monotonic()
             output = StepOutput(parts=[name for name in settings if not finished or name not in finished["settings"]])
-            yield aside.absolute(), output  # workers have folders of their own to be in
-            files = {name: settled(path) for name, path in _products(aside, scratch).items()}
+            yield partial.absolute(), output  # workers have other working folders
+            files = {name: flush_and_describe(path) for name, path in _products(partial, scratch).items()}
             manifest = {
                 "step": folder,
-                **begun_with,
+                **made_from,
                 "files": files,
                 "fingerprint": fingerprint_of(files),
                 "counts": output.counts,
@@ -303,36 +317,36 @@ class RunFolder:
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             if finished:
-                self._add(folder, aside, finished, manifest)
+                self._add(folder, partial, finished, manifest)
                 return
-            write_json(aside / MANIFEST, manifest)
-            if aside != place:
-                with storage_errors(place):
-                    aside.rename(place)
+            write_json(partial / MANIFEST, manifest)
+            if partial != final:
+                with storage_errors(final):
+                    partial.rename(final)
             self._verified[folder] = manifest["fingerprint"]
         self.delete_leftovers(folder, scratch)
 
     def delete_leftovers(self, folder: str, scratch: Sequence[str]) -> None:
-        """Delete what a finished step was written with and no longer needs; also after a kill in the midst of that.
+        """Delete files that a finished step no longer needs, including those that an earlier, killed call left.
 
         A failure is only logged: the step is complete, and the next run tries again.
 
         Args:
-            scratch: as `writing` was given.
+            scratch: as of `writing`.
         """
         try:
-            delete(self.path / f"{folder}.partial")  # of files that were added, which the manifest names by now
+            delete(self.path / f"{folder}.partial")  # of added files, which the manifest names by now
             if exists(self.path / folder / SETTINGS):
-                for name in (*scratch, PARTS, SETTINGS):  # the settings last: they tell that there may be more
+                for name in (*scratch, PARTS, SETTINGS):  # the settings last: they mark that leftovers may exist
                     delete(self.path / folder / name)
         except StoreError as error:
             log.warning("%s; the step is complete, only leftovers remain", error)
 
-    def _add(self, folder: str, aside: Path, finished: dict[str, Any], added: dict[str, Any]) -> None:
+    def _add(self, folder: str, partial: Path, finished: dict[str, Any], added: dict[str, Any]) -> None:
         """Move files into a finished step; they count once the manifest, written last, names them."""
         assert not set(added["files"]) & set(finished["files"]), "a file of a finished step never changes"
         for name in added["files"]:
-            move(aside / name, self.path / folder / name)
+            move(partial / name, self.path / folder / name)
         whole = finished | {key: finished[key] | added[key] for key in ("settings", "files", "details")}
         whole["fingerprint"] = fingerprint_of(whole["files"])
         whole["warnings"] = finished["warnings"] + added["warnings"]
@@ -341,7 +355,7 @@ class RunFolder:
         whole["seconds"] = finished["seconds"] + added["seconds"]
         write_json(self.path / folder / MANIFEST, whole)
         self._verified.pop(folder, None)
-        delete(aside)
+        delete(partial)
 
 
 def _size_fault(file: Path, num_bytes: int) -> str | None:
@@ -350,29 +364,29 @@ def _size_fault(file: Path, num_bytes: int) -> str | None:
     return None if file.stat().st_size == num_bytes else "was altered (its size differs)"
 
 
-def _products(aside: Path, scratch: Sequence[str]) -> dict[str, Path]:
-    """What the step made, once what a broken-off write left is gone."""
+def _products(partial: Path, scratch: Sequence[str]) -> dict[str, Path]:
+    """Files that the step made; temporary files of an interrupted write are deleted."""
     others = {SETTINGS, MANIFEST, PARTS, *scratch}
-    found = {name: path for name, path in files_within(aside).items() if name.partition("/")[0] not in others}
+    found = {name: path for name, path in files_within(partial).items() if name.partition("/")[0] not in others}
     for name in [name for name in found if name.endswith(".tmp")]:
         delete(found.pop(name))
     return found
 
 
-def _changes_since(aside: Path, now: Mapping[str, Any], *, allow_change: bool) -> list[str]:
-    """What changed, each time that a step was gone on with, since it was begun."""
-    begun = read_untrusted(aside / SETTINGS, BEGUN_WITH, remedy=f"delete {aside} to start over")
-    if begun["inputs"] != now["inputs"]:
-        raise StoreError(f"{aside} was begun from other inputs; delete it to start over")
-    changes: list[str] = begun.get("changes", [])
-    changed = differences(begun["settings"], now["settings"])
+def _changes_since(partial: Path, now: Mapping[str, Any], *, allow_change: bool) -> list[str]:
+    """Changes of the settings at each resume of an unfinished step."""
+    started = read_untrusted(partial / SETTINGS, STEP_SETTINGS, remedy=f"delete {partial} to start over")
+    if started["inputs"] != now["inputs"]:
+        raise StoreError(f"{partial} was started with other inputs; delete it to start over")
+    changes: list[str] = started.get("changes", [])
+    changed = differences(started["settings"], now["settings"])
     if changed and not allow_change:
-        raise StoreError(f"{aside} was begun with {changed}; {HOW_TO_MEND}")
+        raise StoreError(f"{partial} was started with {changed}; {SETTINGS_REMEDY}")
     return [*changes, changed] if changed else changes
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between the settings that something was made with and those of a config; empty if nothing does."""
+    """Differences between recorded settings and those of a config, as text; empty if there are none."""
     before, after = flat(then), flat(now)
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     return "; ".join(f"`{key}` = {before.get(key)}, config says {after.get(key)}" for key in changed)

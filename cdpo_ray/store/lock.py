@@ -1,4 +1,4 @@
-"""One process at a time writes into a run's folder."""
+"""Locks of a run's folder: one process writes at a time."""
 
 import contextlib
 import errno
@@ -24,13 +24,13 @@ from typing_extensions import TypedDict
 from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.store.copies import delete
 from cdpo_ray.store.failures import one_line, storage_errors
-from cdpo_ray.store.places import is_local, make_folder, new_file, read_bytes
+from cdpo_ray.store.paths import is_local, make_folder, new_file, read_bytes
 
 log = logging.getLogger(__name__)
 
 
 class Holder(TypedDict):
-    """Content of a lock in an object store."""
+    """Content of a lock file in an object store."""
 
     pid: Annotated[int, Field(ge=1, lt=2**31)]
     host: str
@@ -41,20 +41,20 @@ HOLDER: TypeAdapter[Holder] = TypeAdapter(Holder)
 LOCK = ".lock"
 HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
-"""What `flock` answers on disks without file locks: some network disks, and those of some containers."""
+"""Error numbers of `flock` on file systems without locks: some network disks, and those of some containers."""
 UNKNOWN = "unknown process"
-ANSWER_SECONDS = 3.0  # of an object store, before anything slow begins
+ANSWER_SECONDS = 3.0  # timeout of an object store
 RENEW_SECONDS = 15.0
 STALE_SECONDS = 60.0
-SETTLE_SECONDS = 1.0  # of two processes that take a stale lock over at once, the later one has it
+SETTLE_SECONDS = 1.0  # if two processes take over a stale lock at once, the later one gets it
 
 
 @contextlib.contextmanager
 def file_lock(folder: Path) -> Iterator[None]:
-    """Hold a local folder for this process; the lock goes with the process, however that ends.
+    """Lock a local folder for this process; the kernel releases the lock when the process ends.
 
     Raises:
-        StoreError: the folder cannot be made or written, its lock file is a link, or another process holds it.
+        StoreError: the folder cannot be created or written, its lock file is a link, or another process holds the lock.
     """
     make_folder(folder)
     with storage_errors(folder):
@@ -71,7 +71,7 @@ def file_lock(folder: Path) -> Iterator[None]:
                     ) from None
                 if error.errno not in NO_LOCKS:
                     raise
-                log.warning("%s: its disk has no file locks (%s); using a lock file that is renewed", folder, error)
+                log.warning("%s: its disk has no file locks (%s); using a heartbeat lock file instead", folder, error)
                 stack.enter_context(renewed_lock(folder / f"{LOCK}.held"))
             else:
                 handle.truncate(0)
@@ -80,41 +80,41 @@ def file_lock(folder: Path) -> Iterator[None]:
 
 
 def _open_lock(path: Path) -> BinaryIO:
-    """Open a lock file, which is emptied later: never what a link of its name leads to.
+    """Open a lock file without following links, because it is truncated later.
 
     Raises:
-        StoreError: it is a symbolic link, a hard link, or no regular file.
+        StoreError: the path is a symbolic link, a hard link, or not a regular file.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise StoreError(f"{path}: is a symbolic link, which no lock file is; delete it") from None
-    handle = os.fdopen(descriptor, "a+b", buffering=0)  # a buffer that a full disk does not take would fail at `close`
+        raise StoreError(f"{path}: must be a regular file, got a symbolic link; delete it") from None
+    handle = os.fdopen(descriptor, "a+b", buffering=0)  # on a full disk, a buffered write would fail only at `close`
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         handle.close()
-        raise StoreError(f"{path}: is a link or no regular file, which no lock file is; delete it")
+        raise StoreError(f"{path}: must be a regular file without other links, got another kind; delete it")
     return handle
 
 
 @contextlib.contextmanager
 def renewed_lock(path: Path) -> Iterator[None]:
-    """Hold the folder that ``path`` lies in for this process, by creating that file: object stores have no other locks.
+    """Lock the parent folder of ``path`` for this process by creating that file: object stores have no other locks.
 
-    It is renewed while the process lives. It is taken over from a process of this machine that is dead, and from any
-    that has not renewed it for a minute, by the storage's clock.
+    A thread renews the lock (heartbeat). It is taken over from a dead process of this machine, and from any process
+    that has not renewed it for `STALE_SECONDS` by the storage's clock.
 
     Raises:
-        StoreError: the storage does not answer, cannot be written, or another process holds the folder.
+        StoreError: the storage does not answer or cannot be written, or another process holds the lock.
     """
     mine = json.dumps({"pid": os.getpid(), "host": platform.node(), "id": secrets.token_hex(8)}).encode()
     try:
         _put(path, mine, create=True)
     except FileExistsError:
         _refuse_unless_stale(path)
-        log.warning("%s: taken over from a process that is gone", path)
+        log.warning("%s: taken over from a process that has ended", path)
         _put(path, mine)
         time.sleep(SETTLE_SECONDS)
         if _content(path) != mine:
@@ -130,8 +130,8 @@ def renewed_lock(path: Path) -> Iterator[None]:
         try:
             if _content(path) == mine:
                 delete(path)
-        except StoreError as error:  # what was done in the block stands
-            log.warning("%s; it counts as gone after %.0f s", error, STALE_SECONDS)
+        except StoreError as error:  # the work of the block stays valid
+            log.warning("%s; the lock expires after %.0f s", error, STALE_SECONDS)
 
 
 def _content(path: Path) -> bytes | None:
@@ -142,10 +142,10 @@ def _content(path: Path) -> bytes | None:
 
 
 def _put(path: Path, content: bytes, *, create: bool = False) -> None:
-    """Write a lock, in an object store within `ANSWER_SECONDS`.
+    """Write a lock file; an object store must answer within `ANSWER_SECONDS`.
 
     Raises:
-        FileExistsError: it is there and shall be created.
+        FileExistsError: ``create`` is set and the file exists.
         StoreError: the storage does not answer, or fails.
     """
     if is_local(path):
@@ -162,20 +162,20 @@ def _put(path: Path, content: bytes, *, create: bool = False) -> None:
     except FileExistsError:
         raise
     except TimeoutError:
-        told = (
-            f"the store did not answer in {ANSWER_SECONDS:g} s, or only with errors that are retried; check the network"
-            " and AWS_ENDPOINT_URL"
+        message = (
+            f"the store did not answer in {ANSWER_SECONDS:g} s, or only with retryable errors; check the network and"
+            " AWS_ENDPOINT_URL"
         )
-    except Exception as error:  # the stores' own libraries have more kinds than OSError
+    except Exception as error:  # clients of object stores raise other types than OSError
         reason = one_line(str(error))
-        told = f"cannot be written: {reason}; check its bucket and the credentials, or choose another `run.dir`"
+        message = f"cannot be written: {reason}; check its bucket and the credentials, or choose another `run.dir`"
     else:
         return
-    raise StoreError(f"{path.parent}: {told}")
+    raise StoreError(f"{path.parent}: {message}")
 
 
 async def _put_object(fs: Any, key: str, content: bytes, create: bool) -> None:
-    if create:  # asked first, for stores that take no heed of the condition
+    if create:  # checked first, for stores that ignore the condition of the write
         with contextlib.suppress(FileNotFoundError):
             await fs._info(key)
             raise FileExistsError(key)
@@ -189,22 +189,22 @@ def _refuse_unless_stale(path: Path) -> None:
         return
     try:
         found = HOLDER.validate_json(content, strict=True)
-    except ValidationError:  # not ours, or not written yet
+    except ValidationError:  # of another program, or not written yet
         holder = UNKNOWN
     else:
         if found["host"] == platform.node() and not is_alive(found["pid"]):
             return
         holder = _holder(found["pid"], found["host"])
-    clock = path.with_name(f"{path.name}.clock")  # no two machines' clocks agree: both times are the storage's
+    clock = path.with_name(f"{path.name}.clock")  # clocks of machines differ: both times are the storage's
     _put(clock, b"")
     age = _modified(clock) - renewed
     delete(clock)
     if age < STALE_SECONDS:
-        raise _held(path.parent, f"{holder}, {age:.0f} s ago; after {STALE_SECONDS:.0f} s it counts as gone")
+        raise _held(path.parent, f"{holder}, {age:.0f} s ago; its lock expires after {STALE_SECONDS:.0f} s")
 
 
 def _modified(path: Path) -> float:
-    """When a file was last written, in seconds, by the storage's clock."""
+    """Unix time in seconds of the last write to a file, by the storage's clock."""
     with storage_errors(path, "read"):
         if is_local(path):
             return path.stat().st_mtime
@@ -216,11 +216,11 @@ def _renew(path: Path, mine: bytes, released: threading.Event) -> None:
     while not released.wait(RENEW_SECONDS):
         try:
             if _content(path) not in (mine, None):
-                log.error("%s: another run has taken this folder over; stopping", path)
+                log.error("%s: another run has taken over this folder; stopping", path)
                 os.kill(os.getpid(), signal.SIGINT)
                 return
             _put(path, mine)
-        except Exception as error:  # the next renewal may go well
+        except Exception as error:  # the next renewal may succeed
             log.warning("%s: could not be renewed: %s", path, error)
 
 

@@ -1,4 +1,4 @@
-"""What manifests and `config.yaml` of a run must be: they lie in a folder that somebody else may have made."""
+"""Schemas of a run's manifests and `config.yaml`, which somebody else may have written."""
 
 import hashlib
 import json
@@ -11,18 +11,18 @@ from typing_extensions import TypedDict
 from cdpo_ray.config.rewards import JUDGE_NO_IMAGE, REWARD_NAMES
 from cdpo_ray.errors import printable
 from cdpo_ray.records import PERTURBATION
-from cdpo_ray.store.places import MANIFEST
+from cdpo_ray.store.paths import MANIFEST
 from cdpo_ray.store.untrusted import Count, Predicted, Seconds, Timestamp, other_keys_allowed
 
 SETTINGS = "settings.json"
-"""Beside unfinished work: what it was begun with."""
+"""File in the folder of an unfinished step: the settings and inputs that it was started with."""
 CONFIG = "config.yaml"
-"""Beside the steps: the configuration that they were made with."""
+"""File beside the steps: the configuration that they were made with."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def fingerprint_of(files: Mapping[str, Any]) -> str:
-    """What tells these files, as `describe` does each, from others."""
+    """SHA-256 of the names and `describe` entries of files."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
@@ -33,7 +33,7 @@ class FileFacts(TypedDict):
 
 @other_keys_allowed
 class FilesManifest(TypedDict):
-    """What every manifest has: of a step, or of a checkpoint."""
+    """Common part of the manifests of steps and checkpoints."""
 
     files: dict[str, FileFacts]
     fingerprint: Sha256
@@ -47,7 +47,7 @@ class Details(TypedDict):
 
 @other_keys_allowed
 class StepManifest(FilesManifest):
-    """Of a finished step."""
+    """Manifest of a finished step."""
 
     settings: dict[str, Any]
     inputs: dict[str, str]
@@ -61,7 +61,7 @@ class StepManifest(FilesManifest):
     created: Timestamp
 
 
-class BegunWith(TypedDict):
+class StepSettings(TypedDict):
     """Content of `SETTINGS`."""
 
     settings: dict[str, Any]
@@ -83,7 +83,7 @@ class EvaluationFacts(TypedDict):
 
 @other_keys_allowed
 class ConfigFacts(TypedDict):
-    """What is read of `config.yaml`; the rest is only shown."""
+    """Keys of `config.yaml` that are used; the others are only shown."""
 
     rewards: RewardFacts
     evaluation: NotRequired[EvaluationFacts]
@@ -91,7 +91,7 @@ class ConfigFacts(TypedDict):
 
 
 def _is_consistent(manifest: FilesManifest) -> FilesManifest:
-    """The fingerprint names a cached copy and stands for the files: a false one would pass them off as others."""
+    """Check the fingerprint, which identifies the files and names their cached copy."""
     if reserved := {MANIFEST, SETTINGS} & set(manifest["files"]):
         raise ValueError(f"`files` must not name {', '.join(reserved)}")
     if manifest["fingerprint"] != fingerprint_of(manifest["files"]):
@@ -101,34 +101,35 @@ def _is_consistent(manifest: FilesManifest) -> FilesManifest:
 
 FILES_MANIFEST: TypeAdapter[FilesManifest] = TypeAdapter(Annotated[FilesManifest, AfterValidator(_is_consistent)])
 STEP_MANIFEST: TypeAdapter[StepManifest] = TypeAdapter(Annotated[StepManifest, AfterValidator(_is_consistent)])
-BEGUN_WITH: TypeAdapter[BegunWith] = TypeAdapter(BegunWith)
+STEP_SETTINGS: TypeAdapter[StepSettings] = TypeAdapter(StepSettings)
 CONFIG_FACTS: TypeAdapter[ConfigFacts] = TypeAdapter(ConfigFacts)
 
 
 def contradictions(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """What a configuration says otherwise than the settings that a step was made with; empty if nothing.
+    """Differences between a configuration and the settings that a step was made with, as text; empty if none.
 
     Args:
-        config: plain values that `CONFIG_FACTS` holds for.
-        settings: of the step's manifest.
+        config: plain values that are valid by `CONFIG_FACTS`.
+        settings: settings of the step's manifest.
     """
-    says, rewards = flat(config), config["rewards"]
-    says["rewards.rank_by"] = rewards["rank_by"] or rewards["names"][0]
+    stated, rewards = flat(config), config["rewards"]
+    stated["rewards.rank_by"] = rewards["rank_by"] or rewards["names"][0]
     judges = [*dict.fromkeys([*rewards["names"], *config.get("evaluation", {}).get("judges", [])])]
-    if "evaluation.judges" in says:
-        says["evaluation.judges"] = [name for name in judges if name not in JUDGE_NO_IMAGE]
-    rewards_unused = [name for name in (*REWARD_NAMES, PERTURBATION) if name not in judges]  # or by an earlier config
+    if "evaluation.judges" in stated:
+        stated["evaluation.judges"] = [name for name in judges if name not in JUDGE_NO_IMAGE]
+    # Settings of rewards that this config does not use may come from an earlier one.
+    rewards_unused = [name for name in (*REWARD_NAMES, PERTURBATION) if name not in judges]
     unused = tuple(f"rewards.{name}." for name in rewards_unused)
-    made = {key: value for key, value in flat(settings).items() if key in says and not key.startswith(unused)}
+    made = {key: value for key, value in flat(settings).items() if key in stated and not key.startswith(unused)}
     return "; ".join(
-        f"`{printable(key)}` was {printable(value)}, the file says {printable(says[key])}"
+        f"`{printable(key)}` was {printable(value)}, the file says {printable(stated[key])}"
         for key, value in made.items()
-        if value != says[key]
+        if value != stated[key]
     )
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings -> one, with keys as they are written on the command line: ``training.lora.rank``."""
+    """Flatten nested mappings; keys are dotted as on the command line: ``training.lora.rank``."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:

@@ -1,4 +1,4 @@
-"""Parquet files, wherever they lie."""
+"""Parquet files on local disk and in object stores."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,31 +9,31 @@ import pyarrow.parquet as pq
 
 from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.store.failures import storage_errors
-from cdpo_ray.store.places import is_local, new_file
+from cdpo_ray.store.paths import is_local, new_file
 
 EXTENSION = b"ARROW:extension:name"
-"""Key of a field's metadata where its extension type is not registered in this process."""
+"""Metadata key of a field whose extension type is not registered in this process."""
 
 
-def arrow_place(path: Path) -> dict[str, Any]:
-    """A path as pyarrow and Ray Data take it: `{"path": text, "filesystem": ...}`."""
+def arrow_path(path: Path) -> dict[str, Any]:
+    """Path as pyarrow and Ray Data accept it: `{"path": text, "filesystem": ...}`."""
     if is_local(path):
         return {"path": str(path), "filesystem": None}
     return {"path": path.path, "filesystem": path.fs}  # type: ignore[attr-defined]
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file whole or not at all."""
+    """Write a Parquet file atomically; raises StoreError."""
     write_tables([table], path)
 
 
 def write_tables(tables: Iterable[pa.Table], path: Path) -> None:
-    """Write a Parquet file whole or not at all, table by table: at least one, all of one schema.
+    """Write at least one table of one schema to a Parquet file, atomically.
 
-    One table is held at a time; each starts a row group.
+    One table is held in memory at a time; each starts a row group.
 
     Raises:
-        StoreError: the disk or the store fails.
+        StoreError: the storage fails.
     """
     with new_file(path) as handle:
         _write_tables(tables, handle)
@@ -47,11 +47,11 @@ def _write_tables(tables: Iterable[pa.Table], handle: BinaryIO) -> None:
         del first
         for table in tables:
             writer.write_table(table)
-            del table  # before the next is made
+            del table  # freed before the next is made
 
 
 def table_bytes(table: pa.Table) -> bytes:
-    """Content of the Parquet file that `write_table` writes; equal tables give equal bytes."""
+    """Content of the Parquet file that `write_table` would write; equal tables give equal bytes."""
     buffer = pa.BufferOutputStream()
     _write_tables([table], buffer)
     content: bytes = buffer.getvalue().to_pybytes()
@@ -59,19 +59,23 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None, filters: Any = None) -> pa.Table:
-    """Columns of a Parquet file, all by default.
+    """Read columns of a Parquet file.
+
+    Args:
+        columns: names; ``None``: all.
+        filters: row filter, as of `pyarrow.parquet.read_table`.
 
     Raises:
-        ArrowInvalid: it is no whole Parquet file.
+        ArrowInvalid: the file is not Parquet, or is truncated.
         FileNotFoundError: there is no such file.
-        StoreError: as of `table_schema`.
+        StoreError: as `table_schema`, or the storage fails.
     """
-    where = arrow_place(path)
+    where = arrow_path(path)
     with storage_errors(path, "read"):
         try:
             table = pq.read_table(where["path"], columns=columns, filters=filters, filesystem=where["filesystem"])
         except OSError as error:
-            if type(error) is OSError and error.errno is None:  # Arrow's own, of what it cannot decode
+            if type(error) is OSError and error.errno is None:  # raised by Arrow for data that it cannot decode
                 raise pa.ArrowInvalid(str(error)) from None
             raise
     _refuse_objects(table.schema, path)
@@ -79,31 +83,31 @@ def read_table(path: Path, columns: Sequence[str] | None = None, filters: Any = 
 
 
 def read_shards(folder: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of all Parquet shards of a folder, in the order of their names."""
+    """Read columns of all Parquet shards of a folder, in the order of their names."""
     return pa.concat_tables(read_table(path, columns=list(columns)) for path in sorted(folder.glob("*.parquet")))
 
 
 def shard_schema(folder: Path) -> pa.Schema:
-    """Columns of a folder's Parquet shards."""
+    """Schema of a folder's Parquet shards."""
     return table_schema(min(folder.glob("*.parquet")))
 
 
 def count_rows(folder: Path) -> int:
-    """Rows of a folder's Parquet shards; reads none of them."""
-    return sum(map(rows_of, folder.glob("*.parquet")))
+    """Number of rows of a folder's Parquet shards; reads only their metadata."""
+    return sum(map(num_rows_of, folder.glob("*.parquet")))
 
 
-def rows_of(path: Path) -> int:
-    """Rows of a Parquet file; reads none of them."""
+def num_rows_of(path: Path) -> int:
+    """Number of rows of a Parquet file; reads only its metadata."""
     with path.open("rb") as handle:
         return int(pq.read_metadata(handle).num_rows)
 
 
 def table_schema(path: Path) -> pa.Schema:
-    """Columns of a Parquet file; reads no rows.
+    """Schema of a Parquet file; reads no rows.
 
     Raises:
-        StoreError: a column is of an extension type other than fixed-shape tensors.
+        StoreError: a column has an extension type other than fixed-shape tensors.
     """
     with path.open("rb") as handle:
         schema = pq.read_schema(handle)
@@ -112,7 +116,7 @@ def table_schema(path: Path) -> pa.Schema:
 
 
 def _refuse_objects(schema: pa.Schema, path: Path) -> None:
-    """Refuse columns of pickled objects, an extension type of Ray Data: reading one of their values runs its code."""
+    """Refuse columns of pickled objects, an extension type of Ray Data: reading such a value runs its code."""
     if objects := [field.name for field in schema if _may_hold_objects(field)]:
         raise StoreError(
             f"{path}: column {printable(repr(objects[0]))} may hold pickled objects, which are not read; the file was"
@@ -124,7 +128,7 @@ def _may_hold_objects(field: pa.Field) -> bool:
     kind = field.type
     if isinstance(kind, pa.BaseExtensionType):
         return not isinstance(kind, pa.FixedShapeTensorType)
-    if EXTENSION in (field.metadata or {}):  # of a type that only other processes know
+    if EXTENSION in (field.metadata or {}):  # a type that is not registered in this process
         return True
     inner = [kind.field(index) for index in range(kind.num_fields)]
     return any(map(_may_hold_objects, [pa.field("", kind.value_type)] if pa.types.is_dictionary(kind) else inner))

@@ -1,4 +1,4 @@
-"""What somebody else may have written into a run's folder: names of files and JSON, checked before they are used."""
+"""Validation of file names and JSON in a run's folder, which somebody else may have written."""
 
 import os
 import reprlib
@@ -11,13 +11,13 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from typing_extensions import TypedDict
 
 from cdpo_ray.errors import StoreError, printable
-from cdpo_ray.store.places import is_local, read_bytes
+from cdpo_ray.store.paths import is_local, read_bytes
 
 MAX_TEXT_BYTES = 2**28
 MAX_NAME_CHARS = 1024
 SHOWN_FAULTS = 3
 other_keys_allowed = with_config(ConfigDict(extra="allow"))
-"""Decorator of a ``TypedDict``: keys that it does not name are kept, not refused."""
+"""Decorator of a ``TypedDict``: undeclared keys are kept instead of refused."""
 
 
 def _aware(text: str) -> str:
@@ -29,29 +29,29 @@ def _aware(text: str) -> str:
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
 Timestamp = Annotated[str, AfterValidator(_aware)]
-"""ISO 8601 with a time zone."""
+"""ISO 8601 date and time with a time zone."""
 
 
 class Predicted(TypedDict):
-    """Estimate of a step, see `records.PREDICTED`."""
+    """Estimate of a step's duration, see `records.PREDICTED`."""
 
     gpu: str
     seconds: Seconds
 
 
 def path_within(folder: Path, name: str) -> Path:
-    """A path by its name relative to a folder, which it must not leave: neither by ``..`` nor by a symbolic link.
+    """Join a folder and a relative name, which must not leave the folder by ``..`` or a symbolic link.
 
     The folder itself may be a symbolic link. Object stores have no links.
 
     Raises:
         StoreError: the name is absolute, leads out of the folder, or holds control characters or backslashes; or a
-            symbolic link on the way leads out of the folder.
+            symbolic link within the path leads out of the folder.
     """
     parts = name.split("/")
     if len(name) > MAX_NAME_CHARS or not name.isprintable() or "\\" in name or not {"", ".", ".."}.isdisjoint(parts):
         raise StoreError(
-            f"{folder}: the file name {printable(repr(name))} leads out of the folder, or is no relative path;"
+            f"{folder}: the file name {printable(repr(name))} leads out of the folder, or is not a relative path;"
             " the folder was altered, do not use it"
         )
     path = folder / name
@@ -66,7 +66,7 @@ def path_within(folder: Path, name: str) -> Path:
 
 
 def refuse_links_out(folder: Path, within: Path) -> None:
-    """Refuse a local folder in which a symbolic link, at any depth, leads out of the folder ``within``.
+    """Refuse a local folder that contains, at any depth, a symbolic link out of the folder ``within``.
 
     Raises:
         StoreError: there is such a link.
@@ -81,25 +81,25 @@ def refuse_links_out(folder: Path, within: Path) -> None:
 
 
 def read_untrusted(path: Path, kind: TypeAdapter[Any], *, remedy: str) -> Any:
-    """Read a JSON file and validate it, without any conversion of types.
+    """Read a JSON file and validate it, without type conversion.
 
     Args:
-        kind: what it must be; keys that a ``TypedDict`` does not name are kept if it allows them.
-        remedy: what to do about a file that is damaged, for the message.
+        kind: expected type; undeclared keys of a ``TypedDict`` are kept if it allows them.
+        remedy: what to do about a damaged file, for the message.
 
     Raises:
-        FileNotFoundError: it is not there.
-        StoreError: as of `bytes_of` and `validate_untrusted`.
+        FileNotFoundError: there is no such file.
+        StoreError: as `read_untrusted_bytes` and `validate_untrusted`.
     """
-    return validate_untrusted(bytes_of(path, remedy=remedy), kind, where=str(path), remedy=remedy)
+    return validate_untrusted(read_untrusted_bytes(path, remedy=remedy), kind, where=str(path), remedy=remedy)
 
 
-def bytes_of(path: Path, *, remedy: str) -> bytes:
-    """Content of a text file.
+def read_untrusted_bytes(path: Path, *, remedy: str) -> bytes:
+    """Content of a text file of at most `MAX_TEXT_BYTES`.
 
     Raises:
-        FileNotFoundError: it is not there.
-        StoreError: it is not a regular file, is too large, or cannot be read.
+        FileNotFoundError: there is no such file.
+        StoreError: the file is not regular, is too large, or cannot be read.
     """
     try:
         status = path.stat()
@@ -111,23 +111,27 @@ def bytes_of(path: Path, *, remedy: str) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise StoreError(f"{path}: cannot be read: {error.strerror or error}; check its permissions") from None
 
 
 def validate_untrusted(text: str | bytes, kind: TypeAdapter[Any], *, where: str, remedy: str) -> Any:
     """Validate JSON as `read_untrusted` does.
 
+    Args:
+        where: location of the text, for the message.
+        kind, remedy: as of `read_untrusted`.
+
     Raises:
-        StoreError: it is not JSON, or not of this kind.
+        StoreError: the text is not JSON, or not of this type.
     """
     try:
         return kind.validate_json(text, strict=True)
     except ValidationError as error:
-        raise StoreError(damage_sentence(error, where=where, remedy=remedy)) from None
+        raise StoreError(damage_message(error, where=where, remedy=remedy)) from None
 
 
-def damage_sentence(error: ValidationError, *, where: str, remedy: str) -> str:
-    """What is wrong with a file, for a `StoreError`."""
+def damage_message(error: ValidationError, *, where: str, remedy: str) -> str:
+    """Message of a `StoreError` about an invalid file."""
     faults = error.errors(include_url=False, include_context=False)
     shown = "; ".join(_sentence(fault) for fault in faults[:SHOWN_FAULTS])
     more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""

@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import COMMITS_DIR
-from cdpo_ray.store import place, write_json, write_text
+from cdpo_ray.store import storage_path, write_json, write_text
 from cdpo_ray.training.board import Board, Cursor, News, error_of
 from cdpo_ray.training.commits import names_of, newest_of, state_of
 from cdpo_ray.training.job import TrainingJob
@@ -54,7 +54,7 @@ def train_adapter(
         TrainingError: training cannot continue, or failed more than ``training.max_restarts`` times.
         KeyboardInterrupt: SIGINT or SIGTERM; the current update is in a checkpoint unless the signal came twice.
     """
-    training, output_dir = job.training, place(job.output_dir)
+    training, output_dir = job.training, storage_path(job.output_dir)
     # A board that Ray restarts is empty: workers post everything needed again.
     board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()  # type: ignore[attr-defined]
     resources = {"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})}
@@ -169,7 +169,7 @@ def _follow(
             values = {name: value for name, value in record.items() if name != "update"}
             progress.record(values, update=int(record["update"]))
         for line in news.lines:
-            progress.tell(line)
+            progress.log_line(line)
         for summary in news.summaries:
             on_stage(summary)
         for rank, (where, seconds) in news.silent.items():

@@ -13,7 +13,7 @@ from cdpo_ray.models.family import TextToImageModel, rows_of
 from cdpo_ray.policy.implicit_rewards import sample_values
 from cdpo_ray.policy.policy import Policy
 from cdpo_ray.rewards.scorer import Scorer
-from cdpo_ray.store import place, read_shards
+from cdpo_ray.store import read_shards, storage_path
 from cdpo_ray.training.batches import SampleBank
 from cdpo_ray.training.job import ValidationJob
 
@@ -22,7 +22,7 @@ class Validator:
     """Measures the policy; all workers take part, each with a share of the prompts."""
 
     def __init__(self, job: ValidationJob) -> None:
-        samples_dir = place(job.samples_dir)
+        samples_dir = storage_path(job.samples_dir)
         self.job = job
         self.sampling = Sampling(**job.sampling)
         self.prompts: list[str] = read_shards(samples_dir, ["prompt"])["prompt"].to_pylist()

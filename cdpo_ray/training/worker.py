@@ -29,7 +29,7 @@ from cdpo_ray.policy.implicit_rewards import sample_values
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.numbers import seed_of
 from cdpo_ray.records import COMMITS_DIR
-from cdpo_ray.store import copy_tree, is_local, place, storage_errors_within, write_json
+from cdpo_ray.store import copy_tree, is_local, storage_errors_within, storage_path, write_json
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, state_of, tensors_of
 from cdpo_ray.training.engine import limit_waiting, restore_training, save_trained, start_engine, training_tensors
@@ -78,7 +78,7 @@ class Worker:
 
     def __init__(self, job: TrainingJob, board: Any) -> None:
         context = ray.train.get_context()
-        self.job, self.training, self.board, self.output_dir = job, job.training, board, place(job.output_dir)
+        self.job, self.training, self.board, self.output_dir = job, job.training, board, storage_path(job.output_dir)
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.validator = Validator(job.validation) if job.validation else None
         keep_vae = self.validator is not None
@@ -90,7 +90,7 @@ class Worker:
             model,
             job.lora,
             num_stages=job.num_stages,
-            start_dir=place(job.start_dir) if job.start_dir else None,
+            start_dir=storage_path(job.start_dir) if job.start_dir else None,
             reference_is_start=job.training.reference == "last_round",
             seed=seed_of(job.seed, "lora"),
         )
@@ -100,7 +100,7 @@ class Worker:
         self.engine = start_engine(model.denoiser, policy.trainable, job.training, num_workers=self.num_workers)
         limit_waiting(self.engine, job.training.collective_timeout_seconds)
         self.policy = replace(policy, net=self.engine)
-        self.bank = SampleBank.read(place(job.samples_dir))
+        self.bank = SampleBank.read(storage_path(job.samples_dir))
         self.feed = Feed(self.bank, model.draw_times, empty, job.training, job.seed, self.rank, self.num_workers)
         self.commits = Commits(
             self.output_dir / COMMITS_DIR, keep_last=job.training.keep_last, device=self.engine.device
@@ -156,7 +156,7 @@ class Worker:
     def _pairs_of_stage(self, state: TrainingState) -> StagePairs:
         online = self.job.online
         if online is None:
-            return StagePairs.read(place(self.job.stages_dir), state.stage, self.bank)
+            return StagePairs.read(storage_path(self.job.stages_dir), state.stage, self.bank)
         if self.drawn is None or not state.cursor:  # else keep the pairs drawn at the stage's start, by that policy
             values = sample_values(
                 self.policy,
@@ -171,7 +171,7 @@ class Worker:
                 num_workers=self.num_workers,
             )
             draws, self.description = redraw_stage(
-                read_ranking_scores(place(online.scores_dir), online.rule),
+                read_ranking_scores(storage_path(online.scores_dir), online.rule),
                 online.schedule,
                 values,
                 self.bank.row_of_prompt,

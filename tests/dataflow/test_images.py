@@ -86,7 +86,7 @@ def with_width(png: bytes, width: int) -> bytes:
 def test_fault_53_what_is_no_png_of_a_bounded_size_is_refused_by_name(data: Any, told: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(StoreError, match=rf"row 7: is not a PNG that can be read \(.*{told}.*\); delete") as caught:
+        with pytest.raises(StoreError, match=rf"row 7: is not a readable PNG \(.*{told}.*\); delete") as caught:
             decode_png(data, "row 7")
     assert str(caught.value).isprintable()
 

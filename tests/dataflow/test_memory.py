@@ -61,7 +61,7 @@ def test_fault_08_out_of_memory_halves_the_batch_for_good_and_gives_the_same_ima
     tried = [size for size in (8, 4, 2) if size > num_fit]
     assert batches[: len(tried)] == tried and set(batches[len(tried) :]) <= {kept, 9 % kept}
     assert [record.message for record in caplog.records] == [
-        f"out of memory with {size} images at once, going on with {size // 2}" for size in tried
+        f"out of memory with {size} images at once, continuing with {size // 2}" for size in tried
     ]
     latents, expected = (rows["latents"].combine_chunks().to_numpy_ndarray() for rows in (found, made))
     np.testing.assert_allclose(latents, expected, rtol=1e-4, atol=1e-5)  # a batch of another size rounds otherwise

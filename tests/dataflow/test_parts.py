@@ -11,11 +11,11 @@ from cdpo_ray.dataflow.parts import (
     Part,
     find_parts,
     join_parts,
-    join_set_aside,
-    read_set_aside,
+    join_quarantined,
+    read_quarantined,
     shards_of,
     write_part,
-    write_set_aside,
+    write_quarantined,
 )
 from cdpo_ray.errors import StoreError
 from cdpo_ray.store import PARTS, write_table
@@ -137,8 +137,8 @@ def test_fault_51_a_bit_flipped_anywhere_in_a_file_of_an_interrupted_step_costs_
         found, held = find_parts(folder, "samples")
         assert held == {0, 1, 2, 3, 4} - lost == {index for one in found for index in indices(one.path)}
         assert [record.message for record in caplog.records] == [
-            f"{folder}: 1 of 3 files of the interrupted attempt are not whole, the first"
-            f" {path.name.removesuffix('.sha256')}; what they held is made again"
+            f"{folder}: 1 of 3 files of the interrupted attempt are damaged, the first"
+            f" {path.name.removesuffix('.sha256')}; their rows are regenerated"
         ]
         for file, content in whole.items():
             file.write_bytes(content)
@@ -166,7 +166,9 @@ def test_fault_51_a_part_that_is_altered_before_it_is_joined_joins_no_shard(num_
     parts = written(parts_dir, *([index] for index in range(num_parts)))
     flip(parts[-1], 800)
     shard = parts_dir.parent / "samples-000000000000.parquet"
-    with pytest.raises(StoreError, match=rf"{parts[-1].name}: was altered .*the same command makes its prompts again"):
+    with pytest.raises(
+        StoreError, match=rf"{parts[-1].name}: was altered .*run the same command again to regenerate it"
+    ):
         join_parts(parts, shard)
     assert not shard.exists()
 
@@ -175,20 +177,20 @@ def test_fault_51_a_prompt_whose_quarantine_file_is_damaged_is_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for index in (3, 7):
-        write_set_aside(tmp_path, index, {"prompt_index": index, "reason": "broken"})
+        write_quarantined(tmp_path, index, {"prompt_index": index, "reason": "broken"})
     path = next((tmp_path / "set_aside").glob("*7-*"))
     whole = path.read_bytes()
     for bit in range(8 * len(whole)):
         flip(path, bit)
-        assert [entry["prompt_index"] for entry in read_set_aside(tmp_path)] == [3]
+        assert [entry["prompt_index"] for entry in read_quarantined(tmp_path)] == [3]
         path.write_bytes(whole)
-    assert f"{path}: was altered (its SHA-256 differs); its prompt is tried again" in caplog.text
+    assert f"{path}: was altered (its SHA-256 differs); its prompt is retried" in caplog.text
 
 
 def test_a_prompt_that_was_set_aside_twice_counts_once(tmp_path: Path) -> None:
     for reason in ("one", "other"):
-        write_set_aside(tmp_path, 7, {"prompt_index": 7, "reason": reason})
-    assert len(read_set_aside(tmp_path)) == 1
+        write_quarantined(tmp_path, 7, {"prompt_index": 7, "reason": reason})
+    assert len(read_quarantined(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -210,10 +212,10 @@ def test_neighbours_join_until_a_shard_is_large_enough(
 
 
 def test_what_was_set_aside_is_joined_once_and_stays_known_after(tmp_path: Path) -> None:
-    assert join_set_aside(tmp_path) == [] and not list(tmp_path.iterdir())
+    assert join_quarantined(tmp_path) == [] and not list(tmp_path.iterdir())
     (tmp_path / "set_aside").mkdir()
     (tmp_path / "set_aside" / "000000000007.jsonl").write_text('{"prompt_index": 7}\n')
     (tmp_path / "set_aside.jsonl").write_text('{"prompt_index": 3}\n{"prompt_index": 7}\n')
     expected = [{"prompt_index": 3}, {"prompt_index": 7}]
-    assert join_set_aside(tmp_path) == expected == read_set_aside(tmp_path)
+    assert join_quarantined(tmp_path) == expected == read_quarantined(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["set_aside.jsonl"]

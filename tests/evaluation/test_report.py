@@ -339,7 +339,7 @@ def test_grid_prompts_of_0_shows_no_grid(tmp_path: Path) -> None:
 def test_run_without_evaluation_says_which_step_is_missing(tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     (run / EVALUATION).rename(tmp_path / "elsewhere")
-    with pytest.raises(StoreError, match="5-evaluation: not there, or not finished; run the step that makes it first"):
+    with pytest.raises(StoreError, match="5-evaluation: is missing or not finished; run the step that makes it first"):
         page_of(run)
 
 
@@ -358,7 +358,7 @@ def test_fault_59_missing_file_is_named_with_what_to_do_and_leaves_the_old_repor
     run = build_run(tmp_path / "run")
     (run / "report.html").write_text("old")
     (run / name).unlink()
-    with pytest.raises(StoreError, match=rf"{name}: is missing.* to make it again"):
+    with pytest.raises(StoreError, match=rf"{name}: is missing.* to regenerate it"):
         page_of(run)
     assert (run / "report.html").read_text() == "old"
 
@@ -369,7 +369,7 @@ def test_fault_59_missing_file_is_named_with_what_to_do_and_leaves_the_old_repor
 def test_damaged_file_is_named_with_what_to_do(name: str, tmp_path: Path) -> None:
     run = build_run(tmp_path / "run")
     (run / name).write_text("{broken")
-    with pytest.raises(StoreError, match=rf"{name}: was altered .* delete .* to make it again"):
+    with pytest.raises(StoreError, match=rf"{name}: was altered .* delete .* to regenerate it"):
         page_of(run)
     write_manifest((run / name).parent)
     with pytest.raises(StoreError, match=rf"{name}(:1)?: is damaged .* delete .* and run `cdpo run CONFIG`"):
@@ -426,9 +426,7 @@ def test_fault_53_images_of_another_format_or_of_too_many_pixels_are_named_by_ro
         table = pa.Table.from_pylist(rows, schema=comparison().schema)
         pq.write_table(table, run / EVALUATION / "comparison.parquet")
         write_manifest(run / EVALUATION)
-        with pytest.raises(
-            StoreError, match=r"comparison\.parquet: image 0 of prompt 3: is not a PNG that can be read"
-        ):
+        with pytest.raises(StoreError, match=r"comparison\.parquet: image 0 of prompt 3: is not a readable PNG"):
             page_of(run)
 
 

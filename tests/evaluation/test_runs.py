@@ -332,7 +332,7 @@ def test_fault_52_a_run_with_malformed_content_is_refused_by_name(changed: dict[
 def test_fault_53_an_image_that_is_not_a_png_is_named_by_its_row(tmp_path: Path) -> None:
     postscript = [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(x) run\n"] * 6
     wide = [image(0)] * 5 + [image(0, width=9)]
-    for images, reason in ((postscript, "is not a PNG that can be read"), (wide, "is . x 8 pixels, another image")):
+    for images, reason in ((postscript, "is not a readable PNG"), (wide, "is . x 8 pixels, another image")):
         theirs = evaluated(tmp_path / f"theirs-{reason}", without="jpeg_size", rows={"tuned_image": images})
         with pytest.raises(StoreError, match=rf"comparison\.parquet: tuned image \d of prompt \d: {reason}"):
             compare_runs([evaluated(tmp_path / f"mine-{reason}"), theirs], tmp_path / "out")

@@ -151,7 +151,7 @@ def test_the_error_for_an_untrained_run_says_what_to_do(
     config = written(config_of(tmp_path / "runs", "embedded"), tmp_path)
     assert main(["export", config]) == 2
     stderr = capsys.readouterr().err
-    assert re.search(r"StoreError: .*: not there, or not finished; run the step that makes it first", stderr)
+    assert re.search(r"StoreError: .*: is missing or not finished; run the step that makes it first", stderr)
     assert not (tmp_path / "runs").exists()
 
 

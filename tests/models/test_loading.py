@@ -191,7 +191,7 @@ ANSWERS: dict[str, tuple[int, dict[str, str], str]] = {
     "gated": (403, {"X-Error-Code": "GatedRepo"}, r"is gated \(403\); accept its terms"),
     "gone": (404, {"X-Error-Code": "RepoNotFound"}, r"is not on the hub, or is private \(404\); correct the name"),
     "renumbered": (404, {"X-Error-Code": "RevisionNotFound"}, r"has no such revision \(404\)"),
-    "incomplete": (404, {"X-Error-Code": "EntryNotFound"}, r"lacks a file that it must have \(404\)"),
+    "incomplete": (404, {"X-Error-Code": "EntryNotFound"}, r"lacks a required file \(404\)"),
     "closed": (403, {"X-Error-Message": "Access to this resource is disabled."}, r"is disabled on the hub \(403\)"),
     "forbidden": (403, {}, r"the hub denies access \(403\)"),
     "busy": (429, {}, r"too many requests to the hub \(429\)"),

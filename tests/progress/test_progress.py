@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> TrackedRun:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(progress, "HEARTBEAT_SECONDS", 0.02)
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.1)
 
 
@@ -95,7 +95,7 @@ def test_status_follows_a_step_while_it_is_silent(run: TrackedRun) -> None:
         with told.step("generate", "1-samples"):
             told.begin("generate", total=10, unit="prompt", done=2, makes=(8, "images"))
             told.advance(3)
-            told.tell("half of it")
+            told.log_line("half of it")
             wait_until(lambda: "line" in status(run))
             found = status(run)
             assert (found["folder"], found["done"], found["total"], found["unit"]) == ("1-samples", 5, 10, "prompt")
@@ -150,7 +150,7 @@ def test_fault_56_what_is_waited_for_is_named_once_nothing_has_progressed_for_a_
     def lines() -> list[str]:
         return [line for line in caplog.messages if "no progress" in line]
 
-    with Progress(run) as told, told.step("score", "2-scores", waits_for="reward `own:slow`"):
+    with Progress(run) as told, told.step("score", "2-scores", waiting_for="reward `own:slow`"):
         wait_until(lines)
         assert lines()[0] == "score: no progress for 0 s; waiting for reward `own:slow`"
         told.begin("score", total=8, unit="prompt")
@@ -168,7 +168,7 @@ def test_a_status_that_cannot_be_written_stops_nothing(run: TrackedRun, caplog: 
     (run.dir / "status.json.tmp").mkdir()
     train(run, range(1, 9), done=0)
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1 and "status.json: cannot be written, the run goes on" in warnings[0]
+    assert len(warnings) == 1 and "status.json: cannot be written, the run continues" in warnings[0]
 
 
 def test_without_a_run_it_only_counts() -> None:
@@ -176,7 +176,7 @@ def test_without_a_run_it_only_counts() -> None:
     told.begin("generate", total=2, unit="prompt")
     told.advance()
     told.record({"loss": 1.0}, update=1)
-    told.tell("a line")
+    told.log_line("a line")
     told.end()
 
 

@@ -59,15 +59,15 @@ def test_a_running_step_tells_how_far_it_is_and_how_long_it_will_take(tmp_path: 
     finish(run, *STEP_FOLDERS[:3], warnings=("3 prompts form no pair",))
     tell(run, **TRAINING, rate=2.0, seconds_left=175.0, line="stage 1/4: 50 updates")
     found = run_status(run, now=NOW)
-    assert not found.stands_still
+    assert not found.is_interrupted
     lines = found.text.splitlines()
     assert lines[1].startswith("  1-samples     done     8 prompts, 0 s, until 20")
     assert lines[2] == "                warning: 3 prompts form no pair"
     assert lines[7] == "  4-training    running  50/400 updates, 2 updates/s, 2 min 55 s left"
-    assert lines[8] == "  5-evaluation  to do"
+    assert lines[8] == "  5-evaluation  pending"
     assert lines[10:] == [
-        f"running: pid {os.getpid()} on {platform.node()}; last sign of life 2026-03-04 11:59:58 UTC, 2 s ago",
-        "said last: stage 1/4: 50 updates",
+        f"running: pid {os.getpid()} on {platform.node()}; last heartbeat 2026-03-04 11:59:58 UTC, 2 s ago",
+        "last log line: stage 1/4: 50 updates",
     ]
 
 
@@ -81,16 +81,16 @@ def test_a_killed_run_is_told_apart_from_a_running_one(tmp_path: Path, how: str)
     host = "elsewhere" if "machine" in how else platform.node()
     tell(run, **TRAINING, seconds_ago=200 if "silent" in how else 2, pid=pid, host=host)
     found = run_status(run, now=NOW)
-    assert found.stands_still
+    assert found.is_interrupted
     assert "  4-training    stopped  50/400 updates\n" in found.text
-    assert f"\nno sign of life of pid {pid} on {host} since 2026-03-04 11:5" in found.text
+    assert f"\nno heartbeat from pid {pid} on {host} since 2026-03-04 11:5" in found.text
     assert found.text.endswith("\nnext: cdpo run c.yaml")
 
 
 def test_another_machines_process_lives_as_long_as_it_says_so(tmp_path: Path) -> None:
     finish(tmp_path / "run", "1-samples")
     tell(tmp_path / "run", pid=dead_pid(), host="elsewhere")
-    assert not run_status(tmp_path / "run", now=NOW).stands_still
+    assert not run_status(tmp_path / "run", now=NOW).is_interrupted
 
 
 def test_a_failed_run_tells_why_and_after_which_commit_it_goes_on(tmp_path: Path) -> None:
@@ -103,11 +103,11 @@ def test_a_failed_run_tells_why_and_after_which_commit_it_goes_on(tmp_path: Path
             write_json(commit / "manifest.json", {})
     tell(run, **TRAINING, state="failed", error="TrainingError: loss is not finite;\nlower it")
     found = run_status(run, now=NOW)
-    assert found.stands_still
+    assert found.is_interrupted
     assert found.text.splitlines()[4:] == [
         "  4-training    failed   50/400 updates",
-        "                a restart goes on after update-000050",
-        "  5-evaluation  to do",
+        "                a restart resumes after update-000050",
+        "  5-evaluation  pending",
         "",
         "failed: 2026-03-04 11:59:58 UTC, 2 s ago",
         "  TrainingError: loss is not finite;",
@@ -120,7 +120,7 @@ def test_a_run_whose_steps_are_all_there_is_done_whatever_was_told(tmp_path: Pat
     finish(tmp_path / "run", *STEP_FOLDERS)
     assert run_status(tmp_path / "run").text.endswith("\n\ndone")
     tell(tmp_path / "run", state="failed", error="StoreError: made with another beta")
-    assert not run_status(tmp_path / "run", now=NOW).stands_still
+    assert not run_status(tmp_path / "run", now=NOW).is_interrupted
 
 
 def test_each_round_is_told(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_run_of_which_some_steps_were_asked_for_says_how_it_goes_on(
     finish(tmp_path / "run", "1-samples")
     tell(tmp_path / "run", state="ended")
     assert main(["status", str(tmp_path / "run")]) == 1
-    assert capsys.readouterr().out.endswith("\n\nnothing runs\nnext: cdpo run c.yaml\n")
+    assert capsys.readouterr().out.endswith("\n\nnot running\nnext: cdpo run c.yaml\n")
     finish(tmp_path / "run", *STEP_FOLDERS[1:])
     assert main(["status", str(tmp_path / "run")]) == 0
 
@@ -149,9 +149,7 @@ def test_a_folder_that_is_no_run_and_a_damaged_status_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["status", str(tmp_path)]) == 2
-    assert (
-        capsys.readouterr().err == f"StoreError: {tmp_path}: no run is there; give the folder of one, as runs/<name>\n"
-    )
+    assert capsys.readouterr().err == f"StoreError: {tmp_path}: is not a run's folder; give one, such as runs/<name>\n"
     (tmp_path / STATUS).write_text("{")
     with pytest.raises(StoreError, match=r"status\.json: is damaged"):
         run_status(tmp_path)
@@ -175,13 +173,13 @@ def test_a_search_tells_of_its_trials_and_is_done_once_it_has_told_what_it_found
         write_json(run / "trials" / f"{number:03d}" / "trial.json", {"state": state})
     tell(run, command="cdpo tune c.yaml", folder="trials", round=1, pid=dead_pid())
     found = run_status(run, now=NOW)
-    assert found.stands_still
-    assert "  trials        2 done, 1 running, 1 stopped\n  confirmation  to do" in found.text
+    assert found.is_interrupted
+    assert "  trials        2 done, 1 running, 1 stopped\n  confirmation  pending" in found.text
     assert "3-stages" not in found.text and found.text.endswith("next: cdpo tune c.yaml")
     tell(run, state="ended")
-    assert run_status(run, now=NOW).stands_still, "it has not told what it found"
+    assert run_status(run, now=NOW).is_interrupted, "it has not told what it found"
     write_json(run / "tune.json", {})
-    assert not run_status(run, now=NOW).stands_still
+    assert not run_status(run, now=NOW).is_interrupted
 
 
 @pytest.mark.parametrize(
@@ -197,7 +195,7 @@ def test_fault_52_a_status_of_another_kind_is_named(value: Any, tmp_path: Path) 
         tell(tmp_path / "run", **{"state": "running"} | value)
     else:
         write_json(tmp_path / "run" / STATUS, value)
-    with pytest.raises(StoreError, match=r"status\.json: is damaged .*; delete it, it holds none of the run's results"):
+    with pytest.raises(StoreError, match=r"status\.json: is damaged .*; delete it: it holds none of the run's results"):
         run_status(tmp_path / "run", now=NOW)
 
 
@@ -252,7 +250,7 @@ def test_fault_52_a_command_that_may_do_harm_is_not_offered(command: str, tmp_pa
     finish(tmp_path / "run", "1-samples")
     tell(tmp_path / "run", state="ended", command=command.format(run=tmp_path / "run"))
     last = run_status(tmp_path / "run", now=NOW).text.splitlines()[-1]
-    assert last == "next: give the original command again; it continues"
+    assert last == "next: run the original command again; it resumes the run"
 
 
 @pytest.mark.parametrize(
@@ -276,10 +274,10 @@ def test_fault_59_damage_and_an_edited_config_are_named_and_the_run_is_not_done(
         (folder / "adapter.safetensors").write_text("weights")
     config = "rewards: {{names: [clip], rank_by: null}}\ntraining: {{beta: {beta}}}\n"
     (run / "config.yaml").write_text(config.format(beta=5))
-    assert not run_status(run).stands_still
+    assert not run_status(run).is_interrupted
     (run / "config.yaml").write_text(config.format(beta=6))
     found = run_status(run)
-    assert found.stands_still
+    assert found.is_interrupted
     assert "edited: " in found.text and "4-training was made with: `training.beta` was 5, the file says 6" in found.text
     (run / "config.yaml").unlink()
     (run / "4-training" / "adapter.safetensors").write_text("WEIGHTS")

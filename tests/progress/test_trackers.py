@@ -12,7 +12,7 @@ import pytest
 from cdpo_ray.config import Config, load_config
 from cdpo_ray.errors import ConfigError, StoreError, TrainingError
 from cdpo_ray.progress import Progress, trackers
-from cdpo_ray.progress.trackers import TRACKERS, Point, TrackedRun, Trackers
+from cdpo_ray.progress.trackers import TRACKERS, Metrics, TrackedRun, Trackers
 from cdpo_ray.steps import STEPS
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -69,7 +69,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(
     track(tmp_path, {"mlflow": nobody}, range(1, 4))
     warnings = [record.message for record in caplog.records if record.name.startswith("cdpo_ray")]
     assert len(warnings) == 1
-    assert warnings[0].startswith("tracking: `mlflow` is told no more, the run goes on: MlflowException: ")
+    assert warnings[0].startswith("tracking: `mlflow` is disabled, the run continues: MlflowException: ")
     assert list((tmp_path / "tensorboard" / "train").iterdir())
 
 
@@ -87,7 +87,7 @@ def test_a_slow_tracker_holds_up_no_step(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(trackers, "Slow", Slow, raising=False)
     monkeypatch.setitem(TRACKERS, "tensorboard", "cdpo_ray.progress.trackers:Slow")
     told, kept = Trackers(TrackedRun("demo", tmp_path), {}), list[str]()
-    told.log([Point("train", 1, {"loss": 1.0})], lambda: kept.append("all"))
+    told.log([Metrics("train", 1, {"loss": 1.0})], lambda: kept.append("all"))
     assert kept == []
     released.set()
     told.close("ended")
@@ -134,7 +134,7 @@ def test_ray_exports_each_value_as_a_gauge(tmp_path: Path) -> None:
     import ray
 
     told = Trackers(TrackedRun("demo", tmp_path), {})
-    told.log([Point("generate", 8, {"images_per_second": 3.5})], lambda: None)
+    told.log([Metrics("generate", 8, {"images_per_second": 3.5})], lambda: None)
     (node, *_) = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     lines: list[str] = []

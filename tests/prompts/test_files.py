@@ -93,11 +93,11 @@ def test_fault_21_a_broken_jsonl_line_is_named_with_file_and_line(tmp_path: Path
     assert faults[:7] == [
         "2: is not JSON: Expecting ',' delimiter at column 19",
         '4: must be an object like {"prompt": "a cat"}, got \'a bird\'',
-        "5: has no `prompt`, but `caption`, `id`; name one by `column`",
+        "5: has no column `prompt`, got `caption`, `id`; set `column` to one of them",
         "6: `prompt` must be text, got null",
         "7: `prompt` must be text, got 3",
         "8: `prompt` must be text, got ['a', 'b']",
-        "9: `prompt` holds half of a character ('\\ud83d'); write both halves",
+        "9: `prompt` holds half of a surrogate pair ('\\ud83d'); write both halves",
     ]
     assert [fault[:32] for fault in faults[7:]] == [
         "10: is not JSON that can be read",
@@ -158,8 +158,8 @@ def test_fault_21_a_broken_csv_line_is_named_by_the_line_that_its_record_begins_
     ]
     advice = "double the quotes in a quoted text, and close it"
     assert faults_of(saved(tmp_path / "p.csv", "\n".join(lines) + "\n")) == [
-        "5: has 3 fields, but the header 2; quote a text that holds commas",
-        "6: has 1 fields, but the header 2; quote a text that holds commas",
+        "5: must have 2 fields as the header, got 3; quote text that holds commas",
+        "6: must have 2 fields as the header, got 1; quote text that holds commas",
         f"7: is not CSV: ',' expected after '\"'; {advice}",
         f"9: is not CSV: unexpected end of data; {advice}",
     ]
@@ -171,7 +171,7 @@ def test_fault_21_a_missing_column_is_told_with_those_there_are(tmp_path: Path, 
         saved(tmp_path / name, "id,caption\n1,a cat\n")
     else:
         pq.write_table(pa.table({"id": [1], "caption": ["a cat"]}), tmp_path / name)
-    with pytest.raises(PromptError, match=r"p\.\w+: has no `prompt`, but `id`, `caption`; name one by `column`$"):
+    with pytest.raises(PromptError, match=r"has no column `prompt`, got `id`, `caption`; set `column` to one of them$"):
         read_file(tmp_path / name, "prompt")
     assert read_file(tmp_path / name, "caption") == ["a cat"]
 
@@ -192,7 +192,7 @@ def test_fault_21_a_parquet_column_of_anything_but_text_is_refused(
     tmp_path: Path, values: list[object], kind: str
 ) -> None:
     pq.write_table(pa.table({"prompt": values}), tmp_path / "p.parquet")
-    with pytest.raises(PromptError, match=f"`prompt` must be one column of text, got {kind}; nothing of it was read"):
+    with pytest.raises(PromptError, match=f"`prompt` must be one column of text, got {kind}; set `column` to another"):
         read_file(tmp_path / "p.parquet", "prompt")
 
 
@@ -313,8 +313,12 @@ def test_files_as_people_and_programs_write_them_are_read(tmp_path: Path, name: 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.csv", "text;category\na cat;x\n", r"has no `prompt`, but `text`, `category`; name one by `column`"),
-        ("p.csv", "Prompt,PROMPT\na,b\n", r"has `prompt` twice; leave one out"),
+        (
+            "p.csv",
+            "text;category\na cat;x\n",
+            r"has no column `prompt`, got `text`, `category`; set `column` to one of them",
+        ),
+        ("p.csv", "Prompt,PROMPT\na,b\n", r"has column `prompt` twice; remove one"),
         ("p.json", '{"prompts": ["a cat"]}', r"must be a list of texts, .*, got an object with the keys \['prompts'\]"),
         ("p.json", '["a cat"', r"is not JSON: Expecting ',' delimiter at line 1, column 9"),
         ("p.json", "[" * 100_000, r"is not JSON that can be read"),
@@ -324,9 +328,9 @@ def test_files_as_people_and_programs_write_them_are_read(tmp_path: Path, name: 
             r"4 faults\n.*item 2: must be an object.*\n.*item 3",
         ),
         ("p.json", b'["caf\xe9"]', r"p\.json: is not UTF-8 \(byte 0xe9\); save the file"),
-        ("p.csv", "sep=;\nprompt;id\na cat;1\na;b;c\n", r"p\.csv:4: has 3 fields, but the header 2"),
-        ("p.txt.gz", b"not packed", r"p\.txt\.gz: cannot be unpacked: Not a gzipped file"),
-        ("p.txt.gz", gzip.compress(b"a cat\n" * 1000)[:-9], r"p\.txt\.gz: cannot be unpacked: .*end-of-stream"),
+        ("p.csv", "sep=;\nprompt;id\na cat;1\na;b;c\n", r"p\.csv:4: must have 2 fields as the header, got 3"),
+        ("p.txt.gz", b"not packed", r"p\.txt\.gz: cannot be decompressed: Not a gzipped file"),
+        ("p.txt.gz", gzip.compress(b"a cat\n" * 1000)[:-9], r"p\.txt\.gz: cannot be decompressed: .*end-of-stream"),
     ],
 )
 def test_fault_21_what_is_no_list_of_prompts_is_named_with_what_is_there(

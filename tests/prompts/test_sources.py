@@ -19,8 +19,8 @@ from cdpo_ray.prompts.files import read_file
 from cdpo_ray.prompts.sources import (
     BUILT_IN,
     PromptList,
+    PromptSource,
     PromptSplit,
-    Source,
     content_sha256,
     is_held_out,
     read_prompts,
@@ -63,13 +63,13 @@ def split(
     for key, value in sides.items():
         side, _, name = key.partition("_")
         given[side][name] = value
-    sources = {side: Source(**keys) for side, keys in given.items()}
-    validated = sources["validation"] if sources["validation"] != Source() else None
+    sources = {side: PromptSource(**keys) for side, keys in given.items()}
+    validated = sources["validation"] if sources["validation"] != PromptSource() else None
     return split_prompts(sources["train"], sources["heldout"], validated, seed=seed)
 
 
 def read(path: Path | str, side: str = "train", **keys: Any) -> PromptList:
-    return read_prompts(Source(str(path), **keys), side, 0)
+    return read_prompts(PromptSource(str(path), **keys), side, 0)
 
 
 def write(path: Path, lines: list[str]) -> Path:
@@ -174,7 +174,7 @@ def test_bytes_that_are_not_utf8_are_refused_with_file_and_line(tmp_path: Path) 
 def test_fault_19_a_file_without_prompts_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(
-        PromptError, match=r"`prompts\.train\.source` .*p\.txt: has no prompts; write one prompt a line"
+        PromptError, match=r"`prompts\.train\.source` .*p\.txt: has no prompts; write one prompt per line"
     ):
         read(tmp_path / "p.txt")
 
@@ -207,15 +207,15 @@ def test_a_count_keeps_prompts_from_the_front(tmp_path: Path) -> None:
 
 def test_fewer_prompts_than_asked_for_are_refused(tmp_path: Path) -> None:
     train, heldout = write(tmp_path / "t.txt", ["a", "b"]), write(tmp_path / "h.txt", ["c"])
-    with pytest.raises(PromptError, match=r"`prompts\.train`: wants 3 prompts, got 2; give more, or ask for fewer"):
+    with pytest.raises(PromptError, match=r"`prompts\.train`: needs 3 prompts, got 2; add prompts, or lower `count`"):
         split(train, heldout, train_count=3)
-    with pytest.raises(PromptError, match=r"`prompts\.heldout`: wants 4 prompts, got 1"):
+    with pytest.raises(PromptError, match=r"`prompts\.heldout`: needs 4 prompts, got 1"):
         split(train, heldout, heldout_count=4)
 
 
 def test_a_share_too_small_to_hold_out_anything_is_refused(tmp_path: Path) -> None:
     train = write(tmp_path / "t.txt", ["a", "b"])
-    with pytest.raises(PromptError, match=r"`prompts\.heldout`: wants at least 1 prompts, got 0"):
+    with pytest.raises(PromptError, match=r"`prompts\.heldout`: needs at least 1 prompts, got 0"):
         split(train, heldout_fraction=1e-9)
 
 
@@ -229,7 +229,7 @@ def test_more_scenes_than_the_world_has_are_refused() -> None:
 def test_training_on_held_out_prompts_is_refused_with_the_prompts(tmp_path: Path) -> None:
     train, heldout = write(tmp_path / "t.txt", ["a", "b", "c"]), write(tmp_path / "h.txt", ["x", " c ", "b"])
     with pytest.raises(
-        PromptError, match=r"2 of its 3 prompts are trained on \('b', 'c'\); a gain on them would prove nothing"
+        PromptError, match=r"2 of its 3 prompts are also trained on \('b', 'c'\), so a gain on them would prove nothing"
     ):
         split(train, heldout)
 
@@ -290,21 +290,21 @@ def test_what_is_read_is_trained_on_or_held_out_or_counted_as_left_out(tmp_path:
 def test_prompts_that_come_with_preferences_are_split_like_those_of_a_source(tmp_path: Path) -> None:
     prompts = ["one", "two", "one", *(f"prompt {number}" for number in range(50))]
     expected = split(write(tmp_path / "p.txt", prompts), heldout_fraction=0.3)
-    assert split_prompts(prompts, Source(fraction=0.3), seed=0) == expected
+    assert split_prompts(prompts, PromptSource(fraction=0.3), seed=0) == expected
     assert expected.num_doubled == 1
 
 
 def test_the_content_of_a_file_is_told_by_its_bytes_and_of_what_is_pinned_by_name_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"abc")
     nist = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
-    assert content_sha256(Source(str(tmp_path / "p.txt")), "train") == nist
-    for pinned in (Source("animals"), Source("some/prompts", "a.csv", COMMIT), Source(fraction=0.5)):
+    assert content_sha256(PromptSource(str(tmp_path / "p.txt")), "train") == nist
+    for pinned in (PromptSource("animals"), PromptSource("some/prompts", "a.csv", COMMIT), PromptSource(fraction=0.5)):
         assert content_sha256(pinned, "train") is None
 
 
 def test_fault_33_the_sha256_is_of_the_content_that_was_read(tmp_path: Path) -> None:
     train, heldout = write(tmp_path / "t.txt", ["a cat"]), write(tmp_path / "h.txt", ["a dog"])
-    found = split_prompts(Source(str(train)), Source(str(heldout)), Source("animals"), seed=0)
+    found = split_prompts(PromptSource(str(train)), PromptSource(str(heldout)), PromptSource("animals"), seed=0)
     digests = {"train": hashlib.sha256(train.read_bytes()), "heldout": hashlib.sha256(heldout.read_bytes())}
     write(heldout, ["a fox"])
     assert found.sha256 == {side: digest.hexdigest() for side, digest in digests.items()}
@@ -321,8 +321,8 @@ def test_fault_33_a_file_that_is_changed_while_it_is_read_is_refused(
         return prompts
 
     monkeypatch.setattr("cdpo_ray.prompts.sources.read_file", read_and_change)
-    with pytest.raises(PromptError, match=r"`prompts.train.source` .*t\.txt: was changed while it was read"):
-        read_prompts(Source(str(path)), "train", 0)
+    with pytest.raises(PromptError, match=r"`prompts.train.source` .*t\.txt: changed while it was being read"):
+        read_prompts(PromptSource(str(path)), "train", 0)
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -336,8 +336,8 @@ def test_a_hub_file_is_read_where_it_was_staged_and_otherwise_told_how_to_stage(
         folder.mkdir(parents=True)
         write(folder / "train.parquet", ["a cat", "a dog"])
     code = (
-        "import sys; from cdpo_ray.prompts.sources import Source, read_prompts;"
-        f"print(read_prompts(Source('some/prompts', 'data/train.parquet', '{COMMIT}'), 'train', 0).prompts)"
+        "import sys; from cdpo_ray.prompts.sources import PromptSource, read_prompts;"
+        f"print(read_prompts(PromptSource('some/prompts', 'data/train.parquet', '{COMMIT}'), 'train', 0).prompts)"
     )
     offline = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline)
@@ -382,7 +382,7 @@ def test_validation_takes_its_share_where_held_out_prompts_have_a_source(tmp_pat
     [
         (["x", "A cat, sleeping"], r"`prompts.validation`: 1 of its 2 prompts are trained on \('A cat, sleeping'\)"),
         (["x", "a  Dog"], r"`prompts.validation`: 1 of its 2 prompts are held out \('a  Dog'\); a schedule chosen by"),
-        (["x"], r"`prompts.validation`: wants 3 prompts, got 1"),
+        (["x"], r"`prompts.validation`: needs 3 prompts, got 1"),
     ],
 )
 def test_validation_prompts_are_neither_trained_on_nor_held_out_and_enough(

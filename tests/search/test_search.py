@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """`cdpo tune`: killed in its own process and resumed, and its output."""
-=======
-"""`cdpo tune` in its own process: killed and resumed, and its output."""
->>>>>>> h/evaluation
 
 import contextlib
 import io
@@ -78,27 +74,16 @@ class Search:
         return code, output.getvalue(), log.getvalue()
 
     def finish(self, *overrides: str) -> tuple[str, str]:
-<<<<<<< HEAD
         code, output, log = self.call(*overrides)
         assert code == 0, log
         return output, log
-=======
-        process = self.start(*overrides)
-        stdout, stderr = process.communicate(timeout=400)
-        assert process.returncode == 0, stderr
-        return stdout, stderr
->>>>>>> h/evaluation
 
     def trials(self, folder: str = "trials") -> list[Trial]:
         return [*Trials(self.run / folder).values()]
 
 
 @pytest.fixture(scope="module")
-<<<<<<< HEAD
 def killed(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, list[Trial], str, str]:
-=======
-def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, list[Trial], str, str]:
->>>>>>> h/evaluation
     """A search whose driver was killed after a trial's first stage, and that was resumed and finished."""
     search = Search(tmp_path_factory.mktemp("search"))
     process = search.start("search.max_concurrent_trials=1")
@@ -121,11 +106,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Search, list[Trial
 def test_fault_28_a_killed_search_resumes_and_no_trial_is_lost_or_trained_twice(
     killed: tuple[Search, list[Trial], str, str],
 ) -> None:
-<<<<<<< HEAD
     search, before, _, log = killed
-=======
-    search, before, _, stderr = killed
->>>>>>> h/evaluation
     trials = search.trials()
     assert before and any(trial.state == RUNNING and trial.reports for trial in before), "it was killed within a trial"
     assert [trial.number for trial in trials] == [1, 2] and trials[0].state == DONE
@@ -136,41 +117,23 @@ def test_fault_28_a_killed_search_resumes_and_no_trial_is_lost_or_trained_twice(
         assert now.point == was.point and now.reports[: len(was.reports)] == was.reports
     orders = [report["order"] for trial in trials for report in trial.reports]
     assert sorted(orders) == list(range(1, len(orders) + 1))
-<<<<<<< HEAD
     assert log.count("done already") == 4, "images and scores must not be regenerated"
-=======
-    assert stderr.count("done already") == 4, "images and scores must not be regenerated"
->>>>>>> h/evaluation
 
 
 def test_a_finished_search_trains_nothing_and_has_the_same_output(
     killed: tuple[Search, list[Trial], str, str],
 ) -> None:
-<<<<<<< HEAD
     search, _, output, _ = killed
     written = {path: path.stat().st_mtime for path in search.run.glob("*/*/trial.json")}
     again, log = search.finish()
     assert again == output and "explore" not in log
-=======
-    search, _, stdout, _ = killed
-    written = {path: path.stat().st_mtime for path in search.run.glob("*/*/trial.json")}
-    again, stderr = search.finish()
-    assert again == stdout and "explore" not in stderr
->>>>>>> h/evaluation
     assert written == {path: path.stat().st_mtime for path in search.run.glob("*/*/trial.json")}
 
 
 def test_a_search_is_not_resumed_with_other_settings(killed: tuple[Search, list[Trial], str, str]) -> None:
-<<<<<<< HEAD
     code, _, log = killed[0].call("search.early_prompts=2")
     assert code == 2
     assert "its search was started with `search.early_prompts` = 3, config says 2; delete the folder" in log
-=======
-    process = killed[0].start("search.early_prompts=2")
-    _, stderr = process.communicate(timeout=100)
-    assert process.returncode == 2
-    assert "its search was started with `search.early_prompts` = 3, config says 2; delete the folder" in stderr
->>>>>>> h/evaluation
 
 
 @pytest.mark.nightly
@@ -193,11 +156,7 @@ def test_the_best_and_the_papers_schedule_are_retrained_and_judged_on_held_out_p
     killed: tuple[Search, list[Trial], str, str],
 ) -> None:
     search = killed[0]
-<<<<<<< HEAD
     output, _ = search.finish("search.confirm_seeds=1")
-=======
-    stdout, _ = search.finish("search.confirm_seeds=1")
->>>>>>> h/evaluation
     found = json.loads((search.run / "tune.json").read_text())
     confirmed = search.trials("confirmation")
     assert found["best"] == 2
@@ -205,11 +164,7 @@ def test_the_best_and_the_papers_schedule_are_retrained_and_judged_on_held_out_p
     for trial in confirmed:
         assert [report["is_last"] for report in trial.reports] == [True]
         assert trial.reports[0]["num_prompts"] == SETTINGS["prompts"]["heldout"]["count"]
-<<<<<<< HEAD
     assert found["sentence"] in output
-=======
-    assert found["sentence"] in stdout
->>>>>>> h/evaluation
 
 
 @pytest.mark.nightly

@@ -98,7 +98,7 @@ def test_fault_33_a_file_that_is_changed_while_it_is_read_is_refused(
         return found
 
     monkeypatch.setattr(contents, "describe", change)
-    with pytest.raises(StoreError, match=r"`model.path`: was changed while it was read; give the same command again"):
+    with pytest.raises(StoreError, match=r"`model.path`: changed while it was being read; run the same command again"):
         sha256(files)
 
 

@@ -72,7 +72,7 @@ def test_a_step_without_its_manifest_is_not_complete(run: RunFolder) -> None:
     write_step(run)
     (run.path / STEP / MANIFEST).unlink()
     assert not run.is_complete(STEP, SETTINGS, {})
-    with pytest.raises(StoreError, match=r"1-samples: not there, or not finished; run the step that makes it first"):
+    with pytest.raises(StoreError, match=r"1-samples: is missing or not finished; run the step that makes it first"):
         run.step(STEP)
 
 
@@ -80,10 +80,10 @@ def test_a_folder_without_a_manifest_is_refused_before_the_work_is_done(run: Run
     write_step(run)
     (run.path / STEP / MANIFEST).unlink()
     with (
-        pytest.raises(StoreError, match=r"1-samples: is there without its manifest\.json; delete it"),
+        pytest.raises(StoreError, match=r"1-samples: has no manifest\.json; delete the folder"),
         run.writing(STEP, SETTINGS, {}, seed=7, resumable=False),
     ):
-        pytest.fail("the work was begun")
+        pytest.fail("the work was started")
     assert (run.path / STEP / "table.txt").is_file()
 
 
@@ -117,7 +117,7 @@ def test_a_setting_that_came_or_went_is_a_difference(run: RunFolder) -> None:
 def test_other_inputs_are_refused_and_the_fingerprint_tells_them_apart(run: RunFolder) -> None:
     write_step(run, inputs={"0-before": "abc"})
     assert run.is_complete(STEP, SETTINGS, {"0-before": "abc"})
-    with pytest.raises(StoreError, match=r"1-samples was made from another 0-before; delete .* to make it again"):
+    with pytest.raises(StoreError, match=r"1-samples was made from another 0-before; delete .* to regenerate it"):
         run.is_complete(STEP, SETTINGS, {"0-before": "abd"})
 
 
@@ -145,7 +145,7 @@ def test_a_flipped_byte_is_named(run: RunFolder) -> None:
 def test_a_missing_file_is_named(run: RunFolder) -> None:
     write_step(run)
     (run.path / STEP / "inner" / "shard.bin").unlink()
-    with pytest.raises(StoreError, match=r"inner/shard\.bin: is missing; delete .*1-samples to make it again"):
+    with pytest.raises(StoreError, match=r"inner/shard\.bin: is missing; delete .*1-samples to regenerate it"):
         run.is_complete(STEP, SETTINGS, {})
 
 
@@ -160,7 +160,7 @@ def test_fault_43_all_that_is_wrong_is_told_at_once_and_a_table_that_was_added_t
     path = run.path / STEP
     assert str(caught.value) == (
         f"{path}/inner/shard.bin: is missing; {path}/table.txt: was altered (its SHA-256 differs);"
-        f" {path}/samples-9.parquet: is not in the manifest; delete {path} to make it again"
+        f" {path}/samples-9.parquet: is not in the manifest; delete {path} to regenerate it"
     )
     with pytest.raises(StoreError, match=r"1-samples/table\.txt: was altered"):
         run.refuse_damage(STEP, ["table.txt"])
@@ -223,15 +223,15 @@ def test_a_resumable_step_goes_on_with_what_was_left(run: RunFolder) -> None:
 def test_a_resumable_step_begun_otherwise_is_refused_and_kept(run: RunFolder) -> None:
     fail_in_the_middle(run, resumable=True)
     with (
-        pytest.raises(StoreError, match=r"was begun with `run\.seed` = 0, config says 9"),
+        pytest.raises(StoreError, match=r"was started with `run\.seed` = 0, config says 9"),
         run.writing(STEP, {**SETTINGS, "run.seed": 9}, {"in": "1"}, seed=0, resumable=True),
     ):
-        pytest.fail("the work was begun")
+        pytest.fail("the work was started")
     with (
-        pytest.raises(StoreError, match="was begun from other inputs; delete it to start over"),
+        pytest.raises(StoreError, match="was started with other inputs; delete it to start over"),
         run.writing(STEP, SETTINGS, {"in": "2"}, seed=0, resumable=True),
     ):
-        pytest.fail("the work was begun")
+        pytest.fail("the work was started")
     assert (run.path / f"{STEP}.partial" / "half.bin").read_bytes() == b"half"
 
 

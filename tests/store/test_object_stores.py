@@ -19,10 +19,10 @@ from cdpo_ray.store import (
     link,
     local_copy,
     make_folder,
-    place,
     read_shards,
     read_table,
     shard_schema,
+    storage_path,
     write_table,
 )
 
@@ -37,8 +37,8 @@ def write_step(run: RunFolder, content: bytes = b"0123456789", *, resumable: boo
 
 
 def test_a_local_place_is_a_path_and_one_in_a_store_survives_the_way_to_another_process(s3: Path) -> None:
-    assert place("runs") == Path("runs") and is_local(place("runs"))
-    there = place("s3://bucket/runs") / "a"
+    assert storage_path("runs") == Path("runs") and is_local(storage_path("runs"))
+    there = storage_path("s3://bucket/runs") / "a"
     assert not is_local(there) and str(there) == "s3://bucket/runs/a"
     there.write_text("text")
     assert pickle.loads(pickle.dumps(there)).read_text() == "text"  # noqa: S301
@@ -53,7 +53,7 @@ def test_a_local_place_is_a_path_and_one_in_a_store_survives_the_way_to_another_
 )
 def test_credentials_and_other_schemes_are_refused_unseen(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(StoreError, match=told) as caught:
-        place(text)
+        storage_path(text)
     assert "secret" not in str(caught.value)
     with pytest.raises(ConfigError, match=rf"run\.dir.*{told}") as refused:
         config_of(tmp_path, "embedded", run={"dir": text})
@@ -86,7 +86,7 @@ def test_a_step_that_was_broken_off_counts_for_nothing_and_is_begun_anew_or_gone
         assert ("half.bin" in run.manifest(STEP)["files"]) == resumable
         delete(s3 / "run")
     (s3 / "run" / STEP / "foreign.txt").write_text("not ours")
-    with pytest.raises(StoreError, match=r"1-samples: is there without its manifest\.json; delete it"):
+    with pytest.raises(StoreError, match=r"1-samples: has no manifest\.json; delete the folder"):
         write_step(run)
 
 
@@ -149,6 +149,6 @@ def test_a_local_copy_is_fetched_once_and_again_when_the_step_was_made_anew(
 
 
 def test_a_missing_extra_is_named() -> None:
-    code = "import sys; sys.modules['gcsfs'] = None\nfrom cdpo_ray.store import place\nplace('gs://bucket/runs')"
+    code = "import sys; sys.modules['gcsfs'] = None\nfrom cdpo_ray.store import storage_path\nstorage_path('gs://bucket/runs')"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'StoreError: gs://bucket/runs: gs:// needs `pip install "cdpo_ray[gs]"`' in told.stderr

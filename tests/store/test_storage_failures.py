@@ -108,7 +108,7 @@ def test_fault_55_a_block_that_is_interrupted_leaves_no_file_behind(tmp_path: Pa
 
 
 def test_fault_55_how_much_is_free_is_told_where_a_disk_is_full(tmp_path: Path) -> None:
-    told = r"[\d,]+\.\d MiB are free there; make room, and give the same command again$"
+    told = r"[\d,]+\.\d MiB are free; free disk space, and run the same command again$"
     with pytest.raises(StoreError, match=told), storage_errors_within(tmp_path / "not" / "there"):
         failing("ENOSPC")()
 
@@ -128,12 +128,15 @@ def from_a_worker(text: str) -> WorkerError:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (from_a_worker("OSError: [Errno 122] Disk quota exceeded"), "OSError: .* Disk quota exceeded; .* make room"),
+        (
+            from_a_worker("OSError: [Errno 122] Disk quota exceeded"),
+            "OSError: .* Disk quota exceeded; .* free disk space",
+        ),
         (
             from_a_worker("OSError: Error writing bytes. Detail: [errno 5] Input/output error"),
             "Input/output error; check",
         ),
-        (SafetensorError("I/O error: No space left on device (os error 28)"), r"\(os error 28\); .* make room"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), r"\(os error 28\); .* free disk space"),
         (WorkerError("in a worker", OSError(errno.ESTALE, "Stale file handle", "a.bin")), "Stale file handle: 'a.bin'"),
         (
             from_a_worker("botocore.exceptions.ClientError: An error occurred (SlowDown) when calling PutObject"),

@@ -18,7 +18,7 @@ from lock_holders import holder
 from cdpo_ray.errors import StoreError
 from cdpo_ray.run import run_steps
 from cdpo_ray.steps import steps_of
-from cdpo_ray.store import RunFolder, lock, place
+from cdpo_ray.store import RunFolder, lock, storage_path
 
 STEP = "1-samples"
 
@@ -125,10 +125,10 @@ def test_fault_11_a_full_disk_is_told_with_path_needed_and_free_and_earlier_step
     )
     assert done.returncode == 0, done.stderr
     refused, full, went_on = done.stdout.splitlines()
-    assert refused.startswith(f"{tmp_path}: needs 1.9 MiB, but 0.8 MiB are free on its disk; make room")
+    assert refused.startswith(f"{tmp_path}: needs 1.9 MiB, but 0.8 MiB are free on its disk; free disk space")
     assert re.fullmatch(
         rf"{tmp_path}/2-scores\.partial(/manifest\.json)?: cannot be written.*: .*No space left on device;"
-        r" 0\.0 MiB are free there; make room, and give the same command again",
+        r" 0\.0 MiB are free; free disk space, and run the same command again",
         full,
     )
     assert went_on == "went on"
@@ -136,8 +136,9 @@ def test_fault_11_a_full_disk_is_told_with_path_needed_and_free_and_earlier_step
 
 KILLED_IN_STORE = """
 import os, signal, sys
-from cdpo_ray.store import RunFolder, place
-with RunFolder(place("s3://bucket/run")).writing("1-samples", {"a": 1}, {}, seed=0, resumable=True) as (folder, _):
+from cdpo_ray.store import RunFolder, storage_path
+run = RunFolder(storage_path("s3://bucket/run"))
+with run.writing("1-samples", {"a": 1}, {}, seed=0, resumable=True) as (folder, _):
     (folder / "whole").write_bytes(b"whole")
     cut_short = (folder / "cut_short").open("wb")
     cut_short.write(bytes(20 * 2**20))  # some parts of it are sent
@@ -157,8 +158,8 @@ def test_fault_02_a_step_killed_while_an_object_is_sent_goes_on_with_the_whole_o
 
 HOLD = """
 import sys
-from cdpo_ray.store import RunFolder, place
-with RunFolder(place(sys.argv[1])).locked():
+from cdpo_ray.store import RunFolder, storage_path
+with RunFolder(storage_path(sys.argv[1])).locked():
     print("here", flush=True); sys.stdin.read()
 """
 
@@ -190,7 +191,7 @@ def test_fault_17_a_lock_of_another_machine_is_taken_over_when_it_is_renewed_no_
 ) -> None:
     lock_from_elsewhere(s3 / "run")
     with (
-        pytest.raises(StoreError, match=r"\(pid 1 on elsewhere, \d s ago; after 60 s it counts as gone\)"),
+        pytest.raises(StoreError, match=r"\(pid 1 on elsewhere, \d s ago; its lock expires after 60 s\)"),
         RunFolder(s3 / "run").locked(),
     ):
         pytest.fail("two runs hold one folder")
@@ -242,14 +243,14 @@ def test_fault_18_a_store_that_may_not_be_read_is_not_taken_for_an_empty_one(
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     s3.fs.clear_instance_cache()
     with pytest.raises(StoreError, match=r"manifest\.json: cannot be read: Unable to locate credentials; check"):
-        RunFolder(place("s3://bucket/run")).has(STEP)
+        RunFolder(storage_path("s3://bucket/run")).has(STEP)
     s3.fs.clear_instance_cache()
 
 
 def test_fault_18_a_bucket_that_is_not_there_is_named_and_not_made(s3: Path, caplog: pytest.LogCaptureFixture) -> None:
     told = refused_at_once("s3://no-such-bucket/runs", caplog)
     assert "s3://no-such-bucket/runs/tuned: cannot be written: The specified bucket does not exist; check" in told
-    assert not place("s3://no-such-bucket").exists()
+    assert not storage_path("s3://no-such-bucket").exists()
 
 
 def test_fault_18_a_store_that_does_not_answer_stops_a_run_in_seconds(

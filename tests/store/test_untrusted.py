@@ -45,7 +45,7 @@ def alter(run: RunFolder, **values: Any) -> None:
      "\x1b[31m", "\u202eb", "a" * 5000],
 )  # fmt: skip
 def test_fault_30_a_name_that_leads_out_of_its_folder_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="leads out of the folder, or is no relative path") as caught:
+    with pytest.raises(StoreError, match="leads out of the folder, or is not a relative path") as caught:
         path_within(tmp_path, name)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
 
@@ -97,7 +97,7 @@ def test_fault_52_a_manifest_of_another_kind_is_named(value: Any, tmp_path: Path
     else:
         (run.path / STEP / MANIFEST).write_text(json.dumps(value))
     with pytest.raises(
-        StoreError, match=r"1-samples/manifest\.json: is damaged .*; delete .*1-samples to make it again"
+        StoreError, match=r"1-samples/manifest\.json: is damaged .*; delete .*1-samples to regenerate it"
     ):
         run.is_complete(STEP, {}, {})
 

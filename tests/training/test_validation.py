@@ -12,7 +12,7 @@ import torch
 from finished_runs import change, save_policy
 
 from cdpo_ray.config.training import LoraSection
-from cdpo_ray.dataflow.quarantine import SetAside
+from cdpo_ray.dataflow.quarantine import Quarantine
 from cdpo_ray.evaluation.appearance_columns import add_appearance
 from cdpo_ray.evaluation.comparison import Comparer
 from cdpo_ray.generation.generator import Generator, Sampling
@@ -94,7 +94,7 @@ def test_a_policy_is_judged_as_the_evaluation_judges_the_trained_adapter(base: P
         make_scores=partial(Scorer, JUDGES),
         num_margin_draws=0,
         guidance_range=None,
-        set_aside=SetAside(tmp_path, len(PROMPTS), 0.0),
+        set_aside=Quarantine(tmp_path, len(PROMPTS), 0.0),
     )
     compared = add_appearance(comparer(rows()))
     for judge in JUDGES:

@@ -1,4 +1,4 @@
-"""Paths on local disk, s3:// and gs://, with one interface; a file is there whole or not at all."""
+"""Paths on local disk, s3:// and gs:// with one interface, and atomic reads and writes of small files."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ from cdpo_ray.store.failures import storage_errors
 
 MANIFEST = "manifest.json"
 CLIENT_OPTIONS: dict[str, Any] = {
-    # Manifests hold SHA-256 sums of all files. Checksums in each request are new, and some servers get them wrong.
+    # Manifests hold SHA-256 sums of all files. Checksums in each request are recent, and some servers get them wrong.
     "s3": {
         "config_kwargs": {
             "request_checksum_calculation": "when_required",
@@ -27,16 +27,16 @@ CLIENT_OPTIONS: dict[str, Any] = {
     }
 }
 JOB_COPIES = "/runtime_resources/working_dir_files/"
-"""Ray keeps its copies of jobs' working folders in such a folder of its session."""
+"""Part of the path of Ray's copies of jobs' working folders."""
 
 
-def place(text: str | Path) -> Path:
-    """A local path, or one in an object store: a `UPath`, which has the methods of `Path`, its `fs`, and `path` in it.
+def storage_path(text: str | Path) -> Path:
+    """Local path, or `UPath` in an object store, which has the methods of `Path` and also `fs` and `path`.
 
-    Endpoint and credentials come from the environment, as for all that speaks to these stores.
+    Endpoint and credentials come from the environment, as for all clients of these stores.
 
     Raises:
-        StoreError: it is of another kind, holds credentials, or the package that speaks to it is not installed.
+        StoreError: the URL has another scheme, holds credentials, or needs a package that is not installed.
     """
     if isinstance(text, Path | UPath):
         return text
@@ -47,7 +47,7 @@ def place(text: str | Path) -> Path:
     scheme, separator, _ = text.partition("://")
     if not separator:
         return Path(text)
-    # Other processes write too: a listing that is kept goes stale.
+    # Other processes write too: a cached listing becomes stale.
     path = UPath(text, use_listings_cache=False, **CLIENT_OPTIONS.get(scheme, {}))  # type: ignore[call-overload]
     try:
         _ = path.fs
@@ -57,26 +57,27 @@ def place(text: str | Path) -> Path:
 
 
 def refuse_special_file(path: Path) -> None:
-    """Refuse a pipe, a device or a socket where a file is to be read: reading it may never end.
+    """Refuse to read a pipe, a device or a socket, which may never end.
 
     Raises:
-        OSError: it is one, or nothing is there.
+        OSError: the path is one of them, or does not exist.
     """
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder is refused where it is opened
         raise OSError(errno.EINVAL, "is a pipe, a device or a socket, not a regular file", str(path))
 
 
-def output_place(text: str | Path, key: str) -> Path:
-    """A place to write to, which stays when the process has ended.
+def output_path(text: str | Path, key: str) -> Path:
+    """Path to write to that outlives the process.
 
     Args:
-        key: of the configuration or the command line, for the message.
+        text: local path or URL.
+        key: key of the configuration or option of the command line, for the message.
 
     Raises:
-        StoreError: as of `place`; or it is in the copy of the working folder that a Ray job runs in.
+        StoreError: as `storage_path`; or the path is in the copy of the working folder that a Ray job runs in.
     """
-    path = place(text)
+    path = storage_path(text)
     if is_local(path) and JOB_COPIES in str(path.resolve()):
         raise StoreError(
             f"`{key}` {text}: is {path.resolve()}, in this Ray job's copy of the working folder, which Ray deletes;"
@@ -90,17 +91,17 @@ def is_local(path: Path) -> bool:
 
 
 def make_folder(path: Path) -> None:
-    """Make a local folder and those above it, an object store has none to make; raises StoreError."""
+    """Create a local folder and its parents; object stores need none. Raises StoreError."""
     if is_local(path):
         with storage_errors(path):
             path.mkdir(parents=True, exist_ok=True)
 
 
 def exists(path: Path) -> bool:
-    """Whether a file or a folder is there.
+    """Whether a file or a folder exists.
 
     Raises:
-        StoreError: the disk or the store does not tell; `UPath.exists` would say no.
+        StoreError: the storage fails, where `UPath.exists` would return False.
     """
     with storage_errors(path, "read"):
         if is_local(path):
@@ -113,10 +114,10 @@ def exists(path: Path) -> bool:
 
 
 def files_within(folder: Path) -> dict[str, Path]:
-    """All files of a folder and the folders in it, by their names from there, sorted.
+    """All files of a folder and its subfolders, by relative path, sorted.
 
     Raises:
-        StoreError: the disk or the store does not tell.
+        StoreError: the storage fails.
     """
     with storage_errors(folder, "read"):
         if is_local(folder):
@@ -130,54 +131,54 @@ def files_within(folder: Path) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write, which is put in place when the block ends well; else nothing is left of it.
+    """Context manager that yields a new binary file; it appears at ``path`` if the block succeeds, else not at all.
 
-    It is written beside its place, as a file that is new: a symbolic link of that name is unlinked, not followed.
+    It is written to a temporary file and renamed: a symbolic link at ``path`` is replaced, not followed.
 
     Raises:
-        StoreError: the disk or the store fails.
+        StoreError: the storage fails.
     """
     if not is_local(path):
-        with tempfile.NamedTemporaryFile() as handle:  # were a block to fail, the object would be there, cut short
+        with tempfile.NamedTemporaryFile() as handle:  # fsspec would upload a truncated object if the block failed
             with storage_errors(Path(handle.name)):
                 yield handle  # type: ignore[misc]
                 handle.flush()
             with storage_errors(path):
                 path.fs.put_file(handle.name, path.path)  # type: ignore[attr-defined]
         return
-    aside = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     with storage_errors(path):
         try:
-            aside.unlink(missing_ok=True)
-            with aside.open("xb") as handle:
+            temporary.unlink(missing_ok=True)
+            with temporary.open("xb") as handle:
                 yield handle
                 handle.flush()
                 os.fsync(handle.fileno())
-            aside.replace(path)
+            temporary.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
-                aside.unlink()
+                temporary.unlink()
             raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; raises StoreError."""
+    """Write a file atomically; raises StoreError."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; raises StoreError."""
+    """Write a file atomically; raises StoreError."""
     with new_file(path) as handle:
         handle.write(content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all; raises StoreError."""
+    """Write a JSON file atomically; raises StoreError."""
     write_text(path, json.dumps(value, indent=1))
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a small file; raises FileNotFoundError, or StoreError where the disk or the store fails."""
+    """Read a small file; raises FileNotFoundError, or StoreError if the storage fails."""
     with storage_errors(path, "read"):
         if is_local(path):
             return path.read_bytes()
@@ -186,5 +187,5 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; raises as `read_bytes`, and ValueError where it is not JSON."""
+    """Read a JSON file; raises as `read_bytes`, and ValueError if it is not JSON."""
     return json.loads(read_bytes(path).decode())

@@ -8,7 +8,7 @@ from finished_runs import config_of
 
 from cdpo_ray.cli import main
 from cdpo_ray.errors import StoreError
-from cdpo_ray.store import output_place
+from cdpo_ray.store import output_path
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_fault_46_only_a_place_within_the_copy_is_refused(copy: Path, tmp_path: 
     (tmp_path / "shared").mkdir()
     (copy / "linked").symlink_to(tmp_path / "shared")
     for text in ("linked/runs", str(tmp_path / "runs"), "../../../../runs"):
-        assert output_place(text, "run.dir") == Path(text)
+        assert output_path(text, "run.dir") == Path(text)
     for text in ("runs", "./runs", str(copy / "runs"), "../_ray_pkg_1/runs", "."):
         with pytest.raises(StoreError, match="give an absolute path on storage that all nodes see"):
-            output_place(text, "run.dir")
+            output_path(text, "run.dir")
