@@ -329,9 +329,8 @@ def _refuse_changed_files(step: Step, settings: dict[str, Any], context: Context
             contents = {key for key in changed if key.endswith(CONTENT_KEYS)}
             for key in sorted(contents):
                 section = f"{key.rpartition('.')[0]}."
-                if not any(
-                    other.startswith(section) for other in changed - contents
-                ):  # otherwise the key names another file
+                # Another changed key of the section names another file.
+                if not any(other.startswith(section) for other in changed - contents):
                     raise StoreError(
                         f"{context.run.path / earlier.folder} was made with `{key}` = {made[key]}, the file has"
                         f" {now[key]}; restore the file, or delete the folder to make it from the changed file"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,12 @@ def test_help_lists_the_verbs_in_pipeline_order(capsys: pytest.CaptureFixture[st
         "check", "config", "doctor", "run", generate, IMPORT.verb, *others,
         "report", "tune", "export", "compare", "status",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_module_of_a_verb_has_its_help_arguments_and_implementation(verb: str) -> None:
+    module = import_module(VERBS[verb])
+    assert module.HELP and callable(module.add_arguments) and callable(module.run)
 
 
 @pytest.mark.parametrize(
@@ -126,16 +133,26 @@ def test_steps_read_only_what_earlier_steps_wrote() -> None:
     assert [step.folder for step in STEPS] == sorted(written)
 
 
-def test_check_needs_neither_torch_nor_ray_and_writes_nothing(tmp_path: Path) -> None:
+def then_print_heavy_modules(arguments: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run a command in a process of its own, which then prints the heavy packages that it has imported."""
     code = (
-        "import sys; from cdpo_ray.cli import main; code = main(sys.argv[1:]);"
-        "print(sorted({'torch', 'ray', 'diffusers', 'transformers'} & set(sys.modules))); sys.exit(code)"
+        "import atexit, sys; from cdpo_ray.cli import main; heavy = {'torch', 'ray', 'diffusers', 'transformers'};"
+        "atexit.register(lambda: print(sorted(heavy & set(sys.modules)))); sys.exit(main(sys.argv[1:]))"
     )
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=folder)
+
+
+def test_help_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
+    done = then_print_heavy_modules(["--help"], tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]")
+
+
+def test_check_needs_neither_torch_nor_ray_and_writes_nothing(tmp_path: Path) -> None:
     arguments = ["check", str(QUICKSTART), "run.name=second", f"run.dir={tmp_path}/runs"]
-    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert (found.returncode, found.stderr) == (0, "")
-    assert found.stdout.startswith(f"run second in {tmp_path}/runs/second\n")
-    assert found.stdout.rstrip().endswith("[]")
+    done = then_print_heavy_modules(arguments, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"run second in {tmp_path}/runs/second\n")
+    assert done.stdout.rstrip().endswith("[]")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,15 +211,10 @@ def test_check_prints_no_estimate_for_a_model_folder_that_cannot_be_counted(
 @pytest.mark.parametrize("family", ["latent_consistency", "stable_diffusion_xl"])
 def test_fault_37_check_refuses_a_model_of_another_family_without_torch(family: str, tmp_path: Path) -> None:
     folder = build_hollow(tmp_path / "model", family)
-    code = (
-        "import sys; from cdpo_ray.cli import main; code = main(sys.argv[1:]);"
-        "print(sorted({'torch', 'ray', 'diffusers', 'transformers'} & set(sys.modules))); sys.exit(code)"
-    )
-    arguments = ["check", str(QUICKSTART), f"model.path={folder}"]
-    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert (found.returncode, found.stdout) == (2, "[]\n")
-    assert found.stderr.startswith(f"ModelError: `model.path` {folder}: does not fit `model.family` stable_diffusion: ")
-    assert found.stderr.endswith(f"; it fits `model.family` {family}\n")
+    done = then_print_heavy_modules(["check", str(QUICKSTART), f"model.path={folder}"], tmp_path)
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert done.stderr.startswith(f"ModelError: `model.path` {folder}: does not fit `model.family` stable_diffusion: ")
+    assert done.stderr.endswith(f"; it fits `model.family` {family}\n")
 
 
 def test_the_package_runs_as_a_module() -> None:
