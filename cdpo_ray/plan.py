@@ -1,4 +1,4 @@
-"""Config -> what a run will make and need, before it is paid; needs neither torch nor ray."""
+"""Config -> what a run will make and need, before it starts; imports neither torch nor ray."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawings take less
 
 @dataclass(frozen=True)
 class Plan:
-    """Lines to show, from `make_plan`."""
+    """Lines to print, made by `make_plan`."""
 
     lines: list[str]
 
@@ -25,33 +25,33 @@ class Plan:
         return "\n".join(self.lines)
 
 
-def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), judged: Scan | None = None) -> Plan:
-    """What `cdpo run` would do with this configuration.
+def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), scanned: Scan | None = None) -> Plan:
+    """Describe what `cdpo run` would do with a configuration.
 
     Args:
-        cost: lines of an estimate, see `cost_lines`.
-        judged: the preferences of the configuration.
+        cost: lines of the cost estimate, see `cost_lines`.
+        scanned: preferences of the configuration.
     """
     per_prompt, curriculum, training = config.generation.images_per_prompt, config.curriculum, config.training
     num_images = len(prompts.train) * per_prompt
     samples = (
-        f"  generation   {num_images:,} images ({per_prompt} a prompt),"
+        f"  generation   {num_images:,} images ({per_prompt} per prompt),"
         f" {config.generation.num_denoising_steps} denoising steps, guidance {config.generation.guidance_scale:g}"
     )
     preferences = config.preferences
     if preferences:
         samples = f"  preferences  {preferences.path} ({preferences.format}), difficulty by {preferences.difficulty}"
-        samples = "\n               ".join([samples, *(judged.lines() if judged else ())])
+        samples = "\n               ".join([samples, *(scanned.lines() if scanned else ())])
     num_updates = curriculum.num_stages * curriculum.updates_per_stage
     heldout_images = 2 * len(prompts.heldout) * config.evaluation.images_per_prompt
     noise_prompts = min(config.rewards.noise_prompts, len(prompts.train))
-    noise = f"; {noise_prompts} prompts scored twice for the rewards' noise" if noise_prompts else ""
-    validated = f", {len(prompts.validation):,} to validate by" if prompts.validation else ""
+    noise = f"; {noise_prompts} prompts scored twice to measure the rewards' noise" if noise_prompts else ""
+    validated = f", {len(prompts.validation):,} for validation" if prompts.validation else ""
     lines = [
         f"run {config.run.name} in {storage_path(config.run.dir) / config.run.name}",
-        f"  prompts      {len(prompts.train):,} to train on, {len(prompts.heldout):,} held out{validated}"
-        f" (of {prompts.num_read:,}: {prompts.num_doubled:,} doubled, {prompts.num_empty:,} empty,"
-        f" {prompts.num_beyond_count:,} beyond `count` left out)",
+        f"  prompts      {len(prompts.train):,} for training, {len(prompts.heldout):,} held out{validated}"
+        f" (of {prompts.num_read:,}; dropped: {prompts.num_doubled:,} duplicate, {prompts.num_empty:,} empty,"
+        f" {prompts.num_beyond_count:,} beyond `count`)",
         *(f"               {line}" for line in literal_syntax([*prompts.train, *prompts.heldout, *prompts.validation])),
         samples,
         f"  rewards      {', '.join(config.rewards.names)} ({config.rewards.placement}); ranked by"
@@ -60,7 +60,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), ju
         f" {curriculum.sentence}",
     ]
     drawn = curriculum.updates_per_stage * training.global_batch_size
-    # Any other schedule is known once there are scores: `cdpo pairs --explain` tells it then.
+    # The stages of any other schedule depend on the scores: `cdpo pairs --explain` prints them later.
     by_rank_gap = (curriculum.measure, curriculum.boundaries) == ("rank_gap", "linear") and curriculum.order in ORDERED
     if by_rank_gap and not preferences:
         for stage in range(1, curriculum.num_stages + 1):
@@ -77,7 +77,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), ju
                 f"    stage {stage}    rank gaps {smallest} to {largest}: up to {candidates:,} pairs, {drawn:,} drawn"
             )
     else:
-        lines.append(f"    a stage    {drawn:,} pairs drawn")
+        lines.append(f"    each stage {drawn:,} pairs drawn")
     if training.method == "lora" and training.lora.grows:
         lines += [f"    stage {stage}    {line}" for stage, line in enumerate(_growth(config), start=1)]
     num_workers, pairs_per_launch = training.num_workers, training.pairs_per_launch
@@ -87,7 +87,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), ju
         f" {num_workers} workers x {launches} launches x {pairs_per_launch} pairs; ZeRO {training.zero_stage}",
         f"               {_method(config)}",
         f"               beta {training.beta:g}, kappa = beta/2 = {training.beta / 2:g}"
-        " (errors are means over latent values); the same elsewhere:",
+        " (errors are means over latent values); equivalent settings elsewhere:",
         *(f"                 {line}" for line in same_beta_elsewhere(training.beta, _num_latent_values(config))),
         f"  evaluation   {heldout_images:,} images of {len(prompts.heldout)} held-out prompts, judged by"
         f" {', '.join(config.evaluation_judges)}",
@@ -95,7 +95,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), ju
     ]
     if config.rounds > 1:
         lines.append(
-            f"  rounds       {config.rounds}, each of all of the above; the adapter of one generates for the next"
+            f"  rounds       {config.rounds}, each with all of the above; its adapter generates the images of the next"
         )
     if config.search:
         lines += _search(config, config.search, len(prompts.validation))
@@ -103,49 +103,49 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), ju
 
 
 def same_beta_elsewhere(beta: float, num_latent_values: int | None) -> list[str]:
-    """What this beta is in the conventions of other code, a line each.
+    """The equivalent of a beta in other codebases, one line per convention.
 
     Args:
-        num_latent_values: of one sample, for code that sums errors where ours is their mean; unknown without a model.
+        num_latent_values: of one sample, for code that sums errors instead of averaging them; `None`: unknown.
     """
     kappa = beta / 2
     by_sum = f"{kappa / num_latent_values:g} (N = {num_latent_values:,})" if num_latent_values else "kappa / N"
     return [
         f"Diffusion-DPO, diffusers' SDXL script, flow-matching DPO (kappa = beta/2): beta {beta:g}",
         f"diffusers' SD script (kappa = beta): beta {kappa:g}",
-        f"released Curriculum-DPO code (kappa is 1000, its beta is not read): {kappa / 1000:g} times as strong",
+        f"released Curriculum-DPO code (kappa fixed at 1000, beta unused): {kappa / 1000:g} times as strong",
         f"errors summed over N latent values: kappa {by_sum}",
     ]
 
 
 def _search(config: Config, search: SearchSection, num_prompts: int) -> list[str]:
-    """What `cdpo tune` would do on the samples and scores of the run."""
+    """Describe what `cdpo tune` would do with the samples and scores of the run."""
     curriculum = config.curriculum
     num_stages = search.largest("curriculum.num_stages", curriculum.num_stages)
     num_updates, num_trials = search.max_updates(curriculum), search.max_trials(config.plain())
     objectives = f"{search.objectives[0]} by {config.search_judge}"
     if len(search.objectives) > 1:
-        objectives += f", and {', '.join(search.objectives[1:])}; what no other trial beats in all is kept"
+        objectives += f", and {', '.join(search.objectives[1:])}; the Pareto front is kept"
     stops = search.stop_early.stages(num_stages) if search.stop_early else []
-    stopping = "every trial is trained to its end"
+    stopping = "no early stopping"
     if search.stop_early and stops:
         one_in = f"{search.stop_early.reduction_factor:g}"
-        stopping = f"after stage {', '.join(map(str, stops))} about one trial in {one_in} goes on"
-    at_once = search.max_concurrent_trials
+        stopping = f"early stopping after stage {', '.join(map(str, stops))}: about one trial in {one_in} continues"
+    at_once = search.max_concurrent_trials or "as many as fit"
     early = min(search.early_prompts or num_prompts, num_prompts)
-    before = f", of {early:,} before the last" if early < num_prompts else ""
+    before = f" (before the last: {early:,} prompts)" if early < num_prompts else ""
     confirmed = 2 * search.confirm_seeds
     up_to = "" if search.num_trials else "up to "
     return [
         f"  search       {up_to}{num_trials:,} trials by {search.algorithm} for {objectives};"
         " the first is the paper's schedule",
         *(f"                 {knob.sentence}" for knob in search.knobs),
-        f"               {stopping}; {f'{at_once} at once' if at_once else 'as many at once as fit'}",
-        f"               at most {num_trials * num_updates:,} updates, {num_updates:,} a trial",
+        f"               {stopping}; concurrent trials: {at_once}",
+        f"               at most {num_trials * num_updates:,} updates, {num_updates:,} per trial",
         f"  validation   {num_prompts * search.images_per_prompt:,} images of {num_prompts:,} prompts after each"
         f" stage{before}",
-        f"  confirmation {confirmed} trainings: the best and the paper's with {search.confirm_seeds} other seeds,"
-        f" {confirmed * num_updates:,} updates at most, judged on the held-out prompts"
+        f"  confirmation {confirmed} trainings: the best and the paper's schedule with {search.confirm_seeds} other"
+        f" seeds, at most {confirmed * num_updates:,} updates, judged on the held-out prompts"
         if confirmed
         else "  confirmation none: `search.confirm_seeds` is 0",
     ]
@@ -153,10 +153,10 @@ def _search(config: Config, search: SearchSection, num_prompts: int) -> list[str
 
 def _method(config: Config) -> str:
     training = config.training
-    what = f"a LoRA of rank {training.lora.rank}" if training.method == "lora" else "the whole net"
-    held_to = "the base model" if training.reference == "base" else "the round before"
+    method = f"LoRA of rank {training.lora.rank}" if training.method == "lora" else "full fine-tuning"
+    reference = "base model" if training.reference == "base" else "previous round"
     extra = f" + {training.sft_weight:g} x SFT" if training.sft_weight else ""
-    return f"loss {training.loss}{extra}, on {what}, held to {held_to}"
+    return f"{method}; loss {training.loss}{extra}; reference: {reference}"
 
 
 def _num_latent_values(config: Config) -> int | None:
@@ -165,11 +165,11 @@ def _num_latent_values(config: Config) -> int | None:
 
 
 def _growth(config: Config) -> list[str]:
-    """What of the LoRA learns in each stage."""
+    """Trainable rank and blocks of the LoRA in each stage."""
     lora = config.training.lora
     capacities = stage_capacities(lora.rank, config.curriculum.num_stages, **lora.growth)
     wheres = ["all" if each.block_share == 1 else f"{each.block_share} of the" for each in capacities]
-    later = " (of round 1; all of it later)" if config.rounds > 1 else ""
+    later = " (round 1; later rounds train all of it)" if config.rounds > 1 else ""
     return [
         f"LoRA of rank {each.rank} in {where} blocks{later}" for each, where in zip(capacities, wheres, strict=True)
     ]
@@ -177,10 +177,10 @@ def _growth(config: Config) -> list[str]:
 
 def _disk(config: Config, num_images: int) -> str:
     if config.preferences:
-        return "of each image its latents, twice over, and its PNG; known once the images have been read"
+        return "mean and deviation of the latents, and a PNG, per image; size known once the images are read"
     sizes = _sizes(config)
     if sizes is None:
-        return "known once the model is on this machine, or with `generation.height` and `generation.width`"
+        return "unknown; put the model on this machine, or set `generation.height` and `generation.width`"
     latents = num_images * sizes.latent_bytes(config.model.dtype)
     images = num_images * sizes.height * sizes.width * PNG_BYTES_PER_PIXEL if config.generation.keep_images else 0
     return f"latents {_bytes(latents)}, images up to {_bytes(images)}"

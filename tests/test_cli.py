@@ -1,7 +1,8 @@
-"""The front door: verbs in the data's order, faults in plain words."""
+"""The command line: verbs in pipeline order, errors without tracebacks."""
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -35,23 +36,23 @@ def test_check_prints_all_faults_of_a_config_and_exits_with_2(
     ]
 
 
-def test_a_missing_config_is_told_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_config_is_reported_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "nowhere.yaml"]) == 2
     assert capsys.readouterr().err.startswith("ConfigError: nowhere.yaml: cannot be read: ")
 
 
-def test_a_prompt_file_that_is_missing_is_told_by_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_a_missing_prompt_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "none.txt"
     assert main(["check", str(QUICKSTART), f"prompts.train={{source: {source}}}"]) == 2
     assert capsys.readouterr().err.startswith(f"PromptError: `prompts.train.source` {source}: No such file")
 
 
-def test_more_scenes_than_there_are_are_told_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_large_a_count_of_scenes_is_reported_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(QUICKSTART), "prompts.train.count=10000000"]) == 2
     assert capsys.readouterr().err.startswith("PromptError: `prompts.train.source` scenes: ")
 
 
-def test_help_lists_the_verbs_in_the_datas_order(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_verbs_in_pipeline_order(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["--help"])
     text = capsys.readouterr().out
@@ -59,14 +60,29 @@ def test_help_lists_the_verbs_in_the_datas_order(capsys: pytest.CaptureFixture[s
     assert places == sorted(places)
     generate, *others = (step.verb for step in STEPS)
     assert list(VERBS) == [
-        "check", "doctor", "run", generate, IMPORT.verb, *others, "report", "tune", "export", "compare", "status"
+        "check", "config", "doctor", "run", generate, IMPORT.verb, *others,
+        "report", "tune", "export", "compare", "status",
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_module_of_a_verb_has_its_help_arguments_and_implementation(verb: str) -> None:
+    module = import_module(VERBS[verb])
+    assert module.HELP and callable(module.add_arguments) and callable(module.run)
+
+
 @pytest.mark.parametrize(
-    "arguments", [[], ["dance", "x.yaml"], ["run"], ["compare", "runs/one"], ["status", "runs/one", "a=b"]]
+    "arguments",
+    [
+        *([], ["dance", "x.yaml"], ["run"], ["compare", "runs/one"], ["compare", "runs/one", "--out", "a"]),
+        *(
+            ["status", "runs/one", "a=b"],
+            ["config", "training", "model"],
+            ["run", "x.yaml", "--address", "a:1", "beta"],
+        ),
+    ],
 )
-def test_a_command_that_is_none_exits_with_2_and_usage(
+def test_an_invalid_command_exits_with_2_and_prints_the_usage(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match=r"^2$"):
@@ -74,7 +90,7 @@ def test_a_command_that_is_none_exits_with_2_and_usage(
     assert capsys.readouterr().err.startswith("usage: cdpo")
 
 
-def test_compare_takes_run_folders_around_its_options_and_says_which_is_none(
+def test_compare_takes_run_folders_around_its_options_and_names_one_that_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", f"{tmp_path}/one", "--out", str(tmp_path), f"{tmp_path}/two"]) == 2
@@ -82,7 +98,7 @@ def test_compare_takes_run_folders_around_its_options_and_says_which_is_none(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_prompts_that_changed_since_they_were_used_are_refused(
+def test_prompts_that_changed_after_a_step_read_them_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {"train": tmp_path / "train.txt", "heldout": tmp_path / "heldout.txt"}
@@ -117,16 +133,26 @@ def test_steps_read_only_what_earlier_steps_wrote() -> None:
     assert [step.folder for step in STEPS] == sorted(written)
 
 
-def test_check_needs_neither_torch_nor_ray_and_writes_nothing(tmp_path: Path) -> None:
+def then_print_heavy_modules(arguments: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
+    """Run a command in a process of its own, which then prints the heavy packages that it has imported."""
     code = (
-        "import sys; from cdpo_ray.cli import main; code = main(sys.argv[1:]);"
-        "print(sorted({'torch', 'ray', 'diffusers', 'transformers'} & set(sys.modules))); sys.exit(code)"
+        "import atexit, sys; from cdpo_ray.cli import main; heavy = {'torch', 'ray', 'diffusers', 'transformers'};"
+        "atexit.register(lambda: print(sorted(heavy & set(sys.modules)))); sys.exit(main(sys.argv[1:]))"
     )
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=folder)
+
+
+def test_help_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
+    done = then_print_heavy_modules(["--help"], tmp_path)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]")
+
+
+def test_check_needs_neither_torch_nor_ray_and_writes_nothing(tmp_path: Path) -> None:
     arguments = ["check", str(QUICKSTART), "run.name=second", f"run.dir={tmp_path}/runs"]
-    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
-    assert (found.returncode, found.stderr) == (0, "")
-    assert found.stdout.startswith(f"run second in {tmp_path}/runs/second\n")
-    assert found.stdout.rstrip().endswith("[]")
+    done = then_print_heavy_modules(arguments, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"run second in {tmp_path}/runs/second\n")
+    assert done.stdout.rstrip().endswith("[]")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -159,7 +185,7 @@ def test_a_config_for_24_gb_fits_a_4090_and_its_full_size_sibling_does_not(
     assert capsys.readouterr().out.endswith("verdict      does not fit 4090\n")
 
 
-def test_check_says_what_would_fit_a_gpu_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_suggests_settings_that_fit_a_gpu_that_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(QUICKSTART.with_name("sdxl.yaml")), "--gpu", "t4", "training.lora.rank=16"]) == 0
     out = capsys.readouterr().out
     assert (
@@ -171,7 +197,7 @@ def test_check_says_what_would_fit_a_gpu_that_is_too_small(capsys: pytest.Captur
         main(["check", str(QUICKSTART), "--gpu", "abacus"])
 
 
-def test_check_goes_on_without_an_estimate_for_a_folder_that_cannot_be_counted(
+def test_check_prints_no_estimate_for_a_model_folder_that_cannot_be_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = build_hollow(tmp_path / "model", "stable_diffusion")
@@ -185,18 +211,13 @@ def test_check_goes_on_without_an_estimate_for_a_folder_that_cannot_be_counted(
 @pytest.mark.parametrize("family", ["latent_consistency", "stable_diffusion_xl"])
 def test_fault_37_check_refuses_a_model_of_another_family_without_torch(family: str, tmp_path: Path) -> None:
     folder = build_hollow(tmp_path / "model", family)
-    code = (
-        "import sys; from cdpo_ray.cli import main; code = main(sys.argv[1:]);"
-        "print(sorted({'torch', 'ray', 'diffusers', 'transformers'} & set(sys.modules))); sys.exit(code)"
-    )
-    arguments = ["check", str(QUICKSTART), f"model.path={folder}"]
-    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert (found.returncode, found.stdout) == (2, "[]\n")
-    assert found.stderr.startswith(f"ModelError: `model.path` {folder}: does not fit `model.family` stable_diffusion: ")
-    assert found.stderr.endswith(f"; it fits `model.family` {family}\n")
+    done = then_print_heavy_modules(["check", str(QUICKSTART), f"model.path={folder}"], tmp_path)
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert done.stderr.startswith(f"ModelError: `model.path` {folder}: does not fit `model.family` stable_diffusion: ")
+    assert done.stderr.endswith(f"; it fits `model.family` {family}\n")
 
 
-def test_the_module_itself_is_the_command() -> None:
+def test_the_package_runs_as_a_module() -> None:
     found = subprocess.run(
         [sys.executable, "-m", "cdpo_ray.cli", "check", str(QUICKSTART), "training.beta=-1"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Whatever fails below a verb reaches the user as one line and an exit code, never as a traceback."""
+"""Every failure below a verb reaches the user as one line and an exit code, never as a traceback."""
 
 import errno
 import os
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 FAULTS = (OSError(errno.EIO, os.strerror(errno.EIO)), ConnectionResetError("reset by peer"), TimeoutError("timed out"))
 BEST_EFFORT = ("status.json", "tensorboard", ".lock", ".partial", "manifest.json")
-"""Their failure stops no verb: `.partial` is a leftover of a finished step. A manifest that cannot be read may be of
-another step, for which `config.yaml` then stays as it was, with a warning."""
+"""Their failure stops no verb: `.partial` is left over from a finished step. A manifest that cannot be read may be that
+of another step; `config.yaml` is then left unchanged, with a warning."""
 TOUCHES = (
     "open",
     "os.mkdir",
@@ -36,7 +36,7 @@ TOUCHES = (
 
 
 class Failing:
-    """Raises at the n-th different file operation below a folder."""
+    """Raises at the n-th distinct file operation below a folder."""
 
     def __init__(self) -> None:
         self.folder: str | None = None
@@ -50,7 +50,7 @@ class Failing:
         path = os.fspath(arguments[0])
         if not isinstance(path, str) or not path.startswith(self.folder) or (event, path) in self.seen:
             return
-        if event == "os.mkdir" and os.path.isdir(path):  # fails in any case, and may
+        if event == "os.mkdir" and os.path.isdir(path):  # fails in any case, and the caller handles it
             return
         self.seen.append((event, path))
         if len(self.seen) - 1 == self.fails_at:
@@ -71,12 +71,12 @@ FAILING = Failing()
 
 @pytest.fixture(scope="module", autouse=True)
 def hooked() -> None:
-    sys.addaudithook(FAILING.hook)  # stays until the process ends; without a folder it does nothing
+    sys.addaudithook(FAILING.hook)  # cannot be removed; does nothing without a folder
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A config beside its finished run."""
+    """Folder with a config and its finished run."""
     folder = tmp_path_factory.mktemp("boundary")
     config = config_of(folder / "runs", "embedded")
     write_run(config, lambda number, folder: None, lambda number: {"judges": {"oracle": judged(0.4, 0.5)}})
@@ -84,7 +84,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+def code_and_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     capsys.readouterr()
     code = main(arguments)
     return code, capsys.readouterr().err
@@ -94,7 +94,9 @@ def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int,
     "verb",
     [
         *("check", "generate", "train", "status"),
-        *(pytest.param(verb, marks=pytest.mark.nightly) for verb in ("run", "report")),  # each draws a page many times
+        *(
+            pytest.param(verb, marks=pytest.mark.nightly) for verb in ("run", "report")
+        ),  # each draws a page for every failure
     ],
 )
 def test_fault_34_each_file_operation_that_fails_below_a_verb_is_one_line(
@@ -102,19 +104,19 @@ def test_fault_34_each_file_operation_that_fails_below_a_verb_is_one_line(
 ) -> None:
     arguments = [verb, str(finished / "runs" / "tuned" if verb == "status" else finished / "config.yaml")]
     with FAILING.below(finished, None):
-        told(arguments, capsys)
+        code_and_error(arguments, capsys)
     num_operations = len(FAILING.seen)
     assert num_operations
     for number in range(num_operations):
         with FAILING.below(finished, number):
-            code, err = told(arguments, capsys)
-        if FAILING.failed is None:  # a thread writes too, so their number varies
+            code, err = code_and_error(arguments, capsys)
+        if FAILING.failed is None:  # a background thread writes too, so the number varies
             continue
         event, path = FAILING.failed
         where = f"{event} {path}: {err}"
         assert "Traceback" not in err, where
         if code == 0:
-            is_only_compared = event == "open" and path.endswith("config.yaml")  # then there is a warning
+            is_only_compared = event == "open" and path.endswith("config.yaml")  # with a warning
             assert is_only_compared or any(name in path for name in BEST_EFFORT), where
         else:
             assert any(line.partition(":")[0].endswith("Error") for line in err.splitlines()) or verb == "status", where
@@ -138,26 +140,26 @@ def test_fault_34_each_call_to_ray_that_fails_below_a_verb_is_one_line(
     monkeypatch.setattr(run, "ray_session", session)
     monkeypatch.setattr(run, name, fail)
     for fault in (*FAULTS, MemoryError()):
-        code, err = told([verb, str(tmp_path / "config.yaml")], capsys)
+        code, err = code_and_error([verb, str(tmp_path / "config.yaml")], capsys)
         assert code == 2 and "Traceback" not in err
         if verb in ("run", "generate"):
             assert err.splitlines()[-1].startswith((f"{type(fault).__name__}: cdpo {verb}: ", "StoreError: ")), err
 
 
-def test_what_a_foreign_error_says_is_shortened_and_escaped(
+def test_the_message_of_a_foreign_error_is_shortened_and_escaped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("cdpo_ray.cli.run_status", raises(OSError("\x1b[31m" + "x" * 9000 + "\nnext")))
-    code, err = told(["status", "runs/any"], capsys)
+    monkeypatch.setattr("cdpo_ray.cli.status.run_status", raises(OSError("\x1b[31m" + "x" * 9000 + "\nnext")))
+    code, err = code_and_error(["status", "runs/any"], capsys)
     assert code == 2 and "\x1b" not in err and "\\x1b[31mxxx" in err and len(err) < 1000 and err.count("\n") == 1
 
 
-def test_a_fault_of_the_program_itself_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     for fault in (KeyError("no such key"), ZeroDivisionError("by zero"), ImportError("cannot import name")):
-        monkeypatch.setattr("cdpo_ray.cli.run_status", raises(fault))
+        monkeypatch.setattr("cdpo_ray.cli.status.run_status", raises(fault))
         with pytest.raises(type(fault), match=str(fault)):
             main(["status", "runs/any"])
-    monkeypatch.setattr("cdpo_ray.cli.run_status", raises(OSError("disk")))
+    monkeypatch.setattr("cdpo_ray.cli.status.run_status", raises(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         main(["-v", "status", "runs/any"])
 
@@ -170,7 +172,7 @@ def raises(error: Exception) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(
-    ("redirection", "code", "told"),
+    ("redirection", "code", "message"),
     [
         (">/dev/full", 2, "standard output: [Errno 28] No space left on device; "),
         (">&-", 0, ""),
@@ -178,21 +180,19 @@ def raises(error: Exception) -> Callable[..., Any]:
         ("2>/dev/full", 0, ""),
     ],
 )
-def test_fault_49_output_that_is_full_or_closed_is_told_without_a_traceback(
-    redirection: str, code: int, told: str
-) -> None:
+def test_fault_49_output_that_is_full_or_closed_gives_no_traceback(redirection: str, code: int, message: str) -> None:
     done = cdpo(f"check {QUICKSTART} {redirection}")
     assert (done.returncode, "Traceback" in done.stderr) == (code, False)
-    assert done.stderr.startswith(told) if told else done.stderr == ""
+    assert done.stderr.startswith(message) if message else done.stderr == ""
 
 
 @pytest.mark.parametrize("arguments", ["--help", f"check {QUICKSTART}"])
-def test_fault_49_a_pipe_that_is_closed_ends_a_verb_quietly(arguments: str) -> None:
+def test_fault_49_a_closed_pipe_ends_a_verb_quietly(arguments: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = cdpo(arguments, stdout=writer)
     os.close(writer)
-    assert done.stderr == "" and done.returncode in (0, 141)  # argparse passes over what it cannot print
+    assert done.stderr == "" and done.returncode in (0, 141)  # argparse ignores failures of its own printing
 
 
 def cdpo(arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":

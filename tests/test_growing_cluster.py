@@ -69,5 +69,5 @@ def test_a_run_waits_for_its_first_node_and_for_another_when_that_is_gone(tmp_pa
     told = "".join(lines)
     assert run.returncode == 0, told
     assert "`resources.generators`: generate needs 1 actor of 1 CPUs each, but the cluster has room for 0" in told
-    assert "it waits for nodes that the cluster may add" in told
+    assert "waiting for nodes from the autoscaler" in told
     assert (tmp_path / "smoke" / "report.html").is_file()

@@ -1,4 +1,4 @@
-"""A plan's numbers, counted by hand."""
+"""A plan's numbers match counts by hand."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def line_of(text: str, word: str) -> str:
 
 
 @pytest.mark.parametrize(("num_ranks", "num_stages"), [(8, 4), (9, 5), (2, 1), (13, 7)])
-def test_the_pairs_of_each_stage_are_those_that_one_can_count(num_ranks: int, num_stages: int) -> None:
+def test_the_pairs_of_each_stage_match_brute_force(num_ranks: int, num_stages: int) -> None:
     plan = str(
         make_plan(config(f"generation.images_per_prompt={num_ranks}", f"curriculum.num_stages={num_stages}"), PROMPTS)
     )
@@ -61,13 +61,13 @@ def test_the_gaps_of_a_stage_follow_the_pacing(overrides: tuple[str, ...], gaps:
 
 
 @pytest.mark.parametrize("other", ["measure=score_gap", "boundaries=equal_count", "order=random", "order=none"])
-def test_what_only_scores_can_tell_is_not_told_beforehand(other: str) -> None:
+def test_rank_gaps_that_depend_on_scores_are_left_out(other: str) -> None:
     plan = str(make_plan(config(f"curriculum.{other}"), PROMPTS))
     assert "rank gaps" not in plan
-    assert numbers(line_of(plan, "a stage")) == [50 * 16]
+    assert numbers(line_of(plan, "each stage")) == [50 * 16]
 
 
-def test_the_schedule_is_told_in_one_line() -> None:
+def test_the_schedule_is_described_in_one_line() -> None:
     assert line_of(str(make_plan(config(), PROMPTS)), "curriculum").split(";", 1)[1] == (
         " paper: easy_to_hard, cumulative; rank_gap, linear boundaries; uniform draws"
     )
@@ -79,7 +79,7 @@ def test_the_schedule_is_told_in_one_line() -> None:
     )
 
 
-def test_growing_lora_is_told_stage_by_stage() -> None:
+def test_a_growing_lora_has_one_line_per_stage() -> None:
     growing = ("training.lora.rank=16", "training.lora.initial_rank=6", "training.lora.unfreeze=from_input")
     plan = str(make_plan(config(*growing), PROMPTS))
     for stage, growth in enumerate(("6 in 1/4 of the", "9 in 1/2 of the", "12 in 3/4 of the", "16 in all"), start=1):
@@ -87,7 +87,7 @@ def test_growing_lora_is_told_stage_by_stage() -> None:
     assert "in all blocks" not in str(make_plan(config("training.lora.initial_rank=8"), PROMPTS)), "8 is the final rank"
 
 
-def test_images_updates_and_launches_are_those_that_one_can_count() -> None:
+def test_images_updates_and_launches_match_counts_by_hand() -> None:
     plan = str(make_plan(config("training.batch_size_per_worker=4", "training.beta=250"), PROMPTS))
     assert numbers(line_of(plan, "prompts")) == [6, 4, 17, 2, 1, 17 - 6 - 4 - 2 - 1]
     assert numbers(line_of(plan, "generation"))[:3] == [6 * 8, 8, 10]
@@ -98,7 +98,7 @@ def test_images_updates_and_launches_are_those_that_one_can_count() -> None:
     assert "kappa = beta/2 = 125 " in plan
 
 
-def test_the_disk_is_what_the_models_latents_and_the_images_take(tiny_sd15: Path) -> None:
+def test_the_disk_space_is_that_of_latents_and_images(tiny_sd15: Path) -> None:
     plan = str(make_plan(config(f"model.path={tiny_sd15}", "model.dtype=bfloat16"), PROMPTS))
     latents, images = 48 * 4 * 8 * 8 * 2, 48 * 64 * 64 * 1.6
     assert (
@@ -118,7 +118,7 @@ def test_the_disk_is_what_the_models_latents_and_the_images_take(tiny_sd15: Path
         ("flux", 16, 128, "MB", 1e6),
     ],
 )
-def test_every_familys_folder_tells_its_latents(
+def test_the_size_of_latents_is_read_from_every_familys_folder(
     tiny_models: Callable[[str], Path], family: str, channels: int, side: int, unit: str, size: float
 ) -> None:
     plan = str(make_plan(config(f"model.family={family}", f"model.path={tiny_models(family)}"), PROMPTS))
@@ -126,43 +126,43 @@ def test_every_familys_folder_tells_its_latents(
     assert f"latents {latents / size:.3g} {unit}, images up to {images / size:.3g} {unit}" in plan
 
 
-def test_a_hub_model_of_16_latent_channels_is_counted_so() -> None:
+def test_latent_channels_of_a_hub_model_are_those_of_its_family() -> None:
     hub = ("model.path=someone/some-model", "model.revision='0123456789abcdef0123456789abcdef01234567'")
     for family, channels in (("stable_diffusion_xl", 4), ("stable_diffusion_3", 16), ("flux", 16)):
         sized = (*hub, f"model.family={family}", "generation.height=1024", "generation.width=512")
         assert f"latents {48 * channels * 128 * 64 * 4 / 1e6:.3g} MB" in str(make_plan(config(*sized), PROMPTS))
 
 
-def test_a_model_that_is_not_here_leaves_the_disk_open_until_its_size_is_given() -> None:
+def test_disk_space_of_a_model_that_is_not_on_this_machine_needs_an_image_size() -> None:
     hub = ("model.path=someone/some-model", "model.revision='0123456789abcdef0123456789abcdef01234567'")
-    assert "known once the model is on this machine" in str(make_plan(config(*hub), PROMPTS))
+    assert "unknown; put the model on this machine, or set `generation.height`" in str(make_plan(config(*hub), PROMPTS))
     sized = (*hub, "generation.height=512", "generation.width=512")
     assert f"latents {48 * 4 * 64 * 64 * 4 / 1e6:.3g} MB" in str(make_plan(config(*sized), PROMPTS))
 
 
-def test_published_betas_are_found_again_in_their_own_conventions() -> None:
+def test_published_betas_are_converted_to_their_own_conventions() -> None:
     """The same runs as each code writes them: Diffusion-DPO's 5000 is 2500 in diffusers' SD script and in kappa."""
     diffusion_dpo, diffusers_sd, released, by_sum = same_beta_elsewhere(5000, 4 * 64 * 64)
     assert diffusion_dpo.endswith("beta 5000")
     assert diffusers_sd.endswith("beta 2500")
     assert released.endswith("2.5 times as strong")
     assert by_sum.endswith("kappa 0.152588 (N = 16,384)")  # 2500 / 16384
-    assert same_beta_elsewhere(2000, None)[2].endswith(" 1 times as strong")  # what the released code always does
+    assert same_beta_elsewhere(2000, None)[2].endswith(" 1 times as strong")  # the released code's kappa is always 1000
 
 
-def test_the_latent_values_of_a_sample_are_those_of_the_embedded_model() -> None:
+def test_the_number_of_latent_values_is_that_of_the_embedded_model() -> None:
     assert "kappa 0.390625 (N = 256)" in str(make_plan(config(), PROMPTS))  # 100 / (4 x 8 x 8)
 
 
-def test_what_is_trained_and_what_it_is_held_to_is_said() -> None:
-    assert "loss dpo, on a LoRA of rank 8, held to the base model" in str(make_plan(config(), PROMPTS))
+def test_method_loss_and_reference_are_printed() -> None:
+    assert "LoRA of rank 8; loss dpo; reference: base model\n" in str(make_plan(config(), PROMPTS))
     changed = config("rounds=2", "training.reference=last_round", "training.loss=ipo", "training.sft_weight=0.1")
     plan = str(make_plan(changed, PROMPTS))
-    assert "loss ipo + 0.1 x SFT, on a LoRA of rank 8, held to the round before" in plan
+    assert "LoRA of rank 8; loss ipo + 0.1 x SFT; reference: previous round\n" in plan
     assert numbers(line_of(plan, "rounds")) == [2]
 
 
-def test_of_ranked_folders_no_more_is_told_than_is_known_and_too_many_stages_are_refused(tmp_path: Path) -> None:
+def test_a_plan_of_ranked_folders_leaves_out_rank_gaps_and_too_many_stages_are_refused(tmp_path: Path) -> None:
     for prompt in ("a cat", "a dog", "an ant", "a cow", "a pig", "a fly"):
         folder = tmp_path / prompt
         folder.mkdir()
@@ -185,7 +185,7 @@ def test_of_ranked_folders_no_more_is_told_than_is_known_and_too_many_stages_are
         read_prompts(config(*given, "curriculum.num_stages=3"))
 
 
-def test_preferences_are_told_with_what_is_left_out_and_prompts_with_the_syntax_of_other_programs(
+def test_skipped_preferences_and_prompt_syntax_of_other_programs_are_printed(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "a.png").touch()
@@ -201,8 +201,8 @@ def test_preferences_are_told_with_what_is_left_out_and_prompts_with_the_syntax_
         f"preferences={{path: {tmp_path}, format: pickapic, max_bad_fraction: 0.1}}",
         "curriculum.order=none",
     )
-    judged = scan_preferences(config(*given), with_images=True)
-    plan = str(make_plan(config(*given), read_prompts(config(*given), judged), judged=judged))
+    scanned = scan_preferences(config(*given), with_images=True)
+    plan = str(make_plan(config(*given), read_prompts(config(*given), scanned), scanned=scanned))
     where = f"{tmp_path}/a.jsonl"
     for line in (
         "1 prompt contains weights, such as (cat:1.2) or ((cat)): read literally",
@@ -226,20 +226,21 @@ def search_lines(search: str, *overrides: str) -> list[str]:
     return lines[next(i for i, line in enumerate(lines) if line.startswith("  search")) :]
 
 
-def test_a_search_is_told_before_it_is_paid() -> None:
+def test_a_search_is_planned_before_it_starts() -> None:
     assert search_lines(SEARCH) == [
         "  search       12 trials by tpe for reward by clip; the first is the paper's schedule",
         "                 curriculum.num_stages: 1, 2, 4, 6",
         "                 training.beta: numbers from 50 to 1000, drawn by logarithm",
-        "               after stage 1, 2, 4 about one trial in 2 goes on; as many at once as fit",
-        f"               at most {12 * 6 * 50:,} updates, 300 a trial",
+        "               early stopping after stage 1, 2, 4: about one trial in 2 continues;"
+        " concurrent trials: as many as fit",
+        f"               at most {12 * 6 * 50:,} updates, 300 per trial",
         "  validation   20 images of 5 prompts after each stage",
-        f"  confirmation 6 trainings: the best and the paper's with 3 other seeds, {6 * 300:,} updates at most, judged"
-        " on the held-out prompts",
+        f"  confirmation 6 trainings: the best and the paper's schedule with 3 other seeds, at most {6 * 300:,}"
+        " updates, judged on the held-out prompts",
     ]
     validated = config("prompts.validation={source: scenes, count: 5}")
-    assert "96 held out, 5 to validate by (of 229: " in str(make_plan(validated, read_prompts(validated)))
-    assert "validate" not in str(make_plan(config(), PROMPTS)) and "search" not in str(make_plan(config(), PROMPTS))
+    assert "96 held out, 5 for validation (of 229; dropped: " in str(make_plan(validated, read_prompts(validated)))
+    assert "validation" not in str(make_plan(config(), PROMPTS)) and "search" not in str(make_plan(config(), PROMPTS))
 
 
 def test_a_searchs_plan_follows_its_settings() -> None:
@@ -248,14 +249,14 @@ def test_a_searchs_plan_follows_its_settings() -> None:
         " images_per_prompt: 2, confirm_seeds: 0, max_concurrent_trials: 2, algorithm: random, " + SEARCH
     )
     first, *_, stopping, updates, validation, confirmation = search_lines(others)
-    assert "trials by random for win_rate by oracle, and diversity; what no other trial beats in all is kept" in first
-    assert stopping.strip() == "every trial is trained to its end; 2 at once"
+    assert "trials by random for win_rate by oracle, and diversity; the Pareto front is kept" in first
+    assert stopping.strip() == "no early stopping; concurrent trials: 2"
     assert numbers(updates) == [12 * 160, 160]
-    assert validation.strip().endswith("10 images of 5 prompts after each stage, of 2 before the last")
+    assert validation.strip().endswith("10 images of 5 prompts after each stage (before the last: 2 prompts)")
     assert confirmation == "  confirmation none: `search.confirm_seeds` is 0"
 
 
-def test_a_grids_trials_are_counted_the_papers_beside_them_where_it_is_none_of_them() -> None:
+def test_the_papers_schedule_counts_as_a_trial_if_it_is_not_in_the_grid() -> None:
     grid = (
         "algorithm: grid, space: {training.beta: [100, 200], curriculum.pacing: [cumulative, sliding_window],"
         " curriculum.window: {choices: [1, 2, 3], when: {curriculum.pacing: sliding_window}}}"
@@ -275,7 +276,7 @@ def test_a_grids_trials_are_counted_the_papers_beside_them_where_it_is_none_of_t
         ({"reduction_factor": 1.1}, 4, [1, 2, 3]),
     ],
 )
-def test_a_trial_may_be_stopped_where_as_many_stages_were_trained_as_the_reduction_asks(
+def test_trials_stop_after_stages_at_powers_of_the_reduction_factor(
     stop_early: dict[str, float], num_stages: int, stages: list[int]
 ) -> None:
     assert StopEarly(**stop_early).stages(num_stages) == stages

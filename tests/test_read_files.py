@@ -209,7 +209,7 @@ def test_what_ships_with_the_package_or_is_pinned_by_a_revision_is_not_hashed(fo
 
 
 def test_another_model_on_purpose_is_no_changed_file(folder: Path) -> None:
-    """A configuration that names another folder is not refused here: `config.yaml` stays as it was, with a warning."""
+    """A configuration that names another folder is not refused; `config.yaml` is left unchanged, with a warning."""
     config = made_config()
     finish(config, SAMPLES, SCORES, STAGES)
     shutil.copytree("model", "other")

@@ -1,0 +1,8 @@
+"""`python -m cdpo_ray.cli` is `cdpo`."""
+
+import sys
+
+from cdpo_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""`cdpo config`: descriptions of the config's keys."""
+
+import argparse
+
+from cdpo_ray.cli.terminal import print_lines
+
+HELP = "print the description of every config key, or of one section or key"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name", metavar="SECTION|KEY", nargs="?", help="such as training, or training.beta (default: every key)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from cdpo_ray.config.reference import describe
+
+    print_lines(describe(arguments.name))
+    return 0

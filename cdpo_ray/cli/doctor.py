@@ -1,0 +1,32 @@
+"""`cdpo doctor`: problems of this machine, a cluster and the storage."""
+
+import argparse
+
+from cdpo_ray.cli.arguments import add_address, add_config
+from cdpo_ray.cli.terminal import EXIT_PROBLEM, print_lines
+from cdpo_ray.config import load_config
+
+HELP = "find problems of this machine, a Ray cluster and the storage, with a fix for each"
+DESCRIPTION = """\
+Find problems of this machine, a Ray cluster and the storage, with a fix for each. If
+CONFIG is given, `run.dir`, GPU memory and `resources` are checked too.
+
+exit code:
+  0  no problem would stop a run
+  1  one would"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser, optional=True)
+    add_address(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from cdpo_ray.doctor import WRONG, examine  # imports torch
+
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    wrong = False
+    for finding in examine(config, address=arguments.address):
+        print_lines(finding)
+        wrong |= finding.grade == WRONG
+    return EXIT_PROBLEM if wrong else 0

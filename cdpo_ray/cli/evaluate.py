@@ -1,0 +1,7 @@
+"""`cdpo evaluate`: adapter -> metrics."""
+
+from cdpo_ray.cli.steps import add_arguments, run
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "adapter -> metrics: compare the base and the fine-tuned model on held-out prompts"

@@ -1,0 +1,7 @@
+"""`cdpo generate`: prompts -> samples."""
+
+from cdpo_ray.cli.steps import add_arguments, run
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "prompts -> samples: generate images of each training prompt with the base model"

@@ -1,0 +1,31 @@
+"""`cdpo run`: the whole pipeline."""
+
+import argparse
+
+from cdpo_ray.cli.arguments import add_address, add_allow_config_change, add_config, resume_command
+from cdpo_ray.cli.terminal import print_lines
+from cdpo_ray.config import load_config
+from cdpo_ray.run import run_steps, write_reports
+from cdpo_ray.steps import steps_of
+
+HELP = "run the whole pipeline, from prompts to report; finished steps are skipped"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    add_address(parser)
+    add_allow_config_change(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    run_steps(
+        config,
+        steps_of(config),
+        address=arguments.address,
+        verbose=arguments.verbose,
+        command=resume_command(arguments),
+        allow_config_change=arguments.allow_config_change,
+    )
+    print_lines(*write_reports(config))
+    return 0

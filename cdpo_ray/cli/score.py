@@ -1,0 +1,7 @@
+"""`cdpo score`: samples -> scores."""
+
+from cdpo_ray.cli.steps import add_arguments, run
+
+__all__ = ["HELP", "add_arguments", "run"]
+
+HELP = "samples -> scores: score each image with every reward"
