@@ -1017,11 +1017,13 @@ def test_a_knob_has_valid_values_and_a_condition_that_can_be_met() -> None:
         ),
         (
             (*SEARCH, "rewards.names=[perturbation]"),
-            "`search.judge` is missing: no ranking reward looks at images; give one of ['clip', 'oracle', 'oracle_strict']",
+            "`search.judge` is missing: no ranking reward looks at images; give one of ['clip', 'oracle',"
+            " 'oracle_strict']",
         ),
         (
             searched("{training.beta: [100, 300]}"),
-            "`search.space.training.beta` must include 200.0, the value of the first trial, the paper's schedule; widen it",
+            "`search.space.training.beta` must include 200.0, the value of the first trial, the paper's schedule;"
+            " widen it",
         ),
         (
             searched("{curriculum.pacing: [one_stage]}"),
