@@ -78,7 +78,7 @@ class Key:
 
 
 def describe(name: str | None = None) -> str:
-    """Reference of all keys, a line each; or the whole reference of one section or key.
+    """All keys, one line each; or one section or key with whole descriptions.
 
     Raises:
         ConfigError: there is no such section or key.
@@ -91,7 +91,7 @@ def describe(name: str | None = None) -> str:
         suggestion = _suggestion(name)
         hint = "" if suggestion else f"; the sections are {sections}"
         raise ConfigError(f"{unknown_key(printable(name), suggestion)}{hint}")
-        head, *inside = _group(keys[name])
+    head, *inside = _group(keys[name])
     return "\n\n".join("\n".join(_details(key)) for key in (replace(head, same_as=None), *inside))
 
 
