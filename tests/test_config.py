@@ -1,4 +1,4 @@
-"""A configuration is whole or refused, with every fault named as the user wrote it."""
+"""A configuration is valid or refused, with every fault named as the user wrote it."""
 
 import ast
 import itertools
@@ -26,7 +26,7 @@ PACKAGE = Path(cdpo_ray.__file__).parent
 
 
 def refused(*overrides: str) -> list[str]:
-    """The faults that the quickstart has once these values are put in."""
+    """The faults of the quickstart with these overrides."""
     with pytest.raises(ConfigError, match=r"quickstart\.yaml: \d+ fault") as caught:
         load_config(QUICKSTART, overrides)
     head, *faults = str(caught.value).split("\n")
@@ -50,7 +50,7 @@ def test_images_of_families_with_patches_are_whole_patches(family: str) -> None:
     assert load_config(QUICKSTART, ("generation.width=1032",)).generation.width == 1032
 
 
-def test_all_faults_are_told_at_once_in_the_words_of_the_design(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     values = parse_yaml(QUICKSTART.read_text(), where="quickstart")
     del values["run"]["name"], values["evaluation"]["judges"]
     values["generation"]["images_per_prompt"] = 1
@@ -106,14 +106,14 @@ def test_fault_24_an_unknown_name_is_refused_with_the_nearest_known_one(wrong: s
     assert ("did you mean" in fault) == ("did you mean" in hint)
 
 
-def test_an_empty_list_is_said_to_be_empty_and_a_faulty_item_is_told_once() -> None:
+def test_an_empty_list_is_called_empty_and_a_faulty_item_is_reported_once() -> None:
     assert refused("rewards.names=[]") == ["`rewards.names` must not be empty"]
     assert len(refused("rewards.names=[nothing_like_it]")) == 1
 
 
-def test_a_consistency_model_has_no_more_denoising_steps_than_its_grid_has_timesteps() -> None:
+def test_a_consistency_model_has_no_more_denoising_steps_than_timesteps() -> None:
     assert refused("model.family=latent_consistency", "generation.num_denoising_steps=51") == [
-        "`generation.num_denoising_steps` is 51, but a latent consistency model knows only 50 timesteps; lower it:"
+        "`generation.num_denoising_steps` is 51, but a latent consistency model has only 50 timesteps; lower it:"
         " 1 to 8 are usual"
     ]
     load_config(QUICKSTART, ["model.family=latent_consistency", "generation.num_denoising_steps=50"])
@@ -128,7 +128,7 @@ def test_a_consistency_model_from_elsewhere_names_its_teacher_and_no_other_famil
     ]
 
 
-def test_more_stages_than_rank_gaps_are_refused_with_both_ways_out() -> None:
+def test_more_stages_than_rank_gaps_are_refused_with_both_remedies() -> None:
     assert refused("curriculum.num_stages=9") == [
         "`curriculum.num_stages` is 9, but 8 images per prompt have only 7 rank gaps; lower it,"
         " or raise `generation.images_per_prompt`"
@@ -136,7 +136,7 @@ def test_more_stages_than_rank_gaps_are_refused_with_both_ways_out() -> None:
     assert load_config(QUICKSTART, ["curriculum.num_stages=7"]).curriculum.num_stages == 7
 
 
-def test_other_schedules_may_have_more_stages_than_rank_gaps() -> None:
+def test_other_schedules_can_have_more_stages_than_rank_gaps() -> None:
     for other in ("measure=score_gap", "order=none", "preset=released-code"):
         assert load_config(QUICKSTART, [f"curriculum.{other}", "curriculum.num_stages=9"]).curriculum.num_stages == 9
 
@@ -151,7 +151,7 @@ def test_the_papers_schedule_is_the_default() -> None:
     ("ranked_by", "min_score_gap"),
     [("clip", 0.1), ("my:hpsv2", 0.1), ("hpsv2", 0.02), ("vlm_alignment", 0.02), ("aesthetic", 0.2)],
 )
-def test_the_released_codes_preset_fills_what_is_not_given(ranked_by: str, min_score_gap: float) -> None:
+def test_the_released_codes_preset_sets_keys_that_are_not_given(ranked_by: str, min_score_gap: float) -> None:
     preset = [
         "curriculum={preset: released-code, updates_per_stage: 5}",
         f"rewards=[{ranked_by}]",
@@ -169,18 +169,18 @@ def test_the_released_codes_preset_fills_what_is_not_given(ranked_by: str, min_s
     assert (given.min_score_gap, given.num_stages, given.measure) == (0, 3, "score_gap")
 
 
-def test_the_released_codes_preset_goes_by_the_reward_that_ranks() -> None:
+def test_the_released_codes_preset_depends_on_the_ranking_reward() -> None:
     ranked = ("rewards=[clip,hpsv2]", "rewards.rank_by=hpsv2", "curriculum.preset=released-code")
     assert load_config(QUICKSTART, ranked).curriculum.min_score_gap == 0.02
 
 
-def test_the_released_codes_preset_knows_no_near_tie_of_combined_scores() -> None:
+def test_the_released_codes_preset_has_no_minimum_gap_of_combined_scores() -> None:
     ranked = ("rewards=[clip,jpeg_size]", "rewards.rank_by=pareto", "curriculum.preset=released-code")
     assert load_config(QUICKSTART, ranked).curriculum.min_score_gap == 0
 
 
 @pytest.mark.parametrize("rank_by", COMBINATIONS)
-def test_every_reward_with_a_weight_has_a_say_in_a_combination(rank_by: str) -> None:
+def test_every_reward_with_a_weight_counts_in_a_combination(rank_by: str) -> None:
     ranked = ["rewards=[clip,jpeg_size,oracle]", f"rewards.rank_by={rank_by}"]
     assert load_config(QUICKSTART, ranked).rewards.ranking_weights == {"clip": 1, "jpeg_size": 1, "oracle": 1}
     weights = "rewards.weights={jpeg_size: -0.2, oracle: 0}"
@@ -197,7 +197,7 @@ def test_every_reward_with_a_weight_has_a_say_in_a_combination(rank_by: str) -> 
     [
         (
             ("rewards.rank_by=pareto",),
-            "rewards: `rank_by` 'pareto' needs two rewards with a say, got ['clip']; name more",
+            "rewards: `rank_by` 'pareto' needs at least two rewards with a weight, got ['clip']; add more to `names`",
         ),
         (
             ("rewards=[clip,jpeg_size]", "rewards.rank_by=weighted_sum", "rewards.weights={oracle: 1}"),
@@ -205,19 +205,19 @@ def test_every_reward_with_a_weight_has_a_say_in_a_combination(rank_by: str) -> 
         ),
         (
             ("curriculum.min_gap_in_noise=2",),
-            "`curriculum.min_gap_in_noise` needs `rewards.noise_prompts`, prompts to score twice",
+            "`curriculum.min_gap_in_noise` needs `rewards.noise_prompts`, the number of prompts to score twice",
         ),
         (
             ("run.samples_from=runs/other", "rounds=2"),
-            "`run.samples_from` gives the images of one round, but `rounds` is 2; leave one out",
+            "`run.samples_from` gives the images of one round, but `rounds` is 2; leave out one",
         ),
     ],
 )
-def test_what_a_ranking_lacks_is_told(overrides: tuple[str, ...], fault: str) -> None:
+def test_what_a_ranking_lacks_is_reported(overrides: tuple[str, ...], fault: str) -> None:
     assert refused(*overrides) == [fault]
 
 
-def test_a_misspelt_ranking_is_told_what_there_is() -> None:
+def test_a_misspelt_ranking_is_refused_with_the_known_ones() -> None:
     (fault,) = refused("rewards.rank_by=paretto")
     assert "'perturbation', 'preference', 'weighted_sum', 'mean_rank', 'pareto' or" in fault
     assert fault.endswith("got 'paretto'; did you mean 'pareto'?")
@@ -250,23 +250,23 @@ def test_a_window_is_two_stages_unless_given_and_belongs_to_its_pacing() -> None
         ),
         (
             ("boundaries=equal_count", "order=shuffled"),
-            "`measure` 'margin' is measured as training goes on, so `order` must be 'easy_to_hard' or 'hard_to_easy',"
+            "`measure` 'margin' is measured during training, so `order` must be 'easy_to_hard' or 'hard_to_easy',"
             " got 'shuffled'",
         ),
     ],
 )
-def test_a_margin_goes_with_what_can_be_measured_in_training(overrides: tuple[str, ...], message: str) -> None:
+def test_a_margin_needs_choices_that_training_can_measure(overrides: tuple[str, ...], message: str) -> None:
     assert refused("curriculum.measure=margin", *(f"curriculum.{each}" for each in overrides)) == [
         f"curriculum: {message}"
     ]
 
 
-def test_a_margin_with_equal_counts_is_taken() -> None:
+def test_a_margin_with_equal_counts_is_accepted() -> None:
     margin = ("curriculum.measure=margin", "curriculum.boundaries=equal_count", "curriculum.order=hard_to_easy")
     assert load_config(QUICKSTART, margin).curriculum.measure == "margin"
 
 
-def test_an_unknown_preset_is_refused_and_no_section_is_no_mapping() -> None:
+def test_an_unknown_preset_and_a_section_that_is_no_mapping_are_refused() -> None:
     assert refused("curriculum.preset=papr") == [
         "`curriculum.preset` must be 'paper', 'released-code' or 'plain-dpo', got 'papr'"
     ]
@@ -283,13 +283,13 @@ def test_fault_24_a_repeated_key_is_refused_with_its_line() -> None:
     ("text", "value"),
     [("1e-5", 1e-5), ("5E3", 5000.0), ("-2.5e2", -250.0), (".5e1", 5.0), ("1.0e-4", 1e-4), ("+1e0", 1.0)],
 )
-def test_an_exponent_makes_a_float(text: str, value: float) -> None:
+def test_a_number_with_an_exponent_is_a_float(text: str, value: float) -> None:
     read = parse_yaml(text, where="x")
     assert isinstance(read, float) and read == value
 
 
 @pytest.mark.parametrize("text", ["e5", "1e", "0x1e5", "1e5x", "12", "a1e5"])
-def test_what_only_resembles_an_exponent_stays_what_yaml_says(text: str) -> None:
+def test_text_that_resembles_an_exponent_is_read_as_yaml_reads_it(text: str) -> None:
     assert parse_yaml(text, where="x") == yaml.safe_load(text)
 
 
@@ -320,13 +320,13 @@ def test_a_file_that_is_missing_not_text_or_no_mapping_is_refused_by_name(tmp_pa
         load_config(tmp_path / "empty.yaml")
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_key(tmp_path: Path) -> None:
     (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbf" + QUICKSTART.read_bytes())
     assert load_config(tmp_path / "bom.yaml") == load_config(QUICKSTART)
 
 
 def nested(names: str, inner: str) -> str:
-    """Anchors, each of which stands nine times for the one before."""
+    """Anchors, each of which refers nine times to the one before."""
     pairs = itertools.pairwise(names)
     return f"a: &a {{x: 1}}\n{''.join(f'{b}: &{b} {inner}' % ', '.join([f'*{a}'] * 9) + chr(10) for a, b in pairs)}"
 
@@ -334,12 +334,12 @@ def nested(names: str, inner: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (nested("abcdefghijk", "[%s]"), r"5:\d+: not valid YAML: more than 10,000 values, what aliases stand for"),
+        (nested("abcdefghijk", "[%s]"), r"5:\d+: not valid YAML: more than 10,000 values, targets of aliases"),
         (nested("abcdefghijk", "{<<: [%s]}"), r"5:\d+: not valid YAML: more than 10,000 values"),
         (f"a: &a {'x' * 90_000}\nb: [{'*a, ' * 20}]", r"2:\d+: not valid YAML: more than 10,000 values"),
-        ("a: &a [*a]", "1:8: not valid YAML: an alias stands for a value that it is part of"),
-        ("a: &a {<<: *a}", "1:12: not valid YAML: an alias stands for a value that it is part of"),
-        (f"a: {'1' * 5000}", "1:4: not valid YAML: a number of 5,000 characters; at most 50 are read"),
+        ("a: &a [*a]", "1:8: not valid YAML: an alias refers to a value that contains it"),
+        ("a: &a {<<: *a}", "1:12: not valid YAML: an alias refers to a value that contains it"),
+        (f"a: {'1' * 5000}", "1:4: not valid YAML: a number of 5,000 characters; at most 50 are allowed"),
         (f"a: 0x{'f' * 5000}", "1:4: not valid YAML: a number of 5,002 characters"),
         (f"a: 1{':1' * 5000}.5", "1:4: not valid YAML: a number of 10,003 characters"),
         (f"%YAML {'1' * 5000}.1\n---\na: 1", "not valid YAML: Exceeds the limit"),
@@ -353,8 +353,8 @@ def nested(names: str, inner: str) -> str:
         ("? [a]\n: b", "1:3: not valid YAML: a key must be text, got seq"),
         ("a: 1\nb: \0", r"2: not valid YAML: holds the character U\+0000, which YAML does not allow"),
         ('a: "\\UFFFFFFFF"', "not valid YAML: "),
-        ("a: !!bool foo", "1:4: not valid YAML: 'foo' is no bool"),
-        ('a: !!int ""', "1:4: not valid YAML: '' is no int"),
+        ("a: !!bool foo", "1:4: not valid YAML: 'foo' is not a valid bool"),
+        ('a: !!int ""', "1:4: not valid YAML: '' is not a valid int"),
         ("a: !!binary aGk=", "1:4: not valid YAML: could not determine a constructor"),
         ("a: 1\n---\nb: 1", "2:1: not valid YAML: but found another document"),
     ],
@@ -370,7 +370,7 @@ def test_fault_54_yaml_that_would_take_long_or_break_the_parser_is_one_line_with
             load_config(QUICKSTART, [f"run={text}"])
 
 
-def test_a_date_is_text_and_merge_keys_take_what_they_do_not_name_themselves() -> None:
+def test_a_date_is_text_and_merge_keys_do_not_override_given_keys() -> None:
     assert load_config(QUICKSTART, ["run.name=2026-11-26"]).run.name == "2026-11-26"
     assert parse_yaml("a: 2026-99-99", where="x") == {"a": "2026-99-99"}
     text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: [*b, *a], z: 4}\nd: *b"
@@ -406,7 +406,7 @@ def test_fault_54_long_values_and_keys_are_shortened_with_control_characters_esc
     (fault,) = refused('run={name: x, "\\e[31m": 1}')
     assert fault == r"unknown key `run.\x1b[31m`"
     assert refused(f"{'k' * 5000}=1") == [f"unknown key `{'k' * 100}...{'k' * 50}`"]
-    with pytest.raises(ConfigError, match=r"names 5,000 sections within each other; no key lies so deep") as caught:
+    with pytest.raises(ConfigError, match=r"has 5,000 nested sections; no key is that deep") as caught:
         load_config(QUICKSTART, [f"{'a.' * 5000}b=1"])
     assert len(str(caught.value)) < 400
     (fault,) = refused(f"model.revision={{a: 'https://me:5ec2e7{'7' * 300}@host'}}")
@@ -420,7 +420,7 @@ def test_fault_54_a_config_that_is_no_regular_file_is_refused_at_once(tmp_path: 
         path.mkdir()
     else:
         os.mkfifo(path)
-    what = {"folder": "a folder", "pipe": "no regular file"}[kind]
+    what = {"folder": "a folder", "pipe": "not a regular file"}[kind]
     with pytest.raises(ConfigError, match=f"{path}: is {what}; give the path of a YAML file"):
         load_config(path)
 
@@ -467,13 +467,13 @@ def test_an_override_that_cannot_be_read_is_quoted(override: str, message: str) 
 def test_a_hub_id_needs_a_full_commit(revision: str | None) -> None:
     (fault,) = refused("model.path=someone/some-model", f"model.revision={revision or 'null'}")
     assert fault == (
-        "model: `path` 'someone/some-model' is no folder here, so it is read as a hub id, which needs `revision`"
+        "model: `path` 'someone/some-model' is not a local folder, so it is read as a hub id, which needs `revision`"
         f" (a full commit of 40 hex digits), got {revision!r}; as a folder it would be"
-        f" {Path.cwd()}/someone/some-model (a relative path begins at the working folder)"
+        f" {Path.cwd()}/someone/some-model (relative paths start at the working folder)"
     )
 
 
-def test_a_hub_id_with_a_full_commit_is_taken() -> None:
+def test_a_hub_id_with_a_full_commit_is_accepted() -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     model = load_config(QUICKSTART, ["model.path=someone/some-model", f"model.revision='{commit}'"]).model
     assert (model.path, model.revision) == ("someone/some-model", commit)
@@ -483,7 +483,7 @@ def test_a_hub_id_with_a_full_commit_is_taken() -> None:
 def test_a_model_folder_that_is_missing_is_named(path: str) -> None:
     assert refused(f"model.path={path}") == [
         f"model: `path` must be 'embedded', an existing folder or a hub id, got {path!r}: no folder"
-        f" {os.path.abspath(path)}{'' if path.startswith('/') else ' (a relative path begins at the working folder)'}"
+        f" {os.path.abspath(path)}{'' if path.startswith('/') else ' (relative paths start at the working folder)'}"
     ]
 
 
@@ -523,7 +523,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path: Path, mon
     assert preferences is not None and preferences.path == f"{tmp_path}/a b/*.parquet"
 
 
-def test_fault_37_a_one_file_checkpoint_is_told_how_to_convert(tmp_path: Path) -> None:
+def test_fault_37_a_single_file_checkpoint_is_refused_with_how_to_convert_it(tmp_path: Path) -> None:
     (tmp_path / "v1-5.safetensors").touch()
     with pytest.raises(
         ConfigError, match=r"`path` must be a folder in diffusers layout, got the file .*from_single_file"
@@ -542,10 +542,10 @@ def test_a_clip_checkpoint_must_be_a_file_or_a_pinned_hub_id(tmp_path: Path) -> 
     assert load_config(QUICKSTART, there).rewards.clip.architecture == "ViT-B-32"
 
 
-def test_imagereward_says_what_it_lacks_only_where_it_is_used(tmp_path: Path) -> None:
+def test_imagereward_needs_a_checksum_only_where_it_is_used(tmp_path: Path) -> None:
     fault = (
-        "`rewards.imagereward.sha256` must be that of ImageReward.pt: the hub shows it on the file's page, and"
-        " `sha256sum` tells it of a file"
+        "`rewards.imagereward.sha256` must be the SHA-256 of ImageReward.pt: the hub shows it on the file's page, and"
+        " `sha256sum` prints that of a file"
     )
     assert refused("rewards=[clip,imagereward]") == refused("evaluation.judges=[imagereward]") == [fault]
     (tmp_path / "vocab.txt").touch()
@@ -572,13 +572,16 @@ def test_vlm_alignment_needs_a_captioner_only_where_it_is_used() -> None:
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ("captioner: ., endpoint: {url: 'http://a/v1', model: m}", "`captioner` and `endpoint` are two ways"),
+        (
+            "captioner: ., endpoint: {url: 'http://a/v1', model: m}",
+            "`captioner` and `endpoint` must not be given together",
+        ),
         ("captioner: ./nowhere/at/all", "`captioner` must be an existing folder or a hub id, got './nowhere/at/all'"),
         ("captioner: some/one, captioner_revision: main", "`captioner_revision` must be a commit of 40 hex digits"),
         ("sentence_encoder_revision: null", "`sentence_encoder_revision` must be a commit of 40 hex digits"),
     ],
 )
-def test_the_models_of_vlm_alignment_are_here_or_pinned(options: str, fault: str) -> None:
+def test_the_models_of_vlm_alignment_are_local_or_pinned(options: str, fault: str) -> None:
     (found,) = refused(f"rewards.vlm_alignment={{{options}}}")
     assert found.startswith(f"rewards.vlm_alignment: {fault}")
 
@@ -609,7 +612,7 @@ def test_fault_62_an_endpoint_is_a_plain_url_and_a_secret_in_it_is_not_shown(url
     with pytest.raises(ConfigError, match=r"^override ") as unparsed:
         load_config(QUICKSTART, (f'rewards.vlm_alignment.endpoint={{url: "{url}"',))
     assert "secret" not in f"{fault}{other}{unparsed.value}"
-    assert without_credentials(fault) == fault and fault.endswith("in `token_variable`")
+    assert without_credentials(fault) == fault and fault.endswith("name it in `token_variable`")
 
 
 @pytest.mark.parametrize(
@@ -623,7 +626,7 @@ def test_fault_62_an_endpoint_is_a_plain_url_and_a_secret_in_it_is_not_shown(url
         ("imagereward", "vocabulary", "file"),
     ],
 )
-def test_published_weights_are_a_pinned_hub_id_or_lie_here(reward: str, key: str, kind: str, tmp_path: Path) -> None:
+def test_published_weights_are_a_pinned_hub_id_or_local(reward: str, key: str, kind: str, tmp_path: Path) -> None:
     revision_key = "revision" if key == "checkpoint" else f"{key}_revision"
     where = f"rewards.{reward}"
     here = tmp_path if kind == "folder" else tmp_path / "weights.pt"
@@ -643,7 +646,7 @@ def test_a_checksum_is_64_hex_digits(key: str) -> None:
 
 
 @pytest.mark.parametrize("use", ["rewards=[aesthetic]", "evaluation.judges=[aesthetic]"])
-def test_what_a_reward_lacks_is_a_fault_where_it_is_used(use: str, tmp_path: Path) -> None:
+def test_a_missing_reward_option_is_a_fault_where_the_reward_is_used(use: str, tmp_path: Path) -> None:
     (fault,) = refused(use)
     assert fault.startswith("`rewards.aesthetic.head` is missing: the path of sac+logos+ava1-l14-linearMSE.pth, ")
     (tmp_path / "head.pth").touch()
@@ -664,7 +667,7 @@ def test_a_global_batch_that_does_not_divide_is_refused() -> None:
     [
         (
             ("resources.trainers.gpus_per_worker=0.5", "training.num_workers=2"),
-            "`resources.trainers.gpus_per_worker` must be 1 for 2 workers, got 0.5: NCCL refuses two",
+            "`resources.trainers.gpus_per_worker` must be 1 for 2 workers, got 0.5: NCCL does not support two",
         ),
         (
             ("resources.trainers.gpus_per_worker=2",),
@@ -679,7 +682,7 @@ def test_a_number_of_gpus_that_no_process_can_use_is_refused(overrides: tuple[st
     assert message in fault
 
 
-def test_a_single_worker_may_have_a_fraction_of_a_gpu() -> None:
+def test_a_single_worker_can_have_a_fraction_of_a_gpu() -> None:
     given = ("resources.trainers.gpus_per_worker=0.5", "training.num_workers=1")
     assert load_config(QUICKSTART, given).resources.trainers.gpus_per_worker == 0.5
 
@@ -698,7 +701,7 @@ def test_pairs_per_launch_is_the_share_of_a_worker_unless_it_is_given() -> None:
         (("prompts.train={source: scenes, fraction: 0.5}",), "`fraction` belongs to `heldout`"),
     ],
 )
-def test_both_sides_of_the_prompts_must_be_said(overrides: tuple[str, ...], message: str) -> None:
+def test_both_sides_of_the_prompts_must_be_given(overrides: tuple[str, ...], message: str) -> None:
     (fault,) = refused(*overrides)
     assert fault.startswith(f"prompts: {message}")
 
@@ -716,7 +719,7 @@ def test_a_hub_data_set_is_pinned_and_its_file_within_it(keys: str, message: str
     assert refused(f"prompts.train={{source: some/prompts, {keys}}}") == [f"prompts.train: {message}"]
 
 
-def test_a_pinned_hub_data_set_is_taken_and_no_other_source_has_a_revision() -> None:
+def test_a_pinned_hub_data_set_is_accepted_and_no_other_source_has_a_revision() -> None:
     pinned = f"file: data/a.csv, revision: {'0f' * 20}"
     train = load_config(QUICKSTART, [f"prompts.train={{source: some/prompts, {pinned}}}"]).prompts.train
     assert (train.source, train.file, train.revision, train.column) == (
@@ -726,7 +729,7 @@ def test_a_pinned_hub_data_set_is_taken_and_no_other_source_has_a_revision() -> 
         "prompt",
     )
     assert refused(f"prompts.train={{source: prompts.csv, {pinned}}}") == [
-        "prompts.train: `file` and `revision` are of a hub data set, but `source` is no hub id: 'prompts.csv'"
+        "prompts.train: `file` and `revision` belong to a hub data set, but `source` is not a hub id: 'prompts.csv'"
     ]
 
 
@@ -736,18 +739,18 @@ def test_a_run_name_cannot_leave_its_folder(name: str) -> None:
     assert fault.startswith("`run.name` must ") and fault.endswith(f"got {name!r}")
 
 
-def test_a_config_cannot_be_changed_once_read() -> None:
+def test_a_config_is_immutable() -> None:
     config = load_config(QUICKSTART)
     with pytest.raises(ValueError, match="frozen"):
         config.run.seed = 1  # type: ignore[misc]
 
 
-def test_the_plain_form_gives_the_same_config_back() -> None:
+def test_a_config_is_restored_from_its_plain_form() -> None:
     config = load_config(QUICKSTART, ["rewards=[clip,my_rewards:brightness]", "training.lora.alpha=16"])
     assert validate(yaml.safe_load(yaml.safe_dump(config.plain())), where="plain") == config
 
 
-def test_each_reward_is_given_its_own_options_and_an_own_function_none() -> None:
+def test_each_reward_gets_its_own_options_and_a_user_function_none() -> None:
     rewards = load_config(QUICKSTART, ["rewards.jpeg_size.quality=50"]).rewards
     assert rewards.options("jpeg_size") == {"quality": 50}
     assert rewards.options("clip") == {
@@ -760,7 +763,7 @@ def test_each_reward_is_given_its_own_options_and_an_own_function_none() -> None
     assert rewards.options("names:clip") == {}
 
 
-def test_reward_names_are_the_rewards_there_are() -> None:
+def test_reward_names_match_the_implemented_rewards() -> None:
     assert tuple(REWARDS) == REWARD_NAMES
 
 
@@ -794,7 +797,7 @@ def words_of(tree: ast.AST) -> Iterator[str]:
             yield str(node.slice.value)
 
 
-def test_no_knob_is_read_by_nobody() -> None:
+def test_every_key_is_read_somewhere() -> None:
     elsewhere = [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE / "config"]
     used = {word for path in elsewhere for word in words_of(ast.parse(path.read_text()))}
     trees = [ast.parse(path.read_text()) for path in (PACKAGE / "config").glob("*.py")]
@@ -822,7 +825,7 @@ def test_perturbation_ranks_images_but_cannot_judge_them() -> None:
 JUDGED = ("prompts.train=null", "preferences={path: set.parquet, format: pickapic}")
 
 
-def test_preferences_take_the_place_of_training_prompts_and_of_generated_images() -> None:
+def test_preferences_replace_training_prompts_and_generated_images() -> None:
     pairs = (*JUDGED, "curriculum.measure=score_gap_quantile")
     config = load_config(QUICKSTART, (*pairs, "rewards.names=[preference,clip]", "rewards.rank_by=clip"))
     assert (config.rewards.ranking_reward, list(config.rewards.judges)) == ("clip", ["clip"])
@@ -835,11 +838,11 @@ def test_preferences_take_the_place_of_training_prompts_and_of_generated_images(
     [
         (JUDGED[:1], "`prompts.train` is missing"),
         (JUDGED[1:], "`prompts.train` must not be given with `preferences`"),
-        (JUDGED, "`curriculum.measure` must not be 'rank_gap' for pairs, which have a rank gap of 1 alone; choose"),
+        (JUDGED, "`curriculum.measure` must not be 'rank_gap' for pairs, whose rank gap is always 1; choose"),
         ((*JUDGED, "rounds=2"), "`rounds` must not be given with `preferences`"),
         ((*JUDGED, "run.samples_from=runs/other"), "`run.samples_from` must not be given with `preferences`"),
         ((*JUDGED, "rewards=[perturbation]"), "`rewards.names 'perturbation'` must not be given with `preferences`"),
-        (("rewards=[preference]",), "`rewards.names` 'preference' needs a section `preferences`"),
+        (("rewards=[preference]",), "`rewards.names` 'preference' needs the section `preferences`"),
         (
             (*JUDGED, "preferences.difficulty=rank"),
             "`preferences.difficulty` 'rank' needs `rewards.rank_by` 'preference'",
@@ -855,7 +858,7 @@ def test_preferences_take_the_place_of_training_prompts_and_of_generated_images(
         ),
     ],
 )
-def test_what_does_not_go_with_preferences_is_refused(overrides: tuple[str, ...], fault: str) -> None:
+def test_keys_that_conflict_with_preferences_are_refused(overrides: tuple[str, ...], fault: str) -> None:
     assert any(fault in found for found in refused(*overrides))
 
 
@@ -880,7 +883,7 @@ def searched(space: str, **others: str) -> tuple[str, ...]:
     return (SEARCH[0], f"search={{space: {space}{given}}}")
 
 
-def test_a_search_is_read_with_its_defaults_and_given_back_by_the_plain_form() -> None:
+def test_a_search_is_read_with_its_defaults_and_restored_from_its_plain_form() -> None:
     space = (
         "{curriculum.num_stages: [1, 2, 4], training.beta: {low: 50, high: 1000, log: true},"
         " curriculum.window: {choices: [1, 2], when: {curriculum.pacing: sliding_window}},"
@@ -909,7 +912,7 @@ def test_a_search_is_read_with_its_defaults_and_given_back_by_the_plain_form() -
     assert load_config(QUICKSTART).search is None
 
 
-def test_all_faults_of_a_space_are_told_at_once_with_hints() -> None:
+def test_all_faults_of_a_space_are_reported_at_once_with_hints() -> None:
     faults = refused(
         *searched(
             "{training.bta: [1], training.lora: [1], curriculum.preset: [paper], training.num_workers: [1, 2],"
@@ -925,14 +928,14 @@ def test_all_faults_of_a_space_are_told_at_once_with_hints() -> None:
         "`training.beta` must be > 0, got 0",
         "unknown key `search.algoritm`; did you mean `search.algorithm`?",
         "search.space: unknown key `training.bta`; did you mean `training.beta`?",
-        "search.space: unknown key `run.dir`; only keys of curriculum and training",
+        "search.space: unknown key `run.dir`; give a key of curriculum or training",
         "search.space: `training.lora` is a section; give a key of it, such as `training.lora.rank`",
-        "search.space: `curriculum.preset` stands for other keys: give those",
-        "search.space: `training.num_workers` changes how a schedule is trained, not what comes of it",
-        "search.space: `training.seed` is a draw, not a schedule: `search.confirm_seeds` trains the best anew with"
-        " others",
+        "search.space: `curriculum.preset` sets other keys: give those",
+        "search.space: `training.num_workers` changes how a schedule is trained, not its outcome",
+        "search.space: `training.seed` is not part of a schedule: `search.confirm_seeds` trains the best again with"
+        " other seeds",
         "search.space.training.learning_rate: `low` must be below `high`, got 2 and 1",
-        "search.space.training.weight_decay: `low` must be > 0 for a range drawn by logarithm, got 0",
+        "search.space.training.weight_decay: `low` must be > 0 with `log`, got 0",
         "unknown key `search.space.training.loss.hwen`; did you mean `search.space.training.loss.when`?",
         "`search.space.training.adam_beta1` must be a list of choices, or a range {low: ..., high: ...}, got 0.9",
         "`search.space.curriculum.order.choices` must not be empty",
@@ -941,7 +944,7 @@ def test_all_faults_of_a_space_are_told_at_once_with_hints() -> None:
     }
 
 
-def test_a_knob_takes_what_its_own_field_takes_and_its_condition_can_hold() -> None:
+def test_a_knob_has_valid_values_and_a_condition_that_can_be_met() -> None:
     faults = refused(
         *searched(
             "{training.beta: {low: 0, high: 300}, training.lora.rank: {low: 1.5, high: 4}, training.loss: [dpo, dpp],"
@@ -955,19 +958,18 @@ def test_a_knob_takes_what_its_own_field_takes_and_its_condition_can_hold() -> N
         "search.space: `training.lora.rank` must be a valid integer, got a number with a fractional part, got 1.5",
         "search.space: `training.loss` must be 'dpo', 'ipo', 'hinge', 'robust' or 'sft', got 'dpp'",
         "search.space: `curriculum.window` must be greater than or equal to 1, got 0",
-        "search.space: `curriculum.order` takes no numbers; give a list of choices",
-        "search.space: `curriculum.num_stages` depends on `training.bta`, which is not in the space; add it, or leave"
-        " out the `when`",
-        "search.space: `curriculum.num_stages` waits for `curriculum.pacing` to be 'none', which it never is; in the"
-        " space is curriculum.pacing: cumulative, one_stage",
+        "search.space: `curriculum.order` is not a number, so it has no range; give a list of choices",
+        "search.space: `curriculum.num_stages` depends on `training.bta`, which is not in the space; add it, or"
+        " remove the `when`",
+        "search.space: `curriculum.num_stages` depends on `curriculum.pacing` being 'none', which is not in the"
+        " space: curriculum.pacing: cumulative, one_stage",
     }
     circle = (
         "{curriculum.num_stages: {choices: [4], when: {curriculum.pacing: cumulative}}, training.beta: [200],"
         " curriculum.pacing: {choices: [cumulative], when: {curriculum.num_stages: 4}}}"
     )
     assert refused(*searched(circle)) == [
-        "search.space: `curriculum.num_stages`, `curriculum.pacing` depend on each other in a circle; leave out a"
-        " `when`"
+        "search.space: `curriculum.num_stages`, `curriculum.pacing` depend on each other in a circle; remove a `when`"
     ]
 
 
@@ -976,15 +978,15 @@ def test_a_knob_takes_what_its_own_field_takes_and_its_condition_can_hold() -> N
     [
         (
             searched("{training.beta: [200]}", num_trials=""),
-            "search: `num_trials` is missing: how many to try by 'tpe'",
+            "search: `num_trials` is missing: the number of trials of `algorithm` 'tpe'",
         ),
         (
             searched("{training.beta: [200]}", algorithm="grid"),
-            "search: `num_trials` must not be given with `algorithm` 'grid', which tries all there are",
+            "search: `num_trials` must not be given with `algorithm` 'grid', which tries every point",
         ),
         (
             searched("{training.beta: {low: 1, high: 300}}", algorithm="grid", num_trials=""),
-            "search: `space.training.beta` is a range, and a grid has no bounds there; give a list of choices",
+            "search: `space.training.beta` is a range, but a grid needs choices; give a list of them",
         ),
         (
             (*SEARCH, "search.objectives=[reward, reward]"),
@@ -992,22 +994,22 @@ def test_a_knob_takes_what_its_own_field_takes_and_its_condition_can_hold() -> N
         ),
         (
             searched("{curriculum.updates_per_stage: [50]}", updates_per_trial="80"),
-            "search: `updates_per_trial` decides how many updates a stage has, so `space` must not hold"
-            " `curriculum.updates_per_stage`; leave one of them out",
+            "search: `updates_per_trial` decides the number of updates per stage, so `space` must not contain"
+            " `curriculum.updates_per_stage`; leave out one of them",
         ),
         (
             searched("{curriculum.num_stages: {low: 1, high: 6}}", updates_per_trial="5"),
-            "`search.updates_per_trial` must be at least 6, an update for each of as many stages, got 5",
+            "`search.updates_per_trial` must be at least 6, one update for each stage, got 5",
         ),
         (
             (*SEARCH, "search.updates_per_trial=3"),
-            "`search.updates_per_trial` must be at least 4, an update for each of as many stages, got 3",
+            "`search.updates_per_trial` must be at least 4, one update for each stage, got 3",
         ),
         (
             SEARCH[1:],
-            "`search` needs `prompts.validation`, prompts to judge trials by: a `source` or a `fraction`",
+            "`search` needs `prompts.validation`, prompts to judge trials by; give a `source` or a `fraction`",
         ),
-        ((*SEARCH, "rounds=2"), "`search` trains one round a trial, but `rounds` is 2; leave one out"),
+        ((*SEARCH, "rounds=2"), "`search` trains one round per trial, but `rounds` is 2; leave out one"),
         (
             (*SEARCH, "search.judge=hpsv2"),
             "`search.judge` must be one of ['clip', 'oracle', 'oracle_strict'], the judges of the evaluation, got"
@@ -1015,36 +1017,38 @@ def test_a_knob_takes_what_its_own_field_takes_and_its_condition_can_hold() -> N
         ),
         (
             (*SEARCH, "rewards.names=[perturbation]"),
-            "`search.judge` is missing: what ranks judges no image; give one of ['clip', 'oracle', 'oracle_strict']",
+            "`search.judge` is missing: no ranking reward looks at images; give one of ['clip', 'oracle',"
+            " 'oracle_strict']",
         ),
         (
             searched("{training.beta: [100, 300]}"),
-            "`search.space.training.beta` does not hold 200.0, which the first trial, the paper's, takes; widen it",
-        ),
-        (
-            searched("{curriculum.pacing: [one_stage]}"),
-            "`search.space.curriculum.pacing` does not hold cumulative, which the first trial, the paper's, takes;"
+            "`search.space.training.beta` must include 200.0, the value of the first trial, the paper's schedule;"
             " widen it",
         ),
         (
+            searched("{curriculum.pacing: [one_stage]}"),
+            "`search.space.curriculum.pacing` must include cumulative, the value of the first trial, the paper's"
+            " schedule; widen it",
+        ),
+        (
             (*SEARCH, "curriculum.measure=score_gap", "curriculum.num_stages=9"),
-            "`search` begins with the paper's schedule, which does not go with the rest: `curriculum.num_stages` is 9,"
+            "`search` starts with the paper's schedule, which is invalid here: `curriculum.num_stages` is 9,"
             " but 8 images per prompt have only 7 rank gaps; lower it, or raise `generation.images_per_prompt`",
         ),
     ],
 )
-def test_what_a_search_cannot_begin_with_is_refused(overrides: tuple[str, ...], fault: str) -> None:
+def test_a_search_that_cannot_start_is_refused(overrides: tuple[str, ...], fault: str) -> None:
     assert refused(*overrides) == [fault]
 
 
-def test_a_search_does_not_go_with_preferences() -> None:
+def test_a_search_is_refused_with_preferences() -> None:
     (faults,) = refused(*JUDGED, "curriculum.order=none", "rewards=[clip]", *SEARCH)
     assert faults == (
         "`prompts.validation` must not be given with `preferences`; `search` must not be given with `preferences`"
     )
 
 
-def test_a_judge_that_looks_at_no_image_leaves_the_search_to_the_next_or_to_the_one_given() -> None:
+def test_the_judge_of_a_search_is_the_first_that_looks_at_images_or_the_given_one() -> None:
     combined = (*SEARCH, "rewards.names=[perturbation,clip,jpeg_size]", "rewards.rank_by=mean_rank")
     assert load_config(QUICKSTART, combined).search_judge == "clip"
     assert load_config(QUICKSTART, (*combined, "search.judge=oracle")).search_judge == "oracle"

@@ -75,7 +75,7 @@ def test_the_schedule_is_described_in_one_line() -> None:
     plan = str(make_plan(config(*(f"curriculum.{change}" for change in changes)), PROMPTS))
     assert line_of(plan, "curriculum").split(";", 1)[1] == (
         " plain-dpo: none; rank_gap, linear boundaries; by_measure draws; score gaps above 0.5;"
-        " at most 9 pairs a prompt; 50% of labels swapped"
+        " at most 9 pairs per prompt; 50% of labels swapped"
     )
 
 
@@ -230,7 +230,7 @@ def test_a_search_is_planned_before_it_starts() -> None:
     assert search_lines(SEARCH) == [
         "  search       12 trials by tpe for reward by clip; the first is the paper's schedule",
         "                 curriculum.num_stages: 1, 2, 4, 6",
-        "                 training.beta: numbers from 50 to 1000, drawn by logarithm",
+        "                 training.beta: numbers from 50 to 1000, uniform in the logarithm",
         "               early stopping after stage 1, 2, 4: about one trial in 2 continues;"
         " concurrent trials: as many as fit",
         f"               at most {12 * 6 * 50:,} updates, 300 per trial",

@@ -1,7 +1,4 @@
-"""YAML -> Config: every knob once, one section a step of the way.
-
-Importable without torch and ray, so that a configuration can be checked anywhere.
-"""
+"""YAML -> Config: every key once, one section per step; imports neither torch nor ray."""
 
 from cdpo_ray.config.data import PromptSource
 from cdpo_ray.config.model import Family

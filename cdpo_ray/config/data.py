@@ -1,4 +1,4 @@
-"""What is trained on: prompts whose images are generated, or preferences that people have."""
+"""Training data: prompts whose images are generated, or a preference data set."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,25 +9,37 @@ from cdpo_ray.config.section import COMMIT, HUB_ID, LocalPath, Section
 
 
 class PromptSource(Section):
-    """A built-in set, a file by its ending, or a ``file`` of a hub data set at its ``revision``.
-
-    Built-in are `scenes`, `animals` and `animal_photos`. Files are text with one prompt a line, a JSON list, or CSV,
-    TSV, JSON, JSONL and Parquet with a ``column`` of prompts.
-    """
+    """Where prompts come from: a built-in set, a file, or a `file` of a hub data set at a `revision`."""
 
     source: LocalPath | None = None
+    """Built-in set, path of a file, or hub id of a data set. Built-in: `scenes` (of the embedded world), `animals` (the
+    paper's 45 animals x 3 activities), `animal_photos` ("a photo of a ..."). Files: `.txt` (one prompt per line),
+    `.csv`, `.tsv`, `.json`, `.jsonl`, `.parquet`."""
+
     file: str | None = None
+    """Path of the file within the hub data set."""
+
     revision: str | None = None
+    """Full commit (40 hex digits) of the hub data set, so that its prompts cannot change."""
+
     column: str = "prompt"
+    """Column of a table that holds the prompts."""
+
     count: Annotated[int, Field(ge=1)] | None = None
+    """Number of prompts, taken from the start; `null`: all, or 128 of `scenes`."""
+
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the training source, in place of `source`; for `heldout` and `validation`. A hash of the prompt's words
+    decides, so a prompt stays on its side when the file grows."""
 
     @model_validator(mode="after")
     def _hub_file_is_pinned(self) -> "PromptSource":
         if self.file is None and self.revision is None:
             return self
         if self.source is None or not HUB_ID.match(self.source):
-            raise ValueError(f"`file` and `revision` are of a hub data set, but `source` is no hub id: {self.source!r}")
+            raise ValueError(
+                f"`file` and `revision` belong to a hub data set, but `source` is not a hub id: {self.source!r}"
+            )
         if self.file is None or ".." in Path(self.file).parts:
             raise ValueError(f"`file` must name a file within the hub data set, got {self.file!r}")
         if self.revision is None or not COMMIT.match(self.revision):
@@ -36,14 +48,20 @@ class PromptSource(Section):
 
 
 class PromptsSection(Section):
-    """What is trained on, what an evaluation judges, and what a search judges its trials by, each apart."""
+    """Prompts for training, evaluation and search. No prompt may be in two of them."""
 
     train: PromptSource | None = None
+    """Prompts whose generated images are trained on. Required unless `preferences` is given, which replaces it."""
+
     heldout: PromptSource
+    """Prompts for the final comparison of base and fine-tuned model; never trained on."""
+
     validation: PromptSource | None = None
+    """Prompts that a search judges its trials by; required with `search`. Separate from `heldout`, because a schedule
+    chosen by prompts cannot be judged by the same prompts."""
 
     @model_validator(mode="after")
-    def _sides_are_named(self) -> "PromptsSection":
+    def _sources_are_given(self) -> "PromptsSection":
         if self.train and self.train.source is None:
             raise ValueError("`train.source` must name a prompt set, a file or a hub data set")
         if self.train and self.train.fraction is not None:
@@ -63,15 +81,33 @@ class PromptsSection(Section):
 
 
 class PreferencesSection(Section):
-    """Preferences that people have, trained on in place of generated images; see `preferences/files.py` for formats."""
+    """A preference data set to train on, in place of generated images; see `preferences/formats.py` for the columns."""
 
     path: LocalPath
+    """A file, a folder with all its files, or a pattern such as `data/**/train-*.parquet`; for `ranked_folders` the
+    parent folder."""
+
     format: Literal["pickapic", "pairs", "ranked_folders"]
+    """Layout of the files. `pickapic`: Parquet or JSONL with the columns of Pick-a-Pic. `pairs`: Parquet or JSONL with
+    `prompt`, `chosen`, `rejected`. `ranked_folders`: one folder per prompt with `prompt.txt` and images whose names
+    start with their rank, 0 the best."""
+
     columns: Annotated[dict[str, str], Field(default_factory=dict)]
+    """Mapping from column names of the format to the names in the files, where they differ."""
+
     difficulty: Literal["label", "score", "rank"] = "label"
+    """What orders pairs from easy to hard. `label`: the score gap of the ranking reward; pairs whose label it
+    contradicts are left out. `score`, `rank`: the files' own columns, with `rewards.names: [preference]`."""
+
     max_image_bytes: Annotated[int, Field(ge=1)] = 50_000_000
+    """Maximum file size of an image in bytes, checked before decoding; larger images are quarantined."""
+
     max_image_pixels: Annotated[int, Field(ge=1)] = 50_000_000
+    """Maximum width x height that an image's header may declare, checked before decoding; larger images are
+    quarantined."""
+
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Maximum share of rows that cannot be used; above it the import fails. Ties and unlabelled rows do not count."""
 
     @model_validator(mode="after")
     def _columns_are_known(self) -> "PreferencesSection":

@@ -1,6 +1,5 @@
-"""Knobs of a search: the keys that may be tried, the values that each may take, and when it matters."""
+"""Knobs of a search: which keys it may vary, their values, and the conditions under which they are active."""
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -9,26 +8,27 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from cdpo_ray.config.curriculum import CurriculumSection
+from cdpo_ray.config.section import nearest
 from cdpo_ray.config.training import HOW_NOT_WHAT, TrainingSection
 
 SECTIONS: dict[str, type[BaseModel]] = {"curriculum": CurriculumSection, "training": TrainingSection}
 REFUSED = {
-    **{f"training.{name}": "changes how a schedule is trained, not what comes of it" for name in HOW_NOT_WHAT},
-    "training.seed": "is a draw, not a schedule: `search.confirm_seeds` trains the best anew with others",
-    "training.reference": "needs `rounds` > 1, which a search has not",
-    "curriculum.preset": "stands for other keys: give those",
+    **{f"training.{name}": "changes how a schedule is trained, not its outcome" for name in HOW_NOT_WHAT},
+    "training.seed": "is not part of a schedule: `search.confirm_seeds` trains the best again with other seeds",
+    "training.reference": "needs `rounds` > 1, but a search has one round",
+    "curriculum.preset": "sets other keys: give those",
 }
-"""Keys that no search may try, and why."""
+"""Keys that a search must not vary, and why."""
 
 
 @dataclass(frozen=True)
 class Knob:
-    """A key of the config that a search tries: one of ``choices``, or a number from ``low`` to ``high``, both included.
+    """A config key that a search varies: one of ``choices``, or a number from ``low`` to ``high``, both inclusive.
 
     Attributes:
-        log: drawn evenly by logarithm.
-        is_integer: only whole numbers of the range.
-        when: of other knobs, the values with which this one matters; with others it has no value.
+        log: draw uniformly in the logarithm.
+        is_integer: the range has integers only.
+        when: other knob -> values for which this knob is active; an inactive knob has no value.
     """
 
     key: str
@@ -40,11 +40,11 @@ class Knob:
     when: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def is_active(self, point: Mapping[str, Any]) -> bool:
-        """Whether it matters, given the values of the knobs that it depends on."""
+        """Whether the knob is active, given the values of the knobs that it depends on."""
         return all(key in point and point[key] in values for key, values in self.when.items())
 
     def holds(self, value: Any) -> bool:
-        """Whether it may be this value."""
+        """Whether this is a value of the knob."""
         if self.low is None or self.high is None:
             return value in self.choices
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -52,22 +52,22 @@ class Knob:
 
     @property
     def largest(self) -> Any:
-        """Of what it may be, all numbers."""
+        """Largest value; all values must be numbers."""
         return max(self.choices) if self.high is None else self.high
 
     @property
     def sentence(self) -> str:
-        """What it may be, for people."""
+        """Values and conditions in one line."""
         what = ", ".join(map(str, self.choices))
         if self.low is not None and self.high is not None:
-            kind = "whole numbers" if self.is_integer else "numbers"
-            what = f"{kind} from {self.low:g} to {self.high:g}" + (", drawn by logarithm" if self.log else "")
+            kind = "integers" if self.is_integer else "numbers"
+            what = f"{kind} from {self.low:g} to {self.high:g}" + (", uniform in the logarithm" if self.log else "")
         conditions = [f"{key} is {' or '.join(map(str, values))}" for key, values in self.when.items()]
         return f"{self.key}: {what}" + (f"; when {' and '.join(conditions)}" if conditions else "")
 
 
 def ordered(knobs: Sequence[Knob]) -> tuple[Knob, ...]:
-    """The knobs as they were given, but each after those that it depends on; what depends on itself is left out."""
+    """The knobs in their order, but each after those that it depends on; circular dependencies are left out."""
     placed: dict[str, Knob] = {}
     while ready := [knob for knob in knobs if knob.key not in placed and {*knob.when} <= {*placed}]:
         placed[ready[0].key] = ready[0]
@@ -75,7 +75,11 @@ def ordered(knobs: Sequence[Knob]) -> tuple[Knob, ...]:
 
 
 def grid_points(knobs: Sequence[Knob]) -> Iterator[dict[str, Any]]:
-    """Every point of a space of choices once, the last knob changing fastest; each knob after what it depends on."""
+    """Every point of a space of choices once, the last knob changing fastest.
+
+    Args:
+        knobs: each after those that it depends on.
+    """
 
     def points(left: Sequence[Knob], point: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if not left:
@@ -90,7 +94,7 @@ def grid_points(knobs: Sequence[Knob]) -> Iterator[dict[str, Any]]:
 
 
 def searched_keys(sections: Mapping[str, type[BaseModel]] = SECTIONS) -> Iterator[str]:
-    """All that a search may try, as they are written on the command line."""
+    """Keys that a search may vary, as written on the command line."""
     for name, model in sections.items():
         for key, info in model.model_fields.items():
             if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
@@ -100,7 +104,7 @@ def searched_keys(sections: Mapping[str, type[BaseModel]] = SECTIONS) -> Iterato
 
 
 def why_refused(key: str) -> str | None:
-    """Why a search may not try this key; none if it may."""
+    """Why a search must not vary this key; `None`: it may."""
     known = list(searched_keys())
     if key in known:
         return None
@@ -108,29 +112,29 @@ def why_refused(key: str) -> str | None:
         return f"`{key}` {REFUSED[key]}"
     if inside := [each for each in known if each.startswith(f"{key}.")]:
         return f"`{key}` is a section; give a key of it, such as `{inside[0]}`"
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown key `{key}`; " + (f"did you mean `{near[0]}`?" if near else "only keys of curriculum and training")
+    near = nearest(key, known)
+    return f"unknown key `{key}`; " + (f"did you mean `{near}`?" if near else "give a key of curriculum or training")
 
 
 def number_type(key: str) -> type[int] | type[float] | None:
-    """Of a key that takes numbers."""
+    """Type of a key that takes numbers; `None`: it takes none."""
     schema = _adapter(_field(key)).json_schema()
     kinds = {each.get("type") for each in schema.get("anyOf", [schema])} - {"null"}
     return int if kinds == {"integer"} else float if kinds == {"number"} else None
 
 
 def as_field(key: str, value: Any) -> Any:
-    """A value as the field of this key takes it, in plain form.
+    """A value as validated by this key, as a plain value.
 
     Raises:
-        ValidationError: the field does not take it.
+        ValidationError: the value is invalid.
     """
     adapter = _adapter(_field(key))
     return adapter.dump_python(adapter.validate_python(value), mode="json")
 
 
 def must_be_given(key: str) -> bool:
-    """Whether no configuration is whole without it."""
+    """Whether the key has no default."""
     return _field(key).is_required()
 
 

@@ -1,4 +1,4 @@
-"""The base model and how it is sampled."""
+"""The base model, and sampling."""
 
 from typing import Annotated, Any, Literal
 
@@ -7,24 +7,27 @@ from pydantic import Field, model_validator
 from cdpo_ray.config.section import LocalPath, Section, check_weights
 
 Family = Literal["stable_diffusion", "stable_diffusion_xl", "latent_consistency", "stable_diffusion_3", "flux"]
-"""`cdpo_ray.models.FAMILIES` maps each to its class (a test keeps the two alike)."""
+"""`cdpo_ray.models.FAMILIES` maps each to its class; a test compares the two."""
 
 GUIDANCE_EMBEDDED = ("latent_consistency", "flux")
-"""Families whose net is told of the guidance."""
+"""Guidance-conditioned families."""
 
 CONSISTENCY_TIMESTEPS = 50
-"""That a latent consistency model is distilled and sampled at."""
-
+"""Number of timesteps that a latent consistency model is distilled and sampled at."""
 
 PATCHED = ("stable_diffusion_3", "flux")
-"""Families whose net takes patches of 2 x 2 latent values, 16 x 16 pixels."""
+"""Families whose denoiser takes patches of 2 x 2 latent values, 16 x 16 pixels."""
 
 
 class TeacherSection(Section):
-    """The diffusion model that a consistency model was distilled from: a folder, or a hub id with its revision."""
+    """The diffusion model that a consistency model was distilled from, used to compute the training target. Required
+    for `family: latent_consistency`, except with `path: embedded`."""
 
     path: LocalPath
+    """`embedded`, a folder in diffusers layout, or a hub id."""
+
     revision: str | None = None
+    """Full commit (40 hex digits) of a hub id."""
 
     @model_validator(mode="after")
     def _can_be_found(self) -> "TeacherSection":
@@ -33,19 +36,35 @@ class TeacherSection(Section):
 
 
 class ModelSection(Section):
-    """The base model: `embedded`, a folder in diffusers layout, or a hub id with its revision."""
+    """The base model that is fine-tuned."""
 
     family: Family = "stable_diffusion"
+    """Architecture and sampler. `stable_diffusion`: SD 1.5, 2.1; `stable_diffusion_xl`: SDXL; `latent_consistency`:
+    LCM; `stable_diffusion_3`: SD 3.5; `flux`: FLUX.1."""
+
     path: LocalPath
+    """`embedded` (the tiny model of the package), a folder in diffusers layout, or a hub id."""
+
     revision: str | None = None
+    """Full commit (40 hex digits) of a hub id, so that the weights cannot change; required for one."""
+
     teacher: TeacherSection | None = None
+
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the frozen weights and of activations; a LoRA is always float32. float32 suits CPUs and the
+    embedded model; all configurations of published models use bfloat16, which halves memory. float16 overflows more
+    easily."""
+
     compile: bool | Literal["auto"] = False
-    """`auto`: compile the denoiser for the steps in which it is estimated to save more time than it takes."""
+    """Compile the denoiser and the VAE's decoder with `torch.compile`. `auto`: in the steps in which it is estimated to
+    save more time than it takes. Off by default, because it pays only in long runs on a GPU."""
+
     quantization: Literal["int8", "nf4"] | None = None
-    """Storage format of the frozen denoiser under a LoRA; `None`: `dtype`."""
+    """Storage format of the frozen denoiser's linear layers under a LoRA, for GPUs of 24 GB and less. `int8`: 8 bits;
+    `nf4`: 4 bits, less accurate, needs bitsandbytes. `null`: stored as `dtype`."""
+
     offload: bool = False
-    """Keep text encoders and VAE in host memory while they are not needed."""
+    """Keep text encoders and VAE in host memory while they are not in use, for small GPUs."""
 
     @model_validator(mode="after")
     def _can_be_found(self) -> "ModelSection":
@@ -53,7 +72,7 @@ class ModelSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _teacher_goes_with_consistency(self) -> "ModelSection":
+    def _teacher_matches_family(self) -> "ModelSection":
         if self.teacher and self.family != "latent_consistency":
             raise ValueError(f"`teacher` belongs to the family 'latent_consistency', got it with {self.family!r}")
         if self.family == "latent_consistency" and not self.teacher and self.path != "embedded":
@@ -62,16 +81,42 @@ class ModelSection(Section):
 
 
 class GenerationSection(Section):
+    """Sampling of training, validation and held-out images."""
+
     images_per_prompt: Annotated[int, Field(ge=2)] = 2
+    """Number of images per training prompt, M; must be given unless `preferences` is. They form up to M (M - 1) / 2
+    pairs with M - 1 rank gaps. Time and disk space are proportional to it. The paper uses 500, the configurations of
+    published models 50."""
+
     num_denoising_steps: Annotated[int, Field(ge=1, le=1000)]
+    """Number of denoising steps per image; time is proportional to it. 30 in the configurations of SD, SDXL, SD 3.5 and
+    FLUX; 1 to 8 are usual for `latent_consistency`, which allows at most 50."""
+
     guidance_scale: Annotated[float, Field(ge=1)]
+    """Guidance scale of the sampler; 1: none. Above 1 a denoising step takes two forward passes, except in
+    guidance-conditioned families, where it is an input of the model (`flux`: as given, `latent_consistency`: minus
+    1)."""
+
     height: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    """Height of images in pixels; a multiple of 16 for `stable_diffusion_3` and `flux`. `null`: the model's own.
+    Imported images are resized to it, so with `preferences` and a hub id it must be given."""
+
     width: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    """Width of images in pixels, as `height`."""
+
     images_per_batch: Annotated[int, Field(ge=1)] = 8
+    """Maximum number of images per forward pass of denoiser, VAE and judges. Raise it on a large GPU; when memory does
+    not suffice it is halved, with a warning."""
+
     keep_images: bool = True
+    """Keep a PNG of each training image. `false` saves disk space, and rewards that are added later decode the latents
+    again."""
+
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Maximum share of prompts that may fail in the model (an image without a score counts as its share of its prompt);
+    above it the step fails. It does not change what is generated."""
 
     @property
     def outcome(self) -> dict[str, Any]:
-        """What decides what is generated, as plain values; `max_bad_fraction` decides only whether a run goes on."""
+        """Values that decide what is generated; `max_bad_fraction` only decides whether the step fails."""
         return self.model_dump(mode="json", exclude={"max_bad_fraction"})

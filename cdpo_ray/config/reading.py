@@ -1,6 +1,5 @@
-"""YAML -> Config: all faults at once, in words."""
+"""YAML -> Config, with all faults reported at once."""
 
-import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,13 +10,13 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from cdpo_ray.config.section import without_credentials
+from cdpo_ray.config.section import nearest, without_credentials
 from cdpo_ray.config.whole import Config
 from cdpo_ray.errors import ConfigError
 
 MAX_CHARACTERS = 100_000
 MAX_VALUES = 10_000
-"""Of a config file; what an alias stands for counts each time, and a text counts 1 for every 100 characters."""
+"""Maximum number of values in a config file; an alias counts as its whole target, a text as 1 per 100 characters."""
 MAX_DEPTH = 30
 MAX_DIGITS = 50
 MAX_FAULTS_SHOWN = 20
@@ -28,9 +27,9 @@ PLAIN_TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML of plain values, in which a repeated key is a fault, 1e-5 is a float and a date is text.
+    """Safe YAML of plain values: a repeated key is a fault, 1e-5 is a float, and a date is text.
 
-    Short texts that would take long to read are refused: aliases that multiply, deep nesting, numbers of many digits.
+    Short texts that would take long to read are refused: nested aliases, deep nesting, numbers with many digits.
     """
 
     yaml_constructors = {  # noqa: RUF012 - PyYAML looks them up on the class
@@ -57,13 +56,13 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if node not in self.sizes:
-                raise _fault("an alias stands for a value that it is part of", event.start_mark)
+                raise _fault("an alias refers to a value that contains it", event.start_mark)
             self.num_values += self.sizes[node]
         else:
             self.num_values += 1 + (len(node.value) // 100 if isinstance(node, yaml.ScalarNode) else 0)
             self.sizes[node] = self.num_values - before
         if self.num_values > MAX_VALUES:
-            raise _fault(f"more than {MAX_VALUES:,} values, what aliases stand for included", event.start_mark)
+            raise _fault(f"more than {MAX_VALUES:,} values, targets of aliases included", event.start_mark)
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -81,12 +80,14 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         kind = node.tag.removeprefix(YAML_TAG)
         if kind in ("int", "float") and len(node.value) > MAX_DIGITS:
-            raise _fault(f"a number of {len(node.value):,} characters; at most {MAX_DIGITS} are read", node.start_mark)
+            raise _fault(
+                f"a number of {len(node.value):,} characters; at most {MAX_DIGITS} are allowed", node.start_mark
+            )
         try:
             value = super().construct_object(node, deep=True)
         except (ValueError, LookupError):
-            raise _fault(f"{_shown(node.value)} is no {kind}", node.start_mark) from None
-        del self.constructed_objects[node]  # an alias gets a value of its own, which an override changes alone
+            raise _fault(f"{_shown(node.value)} is not a valid {kind}", node.start_mark) from None
+        del self.constructed_objects[node]  # each alias gets its own copy, so that an override changes only one
         return value
 
 
@@ -112,7 +113,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         reason = str(getattr(error, "problem", None) or error)
-    except (ValueError, OverflowError) as error:  # PyYAML's scanner, of an escape such as "\UFFFFFFFF"
+    except (ValueError, OverflowError) as error:  # PyYAML's scanner, for an escape such as "\UFFFFFFFF"
         reason = str(error)
     raise ConfigError(f"{where}: not valid YAML: {_shortened(reason)}")
 
@@ -121,7 +122,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file and apply `section.key=value` overrides.
 
     Raises:
-        ConfigError: the file cannot be read, or with all faults of the configuration at once.
+        ConfigError: the file cannot be read, or the configuration is invalid; lists all faults.
     """
     path = Path(os.path.expanduser(path))
     values = parse_yaml(_read_text(path), where=str(path))
@@ -135,8 +136,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _read_text(path: Path) -> str:
     hint = "give the path of a YAML file"
     try:
-        if path.exists() and not path.is_file():  # a pipe might never end
-            raise ConfigError(f"{path}: is {'a folder' if path.is_dir() else 'no regular file'}; {hint}")
+        if path.exists() and not path.is_file():  # reading a pipe might never end
+            raise ConfigError(f"{path}: is {'a folder' if path.is_dir() else 'not a regular file'}; {hint}")
         with path.open("rb") as handle:
             text = handle.read(MAX_CHARACTERS + 1).decode("utf-8-sig")
     except OSError as error:
@@ -148,14 +149,27 @@ def _read_text(path: Path) -> str:
     return text
 
 
+def unknown_key(key: str, suggestion: str | None) -> str:
+    """Sentence about a key that does not exist, with the one that may be meant."""
+    return f"unknown key `{key}`" + (f"; did you mean `{suggestion}`?" if suggestion else "")
+
+
 def validate(values: Mapping[str, Any], *, where: str) -> Config:
+    """Plain values -> configuration.
+
+    Args:
+        where: source of the values, for messages.
+
+    Raises:
+        ConfigError: the configuration is invalid; lists all faults.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        inside = {fault["loc"][:-1] for fault in found}  # a faulty item also makes its list too short: told once
+        inside = {fault["loc"][:-1] for fault in found}  # a faulty item also makes its list too short: report it once
         faults = [fault for fault in found if fault["type"] != "too_short" or fault["loc"] not in inside]
-        lines = [line for fault in faults[:MAX_FAULTS_SHOWN] for line in _speak(fault)]
+        lines = [line for fault in faults[:MAX_FAULTS_SHOWN] for line in _sentences(fault)]
         num_hidden = len(faults[MAX_FAULTS_SHOWN:])
         num_faults = len(lines) + num_hidden
         counted = "1 fault" if num_faults == 1 else f"{num_faults:,} faults"
@@ -170,11 +184,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"{shown}: must be `section.key=value`, for example `training.beta=2000`")
     value = parse_yaml(text, where=shown)
-    if key == "rewards" and isinstance(value, list):  # the short form people type: rewards=[clip,jpeg_size]
+    if key == "rewards" and isinstance(value, list):  # the short form: rewards=[clip,jpeg_size]
         key = "rewards.names"
     *parents, last = key.split(".")
     if len(parents) > MAX_DEPTH:
-        raise ConfigError(f"{shown}: names {len(parents):,} sections within each other; no key lies so deep")
+        raise ConfigError(f"{shown}: has {len(parents):,} nested sections; no key is that deep")
     place = values
     for parent in parents:
         child = place.setdefault(parent, {})
@@ -185,7 +199,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value to show in one line: control characters escaped, without credentials, not too long."""
+    """A value in one line: control characters escaped, credentials removed, shortened."""
     return _shortened(without_credentials(repr(value)))
 
 
@@ -197,23 +211,22 @@ def _shortened(text: str, limit: int = MAX_VALUE_SHOWN) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 4 :]}"
 
 
-def _speak(fault: Any) -> Iterable[str]:
-    """One pydantic fault as a sentence with the key as the user wrote it."""
+def _sentences(fault: Any) -> Iterable[str]:
+    """One pydantic fault in sentences, with the key as the user wrote it."""
     where = ".".join(map(_key, fault["loc"]))
     kind, got = fault["type"], fault["input"]
     context = {name: int(x) if x == 0.0 or x == 1.0 else x for name, x in fault.get("ctx", {}).items()}  # 0, not 0.0
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(fault["loc"][-1])[:MAX_VALUE_SHOWN], _keys_beside(fault["loc"]), n=1)
+        near = nearest(str(fault["loc"][-1])[:MAX_VALUE_SHOWN], _keys_beside(fault["loc"]))
         parent = ".".join(map(_key, fault["loc"][:-1]))
-        suggestion = f"{parent}.{near[0]}".lstrip(".") if near else ""
-        yield f"unknown key `{where}`" + (f"; did you mean `{suggestion}`?" if near else "")
+        yield unknown_key(where, near and f"{parent}.{near}".lstrip("."))
     elif kind == "missing":
         yield f"`{where}` is missing"
     elif kind == "value_error":
         for message in str(context.get("error", fault["msg"])).split("\n"):
             if isinstance(got, dict):
                 yield f"{where}: {message}" if where else message
-            elif fault["loc"][-1:] == ("[key]",):  # of a section whose keys are the user's own
+            elif fault["loc"][-1:] == ("[key]",):  # of a section whose keys the user chooses
                 yield f"{'.'.join(map(_key, fault['loc'][:-2]))}: {message}"
             else:
                 what, separator, hint = message.partition("; ")

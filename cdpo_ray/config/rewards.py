@@ -1,6 +1,5 @@
-"""Rewards: which judges score training images, what each needs, and which of them rank."""
+"""Rewards: judges that score training images, their options, and how their scores rank images."""
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from cdpo_ray.config.section import LocalPath, Section, Sha256, check_pinned, looked_for
+from cdpo_ray.config.section import LocalPath, Section, Sha256, check_pinned, looked_for, nearest
 from cdpo_ray.errors import printable
 from cdpo_ray.records import PERTURBATION, PREFERENCE
 
@@ -23,20 +22,20 @@ REWARD_NAMES = (
     "oracle",
     "oracle_strict",
 )
-"""Built-in rewards; `cdpo_ray.rewards.REWARDS` maps each to its class (a test keeps the two alike)."""
+"""Built-in rewards; `cdpo_ray.rewards.REWARDS` maps each to its class; a test compares the two."""
 
 JUDGE_NO_IMAGE = (PERTURBATION, PREFERENCE)
-"""What scores images without looking at them: by how each was made, or by what people said of it."""
+"""Scores that need no image: by how it was made, or by human labels."""
 
 COMBINATIONS = ("weighted_sum", "mean_rank", "pareto")
-"""Ways to rank by several rewards; `cdpo_ray.curriculum.combination` maps each to its function."""
+"""Rules to rank by several rewards; `cdpo_ray.curriculum.combination` maps each to its function."""
 
 NEEDS_A_CHOICE = {
     "aesthetic": "`rewards.aesthetic.head`",
     "imagereward": "`rewards.imagereward.sha256`",
     "vlm_alignment": "`rewards.vlm_alignment.captioner` or `rewards.vlm_alignment.endpoint`",
 }
-"""Built-in rewards whose default options do not suffice, and what they lack."""
+"""Built-in rewards with a required option."""
 
 OWN_REWARD = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
@@ -44,8 +43,8 @@ OWN_REWARD = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 def _known_reward(name: str, *others: str) -> str:
     known = (*REWARD_NAMES, *others)
     if name not in known and not OWN_REWARD.match(name):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = nearest(name, known)
+        hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(f"must be one of {', '.join(map(repr, known))} or 'module:function'{hint}")
     return name
 
@@ -60,12 +59,12 @@ def _known_ranking(name: str) -> str:
 
 RewardName = Annotated[str, AfterValidator(_known_reward)]
 ScoreName = Annotated[str, AfterValidator(_known_score)]
-"""What can score training images: a judge of images, or one of `JUDGE_NO_IMAGE`."""
+"""A score of training images: a judge, or one of `JUDGE_NO_IMAGE`."""
 RankingName = Annotated[str, AfterValidator(_known_ranking)]
 
 
 def ranking_weights(rewards: Mapping[str, Any]) -> dict[str, float]:
-    """The rewards that rank training images, each with its weight (1, but for ``weighted_sum``).
+    """The rewards that rank training images, each with its weight (1 except for ``weighted_sum``).
 
     Args:
         rewards: `RewardsSection` as plain values.
@@ -77,15 +76,23 @@ def ranking_weights(rewards: Mapping[str, Any]) -> dict[str, float]:
 
 
 class ClipOptions(Section):
-    """An open_clip model: `embedded`, or an architecture with a checkpoint (a file, or a hub id with its revision)."""
+    """Reward `clip`: cosine similarity of image and prompt by any open_clip model."""
 
     architecture: str = "embedded"
+    """`embedded` (the tiny model of the package), or a name of `open_clip.list_models()`."""
+
     checkpoint: LocalPath | None = None
+    """File of weights, or a hub id; required unless `architecture` is `embedded`."""
+
     revision: str | None = None
+    """Full commit (40 hex digits) of a hub id."""
+
     scale: Literal["cosine", "logit"] = "cosine"
+    """Unit of the score. `logit`: the cosine times the model's learned logit scale (up to 100); the ranking is the
+    same."""
 
     @model_validator(mode="after")
-    def _checkpoint_goes_with_architecture(self) -> "ClipOptions":
+    def _checkpoint_is_given(self) -> "ClipOptions":
         if self.architecture == "embedded":
             return self
         if self.checkpoint is None:
@@ -95,12 +102,19 @@ class ClipOptions(Section):
 
 
 class HpsV2Options(Section):
-    """HPS v2.1: the released file or its hub id."""
+    """Reward `hpsv2`: HPS v2.1. The defaults are the released weights."""
 
     architecture: str = "ViT-H-14"
+    """open_clip architecture of the weights."""
+
     checkpoint: LocalPath = "xswu/HPSv2"
+    """File of weights, or a hub id."""
+
     revision: str | None = "697403c78157020a1ae59d23f111aa58ced35b0a"
+    """Full commit (40 hex digits) of a hub id."""
+
     sha256: Sha256 = "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837"
+    """SHA-256 of the file of weights, verified before it is read."""
 
     @model_validator(mode="after")
     def _is_pinned(self) -> "HpsV2Options":
@@ -109,12 +123,19 @@ class HpsV2Options(Section):
 
 
 class PickScoreOptions(Section):
-    """PickScore: its model, and whose tokenizer and image settings it goes with; folders or hub ids."""
+    """Reward `pickscore`: PickScore v1. The defaults are the released weights."""
 
     checkpoint: LocalPath = "yuvalkirstain/PickScore_v1"
+    """Folder in transformers layout, or a hub id."""
+
     revision: str | None = "a4e4367c6dfa7288a00c550414478f865b875800"
+    """Full commit (40 hex digits) of a hub id."""
+
     processor: LocalPath = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    """Folder or hub id of the tokenizer and the image settings; the released scorer takes them from this repository."""
+
     processor_revision: str | None = "1c2b8495b28150b8a4922ee1c8edee224c284c0c"
+    """Full commit (40 hex digits) of the processor's hub id."""
 
     @model_validator(mode="after")
     def _is_pinned(self) -> "PickScoreOptions":
@@ -126,12 +147,20 @@ class PickScoreOptions(Section):
 
 
 class AestheticOptions(Section):
-    """LAION's aesthetic predictor: the head, a file that no hub has under a name of its authors, on CLIP."""
+    """Reward `aesthetic`: LAION's aesthetic predictor, a head on CLIP ViT-L/14."""
 
     head: LocalPath | None = None
+    """Path of the released file sac+logos+ava1-l14-linearMSE.pth; required where the reward is used. Its authors
+    publish it on no hub."""
+
     head_sha256: Sha256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+    """SHA-256 of the head's file, verified before it is read; the default is the released file's."""
+
     checkpoint: LocalPath = "openai/clip-vit-large-patch14"
+    """CLIP model that the head was trained on: a folder in transformers layout, or a hub id."""
+
     revision: str | None = "32bd64288804d66eefd0ccbe215aa642df71cc41"
+    """Full commit (40 hex digits) of a hub id."""
 
     @model_validator(mode="after")
     def _is_pinned(self) -> "AestheticOptions":
@@ -142,13 +171,23 @@ class AestheticOptions(Section):
 
 
 class ImageRewardOptions(Section):
-    """The released checkpoint and BERT's vocabulary, each a file or its hub id."""
+    """Reward `imagereward`: ImageReward v1.0."""
 
     checkpoint: LocalPath = "zai-org/ImageReward"
+    """File of weights, or a hub id; the default is the released one."""
+
     revision: str | None = "5736be03b2652728fb87788c9797b0570450ab72"
+    """Full commit (40 hex digits) of a hub id."""
+
     sha256: Sha256 | None = None
+    """SHA-256 of ImageReward.pt; required where the reward is used. It has no default because no public source states
+    it; the hub shows it on the file's page."""
+
     vocabulary: LocalPath = "google-bert/bert-base-uncased"
+    """BERT's uncased vocab.txt, or a hub id that has it."""
+
     vocabulary_revision: str | None = "86b5e0934494bd15c9632b12f734a8a67f723594"
+    """Full commit (40 hex digits) of the vocabulary's hub id."""
 
     @model_validator(mode="after")
     def _is_pinned(self) -> "ImageRewardOptions":
@@ -162,38 +201,65 @@ class ImageRewardOptions(Section):
 def _plain_url(url: str) -> str:
     if not re.fullmatch(r"https?://[^@\s?#]+", url):
         raise ValueError(
-            "must be an http or https URL without user, password, query or fragment; name the variable that holds the"
-            " token in `token_variable`"
+            "must be an http or https URL without user, password, query or fragment; put the token in an environment"
+            " variable and name it in `token_variable`"
         )
     return url
 
 
 class EndpointSection(Section):
-    """An OpenAI-compatible server; `token_variable` names the environment variable that holds its token."""
+    """OpenAI-compatible server that captions images, in place of a local `captioner`."""
 
     url: Annotated[str, AfterValidator(_plain_url)]
+    """Base URL up to and including `/v1`, without credentials."""
+
     model: Annotated[str, Field(min_length=1)]
+    """Name of the model on the server."""
+
     token_variable: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    """Environment variable that holds the server's token, so that no configuration or run folder does; `null`: no
+    token."""
+
     timeout_seconds: Annotated[float, Field(gt=0)] = 60
+    """Maximum duration of one attempt, from the request to the end of the answer."""
+
     max_retries: Annotated[int, Field(ge=0, le=20)] = 4
+    """Maximum number of retries per image, with exponential backoff, after a timeout or a passing error (429, 500, 502,
+    503, 504). An image without a caption has no score."""
+
     num_concurrent_requests: Annotated[int, Field(ge=1, le=64)] = 4
+    """Number of requests that one scorer has open at the same time."""
 
 
 class VlmAlignmentOptions(Section):
-    """Who captions (`captioner`: a folder or hub id run here; or `endpoint`), and who compares caption and prompt."""
+    """Reward `vlm_alignment`, the paper's text alignment: sentence similarity of the prompt and of a caption written by
+    a vision-language model. It needs `captioner` or `endpoint`."""
 
     captioner: LocalPath | None = None
+    """Folder or hub id of a vision-language model that runs in the scorer. No default, because the version that the
+    paper used is not known."""
+
     captioner_revision: str | None = None
+    """Full commit (40 hex digits) of the captioner's hub id."""
+
     endpoint: EndpointSection | None = None
+
     instruction: Annotated[str, Field(min_length=1)] = "Describe this image in one sentence."
+    """Question that a chat model answers with the caption."""
+
     max_caption_tokens: Annotated[int, Field(ge=1, le=1000)] = 64
+    """Maximum length of a caption in tokens; longer ones are cut."""
+
     sentence_encoder: LocalPath = "sentence-transformers/all-MiniLM-L6-v2"
+    """Folder or hub id of the model that embeds prompt and caption; it must pool by the mean over tokens."""
+
     sentence_encoder_revision: str | None = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
+    """Full commit (40 hex digits) of the sentence encoder's hub id."""
 
     @model_validator(mode="after")
     def _is_pinned(self) -> "VlmAlignmentOptions":
         if self.captioner and self.endpoint:
-            raise ValueError("`captioner` and `endpoint` are two ways to the same: one of them must be left out")
+            raise ValueError("`captioner` and `endpoint` must not be given together; leave out one")
         models = {"sentence_encoder": (self.sentence_encoder, self.sentence_encoder_revision)}
         if self.captioner:
             models["captioner"] = (self.captioner, self.captioner_revision)
@@ -203,26 +269,33 @@ class VlmAlignmentOptions(Section):
 
 
 class JpegSizeOptions(Section):
+    """Reward `jpeg_size`: kilobytes of the image as JPEG, beyond those of a blank image. Needs no model and is easy to
+    hack, so it serves as a control."""
+
     quality: Annotated[int, Field(ge=1, le=100)] = 90
+    """JPEG quality."""
 
 
 class PerturbationOptions(Section):
-    """Images of ever more masked prompts, of which the less masked is the better: a ranking without a judge."""
+    """Score `perturbation`: images are generated from increasingly masked prompts, and less masked is better. It ranks
+    without a judge (arXiv:2602.13055)."""
 
     max_masked_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of prompt tokens that are masked for the last image of a prompt; the first image is unmasked, the others
+    are evenly spaced between."""
 
 
 def options_without_choices(name: str, recorded: Any) -> dict[str, Any]:
-    """Options of a judge as somebody else recorded them, if they choose no address, variable, file, model or code.
+    """Options of a judge as recorded by an untrusted run, if they select no address, variable, file, model or code.
 
-    Numbers and words of a closed list may be anything that the section allows; every other option must have the
-    package's own default, and the defaults must suffice.
+    Numbers and choices may have any value that the section allows; every other option must have its default, and the
+    judge must not have a required option.
 
     Raises:
-        ValueError: they do choose, or are none; the reason completes "reward `name` ...".
+        ValueError: an option selects something, or is invalid; the reason completes "reward `name` ...".
     """
     if name not in REWARD_NAMES:
-        raise ValueError("is somebody's own function")
+        raise ValueError("is a user-defined function")
     field = RewardsSection.model_fields.get(name)
     kind: Any = field.annotation if field else Section
     if not isinstance(recorded, dict):
@@ -244,14 +317,32 @@ def options_without_choices(name: str, recorded: Any) -> dict[str, Any]:
 
 
 class RewardsSection(Section):
-    """The judges that score training images; `rank_by` decides the ranking: the first, another, or a combination."""
+    """Judges that score training images, and how their scores rank the images of a prompt."""
 
     names: Annotated[tuple[ScoreName, ...], Field(min_length=1)]
+    """Rewards to compute: built-in (`clip`, `hpsv2`, `imagereward`, `pickscore`, `aesthetic`, `vlm_alignment`,
+    `jpeg_size`, `oracle`, `oracle_strict`), `module:function` of your own, `perturbation`, or `preference` (labels of
+    imported data). Others can be added to a finished run."""
+
     rank_by: RankingName | None = None
+    """What ranks images: one of `names`, or a combination. `weighted_sum`: of scores standardised within the prompt;
+    `mean_rank`: mean of the ranks; `pareto`: non-dominated fronts. `null`: the first of `names`."""
+
     weights: Annotated[dict[str, float], Field(default_factory=dict)]
+    """Weight of each reward in `rank_by: weighted_sum`; 1 where none is given. 0 excludes a reward, a negative weight
+    prefers low scores."""
+
     noise_prompts: Annotated[int, Field(ge=0)] = 0
+    """Number of prompts whose images are scored twice, the second time in other batches, to measure the rewards' own
+    noise; for example 32. Required for `curriculum.min_gap_in_noise`."""
+
     placement: Literal["fused", "pool"] = "fused"
+    """Where new images are scored. `fused`: in the generating actors, so that images are not moved. `pool`: in actors
+    of their own (`resources.scorers`), for judges that do not fit beside the model."""
+
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Maximum share of scores that are not finite; above it the step `pairs` fails. Such scores form no pairs."""
+
     clip: ClipOptions = ClipOptions()
     hpsv2: HpsV2Options = HpsV2Options()
     imagereward: ImageRewardOptions = ImageRewardOptions()
@@ -276,13 +367,14 @@ class RewardsSection(Section):
             raise ValueError(f"`weights` must be of `names` {list(self.names)}, got {unknown}")
         if self.rank_by in COMBINATIONS and len(self.ranking_weights) < 2:
             raise ValueError(
-                f"`rank_by` {self.rank_by!r} needs two rewards with a say, got {list(self.ranking_weights)}; name more"
+                f"`rank_by` {self.rank_by!r} needs at least two rewards with a weight, got"
+                f" {list(self.ranking_weights)}; add more to `names`"
             )
         return self
 
     @property
     def ranking_reward(self) -> str:
-        """What ranks: a reward, or a combination."""
+        """Name of the reward or combination that ranks."""
         return self.rank_by or self.names[0]
 
     @property
@@ -291,7 +383,7 @@ class RewardsSection(Section):
 
     @property
     def ranking_sentence(self) -> str:
-        """What ranks, for people."""
+        """Ranking rule in one line."""
         if self.rank_by not in COMBINATIONS:
             return self.ranking_reward
         weighted = self.rank_by == "weighted_sum"
@@ -300,12 +392,12 @@ class RewardsSection(Section):
 
     @property
     def max_masked_fraction(self) -> float | None:
-        """Of the perturbation, where it ranks or scores; none: prompts are used as they are."""
+        """Option of `perturbation`; `None`: it is not among `names`, and prompts are not masked."""
         return self.perturbation.max_masked_fraction if PERTURBATION in self.names else None
 
     @property
     def judges(self) -> dict[str, dict[str, Any]]:
-        """Those that look at images, with the keyword arguments of each one's class."""
+        """Rewards that look at images, each with the keyword arguments of its class."""
         return {name: self.options(name) for name in self.names if name not in JUDGE_NO_IMAGE}
 
     def options(self, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A search over schedules: what is tried, how it is judged and how much of it there is."""
+"""A search over schedules: its space, objectives, and budget."""
 
 import copy
 import functools
@@ -21,7 +21,7 @@ PAPER_SCHEDULE: dict[str, Any] = {
     for name, info in CurriculumSection.model_fields.items()
     if name not in ("num_stages", "updates_per_stage")
 }
-"""What the paper chose whatever the model; all else depends on the model, so it is as the config says."""
+"""Settings that the paper uses for every model; all others depend on the model and come from the config."""
 
 BELONGS_TO: dict[str, tuple[str, Any]] = {
     "curriculum.window": ("curriculum.pacing", "sliding_window"),
@@ -29,17 +29,28 @@ BELONGS_TO: dict[str, tuple[str, Any]] = {
     "training.label_smoothing": ("training.loss", "robust"),
     "training.lora": ("training.method", "lora"),
 }
-"""Keys that no configuration may give unless another has this value."""
+"""Keys that are only allowed if another key has this value."""
 
 
 class KnobSection(Section):
-    """A list of choices, or a range with both ends included; ``when`` other knobs have these values, else always."""
+    """Values of one key: a list of choices, or a range `{low: ..., high: ...}` of numbers."""
 
     choices: Annotated[tuple[Any, ...], Field(min_length=1)] | None = None
+    """Values to choose from; a plain list in place of the mapping means the same."""
+
     low: float | None = None
+    """Lower end of the range, inclusive."""
+
     high: float | None = None
+    """Upper end of the range, inclusive."""
+
     log: bool = False
+    """Draw uniformly in the logarithm; for keys whose useful values span orders of magnitude, such as
+    `training.beta`."""
+
     when: Annotated[dict[str, Any], Field(default_factory=dict)]
+    """Condition: another key of the space, mapped to the value or values for which this one is varied. Empty: always
+    varied."""
 
     @model_validator(mode="before")
     @classmethod
@@ -64,7 +75,7 @@ class KnobSection(Section):
         elif self.low >= self.high:
             raise ValueError(f"`low` must be below `high`, got {self.low:g} and {self.high:g}")
         elif self.log and self.low <= 0:
-            raise ValueError(f"`low` must be > 0 for a range drawn by logarithm, got {self.low:g}")
+            raise ValueError(f"`low` must be > 0 with `log`, got {self.low:g}")
         return self
 
 
@@ -74,12 +85,12 @@ def _may_be_searched(key: str) -> str:
     return key
 
 
-def _taken_by_their_fields(space: dict[str, KnobSection]) -> dict[str, KnobSection]:
+def _checked_space(space: dict[str, KnobSection]) -> dict[str, KnobSection]:
     faults: list[str] = []
     taken = {}
     for key, knob in space.items():
         if knob.choices is None and number_type(key) is None:
-            faults.append(f"`{key}` takes no numbers; give a list of choices")
+            faults.append(f"`{key}` is not a number, so it has no range; give a list of choices")
             continue
         values = []
         for value in knob.choices if knob.choices is not None else (knob.low, knob.high):
@@ -94,7 +105,7 @@ def _taken_by_their_fields(space: dict[str, KnobSection]) -> dict[str, KnobSecti
     faults += _faults_of_conditions(taken)
     if not faults and (circle := {*taken} - {knob.key for knob in _knobs(taken)}):
         names = ", ".join(f"`{key}`" for key in taken if key in circle)
-        faults.append(f"{names} depend on each other in a circle; leave out a `when`")
+        faults.append(f"{names} depend on each other in a circle; remove a `when`")
     if faults:
         raise ValueError("\n".join(faults))
     return taken
@@ -105,13 +116,11 @@ def _faults_of_conditions(space: Mapping[str, KnobSection]) -> list[str]:
     for key, section in space.items():
         for name, values in section.when.items():
             if name not in space:
-                faults.append(
-                    f"`{key}` depends on `{name}`, which is not in the space; add it, or leave out the `when`"
-                )
+                faults.append(f"`{key}` depends on `{name}`, which is not in the space; add it, or remove the `when`")
             else:
                 other = _knob(name, space[name])
                 faults += [
-                    f"`{key}` waits for `{name}` to be {value!r}, which it never is; in the space is {other.sentence}"
+                    f"`{key}` depends on `{name}` being {value!r}, which is not in the space: {other.sentence}"
                     for value in values
                     if not other.holds(value)
                 ]
@@ -134,13 +143,23 @@ SearchedKey = Annotated[str, AfterValidator(_may_be_searched)]
 
 
 class StopEarly(Section):
-    """ASHA: after ``grace_stages``, and after each ``reduction_factor`` times as many, one trial in as many goes on."""
+    """Early stopping by asynchronous successive halving (ASHA, arXiv:1810.05934) at stage ends. `null`: every trial
+    runs to its end."""
 
     reduction_factor: Annotated[float, Field(gt=1)] = 2
+    """At each rung, one in this many trials continues; rungs are `grace_stages` x `reduction_factor`^n stages. Raise it
+    to stop more trials."""
+
     grace_stages: Annotated[int, Field(ge=1)] = 1
+    """Number of stages before a trial can be stopped. Raise it if `curriculum.num_stages` is varied: trials are
+    compared at the same stage, where those with few stages have done more of their updates."""
 
     def stages(self, num_stages: int) -> list[int]:
-        """After which trials of at most so many stages may be stopped."""
+        """Stages after which a trial may be stopped.
+
+        Args:
+            num_stages: maximum number of stages of a trial.
+        """
         rungs = itertools.takewhile(
             lambda stage: stage < num_stages,
             (math.ceil(self.grace_stages * self.reduction_factor**rung) for rung in itertools.count()),
@@ -149,22 +168,49 @@ class StopEarly(Section):
 
 
 class SearchSection(Section):
-    """What `cdpo tune` tries, on the samples and scores of the run.
-
-    The first objective decides and stops trials early; of several all trials are kept that no other beats in each.
-    """
+    """Search over schedules by `cdpo tune`, on the samples and scores of one run. The first trial is the paper's
+    schedule. `null`: `cdpo tune` cannot be used."""
 
     algorithm: Literal["random", "grid", "tpe"] = "tpe"
+    """How trials are proposed. `tpe`: learns from earlier trials (Optuna). `random`: independent draws. `grid`: every
+    point; the space must have choices only."""
+
     num_trials: Annotated[int, Field(ge=1)] | None = None
+    """Number of trials, the paper's included; required for `tpe` and `random`, not allowed for `grid`. A finished
+    search continues when it is raised."""
+
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("reward",)
+    """Quantities to maximise on the validation prompts: `reward`, `win_rate` and `implicit_accuracy` by `judge`, and
+    `diversity` of a prompt's images. The first chooses the best trial and stops trials early; several give a Pareto
+    front."""
+
     judge: str | None = None
+    """Judge of the objectives, one of those of the evaluation. `null`: the first ranking reward that looks at
+    images."""
+
     stop_early: StopEarly | None = StopEarly()
+
     max_concurrent_trials: Annotated[int, Field(ge=1)] | None = None
+    """Maximum number of trials that run at the same time; `null`: as many as the nodes have room for.
+    `resources.trainers` decides how many share a GPU."""
+
     updates_per_trial: Annotated[int, Field(ge=1)] | None = None
+    """Number of updates of each trial, divided among its stages, so that all trials cost the same. `null`:
+    `curriculum.updates_per_stage` for each stage."""
+
     images_per_prompt: Annotated[int, Field(ge=2)] = 4
+    """Number of images per validation prompt. More images make objectives less noisy, and trials slower."""
+
     early_prompts: Annotated[int, Field(ge=1)] | None = None
+    """Number of validation prompts that are used before a trial's last stage; `null`: all. Fewer make early reports
+    cheaper and noisier."""
+
     confirm_seeds: Annotated[int, Field(ge=0)] = 3
-    space: Annotated[dict[SearchedKey, KnobSection], Field(min_length=1), AfterValidator(_taken_by_their_fields)]
+    """Number of fresh seeds with which the best schedule and the paper's are trained again and judged on the held-out
+    prompts, because the best of many trials looks better than it is. 0: no confirmation."""
+
+    space: Annotated[dict[SearchedKey, KnobSection], Field(min_length=1), AfterValidator(_checked_space)]
+    """Keys to vary, each a key of `curriculum` or `training` such as `training.beta`, mapped to its values."""
 
     @model_validator(mode="after")
     def _trials_are_counted(self) -> "SearchSection":
@@ -173,18 +219,18 @@ class SearchSection(Section):
             faults.append(f"`objectives` must not repeat one, got {list(self.objectives)}")
         if self.algorithm == "grid":
             if self.num_trials is not None:
-                faults.append("`num_trials` must not be given with `algorithm` 'grid', which tries all there are")
+                faults.append("`num_trials` must not be given with `algorithm` 'grid', which tries every point")
             faults += [
-                f"`space.{key}` is a range, and a grid has no bounds there; give a list of choices"
+                f"`space.{key}` is a range, but a grid needs choices; give a list of them"
                 for key, section in self.space.items()
                 if section.choices is None
             ]
         elif self.num_trials is None:
-            faults.append(f"`num_trials` is missing: how many to try by {self.algorithm!r}")
+            faults.append(f"`num_trials` is missing: the number of trials of `algorithm` {self.algorithm!r}")
         if self.updates_per_trial and "curriculum.updates_per_stage" in self.space:
             faults.append(
-                "`updates_per_trial` decides how many updates a stage has, so `space` must not hold"
-                " `curriculum.updates_per_stage`; leave one of them out"
+                "`updates_per_trial` decides the number of updates per stage, so `space` must not contain"
+                " `curriculum.updates_per_stage`; leave out one of them"
             )
         if faults:
             raise ValueError("\n".join(faults))
@@ -192,11 +238,11 @@ class SearchSection(Section):
 
     @property
     def knobs(self) -> tuple[Knob, ...]:
-        """What is tried, each after those that it depends on."""
+        """The knobs of the space, each after those that it depends on."""
         return _knobs(self.space)
 
     def largest(self, key: str, otherwise: int) -> int:
-        """The largest number that a trial may have at a key, which is ``otherwise`` where it is not tried."""
+        """The largest value of a key in any trial; ``otherwise`` if it is not in the space."""
         return max([knob.largest for knob in self.knobs if knob.key == key], default=otherwise)
 
     def max_updates(self, curriculum: CurriculumSection) -> int:
@@ -207,7 +253,7 @@ class SearchSection(Section):
         return num_stages * self.largest("curriculum.updates_per_stage", curriculum.updates_per_stage)
 
     def max_trials(self, plain: Mapping[str, Any]) -> int:
-        """Number of trials; of a grid every point, plus the paper's schedule if it is not one of them.
+        """Number of trials; for a grid every point, plus the paper's schedule if it is not one of them.
 
         Args:
             plain: the configuration as plain values, defaults included.
@@ -219,7 +265,7 @@ class SearchSection(Section):
 
 
 def paper_point(knobs: Sequence[Knob], plain: Mapping[str, Any]) -> dict[str, Any]:
-    """What the first trial, the paper's, tries: of the knobs, and of what else a config chose in another way.
+    """Point of the first trial, the paper's schedule: the knobs, and other keys that the config sets differently.
 
     Args:
         plain: the configuration as plain values, defaults included.
@@ -235,13 +281,12 @@ def paper_point(knobs: Sequence[Knob], plain: Mapping[str, Any]) -> dict[str, An
 
 
 def with_point(values: Mapping[str, Any], knobs: Sequence[Knob], point: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's values with those of a point.
+    """The values of a configuration, changed to those of a point.
 
-    A knob that does not matter at this point is not given, unless it must be; neither is what belongs to another value
-    than the point's.
+    Inactive knobs without a required value are removed, and so are keys that belong to another value than the point's.
 
     Args:
-        values: as they were given, without defaults.
+        values: given values, without defaults.
     """
     changed = {section: copy.deepcopy(given) for section, given in values.items()}
     for knob in knobs:
@@ -250,14 +295,14 @@ def with_point(values: Mapping[str, Any], knobs: Sequence[Knob], point: Mapping[
     for key, value in point.items():
         _put(changed, key, value)
     for key, (decider, value) in BELONGS_TO.items():
-        asked = any(name == key or name.startswith(f"{key}.") for name in point)
-        if decider in point and point[decider] != value and not asked:
+        is_given = any(name == key or name.startswith(f"{key}.") for name in point)
+        if decider in point and point[decider] != value and not is_given:
             _remove(changed, key)
     return changed
 
 
 def value_at(values: Mapping[str, Any], key: str) -> Any:
-    """Of nested values, the one at a key as it is written on the command line."""
+    """The value of a key, written as on the command line, in nested values."""
     return functools.reduce(operator.getitem, key.split("."), values)
 
 

@@ -1,7 +1,9 @@
-"""What every section shares: frozen, nothing unknown, weights pinned."""
+"""Base class and value types that all sections share."""
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -13,17 +15,24 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    """Immutable values; unknown keys are refused, and the docstring below a key is its description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most similar, if any is similar enough to suggest."""
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def check_place(text: str) -> str:
-    """A folder on local disk, `~` expanded, or in an object store.
+    """A folder on local disk, with `~` expanded, or in an object store.
 
     Raises:
-        ValueError: there are credentials in it, or it is of another kind.
+        ValueError: the text contains credentials, or has an unsupported scheme.
     """
     if re.search(r"://[^/\s]*@", text):
-        raise ValueError("must not hold credentials; give them by the environment")
+        raise ValueError("must not contain credentials; set them in the environment")
     scheme, separator, _ = text.partition("://")
     if separator and scheme not in OBJECT_STORES:
         raise ValueError(f"must be a local folder, {' or '.join(f'{store}://...' for store in OBJECT_STORES)}")
@@ -31,25 +40,25 @@ def check_place(text: str) -> str:
 
 
 def without_credentials(text: str) -> str:
-    """A text to show: of an address, neither user and password nor what follows a ``?`` or ``#``, such as a key."""
+    """A text to show: URLs lose user, password, and everything after ``?`` or ``#``, such as a key."""
     text = re.sub(r"(?<=://).*@|[^\s'\"/:@]{1,64}:[^\s/]{1,256}@", "***@", text)
     ends = r"(?=['\"](?:[,;:})\]\s]|$)|$)"  # a quote may be part of a key
     return re.sub(rf"(://[^\s?#]*[?#]|\?[^\s=]{{1,64}}=).+?{ends}", r"\1***", text)
 
 
 def looked_for(path: str) -> str:
-    """Where a path that is missing was looked for, for a message."""
+    """The absolute form of a missing path, for a message."""
     absolute = os.path.abspath(path)
-    return absolute if path == absolute else f"{absolute} (a relative path begins at the working folder)"
+    return absolute if path == absolute else f"{absolute} (relative paths start at the working folder)"
 
 
 Place = Annotated[str, Field(min_length=1), AfterValidator(check_place)]
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-"""A path, or what may stand in its place: a built-in name or a hub id."""
+"""A path, or a built-in name or a hub id where the key allows one."""
 
 
 def check_pinned(place: str, revision: str | None, *, key: str, revision_key: str, kind: str) -> None:
-    """A file or folder (`kind`) that is here, or a hub id at a commit; the keys are named in errors."""
+    """Check for an existing file or folder (`kind`), or a hub id with a commit; errors name both keys."""
     if os.path.isfile(place) if kind == "file" else os.path.isdir(place):
         return
     if not HUB_ID.match(place):
@@ -61,11 +70,12 @@ def check_pinned(place: str, revision: str | None, *, key: str, revision_key: st
 
 
 def check_weights(path: str, revision: str | None) -> None:
+    """Check for `embedded`, an existing folder, or a hub id with a commit."""
     if path == "embedded" or os.path.isdir(path):
         return
     if os.path.isfile(path):
         raise ValueError(
-            f"`path` must be a folder in diffusers layout, got the file {path!r}; load a one-file checkpoint by"
+            f"`path` must be a folder in diffusers layout, got the file {path!r}; load a single-file checkpoint with"
             " `from_single_file` of diffusers, and give the folder that its `save_pretrained` writes"
         )
     if not HUB_ID.match(path) or path.startswith(("./", "../")):
@@ -74,6 +84,6 @@ def check_weights(path: str, revision: str | None) -> None:
         )
     if revision is None or not COMMIT.match(revision):
         raise ValueError(
-            f"`path` {path!r} is no folder here, so it is read as a hub id, which needs `revision`"
+            f"`path` {path!r} is not a local folder, so it is read as a hub id, which needs `revision`"
             f" (a full commit of 40 hex digits), got {revision!r}; as a folder it would be {looked_for(path)}"
         )

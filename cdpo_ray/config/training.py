@@ -1,4 +1,4 @@
-"""Training of a LoRA or of the whole net."""
+"""Training of a LoRA, or of all weights of the denoiser."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,19 +8,30 @@ from cdpo_ray.config.section import Section
 
 
 class LoraSection(Section):
-    """The LoRA; it may begin with a smaller rank, or in a part of the net's blocks, and grow stage by stage.
-
-    It grows in the first round alone: later ones begin with what was trained.
-    """
+    """The LoRA of `method: lora`. Its rank and its layers can grow from stage to stage (arXiv:2602.13055); they do so
+    in the first round only, and later rounds start from the full LoRA."""
 
     rank: Annotated[int, Field(ge=1)] = 8
+    """Inner dimension; the published value for Stable Diffusion. LCM is published with 64."""
+
     initial_rank: Annotated[int, Field(ge=1)] | None = None
+    """Rank in the first stage; it grows linearly to `rank` in the last. Published for Stable Diffusion: 6 to 16.
+    `null`: constant `rank`, as in the original paper. In the embedded world growing gained nothing."""
+
     unfreeze: Literal["at_once", "from_input", "from_output"] = "at_once"
+    """Blocks whose LoRA learns. `at_once`: all, in every stage. `from_input`, `from_output`: an equal share more per
+    stage, starting at that end of the denoiser."""
+
     alpha: Annotated[float, Field(gt=0)] | None = None
+    """The LoRA's output is scaled by `alpha / rank`. `null`: `rank`, so that the scale is 1, as published."""
+
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names, or ends of names, of the linear and convolution layers that get a LoRA. The default is all attention
+    layers, as published for Stable Diffusion; `configs/lcm.yaml` and `configs/flux.yaml` have those of other
+    families."""
 
     @model_validator(mode="after")
-    def _grows(self) -> "LoraSection":
+    def _initial_rank_is_smaller(self) -> "LoraSection":
         if self.initial_rank is not None and self.initial_rank > self.rank:
             raise ValueError(
                 f"`initial_rank` must be at most `rank` = {self.rank}, which it grows to, got {self.initial_rank}"
@@ -34,6 +45,7 @@ class LoraSection(Section):
 
     @property
     def grows(self) -> bool:
+        """Whether rank or layers grow from stage to stage."""
         return self.initial_rank not in (None, self.rank) or self.unfreeze != "at_once"
 
 
@@ -49,48 +61,117 @@ HOW_NOT_WHAT = {
     "max_restarts",
     "collective_timeout_seconds",
 }
-"""Keys of `TrainingSection` that may change between runs of one training: its outcome is the same but for rounding."""
+"""Keys of `TrainingSection` that may change when training resumes: its outcome changes by rounding errors at most."""
 
 
 class TrainingSection(Section):
-    """Staged preference training of a LoRA, or of the whole net (`method` full).
-
-    Pairs, the LoRA's first values and training draw from `seed`, or from `run.seed` where there is none: another one
-    trains anew on the same images.
-    """
+    """Preference training of a LoRA, or of all weights of the denoiser, stage by stage."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Seed of drawn pairs, of the LoRA's initial values, and of training noise; `null`: `run.seed`. Another seed
+    repeats training on the same images."""
+
     method: Literal["lora", "full"] = "lora"
+    """Weights to train. `lora`: a LoRA; the reference is the same model with the LoRA off. `full`: all weights of the
+    denoiser, with a frozen copy as reference, which needs far more memory (see `zero_stage`)."""
+
     loss: Literal["dpo", "ipo", "hinge", "robust", "sft"] = "dpo"
+    """Loss of a pair's margin m. `dpo`: -log sigmoid(m), the paper's. `ipo`: (m - 1/2)^2. `hinge`: max(0, 1 - m).
+    `robust`: `dpo` corrected for a share `label_smoothing` of wrong labels. `sft`: the chosen image's denoising error
+    alone, a baseline without preferences."""
+
     beta: Annotated[float, Field(gt=0)]
+    """Strength of the KL penalty towards the reference: large values keep the model close to it. The margin is -beta/2
+    times a difference of errors averaged over latent values, so a value does not carry over to another latent size.
+    Published: 2000 to 5000 for Stable Diffusion, 100 to 2000 for flow matching, 400 for LCM; the embedded world needs
+    200. `cdpo check` prints it in other conventions."""
+
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of labels assumed to be wrong; required with `loss: robust`, not allowed otherwise."""
+
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Adds this multiple of the chosen image's denoising error, times beta/2, to another `loss`. Raise it if the chosen
+    image's error rises during training. 0: the plain loss."""
+
     reference: Literal["base", "last_round"] = "base"
+    """Frozen reference of later rounds: the base model, or the model that the round started from (needs `rounds` >
+    1)."""
+
     guidance_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
+    """Bounds [low, high] of the guidance that a guidance-conditioned family (`latent_consistency`, `flux`) is trained
+    with; drawn uniformly per pair. `null`: [5, 15] for LCM, [3.5, 3.5] for FLUX, as they were distilled."""
+
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """`adamw_8bit`: block-wise 8-bit moments, a quarter of the memory."""
+    """Storage of AdamW's moments. `adamw_8bit`: 8 bits per value with a scale per block, a quarter of the memory; needs
+    bitsandbytes and `zero_stage: 0`. A LoRA gains little from it, `method: full` much."""
+
     learning_rate: Annotated[float, Field(gt=0)]
+    """AdamW's learning rate, constant. The configurations of published models use 1e-4, as the released code; the
+    embedded world 5e-4. Lower it if updates are skipped because they are not finite."""
+
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """AdamW's weight decay; the published value."""
+
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay rate of AdamW's first moment; PyTorch's default."""
+
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay rate of AdamW's second moment; PyTorch's default."""
+
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this global norm; the published value."""
+
     global_batch_size: Annotated[int, Field(ge=1)]
+    """Number of pairs per update, over all workers; a multiple of `num_workers` x `batch_size_per_worker`. The
+    configurations of published models use 32."""
+
     batch_size_per_worker: Annotated[int, Field(ge=1)] | None = None
+    """Number of pairs per forward pass of a worker; gradients are accumulated over several. `null`: a worker's whole
+    share of an update. Lower it when memory does not suffice."""
+
     empty_prompt_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of pairs that are trained with an empty prompt, which keeps classifier-free guidance working. The released
+    code uses 0.25 for Stable Diffusion. 0 suits models that are sampled without guidance, such as LCM and FLUX."""
+
     gradient_checkpointing: bool | Literal["auto"] = False
-    """`auto`: on if the estimated peak memory without it exceeds the GPU's memory."""
+    """Recompute activations in the backward pass: much less memory (SD 1.5: 0.14 in place of 0.97 GiB per sample), but
+    an estimated quarter slower. `auto`: on if the estimated peak memory without it exceeds the GPU's memory, or is
+    unknown."""
+
     lora: LoraSection = LoraSection()
+
     num_workers: Annotated[int, Field(ge=1)] = 1
+    """Number of training workers, each with its own GPU. May change when training resumes."""
+
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed ZeRO stage: shard nothing (0), optimizer state (1), gradients too (2), weights too (3). A LoRA's state
+    is so small that it needs none; use 1 to 3 for `method: full` on several workers. May change when training
+    resumes."""
+
     updates_per_commit: Annotated[int, Field(ge=1)] = 50
+    """Number of updates between checkpoints; one is also written at the end of each stage. At most this many updates
+    are lost when a process is killed. Lower it if updates are slow or machines are often preempted."""
+
     keep_last: Annotated[int, Field(ge=1)] = 2
+    """Number of checkpoints to keep. 2, so that a damaged one can be passed over for the one before."""
+
     keep_best: bool = False
+    """Also keep the adapter of the checkpoint with the lowest mean loss in the last stage, in `4-training/best`."""
+
     max_skipped_updates: Annotated[int, Field(ge=1)] = 20
+    """Maximum number of consecutive updates that are skipped because loss or gradient is not finite; then training
+    fails."""
+
     max_restarts: Annotated[int, Field(ge=0)] = 3
+    """Maximum number of times that training restarts from the last checkpoint after a failure; in a search, of each
+    trial. Raise it on preemptible machines."""
+
     collective_timeout_seconds: Annotated[int, Field(ge=1)] = 600
+    """Maximum time that workers wait for each other before the silent one is replaced; it is named after half of it.
+    Raise it if slow machines time out."""
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> "TrainingSection":
+    def _batch_is_divisible(self) -> "TrainingSection":
         at_once = self.num_workers * (self.batch_size_per_worker or 1)
         if self.global_batch_size % at_once:
             raise ValueError(
@@ -100,15 +181,17 @@ class TrainingSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _loss_has_its_options(self) -> "TrainingSection":
+    def _check_combinations(self) -> "TrainingSection":
         if self.label_smoothing and self.loss != "robust":
             raise ValueError(f"`label_smoothing` belongs to `loss` 'robust', got it with {self.loss!r}")
         if self.loss == "robust" and not self.label_smoothing:
-            raise ValueError("`loss` 'robust' needs `label_smoothing`, the share of labels thought wrong, above 0")
+            raise ValueError("`loss` 'robust' needs `label_smoothing` above 0, the share of labels assumed to be wrong")
         if self.sft_weight and self.loss == "sft":
-            raise ValueError("`sft_weight` mixes the chosen's error into another `loss`; 'sft' is that error alone")
+            raise ValueError(
+                "`sft_weight` adds the chosen image's error to another `loss`, but 'sft' is that error; leave it out"
+            )
         if self.method == "full" and "lora" in self.model_fields_set:
-            raise ValueError("`lora` must not be given with `method` 'full', which trains the whole net")
+            raise ValueError("`lora` must not be given with `method` 'full', which trains all weights")
         if self.optimizer == "adamw_8bit" and self.zero_stage:
             raise ValueError(
                 f"`optimizer` 'adamw_8bit' needs `zero_stage` 0, because its 8-bit moments cannot be sharded, got"
@@ -120,10 +203,10 @@ class TrainingSection(Section):
 
     @property
     def outcome(self) -> dict[str, Any]:
-        """What decides what is trained, as plain values."""
+        """Values that decide the outcome of training."""
         return self.model_dump(mode="json", exclude=HOW_NOT_WHAT)
 
     @property
     def pairs_per_launch(self) -> int:
-        """Pairs that one worker sends through the net at once."""
+        """Number of pairs per forward pass of a worker."""
         return self.batch_size_per_worker or self.global_batch_size // self.num_workers

@@ -1,4 +1,4 @@
-"""All sections, and what must hold between them."""
+"""All sections, and the rules between them."""
 
 from typing import Annotated, Any
 
@@ -22,30 +22,58 @@ from cdpo_ray.records import PERTURBATION, PREFERENCE
 
 
 class RunSection(Section):
-    """Where a run lives, what seeds it, and the run whose images it takes in place of making its own."""
+    """Folder and seed of a run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100)]
+    """Name of the run: its folder within `dir`, and its name in trackers and in the model card."""
+
     dir: Place = "runs"
+    """Folder of all runs: a local path (relative to the working folder), `s3://...` or `gs://...`. On a cluster all
+    nodes must see it; in a Ray job it must not be relative, because Ray deletes the job's working folder."""
+
     samples_from: Place | None = None
+    """Folder of a finished run whose images, and scores where they agree, are used in place of generating them. Refused
+    unless this run would generate the same images. `null`: generate."""
+
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of generated images, of the prompts of `scenes`, of evaluation, and of training unless `training.seed` is
+    given."""
 
 
 class EvaluationSection(Section):
-    """Base against fine-tuned on held-out prompts; the rewards of the run judge too, named in ``judges`` or not."""
+    """Comparison of base and fine-tuned model on the held-out prompts, from the same noise."""
 
     images_per_prompt: Annotated[int, Field(ge=1)] = 4
+    """Number of images per held-out prompt and model. The configurations of published models use 8."""
+
     judges: Annotated[tuple[RewardName, ...], Field(min_length=1)]
+    """Rewards that judge the images, besides the run's own that look at images, which always judge. Name at least one
+    that is not trained on: it shows whether the model improved, or only learned its reward."""
+
     num_margin_draws: Annotated[int, Field(ge=0)] = 4
+    """Number of (timestep, noise) draws that the implicit reward of an image is averaged over, to see how often it
+    orders images as a judge does. 0 leaves this out; with 4 it took 43 % of the quickstart's processor time of the
+    evaluation."""
+
     num_bootstrap_resamples: Annotated[int, Field(ge=100)] = 10_000
+    """Number of bootstrap resamples of prompts for the 95 % confidence intervals."""
+
     grid_prompts: Annotated[int, Field(ge=0)] = 12
+    """Number of held-out prompts whose images the report shows."""
 
 
 class Pool(Section):
-    """Actors of one role and what each needs; a GPU may be shared by giving a fraction."""
+    """Actors of one role, and what each of them needs."""
 
     num_actors: Annotated[int, Field(ge=1)] = 1
+    """Maximum number of actors; as many start as the nodes have room for."""
+
     cpus_per_actor: Annotated[float, Field(gt=0)] = 1
+    """Number of CPUs per actor. Leave at least one CPU of the cluster free: Ray Data reads and writes rows in tasks of
+    one CPU."""
+
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
+    """Number of GPUs per actor: 0 (runs on the CPU), a fraction to share a GPU, 1, or a larger whole number."""
 
     @model_validator(mode="after")
     def _gpus_are_a_fraction_or_whole(self) -> "Pool":
@@ -55,34 +83,61 @@ class Pool(Section):
 
 
 class TrainerResources(Section):
+    """What each training worker needs; their number is `training.num_workers`."""
+
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """Number of CPUs per worker."""
+
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    """GPU of a worker: 0 (trains on the CPU) or 1. A fraction lets the trials of a search share a GPU, and needs
+    `training.num_workers: 1`."""
 
 
 class ResourcesSection(Section):
+    """CPUs and GPUs of each role. The defaults run on a machine without a GPU."""
+
     generators: Pool = Pool()
+    """Actors that sample images, for training and evaluation, or encode imported ones."""
+
     scorers: Pool = Pool()
+    """Actors of `rewards.placement: pool`, and of rewards that are added to a finished run."""
+
     trainers: TrainerResources = TrainerResources()
 
 
 class Config(Section):
+    """The whole configuration of a run."""
+
     run: RunSection
+
     rounds: Annotated[int, Field(ge=1)] = 1
+    """Number of rounds; from the second on, the model of the round before generates the images. 1, as in the paper."""
+
     prompts: PromptsSection
+
     preferences: PreferencesSection | None = None
+
     model: ModelSection
+
     generation: GenerationSection
+
     rewards: RewardsSection
+
     curriculum: CurriculumSection
+
     training: TrainingSection
+
     evaluation: EvaluationSection
+
     resources: ResourcesSection = ResourcesSection()
+
     tracking: TrackingSection = TrackingSection()
+
     search: SearchSection | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _released_code_drops_near_ties_by_reward(cls, given: Any) -> Any:
+    def _released_code_drops_near_ties(cls, given: Any) -> Any:
         match given:
             case {"curriculum": {"preset": "released-code"} as curriculum, "rewards": {"rank_by": str(reward)}}:
                 pass
@@ -90,7 +145,7 @@ class Config(Section):
                 pass
             case _:
                 return given
-        if reward in COMBINATIONS:  # which that code does not have
+        if reward in COMBINATIONS:  # the released code has none
             return given
         min_score_gap = RELEASED_MIN_SCORE_GAPS.get(str(reward), RELEASED_MIN_SCORE_GAP)
         return given | {"curriculum": {"min_score_gap": min_score_gap} | curriculum}
@@ -101,7 +156,7 @@ class Config(Section):
         if not self.preferences:
             faults = ["`prompts.train` is missing"] if not self.prompts.train else []
             faults += ["`generation.images_per_prompt` is missing"] if not generated else []
-            faults += ["`rewards.names` 'preference' needs a section `preferences`"] if named else []
+            faults += ["`rewards.names` 'preference' needs the section `preferences`"] if named else []
         else:
             given = {
                 "prompts.train": bool(self.prompts.train),
@@ -115,7 +170,7 @@ class Config(Section):
             if self.preferences.format == "ranked_folders":
                 if self.rewards.ranking_reward != PREFERENCE:
                     faults.append(
-                        "`rewards.rank_by` must be 'preference' for ranked folders: their ranks are the labels"
+                        "`rewards.rank_by` must be 'preference' for ranked folders, whose ranks are the labels"
                     )
             elif self.preferences.difficulty != "label" and self.rewards.ranking_reward != PREFERENCE:
                 faults.append(
@@ -124,7 +179,7 @@ class Config(Section):
                 )
             elif self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > 1:
                 faults.append(
-                    "`curriculum.measure` must not be 'rank_gap' for pairs, which have a rank gap of 1 alone; choose"
+                    "`curriculum.measure` must not be 'rank_gap' for pairs, whose rank gap is always 1; choose"
                     " 'score_gap_quantile', 'score_gap' or 'margin', or `order` 'none'"
                 )
         if faults:
@@ -132,7 +187,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _rewards_have_what_they_need(self) -> "Config":
+    def _rewards_have_their_options(self) -> "Config":
         used, faults = {*self.rewards.names, *self.evaluation.judges}, []
         if "aesthetic" in used and self.rewards.aesthetic.head is None:
             faults.append(
@@ -141,8 +196,8 @@ class Config(Section):
             )
         if "imagereward" in used and self.rewards.imagereward.sha256 is None:
             faults.append(
-                "`rewards.imagereward.sha256` must be that of ImageReward.pt: the hub shows it on the file's page, and"
-                " `sha256sum` tells it of a file"
+                "`rewards.imagereward.sha256` must be the SHA-256 of ImageReward.pt: the hub shows it on the file's"
+                " page, and `sha256sum` prints that of a file"
             )
         if "vlm_alignment" in used and not (
             self.rewards.vlm_alignment.captioner or self.rewards.vlm_alignment.endpoint
@@ -155,21 +210,23 @@ class Config(Section):
     @model_validator(mode="after")
     def _noise_is_measured(self) -> "Config":
         if self.curriculum.min_gap_in_noise and not self.rewards.noise_prompts:
-            raise ValueError("`curriculum.min_gap_in_noise` needs `rewards.noise_prompts`, prompts to score twice")
+            raise ValueError(
+                "`curriculum.min_gap_in_noise` needs `rewards.noise_prompts`, the number of prompts to score twice"
+            )
         return self
 
     @model_validator(mode="after")
     def _samples_are_taken_once(self) -> "Config":
         if self.run.samples_from and self.rounds > 1:
             raise ValueError(
-                f"`run.samples_from` gives the images of one round, but `rounds` is {self.rounds}; leave one out"
+                f"`run.samples_from` gives the images of one round, but `rounds` is {self.rounds}; leave out one"
             )
         return self
 
     @model_validator(mode="after")
     def _stages_fit_the_ranks(self) -> "Config":
         if self.preferences:
-            return self  # known when the files have been read
+            return self  # known only once the files are read
         num_gaps = self.generation.images_per_prompt - 1
         if self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > num_gaps:
             raise ValueError(
@@ -183,7 +240,7 @@ class Config(Section):
         steps = self.generation.num_denoising_steps
         if self.model.family == "latent_consistency" and steps > CONSISTENCY_TIMESTEPS:
             raise ValueError(
-                f"`generation.num_denoising_steps` is {steps}, but a latent consistency model knows only"
+                f"`generation.num_denoising_steps` is {steps}, but a latent consistency model has only"
                 f" {CONSISTENCY_TIMESTEPS} timesteps; lower it: 1 to 8 are usual"
             )
         return self
@@ -202,8 +259,8 @@ class Config(Section):
     def _training_fits_the_model(self) -> "Config":
         if self.training.guidance_range and self.model.family not in GUIDANCE_EMBEDDED:
             raise ValueError(
-                f"`training.guidance_range` is for families whose net is told of the guidance"
-                f" ({', '.join(GUIDANCE_EMBEDDED)}), got it with {self.model.family!r}"
+                f"`training.guidance_range` needs a guidance-conditioned family ({', '.join(GUIDANCE_EMBEDDED)}), got"
+                f" {self.model.family!r}; leave it out"
             )
         if self.model.quantization and self.training.method == "full":
             raise ValueError(
@@ -234,39 +291,41 @@ class Config(Section):
             )
         if 0 < gpus < 1 and workers > 1:
             raise ValueError(
-                f"`resources.trainers.gpus_per_worker` must be 1 for {workers} workers, got {gpus:g}: NCCL refuses two"
-                " workers on one GPU; set `training.num_workers` to 1, or give each worker a GPU"
+                f"`resources.trainers.gpus_per_worker` must be 1 for {workers} workers, got {gpus:g}: NCCL does not"
+                " support two workers on one GPU; set `training.num_workers` to 1, or give each worker a GPU"
             )
         return self
 
     @model_validator(mode="after")
-    def _search_goes_with_the_rest(self) -> "Config":
+    def _search_fits_the_rest(self) -> "Config":
         search = self.search
         if search is None:
             return self
         faults = []
         if not self.prompts.validation:
-            faults.append("`search` needs `prompts.validation`, prompts to judge trials by: a `source` or a `fraction`")
+            faults.append(
+                "`search` needs `prompts.validation`, prompts to judge trials by; give a `source` or a `fraction`"
+            )
         if self.rounds > 1:
-            faults.append(f"`search` trains one round a trial, but `rounds` is {self.rounds}; leave one out")
+            faults.append(f"`search` trains one round per trial, but `rounds` is {self.rounds}; leave out one")
         judges = [*self.evaluation_judges]
         if search.judge is None and self.search_judge is None:
-            faults.append(f"`search.judge` is missing: what ranks judges no image; give one of {judges}")
+            faults.append(f"`search.judge` is missing: no ranking reward looks at images; give one of {judges}")
         elif self.search_judge not in judges:
             faults.append(f"`search.judge` must be one of {judges}, the judges of the evaluation, got {search.judge!r}")
         plain = self.plain()
         point = paper_point(search.knobs, plain)
         outside = [knob for knob in search.knobs if knob.key in point and not knob.holds(point[knob.key])]
         faults += [
-            f"`search.space.{knob.key}` does not hold {point[knob.key]}, which the first trial, the paper's, takes;"
-            " widen it"
+            f"`search.space.{knob.key}` must include {point[knob.key]}, the value of the first trial, the paper's"
+            " schedule; widen it"
             for knob in outside
         ]
         if search.updates_per_trial:
             most = search.largest("curriculum.num_stages", self.curriculum.num_stages)
             if search.updates_per_trial < most:
                 faults.append(
-                    f"`search.updates_per_trial` must be at least {most}, an update for each of as many stages, got"
+                    f"`search.updates_per_trial` must be at least {most}, one update for each stage, got"
                     f" {search.updates_per_trial}"
                 )
         if not faults:
@@ -274,21 +333,21 @@ class Config(Section):
                 given = self.model_dump(mode="json", exclude_unset=True, exclude={"search"})
                 Config.model_validate(with_point(given, search.knobs, point))
             except ValidationError as error:
-                told = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
-                faults.append(f"`search` begins with the paper's schedule, which does not go with the rest: {told}")
+                reasons = "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
+                faults.append(f"`search` starts with the paper's schedule, which is invalid here: {reasons}")
         if faults:
             raise ValueError("\n".join(faults))
         return self
 
     @property
     def search_judge(self) -> str | None:
-        """Whose scores a search raises: the first reward that ranks, of those that look at images, unless given."""
+        """Judge of a search; by default the first ranking reward that looks at images."""
         given = self.search.judge if self.search else None
         return given or next((name for name in self.rewards.ranking_weights if name in self.rewards.judges), None)
 
     @property
     def evaluation_judges(self) -> dict[str, dict[str, Any]]:
-        """All that judge held-out images, the run's own rewards first, with the keyword arguments of each's class."""
+        """Judges of held-out images, the run's own rewards first, each with the keyword arguments of its class."""
         return self.rewards.judges | {name: self.rewards.options(name) for name in self.evaluation.judges}
 
     @property
@@ -298,5 +357,5 @@ class Config(Section):
         return [f"`{key}` {value}" for key, value in given.items() if value in ("nf4", "adamw_8bit")]
 
     def plain(self) -> dict[str, Any]:
-        """The whole configuration, defaults included, as plain YAML-able values."""
+        """The whole configuration, defaults included, as plain values."""
         return self.model_dump(mode="json")

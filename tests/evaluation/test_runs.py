@@ -226,8 +226,8 @@ def test_fault_29_another_runs_endpoint_is_not_called(tmp_path: Path, monkeypatc
         ("jpeg_size", {"quality": 1e9}, "has options that cannot be used"),
         ("jpeg_size", {"quality": [90]}, "has options that cannot be used"),
         ("jpeg_size", {"path": "x"}, "has no option"),
-        ("theirs:judge", {}, "is somebody's own function"),
-        ("os:system", {}, "is somebody's own function"),
+        ("theirs:judge", {}, "is a user-defined function"),
+        ("os:system", {}, "is a user-defined function"),
     ],
 )
 def test_fault_29_options_that_choose_something_are_refused(judge: str, options: dict[str, Any], reason: str) -> None:

@@ -47,7 +47,7 @@ def test_a_local_place_is_a_path_and_one_in_a_store_survives_the_way_to_another_
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("s3://key:secret@bucket/runs", r"must not hold credentials"),
+        ("s3://key:secret@bucket/runs", r"must not contain credentials"),
         ("ftp://host/runs", r"must be a local folder, s3://\.\.\. or gs://"),
     ],
 )
