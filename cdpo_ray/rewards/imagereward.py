@@ -58,9 +58,8 @@ class ImageReward:
         self, checkpoint: str, revision: str | None, sha256: str, vocabulary: str, vocabulary_revision: str | None
     ) -> None:
         path = hub_file(checkpoint, HUB_WEIGHTS, revision, key="rewards.imagereward.checkpoint")
-        vocabulary_path = hub_file(
-            vocabulary, HUB_VOCABULARY, vocabulary_revision, key="rewards.imagereward.vocabulary"
-        )
+        key = "rewards.imagereward.vocabulary"
+        vocabulary_path = hub_file(vocabulary, HUB_VOCABULARY, vocabulary_revision, key=key)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = _load(path, sha256).eval().to(self.device)
         self.tokenizer = BertTokenizer(vocab=str(vocabulary_path))
