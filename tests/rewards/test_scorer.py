@@ -238,7 +238,7 @@ def test_scores_survive_a_reward_that_reuses_its_buffer() -> None:
     ("name", "reason"),
     [
         ("WithArguments", r"raised TypeError: .*missing 1 required positional argument: 'path'"),
-        ("NotCalled", r"must be a function of images and prompts, or a class whose instances are, got NotCalled"),
+        ("NotCalled", r"must be a function of images and prompts, or a class of such callables, got NotCalled"),
         ("buffer", r"must be a function of images and prompts, .* got ndarray"),
     ],
 )
