@@ -161,7 +161,7 @@ class Generator:
         family, model: name in `FAMILIES` and arguments of its ``load``.
         tuned_dir: `4-training` of an earlier round, whose model is sampled instead of the base model.
         make_scores: builds the judges that score images in this actor; `None`: no score columns.
-        keep_pixels: add the raw pixels, which later tasks score or encode as PNG while the model goes on sampling.
+        keep_pixels: add the raw pixels, which later tasks score or encode as PNG while the model continues sampling.
         set_aside: quarantine of prompts that raise inside the model; `None`: the error is raised.
     """
 

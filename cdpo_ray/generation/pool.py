@@ -76,8 +76,8 @@ def generate_samples(
     """
     output_dir = output_dir.resolve()  # actors on other nodes have another working directory
     set_aside = Quarantine(output_dir, len(prompts), max_bad_fraction)
-    there, held = find_parts(output_dir, "samples")
-    done = held | set_aside.refuse_too_many()
+    parts, finished = find_parts(output_dir, "samples")
+    done = finished | set_aside.refuse_too_many()
     makes = (sampling.images_per_prompt, "images")
     progress.begin("generate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
     rows = prompt_rows(prompts, sampling.rows_per_call, done)
@@ -96,6 +96,6 @@ def generate_samples(
     )
     if rows and score_in_pool is not None:
         rows = score_in_pool(rows)
-    made_with = write_shards(rows, output_dir, "samples", progress, there)
+    made_with = write_shards(rows, output_dir, "samples", progress, parts)
     join_quarantined(output_dir)
     return made_with

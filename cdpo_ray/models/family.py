@@ -39,7 +39,7 @@ Times = dict[str, Tensor]
 """``timestep [row]`` and, for guidance-conditioned models, ``guidance [row]``."""
 
 Net = Callable[..., Any]
-"""Callable that runs a denoiser: the module itself, or a wrapper such as DDP around it."""
+"""Callable that runs a denoiser: the module itself, or a wrapper such as a DeepSpeed engine."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class LatentConsistency(StableDiffusion):
         return {"prompt_embeds": conditioning["prompt_embedding"]}  # the pipeline embeds the guidance
 
     def sampler_generators(self, noise: Tensor) -> list[torch.Generator]:
-        """One generator per sample, seeded by its initial noise: an image stays a function of that noise alone.
+        """One generator per sample, seeded by its initial noise: an image stays a function of that noise.
 
         The sampler adds new noise at every denoising step but the last.
         """

@@ -213,7 +213,7 @@ def _scheduler_faults(configs: Configs, formulations: tuple[str, ...]) -> Faults
 
 def _vae_faults(configs: Configs) -> Faults:
     for key in ("latents_mean", "latents_std"):
-        yield from _expect(configs, "vae", key, None, "latents are scaled by `scaling_factor` alone")
+        yield from _expect(configs, "vae", key, None, "latents are scaled by `scaling_factor` only")
     for key, kind in _VAE_KINDS.items():
         yield from _expect_kind(configs, "vae", key, kind)
 

@@ -58,16 +58,17 @@ class ImageReward:
         self, checkpoint: str, revision: str | None, sha256: str, vocabulary: str, vocabulary_revision: str | None
     ) -> None:
         path = hub_file(checkpoint, HUB_WEIGHTS, revision, key="rewards.imagereward.checkpoint")
-        words = hub_file(vocabulary, HUB_VOCABULARY, vocabulary_revision, key="rewards.imagereward.vocabulary")
+        key = "rewards.imagereward.vocabulary"
+        vocabulary_path = hub_file(vocabulary, HUB_VOCABULARY, vocabulary_revision, key=key)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = _load(path, sha256).eval().to(self.device)
-        self.tokenizer = BertTokenizer(vocab=str(words))
+        self.tokenizer = BertTokenizer(vocab=str(vocabulary_path))
         self.tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
         num_embedded = self.model.text_encoder.config.vocab_size
         if len(self.tokenizer) != num_embedded:
             raise RewardError(
-                f"`rewards.imagereward.vocabulary` {words}: must hold {num_embedded - 2} tokens to fit the checkpoint,"
-                f" got {len(self.tokenizer) - 2}; give the vocabulary of bert-base-uncased"
+                f"`{key}` {vocabulary_path}: must hold {num_embedded - 2} tokens to fit the checkpoint, got"
+                f" {len(self.tokenizer) - 2}; give the vocabulary of bert-base-uncased"
             )
 
     @torch.no_grad()

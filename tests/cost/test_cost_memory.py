@@ -93,7 +93,7 @@ def test_memory_grows_with_the_batch_and_shrinks_with_each_saving_option() -> No
 
 
 @pytest.mark.parametrize(
-    ("asked", "peak", "gpu", "used"),
+    ("setting", "peak", "gpu", "used"),
     [
         (True, 1.0, 100.0, True),
         (False, 200.0, 100.0, False),
@@ -104,6 +104,6 @@ def test_memory_grows_with_the_batch_and_shrinks_with_each_saving_option() -> No
     ],
 )
 def test_checkpointing_is_used_if_set_or_if_the_gpu_is_too_small(
-    asked: bool | str, peak: float | None, gpu: float | None, used: bool
+    setting: bool | str, peak: float | None, gpu: float | None, used: bool
 ) -> None:
-    assert use_checkpointing(asked, peak, gpu) is used
+    assert use_checkpointing(setting, peak, gpu) is used

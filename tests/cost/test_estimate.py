@@ -73,11 +73,11 @@ def test_evaluation_samples_base_and_tuned_model_and_computes_implicit_values() 
 
 def test_processes_share_the_work_and_gpu_hours_count_every_gpu() -> None:
     one, four = (workload(f"resources.generators.num_actors={num}", "model.compile=false") for num in (1, 4))
-    alone, together = (step_cost(load, "generate") for load in (one, four))
-    assert together.gpu_seconds == alone.gpu_seconds
-    starting = alone.wall_seconds - alone.gpu_seconds
+    single, together = (step_cost(load, "generate") for load in (one, four))
+    assert together.gpu_seconds == single.gpu_seconds
+    starting = single.wall_seconds - single.gpu_seconds
     assert starting > START_SECONDS
-    assert together.wall_seconds - starting == pytest.approx(alone.gpu_seconds / 4)
+    assert together.wall_seconds - starting == pytest.approx(single.gpu_seconds / 4)
     assert together.gpu_hours == pytest.approx(4 * together.wall_seconds / 3600)
 
 
@@ -133,11 +133,11 @@ def _actors(load: Workload, num: int) -> object:
     return resources.model_copy(update={"generators": resources.generators.model_copy(update={"num_actors": num})})
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_compile_follows_the_config_unless_it_is_auto(asked: bool) -> None:
+@pytest.mark.parametrize("setting", [True, False])
+def test_compile_follows_the_config_unless_it_is_auto(setting: bool) -> None:
     for prompts in (1, 10_000):
-        found = estimate(workload(f"model.compile={asked}".lower(), prompts=prompts))
-        assert [step.compiled for step in found.steps] == [asked] * 3
+        found = estimate(workload(f"model.compile={setting}".lower(), prompts=prompts))
+        assert [step.compiled for step in found.steps] == [setting] * 3
 
 
 def test_checkpointing_auto_is_on_if_the_peak_without_it_is_too_large() -> None:

@@ -79,8 +79,8 @@ def test_no_rejected_sample_of_a_pareto_pair_dominates_the_chosen_and_fronts_for
 @pytest.mark.parametrize("rank_by", COMBINATIONS)
 def test_a_reward_with_equal_scores_has_no_influence(rank_by: str) -> None:
     scores = np.random.default_rng(0).normal(size=(3, 6, 1))
-    alike = np.broadcast_to(0.1, (3, 6, 1))
-    combined = combine(rank_by, np.concatenate([scores, alike], axis=2))
+    equal = np.broadcast_to(0.1, (3, 6, 1))
+    combined = combine(rank_by, np.concatenate([scores, equal], axis=2))
     assert (np.argsort(combined) == np.argsort(scores[:, :, 0])).all()
 
 

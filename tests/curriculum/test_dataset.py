@@ -53,8 +53,8 @@ def test_ranking_scores_are_combined_from_the_files_of_their_rewards_only(tmp_pa
     read = read_ranking_scores(tmp_path, rule)
     np.testing.assert_array_equal(read.scores, rule.combine(scores))
     assert np.isnan(read.scores).sum() == 1 and read.gap_noise is None
-    alone = read_ranking_scores(tmp_path, RankingRule("own:reward", {"own:reward": 1.0}))
-    np.testing.assert_array_equal(alone.scores, scores[:, :, 1])
+    single = read_ranking_scores(tmp_path, RankingRule("own:reward", {"own:reward": 1.0}))
+    np.testing.assert_array_equal(single.scores, scores[:, :, 1])
 
 
 def test_the_noise_is_that_of_the_ranking_scores_on_prompts_scored_twice(tmp_path: Path) -> None:

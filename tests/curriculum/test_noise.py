@@ -63,9 +63,9 @@ def test_noise_of_a_combined_gap_equals_its_deviation_over_many_scorings(rank_by
     rule = RankingRule(rank_by, {"a": 1.0, "b": -0.5})
     combined = rule.combine(scorings.reshape(-1, 6, 2)).reshape(60, 200, 6)
     gaps = combined[..., :, None] - combined[..., None, :]
-    strays = np.sqrt(gaps.var(axis=1, ddof=1)[:, ~np.eye(6, dtype=bool)].mean())
+    deviation = np.sqrt(gaps.var(axis=1, ddof=1)[:, ~np.eye(6, dtype=bool)].mean())
     found = gap_noise(*(combined[:, half].reshape(-1, 6) for half in (slice(0, 100), slice(100, 200))))
-    assert found == pytest.approx(strays, rel=0.05)
+    assert found == pytest.approx(deviation, rel=0.05)
 
 
 def test_a_deterministic_reward_has_no_noise() -> None:

@@ -24,9 +24,9 @@ def test_ranking_equals_a_plain_sort(scores: np.ndarray) -> None:
         scores.tolist(), ranking.order, ranking.sorted_scores, ranking.num_ranked, strict=True
     ):
         finite = [index for index, score in enumerate(row) if math.isfinite(score)]
-        aside = [index for index, score in enumerate(row) if not math.isfinite(score)]
+        unranked = [index for index, score in enumerate(row) if not math.isfinite(score)]
         best_first = sorted(finite, key=lambda index: (-row[index], index))
-        assert order.tolist() == best_first + aside
+        assert order.tolist() == best_first + unranked
         assert num_ranked == len(finite)
         assert sorted_scores[:num_ranked].tolist() == [row[index] for index in best_first]
         assert np.isnan(sorted_scores[num_ranked:]).all()

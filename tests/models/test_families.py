@@ -145,10 +145,10 @@ def test_encoding_a_prompt_does_not_depend_on_the_others(tiny_models: TinyModels
     together, _ = model.encode_prompts(PROMPTS)
     assert set(together) == {"prompt_embedding", "pooled_embedding"}
     for row, prompt in enumerate(PROMPTS):
-        alone, _ = model.encode_prompts([prompt])
+        single, _ = model.encode_prompts([prompt])
         for key, value in together.items():
-            torch.testing.assert_close(value[row], alone[key][0], rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(alone["pooled_embedding"][0], together["pooled_embedding"][1 - row])
+            torch.testing.assert_close(value[row], single[key][0], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(single["pooled_embedding"][0], together["pooled_embedding"][1 - row])
 
 
 @each_family

@@ -56,7 +56,7 @@ def test_each_family_has_a_layout_and_the_embedded_pipeline_fits_its_own() -> No
 
 
 @pytest.mark.parametrize(
-    ("family", "spoil", "message"),
+    ("family", "corrupt", "message"),
     [
         (SD, changed("unet", in_channels=9), r"`in_channels` must be 4 .*inpaint.*got 9"),
         (SD, changed("unet", in_channels="4"), r'`in_channels` must be 4 .*got "4"'),
@@ -98,10 +98,10 @@ def test_each_family_has_a_layout_and_the_embedded_pipeline_fits_its_own() -> No
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_fault_37_values_that_do_not_fit_the_family_are_named(
-    family: str, spoil: Change, message: str, tmp_path: Path
+    family: str, corrupt: Change, message: str, tmp_path: Path
 ) -> None:
     folder = build_hollow(tmp_path / "model", family)
-    spoil(folder)
+    corrupt(folder)
     with pytest.raises(ModelError, match=message) as caught:
         check_folder(family, folder)
     assert str(caught.value).startswith(f"`model.path` {folder}: does not fit `model.family` {family}: ")

@@ -60,7 +60,7 @@ def library_without_models(folder: Path, canary: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
+    ("corrupt", "reason"),
     [
         (component_in_its_folder, "requires custom code, unet/evil.py, which is not run"),
         (pipeline_in_the_folder, "requires custom code, evil.py, which is not run"),
@@ -70,9 +70,9 @@ def library_without_models(folder: Path, canary: Path) -> None:
     ],
 )
 def test_fault_23_custom_code_that_a_pipeline_requires_is_refused_by_name_and_does_not_run(
-    spoil: Callable[[Path, Path], None], reason: str, folder: Path, canary: Path
+    corrupt: Callable[[Path, Path], None], reason: str, folder: Path, canary: Path
 ) -> None:
-    spoil(folder, canary)
+    corrupt(folder, canary)
     with pytest.raises(ModelError, match=rf"`model\.path` {folder}.*{reason}"):
         load_model("stable_diffusion", path=str(folder), device="cpu")
     assert not canary.exists()

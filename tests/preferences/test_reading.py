@@ -42,7 +42,7 @@ def broken_set(folder: Path) -> PreferenceSource:
     rows[2]["jpg_1"] = b""
     rows[9]["jpg_0"] = rows[9]["jpg_0"][:60]
     rows[13] |= {"jpg_0": b"text", "jpg_1": None}
-    rows[15] |= {"label_0": 0.5, "label_1": 0.5, "jpg_0": b"nobody asks"}
+    rows[15] |= {"label_0": 0.5, "label_1": 0.5, "jpg_0": b"not read"}
     return PreferenceSource(str(write_parquet(rows, folder / "set.parquet")), "pickapic")
 
 

@@ -60,7 +60,7 @@ def test_captions_of_blip_equal_plain_greedy_decoding(tmp_path: Path) -> None:
             num_tokens=8,
         )
         expected.append(" ".join(words[token] for token in tokens if words[token] in WORDS))
-    found = LocalCaptioner(folder, instruction="not asked", max_tokens=8, key="k")(images)
+    found = LocalCaptioner(folder, instruction="not used", max_tokens=8, key="k")(images)
     assert [caption.text for caption in found] == expected
     assert len(set(expected)) > 2
 
@@ -69,12 +69,12 @@ def test_a_chat_model_gets_the_instruction_with_each_image_and_only_its_reply_is
     folder, images = build_llava(tmp_path / "llava"), smooth_images(5)
     net = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "USER", "ASSISTANT", *WORDS]
-    question = ["USER", *["<image>"] * 16, "a", "red", "bird", "ASSISTANT"]
+    prompt = ["USER", *["<image>"] * 16, "a", "red", "bird", "ASSISTANT"]
     expected = []
     for image in images:
         tokens = greedy(
             lambda so_far, image=image: net(torch.tensor([so_far]), pixel_values=prepared(image)).logits[0, -1],
-            begin=[words.index(word) for word in question],
+            begin=[words.index(word) for word in prompt],
             end=words.index("</s>"),
             num_tokens=8,
         )
@@ -91,26 +91,26 @@ def no_long_waits_and_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN_OF_A_TEST", f" {TOKEN}\n")
 
 
-def asking(url: str, **options: Any) -> EndpointCaptioner:
+def endpoint_captioner(url: str, **options: Any) -> EndpointCaptioner:
     given = {"model": "a-vlm", "token_variable": "TOKEN_OF_A_TEST", "timeout_seconds": 5, "max_retries": 2}
     given |= {"num_concurrent_requests": 1, "instruction": "What is it?", "max_tokens": 9}
     return EndpointCaptioner(url=url, **given | options)
 
 
-def image_of(question: dict[str, Any]) -> Tensor:
-    url = question["messages"][0]["content"][0]["image_url"]["url"]
+def image_of(payload: dict[str, Any]) -> Tensor:
+    url = payload["messages"][0]["content"][0]["image_url"]["url"]
     return torch.tensor(decode_png(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
 
 
 def test_a_server_gets_each_image_unchanged_with_the_instruction_and_the_token() -> None:
     images = smooth_images(1)
     with CaptionServer(lambda _: saying("  a cat \n")) as server:
-        assert asking(f"{server.url}/")(images) == [("a cat", "")]
-    ((headers, question),) = server.requests
+        assert endpoint_captioner(f"{server.url}/")(images) == [("a cat", "")]
+    ((headers, payload),) = server.requests
     assert headers["Authorization"] == f"Bearer {TOKEN}"
-    assert torch.equal(image_of(question), images[0])
-    assert question["messages"][0]["content"][1] == {"type": "text", "text": "What is it?"}
-    assert {name: question[name] for name in ("model", "temperature", "max_tokens")} == {
+    assert torch.equal(image_of(payload), images[0])
+    assert payload["messages"][0]["content"][1] == {"type": "text", "text": "What is it?"}
+    assert {name: payload[name] for name in ("model", "temperature", "max_tokens")} == {
         "model": "a-vlm",
         "temperature": 0,
         "max_tokens": 9,
@@ -120,13 +120,13 @@ def test_a_server_gets_each_image_unchanged_with_the_instruction_and_the_token()
 def test_requests_run_in_parallel_up_to_the_limit_and_captions_keep_their_order() -> None:
     images = torch.arange(9, dtype=torch.uint8).reshape(9, 1, 1, 1).expand(9, 3, 4, 4)
 
-    def slow(question: dict[str, Any]) -> Answer:
-        number = int(image_of(question)[0, 0, 0])
+    def slow(payload: dict[str, Any]) -> Answer:
+        number = int(image_of(payload)[0, 0, 0])
         time.sleep(0.1 if number % 2 else 0.03)
         return saying(f"image {number}")
 
     with CaptionServer(slow) as server:
-        found = asking(server.url, num_concurrent_requests=3)(images)
+        found = endpoint_captioner(server.url, num_concurrent_requests=3)(images)
     assert [caption.text for caption in found] == [f"image {number}" for number in range(9)]
     assert 2 <= server.most_at_once <= 3
 
@@ -137,8 +137,8 @@ def test_no_token_is_sent_unless_configured_even_if_netrc_has_one(
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with CaptionServer(lambda _: saying("a cat")) as server:
-        asking(server.url, token_variable=None)(smooth_images(1))
-        asking(server.url)(smooth_images(1))
+        endpoint_captioner(server.url, token_variable=None)(smooth_images(1))
+        endpoint_captioner(server.url)(smooth_images(1))
     assert [headers.get("Authorization") for headers, _ in server.requests] == [None, f"Bearer {TOKEN}"]
 
 
@@ -146,7 +146,7 @@ def test_a_busy_server_is_retried_with_a_bounded_delay() -> None:
     answers = iter([failing(503), failing(429, Retry_After="3600"), saying("a cat")])
     with CaptionServer(lambda _: next(answers)) as server:
         began = time.monotonic()
-        assert asking(server.url)(smooth_images(1)) == [("a cat", "")]
+        assert endpoint_captioner(server.url)(smooth_images(1)) == [("a cat", "")]
     assert len(server.requests) == 3
     assert time.monotonic() - began < 60
 
@@ -157,7 +157,7 @@ def test_only_transient_errors_are_retried_and_attempts_are_limited(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     with CaptionServer(lambda _: failing(status, Location="/v1/elsewhere")) as server:
-        captioner = asking(server.url)
+        captioner = endpoint_captioner(server.url)
         found = captioner(smooth_images(1))
     assert found == [("", f"{server.url}/chat/completions answered with status {status}")]
     assert len(server.requests) == num_attempts
@@ -170,7 +170,7 @@ def test_a_server_that_times_out_is_given_up_after_the_retries() -> None:
         return saying("too late")
 
     with CaptionServer(sleep) as server:
-        (caption,) = asking(server.url, timeout_seconds=0.3, max_retries=1)(smooth_images(1))
+        (caption,) = endpoint_captioner(server.url, timeout_seconds=0.3, max_retries=1)(smooth_images(1))
     assert caption.fault == f"{server.url}/chat/completions did not answer within 0.3 s"
     assert len(server.requests) == 2
 
@@ -194,7 +194,7 @@ def test_fault_56_a_server_that_sends_single_bytes_is_given_up_at_the_timeout(be
         threading.Thread(target=serve, daemon=True).start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
         began = time.monotonic()
-        found = asking(url, timeout_seconds=0.3, max_retries=1, num_concurrent_requests=2)(smooth_images(2))
+        found = endpoint_captioner(url, timeout_seconds=0.3, max_retries=1, num_concurrent_requests=2)(smooth_images(2))
         ended.set()
     assert found == [("", f"{url}/chat/completions did not answer within 0.3 s")] * 2
     assert 0.6 < time.monotonic() - began < 5
@@ -204,13 +204,13 @@ def test_fault_56_a_server_that_sends_single_bytes_is_given_up_at_the_timeout(be
 def test_an_unreachable_server_is_a_fault_without_traceback() -> None:
     with CaptionServer(lambda _: saying("")) as server:
         pass
-    (caption,) = asking(server.url, max_retries=1)(smooth_images(1))
+    (caption,) = endpoint_captioner(server.url, max_retries=1)(smooth_images(1))
     assert "did not answer: " in caption.fault and TOKEN not in caption.fault
 
 
 def test_a_response_beyond_the_size_limit_is_not_read_to_its_end() -> None:
     with CaptionServer(lambda _: saying("a" * 30_000_000)) as server:
-        assert asking(server.url)(smooth_images(1)) == [
+        assert endpoint_captioner(server.url)(smooth_images(1)) == [
             ("", f"{server.url}/chat/completions answered with more than 1000000 bytes")
         ]
 
@@ -229,11 +229,11 @@ def test_a_response_beyond_the_size_limit_is_not_read_to_its_end() -> None:
 )
 def test_an_invalid_response_is_a_fault_of_that_image(answer: Answer, fault: str) -> None:
     with CaptionServer(lambda _: answer) as server:
-        assert asking(server.url)(smooth_images(1)) == [("", f"{server.url}/chat/completions {fault}")]
+        assert endpoint_captioner(server.url)(smooth_images(1)) == [("", f"{server.url}/chat/completions {fault}")]
 
 
 @pytest.mark.parametrize(("value", "fault"), [("", "environment variable is not set"), ("a\nb", "holds characters")])
 def test_an_invalid_token_is_refused_but_not_printed(value: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN_OF_A_TEST", value)
     with pytest.raises(RewardError, match=f"`rewards.vlm_alignment.endpoint.token_variable` TOKEN_OF_A_TEST: {fault}"):
-        asking("http://127.0.0.1:9/v1")
+        endpoint_captioner("http://127.0.0.1:9/v1")

@@ -71,8 +71,8 @@ def test_preprocessing_of_any_image_size_equals_open_clips_with_pil(tiny: ClipRe
 def test_each_image_is_scored_with_its_own_prompt(tiny: ClipReward) -> None:
     images, prompts = smooth_images(4, 32, 32), ["a cat", "a dog", "a cat", "an ant"]
     together = tiny(images, prompts)
-    alone = [tiny(images[place : place + 1], [prompt])[0] for place, prompt in enumerate(prompts)]
-    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-6)
+    single = [tiny(images[place : place + 1], [prompt])[0] for place, prompt in enumerate(prompts)]
+    np.testing.assert_allclose(together, single, rtol=0, atol=1e-6)
     assert len(set(together.round(5))) == 4
 
 

@@ -15,22 +15,22 @@ PROGRAM = """
 import os, sys
 from cdpo_ray.rewards.crashes import report_crashes
 with report_crashes(sys.argv[1], [sys.argv[2]]):
-    {does}
+    {action}
 """
 EXITS = "print('no licence found \\x1b[1m', file=sys.stderr, flush=True); os._exit(7)"
 CRASHES = "import faulthandler, ctypes; faulthandler.enable(); ctypes.string_at(0)"
 
 
-def call(does: str, log: Path, *, reward: str = "mine:f", prompt: str = "a cat", job: str = JOB) -> int:
+def call(action: str, log: Path, *, reward: str = "mine:f", prompt: str = "a cat", job: str = JOB) -> int:
     """Call a reward in a process whose standard error is ``log``; returns the exit code."""
     with log.open("wb") as stderr:
-        command = [sys.executable, "-c", PROGRAM.format(does=does), reward, prompt]
+        command = [sys.executable, "-c", PROGRAM.format(action=action), reward, prompt]
         environment = os.environ | {"RAY_JOB_ID": job}
         return subprocess.run(command, stderr=stderr, env=environment, check=False).returncode
 
 
 @pytest.mark.parametrize(
-    ("does", "output"),
+    ("action", "output"),
     [
         (EXITS, r"last output: no licence found \x1b[1m"),
         (CRASHES, "last output: Fatal Python error: Segmentation fault | File "),
@@ -38,13 +38,13 @@ def call(does: str, log: Path, *, reward: str = "mine:f", prompt: str = "a cat",
     ],
 )
 def test_fault_61_the_fourth_process_reports_the_reward_with_its_last_output(
-    tmp_path: Path, does: str, output: str
+    tmp_path: Path, action: str, output: str
 ) -> None:
     for number in range(3):
-        assert call(does, tmp_path / f"{number}.err") in (7, -11, -9)
+        assert call(action, tmp_path / f"{number}.err") in (7, -11, -9)
     assert call("pass", tmp_path / "other.err", prompt="a dog") == 0, "another call is not blamed"
     assert call("pass", tmp_path / "job.err", job="02000000") == 0, "another run is not blamed"
-    assert call(does, tmp_path / "3.err") == 1
+    assert call(action, tmp_path / "3.err") == 1
     message = (tmp_path / "3.err").read_text().splitlines()[-1]
     assert message.startswith(
         "cdpo_ray.errors.RewardError: reward `mine:f`: ended its process 3 times (it called os._exit, crashed in native"
@@ -82,6 +82,6 @@ def test_nothing_is_written_outside_a_ray_worker(tmp_path: Path, monkeypatch: py
     assert crashes._log_of_this_process() is None
     environment = {name: value for name, value in os.environ.items() if name != "RAY_JOB_ID"}
     with (tmp_path / "log").open("wb") as stderr:
-        command = [sys.executable, "-c", PROGRAM.format(does="os._exit(7)"), "mine:f", "a cat"]
+        command = [sys.executable, "-c", PROGRAM.format(action="os._exit(7)"), "mine:f", "a cat"]
         assert subprocess.run(command, stderr=stderr, env=environment, check=False).returncode == 7
     assert [path.name for path in tmp_path.iterdir()] == ["log"]

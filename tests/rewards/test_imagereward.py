@@ -98,7 +98,7 @@ def random_weights() -> dict[str, Tensor]:
     return found | {"blip.text_encoder.embeddings.position_ids": torch.arange(40).expand(1, -1).clone()}
 
 
-class ByHand:
+class PlainImageReward:
     """Independent implementation in float64, by the original names of the weights."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
@@ -126,7 +126,7 @@ class ByHand:
             heads.append(weights / weights.sum(-1, keepdim=True) @ v)
         return torch.cat(heads, -1)
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor) -> Tensor:
         """``[3, size, size]`` -> ``[1 + patch, channel]``."""
         root = "blip.visual_encoder"
         kernel = self.weights[f"{root}.patch_embed.proj.weight"].reshape(VISION, -1)
@@ -145,7 +145,7 @@ class ByHand:
             x = x + self.linear(f"{block}.mlp.fc2", inner)
         return self.norm(f"{root}.norm", x, 1e-6)
 
-    def read(self, token_ids: list[int], seen: Tensor) -> Tensor:
+    def encode_text(self, token_ids: list[int], image_states: Tensor) -> Tensor:
         """Token ids and image states -> ``[token, channel]``."""
         root = "blip.text_encoder"
         x = self.weights[f"{root}.embeddings.word_embeddings.weight"][token_ids]
@@ -153,7 +153,7 @@ class ByHand:
         x = self.norm(f"{root}.embeddings.LayerNorm", x, 1e-12)
         for number in range(2):
             block = f"{root}.encoder.layer.{number}"
-            for kind, source in (("attention", None), ("crossattention", seen)):
+            for kind, source in (("attention", None), ("crossattention", image_states)):
                 name = f"{block}.{kind}"
                 keys = x if source is None else source
                 query = self.linear(f"{name}.self.query", x)
@@ -168,7 +168,7 @@ class ByHand:
         return x
 
     def score(self, pixels: Tensor, token_ids: list[int]) -> float:
-        x = self.read(token_ids, self.see(pixels.double()))[0]
+        x = self.encode_text(token_ids, self.encode_image(pixels.double()))[0]
         for number in (0, 2, 4, 6, 7):
             x = self.linear(f"mlp.layers.{number}", x)
         return (x.item() - 0.16717362830052426) / 1.0333394966054072
@@ -225,9 +225,9 @@ PROMPTS = {
 
 
 def test_scores_equal_the_independent_implementation(reward: ImageReward) -> None:
-    images, by_hand = images_of(len(PROMPTS), SIZE, SIZE), ByHand(random_weights())
+    images, plain = images_of(len(PROMPTS), SIZE, SIZE), PlainImageReward(random_weights())
     expected = [
-        by_hand.score(prepared(image), token_ids) for image, token_ids in zip(images, PROMPTS.values(), strict=True)
+        plain.score(prepared(image), token_ids) for image, token_ids in zip(images, PROMPTS.values(), strict=True)
     ]
     found = reward(images, list(PROMPTS))
     assert found.dtype == np.float64
@@ -245,7 +245,7 @@ def test_a_large_image_is_resized_and_cropped_as_by_pil(reward: ImageReward) -> 
     image = images_of(1, 50, 81)[0]
     small = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((51, 32), Image.Resampling.BICUBIC)
     cropped = torch.from_numpy(np.asarray(small)[:, 10:42].copy()).permute(2, 0, 1)
-    expected = ByHand(random_weights()).score(prepared(cropped), PROMPTS["Cats"])
+    expected = PlainImageReward(random_weights()).score(prepared(cropped), PROMPTS["Cats"])
     assert reward(image[None], ["Cats"])[0] == pytest.approx(expected, abs=5e-3)
 
 

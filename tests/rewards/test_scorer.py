@@ -238,7 +238,7 @@ def test_scores_survive_a_reward_that_reuses_its_buffer() -> None:
     ("name", "reason"),
     [
         ("WithArguments", r"raised TypeError: .*missing 1 required positional argument: 'path'"),
-        ("NotCalled", r"must be a function of images and prompts, or a class whose instances are, got NotCalled"),
+        ("NotCalled", r"must be a function of images and prompts, or a class of such callables, got NotCalled"),
         ("buffer", r"must be a function of images and prompts, .* got ndarray"),
     ],
 )
@@ -315,7 +315,7 @@ def test_fault_61_a_reward_out_of_memory_gets_fewer_images_and_is_reported_at_on
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert scorer(images, ["a"] * 5)[f"{MODULE}:of_two"].tolist() == [23.5, 71.5, 23.5, 71.5, 23.5]
-    assert caplog.messages == [f"reward `{MODULE}:of_two`: out of memory with 5 images at once, going on with 2"]
+    assert caplog.messages == [f"reward `{MODULE}:of_two`: out of memory with 5 images at once, retrying with 2"]
     with pytest.raises(
         RewardError, match=rf"^reward `{MODULE}:of_none`: out of memory with one image: more than there"
     ):
