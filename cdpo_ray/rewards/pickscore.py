@@ -1,6 +1,7 @@
 """Images -> what people prefer, by PickScore: CLIP trained further on their choices."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ class PickScoreReward:
             )
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray[Any]:
         pixels = self.image_processor(images.to(self.device), return_tensors="pt").pixel_values
         with net_precision(self.device):
             features = self.model.get_image_features(pixels).pooler_output

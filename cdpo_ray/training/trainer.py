@@ -57,7 +57,7 @@ def train_adapter(
         KeyboardInterrupt: it was asked to stop, and is committed; or was asked twice, and is not.
     """
     # A board that is lost begins empty: workers post again all that matters.
-    board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()  # type: ignore[attr-defined]
+    board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
     resources = {"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})}
     failures: list[Exception] = []
     # Ray's records of the fit, which nobody reads, lie on the driver's node, where its controller is.
