@@ -1,3 +1,3 @@
 """Curriculum DPO for text-to-image models, on Ray."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

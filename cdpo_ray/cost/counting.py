@@ -45,7 +45,7 @@ def fused_attention() -> Iterator[None]:
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
         return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, needs_grad)[0]
 
-    functional.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = fused
     try:
         yield
     finally:

@@ -111,7 +111,7 @@ def attach_lora(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         denoiser.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")  # type: ignore[arg-type]
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
         )
     trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     for parameter in trainable:

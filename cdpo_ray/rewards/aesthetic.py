@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class AestheticReward:
         self.head = {name: value.double().to(self.device) for name, value in weights.items()}
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray[Any]:
         size = self.model.config.vision_config.image_size
         pixels = normalized(centre_crop(images.to(self.device), size), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
         with net_precision(self.device):

@@ -53,7 +53,7 @@ class ClipReward:
         self.scale = self.model.logit_scale.exp().item() if scale == "logit" else 1
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray[Any]:
         pixels = self.preprocess(images)
         with net_precision(self.device):
             features = self.model.encode_image(pixels)

@@ -1,6 +1,7 @@
 """Images -> predicted human preference, by HPS v2.1: an open_clip model fine-tuned on human choices."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import open_clip
 import torch
@@ -46,7 +47,7 @@ class HpsV2Reward:
         self.tokenizer = open_clip.get_tokenizer(architecture)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray[Any]:
         pixels = self.preprocess(images)
         with net_precision(self.device):
             features = self.model.encode_image(pixels)

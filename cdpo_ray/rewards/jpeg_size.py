@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +22,12 @@ class JpegSizeReward:
     def __init__(self, quality: int = 90) -> None:
         self.quality = quality
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray[Any]:
         pixels = images.cpu().numpy().transpose(0, 2, 3, 1)
         blank = self._num_bytes(np.zeros_like(pixels[0]))
         return np.array([(self._num_bytes(image) - blank) / 1000 for image in pixels])
 
-    def _num_bytes(self, image: NDArray) -> int:
+    def _num_bytes(self, image: NDArray[Any]) -> int:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, format="jpeg", quality=self.quality)
         return buffer.tell()

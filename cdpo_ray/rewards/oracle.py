@@ -1,6 +1,7 @@
 """Images of the embedded world -> correctness by the oracle, which parses their pixels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from numpy.typing import NDArray
 from torch import Tensor
@@ -13,7 +14,7 @@ class OracleReward:
 
     aspect = "attr"
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray[Any]:
         return judge(images.cpu().numpy(), list(prompts))[self.aspect].astype(float)
 
 

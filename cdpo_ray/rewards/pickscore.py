@@ -1,6 +1,7 @@
 """Images -> predicted human preference, by PickScore: CLIP fine-tuned on human choices."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ class PickScoreReward:
             )
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray[Any]:
         pixels = self.image_processor(images.to(self.device), return_tensors="pt").pixel_values
         with net_precision(self.device):
             features = self.model.get_image_features(pixels).pooler_output

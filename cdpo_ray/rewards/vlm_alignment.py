@@ -64,7 +64,7 @@ class VlmAlignmentReward:
                 folder, instruction=instruction, max_tokens=max_caption_tokens, key=CAPTIONER_KEY
             )
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray:
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray[Any]:
         """Scores ``[image]`` of uint8 ``[image, 3, height, width]``, with one prompt each.
 
         Raises:

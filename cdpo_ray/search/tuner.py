@@ -163,7 +163,7 @@ class _StageHalving(AsyncHyperBandScheduler):
         for _, trial, report in sorted(reports, key=lambda each: each[0]):
             seen = _SeenTrial(f"seen-{trial.name}", {"name": trial.name})
             if seen.trial_id not in self._trial_info:
-                self.on_trial_add(None, seen)  # type: ignore[arg-type]
+                self.on_trial_add(None, seen)
             decision = self.on_trial_result(None, seen, _metrics(report))
             if decision == TrialScheduler.STOP and trial.state == RUNNING and report is trial.reports[-1]:
                 trials.put(replace(trial, state=STOPPED))  # the process was killed before it stored this decision

@@ -48,7 +48,7 @@ def storage_path(text: str | Path) -> Path:
     if not separator:
         return Path(text)
     # Other processes write too: a cached listing becomes stale.
-    path = UPath(text, use_listings_cache=False, **CLIENT_OPTIONS.get(scheme, {}))  # type: ignore[call-overload]
+    path = UPath(text, use_listings_cache=False, **CLIENT_OPTIONS.get(scheme, {}))
     try:
         _ = path.fs
     except ImportError:

@@ -9,7 +9,7 @@ from torch import Tensor
 from cdpo_ray.training.adamw import STEP, Skipping
 
 
-class StreamedAdamW8bit(AdamW8bit):  # type: ignore[misc]
+class StreamedAdamW8bit(AdamW8bit):
     """bitsandbytes' AdamW without synchronisation: its own step waits for the device after every tensor.
 
     Its kernels run on the device's default stream, which training uses too, so they stay ordered with it.

@@ -56,7 +56,7 @@ def train_adapter(
     """
     training, output_dir = job.training, storage_path(job.output_dir)
     # A board that Ray restarts is empty: workers post everything needed again.
-    board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()  # type: ignore[attr-defined]
+    board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
     resources = {"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})}
     failures: list[Exception] = []
     # Ray's records of the fit, which are not used, are on the driver's node, where its controller is.
