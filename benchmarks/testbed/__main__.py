@@ -14,7 +14,7 @@ from benchmarks.testbed.measure import NUM_SCENES, measure
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train autoencoder and dual encoder concurrently, then the denoiser in two processes, then its consistency model."""
+    """Train autoencoder and dual encoder concurrently, the denoiser in two processes, and its consistency model."""
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     common = {"num_scenes": options.num_scenes, "seed": options.seed}
