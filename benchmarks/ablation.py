@@ -1,8 +1,8 @@
-"""What the curriculum does in the embedded world: schedules side by side, at equal updates, seeds and samples.
+"""Ablation of the curriculum in the embedded world: schedules at equal updates, seeds and samples.
 
 Every arm trains on the same samples and scores (a pool), for the same number of updates of the same size, and is judged
-on held-out prompts from the same noises. Each run (arm, seed, pool) is a file in ``--out``: the same command goes on
-where it was stopped. Intervals are 95 %, bootstrap over runs and prompts, both drawn anew.
+on held-out prompts from the same noises. Each run (arm, seed, pool) is a file in ``--out``: the same command resumes.
+Intervals are 95 %, by bootstrap over runs and prompts.
 
     python benchmarks/ablation.py                                # all arms, 4 seeds, one pool
     python benchmarks/ablation.py --arms plain,paper --seeds 8 --pools 2 --updates 1000
@@ -74,7 +74,7 @@ ARMS: dict[str, tuple[str, Schedule | None]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much a run makes."""
+    """Sizes of a run."""
 
     prompts: int
     images: int
@@ -84,7 +84,7 @@ class Size:
 
 
 def make_pool(folder: Path, pool: int, size: Size) -> None:
-    """Samples with their CLIP scores, as `1-samples` has them."""
+    """Generate samples with their CLIP scores, as in `1-samples`."""
     torch.set_num_threads(1)
     sampling = Sampling(pool, size.images, 10, 1.0, None, None, images_per_batch=8)
     generator = Generator(FAMILY, MODEL, sampling, make_scores=partial(Scorer, {"clip": {}}), keep_images=False)
@@ -97,7 +97,7 @@ def make_pool(folder: Path, pool: int, size: Size) -> None:
 
 
 def pairs_of_stages(arm: str, curriculum: Curriculum, pairs_per_stage: int) -> list[PairArrays]:
-    """What each stage of an arm trains on."""
+    """Pairs of each stage of an arm."""
     if arm == EASIEST:
         whole_run = curriculum.plan(1, NUM_STAGES * pairs_per_stage)[0]
         return [whole_run.take(places) for places in np.split(np.arange(len(whole_run)), NUM_STAGES)]
@@ -105,7 +105,7 @@ def pairs_of_stages(arm: str, curriculum: Curriculum, pairs_per_stage: int) -> l
 
 
 def run_arm(arm: str, seed: int, pool_dir: Path, size: Size, output: Path) -> float:
-    """Train one arm, judge it on held-out prompts, write the scores ``[prompt, image]`` and pairs; returns seconds."""
+    """Train one arm, judge it on held-out prompts, write its ``[prompt, image]`` scores and pairs; returns seconds."""
     started = time.perf_counter()
     torch.set_num_threads(1)
     model = load_model(FAMILY, **MODEL)
@@ -128,7 +128,7 @@ def run_arm(arm: str, seed: int, pool_dir: Path, size: Size, output: Path) -> fl
 
 
 def train(model: Any, arm: str, schedule: Schedule, seed: int, pool_dir: Path, size: Size) -> dict[str, Any]:
-    """Put a trained LoRA into the model; what was shown, and the chosen's change of error at the end."""
+    """Train a LoRA into the model; returns the mean rank gap and the chosen's change of error at the end."""
     if not torch.distributed.is_initialized():
         form_group_alone("cpu")
     bank = SampleBank.read(pool_dir)
@@ -154,12 +154,12 @@ def train(model: Any, arm: str, schedule: Schedule, seed: int, pool_dir: Path, s
 
 
 def scores_of(out: Path, arm: str, runs: Sequence[tuple[int, int]], judge: str) -> NDArray[np.float64]:
-    """Mean over images, ``[run, prompt]``."""
+    """``[run, prompt]`` scores, mean over images."""
     return np.array([_read(out, arm, *run)[judge] for run in runs]).mean(axis=2)
 
 
 def findings(out: Path, arms: Sequence[str], runs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """A row an arm: means, differences to base and to plain DPO with intervals, spread over runs."""
+    """One row per arm: means, differences to base and to plain DPO with intervals, spread over runs."""
     rows = []
     for arm in arms:
         row: dict[str, Any] = {"arm": arm, "name": ARMS[arm][0]}
@@ -181,7 +181,7 @@ def findings(out: Path, arms: Sequence[str], runs: Sequence[tuple[int, int]]) ->
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Markdown, so that it can stand in a document as it is."""
+    """Print a Markdown table."""
     head = "arm", "attributes right", "to base", "to plain", "CLIP to base", "spread", "mean rank gap", "chosen's error"
     print(f"| {' | '.join(head)} |")
     print("|---" * len(head) + "|")
@@ -200,7 +200,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Each arm's difference to the base model and to plain DPO, with intervals."""
+    """Plot each arm's difference to the base model and to plain DPO, with intervals."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.5, 1.2 + 0.32 * len(rows)), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
@@ -235,7 +235,7 @@ def _path(out: Path, arm: str, seed: int, pool: int) -> Path:
 
 
 def main() -> None:
-    """Make what is missing, then the table and the picture."""
+    """Make missing pools and runs, then the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default=",".join(ARMS), help="names, comma-separated: %(default)s")
     parser.add_argument("--seeds", type=int, default=4, help="of training: draws, noise, first factor of the LoRA")

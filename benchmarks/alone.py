@@ -1,4 +1,4 @@
-"""A process group of this process alone: what DeepSpeed needs where neither Ray nor a launcher made one."""
+"""Process group of a single process, for DeepSpeed without Ray or a launcher."""
 
 import os
 
@@ -6,7 +6,7 @@ import torch
 
 
 def form_group_alone(device: str) -> None:
-    """Join a group of one."""
+    """Initialise a process group that consists of this process."""
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if device == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""A model's name -> a folder in diffusers layout: the embedded weights, or Stable Diffusion 1.5 with random ones."""
+"""Model name -> folder in diffusers layout: the embedded weights, or Stable Diffusion 1.5 with random weights."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from cdpo_ray.testbed import PIPELINE_DIR
 
 WIDTHS = {"tiny-sd15": 80, "sd15": 320}
-"""Channels of the denoiser's first level; all other widths follow, so the parts cost in their published proportions."""
+"""Channels of the denoiser's first level; all other widths scale with it, so relative costs are as published."""
 MODELS = ("embedded", *WIDTHS)
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def model_dir(name: str, scratch: Path, *, pixels: int) -> Path:
-    """Where the model lies; one with random weights is built in ``scratch``, for square images of ``pixels``."""
+    """Folder of the model; a model with random weights is built in ``scratch``, for square images of ``pixels``."""
     if name == "embedded":
         return PIPELINE_DIR
     with torch.random.fork_rng():
@@ -33,12 +33,14 @@ def model_dir(name: str, scratch: Path, *, pixels: int) -> Path:
 
 
 def build_sd15(width: int, pixels: int, *, shallow: bool = False) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5 as published, but for its width (320 there, a multiple of 40 here) and its vocabulary.
+    """Stable Diffusion 1.5 as published, except for its width (published: 320) and its vocabulary.
 
-    The tokenizer is the embedded model's with 77 tokens: what a prompt says means nothing to random weights.
+    The tokenizer is the embedded model's with 77 tokens: random weights ignore the content of a prompt.
 
     Args:
-        shallow: with two levels and one layer where there are more, for rehearsals.
+        width: channels of the denoiser's first level, a multiple of 40.
+        pixels: height and width of images.
+        shallow: two levels and one layer per block, for rehearsals.
     """
     tokenizer = _tokenizer()
     text = text_config(width, tokenizer, layers=1 if shallow else 12)
@@ -55,7 +57,7 @@ def build_sd15(width: int, pixels: int, *, shallow: bool = False) -> StableDiffu
 
 
 def build_lcm(width: int, pixels: int, *, shallow: bool = False) -> LatentConsistencyModelPipeline:
-    """The latent consistency model distilled from Stable Diffusion 1.5: guidance is embedded in 256 channels."""
+    """Latent consistency model of Stable Diffusion 1.5, with guidance embedded in 256 channels."""
     tokenizer = _tokenizer()
     text = text_config(width, tokenizer, layers=1 if shallow else 12)
     return LatentConsistencyModelPipeline(
@@ -71,7 +73,7 @@ def build_lcm(width: int, pixels: int, *, shallow: bool = False) -> LatentConsis
 
 
 def build_sdxl(width: int, pixels: int, *, shallow: bool = False) -> StableDiffusionXLPipeline:
-    """SDXL as published, but for its width, its vocabulary, and DDIM as its sampler.
+    """SDXL as published, except for its width, its vocabulary, and DDIM as its scheduler.
 
     Source: arXiv:2307.01952, and the configuration of its base model.
     """
@@ -110,7 +112,7 @@ def build_sdxl(width: int, pixels: int, *, shallow: bool = False) -> StableDiffu
 def build_unet(
     width: int, pixels: int, text_channels: int, *, shallow: bool = False, **config: int
 ) -> UNet2DConditionModel:
-    """Four levels, cross-attention of eight heads in three of them; if shallow, two and one."""
+    """UNet with four levels, three of them with cross-attention of eight heads; if shallow, two and one."""
     with_attention = 1 if shallow else 3
     return UNet2DConditionModel(
         sample_size=pixels // 8,
@@ -126,7 +128,7 @@ def build_unet(
 
 
 def build_vae(width: int, pixels: int, *, shallow: bool = False, **config: float) -> AutoencoderKL:
-    """Eight pixels a latent."""
+    """VAE with eight pixels per latent along each axis."""
     return AutoencoderKL(
         block_out_channels=tuple(_scaled(channels, width) for channels in (128, 256, 512, 512)),
         layers_per_block=1 if shallow else 2,
@@ -142,7 +144,7 @@ def build_vae(width: int, pixels: int, *, shallow: bool = False, **config: float
 def text_config(
     width: int, tokenizer: CLIPTokenizer, *, channels: int = 768, layers: int = 12, heads: int = 12
 ) -> CLIPTextConfig:
-    """A CLIP text encoder, by default CLIP-L's; ``channels`` are those at full width."""
+    """Configuration of a CLIP text encoder, by default CLIP-L; ``channels`` at full width."""
     channels = _scaled(channels, width)
     return CLIPTextConfig(
         hidden_size=channels,

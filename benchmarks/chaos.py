@@ -1,7 +1,7 @@
 """Kill processes at named moments of every step, and compare the result with an undisturbed run, byte for byte.
 
-A moment is an event (a line in the log, a file that appears), a delay after it that the seed determines, and a victim.
-A command that fails is run again until it succeeds. Linux only.
+A moment is an event (a line in the log, a new file), a delay determined by the seed, and a victim. A command that fails
+is run again until it succeeds. Linux only.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from cdpo_ray.testbed.scenes import caption, render, sample_scene
 
 CDPO = Path(sys.executable).with_name("cdpo")
 SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
-SETTINGS = "settings.json"  # of a step that is not finished
+SETTINGS = "settings.json"  # of an unfinished step
 PR_SET_CHILD_SUBREAPER = 36
 SLOW_TICK_SECONDS, FAST_TICK_SECONDS = 0.01, 0.001
-SCAN_SECONDS = 0.5  # between two looks at which processes there are
-LIMIT_SECONDS = 600.0  # of one process; it hangs if it takes longer
-END_SECONDS = 120.0  # for the last process to end: Ray's agents notice only after a while that the rest is dead
-MAX_FAILURES = 3  # of one command, in processes that nothing was killed in
+SCAN_SECONDS = 0.5  # between two scans of the processes
+LIMIT_SECONDS = 600.0  # of one process; a longer one hangs
+END_SECONDS = 120.0  # for the last process to end: Ray's agents notice with a delay that the others are dead
+MAX_FAILURES = 3  # of one command, without a kill
 
 DRIVER, GROUP, TERMINATED = "driver", "process group", "process group, SIGTERM"
 GENERATOR, PIXEL_SCORER, SAMPLE_SCORER, COMPARER, ENCODER = (
@@ -60,7 +60,7 @@ Reached = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Starts:
-    """The command was started."""
+    """Event: the command has started."""
 
     is_fast = False
 
@@ -69,8 +69,8 @@ class Starts:
 
 
 @dataclass(frozen=True)
-class Says:
-    """A line of the log matches."""
+class Logs:
+    """Event: a line of the log matches."""
 
     pattern: str
     is_fast = False
@@ -82,7 +82,7 @@ class Says:
 
 @dataclass(frozen=True)
 class Appears:
-    """A file of the run was created or rewritten since the watch began."""
+    """Event: a file of the run was created or rewritten since the watch started."""
 
     pattern: str
 
@@ -104,7 +104,7 @@ class Appears:
 
 @dataclass(frozen=True)
 class Renames:
-    """A step has written its manifest and is about to rename its folder, or has just done so."""
+    """Event: a step has written its manifest and is about to rename its folder, or has just renamed it."""
 
     folder: str
     is_fast = True
@@ -115,7 +115,7 @@ class Renames:
             return lambda: False
 
         def reached() -> bool:
-            if os.path.exists(f"{written}.tmp"):  # the rename follows within microseconds: no sleep
+            if os.path.exists(f"{written}.tmp"):  # the rename follows within microseconds, so do not sleep
                 end = time.monotonic() + 1
                 while not os.path.exists(written) and not os.path.exists(in_place) and time.monotonic() < end:
                     pass
@@ -124,16 +124,16 @@ class Renames:
         return reached
 
 
-Event = Starts | Says | Appears | Renames
+Event = Starts | Logs | Appears | Renames
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill what.
+    """A moment at which a process is killed.
 
     Attributes:
-        victim: a key of `ON_DRIVER`, or a regular expression that the title of a Ray process starts with.
-        max_delay: largest delay after the event, in seconds.
+        victim: key of `ON_DRIVER`, or regular expression that matches the start of a Ray process's title.
+        max_delay: maximum delay after the event, in seconds.
     """
 
     step: str
@@ -147,18 +147,18 @@ class Moment:
 class Command:
     """A command and the moments at which it is disturbed.
 
-    Moments with the same event are hit in their order, each at another occurrence of the event.
+    Moments with the same event are hit in order, each at another occurrence of the event.
 
     Attributes:
         config: name of its configuration, see `write_configs`.
-        says_when_done: part of the message with which it refuses to run again once its work is complete.
+        refusal_when_done: part of the message with which it refuses to run again after it has succeeded.
     """
 
     verb: str
     config: str
     arguments: tuple[str, ...]
     moments: tuple[Moment, ...]
-    says_when_done: str | None = None
+    refusal_when_done: str | None = None
 
     @property
     def name(self) -> str:
@@ -175,13 +175,13 @@ COMMANDS = (
     Command(
         "run", "run", (),
         (
-            Moment("generate", "starting", GROUP, Says(r"generate \.\.\."), 3),
+            Moment("generate", "starting", GROUP, Logs(r"generate \.\.\."), 3),
             Moment("generate", "a part is written", GENERATOR, Appears(f"{SAMPLES}.partial/{PARTS}"), 0.5),
             Moment("generate", "a part is written", PIXEL_SCORER, Appears(f"{SAMPLES}.partial/{PARTS}"), 0.5),
             Moment("generate", "a part is written", DRIVER, Appears(f"{SAMPLES}.partial/{PARTS}"), 0.2),
             Moment("generate", "final rename", DRIVER, Renames(SAMPLES)),
-            Moment("score", "starting", GROUP, Says(r"score \.\.\."), 4),
-            Moment("score", "a judge is there", SAMPLE_SCORER, Says(r"score \.\.\."), 2),
+            Moment("score", "starting", GROUP, Logs(r"score \.\.\."), 4),
+            Moment("score", "a scorer runs", SAMPLE_SCORER, Logs(r"score \.\.\."), 2),
             Moment("score", "final rename", DRIVER, Renames(SCORES)),
             Moment("pairs", "writing", GROUP, Appears(f"{STAGES}.partial"), 0.3),
             Moment("pairs", "final rename", DRIVER, Renames(STAGES)),
@@ -190,20 +190,20 @@ COMMANDS = (
             Moment("train", "at a stage's end", GROUP, commit(6), 0.1),
             Moment("train", "in the last stage", TERMINATED, commit(9), 0.1),
             Moment("train", "after the last update", DRIVER, commit(12), 0.1),
-            Moment("train", "all is written but the manifest", DRIVER, Appears(TRAINED), 0.02),
+            Moment("train", "before the manifest", DRIVER, Appears(TRAINED), 0.02),
             Moment("train", "final rename", DRIVER, Renames(TRAINING)),
             Moment("evaluate", "a part is written", COMPARER, Appears(f"{EVALUATION}.partial/{PARTS}"), 0.5),
             Moment("evaluate", "a part is written", TERMINATED, Appears(f"{EVALUATION}.partial/{PARTS}"), 0.2),
             Moment("evaluate", "joining", GROUP, Appears(f"{EVALUATION}.partial/comparison.parquet"), 0.05),
             Moment("evaluate", "final rename", DRIVER, Renames(EVALUATION)),
-            Moment("report", "after the last step", DRIVER, Says("evaluate: done already"), 2),
+            Moment("report", "after the last step", DRIVER, Logs("evaluate: done already"), 2),
         ),
     ),
     Command("report", "run", (), (Moment("report", "again", DRIVER, Starts(), 4),)),
     Command(
         "score", "run", ("rewards.names=[clip,jpeg_size]",),
         (
-            Moment("score", "another reward", GROUP, Says(r"score \.\.\."), 4),
+            Moment("score", "another reward", GROUP, Logs(r"score \.\.\."), 4),
             Moment("score", "another reward: scores are moved", DRIVER, Appears(f"{SCORES}/jpeg_size.parquet")),
             Moment("score", "another reward: the manifest is written", DRIVER, Appears(f"{SCORES}/{MANIFEST}")),
         ),
@@ -211,30 +211,30 @@ COMMANDS = (
     Command(
         "export", "run", ("--format", "merged"),
         (Moment("export", "writing", GROUP, Appears("export/*merged*"), 0.3),),
-        "is there already",
+        "exists already",
     ),
     Command(
         "export", "run", ("--format", "kohya"),
         (Moment("export", "its weights are written", DRIVER, Appears("export/.kohya.partial/run.safetensors")),),
-        "is there already",
+        "exists already",
     ),
     Command(
         "import", "import", (),
         (
-            Moment("import", "starting", GROUP, Says(r"import \.\.\."), 6),
-            Moment("import", "an encoder is there", ENCODER, Says(r"import \.\.\."), 2),
+            Moment("import", "starting", GROUP, Logs(r"import \.\.\."), 6),
+            Moment("import", "an encoder runs", ENCODER, Logs(r"import \.\.\."), 2),
             Moment("import", "final rename", DRIVER, Renames(SAMPLES)),
         ),
     ),
     Command(
         "tune", "tune", (),
         (
-            Moment("tune", "sampling what trials share", GROUP, Appears(f"{VALIDATION}.partial/{PARTS}"), 0.2),
+            Moment("tune", "sampling for all trials", GROUP, Appears(f"{VALIDATION}.partial/{PARTS}"), 0.2),
             Moment("tune", "in the first trial", TRIAL, commit(2, f"trials/001/{TRAINING}"), 0.2),
             Moment("tune", "at the first trial's stage end", TRAIN_WORKER, commit(3, f"trials/001/{TRAINING}"), 0.2),
             Moment("tune", "the first trial's final rename", TRIAL, Renames(f"trials/001/{TRAINING}")),
             Moment("tune", "in the second trial", DRIVER, commit(2, f"trials/002/{TRAINING}"), 0.2),
-            Moment("tune", "writing what was found", DRIVER, Appears("best.yaml"), 0.05),
+            Moment("tune", "writing the results", DRIVER, Appears("best.yaml"), 0.05),
         ),
     ),
 )  # fmt: skip
@@ -267,7 +267,7 @@ def write_configs(folder: Path) -> None:
         "search": {
             "algorithm": "random",
             "num_trials": 2,
-            "max_concurrent_trials": 1,  # else the order of their reports would depend on timing
+            "max_concurrent_trials": 1,  # otherwise the order of reports would depend on timing
             "images_per_prompt": 2,
             "stop_early": None,
             "confirm_seeds": 0,
@@ -291,9 +291,9 @@ class Kill:
     """A moment that was hit.
 
     Attributes:
-        seconds: since the command was first started.
+        seconds: time since the first start of the command.
         found: state of the run's folder after the kill.
-        exit_code: of the driver that was running; negative: the signal that ended it.
+        exit_code: exit code of the driver; negative: the signal that ended it.
     """
 
     command: str
@@ -307,7 +307,7 @@ class Kill:
 
 
 class Commits:
-    """The commits of a run, and how often each was written."""
+    """Checkpoints of a run, and how often each was written."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -322,7 +322,7 @@ class Commits:
 
     @property
     def num_repeated(self) -> int:
-        """Number of updates that were done again although they were committed."""
+        """Number of updates that were repeated although a checkpoint contained them."""
         return sum(len(times) - 1 for times in self.seen.values())
 
 
@@ -330,8 +330,9 @@ class Disturbed:
     """A command that is killed at its moments, and run again until it succeeds.
 
     Args:
-        folder: working folder of the command.
-        delays: seconds after each moment's event.
+        folder: working directory of the command.
+        moments: moments at which processes are killed.
+        delays: delay after each moment's event, in seconds.
     """
 
     def __init__(self, command: Command, folder: Path, moments: list[Moment], delays: list[float]) -> None:
@@ -359,7 +360,7 @@ class Disturbed:
                     self._kill(*reached, driver)
             for kill in self.kills[num_kills:]:
                 kill.exit_code = driver.returncode
-            refusal = self.kills and self.command.says_when_done
+            refusal = self.kills and self.command.refusal_when_done
             done = driver.returncode == 0 or (refusal and refusal in last_line(log))
             if not done and len(self.kills) == num_kills:
                 self.failures.append(f"{log}: exit code {driver.returncode}: {last_line(log)}")
@@ -378,21 +379,21 @@ class Disturbed:
         by_title = {moment.victim for (moment, _), _ in fast if not moment.max_delay} - ON_DRIVER.keys()
         due = scan_due = 0.0
         while driver.poll() is None:
-            now, asked = time.monotonic(), fast
+            now, current = time.monotonic(), fast
             if now > deadline:
                 print(f"{log}: no end after {LIMIT_SECONDS:.0f} s", file=sys.stderr)
                 os.killpg(driver.pid, signal.SIGKILL)
                 driver.wait()
                 return None
             if now > due:
-                asked, due = [*fast, *slow], now + SLOW_TICK_SECONDS
+                current, due = [*fast, *slow], now + SLOW_TICK_SECONDS
                 self.commits.look()
                 reap(driver)
             if by_title and now > scan_due:  # a scan at the moment itself would be too slow
                 scan_due = now + SCAN_SECONDS
                 for title in by_title:
                     self._find(title, driver)
-            for pair, reached in asked:
+            for pair, reached in current:
                 if reached():
                     self.pending.remove(pair)
                     return pair
@@ -447,7 +448,7 @@ def start(command: Command, folder: Path, log: Path) -> "subprocess.Popen[bytes]
 
 
 def reap(driver: "subprocess.Popen[bytes]") -> None:
-    """Reap dead orphans: Ray's workers take a zombie raylet for alive, and would not exit."""
+    """Reap dead orphans: Ray's workers treat a zombie raylet as alive, and would not exit."""
     with contextlib.suppress(ChildProcessError):
         while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and dead.si_pid != driver.pid:
             os.waitpid(dead.si_pid, 0)
@@ -465,11 +466,11 @@ def children_of(driver: "subprocess.Popen[bytes]") -> list[tuple[psutil.Process,
 
 def last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "nothing was said"
+    return lines[-1] if lines else "no output"
 
 
 def state_of(run: Path) -> str:
-    """State of the step that was interrupted, from the files that it left."""
+    """State of the interrupted step, from its files."""
     partials = [path for path in run.rglob("*.partial") if path.is_dir()]
     if partials:
         partial = max(partials, key=lambda path: path.stat().st_mtime)
@@ -477,18 +478,18 @@ def state_of(run: Path) -> str:
         if (partial / MANIFEST).exists():
             return f"{state}{BETWEEN}"
         if (partial / "stages.json").exists() and partial.name.startswith(TRAINING):
-            commits = "there" if any(partial.glob(f"commits/update-*/{MANIFEST}")) else "gone"
-            return f"{state}trained, no manifest, commits {commits}"
+            commits = "present" if any(partial.glob(f"commits/update-*/{MANIFEST}")) else "deleted"
+            return f"{state}trained, no manifest, checkpoints {commits}"
         return f"{state}no manifest"
     left = [path.parent.name for path in run.rglob(SETTINGS)]
-    return f"{left[0]}: renamed, {SETTINGS} left" if left else "no step is under way"
+    return f"{left[0]}: renamed, {SETTINGS} left" if left else "no unfinished step"
 
 
 BETWEEN = "manifest written, not renamed"
 
 
 def end_all(seconds: float) -> list[str]:
-    """Wait for all remaining processes of the commands; kill those that do not end, and return their titles."""
+    """Wait for all remaining processes of the commands; kill those that do not end and return their titles."""
     end = time.monotonic() + seconds
     while (left := psutil.Process().children(recursive=True)) and time.monotonic() < end:
         psutil.wait_procs(left, timeout=0.5)
@@ -534,7 +535,7 @@ def contents_of(root: Path) -> Iterable[Path]:
 
 
 TIMED = {"seconds", "created", "files", "fingerprint", "inputs"}
-"""Keys of JSON files with times, or with hashes of files that contain times; those files are compared themselves."""
+"""Keys of JSON files with times, or with hashes of files that contain times; the files are compared separately."""
 
 
 def steady(path: Path) -> Any:
@@ -552,7 +553,7 @@ def steady(path: Path) -> Any:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            words = sorted(re.findall(r"[\w.]+", json.dumps(file.metadata())))  # their order is random
+            words = sorted(re.findall(r"[\w.]+", json.dumps(file.metadata())))  # in random order
         return words, {name: (str(value.dtype), value.shape, value.tobytes()) for name, value in tensors.items()}
     return path.read_bytes() if path.is_file() else None
 
@@ -581,39 +582,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--moments", default="", help="regular expression that selects moments, see --list")
     parser.add_argument("--kills", type=int, help="number of moments, selected by the seed; default: all")
-    parser.add_argument("--min-kills", type=int, help="fail with fewer; default: 20, or all selected")
-    parser.add_argument("--seed", type=int, default=0, help="of delays and selection")
+    parser.add_argument("--min-kills", type=int, help="fail with fewer kills; default: 20, or all selected")
+    parser.add_argument("--seed", type=int, default=0, help="seed of delays and selection")
     parser.add_argument(
-        "--dir", type=Path, default=Path("runs/chaos"), help="emptied first; chaos.json is written there"
+        "--dir", type=Path, default=Path("runs/chaos"), help="output folder, emptied first; contains chaos.json"
     )
-    parser.add_argument("--list", action="store_true", help="print the moments and do nothing")
-    asked = parser.parse_args()
-    wanted = chosen(asked.moments, asked.kills, asked.seed)
+    parser.add_argument("--list", action="store_true", help="print the moments and exit")
+    options = parser.parse_args()
+    wanted = chosen(options.moments, options.kills, options.seed)
     num_wanted = sum(map(len, wanted.values()))
-    if asked.list:
+    if options.list:
         for command, moments in wanted.items():
             for moment in moments:
                 print(described(command, moment))
         return
     if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:  # orphans are reparented to this process
         sys.exit("prctl(PR_SET_CHILD_SUBREAPER) failed")
-    folder = asked.dir.absolute()
+    folder = options.dir.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_configs(folder)
     try:
-        found = {"seed": asked.seed} | disturb(wanted, folder, asked.seed)
+        found = {"seed": options.seed} | disturb(wanted, folder, options.seed)
     finally:
         end_all(0)
     (folder / "chaos.json").write_text(json.dumps(found, indent=1))
-    tell(found, min(20, num_wanted) if asked.min_kills is None else asked.min_kills)
+    print_results(found, min(20, num_wanted) if options.min_kills is None else options.min_kills)
 
 
 def disturb(wanted: dict[Command, list[Moment]], folder: Path, seed: int) -> dict[str, Any]:
-    """Run the commands undisturbed and disturbed; of each configuration, up to the last one with a moment.
+    """Run the commands undisturbed and disturbed, for each configuration up to the last command with a moment.
 
     Returns:
-        What `chaos.json` holds.
+        Content of `chaos.json`.
     """
     last = {command.config: place for place, command in enumerate(COMMANDS) if command in wanted}
     commands = [command for place, command in enumerate(COMMANDS) if place <= last.get(command.config, -1)]
@@ -656,13 +657,13 @@ def disturb(wanted: dict[Command, list[Moment]], folder: Path, seed: int) -> dic
     }
 
 
-def tell(found: dict[str, Any], min_kills: int) -> None:
+def print_results(found: dict[str, Any], min_kills: int) -> None:
     """Print the table and the verdict.
 
     Raises:
         SystemExit: a check failed.
     """
-    print(f"{'command':34} {'step':9} {'when':40} {'killed':38} {'s':>5} {'exit':>5}  found")
+    print(f"{'command':34} {'step':9} {'when':40} {'killed':38} {'s':>5} {'exit':>5}  state")
     for kill in found["kills"]:
         print(
             f"{kill['command'][:34]:34} {kill['step']:9} {kill['when']:40} {kill['victim'][:38]:38}"
@@ -678,7 +679,7 @@ def tell(found: dict[str, Any], min_kills: int) -> None:
     print(f"seconds: {found['seconds']['quiet']} quiet, {found['seconds']['chaos']} under {len(found['kills'])} kills")
     faults = [
         *found["different"],
-        *(f"{name}: failed {MAX_FAILURES} times with nothing killed" for name in found["given_up"]),
+        *(f"{name}: failed {MAX_FAILURES} times without a kill" for name in found["given_up"]),
         *(f"still running: {title}" for title in found["processes_left"]),
         *(
             f"SIGTERM in {ended['step']}: exit code {ended['exit_code']}, not 143"
@@ -687,7 +688,7 @@ def tell(found: dict[str, Any], min_kills: int) -> None:
         ),
     ]
     if found["updates_repeated"]:
-        faults.append(f"{found['updates_repeated']} committed updates were done again")
+        faults.append(f"{found['updates_repeated']} updates were repeated although a checkpoint contained them")
     if len(found["kills"]) < min_kills:
         faults.append(f"{len(found['kills'])} kills, fewer than {min_kills}")
     if faults:

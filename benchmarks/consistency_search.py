@@ -1,8 +1,8 @@
-"""Which setting of consistency DPO makes the embedded consistency model draw held-out prompts better, if any does.
+"""Search for a setting of consistency DPO that improves the embedded consistency model on held-out prompts.
 
-One process and one thread, without Ray. Training images and their scores are made once and kept in ``--work-dir``; each
-``--setting`` is trained from them, sampled with the same noises as the base model, and printed as a row: the oracle's
-attr and CLIP, base -> tuned, with the difference's 95 % bootstrap interval over prompts.
+One process and one thread, without Ray. Training images and their scores are generated once and stored in
+``--work-dir``. Each ``--setting`` is trained on them, sampled with the same noises as the base model, and printed as a
+row: the oracle's attr and CLIP, base -> tuned, with the difference's 95 % bootstrap interval over prompts.
 """
 
 import argparse
@@ -54,16 +54,16 @@ ALL_KINDS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table.
+    """One row of the table.
 
     Attributes:
-        stages: of the curriculum, cumulative; the updates are spread over them evenly.
-        easiest: 1 takes the first stage's pairs throughout.
-        timesteps: ``grid`` (all 50), ``sampler`` (the two that are sampled at), one (``499``) or some (``19-399``).
-        gap: grid cells that the teacher steps down.
-        guidance: of the teacher, which the net is told of; ``1-3`` is what it was distilled with.
-        normalised: 1 divides errors by the reference's mean error at their timestep.
-        labels: pairs by the ``scores``, by ``random`` numbers (the control), or with the worse as ``reversed`` chosen.
+        stages: number of cumulative stages; the updates are divided evenly among them.
+        easiest: 1: all stages have the first stage's pairs.
+        timesteps: ``grid`` (all 50), ``sampler`` (its two), one (``499``) or a range (``19-399``).
+        gap: number of grid cells of a teacher step.
+        guidance: range of the guidance scale, of the teacher and as conditioning; ``1-3`` in distillation.
+        normalised: 1: errors are divided by the reference's mean error at their timestep.
+        labels: pairs by ``scores``, by ``random`` numbers (control), or ``reversed``: the worse image is chosen.
     """
 
     beta: float = 400.0
@@ -84,7 +84,7 @@ class Setting:
 
     @classmethod
     def parse(cls, text: str) -> "Setting":
-        """``"beta=400 lr=1e-4 easiest=1"``; what is not said is the default."""
+        """``"beta=400 lr=1e-4 easiest=1"``; other fields have their defaults."""
         types = {field.name: field.type for field in fields(cls)}
         given = dict(word.split("=") for word in shlex.split(text))
         return cls(**{key: types[key](value) for key, value in given.items()})
@@ -96,7 +96,7 @@ class Setting:
 
 
 class Searched(LatentConsistency):
-    """The family, with what is searched over and the package has no key for."""
+    """The family, with searched settings for which the package has no key."""
 
     setting: Setting
     mean_errors: dict[int, float]
@@ -121,7 +121,7 @@ class Searched(LatentConsistency):
 
 
 def make_samples(work_dir: Path) -> None:
-    """Training images of the base model with their scores, unless they are there."""
+    """Generate and score training images of the base model, unless they exist."""
     path = work_dir / "samples" / "samples.parquet"
     if path.exists():
         return
@@ -136,7 +136,7 @@ def make_samples(work_dir: Path) -> None:
 
 
 def judge_heldout(model: LatentConsistency) -> dict[str, NDArray]:
-    """Scores ``[prompt, image]`` of each judge, 4 images a held-out prompt."""
+    """``[prompt, image]`` scores of each judge, with 4 images per held-out prompt."""
     prompts = scene_prompts("heldout", NUM_HELDOUT, seed=0)
     sampling, judges = Sampling(0, 4, NUM_STEPS, GUIDANCE_SCALE, None, None, images_per_batch=64), Scorer(JUDGES)
     batches = sample_batches(model, prompts, model.encode_prompts(prompts)[0], sampling)
@@ -145,7 +145,7 @@ def judge_heldout(model: LatentConsistency) -> dict[str, NDArray]:
 
 
 def stage_pairs(scores: NDArray, setting: Setting, stage: int) -> StagePairs:
-    """The pairs of a stage, as `cdpo pairs` draws them."""
+    """Pairs of a stage, as `cdpo pairs` draws them."""
     schedule = Schedule(num_stages=setting.stages)
     curriculum = Curriculum(rank_samples(scores), schedule, seed=seed_of(setting.seed, "pairs", stage))
     pairs, _ = curriculum.plan(1 if setting.easiest else stage, setting.updates // setting.stages * PAIRS_PER_UPDATE)
@@ -153,7 +153,7 @@ def stage_pairs(scores: NDArray, setting: Setting, stage: int) -> StagePairs:
 
 
 def train(setting: Setting, work_dir: Path, output_dir: Path) -> dict[str, float]:
-    """Train a LoRA into ``output_dir``; means of the last stage."""
+    """Train a LoRA into ``output_dir``; returns means over the last stage."""
     model = Searched.load("embedded", for_training=True)
     low, high = map(float, setting.guidance.split("-"))
     model.setting, model.guidance_range, model.step_down = setting, (low, high), setting.gap * GRID_STEP

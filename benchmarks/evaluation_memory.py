@@ -1,6 +1,6 @@
-"""What joining an evaluation holds in memory: N and 10 N prompts, peak resident memory of a process that only joins.
+"""Peak resident memory of a process that joins the parts of an evaluation, with N and 10 N prompts.
 
-The parts hold random bytes of a PNG's size, 260 prompts x 4 images x 2 models at the larger size by default.
+The parts contain random bytes of a PNG's size; by default, the larger size has 260 prompts x 4 images x 2 models.
 """
 
 import argparse
@@ -33,23 +33,25 @@ def write_parts(folder: Path, num_prompts: int, images_per_prompt: int, image_by
 
 
 def peak_of_joining(folder: Path) -> int:
-    """Peak resident memory in bytes, beyond what the process held before."""
+    """Increase of the peak resident memory by joining, in bytes."""
     before = peak_resident_bytes()
     join_comparison(find_parts(folder, "comparison")[0], folder / "comparison.parquet", row_group_bytes=ROW_GROUP_BYTES)
     return peak_resident_bytes() - before
 
 
 def peak_resident_bytes() -> int:
-    """Of this process. Not `getrusage`'s figure, which a new process inherits from the one that started it."""
+    """Peak resident memory of this process; a new process inherits the figure of `getrusage` from its parent."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=26, help="of the small one; the large has ten times as many")
+    parser.add_argument(
+        "--prompts", type=int, default=26, help="prompts of the small size; the large size has ten times as many"
+    )
     parser.add_argument("--images", type=int, default=4, help="images per prompt and model")
-    parser.add_argument("--image-bytes", type=int, default=450_000, help="a PNG of 512 px")
+    parser.add_argument("--image-bytes", type=int, default=450_000, help="bytes per image; default: a PNG of 512 px")
     options = parser.parse_args()
     print(f"{'prompts':>8} {'images MB':>10} {'peak MB':>8}")
     for num_prompts in (options.prompts, 10 * options.prompts):

@@ -1,7 +1,7 @@
-"""Counts the footprints of published architectures on meta tensors, and compares them with the table of `cost/`.
+"""Count the footprints of published architectures on meta tensors, and compare them with the table of `cost/`.
 
-Needs no weights: the configurations below are those that the models' pages publish. `--write` updates the table. The
-largest model takes about three minutes on one CPU core, and 2 GiB.
+Needs no weights: the configurations below are the published ones. `--write` updates the table. The largest model takes
+about three minutes on one CPU core and 2 GiB of memory.
 """
 
 import argparse
@@ -120,21 +120,21 @@ DEFINING = (
 )
 """Keys of a denoiser's configuration that identify its architecture in a folder."""
 PUBLISHED_TERAFLOPS = {"sd15": 0.803, "sdxl": 6.76, "sd35_medium": 11.25, "flux_dev": 74.4}
-"""Known FLOPs of a forward at the model's native size, to check the counts against."""
+"""Published FLOPs of a forward pass at the model's native size, to verify the counts."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help=f"of {', '.join((*ARCHITECTURES, 'embedded'))}; default: all")
+    parser.add_argument("models", nargs="*", help=f"from {', '.join((*ARCHITECTURES, 'embedded'))}; default: all")
     parser.add_argument("--write", action="store_true", help="update the table's entries of these models")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
     failed = False
     print(
         "| model | parameters, M | forward TF | backward TF, LoRA | full | training GiB, LoRA | full | checkpointed |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for name in asked.models or (*ARCHITECTURES, "embedded"):
+    for name in options.models or (*ARCHITECTURES, "embedded"):
         started = time.monotonic()
         if name == "embedded":
             counted = count_folder(PIPELINE_DIR)
@@ -145,7 +145,7 @@ def main() -> int:
             config = {"_class_name": config["_class_name"], **denoiser_of(config)[0]().config}
         defining = {key: config[key] for key in ("_class_name", *DEFINING) if key in config}
         found = json.loads(json.dumps({"denoiser": defining, "footprint": counted.plain()}))
-        if asked.write:
+        if options.write:
             table[name] = found
             TABLE.write_text(json.dumps(table, indent=1) + "\n")
         agrees = found == table.get(name)

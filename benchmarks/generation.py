@@ -1,7 +1,7 @@
-"""Images made, scored and saved: ours beside diffusers' pipeline called prompt by prompt.
+"""Images per second, generated, scored and saved: our generator against diffusers' pipeline, prompt by prompt.
 
 Ours is the class that a run's actors wrap: rows of prompts in, a Parquet shard with latents, PNGs and scores out. The
-stock route is what one writes by hand: call the pipeline, save each image, score each image by open_clip.
+stock route is a hand-written loop: call the pipeline, save each image, score each image with open_clip.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from cdpo_ray.testbed.scenes import scene_prompts
 
 
 class Stock:
-    """Pipeline and judge as their documentation uses them; everything lands in ``output_dir``."""
+    """Pipeline and judge, used as documented; all files are written to ``output_dir``."""
 
     def __init__(self, folder: Path, output_dir: Path, sampling: Sampling, options: argparse.Namespace) -> None:
         self.pipeline = StableDiffusionPipeline.from_pretrained(
@@ -78,7 +78,7 @@ class Stock:
 
 
 class Ours:
-    """The generator in this process, called with as many rows at a time as in a run."""
+    """The generator in this process, called with the batches of a run."""
 
     def __init__(self, folder: Path, output_dir: Path, sampling: Sampling, options: argparse.Namespace) -> None:
         model = {"path": str(folder), "dtype": options.dtype, "device": options.device, "compile": options.compile}
@@ -98,10 +98,10 @@ class Ours:
 
 
 def check_agreement(ours: Ours, stock: Stock, prompt: str) -> None:
-    """From the same noise both must give the same images, up to a pixel's rounding.
+    """Check that both routes generate the same images from the same noise, up to rounding of a pixel.
 
     Raises:
-        AssertionError: they do not.
+        AssertionError: the images differ.
     """
     sampling, model = ours.generator.sampling, ours.generator.model
     rows = ours.run([prompt])
@@ -124,21 +124,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="embedded")
     parser.add_argument("--pixels", type=int, default=512, help="side of an image; the embedded model's are 32")
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--images", type=int, default=8, help="images a prompt")
-    parser.add_argument("--images-per-batch", type=int, default=8, help="of ours; the stock batch is a prompt's images")
+    parser.add_argument("--images", type=int, default=8, help="images per prompt")
+    parser.add_argument("--images-per-batch", type=int, default=8, help="our batch; the stock batch is one prompt")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps")
-    parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; 1 is without")
+    parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; 1: no guidance")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a busy machine")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--compile", action="store_true", help="compile our denoiser; the stock route stays as it is")
+    parser.add_argument("--compile", action="store_true", help="compile our denoiser; the stock route is not compiled")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Check that both routes agree, then time them in turns."""
+    """Check that both routes agree, then time them alternately."""
     options = parse()
     torch.set_num_threads(options.threads)
     prompts = scene_prompts("train", options.prompts, seed=0)

@@ -1,11 +1,11 @@
-"""What the package does on this machine's GPU: whether it runs, how fast, and with how much memory.
+"""Check of the package on this machine's GPU: correctness, speed and memory.
 
     python benchmarks/gpu_check.py --seconds 470              # all parts, most important first, as far as time allows
     python benchmarks/gpu_check.py --parts run                # the quickstart end to end, in fp32 and in bf16
     python benchmarks/gpu_check.py --tiny --out tiny.json     # rehearsal of every part on a CPU
 
 Models have their published architecture and random weights. One JSON file is rewritten after each measurement. A
-measurement that fails is recorded and the others go on; one that would not end in time is left out and named.
+failed measurement is recorded and the others continue; one that would exceed the time limit is left out and named.
 """
 
 import argparse
@@ -48,14 +48,16 @@ ON_ONE_GPU = (
     "resources.scorers={num_actors: 1, cpus_per_actor: 1, gpus_per_actor: 0.1}",
     "resources.trainers={cpus_per_worker: 2, gpus_per_worker: 0.5}",
 )
-"""Every role requests a share of the GPU, which two runs use at once: they show whether runs complete, not how fast."""
+"""Every role requests a share of the GPU, which two concurrent runs use: they test completion, not speed."""
 
 
 class Check:
-    """Takes measurements one by one within a time limit, and keeps them in a file.
+    """Takes measurements one by one within a time limit, and stores them in a file.
 
     Args:
-        seconds: from the start of the process's work to its end.
+        out: path of the JSON file.
+        seconds: time limit.
+        models: models to measure.
     """
 
     def __init__(self, out: Path, seconds: float, models: Models) -> None:
@@ -72,10 +74,12 @@ class Check:
         return self.seconds - (time.monotonic() - self.started)
 
     def measure(self, name: str, work: Callable[[], Found], *, needs_seconds: float) -> None:
-        """Record what ``work`` found, or its error.
+        """Record the result of ``work``, or its error.
 
         Args:
-            needs_seconds: left out if less time is left; a rehearsal leaves nothing out.
+            name: key of the result.
+            work: measurement.
+            needs_seconds: the measurement is left out if less time is left, except in a rehearsal.
         """
         if self.seconds_left < needs_seconds and not self.models.tiny:
             self.found["left_out"].append(name)
@@ -85,7 +89,7 @@ class Check:
             found = work()
             self.found[name] = {"took_seconds": time.monotonic() - started} | found
             outcome = json.dumps(rounded(self.found[name]))
-        except Exception as error:  # any error: the other measurements go on
+        except Exception as error:  # any error: the other measurements continue
             outcome = f"{type(error).__name__}: {error}"[:600]
             self.found["failed"][name] = {"error": outcome, "traceback": traceback.format_exc()[-1500:]}
             outcome = f"FAILED {outcome}"
@@ -101,7 +105,7 @@ class Check:
         aside.replace(self.out)
 
     def speed(self, name: str, work: Callable[[], Found], *, family: str, item: str, needs_seconds: float) -> None:
-        """As `measure`, for work that finds ``<item>s_per_second``; adds the FLOPs, and their share of the limit."""
+        """Like `measure`, for work that returns ``<item>s_per_second``; adds FLOPs and their share of the limit."""
 
         def with_share() -> Found:
             found = work()
@@ -153,14 +157,14 @@ def environment(device: str) -> Found:
 
 
 def output_of(*command: str) -> str | None:
-    """Standard output of a program; None if it is missing or fails."""
+    """Standard output of a program; `None` if it is missing or fails."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return None
 
 
 def limits(check: Check) -> None:
-    """The machine, and the rate of a matrix product, of which shares are given."""
+    """The machine, and the rate of a matrix product, to which other rates are compared."""
     check.measure("environment", lambda: environment(check.models.device), needs_seconds=0)
     for dtype in (BF16, FP32):
         work = functools.partial(measurements.matmul, check.models, getattr(torch, dtype))
@@ -168,7 +172,7 @@ def limits(check: Check) -> None:
 
 
 def engine(check: Check) -> None:
-    """The first updates of every family that is laid out channels_last on a GPU."""
+    """The first updates of every family that uses channels_last on a GPU."""
     for family, needs_seconds in ((SD, 15), (LCM, 20), (SDXL, 40)):
         for dtype in (BF16, FP32):
             work = functools.partial(measurements.first_updates, check.models, family, dtype=dtype)
@@ -176,7 +180,7 @@ def engine(check: Check) -> None:
 
 
 def train(check: Check) -> None:
-    """Stable Diffusion 1.5 at four batch sizes beside the stock loop, and compiled."""
+    """Stable Diffusion 1.5 at four batch sizes against the stock loop, and compiled."""
     count(check, SD, "pair")
     for pairs in (16,) if check.models.tiny else (16, 8, 4, 32):
         train_one(check, SD, pairs)
@@ -188,19 +192,19 @@ def train(check: Check) -> None:
 
 
 def generate(check: Check) -> None:
-    """Stable Diffusion 1.5 beside the stock pipeline."""
+    """Stable Diffusion 1.5 against the stock pipeline."""
     generate_both(check, SD, 16, needs_seconds=30)
 
 
 def sdxl(check: Check) -> None:
-    """SDXL: training with gradient checkpointing, and images beside the stock pipeline."""
+    """SDXL: training with gradient checkpointing, and images against the stock pipeline."""
     count(check, SDXL, "pair")
     train_one(check, SDXL, 4, checkpointing=True, needs_seconds=40)
     generate_both(check, SDXL, 4, needs_seconds=45)
 
 
 def lcm(check: Check) -> None:
-    """The latent consistency model: training, and images beside the stock pipeline."""
+    """The latent consistency model: training, and images against the stock pipeline."""
     count(check, LCM, "pair")
     train_one(check, LCM, 8)
     generate_both(check, LCM, 16, needs_seconds=20)
@@ -212,13 +216,13 @@ def judges(check: Check) -> None:
 
 
 def host(check: Check) -> None:
-    """What the host does for each batch and for each image."""
+    """Host time per batch and per image."""
     check.measure("host, noise", functools.partial(measurements.host_noise, check.models), needs_seconds=10)
     check.measure("host, png", functools.partial(measurements.host_png, check.models), needs_seconds=15)
 
 
 def toggle(check: Check) -> None:
-    """Whether switching the adapters compiles anything again."""
+    """Whether switching the adapters causes recompilation."""
     work = functools.partial(measurements.toggled_reference, check.models, dtype=check.models.usual_dtype)
     check.measure("toggled reference", work, needs_seconds=40)
 
@@ -229,7 +233,7 @@ def compiled(check: Check) -> None:
 
 
 def run(check: Check) -> None:
-    """The quickstart end to end in fp32 and in bf16, side by side."""
+    """The quickstart end to end, in fp32 and in bf16 concurrently."""
     if check.seconds_left < RUN_SECONDS and not check.models.tiny:
         check.found["left_out"].append("run")
         check.write()
@@ -243,7 +247,7 @@ def run(check: Check) -> None:
 PARTS = {
     part.__name__: part for part in (limits, engine, train, generate, sdxl, lcm, judges, host, toggle, compiled, run)
 }
-"""In the order of importance, which is the order in which they are measured."""
+"""In order of importance, which is the order of measurement."""
 
 
 def count(check: Check, family: str, item: str) -> None:
@@ -279,10 +283,10 @@ def generate_both(check: Check, family: str, images: int, *, needs_seconds: floa
 
 
 def run_whole(check: Check, dtype: str) -> Found:
-    """`cdpo run` in processes of its own: seconds of each step, and held-out differences with the base model.
+    """`cdpo run` in its own processes: seconds of each step, and held-out differences to the base model.
 
     Raises:
-        RuntimeError: it failed, with the end of its output.
+        RuntimeError: the run failed; contains the end of its output.
         subprocess.TimeoutExpired: the time limit of the check passed.
     """
     config = ROOT / "configs" / ("smoke.yaml" if check.models.tiny else "quickstart.yaml")
@@ -312,7 +316,9 @@ def run_whole(check: Check, dtype: str) -> Found:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="always in this order")
-    parser.add_argument("--seconds", type=float, default=470, help="time limit; what would not end in time is left out")
+    parser.add_argument(
+        "--seconds", type=float, default=470, help="time limit; measurements that would exceed it are left out"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/gpu/<card>-<date>.json)")
     parser.add_argument("--tiny", action="store_true", help="rehearsal on a CPU: an eighth of the width, no Inductor")
     options = parser.parse_args()

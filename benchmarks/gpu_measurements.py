@@ -1,4 +1,4 @@
-"""What is measured on a GPU: each function runs the package's own code once and returns what it found."""
+"""Measurements on a GPU: each function runs code of the package once and returns its results."""
 
 import functools
 import statistics
@@ -45,7 +45,7 @@ TERA, GIB = 1e12, 2**30
 
 
 def timed(work: Callable[[], object], models: Models, *, repeats: int, warm: int = 2) -> Found:
-    """Median seconds of ``repeats`` calls after ``warm`` ones, seconds of the very first, and the peak memory."""
+    """Median seconds of ``repeats`` calls after ``warm`` calls, seconds of the first call, and peak memory."""
     first = seconds_of(work, models.device, "wall")
     for _ in range(0 if models.tiny else warm - 1):
         work()
@@ -60,12 +60,12 @@ def reset_peak(models: Models) -> None:
 
 
 def peak_gib(models: Models) -> float | None:
-    """Peak memory that tensors took since `reset_peak`, weights included; None without a GPU."""
+    """Peak memory of tensors since `reset_peak`, including weights; `None` without a GPU."""
     return torch.cuda.max_memory_allocated() / GIB if models.device == "cuda" else None
 
 
 def matmul(models: Models, dtype: torch.dtype) -> Found:
-    """The rate of one large matrix product, in TFLOP/s: the practical limit of which shares are given."""
+    """Rate of one large matrix product in TFLOP/s, the practical limit to which other rates are compared."""
     side = 256 if models.tiny else 8192
     left, right = (torch.randn(side, side, device=models.device, dtype=dtype) for _ in range(2))
     seconds = timed(lambda: left @ right, models, repeats=20)["seconds"]
@@ -76,7 +76,7 @@ def matmul(models: Models, dtype: torch.dtype) -> Found:
 
 
 def bank_of(model: TextToImageModel) -> SampleBank:
-    """Random latents, and the embeddings of as many prompts, as a run keeps them."""
+    """Random latents and as many prompt embeddings, as a run stores them."""
     conditioning, _ = model.encode_prompts(scene_prompts("train", NUM_PROMPTS, seed=0))
     latents = torch.randn(NUM_PROMPTS, IMAGES_PER_PROMPT, *model.latent_shape(None, None)).half()
     kept = {name: value.cpu().half() for name, value in conditioning.items()}
@@ -89,7 +89,7 @@ def some_pairs(number: int) -> StagePairs:
 
 
 def feed_of(model: TextToImageModel, pairs: int) -> Feed:
-    """What a worker trains on; encodes prompts, so the text encoders may be dropped after it."""
+    """Training data of a worker; encodes prompts, so the text encoders can be deleted after it."""
     empty = {name: value.cpu() for name, value in model.empty_conditioning.items()}
     section = TrainingSection(beta=BETA, learning_rate=1e-4, global_batch_size=pairs)
     feed = Feed(bank_of(model), model.draw_times, empty, section, seed=0)
@@ -102,7 +102,7 @@ def lora_policy(model: TextToImageModel, targets: Sequence[str] = TARGETS) -> Po
 
 
 def flops_of_pair(models: Models, family: str, *, dtype: str) -> Found:
-    """FLOPs of forward, backward and reference of one pair, counted while they run, without recomputation."""
+    """FLOPs of forward, backward and reference passes of one pair, counted at run time, without recomputation."""
     model = models.load(family, dtype=dtype, training=True)
     feed = feed_of(model, 1)
     policy = lora_policy(model)
@@ -116,7 +116,7 @@ def flops_of_pair(models: Models, family: str, *, dtype: str) -> Found:
 def train(
     models: Models, family: str, pairs: int, *, dtype: str, compiled: bool = False, checkpointing: bool = False
 ) -> Found:
-    """Updates of the package's own training loop, made as a worker makes them, drawing of batches included."""
+    """Updates of the package's training loop, as in a worker, including the drawing of batches."""
     counters.clear()
     model = models.load(family, dtype=dtype, compiled=compiled, training=True)
     feed = feed_of(model, pairs)
@@ -152,10 +152,10 @@ def train(
 
 
 def first_updates(models: Models, family: str, *, dtype: str) -> Found:
-    """The first updates, with everything laid out as in a run.
+    """The first updates, with the memory layout of a run.
 
     Raises:
-        ArithmeticError: one of them was not finite.
+        ArithmeticError: an update was not finite.
     """
     found = train(models, family, 2, dtype=dtype, checkpointing=family == "stable_diffusion_xl")  # else 80 GB in fp32
     if found["skipped_updates"]:
@@ -164,7 +164,7 @@ def first_updates(models: Models, family: str, *, dtype: str) -> Found:
 
 
 def train_stock(models: Models, pairs: int, *, dtype: str) -> Found:
-    """The loop of the documentation for Stable Diffusion: all four networks in each update, a frozen copy."""
+    """Diffusers' documented loop for Stable Diffusion: all four networks in each update, with a frozen copy."""
     pixels = models.family("stable_diffusion").pixels
     drawn = ImagePairs.draw(pairs, pixels, (4, pixels // 8, pixels // 8))
     stock = Stock(models.folder("stable_diffusion"), drawn, models.device, getattr(torch, dtype))
@@ -180,10 +180,10 @@ def graphs() -> Found:
 
 
 def toggled_reference(models: Models, *, dtype: str) -> Found:
-    """Graphs and breaks of a compiled net after each switch of its adapters, in training and in evaluation.
+    """Graphs and breaks of a compiled model after each switch of its adapters, in training and in evaluation.
 
-    The count is cumulative: where it does not grow, nothing was compiled again. It is the same for every backend and
-    every size, so the net is a shallow one and no code is generated.
+    The count is cumulative: if it does not grow, nothing was recompiled. It is the same for every backend and size, so
+    the model is shallow and no code is generated.
     """
     counters.clear()
     shallow = replace(models, scratch=models.scratch / "shallow", tiny=True)
@@ -205,7 +205,7 @@ def toggled_reference(models: Models, *, dtype: str) -> Found:
 
 
 def _toggled_in_evaluation(model: TextToImageModel, trained: TextToImageModel, batch_sizes: Sequence[int]) -> Found:
-    """As `toggled_reference`, of a LoRA that is loaded into a compiled net."""
+    """Like `toggled_reference`, for a LoRA that is loaded into a compiled model."""
     conditioning, _ = model.encode_prompts(["a red circle"] * 4)
     noise = torch.randn(4, *model.latent_shape(None, None))
     model.denoiser.compile(backend="eager")
@@ -232,7 +232,7 @@ def _toggled_in_evaluation(model: TextToImageModel, trained: TextToImageModel, b
 
 
 def generate(models: Models, family: str, images: int, *, dtype: str, compiled: bool = False) -> Found:
-    """The generator that a run's actors wrap: one call, one prompt, until the pixels are in host memory.
+    """The generator of a run's actors: one call with one prompt, until the pixels are in host memory.
 
     A run encodes PNGs in other tasks, see `host_png`.
     """
@@ -251,7 +251,7 @@ def generate(models: Models, family: str, images: int, *, dtype: str, compiled: 
 
 
 def generate_stock(models: Models, family: str, images: int, *, dtype: str) -> Found:
-    """The stock pipeline called by hand, until the images are in host memory."""
+    """The stock pipeline, until the images are in host memory."""
     usual = models.family(family)
     pipeline = DiffusionPipeline.from_pretrained(models.folder(family), dtype=getattr(torch, dtype))
     pipeline.to(models.device).set_progress_bar_config(disable=True)
@@ -268,7 +268,7 @@ def generate_stock(models: Models, family: str, images: int, *, dtype: str) -> F
 
 
 def flops_of_image(models: Models, family: str, *, dtype: str) -> Found:
-    """FLOPs of one image as `generate` makes it: those of one denoising step times the steps, and of the decoder."""
+    """FLOPs of one image of `generate`: those of a denoising step times the number of steps, and of the decoder."""
     usual = models.family(family)
     model = models.load(family, dtype=dtype)
     conditioning, _ = model.encode_prompts(["a red circle"])
@@ -309,7 +309,7 @@ def judges(models: Models) -> Found:
 
 
 def host_noise(models: Models) -> Found:
-    """Milliseconds of the host for one batch: drawing its noise, making all of it, moving it."""
+    """Milliseconds of host time for one batch: drawing its noise, building it, moving it to the device."""
     found = {}
     for name, shape, pairs in (("512 px", (4, 64, 64), 16), ("1024 px", (4, 128, 128), 8)):
         prompts = {"prompt_embedding": torch.randn(NUM_PROMPTS, 77, 768).half()}
@@ -342,7 +342,7 @@ def host_noise(models: Models) -> Found:
 
 
 def host_png(models: Models) -> Found:
-    """Milliseconds and kilobytes per PNG of a smooth, slightly noisy image, on 1, 2 and 8 threads."""
+    """Milliseconds and kilobytes per PNG of a smooth image with little noise, on 1, 2 and 8 threads."""
     random, found = np.random.default_rng(0), {}
     for side in (64,) if models.tiny else (512, 1024):
         coarse = Image.fromarray(random.integers(0, 255, (side // 16, side // 16, 3), dtype=np.uint8))

@@ -1,4 +1,4 @@
-"""The UNet families in their published architectures with random weights, as folders that the package loads."""
+"""UNet families in their published architectures with random weights, as folders that the package loads."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +18,7 @@ FULL_WIDTH, TINY_WIDTH, TINY_PIXELS = 320, 40, 64
 
 @dataclass(frozen=True)
 class Family:
-    """How a family is built, and how its images are usually sampled."""
+    """Builder of a family, and its usual sampling settings."""
 
     build: Callable[..., DiffusionPipeline]
     pixels: int
@@ -35,10 +35,12 @@ FAMILIES = {
 
 @dataclass
 class Models:
-    """Builds each family once, on the device, and loads it as a run does.
+    """Builds each family once on the device, and loads it as a run does.
 
     Attributes:
-        tiny: rehearse with an eighth of the width, shallow, in fp32, with images of 64 pixels, and without Inductor.
+        scratch: folder of the built models.
+        device: `cuda` or `cpu`.
+        tiny: rehearsal with an eighth of the width, shallow, in fp32, with images of 64 pixels, and without Inductor.
     """
 
     scratch: Path
@@ -53,22 +55,22 @@ class Models:
 
     @property
     def usual_dtype(self) -> str:
-        """What a GPU is used with; a CPU computes many times slower in it."""
+        """Usual dtype on the device: a CPU is many times slower in bfloat16."""
         return "float32" if self.tiny else "bfloat16"
 
     def folder(self, name: str) -> Path:
-        """The folder in diffusers layout, weights in bfloat16."""
+        """Folder in diffusers layout, with weights in bfloat16."""
         folder = self.scratch / name
         if not folder.is_dir():
             torch.manual_seed(0)
             width, pixels = TINY_WIDTH if self.tiny else FULL_WIDTH, self.family(name).pixels
-            with torch.device(self.device):  # billions of random weights: seconds on a GPU, minutes on a CPU
+            with torch.device(self.device):  # billions of random weights take seconds on a GPU, minutes on a CPU
                 pipeline = FAMILIES[name].build(width, pixels, shallow=self.tiny)
             pipeline.to(self.device, torch.bfloat16).save_pretrained(folder, safe_serialization=True)
         return folder
 
     def arguments(self, name: str, *, dtype: str, compiled: bool = False, training: bool = False) -> dict[str, Any]:
-        """What a run passes to the family's ``load``."""
+        """Arguments of the family's ``load`` in a run."""
         arguments = {
             "path": str(self.folder(name)),
             "dtype": dtype,
@@ -85,7 +87,7 @@ class Models:
         return self.prepared(model, compiled=compiled)
 
     def prepared(self, model: TextToImageModel, *, compiled: bool) -> TextToImageModel:
-        """In a rehearsal, lay the denoiser out as on a GPU, and compile it without Inductor."""
+        """In a rehearsal, give the denoiser its memory layout on a GPU, and compile it without Inductor."""
         if self.tiny:
             model.denoiser.to(memory_format=torch.channels_last)
             if compiled:

@@ -1,4 +1,4 @@
-"""What an import of preferences holds in memory: a small and a large set, peaks of the driver and of all processes.
+"""Memory of an import of preferences: a small and a large set, peaks of the driver and of all processes.
 
 The set is a Parquet file in Pick-a-Pic's schema, JPEGs of the embedded world; it goes the way of `cdpo import`.
 """
@@ -22,7 +22,7 @@ from cdpo_ray.run import run_steps
 from cdpo_ray.steps import steps_of
 from cdpo_ray.testbed.scenes import caption, render, sample_scene
 
-NUM_DISTINCT = 1_000  # pairs; the file repeats them, each time under another prompt
+NUM_DISTINCT = 1_000  # pairs; the file repeats them with different prompts
 ROWS_PER_GROUP = 1_000
 MB = 1e6
 
@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--pixels", type=int, default=96, help="height and width of the images in the file")
     parser.add_argument("--dir", type=Path, default=Path("runs/import_memory"), help="emptied first and last")
-    parser.add_argument("--max-growth", type=float, default=1.5, help="of all processes' peak; more fails")
+    parser.add_argument(
+        "--max-growth", type=float, default=1.5, help="maximum ratio of the peaks of all processes; a larger one fails"
+    )
     asked = parser.parse_args()
     shutil.rmtree(asked.dir, ignore_errors=True)
     asked.dir.mkdir(parents=True)
@@ -108,7 +110,7 @@ def jpeg(pixels: np.ndarray, num_pixels: int) -> bytes:
 
 
 class Peak:
-    """Largest memory, in bytes, of this process and of it with all its children; shared pages count once."""
+    """Peak memory in bytes of this process, and of it with all its children; shared pages count once."""
 
     def __enter__(self) -> "Peak":
         self.driver = self.all = 0

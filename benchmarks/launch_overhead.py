@@ -1,4 +1,4 @@
-"""What a training update costs the host around its launches: ours beside the functions of PEFT and diffusers.
+"""Host time of a training update around its launches: ours against the functions of PEFT and diffusers.
 
 - Switching a LoRA off and on around the reference's launch. With 16-bit weights, PEFT's cast of each layer's input to
   fp32 had to be switched off and on as well. Published architectures on the meta device: no arithmetic is timed.
@@ -57,7 +57,7 @@ def switching_times(net: UNet2DConditionModel, repeats: int) -> tuple[float, flo
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that run."""
+    """Counts executed operators."""
 
     count = 0
 

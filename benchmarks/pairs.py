@@ -1,4 +1,4 @@
-"""Time and memory to rank, admit and draw the pairs of every stage, beside a table that holds every pair.
+"""Time and memory to rank, admit and draw the pairs of every stage, against a table of all pairs.
 
 Both routes draw the paper's schedule from the same pairs; the table's are sorted by rank gap once, so that a stage is a
 prefix of it. Other schedules stand below, by arithmetic alone. Time and memory are taken in separate passes, because
@@ -33,7 +33,7 @@ OTHERS = {
 
 
 def by_arithmetic(scores: NDArray[np.float64], num_stages: int, num_draws: int, **changes: str | int) -> list[int]:
-    """Draw every stage with the package; the pairs each stage admits."""
+    """Draw every stage with the package; returns the number of admitted pairs per stage."""
     curriculum = Curriculum(rank_samples(scores), Schedule(num_stages=num_stages, **changes), seed=0)
     num_pairs = []
     for stage in range(1, num_stages + 1):
@@ -44,13 +44,13 @@ def by_arithmetic(scores: NDArray[np.float64], num_stages: int, num_draws: int, 
 
 
 def by_table(scores: NDArray[np.float64], num_stages: int, num_draws: int) -> list[int]:
-    """Draw every stage from a table of all pairs, sorted by rank gap; the pairs each stage admits."""
+    """Draw every stage from a table of all pairs, sorted by rank gap; returns the admitted pairs per stage."""
     num_prompts, num_samples = scores.shape
     order = np.argsort(-scores, axis=1, kind="stable").astype(np.int32)
     rank_w, rank_l = (ranks.astype(np.int32) for ranks in np.triu_indices(num_samples, 1))
     easy_first = np.argsort(rank_w - rank_l, kind="stable")
     rank_w, rank_l = rank_w[easy_first], rank_l[easy_first]
-    # One sort serves all prompts: gap-major, the prompts side by side within a pair of ranks.
+    # One sort for all prompts: by gap, then by pair of ranks, then by prompt.
     prompt = np.tile(np.arange(num_prompts, dtype=np.int32), len(rank_w))
     rank_gap = np.repeat(rank_l - rank_w, num_prompts)
     chosen, rejected = order[:, rank_w].T.ravel(), order[:, rank_l].T.ravel()
@@ -72,7 +72,7 @@ def by_table(scores: NDArray[np.float64], num_stages: int, num_draws: int) -> li
 def measure(
     route: Route, scores: NDArray[np.float64], num_stages: int, num_draws: int
 ) -> tuple[float, float, list[int]]:
-    """Seconds (best of three), peak MB and the pairs of each stage."""
+    """Seconds (best of three), peak MB and number of pairs per stage."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -91,14 +91,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=135)
     parser.add_argument("--images", type=int, default=500, help="images per prompt")
     parser.add_argument("--stages", type=int, default=5)
-    parser.add_argument("--draws", type=int, default=64_000, help="pairs drawn a stage")
+    parser.add_argument("--draws", type=int, default=64_000, help="pairs drawn per stage")
     options = parser.parse_args()
     scores = np.random.default_rng(0).normal(size=(options.prompts, options.images))
     seconds, peak, num_pairs = measure(by_arithmetic, scores, options.stages, options.draws)
     table_seconds, table_peak, table_pairs = measure(by_table, scores, options.stages, options.draws)
     assert num_pairs == table_pairs
     print(f"{options.prompts} prompts x {options.images} images, {options.stages} stages x {options.draws:,} draws")
-    print("pairs admitted a stage: " + ", ".join(f"{count:,}" for count in num_pairs))
+    print("pairs admitted per stage: " + ", ".join(f"{count:,}" for count in num_pairs))
     print(f"{'route':24} {'seconds':>9} {'peak MB':>9}")
     print(f"{'arithmetic':24} {seconds:9.3f} {peak:9.1f}")
     print(f"{'table':24} {table_seconds:9.3f} {table_peak:9.1f}")

@@ -1,4 +1,4 @@
-"""Routes to the same goods, run in turns -> items a second of each, and their ratio."""
+"""Alternating timings of several routes to the same result -> items per second of each, and their ratio."""
 
 import statistics
 import time
@@ -10,19 +10,22 @@ Rates = dict[str, list[float]]
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""`cpu` counts the seconds that this process's threads spent on a core: for a machine that others work on."""
+"""`cpu` counts the processor time of this process's threads: for a machine under other load."""
 
 
 def rates_in_turns(
     routes: Mapping[str, Callable[[], object]], *, num_items: int, repeats: int, device: str, clock: str = "wall"
 ) -> Rates:
-    """Items a second of each repetition of each route, after one repetition that does not count.
+    """Items per second of each repetition of each route, after one warm-up repetition.
 
-    The routes take turns, and each goes first every other time, so that a slow minute of the machine hits all.
+    The routes alternate, and so does their order, so that slow phases of the machine affect all of them.
 
     Args:
-        routes: name -> makes ``num_items`` items.
-        clock: one of `CLOCKS`.
+        routes: by name, a function that processes ``num_items`` items.
+        num_items: number of items of one call.
+        repeats: number of timed repetitions.
+        device: `cpu` or `cuda`.
+        clock: key of `CLOCKS`.
     """
     rates: Rates = {name: [] for name in routes}
     for repetition in range(repeats + 1):
@@ -34,7 +37,7 @@ def rates_in_turns(
 
 
 def seconds_of(work: Callable[[], object], device: str, clock: str) -> float:
-    """Time until the work, the GPU's share included, is done."""
+    """Time until the work is done, including the GPU's part."""
     _wait_for(device)
     start = CLOCKS[clock]()
     work()
@@ -43,7 +46,7 @@ def seconds_of(work: Callable[[], object], device: str, clock: str) -> float:
 
 
 def print_rates(rates: Rates, unit: str) -> None:
-    """A line a route, and the ratio of the first to the second."""
+    """Print one line per route, and the ratio of the first to the second."""
     print(f"{'route':8} {unit + '/s':>12} {'lowest':>9} {'highest':>9}   (median of {len(next(iter(rates.values())))})")
     for name, values in rates.items():
         print(f"{name:8} {statistics.median(values):12.3f} {min(values):9.3f} {max(values):9.3f}")
@@ -54,7 +57,7 @@ def print_rates(rates: Rates, unit: str) -> None:
 
 
 def machine(device: str) -> str:
-    """What the figures were taken on."""
+    """Description of the device for the output."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"

@@ -1,8 +1,8 @@
-"""What Ray costs a run: each step through Ray beside the same plain classes and functions called in one process.
+"""Overhead of Ray: each step on Ray against the same classes and functions called in one process.
 
-Every step has one worker and one CPU thread on both routes; without Ray it runs in a fresh process, as an actor does.
-Both routes walk a small and a large run. Seconds an item are the difference quotient of the two walks; what is left of
-the small one does not grow with the work (process start, imports, model load, checkpoints) and stands apart.
+Every step has one worker and one CPU thread on both routes; without Ray it runs in a new process, as an actor does.
+Both routes do a small and a large run. Seconds per item are the difference quotient of the two; the rest of the small
+run does not grow with the work (process start, imports, model load, checkpoints) and is reported separately.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for all child processes: Ray's workers have one thread too
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch, and for all child processes, as in Ray's workers
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +46,7 @@ MAKE_REWARD, MAKE_JUDGES = functools.partial(Scorer, {"clip": {}}), functools.pa
 
 @dataclass(frozen=True)
 class Size:
-    """How much a walk makes."""
+    """Sizes of a run."""
 
     prompts: int
     updates: int
@@ -57,7 +57,7 @@ class Size:
 
 
 class Route(Protocol):
-    """A way to do the steps of a run; each writes to its folder."""
+    """A route through the steps of a run; each step writes to its folder."""
 
     def generate(self, prompts: list[str], output_dir: Path) -> None: ...
     def train(self, job: TrainingJob, output_dir: Path) -> None: ...
@@ -115,7 +115,7 @@ class ThroughRay:
 
 
 class Bare:
-    """The classes inside those actors, without Ray."""
+    """The classes of those actors, without Ray."""
 
     def generate(self, prompts: list[str], output_dir: Path) -> None:
         from cdpo_ray.dataflow.images import encode_pixels
@@ -195,7 +195,7 @@ class Bare:
 
 
 def in_fresh_process(work: Callable[..., None], *arguments: Any) -> None:
-    """Call in a new interpreter and wait."""
+    """Call a function in a new interpreter and wait for it."""
     process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
     process.start()
     process.join()
@@ -203,7 +203,7 @@ def in_fresh_process(work: Callable[..., None], *arguments: Any) -> None:
 
 
 def draw_stages(samples_dir: Path, stages_dir: Path, pairs_per_stage: int) -> None:
-    """Scores of the samples -> the pairs of each stage; the same plain functions on both routes, so not timed."""
+    """Scores of the samples -> pairs of each stage; the same functions on both routes, hence not timed."""
     samples = pq.ParquetDataset(samples_dir).read(["prompt_index", "score_clip"]).sort_by("prompt_index")
     ranking = rank_samples(np.array(samples["score_clip"].to_pylist()))
     curriculum = Curriculum(ranking, Schedule(num_stages=NUM_STAGES), seed=0)
@@ -247,7 +247,7 @@ def walk(route: Route, size: Size) -> dict[str, float]:
 
 
 def print_shares(sizes: tuple[Size, Size], bare: list[dict[str, float]], ray: list[dict[str, float]]) -> None:
-    """Seconds an item, and apart from the items, a line a step; the last line is the large run's sums."""
+    """Print seconds per item and constant seconds, one line per step; the last line sums the large run."""
     small, large = (size.items() for size in sizes)
     _print_line("step", "items", "bare s/item", "Ray s/item", "ratio", "bare apart s", "Ray apart s")
     sums = np.zeros(4)
@@ -266,7 +266,7 @@ def _print_line(*cells: Any) -> None:
 
 
 def main() -> None:
-    """Walk both routes at both sizes."""
+    """Run both routes at both sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=24, help="of the small run's generation; 8 images each")
     parser.add_argument("--updates", type=int, default=20, help="of the small run's training; 16 pairs each")

@@ -1,4 +1,4 @@
-"""Images scored: each reward in batches, beside the same net called image by image.
+"""Images scored per second: each reward in batches, against the same model called image by image.
 
 The naive route is what one writes by hand: a PIL image prepared on the main thread, by PIL or by transformers' image
 processor, one at a time, its prompt encoded every time. Both routes share one net. Published nets have their real
@@ -73,7 +73,7 @@ CLIP_H = {
 
 @dataclass(frozen=True)
 class Judge:
-    """A reward, and the same judgement of one image by hand."""
+    """A reward, and a hand-written computation of the same score for one image."""
 
     reward: Reward
     by_hand: Callable[[Image.Image, str], float]
@@ -174,7 +174,7 @@ JUDGES = {
     "hpsv2": hpsv2,
 }
 OF_THE_EMBEDDED_WORLD = ("clip", "oracle")
-HEAVY = ("pickscore", "hpsv2")  # 4 GB of weights and as much again while they are built
+HEAVY = ("pickscore", "hpsv2")  # 4 GB of weights, and twice that while they are built
 
 
 def saved(content: Any, path: Path) -> tuple[str, str]:
@@ -185,7 +185,7 @@ def saved(content: Any, path: Path) -> tuple[str, str]:
 
 
 def pictures(name: str, num_prompts: int, images_per_prompt: int, pixels: int) -> tuple[Tensor, list[str]]:
-    """Images uint8 ``[image, 3, height, width]`` and a prompt each, a prompt's images side by side."""
+    """Images uint8 ``[image, 3, height, width]`` grouped by prompt, and the prompt of each."""
     rng = np.random.default_rng(0)
     count = num_prompts * images_per_prompt
     prompts = [prompt for prompt in scene_prompts("train", num_prompts, seed=0) for _ in range(images_per_prompt)]
@@ -212,10 +212,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     light = [name for name in JUDGES if name not in HEAVY]
     parser.add_argument("--rewards", nargs="+", choices=JUDGES, default=light)
-    parser.add_argument("--pixels", type=int, default=512, help="side of an image that is no scene")
+    parser.add_argument("--pixels", type=int, default=512, help="side of an image that is not a scene")
     parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--images", type=int, default=8, help="images a prompt")
-    parser.add_argument("--images-per-batch", type=int, default=8, help="of ours")
+    parser.add_argument("--images", type=int, default=8, help="images per prompt")
+    parser.add_argument("--images-per-batch", type=int, default=8, help="our batch size")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a busy machine")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
@@ -223,7 +223,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Check that both routes agree, then time them in turns, reward by reward."""
+    """Check that both routes agree, then time them alternately, reward by reward."""
     options = parse()
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,8 +1,8 @@
-"""One LoRA DPO update: ours beside the loop that one writes from diffusers' documentation.
+"""One LoRA DPO update: ours against a loop written after diffusers' documentation.
 
-Both start from the same weights and see the same pairs, timesteps and noise. Ours takes cached latents and prompt
-embeddings and switches the adapters off for the reference; the stock loop encodes images and prompts anew each update
-and keeps a frozen copy of the net. Drawing timesteps and noise, and reading the images, is outside of both timings.
+Both start from the same weights and use the same pairs, timesteps and noise. Ours uses cached latents and prompt
+embeddings and disables the adapters for the reference; the stock loop encodes images and prompts in each update and
+keeps a frozen copy of the model. Drawing timesteps and noise and reading images are excluded from both timings.
 """
 
 import argparse
@@ -37,7 +37,7 @@ LORA_RANK, LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM, BETA = 8, 5e-4, 1e-4, 1.0
 
 @dataclass(frozen=True)
 class ImagePairs:
-    """What a user has (images ``[pair, 3, height, width]`` from -1 to 1, a prompt a pair), and what is drawn for it."""
+    """Images ``[pair, 3, height, width]`` in [-1, 1], one prompt per pair, and drawn timesteps and noise."""
 
     images_w: Tensor
     images_l: Tensor
@@ -56,7 +56,7 @@ class ImagePairs:
 
 
 class Stock:
-    """The loop of the documentation: four networks, everything computed every update."""
+    """The loop of the documentation: four networks, nothing is cached."""
 
     def __init__(self, folder: Path, pairs: ImagePairs, device: str, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
@@ -82,7 +82,7 @@ class Stock:
 
     @torch.no_grad()
     def encode_images(self) -> Tensor:
-        """The mode in place of a draw: both routes must see the same latents."""
+        """Mode of the posterior instead of a draw: both routes must use the same latents."""
         return self.vae.encode(self.images).latent_dist.mode() * self.vae.config.scaling_factor
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.trainable, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         conditioning, _ = self.model.encode_prompts(pairs.prompts)
         latents_w, latents_l = latents.chunk(2)
-        # As it comes from the bank: moving it to the device is part of the update.
+        # On the host, as in the bank: moving it to the device is part of the update.
         self.batch = PairBatch(
             latents_w.cpu(),
             latents_l.cpu(),
@@ -168,7 +168,7 @@ def _start_engine(denoiser: nn.Module, trainable: Sequence[nn.Parameter], option
 
 
 def same_adapters(ours: Ours, stock: Stock) -> None:
-    """Give both the same LoRA, away from zero: at zero every loss is ln 2, and agreement would prove nothing."""
+    """Give both the same non-zero LoRA: at zero every loss is ln 2, and agreement would prove nothing."""
     random = torch.Generator().manual_seed(1)
     for mine, theirs in zip(ours.trainable, stock.trainable, strict=True):
         values = torch.randn(mine.shape, generator=random) / math.sqrt(mine[0].numel())
@@ -177,7 +177,7 @@ def same_adapters(ours: Ours, stock: Stock) -> None:
 
 
 def peak_bytes(route: Ours | Stock) -> int:
-    """GPU memory that an update takes beyond what lies there before it."""
+    """Peak GPU memory of an update, beyond the memory that was allocated before."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     route.update()
@@ -185,7 +185,7 @@ def peak_bytes(route: Ours | Stock) -> int:
 
 
 def main() -> None:
-    """Build both routes, check that they agree, time them in turns."""
+    """Build both routes, check that they agree, and time them alternately."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="embedded")
     parser.add_argument("--pairs", type=int, default=16, help="pairs an update")

@@ -1,1 +1,1 @@
-"""Scenes -> the weights of the testbed: tokenizer, autoencoder, denoiser, dual encoder, trained from scratch."""
+"""Training of the testbed's weights from scratch: tokenizer, autoencoder, denoiser, dual encoder."""

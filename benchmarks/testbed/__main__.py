@@ -14,7 +14,7 @@ from benchmarks.testbed.measure import NUM_SCENES, measure
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Autoencoder and dual encoder side by side, then the denoiser in two processes, then its consistency model."""
+    """Train autoencoder and dual encoder concurrently, the denoiser in two processes, and its consistency model."""
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     common = {"num_scenes": options.num_scenes, "seed": options.seed}
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The defaults are those of the weights in the repository; lower them for a smoke test."""
+    """Options; the defaults are those of the weights in the repository, lower values suit a smoke test."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.testbed", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the weights and README.md to")
     parser.add_argument("--seed", type=int, default=0)

@@ -18,7 +18,7 @@ BATCH_SIZE = 16
 
 
 def make_autoencoder() -> AutoencoderKL:
-    """A KL autoencoder with two halvings, so f = 4."""
+    """A KL autoencoder with a downsampling factor of 4."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -31,9 +31,9 @@ def make_autoencoder() -> AutoencoderKL:
 
 
 def reconstruction_error(output: Tensor, pixels: Tensor) -> Tensor:
-    """L1 + squared difference, with the pixels of objects counted ``FOREGROUND_WEIGHT`` times.
+    """L1 plus squared difference, with weight ``FOREGROUND_WEIGHT`` for the pixels of objects.
 
-    Objects cover a seventh of the picture; unweighted, the net learns backgrounds first and shapes late.
+    Objects cover a seventh of the image; without weights, the model learns backgrounds first and shapes late.
 
     Args:
         output, pixels: ``[image, 3, 32, 32]`` in [-1, 1].

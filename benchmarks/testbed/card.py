@@ -1,4 +1,4 @@
-"""Figures -> the model card beside the weights."""
+"""Saved figures -> model card of the weights."""
 
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ PARTS = ("autoencoder", "denoiser", "consistency", "dual_encoder")
 CARD = """# Weights of the testbed
 
 A latent diffusion pipeline, a consistency model distilled from it and a dual encoder for captioned 32x32 scenes,
-trained from scratch for tests and experiments of this project. They know nothing but that world: coloured shapes at
-named places on plain backgrounds. Trained, measured and described by the parts of `benchmarks.testbed`;
-`python -m benchmarks.testbed --out DIR` runs them all again.
+trained from scratch for tests and experiments of this project. They know only this world: coloured shapes at named
+places on plain backgrounds. `python -m benchmarks.testbed --out DIR` repeats training and measurements and writes this
+card.
 
 - `pipeline/`: loads with `diffusers.StableDiffusionPipeline.from_pretrained`; fp16, {pipeline_megabytes:.1f} MB.
 - `consistency/`: loads with `cdpo_ray.testbed.consistency.load_consistency_pipeline` as a
@@ -30,41 +30,41 @@ named places on plain backgrounds. Trained, measured and described by the parts 
 ## Data
 
 Scenes drawn by rule (`cdpo_ray/testbed/scenes.py`); no other images or texts. {num_captions} captions, of which
-{num_heldout} ({heldout_share:.1%}) show a pair of objects that is held out from every training.
+{num_heldout} ({heldout_share:.1%}) show a pair of objects that is held out from all training.
 
 ## Training
 
-{num_cpus} CPU cores, one thread a process.
+{num_cpus} CPU cores, one thread per process.
 
 | part | seed | updates | images seen | minutes |
 |---|---|---|---|---|
 {training_rows}
 
-Minutes are wall-clock, with whatever else ran beside it.
+Minutes are wall-clock time, under other load.
 
 ## Results on held-out scenes
 
 Autoencoder: {psnr_db:.1f} dB peak signal-to-noise ratio. The oracle calls {renders_strict:.1%} of the true renders
-right in every respect, and {reconstructions_strict:.1%} of their reconstructions.
+correct in every respect, and {reconstructions_strict:.1%} of their reconstructions.
 
 Pipeline: {num_prompts} held-out prompts x {images_per_prompt} noises, DDIM with {num_denoising_steps} steps, seed
-{evaluation_seed}. *strict*: every check of the oracle holds; *attr*: all but the places; *soft*: the share of checks
-that hold. Chance: the same images judged by another's prompt.
+{evaluation_seed}. *strict*: every check of the oracle holds; *attr*: all checks but the places; *soft*: the share of
+checks that hold. Chance: the same images, judged by the prompt of another image.
 
 | | strict | attr | soft |
 |---|---|---|---|
 {pipeline_rows}
 
-Consistency model: the same prompts and first noises, by the scheduler it comes with. Rows that differ in the guidance
-alone show how far it heeds it.
+Consistency model: the same prompts and initial noises, with its own scheduler. Rows that differ only in the guidance
+show the effect of guidance.
 
 | | strict | attr | soft |
 |---|---|---|---|
 {consistency_rows}
 
-Dual encoder: share of true renders whose own caption scores above one that is wrong in one respect (chance: 50 %).
+Dual encoder: share of true renders whose own caption scores above a caption with one error (chance: 50 %).
 
-| wrong in | right choices |
+| error | correct choices |
 |---|---|
 {clip_rows}
 """

@@ -1,4 +1,4 @@
-"""The trained pipeline -> a consistency model of it, by latent consistency distillation."""
+"""Trained pipeline -> consistency model, by latent consistency distillation."""
 
 import copy
 import time
@@ -32,7 +32,7 @@ GUIDANCE_CHANNELS = 256
 
 
 def make_consistency_scheduler() -> LCMScheduler:
-    """The teacher's schedule of noise; a sampler's timesteps lie on the grid of the distillation."""
+    """The teacher's noise schedule; the sampler's timesteps are on the grid of the distillation."""
     teacher = make_scheduler().config
     return LCMScheduler(
         num_train_timesteps=teacher.num_train_timesteps,
@@ -44,9 +44,9 @@ def make_consistency_scheduler() -> LCMScheduler:
 
 
 def make_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The teacher's net with an embedding of the guidance, whose weights are zero: at first it is the teacher."""
+    """The teacher with an embedding of the guidance, whose weights are zero: it starts as the teacher."""
     student = UNet2DConditionModel.from_config(teacher.config, time_cond_proj_dim=GUIDANCE_CHANNELS)
-    student.register_to_config(_name_or_path="")  # else the folder that the teacher was loaded from
+    student.register_to_config(_name_or_path="")  # otherwise the folder that the teacher was loaded from
     guidance_weight = torch.zeros_like(student.time_embedding.cond_proj.weight)
     student.load_state_dict({**teacher.state_dict(), "time_embedding.cond_proj.weight": guidance_weight})
     return student.to(memory_format=torch.channels_last)
@@ -76,10 +76,10 @@ def train_consistency(weights_dir: Path, *, num_updates: int, num_scenes: int, s
     empty = encode_captions(pipeline, [""]).expand(BATCH_SIZE, -1, -1)
 
     def guided_noise(noisy_latents: Tensor, timesteps: Tensor, embeddings: Tensor, guidance: Tensor) -> Tensor:
-        """The teacher's, with and without the caption in one go."""
+        """The teacher's prediction with guidance, in one launch with and without the caption."""
         both = teacher(noisy_latents.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([embeddings, empty])).sample
-        told, untold = both.chunk(2)
-        return guided(told, untold, guidance)
+        with_caption, without = both.chunk(2)
+        return guided(with_caption, without, guidance)
 
     def denoised(net: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
         prediction = net(noisy_latents, timesteps, **conditions).sample
@@ -98,9 +98,9 @@ def train_consistency(weights_dir: Path, *, num_updates: int, num_scenes: int, s
         place = torch.randint(len(grid), (BATCH_SIZE,))
         timesteps, previous = grid[place], (grid[place] - GRID_STEP).clamp(min=0)
         guidance = torch.empty(BATCH_SIZE).uniform_(MIN_GUIDANCE, MAX_GUIDANCE)
-        told_guidance = pipeline.get_guidance_scale_embedding(guidance, GUIDANCE_CHANNELS)
+        guidance_embedding = pipeline.get_guidance_scale_embedding(guidance, GUIDANCE_CHANNELS)
         embeddings = encode_captions(pipeline, [captions[i] for i in index])
-        conditions = {"encoder_hidden_states": embeddings, "timestep_cond": told_guidance}
+        conditions = {"encoder_hidden_states": embeddings, "timestep_cond": guidance_embedding}
         noisy_latents = scheduler.add_noise(latents[index], torch.randn_like(latents[index]), timesteps)
         noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
@@ -124,6 +124,6 @@ def train_consistency(weights_dir: Path, *, num_updates: int, num_scenes: int, s
 
 @torch.no_grad()
 def encode_captions(pipeline: LatentConsistencyModelPipeline, captions: list[str]) -> Tensor:
-    """``[caption, token, channel]``."""
+    """Embeddings ``[caption, token, channel]`` of captions."""
     embeddings, _ = pipeline.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=False)
     return embeddings

@@ -1,4 +1,4 @@
-"""A scene -> nearly the same scene, wrong in one respect."""
+"""Scene -> the same scene with one error."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -55,7 +55,7 @@ CONTRASTS: dict[str, Callable[[Scene, np.random.Generator], Scene | None]] = {
 
 
 def train_contrasts(scene: Scene, count: int, rng: np.random.Generator) -> list[Scene]:
-    """``count`` random contrasts, none of them held out: training must not meet those even as wrong captions."""
+    """``count`` random contrasts, none held out: training must not use held-out scenes even as wrong captions."""
     contrasts: list[Scene] = []
     makers = list(CONTRASTS.values())
     while len(contrasts) < count:

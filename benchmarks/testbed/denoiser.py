@@ -1,4 +1,4 @@
-"""Latents and captions -> UNet2DConditionModel and CLIPTextModel, saved as a whole StableDiffusionPipeline."""
+"""Latents and captions -> UNet2DConditionModel and CLIPTextModel, saved as a StableDiffusionPipeline."""
 
 import copy
 import os
@@ -25,7 +25,7 @@ LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 1e-2
 BATCH_SIZE_PER_WORKER = 32
 EMPTY_CAPTION_SHARE = 0.1  # for classifier-free guidance
-SCHEDULE_STRETCH = 1.3  # the cosine is cut off at an eighth of the peak rate; averaging the weights does the rest
+SCHEDULE_STRETCH = 1.3  # the cosine ends at an eighth of the peak rate; weight averaging replaces the rest
 EMA_DECAY = 0.998
 NUM_TIMESTEPS = 1000
 NUM_BINS = 20
@@ -64,15 +64,15 @@ class Denoiser(nn.Module):
         ).to(memory_format=torch.channels_last)
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, token_ids: Tensor) -> Tensor:
-        """Predict the noise: ``[image, 4, 8, 8]``, from latents alike, ``[image]`` and ``[image, token]``."""
+        """Predict the noise ``[image, 4, 8, 8]`` from latents, timesteps ``[image]`` and tokens ``[image, token]``."""
         return self.unet(noisy_latents, timesteps, self.text_encoder(token_ids).last_hidden_state).sample
 
 
 class BinnedError:
     """Divides each error by the running mean of its bin of timesteps.
 
-    Plain errors of low timesteps are thirty times those of high ones and drown them, but it is at the high ones that
-    the text decides the layout.
+    Plain errors of low timesteps are thirty times those of high timesteps and dominate them, but at high timesteps the
+    text determines the layout.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class BinnedError:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's schedule of noise."""
+    """Stable Diffusion's noise schedule."""
     return DDIMScheduler(
         num_train_timesteps=NUM_TIMESTEPS,
         beta_start=0.00085,
@@ -121,8 +121,8 @@ def train_denoiser(
     """Train data-parallel in ``num_workers`` processes of one thread each and save ``pipeline``.
 
     Args:
-        num_scenes: of all workers together; each draws its own share.
-        save_every: updates between two writes of the pipeline, so that a cut-off training leaves a usable one.
+        num_scenes: number of scenes of all workers; each draws its share.
+        save_every: number of updates between saves of the pipeline, so that an interrupted training leaves one.
     """
     start = time.perf_counter()
     rendezvous = (weights_dir / "rendezvous").absolute()
@@ -177,7 +177,7 @@ def _train_worker(
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        decay = min(EMA_DECAY, (1 + update) / (10 + update))  # a shorter memory at the start
+        decay = min(EMA_DECAY, (1 + update) / (10 + update))  # a shorter average at the start
         move_average(average.parameters(), denoiser.parameters(), decay)
         if update % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.4f}")
@@ -204,17 +204,17 @@ def draw_batches(
     scheduler = make_scheduler()
     while True:
         index = torch.randint(len(latents), (BATCH_SIZE_PER_WORKER,))
-        told = torch.rand(BATCH_SIZE_PER_WORKER, 1) >= EMPTY_CAPTION_SHARE
+        has_caption = torch.rand(BATCH_SIZE_PER_WORKER, 1) >= EMPTY_CAPTION_SHARE
         timesteps = torch.randint(NUM_TIMESTEPS, (BATCH_SIZE_PER_WORKER,))
         noise = torch.randn_like(latents[index])
         noisy_latents = scheduler.add_noise(latents[index], noise, timesteps)
         noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
-        yield noisy_latents, timesteps, torch.where(told, token_ids[index], empty_ids), noise
+        yield noisy_latents, timesteps, torch.where(has_caption, token_ids[index], empty_ids), noise
 
 
 def save_pipeline(denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, pipeline_dir: Path) -> None:
-    """Write a folder that plain ``StableDiffusionPipeline.from_pretrained`` loads; all weights in fp16."""
-    vae.register_to_config(_name_or_path="")  # else the folder it was loaded from
+    """Write a folder that ``StableDiffusionPipeline.from_pretrained`` loads; all weights in fp16."""
+    vae.register_to_config(_name_or_path="")  # otherwise the folder that it was loaded from
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=denoiser.text_encoder,

@@ -27,12 +27,12 @@ BATCH_SIZE = 48
 NUM_CONTRASTS = 2  # wrong captions for each image
 IMAGE_SIZE = 32
 HALVES = (0.5, 0.5, 0.5)  # mean and deviation of each channel: pixels in [-1, 1]
-PIXEL_NOISE = 0.05  # standard deviation in [-1, 1]: the images to judge are decoded, not drawn
+PIXEL_NOISE = 0.05  # standard deviation in [-1, 1]: judged images are decoded, not rendered
 MAX_LOGIT_SCALE = 100.0
 
 
 def model_config(vocab_size: int) -> dict[str, Any]:
-    """open_clip's description of the model: a small ModifiedResNet and a two-layer text transformer."""
+    """Model configuration of open_clip: a small ModifiedResNet and a two-layer text transformer."""
     return {
         "embed_dim": 128,
         "vision_cfg": {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 14},
@@ -47,7 +47,7 @@ def model_config(vocab_size: int) -> dict[str, Any]:
 
 
 def fits(images: list[Scene], captions: list[Scene]) -> Tensor:
-    """``[image, caption]`` bool: whether a caption is true of an image, its own or not."""
+    """``[image, caption]`` bool: whether a caption is true of an image."""
     names: dict[frozenset[Any], int] = {}
     of_images = torch.tensor([names.setdefault(frozenset(scene.objects), len(names)) for scene in images])
     of_captions = torch.tensor([names.setdefault(frozenset(scene.objects), len(names)) for scene in captions])
@@ -58,10 +58,10 @@ def fits(images: list[Scene], captions: list[Scene]) -> Tensor:
 
 
 def contrastive_loss(logits: Tensor, true: Tensor) -> Tensor:
-    """Cross-entropy of both directions; true captions other than an image's own count neither for nor against it.
+    """Cross-entropy of both directions; true captions other than an image's own are excluded.
 
     Args:
-        logits: ``[image, caption]``; the first captions are the images' own, in order, the others are wrong ones.
+        logits: ``[image, caption]``; the first captions are the images' own, in order, the others are wrong.
         true: ``[image, caption]`` bool, see ``fits``.
     """
     own = torch.arange(len(logits))
@@ -72,7 +72,7 @@ def contrastive_loss(logits: Tensor, true: Tensor) -> Tensor:
 
 
 def train_dual_encoder(weights_dir: Path, *, num_updates: int, num_scenes: int, seed: int) -> None:
-    """Train and save to ``clip``, with wrong captions beside each image's own."""
+    """Train and save to ``clip``, with wrong captions in addition to each image's own."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed + 1)  # the pool is drawn with the seed itself
@@ -90,12 +90,12 @@ def train_dual_encoder(weights_dir: Path, *, num_updates: int, num_scenes: int, 
     for update in progress:
         index = torch.randint(num_scenes, (BATCH_SIZE,))
         scenes = [pool.scenes[i] for i in index]
-        told = scenes + [wrong for scene in scenes for wrong in train_contrasts(scene, NUM_CONTRASTS, rng)]
+        captioned = scenes + [wrong for scene in scenes for wrong in train_contrasts(scene, NUM_CONTRASTS, rng)]
         pixels = to_pixels(pool.images[index], HALVES, HALVES, IMAGE_SIZE).contiguous(memory_format=torch.channels_last)
         image_features = model.encode_image(pixels + PIXEL_NOISE * torch.randn_like(pixels), normalize=True)
-        text_features = model.encode_text(tokenizer([caption(scene) for scene in told]), normalize=True)
+        text_features = model.encode_text(tokenizer([caption(scene) for scene in captioned]), normalize=True)
         logits = model.logit_scale.exp() * image_features @ text_features.T
-        loss = contrastive_loss(logits, fits(scenes, told))
+        loss = contrastive_loss(logits, fits(scenes, captioned))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,4 +1,4 @@
-"""What a training measured -> a JSON file beside the weights."""
+"""Measurements of a training <-> JSON file beside the weights."""
 
 import json
 from pathlib import Path
@@ -14,5 +14,5 @@ def save_figures(weights_dir: Path, part: str, figures: dict[str, Any]) -> None:
 
 
 def load_figures(weights_dir: Path, part: str) -> dict[str, Any]:
-    """Read what ``save_figures`` wrote."""
+    """Read a file of ``save_figures``."""
     return dict(json.loads((weights_dir / "figures" / f"{part}.json").read_text()))

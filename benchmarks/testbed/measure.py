@@ -1,4 +1,4 @@
-"""Weights -> their figures on held-out scenes."""
+"""Weights -> figures on held-out scenes."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ NUM_SCENES = 1000
 IMAGES_PER_PROMPT = 4
 PROMPTS_PER_BATCH = 32
 NUM_DENOISING_STEPS = 10
-GUIDANCE_SCALES = (1.0, 3.0)  # one is none
+GUIDANCE_SCALES = (1.0, 3.0)  # 1: no guidance
 CONSISTENCY_SAMPLERS = ((1, 3.0), (2, 2.0), (2, 3.0), (2, 4.0), (4, 3.0), (8, 3.0))  # denoising steps, guidance scale
 EVALUATION_SEED = 1000
 
@@ -40,7 +40,7 @@ def to_uint8(pixels: NDArray[np.float32]) -> Images:
 
 
 def load_pipeline(pipeline_dir: Path) -> StableDiffusionPipeline:
-    """The pipeline in fp32, silent."""
+    """The pipeline in fp32, without progress bar."""
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_dir, torch_dtype=torch.float32, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -54,7 +54,7 @@ def generate(
     seed: int,
     num_denoising_steps: int = NUM_DENOISING_STEPS,
 ) -> NDArray[np.uint8]:
-    """One image a prompt, ``[prompt, 3, 32, 32]``, by the pipeline's own scheduler from noises of ``seed``."""
+    """One image per prompt, ``[prompt, 3, 32, 32]``, by the pipeline's own scheduler from noises of ``seed``."""
     generator = torch.Generator().manual_seed(seed)
     noises = torch.randn(len(prompts), 4, 8, 8, generator=generator)
     batches = range(0, len(prompts), PROMPTS_PER_BATCH)
@@ -73,7 +73,7 @@ def generate(
 
 
 def measure_autoencoder(vae: AutoencoderKL, scenes: list[Scene], images: Images) -> dict[str, float]:
-    """Peak signal-to-noise ratio of reconstructions in dB, and what the oracle says of them."""
+    """Peak signal-to-noise ratio of reconstructions in dB, and their oracle scores."""
     pixels = torch.from_numpy(images).float() / 127.5 - 1
     with torch.no_grad():
         batches = [vae.decode(vae.encode(batch).latent_dist.mode()).sample for batch in pixels.split(100)]
@@ -88,7 +88,7 @@ def measure_autoencoder(vae: AutoencoderKL, scenes: list[Scene], images: Images)
 
 
 def measure_pipeline(pipeline: StableDiffusionPipeline, num_prompts: int) -> dict[str, Any]:
-    """Mean oracle scores with and without guidance; ``chance`` judges the same images by another's prompt."""
+    """Mean oracle scores with and without guidance; ``chance``: the same images, judged by other prompts."""
     prompts = scene_prompts("heldout", num_prompts, EVALUATION_SEED) * IMAGES_PER_PROMPT
     figures: dict[str, Any] = {"num_prompts": num_prompts, "images_per_prompt": IMAGES_PER_PROMPT}
     for scale in GUIDANCE_SCALES:
@@ -110,12 +110,12 @@ def measure_consistency(pipeline: LatentConsistencyModelPipeline, num_prompts: i
 
 @torch.no_grad()
 def measure_clip(clip_dir: Path, scenes: list[Scene], images: Images, seed: int) -> dict[str, float]:
-    """Share of renders whose own caption scores above one that is wrong in a single respect, for each respect."""
+    """Share of renders whose own caption scores above a caption with one error, by kind of error."""
     model, tokenizer, mean, std, image_size = load_clip(clip_dir)
     image_features = model.encode_image(to_pixels(torch.from_numpy(images), mean, std, image_size), normalize=True)
 
-    def scores(rows: list[int], told: list[Scene]) -> torch.Tensor:
-        text_features = model.encode_text(tokenizer([caption(scene) for scene in told]), normalize=True)
+    def scores(rows: list[int], captioned: list[Scene]) -> torch.Tensor:
+        text_features = model.encode_text(tokenizer([caption(scene) for scene in captioned]), normalize=True)
         return (image_features[rows] * text_features).sum(1)
 
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Scenes -> a pool of training images in memory."""
+"""Scenes -> pool of training images in memory."""
 
 from dataclasses import dataclass
 

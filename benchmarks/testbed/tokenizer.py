@@ -1,4 +1,4 @@
-"""Words of the captions -> one byte-level BPE vocabulary for CLIPTokenizer and open_clip alike."""
+"""Words of the captions -> one byte-level BPE vocabulary for CLIPTokenizer and open_clip."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ Merge = tuple[str, str]
 
 
 def learn_merges(words: tuple[str, ...]) -> list[Merge]:
-    """Merge the most frequent neighbours, first in the alphabet among equals, until each word is one token."""
+    """Merge the most frequent neighbours, ties in alphabetical order, until each word is one token."""
     spellings = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[Merge] = []
     while counts := Counter(pair for spelling in spellings for pair in pairwise(spelling)):
@@ -69,7 +69,7 @@ def save_tokenizer(tokenizer_dir: Path) -> None:
 
 
 def save_bpe(bpe_path: Path) -> None:
-    """Write the merges as SimpleTokenizer reads them; without a time stamp, so that equal merges give equal bytes."""
+    """Write the merges in SimpleTokenizer's format, without a time stamp, so that equal merges give equal bytes."""
     bpe_path.write_bytes(gzip.compress(_merges_text(learn_merges(WORDS)).encode(), mtime=0))
 
 

@@ -238,7 +238,7 @@ def scene_prompts_apart(apart_from: Sequence[str], count: int, seed: int) -> lis
     captions = [text for text in reversed(everything) if _objects(text) not in shown]
     if len(captions) < count:
         raise ValueError(
-            f"scene_prompts_apart: there are {len(captions)} prompts without a scene of the {len(apart_from)} held-out"
+            f"there are {len(captions)} prompts without a scene of the {len(apart_from)} held-out"
             f" ones, got `count` = {count}; lower it, or hold out fewer"
         )
     return captions[:count]

@@ -1,4 +1,4 @@
-"""What the chaos benchmark says of two runs, and when it kills; no run is started."""
+"""Chaos benchmark: comparison of two runs, and selection of moments; starts no run."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_every_step_has_moments_and_a_seed_chooses_the_same_ones_again(chaos: ModuleType) -> None:
+def test_every_step_has_moments_and_their_selection_depends_on_the_seed_only(chaos: ModuleType) -> None:
     everything = [moment for moments in chaos.chosen("", None, 0).values() for moment in moments]
     assert {moment.step for moment in everything} == STEPS
     some = [moment for moments in chaos.chosen("", 20, 3).values() for moment in moments]
@@ -39,7 +39,7 @@ def test_every_step_has_moments_and_a_seed_chooses_the_same_ones_again(chaos: Mo
     assert {(moment.step, moment.victim) for moment in moments} == {("tune", "driver")}
 
 
-def test_times_may_differ_and_nothing_else_may(chaos: ModuleType, tmp_path: Path) -> None:
+def test_only_times_may_differ(chaos: ModuleType, tmp_path: Path) -> None:
     for root, seconds in (("quiet", 1.5), ("chaos", 9.25)):
         write(tmp_path / root / "run" / "4-training" / "stages.json", json.dumps([{"loss": 0.5, "seconds": seconds}]))
         write(tmp_path / root / "run" / "4-training" / "updates.jsonl", '{"loss": 0.5}\n')
@@ -66,20 +66,20 @@ def test_times_may_differ_and_nothing_else_may(chaos: ModuleType, tmp_path: Path
     ]
 
 
-def test_a_moment_comes_with_what_is_new_since_its_watch_began(chaos: ModuleType, tmp_path: Path) -> None:
+def test_an_event_is_a_change_since_its_watch_started(chaos: ModuleType, tmp_path: Path) -> None:
     log, old = write(tmp_path / "log", "train ...\n"), write(tmp_path / "1-samples.partial" / "parts" / "0.parquet", "")
-    says, part = chaos.Says(r"train \.\.\."), chaos.Appears("1-samples.partial/parts/*.parquet")
+    line, part = chaos.Logs(r"train \.\.\."), chaos.Appears("1-samples.partial/parts/*.parquet")
     rename = chaos.Renames("1-samples")
-    said, appeared, renamed = (event.watch(tmp_path, log) for event in (says, part, rename))
-    assert not (said() or appeared() or renamed())
+    logged, appeared, renamed = (event.watch(tmp_path, log) for event in (line, part, rename))
+    assert not (logged() or appeared() or renamed())
     log.write_text("train ...\ntrain ...\n")
-    os.utime(old, ns=(1, 1))  # written again
+    os.utime(old, ns=(1, 1))  # as if rewritten
     write(tmp_path / "1-samples.partial" / "manifest.json", "{}")
-    assert said() and appeared() and renamed()
+    assert logged() and appeared() and renamed()
     assert chaos.state_of(tmp_path) == "1-samples.partial: manifest written, not renamed"
 
 
-def test_a_commit_that_is_written_again_is_an_update_that_was_done_again(chaos: ModuleType, tmp_path: Path) -> None:
+def test_a_rewritten_checkpoint_is_a_repeated_update(chaos: ModuleType, tmp_path: Path) -> None:
     commits = chaos.Commits(tmp_path)
     manifests = [tmp_path / f"4-training.partial/commits/update-00000{number}/manifest.json" for number in (1, 2)]
     for time_ns, path in enumerate((*manifests, manifests[1])):

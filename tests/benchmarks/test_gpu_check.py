@@ -1,4 +1,4 @@
-"""The check for GPU machines: its cheapest parts, as its own process on a CPU."""
+"""GPU check: its cheapest parts, in its own process on a CPU."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ def check(out: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.slow
-def test_a_rehearsal_measures_what_it_is_asked_for_and_writes_it(tmp_path: Path) -> None:
+def test_a_rehearsal_measures_the_given_parts_and_writes_the_results(tmp_path: Path) -> None:
     done = check(tmp_path / "check.json", "--tiny", "--parts", "limits", "host", "lcm")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "check.json").read_text())

@@ -411,7 +411,7 @@ def test_scenes_to_validate_by_show_no_scene_of_the_other_sides() -> None:
 
 
 def test_held_out_scenes_that_leave_no_scene_to_validate_by_are_told(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"`prompts.validation.source` scenes: there are 0 prompts .* hold fewer out"):
+    with pytest.raises(PromptError, match=r"`prompts.validation.source` scenes: there are 0 prompts .* hold out fewer"):
         split("scenes", "scenes", "scenes", heldout_count=1000, validation_count=8)
     foreign = write(tmp_path / "h.txt", ["a pink circle in the middle", "a horse"])
     assert len(split("scenes", foreign, "scenes", validation_count=8).validation) == 8
