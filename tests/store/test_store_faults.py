@@ -262,5 +262,5 @@ def test_fault_18_a_store_that_does_not_answer_stops_a_run_in_seconds(
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         s3.fs.clear_instance_cache()
         message = refused_at_once("s3://bucket/runs", caplog)
-    assert "s3://bucket/runs/tuned: the store did not answer in 3 s, or only with errors" in message
+    assert "s3://bucket/runs/tuned: the store did not answer in 3 s, or only with retryable errors" in message
     s3.fs.clear_instance_cache()
