@@ -1,4 +1,4 @@
-"""A server of captions on this machine, which does as a test tells it."""
+"""A local caption server whose answers a test chooses."""
 
 import contextlib
 import json
@@ -11,24 +11,25 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 def saying(caption: object) -> Answer:
-    """A chat completion."""
+    """Answer with a chat completion."""
     body = {"choices": [{"message": {"role": "assistant", "content": caption}}]}
     return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
 
 
 def failing(status: int, **headers: str) -> Answer:
+    """Answer with an error status."""
     return status, {name.replace("_", "-"): value for name, value in headers.items()}, b"no"
 
 
 class CaptionServer:
-    """Answers ``/v1/chat/completions`` on a free port until it is left.
+    """Context manager that answers ``/v1/chat/completions`` on a free port.
 
     Args:
-        answer: the request's JSON -> status, headers and body.
+        answer: function from the request's JSON to status, headers and body.
 
     Attributes:
-        requests: headers and JSON of each, in the order they came.
-        most_at_once: requests that it was answering at one time.
+        requests: headers and JSON of each request, in order of arrival.
+        most_at_once: maximum number of concurrent requests.
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], Answer]) -> None:
@@ -51,7 +52,7 @@ class CaptionServer:
                 for name, value in (headers | {"Content-Length": str(len(body))}).items():
                     self.send_header(name, value)
                 self.end_headers()
-                with contextlib.suppress(OSError):  # the client may have heard enough
+                with contextlib.suppress(OSError):  # the client may have disconnected
                     self.wfile.write(body)
 
             def log_message(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""Processes that hold a folder until they are killed."""
+"""Processes that lock a folder until they are killed."""
 
 import contextlib
 import subprocess
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def holder(code: str, *arguments: object) -> Iterator["subprocess.Popen[str]"]:
-    """A process that runs ``code``, which prints "here" once it holds the folder; killed at the end of the block."""
+    """Context manager around a process that runs ``code``, which prints "here" once it holds the lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

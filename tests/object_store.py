@@ -1,4 +1,4 @@
-"""A real S3 server for tests: moto on loopback, or any other by its endpoint; the former can be told to fail."""
+"""A real S3 server for tests: moto on loopback, which can be made to fail, or another one by its endpoint."""
 
 import logging
 import os
@@ -16,14 +16,14 @@ from werkzeug.wrappers import Response
 from cdpo_ray.store import storage_path
 
 ENDPOINT = "CDPO_TEST_S3_ENDPOINT"
-"""Variable with the URL of a server to test with, which has an empty bucket named `bucket`; credentials as for AWS."""
+"""Environment variable with the URL of a server that has an empty bucket named `bucket`; credentials as for AWS."""
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "testing",
     "AWS_SECRET_ACCESS_KEY": "testing",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
 Fault = Callable[[str, str], Response | None]
-"""Operation ("get", "head", "list", "put", "copy", "delete" or "delete many") and key -> what to answer instead."""
+"""Operation ("get", "head", "list", "put", "copy", "delete" or "delete many") and key -> response to send instead."""
 
 
 class _Handler(WSGIRequestHandler):
@@ -36,8 +36,7 @@ class S3Server:
     """An S3 server in this process.
 
     Attributes:
-        bucket: empty at first.
-        fault: asked before each request.
+        fault: called before each request.
         requests: operation and key of each request since the last `clear`.
     """
 
@@ -45,7 +44,7 @@ class S3Server:
         self.fault: Fault = lambda operation, key: None
         self.requests: list[tuple[str, str]] = []
         self._app = DomainDispatcherApplication(create_backend_app)
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else one line per request
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -68,13 +67,13 @@ class S3Server:
 
 
 def error(status: int, code: str, message: str = "on purpose") -> Response:
-    """An answer of S3 that tells of an error."""
+    """Error response of S3."""
     return Response(f"<Error><Code>{code}</Code><Message>{message}</Message></Error>", status, mimetype="text/xml")
 
 
 @contextmanager
 def serve(server: S3Server | None = None) -> Iterator[Path]:
-    """The server's bucket, `s3://bucket`; processes started in the block find it by the environment."""
+    """Context manager that yields the bucket `s3://bucket`; child processes find the server by the environment."""
     found = os.environ.get(ENDPOINT) if server is None else None
     started = S3Server() if server is None and not found else server
     endpoint = found or (started and started.endpoint)
@@ -82,12 +81,12 @@ def serve(server: S3Server | None = None) -> Iterator[Path]:
     try:
         with patch.dict(os.environ, given | {"AWS_ENDPOINT_URL": str(endpoint)}):
             bucket = storage_path("s3://bucket")
-            bucket.fs.clear_instance_cache()  # or one that knows another endpoint
+            bucket.fs.clear_instance_cache()  # a cached client may have another endpoint
             bucket = storage_path("s3://bucket")
-            if not found and not bucket.fs.exists("bucket"):  # all servers of this process hold the same buckets
+            if not found and not bucket.fs.exists("bucket"):  # all servers of this process share their buckets
                 bucket.fs.mkdir("bucket")
             yield bucket
-            bucket.fs.clear_instance_cache()  # others would be given this client, and ask this server
+            bucket.fs.clear_instance_cache()  # later tests must not get a client of this server
     finally:
         if started:
             started.stop()

@@ -1,4 +1,4 @@
-"""Ray nodes as `cluster/` starts them, on loopback; ended with all of their processes, and only those."""
+"""Ray nodes as `cluster/` starts them, on loopback; they are stopped with all of their processes, and only those."""
 
 import contextlib
 import os
@@ -31,26 +31,26 @@ def free_port() -> int:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Ours without what names a cluster or opens it."""
+    """Our environment without Ray's variables, plus ``changes``."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return kept | {"PATH": f"{BIN}:{os.environ['PATH']}"} | changes
 
 
 @contextlib.contextmanager
 def started(options: str, log_path: Path, **changes: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """`ray start --block` with these options."""
+    """Context manager around `ray start --block` with these options."""
     command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *options.split()]
-    environ = environment(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0", **changes)  # it waits 30 s for work to leave
+    environ = environment(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0", **changes)  # the default drains work for 30 s
     with log_path.open("w") as log, subprocess.Popen(command, env=environ, stdout=log, stderr=log) as process:
         try:
             yield process
         finally:
-            process.terminate()  # it ends what it started
+            process.terminate()  # it also stops its child processes
 
 
 @contextlib.contextmanager
 def forgotten(port: int) -> Iterator[None]:
-    """Ray notes its newest head for all of this machine; of one that is gone, every later Ray would ask, in vain."""
+    """Delete Ray's record of this head: later Rays on this machine would try to connect to it."""
     note = Path("/tmp/ray/ray_current_cluster")
     try:
         yield
@@ -61,10 +61,10 @@ def forgotten(port: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def started_head(folder: Path, *, num_cpus: int, **changes: str) -> Iterator[Head]:
-    """A head with token access that takes jobs.
+    """Context manager around a head with token access that accepts jobs.
 
     Args:
-        folder: of its token and its log.
+        folder: folder for its token and its log.
     """
     token = folder / "token"
     token.touch(mode=0o600)
@@ -72,7 +72,7 @@ def started_head(folder: Path, *, num_cpus: int, **changes: str) -> Iterator[Hea
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     gcs, dashboard = free_port(), free_port()
     options = f"--head --port={gcs} --dashboard-host=127.0.0.1 --dashboard-port={dashboard}"
-    # The last is what takes jobs; another Ray of this machine may have its usual port.
+    # The agent accepts jobs; another Ray on this machine may use its default port.
     options += f" --num-cpus={num_cpus} --ray-client-server-port={free_port()}"
     options += f" --dashboard-agent-listen-port={free_port()}"
     with forgotten(gcs), started(options, folder / "head.log", **access, **changes) as process:

@@ -1,4 +1,4 @@
-"""`cdpo doctor`: what will not do is found, with what to do."""
+"""`cdpo doctor` finds problems and names a remedy for each."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +13,10 @@ from cdpo_ray.doctor import OK, WARN, WRONG
 
 
 def test_a_version_below_its_floor_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {finding.grade for finding in doctor._versions()} == {OK}
+    assert {result.grade for result in doctor._versions()} == {OK}
     monkeypatch.setitem(doctor.FLOORS, "torch", "99.1")
     monkeypatch.setitem(doctor.FLOORS, "no_such_package", "1")
-    wrong = [finding.message for finding in doctor._versions() if finding.grade == WRONG]
+    wrong = [result.message for result in doctor._versions() if result.grade == WRONG]
     assert len(wrong) == 2 and "fixed in 99.1" in wrong[0] and "no_such_package: not installed" in wrong[1]
 
 
@@ -28,19 +28,19 @@ def test_a_token_file_that_others_may_read_is_wrong(
     path.write_text("canary")
     path.chmod(mode)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
-    (finding,) = doctor._token()
-    assert finding.grade == grade and "canary" not in finding.message
-    assert ("chmod 600" in finding.message) == (grade == WRONG)
+    (result,) = doctor._token()
+    assert result.grade == grade and "canary" not in result.message
+    assert ("chmod 600" in result.message) == (grade == WRONG)
 
 
-def test_the_hubs_token_is_told_by_its_presence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_presence_of_the_hub_token_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    told = [str(finding) for finding in doctor._hub()]
-    assert told[0] == "ok     hub token: found" and "canary" not in "".join(told)
+    lines = [str(result) for result in doctor._hub()]
+    assert lines[0] == "ok     hub token: found" and "canary" not in "".join(lines)
 
 
-def test_a_run_dir_that_cannot_be_made_is_wrong_and_one_that_can_is_left_as_it_was(tmp_path: Path) -> None:
+def test_a_run_dir_that_cannot_be_created_is_wrong_and_a_probe_leaves_no_files(tmp_path: Path) -> None:
     assert doctor._storage(config_of(tmp_path / "runs", "embedded")).grade != WRONG
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
@@ -56,7 +56,7 @@ def test_a_cluster_that_does_not_answer_is_wrong_and_the_exit_code_says_so(
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "nonsense"])
-def test_fault_34_an_address_that_is_none_is_wrong(
+def test_fault_34_an_invalid_address_is_wrong(
     address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -72,9 +72,9 @@ def test_a_gpu_with_too_little_memory_is_a_warning_that_names_what_would_fit(
     device = SimpleNamespace(name="NVIDIA A100-SXM4-80GB", total_memory=gib * 2**30)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: device)
-    found = list(doctor._memory(load_config(Path(__file__).parents[1] / "configs" / "sd15.yaml")))
-    assert {finding.grade for finding in found} == grades
-    assert all(("would fit: `" in finding.message) == (gib < 80) for finding in found)
+    results = list(doctor._memory(load_config(Path(__file__).parents[1] / "configs" / "sd15.yaml")))
+    assert {result.grade for result in results} == grades
+    assert all(("would fit: `" in result.message) == (gib < 80) for result in results)
 
 
 def test_memory_is_not_compared_where_there_is_no_gpu() -> None:

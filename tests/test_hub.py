@@ -1,11 +1,11 @@
-"""What to say of files that the hub does not give."""
+"""Messages about files that cannot be downloaded from the hub."""
 
 import errno
 
 from cdpo_ray.hub import how_to_stage
 
 
-def test_fault_25_what_cannot_be_fetched_is_told_in_one_line_with_the_command_that_stages_it() -> None:
+def test_fault_25_a_failed_download_is_one_line_with_the_command_that_stages_the_file() -> None:
     error = OSError("no route to the hub\nand a header: Bearer hf_secret")
     assert how_to_stage("some/clip", "model.safetensors", "0f", error, key="rewards.clip.checkpoint") == (
         "`rewards.clip.checkpoint` some/clip (revision 0f): is not on this machine and cannot be fetched (OSError);"
@@ -17,14 +17,14 @@ def test_fault_25_what_cannot_be_fetched_is_told_in_one_line_with_the_command_th
     )
 
 
-def test_fault_39_the_cause_is_found_behind_what_was_raised_from_it() -> None:
+def test_fault_39_the_cause_of_a_chained_exception_is_named() -> None:
     error = FileNotFoundError("the file is not in the cache")
     error.__cause__ = TimeoutError("Bearer hf_secret")
-    told = how_to_stage("some/clip", "", "0f", error, key="rewards.clip.checkpoint")
-    assert "cannot be fetched (the hub does not answer in time: try again later); stage it with" in told
+    message = how_to_stage("some/clip", "", "0f", error, key="rewards.clip.checkpoint")
+    assert "cannot be fetched (the hub does not answer in time: try again later); stage it with" in message
 
 
 def test_fault_39_a_full_disk_is_named() -> None:
     error = OSError(errno.ENOSPC, "No space left on device", "/cache/blob")
-    told = how_to_stage("some/clip", "", "0f", error, key="rewards.clip.checkpoint")
-    assert "cannot be fetched (No space left on device); stage it with" in told
+    message = how_to_stage("some/clip", "", "0f", error, key="rewards.clip.checkpoint")
+    assert "cannot be fetched (No space left on device); stage it with" in message

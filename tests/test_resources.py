@@ -1,4 +1,4 @@
-"""Actors against hand-made nodes: who fits, who does not, and what is told."""
+"""Placement of actors on hand-made nodes, and messages about those that do not fit."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ def pool(count: int, *, cpus: float = 1, gpus: float = 0, key: str = "resources.
     return Demand(key, "actor", count, 1, cpus, gpus)
 
 
-def test_trainers_must_all_fit_and_what_is_there_is_told() -> None:
+def test_trainers_must_all_fit_and_the_error_lists_the_nodes() -> None:
     message = (
         r"^`training.num_workers`: train needs 2 workers of 1 CPUs and 1 GPUs each, but the cluster has room for 1 of"
         r" them \(head: 8 CPUs, 0 GPUs; a: 8 CPUs, 1 GPUs\); lower it, or add nodes$"
@@ -40,13 +40,13 @@ def test_an_actor_is_not_spread_over_nodes() -> None:
 
 
 @pytest.mark.parametrize(("gpus", "room"), [(0.25, 8), (0.3, 6), (0.5, 4), (0.6, 2), (1, 2), (2, 1)])
-def test_a_part_of_a_gpu_is_on_one_gpu(gpus: float, room: int) -> None:
+def test_a_fraction_of_a_gpu_is_on_one_gpu(gpus: float, room: int) -> None:
     assert check_resources("train", [trainers(room, gpus=gpus)], [TWO_GPUS]) == []
     with pytest.raises(ResourceError, match=f"room for {room} of them"):
         check_resources("train", [trainers(room + 1, gpus=gpus)], [TWO_GPUS])
 
 
-def test_a_pool_needs_one_actor_and_more_are_told() -> None:
+def test_a_pool_needs_one_actor_and_missing_ones_are_a_warning() -> None:
     assert check_resources("generate", [pool(4, gpus=1)], [ONE_GPU, TWO_GPUS]) == [
         "`resources.generators`: of 4 actors of 1 CPUs and 1 GPUs each only 3 fit the nodes of the cluster"
     ]
@@ -63,12 +63,12 @@ def test_actors_without_a_gpu_leave_the_gpu_nodes_to_others() -> None:
     assert check_resources("generate", [pool(1, cpus=8), pool(1, cpus=8, gpus=1)], [ONE_GPU, CPU_HEAD]) == []
 
 
-def test_no_node_is_told() -> None:
+def test_a_cluster_without_nodes_is_refused() -> None:
     with pytest.raises(ResourceError, match=r"\(no nodes\)"):
         check_resources("generate", [pool(1)], [])
 
 
-def test_each_step_asks_for_the_actors_that_it_starts() -> None:
+def test_each_step_requires_the_actors_that_it_starts() -> None:
     config = config_of(
         "runs",
         "embedded",
@@ -83,15 +83,15 @@ def test_each_step_asks_for_the_actors_that_it_starts() -> None:
     generators = Demand("resources.generators", "actor", 4, 1, 1, 0.5)
     scorers = Demand("resources.scorers", "actor", 1, 1, 2, 0)
 
-    def rows_of(pool: str) -> Demand:
+    def data_task(pool: str) -> Demand:
         return Demand(f"resources.{pool}.cpus_per_actor", "task of Ray Data", 1, 1, 1, 0)
 
     assert {step.verb: demands_of(step, config) for step in STEPS} == {
-        "generate": [generators, scorers, rows_of("generators")],
-        "score": [scorers, rows_of("scorers")],
+        "generate": [generators, scorers, data_task("generators")],
+        "score": [scorers, data_task("scorers")],
         "pairs": [],
         "train": [trainers(3)],
-        "evaluate": [generators, rows_of("generators")],
+        "evaluate": [generators, data_task("generators")],
     }
 
 
@@ -117,11 +117,11 @@ def test_an_actor_that_leaves_no_cpu_for_ray_data_is_refused() -> None:
         (1, 1, 1, 3),
         (2, 1, 1, 1),
         (4, 1, 1, 0),
-        (1, 8, 1, 2),  # drivers go where no GPU is
-        (1, 4, 0, 5),  # the node that the drivers are on has no second worker's 4 CPUs left
+        (1, 8, 1, 2),  # drivers are placed where no GPU is
+        (1, 4, 0, 5),  # the node of the drivers has fewer than 4 CPUs left for a second worker
     ],
 )
-def test_trials_side_by_side_are_counted_with_the_driver_that_each_has(
+def test_concurrent_trials_are_counted_including_their_drivers(
     workers: int, cpus: float, gpus: float, times: int
 ) -> None:
     driver = Demand("search", "driver of a trial", 1, 1, 0.01, 0)

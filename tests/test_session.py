@@ -1,4 +1,4 @@
-"""A head with token access on loopback: who is let in, who is not, and how that is told."""
+"""Connecting to Ray: a head with token access on loopback, wrong addresses and tokens, and a local Ray."""
 
 import contextlib
 import http.server
@@ -53,7 +53,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 
 @pytest.mark.ray
-def test_a_job_ends_with_the_code_of_its_command_and_tells_why(head: Head, tmp_path: Path) -> None:
+def test_a_job_ends_with_the_exit_code_of_its_command_and_shows_the_error(head: Head, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("run: {name: bad}\n")
     submit = ("ray", "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--", "cdpo", "check")
     failed = called(*submit, "bad.yaml", cwd=tmp_path, **head.access)
@@ -63,7 +63,7 @@ def test_a_job_ends_with_the_code_of_its_command_and_tells_why(head: Head, tmp_p
 
 @pytest.mark.ray
 @pytest.mark.nightly
-def test_a_job_walks_the_whole_way_in_the_cluster_that_it_is_in(head: Head, tmp_path: Path) -> None:
+def test_a_job_runs_the_whole_pipeline_in_its_cluster(head: Head, tmp_path: Path) -> None:
     submit = ("ray", "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--")
     done = called(*submit, "cdpo", "run", "configs/smoke.yaml", f"run.dir={tmp_path}", **head.access)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -73,14 +73,14 @@ def test_a_job_walks_the_whole_way_in_the_cluster_that_it_is_in(head: Head, tmp_
 
 @pytest.mark.ray
 @pytest.mark.parametrize("access", [{}, {"Authorization": "Bearer " + "0" * 64}], ids=["none", "another"])
-def test_the_job_api_lets_nobody_in_without_the_token(head: Head, access: dict[str, str]) -> None:
+def test_the_job_api_refuses_requests_without_the_token(head: Head, access: dict[str, str]) -> None:
     request = urllib.request.Request(f"{head.dashboard}/api/jobs/", headers=access)
     with pytest.raises(urllib.error.HTTPError, match=r"401|403"):
         urllib.request.urlopen(request, timeout=30)
 
 
 @pytest.mark.ray
-def test_a_wrong_token_is_told_in_seconds_and_never_printed(head: Head, tmp_path: Path) -> None:
+def test_a_wrong_token_is_reported_in_seconds_and_never_printed(head: Head, tmp_path: Path) -> None:
     wrong = secrets.token_hex(32)
     started = time.monotonic()
     refused = called(
@@ -90,10 +90,10 @@ def test_a_wrong_token_is_told_in_seconds_and_never_printed(head: Head, tmp_path
     assert refused.returncode == 2
     assert f"\nClusterError: Ray at {head.address}: refuses our token" in f"\n{refused.stderr}"
     assert "Traceback" not in refused.stderr and wrong not in refused.stdout + refused.stderr
-    assert time.monotonic() - started < 60  # without our limits 81 s on an idle machine
+    assert time.monotonic() - started < 60  # without our timeouts, 81 s on an idle machine
 
 
-def test_an_address_where_nobody_answers_is_told_before_ray_is_asked() -> None:
+def test_an_address_that_does_not_answer_is_reported_before_ray_connects() -> None:
     address = f"127.0.0.1:{free_port()}"
     with (
         pytest.raises(ClusterError, match=rf"^Ray at {address}: does not answer .*refused"),
@@ -106,7 +106,7 @@ def test_an_address_where_nobody_answers_is_told_before_ray_is_asked() -> None:
     "address",
     ["head", "10.0.0.1:", "10.0.0.1:ray", ":6379", "10.0.0.1:0", "10.0.0.1:99999", "10.0.0.1:-1", "ftp://a:1", "auto:"],
 )
-def test_fault_34_what_is_not_an_address_is_refused(address: str) -> None:
+def test_fault_34_a_malformed_address_is_refused(address: str) -> None:
     with pytest.raises(ClusterError, match="must be host:port"), ray_session(address=address):
         pass
 
@@ -120,7 +120,7 @@ def test_fault_34_what_is_not_an_address_is_refused(address: str) -> None:
         ("\x1b[31mhead", r"got '\\x1b\[31mhead'"),
     ],
 )
-def test_fault_34_an_address_of_another_kind_is_refused_with_what_to_do(
+def test_fault_34_an_address_of_another_kind_is_refused_with_a_remedy(
     address: str, what_to_do: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
@@ -128,7 +128,7 @@ def test_fault_34_an_address_of_another_kind_is_refused_with_what_to_do(
         pass
 
 
-def test_ray_is_silenced_on_the_terminal_and_other_handlers_of_its_loggers_are_left_alone(tmp_path: Path) -> None:
+def test_ray_is_silenced_on_the_terminal_and_other_handlers_are_unchanged(tmp_path: Path) -> None:
     of_ray, of_others = PlainRayHandler(), [logging.StreamHandler(), logging.FileHandler(tmp_path / "log")]
     logger = logging.getLogger("ray.data")
     before = logger.handlers
@@ -142,13 +142,13 @@ def test_ray_is_silenced_on_the_terminal_and_other_handlers_of_its_loggers_are_l
 
 
 @pytest.mark.parametrize("host", ["no such host", "a..b", "x" * 5000, "[::1]"])
-def test_fault_34_a_host_that_is_none_is_told_in_a_short_line(host: str) -> None:
+def test_fault_34_an_invalid_host_is_reported_in_a_short_line(host: str) -> None:
     with pytest.raises(ClusterError, match="does not answer") as caught, ray_session(address=f"{host}:1"):
         pass
     assert len(str(caught.value)) < 500
 
 
-def test_fault_34_a_port_that_is_not_a_heads_is_told_before_ray_is_asked() -> None:
+def test_fault_34_a_port_of_another_server_is_reported_before_ray_connects() -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_port}"
@@ -161,7 +161,7 @@ def test_fault_34_a_port_that_is_not_a_heads_is_told_before_ray_is_asked() -> No
 
 
 @pytest.mark.parametrize(
-    ("address", "error", "told"),
+    ("address", "error", "message"),
     [
         (
             "a:1",
@@ -177,10 +177,8 @@ def test_fault_34_a_port_that_is_not_a_heads_is_told_before_ray_is_asked() -> No
         ("a:1", ValueError("strange"), r"cannot be joined \(ValueError: strange\)"),
     ],
 )
-def test_fault_34_what_keeps_us_out_of_a_cluster_is_told_by_its_cause(
-    address: str, error: Exception, told: str
-) -> None:
-    assert re.match(rf"Ray at {address}: .*{told}", str(_refusal(address, error)))
+def test_fault_34_a_failed_connection_is_reported_by_its_cause(address: str, error: Exception, message: str) -> None:
+    assert re.match(rf"Ray at {address}: .*{message}", str(_refusal(address, error)))
 
 
 def test_fault_32_a_local_rays_folder_is_private_and_short_wherever_tmpdir_is(
@@ -212,7 +210,9 @@ def test_fault_34_a_ray_tmpdir_that_is_too_long_or_missing_is_refused_with_the_r
     ("kind", "what"),
     [(resource.RLIMIT_NOFILE, "open files"), (resource.RLIMIT_AS, "address space"), (resource.RLIMIT_NPROC, "threads")],
 )
-def test_fault_49_a_low_limit_is_told_before_ray_starts(kind: int, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_49_a_low_limit_is_reported_before_ray_starts(
+    kind: int, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(resource, "getrlimit", lambda asked: (64, 64) if asked == kind else unlimited)
@@ -287,7 +287,7 @@ def test_fault_46_a_job_does_not_write_into_rays_copy_of_the_working_folder(head
 
 @contextlib.contextmanager
 def dashboard(mode: str) -> Iterator[str]:
-    """Answers as Ray's dashboard does, on an address that is not the loopback's."""
+    """Server that answers like Ray's dashboard, on an address other than loopback."""
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -305,10 +305,10 @@ def dashboard(mode: str) -> Iterator[str]:
         server.shutdown()
 
 
-def test_fault_26_a_dashboard_for_everyone_is_known_by_its_address_and_its_mode() -> None:
+def test_fault_26_an_open_dashboard_is_detected_by_its_address_and_its_mode() -> None:
     with dashboard("disabled") as open_to_all:
         if open_to_all.startswith("127."):
-            pytest.skip("this machine has no address but the loopback's")
+            pytest.skip("this machine has only the loopback address")
         assert is_exposed(open_to_all)
         assert not is_exposed(f"127.0.0.1:{open_to_all.rpartition(':')[2]}")
     with dashboard("token") as guarded:
@@ -317,7 +317,7 @@ def test_fault_26_a_dashboard_for_everyone_is_known_by_its_address_and_its_mode(
 
 
 @pytest.mark.ray
-def test_fault_26_a_cluster_with_a_dashboard_for_everyone_is_refused(tmp_path: Path) -> None:
+def test_fault_26_a_cluster_with_an_open_dashboard_is_refused(tmp_path: Path) -> None:
     program = (
         "import ray\n"
         "from cdpo_ray.session import ray_session\n"

@@ -95,7 +95,7 @@ def _open_lock(path: Path) -> BinaryIO:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         handle.close()
-        raise StoreError(f"{path}: must be a regular file without other links, got another kind; delete it")
+        raise StoreError(f"{path}: must be a regular file with one hard link, got another kind; delete it")
     return handle
 
 

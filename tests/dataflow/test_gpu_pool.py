@@ -1,4 +1,4 @@
-"""Actor pools on GPUs that exist only as a number given to Ray: scheduling is tested, not computation."""
+"""Actor pools on GPUs that exist only in Ray's resources: scheduling is tested, not computation."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ print([(one["row"], one["size"], one["gpus"]) for one in found], cluster_gpu(clu
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_pool_on_gpus_takes_blocks_as_they_are_and_the_clusters_gpu_is_known() -> None:
+def test_a_pool_on_gpus_receives_whole_blocks_and_the_gpu_model_is_known() -> None:
     found = subprocess.run([sys.executable, "-c", POOL], capture_output=True, text=True, timeout=300)
     sizes = [(0, 3), (1, 3), (2, 3), (3, 1), (4, 3), (5, 3), (6, 3)]
     assert found.stdout.strip().endswith(f"{[(row, size, 1) for row, size in sizes]} l4"), found.stderr[-2000:]

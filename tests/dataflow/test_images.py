@@ -1,4 +1,4 @@
-"""Pixels survive PNG, whatever wrote it."""
+"""Encoding and decoding of PNGs."""
 
 import io
 import struct
@@ -18,14 +18,14 @@ from cdpo_ray.errors import StoreError
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (32, 32), (7, 13), (64, 8)])
-def test_pixels_come_back_from_png_exactly(height: int, width: int) -> None:
+def test_pixels_survive_png_exactly(height: int, width: int) -> None:
     pixels = np.random.default_rng(height).integers(0, 256, (3, height, width), dtype=np.uint8)
     back = decode_png(encode_png(pixels))
     assert back.dtype == np.uint8
     assert np.array_equal(back, pixels)
 
 
-def test_the_png_is_one_with_red_green_blue_in_their_places() -> None:
+def test_the_png_has_channels_in_the_order_red_green_blue() -> None:
     pixels = np.zeros((3, 2, 3), np.uint8)
     pixels[:, 0, 1] = (10, 20, 30)
     data = encode_png(pixels)
@@ -34,12 +34,12 @@ def test_the_png_is_one_with_red_green_blue_in_their_places() -> None:
         assert (image.mode, image.size, image.getpixel((1, 0))) == ("RGB", (3, 2), (10, 20, 30))
 
 
-def test_a_view_with_other_strides_is_encoded_as_what_it_shows() -> None:
+def test_a_view_with_other_strides_is_encoded_correctly() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8).transpose(2, 0, 1)[:, ::2]
     assert np.array_equal(decode_png(encode_png(pixels)), pixels)
 
 
-def test_pixels_of_a_table_become_pngs_at_the_same_position_whatever_its_chunks() -> None:
+def test_pixels_of_a_table_become_pngs_at_the_same_position_for_any_chunks() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 2, 3, 5, 4), dtype=np.uint8)
     rows = pa.table({"prompt_index": range(3), "pixels": tensor_column(pixels), "score": [0.1, 0.2, 0.3]})
     for first, table in ((0, rows), (0, pa.concat_tables([rows.slice(0, 1), rows.slice(1)])), (1, rows.slice(1))):
@@ -51,7 +51,7 @@ def test_pixels_of_a_table_become_pngs_at_the_same_position_whatever_its_chunks(
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1"])
-def test_pngs_of_other_kinds_are_read_as_rgb(mode: str) -> None:
+def test_pngs_of_other_modes_are_read_as_rgb(mode: str) -> None:
     image = Image.new("RGB", (4, 3), (255, 255, 255)).convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, format="png")
@@ -65,13 +65,13 @@ def encoded(kind: str, size: tuple[int, int] = (4, 3)) -> bytes:
 
 
 def with_width(png: bytes, width: int) -> bytes:
-    """The same file with a header that says another width."""
+    """The same file with another width in its header."""
     header = b"IHDR" + struct.pack(">I", width) + png[20:29]
     return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (encoded("EPS"), "cannot identify image file"),
         (encoded("JPEG"), "cannot identify image file"),
@@ -83,10 +83,10 @@ def with_width(png: bytes, width: int) -> bytes:
         ("text", "must be bytes"),
     ],
 )
-def test_fault_53_what_is_no_png_of_a_bounded_size_is_refused_by_name(data: Any, told: str) -> None:
+def test_fault_53_data_that_are_not_a_png_of_limited_size_are_refused_by_name(data: Any, message: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(StoreError, match=rf"row 7: is not a readable PNG \(.*{told}.*\); delete") as caught:
+        with pytest.raises(StoreError, match=rf"row 7: is not a readable PNG \(.*{message}.*\); delete") as caught:
             decode_png(data, "row 7")
     assert str(caught.value).isprintable()
 
@@ -103,7 +103,7 @@ def test_diversity_equals_brute_force_over_all_pairs() -> None:
     assert pairwise_rms_distance(images) == pytest.approx(expected)
 
 
-def test_equal_images_have_no_diversity_and_black_against_white_has_all() -> None:
+def test_equal_images_have_diversity_zero_and_black_against_white_one() -> None:
     black, white = np.zeros((3, 8, 8), np.uint8), np.full((3, 8, 8), 255, np.uint8)
     assert pairwise_rms_distance(np.stack([white, white, white])) == pytest.approx(0, abs=1e-6)
     assert pairwise_rms_distance(np.stack([black, white])) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Where memory does not suffice, fewer images go through the net at once; they are the same images."""
+"""If memory runs out, batches get smaller; the images stay the same."""
 
 import logging
 from pathlib import Path
@@ -36,7 +36,7 @@ def make_generator(model: Path) -> Generator:
 
 
 def fit_at_most(module: torch.nn.Module, num_images: int, batches: list[int]) -> None:
-    """The module asks the real allocator for what no machine has when more images go through it."""
+    """Make the module request an impossible allocation if its batch has more images."""
 
     def ask(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         batches.append(len(inputs[0]))
@@ -48,7 +48,7 @@ def fit_at_most(module: torch.nn.Module, num_images: int, batches: list[int]) ->
 
 @pytest.mark.parametrize("part", ["unet", "decoder"])
 @pytest.mark.parametrize("num_fit", [1, 2, 5])
-def test_fault_08_out_of_memory_halves_the_batch_for_good_and_gives_the_same_images(
+def test_fault_08_out_of_memory_halves_the_batch_permanently_and_gives_the_same_images(
     part: str, num_fit: int, tiny_sd15: Path, made: pa.Table, caplog: pytest.LogCaptureFixture
 ) -> None:
     generator, batches = make_generator(tiny_sd15), []
@@ -64,13 +64,13 @@ def test_fault_08_out_of_memory_halves_the_batch_for_good_and_gives_the_same_ima
         f"out of memory with {size} images at once, continuing with {size // 2}" for size in tried
     ]
     latents, expected = (rows["latents"].combine_chunks().to_numpy_ndarray() for rows in (found, made))
-    np.testing.assert_allclose(latents, expected, rtol=1e-4, atol=1e-5)  # a batch of another size rounds otherwise
+    np.testing.assert_allclose(latents, expected, rtol=1e-4, atol=1e-5)  # batches of another size round differently
     batches.clear()
     generator(table())
     assert max(batches) == kept, "the size that fits is kept"
 
 
-def test_fault_08_one_image_too_many_names_model_size_needed_and_free(tiny_sd15: Path) -> None:
+def test_fault_08_an_image_that_does_not_fit_names_model_size_needed_and_free_memory(tiny_sd15: Path) -> None:
     generator = make_generator(tiny_sd15)
     fit_at_most(generator.model.pipeline.unet, 0, [])
     with pytest.raises(

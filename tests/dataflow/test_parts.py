@@ -1,4 +1,4 @@
-"""Rows become durable part by part; whatever an interruption leaves, every row is there once and in order."""
+"""Rows become durable part by part; after any interruption, every row exists once and in order."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,23 +38,23 @@ def written(parts_dir: Path, *groups: Sequence[int]) -> list[Path]:
     return sorted(parts_dir.glob("*.parquet"))
 
 
-def test_a_part_is_told_in_a_row_and_does_not_keep_how_many_images_were_made_at_once(parts_dir: Path) -> None:
+def test_a_part_is_described_by_a_row_and_does_not_store_the_batch_size(parts_dir: Path) -> None:
     made = rows([4, 5]).append_column("images_per_batch", pa.array([8, 4]))
-    (told,) = write_part(made, parts_dir=parts_dir).to_pylist()
+    (row,) = write_part(made, parts_dir=parts_dir).to_pylist()
     (path,) = parts_dir.iterdir()
     size = path.stat().st_size
-    assert told == {"name": path.name, "first": 4, "num_rows": 2, "num_bytes": size, "images_per_batch": 4}
+    assert row == {"name": path.name, "first": 4, "num_rows": 2, "num_bytes": size, "images_per_batch": 4}
     assert pq.read_table(path).equals(rows([4, 5]))
 
 
-def test_rows_made_twice_are_the_same_one_file(parts_dir: Path) -> None:
+def test_rows_made_twice_give_one_file(parts_dir: Path) -> None:
     (path,) = written(parts_dir, [0, 1])
     first = path.read_bytes()
     assert written(parts_dir, [0, 1]) == [path] and path.read_bytes() == first
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 3, 1000, -1])
-def test_fault_02_a_part_that_was_cut_off_is_deleted_and_not_counted(kept_bytes: int, parts_dir: Path) -> None:
+def test_fault_02_a_truncated_part_is_deleted_and_not_counted(kept_bytes: int, parts_dir: Path) -> None:
     _, cut_off, _ = written(parts_dir, [0, 1], [2, 3], [4])
     cut_off.write_bytes(cut_off.read_bytes()[:kept_bytes])
     (parts_dir / "000000000005.parquet.tmp").write_bytes(b"PAR1")
@@ -63,18 +63,18 @@ def test_fault_02_a_part_that_was_cut_off_is_deleted_and_not_counted(kept_bytes:
     assert sorted(path.name[:12] for path in parts_dir.iterdir()) == ["000000000000", "000000000004"]
 
 
-def test_fault_02_parts_whose_shard_is_there_are_not_counted_twice(parts_dir: Path) -> None:
+def test_fault_02_parts_whose_shard_exists_are_not_counted_twice(parts_dir: Path) -> None:
     parts, shard = written(parts_dir, [0, 1], [2], [3]), parts_dir.parent / "samples-000000000000.parquet"
     kept = parts[1].read_bytes()
     join_parts(parts[:2], shard)
-    parts[1].write_bytes(kept)  # as if the join had been broken off before it deleted this
+    parts[1].write_bytes(kept)  # as if the join had been interrupted before it deleted this part
     found, held = find_parts(parts_dir.parent, "samples")
     assert [(part.first, part.num_rows, part.is_shard) for part in found] == [(0, 3, True), (3, 1, False)]
     assert held == {0, 1, 2, 3} and not parts[1].exists()
 
 
 @pytest.mark.parametrize("broken_off_after", ["nothing", "the shard's rename", "the shard", "one part", "all"])
-def test_a_join_done_again_after_it_was_broken_off_gives_the_same_shard(broken_off_after: str, parts_dir: Path) -> None:
+def test_a_join_repeated_after_an_interruption_gives_the_same_shard(broken_off_after: str, parts_dir: Path) -> None:
     parts, shard = written(parts_dir, [0, 1], [2], [3, 4]), parts_dir.parent / "samples-000000000000.parquet"
     kept = {path: path.read_bytes() for path in parts}
     join_parts(parts, shard)
@@ -91,7 +91,7 @@ def test_a_join_done_again_after_it_was_broken_off_gives_the_same_shard(broken_o
     assert pq.read_table(shard).equals(rows([0, 1, 2, 3, 4]))
 
 
-def test_a_shard_does_not_depend_on_how_its_rows_were_parted(parts_dir: Path) -> None:
+def test_a_shard_does_not_depend_on_its_parts(parts_dir: Path) -> None:
     made = []
     for number, groups in enumerate([([0, 1], [2, 3]), ([0], [1, 2], [3])]):
         join_parts(written(parts_dir, *groups), parts_dir.parent / f"{number}.parquet")
@@ -100,9 +100,7 @@ def test_a_shard_does_not_depend_on_how_its_rows_were_parted(parts_dir: Path) ->
 
 
 @pytest.mark.parametrize("groups", [([0, 1],), ([0], [1])])
-def test_a_shard_is_the_file_that_would_have_been_written_in_one_piece(
-    groups: tuple[list[int], ...], parts_dir: Path
-) -> None:
+def test_a_shard_equals_a_file_written_in_one_piece(groups: tuple[list[int], ...], parts_dir: Path) -> None:
     join_parts(written(parts_dir, *groups), parts_dir.parent / "samples-0.parquet")
     write_table(rows([0, 1]), parts_dir.parent / "whole.parquet")
     assert (parts_dir.parent / "samples-0.parquet").read_bytes() == (parts_dir.parent / "whole.parquet").read_bytes()
@@ -115,7 +113,7 @@ def flip(path: Path, bit: int) -> None:
 
 
 @pytest.mark.parametrize("damaged", ["a shard", "a shard of one part", "the SHA-256 of a shard", "a part"])
-def test_fault_51_a_bit_flipped_anywhere_in_a_file_of_an_interrupted_step_costs_its_rows_alone(
+def test_fault_51_a_bit_flip_in_a_file_of_an_interrupted_step_only_loses_its_rows(
     damaged: str, parts_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = parts_dir.parent
@@ -150,7 +148,7 @@ def indices(path: Path) -> list[int]:
     return found
 
 
-def test_fault_51_parts_of_a_damaged_shard_that_are_still_there_are_used(parts_dir: Path) -> None:
+def test_fault_51_remaining_parts_of_a_damaged_shard_are_used(parts_dir: Path) -> None:
     parts, shard = written(parts_dir, [0, 1], [2]), parts_dir.parent / "samples-000000000000.parquet"
     kept = {path: path.read_bytes() for path in parts}
     join_parts(parts, shard)
@@ -162,7 +160,7 @@ def test_fault_51_parts_of_a_damaged_shard_that_are_still_there_are_used(parts_d
 
 
 @pytest.mark.parametrize("num_parts", [1, 2])
-def test_fault_51_a_part_that_is_altered_before_it_is_joined_joins_no_shard(num_parts: int, parts_dir: Path) -> None:
+def test_fault_51_an_altered_part_is_not_joined(num_parts: int, parts_dir: Path) -> None:
     parts = written(parts_dir, *([index] for index in range(num_parts)))
     flip(parts[-1], 800)
     shard = parts_dir.parent / "samples-000000000000.parquet"
@@ -173,7 +171,7 @@ def test_fault_51_a_part_that_is_altered_before_it_is_joined_joins_no_shard(num_
     assert not shard.exists()
 
 
-def test_fault_51_a_prompt_whose_quarantine_file_is_damaged_is_tried_again(
+def test_fault_51_a_prompt_whose_quarantine_file_is_damaged_is_retried(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for index in (3, 7):
@@ -187,7 +185,7 @@ def test_fault_51_a_prompt_whose_quarantine_file_is_damaged_is_tried_again(
     assert f"{path}: was altered (its SHA-256 differs); its prompt is retried" in caplog.text
 
 
-def test_a_prompt_that_was_set_aside_twice_counts_once(tmp_path: Path) -> None:
+def test_a_prompt_that_was_quarantined_twice_counts_once(tmp_path: Path) -> None:
     for reason in ("one", "other"):
         write_quarantined(tmp_path, 7, {"prompt_index": 7, "reason": reason})
     assert len(read_quarantined(tmp_path)) == 1
@@ -199,19 +197,19 @@ def test_a_prompt_that_was_set_aside_twice_counts_once(tmp_path: Path) -> None:
         ([1, 1, 1], [], [[0, 1, 2]]),
         ([4, 4, 4, 4], [], [[0, 1, 2], [3]]),
         ([12, 3, 20, 1], [], [[0], [1, 2], [3]]),
-        ([4, 12, 4, 9], [1], [[0], [2, 3]]),  # what lies on both sides of a shard does not join
+        ([4, 12, 4, 9], [1], [[0], [2, 3]]),  # parts on different sides of a shard are not joined
         ([12], [0], []),
         ([], [], []),
     ],
 )
-def test_neighbours_join_until_a_shard_is_large_enough(
+def test_consecutive_parts_are_joined_until_a_shard_is_large_enough(
     sizes: list[int], shards: list[int], expected: list[list[int]]
 ) -> None:
     parts = [Part(first, 1, size, Path(), first in shards) for first, size in enumerate(sizes)]
     assert [[part.first for part in group] for group in shards_of(parts, 10)] == expected
 
 
-def test_what_was_set_aside_is_joined_once_and_stays_known_after(tmp_path: Path) -> None:
+def test_quarantine_files_are_joined_once_and_can_still_be_read(tmp_path: Path) -> None:
     assert join_quarantined(tmp_path) == [] and not list(tmp_path.iterdir())
     (tmp_path / "set_aside").mkdir()
     (tmp_path / "set_aside" / "000000000007.jsonl").write_text('{"prompt_index": 7}\n')

@@ -1,4 +1,4 @@
-"""What a step tells once reaches the status, the log and the trackers, and a restart doubles nothing."""
+"""Progress that a step reports reaches the status, the log and the trackers; a restart duplicates nothing."""
 
 import json
 import logging
@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from cdpo_ray.errors import TrainingError
-from cdpo_ray.progress import Progress, progress
+from cdpo_ray.progress import Progress
+from cdpo_ray.progress import progress as progress_module
 from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.store import write_json
 
@@ -23,8 +24,8 @@ def run(tmp_path: Path) -> TrackedRun:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.1)
+    monkeypatch.setattr(progress_module, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(progress_module, "LINE_SECONDS", 0.1)
 
 
 def wait_until(holds: Callable[[], object]) -> None:
@@ -38,25 +39,25 @@ def status(run: TrackedRun) -> dict[str, Any]:
     return json.loads((run.dir / "status.json").read_text())
 
 
-def scalars(run: TrackedRun, place: str) -> dict[str, list[tuple[int, float]]]:
+def scalars(run: TrackedRun, step: str) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(run.dir / "tensorboard" / place)).Reload()
+    found = EventAccumulator(str(run.dir / "tensorboard" / step)).Reload()
     return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
 def train(run: TrackedRun, updates: range, *, done: int, dies: bool = False) -> None:
-    with Progress(run, command="cdpo run c.yaml") as told, told.step("train", "4-training"):
-        told.begin("train", total=8, unit="update", done=done, makes=(16, "pairs"))
+    with Progress(run, command="cdpo run c.yaml") as progress, progress.step("train", "4-training"):
+        progress.begin("train", total=8, unit="update", done=done, makes=(16, "pairs"))
         for update in updates:
-            told.record({"loss": float(update), "stage": 1.0 + update // 5}, update=update)
-        told.advance(updates[-1] - done)
-        told.end()
+            progress.record({"loss": float(update), "stage": 1.0 + update // 5}, update=update)
+        progress.advance(updates[-1] - done)
+        progress.end()
         if dies:
             raise TrainingError("a worker is gone")
 
 
-def test_every_update_is_drawn_once_with_the_rate_and_the_time_of_the_step(run: TrackedRun) -> None:
+def test_every_update_is_recorded_once_with_the_rate_and_the_time_of_the_step(run: TrackedRun) -> None:
     train(run, range(1, 9), done=0)
     found = scalars(run, "train")
     assert found["loss"] == [(update, float(update)) for update in range(1, 9)]
@@ -69,33 +70,33 @@ def test_every_update_is_drawn_once_with_the_rate_and_the_time_of_the_step(run: 
 def test_a_restart_doubles_nothing_and_loses_nothing(run: TrackedRun) -> None:
     with pytest.raises(TrainingError, match="gone"):
         train(run, range(1, 7), done=0, dies=True)
-    write_json(run.dir / "status.json", status(run) | {"recorded": {"train": 5}})  # as if killed before it knew of 6
-    train(run, range(1, 9), done=4)  # tells all that it knows
+    write_json(run.dir / "status.json", status(run) | {"recorded": {"train": 5}})  # as if killed before 6 was recorded
+    train(run, range(1, 9), done=4)  # records all of its updates again
     assert scalars(run, "train")["loss"] == [(update, float(update)) for update in range(1, 9)]
     assert status(run)["recorded"] == {"train": 8}
 
 
-def test_a_step_made_anew_is_drawn_anew(run: TrackedRun) -> None:
+def test_a_restarted_step_replaces_its_metrics(run: TrackedRun) -> None:
     train(run, range(1, 9), done=0)
     train(run, range(1, 4), done=0)
     assert [at for at, _ in scalars(run, "train")["loss"]] == [1, 2, 3]
 
 
-def test_a_worker_that_restarts_within_a_process_may_tell_an_update_again(run: TrackedRun) -> None:
-    with Progress(run) as told, told.step("train", "4-training"):
-        told.begin("train", total=8, unit="update")
+def test_a_restarted_worker_may_record_an_update_again(run: TrackedRun) -> None:
+    with Progress(run) as progress, progress.step("train", "4-training"):
+        progress.begin("train", total=8, unit="update")
         for update in (1, 2, 3, 2, 3, 4):
-            told.record({"loss": float(update)}, update=update)
+            progress.record({"loss": float(update)}, update=update)
     assert [at for at, _ in scalars(run, "train")["loss"]] == [1, 2, 3, 4]
 
 
-def test_status_follows_a_step_while_it_is_silent(run: TrackedRun) -> None:
-    with Progress(run, command="cdpo run c.yaml") as told:
+def test_status_is_updated_while_a_step_reports_nothing(run: TrackedRun) -> None:
+    with Progress(run, command="cdpo run c.yaml") as progress:
         assert status(run)["state"] == "running" and "folder" not in status(run)
-        with told.step("generate", "1-samples"):
-            told.begin("generate", total=10, unit="prompt", done=2, makes=(8, "images"))
-            told.advance(3)
-            told.log_line("half of it")
+        with progress.step("generate", "1-samples"):
+            progress.begin("generate", total=10, unit="prompt", done=2, makes=(8, "images"))
+            progress.advance(3)
+            progress.log_line("half of it")
             wait_until(lambda: "line" in status(run))
             found = status(run)
             assert (found["folder"], found["done"], found["total"], found["unit"]) == ("1-samples", 5, 10, "prompt")
@@ -111,50 +112,50 @@ def test_status_follows_a_step_while_it_is_silent(run: TrackedRun) -> None:
         (KeyboardInterrupt(), "stopped", None),
     ],
 )
-def test_what_ended_a_run_is_told_with_where_it_was(
+def test_the_status_names_what_ended_a_run_and_at_which_unit(
     run: TrackedRun, error: BaseException, state: str, why: str | None
 ) -> None:
-    with pytest.raises(type(error)), Progress(run) as told, told.step("train", "4-training"):  # noqa: PT012
-        told.begin("train", total=8, unit="update")
-        told.advance(3)
+    with pytest.raises(type(error)), Progress(run) as progress, progress.step("train", "4-training"):  # noqa: PT012
+        progress.begin("train", total=8, unit="update")
+        progress.advance(3)
         raise error
     found = status(run)
     assert (found["state"], found.get("error"), found["folder"], found["done"]) == (state, why, "4-training", 3)
 
 
-def test_rounds_are_drawn_apart(run: TrackedRun) -> None:
+def test_rounds_are_recorded_separately(run: TrackedRun) -> None:
     for number in (1, 2):
-        with Progress(run, num_rounds=2) as told, told.step("train", "4-training", round=number):
-            told.begin("train", total=8, unit="update")
-            told.record({"loss": float(number)}, update=1)
+        with Progress(run, num_rounds=2) as progress, progress.step("train", "4-training", round=number):
+            progress.begin("train", total=8, unit="update")
+            progress.record({"loss": float(number)}, update=1)
     assert scalars(run, "round-1/train")["loss"] == [(1, 1.0)]
     assert scalars(run, "round-2/train")["loss"] == [(1, 2.0)]
 
 
-def test_a_log_shows_life_and_the_time_left(run: TrackedRun, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_shows_progress_and_the_time_left(run: TrackedRun, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="cdpo_ray")
-    with Progress(run) as told, told.step("train", "4-training"):
-        told.begin("train", total=8, unit="update")
-        told.advance(2)
+    with Progress(run) as progress, progress.step("train", "4-training"):
+        progress.begin("train", total=8, unit="update")
+        progress.advance(2)
         wait_until(
             lambda: any(re.fullmatch(r"train: 2/8 updates, .* updates/\w+, .* left", line) for line in caplog.messages)
         )
 
 
-def test_fault_56_what_is_waited_for_is_named_once_nothing_has_progressed_for_a_while(
+def test_fault_56_a_step_without_progress_logs_what_it_is_waiting_for(
     run: TrackedRun, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(progress_module, "IDLE_SECONDS", 0.2)
     caplog.set_level(logging.INFO, logger="cdpo_ray")
 
     def lines() -> list[str]:
         return [line for line in caplog.messages if "no progress" in line]
 
-    with Progress(run) as told, told.step("score", "2-scores", waiting_for="reward `own:slow`"):
+    with Progress(run) as progress, progress.step("score", "2-scores", waiting_for="reward `own:slow`"):
         wait_until(lines)
         assert lines()[0] == "score: no progress for 0 s; waiting for reward `own:slow`"
-        told.begin("score", total=8, unit="prompt")
-        told.advance(2)
+        progress.begin("score", total=8, unit="prompt")
+        progress.advance(2)
         caplog.clear()
         wait_until(lines)
         assert lines() == ["score: no progress for 0 s at 2/8 prompts; waiting for reward `own:slow`"]
@@ -164,26 +165,28 @@ def test_fault_56_what_is_waited_for_is_named_once_nothing_has_progressed_for_a_
     assert lines() == []
 
 
-def test_a_status_that_cannot_be_written_stops_nothing(run: TrackedRun, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_status_that_cannot_be_written_does_not_stop_the_run(
+    run: TrackedRun, caplog: pytest.LogCaptureFixture
+) -> None:
     (run.dir / "status.json.tmp").mkdir()
     train(run, range(1, 9), done=0)
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and "status.json: cannot be written, the run continues" in warnings[0]
 
 
-def test_without_a_run_it_only_counts() -> None:
-    told = Progress()
-    told.begin("generate", total=2, unit="prompt")
-    told.advance()
-    told.record({"loss": 1.0}, update=1)
-    told.log_line("a line")
-    told.end()
+def test_without_a_run_progress_only_counts() -> None:
+    progress = Progress()
+    progress.begin("generate", total=2, unit="prompt")
+    progress.advance()
+    progress.record({"loss": 1.0}, update=1)
+    progress.log_line("a line")
+    progress.end()
 
 
 def test_the_estimate_of_a_step_is_in_its_own_status_only(run: TrackedRun) -> None:
     predicted = {"gpu": "h100", "seconds": 60}
-    with Progress(run, command="cdpo run c.yaml") as told:
-        with told.step("generate", "1-samples", predicted=predicted):
+    with Progress(run, command="cdpo run c.yaml") as progress:
+        with progress.step("generate", "1-samples", predicted=predicted):
             assert status(run)["predicted"] == predicted
-        with told.step("score", "2-scores"):
+        with progress.step("score", "2-scores"):
             assert "predicted" not in status(run)

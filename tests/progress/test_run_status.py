@@ -1,4 +1,4 @@
-"""`cdpo status` tells from a run's folder how it stands."""
+"""`cdpo status` shows the status of a run from its folder."""
 
 import os
 import platform
@@ -27,10 +27,10 @@ def finish(path: Path, *folders: str, warnings: tuple[str, ...] = ()) -> None:
             output.warnings += warnings
 
 
-def tell(path: Path, *, seconds_ago: float = 2, **values: Any) -> None:
-    told = {"command": "cdpo run c.yaml", "num_rounds": 1, "pid": os.getpid(), "host": platform.node()}
-    told |= {"state": "running", "time": (NOW - timedelta(seconds=seconds_ago)).isoformat()}
-    write_json(path / STATUS, told | values)
+def write_status(path: Path, *, seconds_ago: float = 2, **values: Any) -> None:
+    status = {"command": "cdpo run c.yaml", "num_rounds": 1, "pid": os.getpid(), "host": platform.node()}
+    status |= {"state": "running", "time": (NOW - timedelta(seconds=seconds_ago)).isoformat()}
+    write_json(path / STATUS, status | values)
 
 
 TRAINING = {"folder": "4-training", "round": 1, "done": 50, "total": 400, "unit": "update"}
@@ -42,7 +42,7 @@ def test_the_estimate_is_shown_next_to_the_measured_time(tmp_path: Path) -> None
     with RunFolder(run).writing("1-samples", {}, {}, seed=0, resumable=False) as (_, output):
         output.counts["prompts"] = 8
         output.details["predicted"] = predicted
-    tell(run, **TRAINING, rate=0.08, seconds_left=4375.0, predicted=predicted)
+    write_status(run, **TRAINING, rate=0.08, seconds_left=4375.0, predicted=predicted)
     lines = run_status(run, now=NOW).text.splitlines()
     assert "8 prompts, 0 s (estimated 1 h 12 min on h100), until 20" in lines[1]
     assert lines[4].endswith("1 h 12 min left, estimated 1 h 12 min on h100, on course for 1 h 23 min")  # 400 / 0.08 s
@@ -54,10 +54,10 @@ def dead_pid() -> int:
     return process.pid
 
 
-def test_a_running_step_tells_how_far_it_is_and_how_long_it_will_take(tmp_path: Path) -> None:
+def test_a_running_step_shows_its_progress_and_remaining_time(tmp_path: Path) -> None:
     run = tmp_path / "run"
     finish(run, *STEP_FOLDERS[:3], warnings=("3 prompts form no pair",))
-    tell(run, **TRAINING, rate=2.0, seconds_left=175.0, line="stage 1/4: 50 updates")
+    write_status(run, **TRAINING, rate=2.0, seconds_left=175.0, line="stage 1/4: 50 updates")
     found = run_status(run, now=NOW)
     assert not found.is_interrupted
     lines = found.text.splitlines()
@@ -72,14 +72,14 @@ def test_a_running_step_tells_how_far_it_is_and_how_long_it_will_take(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "how", ["its process is gone", "it is silent for minutes", "it is silent for minutes on another machine"]
+    "how", ["its process has ended", "no heartbeat for minutes", "no heartbeat for minutes on another machine"]
 )
-def test_a_killed_run_is_told_apart_from_a_running_one(tmp_path: Path, how: str) -> None:
+def test_a_killed_run_is_distinguished_from_a_running_one(tmp_path: Path, how: str) -> None:
     run = tmp_path / "run"
     finish(run, *STEP_FOLDERS[:3])
-    pid = dead_pid() if "gone" in how else os.getpid()
+    pid = dead_pid() if "ended" in how else os.getpid()
     host = "elsewhere" if "machine" in how else platform.node()
-    tell(run, **TRAINING, seconds_ago=200 if "silent" in how else 2, pid=pid, host=host)
+    write_status(run, **TRAINING, seconds_ago=200 if "heartbeat" in how else 2, pid=pid, host=host)
     found = run_status(run, now=NOW)
     assert found.is_interrupted
     assert "  4-training    stopped  50/400 updates\n" in found.text
@@ -87,13 +87,13 @@ def test_a_killed_run_is_told_apart_from_a_running_one(tmp_path: Path, how: str)
     assert found.text.endswith("\nnext: cdpo run c.yaml")
 
 
-def test_another_machines_process_lives_as_long_as_it_says_so(tmp_path: Path) -> None:
+def test_a_process_of_another_machine_is_alive_while_it_sends_heartbeats(tmp_path: Path) -> None:
     finish(tmp_path / "run", "1-samples")
-    tell(tmp_path / "run", pid=dead_pid(), host="elsewhere")
+    write_status(tmp_path / "run", pid=dead_pid(), host="elsewhere")
     assert not run_status(tmp_path / "run", now=NOW).is_interrupted
 
 
-def test_a_failed_run_tells_why_and_after_which_commit_it_goes_on(tmp_path: Path) -> None:
+def test_a_failed_run_shows_its_error_and_its_newest_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     finish(run, *STEP_FOLDERS[:3])
     for update, whole in ((25, True), (50, True), (75, False)):
@@ -101,7 +101,7 @@ def test_a_failed_run_tells_why_and_after_which_commit_it_goes_on(tmp_path: Path
         commit.mkdir(parents=True)
         if whole:
             write_json(commit / "manifest.json", {})
-    tell(run, **TRAINING, state="failed", error="TrainingError: loss is not finite;\nlower it")
+    write_status(run, **TRAINING, state="failed", error="TrainingError: loss is not finite;\nlower it")
     found = run_status(run, now=NOW)
     assert found.is_interrupted
     assert found.text.splitlines()[4:] == [
@@ -116,29 +116,27 @@ def test_a_failed_run_tells_why_and_after_which_commit_it_goes_on(tmp_path: Path
     ]
 
 
-def test_a_run_whose_steps_are_all_there_is_done_whatever_was_told(tmp_path: Path) -> None:
+def test_a_run_with_all_steps_is_done_whatever_its_status_file_says(tmp_path: Path) -> None:
     finish(tmp_path / "run", *STEP_FOLDERS)
     assert run_status(tmp_path / "run").text.endswith("\n\ndone")
-    tell(tmp_path / "run", state="failed", error="StoreError: made with another beta")
+    write_status(tmp_path / "run", state="failed", error="StoreError: made with another beta")
     assert not run_status(tmp_path / "run", now=NOW).is_interrupted
 
 
-def test_each_round_is_told(tmp_path: Path) -> None:
+def test_each_round_is_shown(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     finish(run / "round-1", *STEP_FOLDERS)
-    tell(run, **TRAINING | {"folder": "1-samples", "round": 2}, num_rounds=2)
+    write_status(run, **TRAINING | {"folder": "1-samples", "round": 2}, num_rounds=2)
     lines = run_status(run, now=NOW).text.splitlines()
     assert (lines[1], lines[7]) == ("round 1/2", "round 2/2")
     assert lines[8] == "  1-samples     running  50/400 updates"
     assert [line.split()[1] for line in lines[2:7]] == ["done"] * 5
 
 
-def test_a_run_of_which_some_steps_were_asked_for_says_how_it_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_of_some_steps_shows_how_to_resume_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finish(tmp_path / "run", "1-samples")
-    tell(tmp_path / "run", state="ended")
+    write_status(tmp_path / "run", state="ended")
     assert main(["status", str(tmp_path / "run")]) == 1
     assert capsys.readouterr().out.endswith("\n\nnot running\nnext: cdpo run c.yaml\n")
     finish(tmp_path / "run", *STEP_FOLDERS[1:])
@@ -165,19 +163,19 @@ def test_status_needs_neither_torch_nor_ray(tmp_path: Path) -> None:
     assert (found.stdout.splitlines()[-1], found.stderr) == ("[]", "")
 
 
-def test_a_search_tells_of_its_trials_and_is_done_once_it_has_told_what_it_found(tmp_path: Path) -> None:
+def test_a_search_shows_its_trials_and_is_done_once_its_results_are_written(tmp_path: Path) -> None:
     run = tmp_path / "run"
     finish(run, "1-samples", "2-scores", "validation", "heldout")
     for number, state in enumerate(["done", "stopped", "done", "running"], start=1):
         (run / "trials" / f"{number:03d}").mkdir(parents=True)
         write_json(run / "trials" / f"{number:03d}" / "trial.json", {"state": state})
-    tell(run, command="cdpo tune c.yaml", folder="trials", round=1, pid=dead_pid())
+    write_status(run, command="cdpo tune c.yaml", folder="trials", round=1, pid=dead_pid())
     found = run_status(run, now=NOW)
     assert found.is_interrupted
     assert "  trials        2 done, 1 running, 1 stopped\n  confirmation  pending" in found.text
     assert "3-stages" not in found.text and found.text.endswith("next: cdpo tune c.yaml")
-    tell(run, state="ended")
-    assert run_status(run, now=NOW).is_interrupted, "it has not told what it found"
+    write_status(run, state="ended")
+    assert run_status(run, now=NOW).is_interrupted, "its results are not written yet"
     write_json(run / "tune.json", {})
     assert not run_status(run, now=NOW).is_interrupted
 
@@ -189,17 +187,17 @@ def test_a_search_tells_of_its_trials_and_is_done_once_it_has_told_what_it_found
      {"host": {}}, {"done": -1}, {"rate": "fast"}, {"rate": 1e300}, {"predicted": {"gpu": 3}}, {"error": ["a"]},
      {"run_ids": {"wandb": "../../x"}}, {"command": ["rm"]}],
 )  # fmt: skip
-def test_fault_52_a_status_of_another_kind_is_named(value: Any, tmp_path: Path) -> None:
+def test_fault_52_an_invalid_status_is_named(value: Any, tmp_path: Path) -> None:
     finish(tmp_path / "run", "1-samples")
     if isinstance(value, dict) and value:
-        tell(tmp_path / "run", **{"state": "running"} | value)
+        write_status(tmp_path / "run", **{"state": "running"} | value)
     else:
         write_json(tmp_path / "run" / STATUS, value)
     with pytest.raises(StoreError, match=r"status\.json: is damaged .*; delete it: it holds none of the run's results"):
         run_status(tmp_path / "run", now=NOW)
 
 
-def test_fault_52_what_is_not_json_or_no_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
+def test_fault_52_a_status_that_is_not_json_or_not_a_regular_file_is_named_without_waiting(tmp_path: Path) -> None:
     finish(tmp_path / "run", "1-samples")
     path = tmp_path / "run" / STATUS
     for text in (b"[" * 100_000, b"\xff\xfe", b"", b"9" * 10_000):
@@ -220,7 +218,9 @@ def test_fault_52_control_characters_are_shown_escaped(tmp_path: Path) -> None:
         output.warnings.append(evil)
         output.details["predicted"] = {"gpu": evil, "seconds": 5}
     for state in ("failed", "running", "stopped"):
-        tell(run, **TRAINING | {"unit": evil}, state=state, error=evil, line=evil, host=evil, command=evil, rate=2.0)
+        write_status(
+            run, **TRAINING | {"unit": evil}, state=state, error=evil, line=evil, host=evil, command=evil, rate=2.0
+        )
         text = run_status(run, now=NOW).text
         assert r"\x1b]0;owned\x07\r\u202e\x9b31m" in text
         assert all(line.isprintable() for line in text.split("\n"))
@@ -246,9 +246,9 @@ def test_fault_52_control_characters_are_shown_escaped(tmp_path: Path) -> None:
         "",
     ],
 )
-def test_fault_52_a_command_that_may_do_harm_is_not_offered(command: str, tmp_path: Path) -> None:
+def test_fault_52_a_possibly_harmful_command_is_not_shown(command: str, tmp_path: Path) -> None:
     finish(tmp_path / "run", "1-samples")
-    tell(tmp_path / "run", state="ended", command=command.format(run=tmp_path / "run"))
+    write_status(tmp_path / "run", state="ended", command=command.format(run=tmp_path / "run"))
     last = run_status(tmp_path / "run", now=NOW).text.splitlines()[-1]
     assert last == "next: run the original command again; it resumes the run"
 
@@ -261,9 +261,9 @@ def test_fault_52_a_command_that_may_do_harm_is_not_offered(command: str, tmp_pa
         ("cdpo run '$(id).yaml' run.name=x", "cdpo run '$(id).yaml' run.name=x"),
     ],
 )
-def test_fault_52_a_harmless_command_is_composed_again(command: str, shown: str, tmp_path: Path) -> None:
+def test_fault_52_a_harmless_command_is_shown(command: str, shown: str, tmp_path: Path) -> None:
     finish(tmp_path / "run", "1-samples")
-    tell(tmp_path / "run", state="ended", command=command)
+    write_status(tmp_path / "run", state="ended", command=command)
     assert run_status(tmp_path / "run", now=NOW).text.endswith(f"next: {shown}")
 
 

@@ -1,4 +1,4 @@
-"""Each tracker keeps what it is told, and one that fails holds up nothing."""
+"""Each tracker stores its metrics, and a failing one does not delay the run."""
 
 import contextlib
 import threading
@@ -21,33 +21,35 @@ SETTINGS = {"training": {"beta": 200, "lora": {"rank": 8}}, "run": {"name": "dem
 
 
 def track(run_dir: Path, tracking: dict[str, dict[str, Any]], updates: range, *, done: int = 0) -> dict[str, str]:
-    """A process that trains; returns the ids of its trackers' runs."""
+    """Act as a training process; returns the ids of its trackers' runs."""
     run_dir.mkdir(exist_ok=True)
     run = TrackedRun("demo", run_dir, SETTINGS)
-    with Progress(run, tracking=tracking) as told, told.step("train", "4-training"):
-        told.begin("train", total=9, unit="update", done=done)
+    with Progress(run, tracking=tracking) as progress, progress.step("train", "4-training"):
+        progress.begin("train", total=9, unit="update", done=done)
         for update in updates:
-            told.record({"loss": update / 2}, update=update)
-        told.advance(updates[-1] - done)
-    assert told._trackers is not None
-    return told._trackers.run_ids
+            progress.record({"loss": update / 2}, update=update)
+        progress.advance(updates[-1] - done)
+    assert progress._trackers is not None
+    return progress._trackers.run_ids
 
 
-def test_wandb_keeps_values_and_settings_offline_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_stores_values_and_settings_offline_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "5ec2e7" * 7)
     monkeypatch.setenv("HF_TOKEN", "hf_5ec2e7")
     first = track(tmp_path, {"wandb": OFFLINE}, range(1, 4))
-    time.sleep(1)  # a process's folder has the second in its name
+    time.sleep(1)  # the name of a process's folder has a resolution of one second
     assert track(tmp_path, {"wandb": OFFLINE}, range(1, 7), done=3) == first
     assert len(list(tmp_path.glob(f"wandb/offline-run-*-{first['wandb']}/*.wandb"))) == 2
     kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    for told in (b"train/loss", b"pictures", b'"beta"'):
-        assert told in kept
+    for text in (b"train/loss", b"pictures", b'"beta"'):
+        assert text in kept
     assert b"5ec2e7" not in kept
 
 
-def test_mlflow_keeps_each_update_once_and_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the one store that is in mlflow-skinny itself
+def test_mlflow_stores_each_update_once_and_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the only store that mlflow-skinny includes
     from mlflow import MlflowClient
 
     where = {"tracking_uri": (tmp_path / "store").as_uri(), "experiment": "pictures"}
@@ -61,19 +63,19 @@ def test_mlflow_keeps_each_update_once_and_the_settings(tmp_path: Path, monkeypa
     assert kept.data.params == {"training.beta": "200", "training.lora.rank": "8", "run.name": "demo"}
 
 
-def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(
+def test_a_failing_tracker_is_reported_once_and_the_others_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    nobody = {"tracking_uri": "http://127.0.0.1:9", "experiment": "pictures"}
-    track(tmp_path, {"mlflow": nobody}, range(1, 4))
+    unreachable = {"tracking_uri": "http://127.0.0.1:9", "experiment": "pictures"}
+    track(tmp_path, {"mlflow": unreachable}, range(1, 4))
     warnings = [record.message for record in caplog.records if record.name.startswith("cdpo_ray")]
     assert len(warnings) == 1
     assert warnings[0].startswith("tracking: `mlflow` is disabled, the run continues: MlflowException: ")
     assert list((tmp_path / "tensorboard" / "train").iterdir())
 
 
-def test_a_slow_tracker_holds_up_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_tracker_does_not_delay_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
 
     class Slow:
@@ -86,15 +88,17 @@ def test_a_slow_tracker_holds_up_no_step(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(trackers, "Slow", Slow, raising=False)
     monkeypatch.setitem(TRACKERS, "tensorboard", "cdpo_ray.progress.trackers:Slow")
-    told, kept = Trackers(TrackedRun("demo", tmp_path), {}), list[str]()
-    told.log([Metrics("train", 1, {"loss": 1.0})], lambda: kept.append("all"))
-    assert kept == []
+    all_trackers, calls = Trackers(TrackedRun("demo", tmp_path), {}), list[str]()
+    all_trackers.log([Metrics("train", 1, {"loss": 1.0})], lambda: calls.append("sent"))
+    assert calls == []
     released.set()
-    told.close("ended")
-    assert kept == ["all"]
+    all_trackers.close("ended")
+    assert calls == ["sent"]
 
 
-def test_what_a_tracker_needs_is_told_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_requirements_of_a_tracker_are_reported_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     run = TrackedRun("demo", tmp_path)
     with pytest.raises(ConfigError, match=r"^`tracking\.wandb`: WANDB_API_KEY is not set in the environment; set it"):
@@ -105,7 +109,7 @@ def test_what_a_tracker_needs_is_told_before_anything_starts(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tracked_run_is_the_same_run() -> None:
+def test_tracking_does_not_change_the_settings_of_a_run() -> None:
     def made_of(config: Config) -> list[Any]:
         return [step.settings(config) for step in STEPS]
 
@@ -133,8 +137,8 @@ def test_fault_27_a_tracking_uri_with_a_password_is_refused_and_not_repeated() -
 def test_ray_exports_each_value_as_a_gauge(tmp_path: Path) -> None:
     import ray
 
-    told = Trackers(TrackedRun("demo", tmp_path), {})
-    told.log([Metrics("generate", 8, {"images_per_second": 3.5})], lambda: None)
+    trackers = Trackers(TrackedRun("demo", tmp_path), {})
+    trackers.log([Metrics("generate", 8, {"images_per_second": 3.5})], lambda: None)
     (node, *_) = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     lines: list[str] = []
@@ -143,7 +147,7 @@ def test_ray_exports_each_value_as_a_gauge(tmp_path: Path) -> None:
         time.sleep(1)
         page = urllib.request.urlopen(url, timeout=10).read().decode()
         lines = [line for line in page.splitlines() if line.startswith("ray_cdpo_generate_images_per_second{")]
-    told.close("ended")
+    trackers.close("ended")
     (line,) = lines
     assert 'run="demo"' in line and line.endswith(" 3.5")
 
@@ -177,12 +181,16 @@ def test_wandb_is_given_an_exit_code_that_says_how_a_run_ended(
     track_until(error, tmp_path, {"wandb": OFFLINE})
     assert capfd.readouterr() == ("", "")
     (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    content, place, codes = kept.read_bytes(), 7, list[int]()  # a header, then records: checksum, length, type, bytes
-    while place < len(content):
-        end = place + 7 + int.from_bytes(content[place + 4 : place + 6], "little")
-        record = Record.FromString(content[place + 7 : end])
+    content, position, codes = (
+        kept.read_bytes(),
+        7,
+        list[int](),
+    )  # a header, then records: checksum, length, type, bytes
+    while position < len(content):
+        end = position + 7 + int.from_bytes(content[position + 4 : position + 6], "little")
+        record = Record.FromString(content[position + 7 : end])
         codes += [record.exit.exit_code] if record.HasField("exit") else []
-        place = end
+        position = end
     assert codes == [code]
 
 
@@ -190,14 +198,14 @@ def track_until(error: BaseException | None, run_dir: Path, tracking: dict[str, 
     run_dir.mkdir(exist_ok=True)
     with (
         contextlib.suppress(type(error) if error else ()),
-        Progress(TrackedRun("demo", run_dir, SETTINGS), tracking=tracking) as told,
+        Progress(TrackedRun("demo", run_dir, SETTINGS), tracking=tracking) as progress,
     ):
-        told.begin("train", total=9, unit="update")
-        told.record({"loss": 0.5}, update=1)
+        progress.begin("train", total=9, unit="update")
+        progress.record({"loss": 0.5}, update=1)
         if error:
             raise error
-    assert told._trackers is not None
-    return told._trackers.run_ids
+    assert progress._trackers is not None
+    return progress._trackers.run_ids
 
 
 def test_fault_46_a_local_store_in_a_jobs_copy_of_the_working_folder_is_refused(

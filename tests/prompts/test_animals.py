@@ -1,4 +1,4 @@
-"""The paper's animals, against the method's list."""
+"""The paper's animals and activities."""
 
 from cdpo_ray.prompts.animals import ANIMALS, animal_photo_prompts, animal_prompts
 

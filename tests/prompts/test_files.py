@@ -1,4 +1,4 @@
-"""Files of prompts: what is whole is read as it is, what is broken is named with its place, all of it at once."""
+"""Prompt files: prompts are read unchanged, and all faults are reported at once with their place."""
 
 import csv
 import gzip
@@ -26,7 +26,7 @@ def saved(path: Path, content: bytes | str) -> Path:
 
 
 def faults_of(path: Path, column: str = "prompt") -> list[str]:
-    """Each fault as it is told, without the file's name."""
+    """Each reported fault, without the file's name."""
     with pytest.raises(PromptError, match=r": [\d,]+ fault") as caught:
         read_file(path, column)
     head, *faults = str(caught.value).split("\n")
@@ -35,7 +35,7 @@ def faults_of(path: Path, column: str = "prompt") -> list[str]:
     return [fault.removeprefix(f"  {path}:") for fault in faults]
 
 
-def test_an_unknown_ending_is_refused_with_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_extension_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
         PromptError,
         match=r"p\.xml: must end in \.txt, \.csv, \.tsv, \.json, \.jsonl, \.ndjson, \.parquet .*, got '\.xml'",
@@ -45,7 +45,7 @@ def test_an_unknown_ending_is_refused_with_those_there_are(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl"])
-def test_fault_21_a_byte_order_mark_is_no_part_of_what_comes_first(tmp_path: Path, name: str) -> None:
+def test_fault_21_a_byte_order_mark_is_ignored(tmp_path: Path, name: str) -> None:
     content = {"p.txt": "a cat\n", "p.csv": "prompt\na cat\n", "p.jsonl": '{"prompt": "a cat"}\n'}[name]
     assert read_file(saved(tmp_path / name, b"\xef\xbb\xbf" + content.encode()), "prompt") == ["a cat"]
 
@@ -68,8 +68,8 @@ def test_fault_21_utf16_is_refused(tmp_path: Path, name: str) -> None:
     )
 
 
-def test_fault_21_a_csv_header_that_cannot_be_read_is_told_alone(tmp_path: Path) -> None:
-    """What comes below it is no header, and no prompts are without one."""
+def test_fault_21_an_unreadable_csv_header_is_the_only_reported_fault(tmp_path: Path) -> None:
+    """Without a header, later lines cannot be checked."""
     assert faults_of(saved(tmp_path / "p.csv", 'id,"pro"mpt\n1,a cat\n')) == [
         "1: is not CSV: ',' expected after '\"'; double the quotes in a quoted text, and close it"
     ]
@@ -112,7 +112,7 @@ def test_fault_21_only_the_first_ten_faults_are_shown_and_all_are_counted(tmp_pa
     assert [line.split(":")[1] for line in str(caught.value).split("\n")[1:]] == [str(n) for n in range(1, 11)]
 
 
-def test_json_escapes_are_what_they_stand_for(tmp_path: Path) -> None:
+def test_json_escapes_are_decoded(tmp_path: Path) -> None:
     prompts = ['a "fox" 🦊', "two\nlines", "nul\x00", "\u2028"]
     text = "".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts)
     assert "\\ud83e" in text
@@ -131,7 +131,7 @@ def test_quoted_csv_fields_may_hold_commas_quotes_and_line_ends(tmp_path: Path) 
 
 
 @given(st.lists(st.text(alphabet='ab,"\n\r \x00é🦊', max_size=8), max_size=6))
-def test_what_a_csv_writer_writes_is_read_back_with_the_line_that_each_record_begins_on(prompts: list[str]) -> None:
+def test_output_of_a_csv_writer_is_read_back_with_the_first_line_of_each_record(prompts: list[str]) -> None:
     written, starts = io.StringIO(newline=""), []
     writer = csv.writer(written)
     writer.writerow(["id", "prompt"])
@@ -143,7 +143,7 @@ def test_what_a_csv_writer_writes_is_read_back_with_the_line_that_each_record_be
     assert [str(prompt).strip() for _, prompt in found] == [prompt.strip() for prompt in prompts]
 
 
-def test_fault_21_a_broken_csv_line_is_named_by_the_line_that_its_record_begins_on(tmp_path: Path) -> None:
+def test_fault_21_a_faulty_csv_record_is_named_by_its_first_line(tmp_path: Path) -> None:
     lines = [
         "id,prompt",
         '1,"over',
@@ -166,7 +166,7 @@ def test_fault_21_a_broken_csv_line_is_named_by_the_line_that_its_record_begins_
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p.parquet"])
-def test_fault_21_a_missing_column_is_told_with_those_there_are(tmp_path: Path, name: str) -> None:
+def test_fault_21_a_missing_column_is_reported_with_the_existing_ones(tmp_path: Path, name: str) -> None:
     if name == "p.csv":
         saved(tmp_path / name, "id,caption\n1,a cat\n")
     else:
@@ -177,10 +177,10 @@ def test_fault_21_a_missing_column_is_told_with_those_there_are(tmp_path: Path, 
 
 
 def test_fault_21_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"p\.csv: has `prompt` twice"):
+    with pytest.raises(PromptError, match=r"p\.csv: has column `prompt` twice"):
         read_file(saved(tmp_path / "p.csv", "prompt,prompt\na,b\n"), "prompt")
     pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, ["prompt"] * 2), tmp_path / "p.parquet")
-    with pytest.raises(PromptError, match=r"p\.parquet: has `prompt` twice"):
+    with pytest.raises(PromptError, match=r"p\.parquet: has column `prompt` twice"):
         read_file(tmp_path / "p.parquet", "prompt")
 
 
@@ -233,7 +233,7 @@ def test_fault_21_a_damaged_parquet_page_is_refused_by_name(tmp_path: Path) -> N
 
 
 class _Bomb:
-    """Makes a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -259,9 +259,9 @@ def test_fault_23_pickled_parquet_columns_are_refused_by_their_type_and_nothing_
         values = pa.array([[bomb]] if name == "tensor" else [bomb], field.type)
         path = tmp_path / f"{name}.parquet"
         pq.write_table(pa.Table.from_arrays([values], schema=pa.schema([field])), path)
-        # Where Ray is loaded, its tensors refuse a shape that is a pickle before their type can be looked at.
+        # If Ray is imported, its tensor type refuses a pickled shape before we inspect the type.
         with pytest.raises(
-            PromptError, match=r"must be one column of text, got .+; nothing|as Parquet: Unable to deserialize shape"
+            PromptError, match=r"must be one column of text, got .+; set|as Parquet: Unable to deserialize shape"
         ):
             read_file(path, "prompt")
         assert not mark.exists()
@@ -273,7 +273,7 @@ def test_fault_23_pickled_parquet_columns_are_refused_by_their_type_and_nothing_
 
 
 def test_other_columns_of_a_parquet_file_are_not_read(tmp_path: Path) -> None:
-    """Their pages are overwritten, and nobody notices."""
+    """Their pages are overwritten, without any error."""
     path = tmp_path / "p.parquet"
     table = pa.table({"image": [bytes(1000)] * 100, "prompt": [f"prompt {n}" for n in range(100)]})
     pq.write_table(table, path, use_dictionary=False, compression="none")
@@ -333,7 +333,7 @@ def test_files_as_people_and_programs_write_them_are_read(tmp_path: Path, name: 
         ("p.txt.gz", gzip.compress(b"a cat\n" * 1000)[:-9], r"p\.txt\.gz: cannot be decompressed: .*end-of-stream"),
     ],
 )
-def test_fault_21_what_is_no_list_of_prompts_is_named_with_what_is_there(
+def test_fault_21_a_file_that_is_not_a_list_of_prompts_is_refused_with_its_content(
     tmp_path: Path, name: str, content: bytes | str, message: str
 ) -> None:
     with pytest.raises(PromptError, match=message):

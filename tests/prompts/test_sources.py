@@ -1,4 +1,4 @@
-"""Prompts as they come from the world, and the wall between training and held-out prompts."""
+"""Prompt sources, and the separation of training, validation and held-out prompts."""
 
 import csv
 import hashlib
@@ -54,7 +54,7 @@ def split(
     seed: int = 0,
     **sides: Any,
 ) -> PromptSplit:
-    """``train_count``, ``heldout_fraction`` and so on are keys of a side."""
+    """Split prompts; keyword arguments such as ``train_count`` and ``heldout_fraction`` are keys of a side."""
     given = {
         "train": {"source": str(train)},
         "heldout": {"source": str(heldout) if heldout else None},
@@ -73,7 +73,7 @@ def read(path: Path | str, side: str = "train", **keys: Any) -> PromptList:
 
 
 def write(path: Path, lines: list[str]) -> Path:
-    """Save prompts in the format of the ending."""
+    """Save prompts in the format of the file's extension."""
     if path.suffix == ".csv":
         with path.open("w", newline="", encoding="utf-8") as handle:
             csv.writer(handle).writerows([["id", "prompt"], *enumerate(lines)])
@@ -90,7 +90,7 @@ FORMATS = pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl", "p.parqu
 
 
 @FORMATS
-def test_fault_20_strange_prompts_are_prompts_as_they_are(tmp_path: Path, name: str) -> None:
+def test_fault_20_unusual_prompts_are_kept_unchanged(tmp_path: Path, name: str) -> None:
     lines = [*STRANGE, "", "   ", STRANGE[0]]
     found = PromptList(STRANGE, num_read=len(lines), num_doubled=1, num_empty=2)
     assert read(write(tmp_path / name, lines)) == found
@@ -98,9 +98,7 @@ def test_fault_20_strange_prompts_are_prompts_as_they_are(tmp_path: Path, name: 
 
 
 @FORMATS
-def test_the_split_is_the_same_whatever_the_format_and_growing_the_file_moves_nothing(
-    tmp_path: Path, name: str
-) -> None:
+def test_the_split_depends_neither_on_the_format_nor_on_added_lines(tmp_path: Path, name: str) -> None:
     lines = [*STRANGE, *(f"prompt {number}" for number in range(190))]
     whole = split(write(tmp_path / name, lines), heldout_fraction=0.3)
     assert whole.heldout == [line for line in lines if is_held_out(line, 0.3)]
@@ -120,7 +118,7 @@ def test_prompts_of_the_same_words_fall_on_the_same_side(other: str) -> None:
     }
 
 
-def test_prompts_of_other_words_or_of_none_keep_their_own_wording() -> None:
+def test_prompts_of_other_words_or_no_words_have_different_wordings() -> None:
     prompts = ["a cat", "a cats", "cat a", "🦊", "🦊🦊", "...", "١ قطة"]
     assert len({wording(prompt) for prompt in prompts}) == len(prompts)
 
@@ -130,17 +128,17 @@ def test_training_on_a_held_out_prompt_in_other_letters_is_refused(tmp_path: Pat
         write(tmp_path / "t.txt", ["A helicopter, made of pizza"]),
         write(tmp_path / "h.txt", ["a helicopter made of pizza", "x"]),
     )
-    with pytest.raises(PromptError, match=r"1 of its 2 prompts are trained on \('a helicopter made of pizza'\)"):
+    with pytest.raises(PromptError, match=r"1 of its 2 prompts are also trained on \('a helicopter made of pizza'\)"):
         split(train, heldout)
 
 
-def test_built_in_sets_go_by_their_names() -> None:
+def test_built_in_sets_are_selected_by_name() -> None:
     assert BUILT_IN == ("animals", "animal_photos", "scenes")
     assert read("animals").prompts == animal_prompts()
     assert read("animal_photos").prompts == animal_photo_prompts()
 
 
-def test_a_prompts_name_is_sixteen_hex_digits_whatever_the_prompt_says() -> None:
+def test_a_prompt_id_is_sixteen_hex_digits_for_any_prompt() -> None:
     names = [prompt_id(prompt) for prompt in [*STRANGE, "lone surrogate \ud800"]]
     assert len(set(names)) == len(names)
     for name in names:
@@ -153,13 +151,13 @@ def test_doubled_and_empty_lines_are_left_out_and_counted(tmp_path: Path) -> Non
     assert read(write(tmp_path / "p.txt", lines)) == found
 
 
-def test_the_end_of_the_last_line_is_no_empty_line(tmp_path: Path) -> None:
+def test_a_final_line_end_is_not_an_empty_line(tmp_path: Path) -> None:
     for ending in (b"one\ntwo", b"one\ntwo\n", b"one\r\ntwo\r\n", b"one\rtwo\r"):
         (tmp_path / "prompts").write_bytes(ending)
         assert read(tmp_path / "prompts") == PromptList(["one", "two"], 2), ending
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_prompt(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
     assert read(tmp_path / "p.txt").prompts == ["one", "two"]
 
@@ -191,7 +189,7 @@ def test_a_missing_file_or_a_folder_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pipe", "pipe.jsonl", "pipe.parquet"])
-def test_fault_56_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+def test_fault_56_a_pipe_or_a_device_is_refused_without_waiting(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     for path in (tmp_path / name, Path("/dev/zero")):
         with pytest.raises(
@@ -205,7 +203,7 @@ def test_a_count_keeps_prompts_from_the_front(tmp_path: Path) -> None:
     assert read(path, count=2) == PromptList(["a", "b"], num_read=4, num_doubled=1)
 
 
-def test_fewer_prompts_than_asked_for_are_refused(tmp_path: Path) -> None:
+def test_fewer_prompts_than_count_are_refused(tmp_path: Path) -> None:
     train, heldout = write(tmp_path / "t.txt", ["a", "b"]), write(tmp_path / "h.txt", ["c"])
     with pytest.raises(PromptError, match=r"`prompts\.train`: needs 3 prompts, got 2; add prompts, or lower `count`"):
         split(train, heldout, train_count=3)
@@ -213,7 +211,7 @@ def test_fewer_prompts_than_asked_for_are_refused(tmp_path: Path) -> None:
         split(train, heldout, heldout_count=4)
 
 
-def test_a_share_too_small_to_hold_out_anything_is_refused(tmp_path: Path) -> None:
+def test_a_fraction_too_small_to_hold_out_a_prompt_is_refused(tmp_path: Path) -> None:
     train = write(tmp_path / "t.txt", ["a", "b"])
     with pytest.raises(PromptError, match=r"`prompts\.heldout`: needs at least 1 prompts, got 0"):
         split(train, heldout_fraction=1e-9)
@@ -234,7 +232,7 @@ def test_training_on_held_out_prompts_is_refused_with_the_prompts(tmp_path: Path
         split(train, heldout)
 
 
-def test_the_two_sides_of_a_share_are_the_source_and_do_not_meet() -> None:
+def test_the_sides_of_a_fraction_partition_the_source() -> None:
     found = split("animals", heldout_fraction=0.2)
     everything = animal_prompts()
     assert [prompt for prompt in everything if prompt in set(found.train)] == found.train
@@ -250,7 +248,7 @@ def test_a_prompt_stays_on_its_side_when_the_file_grows_or_is_reordered(tmp_path
     assert set(small.heldout) == set(large.heldout) & set(lines[:100])
 
 
-def test_the_held_out_share_is_what_was_asked_for_and_grows_by_inclusion() -> None:
+def test_the_held_out_fraction_is_accurate_and_nested() -> None:
     prompts = [f"prompt {number}" for number in range(4000)]
     shares = {
         fraction: {prompt for prompt in prompts if is_held_out(prompt, fraction)} for fraction in (0.1, 0.25, 0.5)
@@ -260,14 +258,14 @@ def test_the_held_out_share_is_what_was_asked_for_and_grows_by_inclusion() -> No
     assert shares[0.1] < shares[0.25] < shares[0.5]
 
 
-def test_a_count_of_held_out_prompts_goes_with_a_share_too() -> None:
+def test_a_count_also_limits_a_held_out_fraction() -> None:
     whole, cut = split("animals", heldout_fraction=0.2), split("animals", heldout_fraction=0.2, heldout_count=5)
     assert cut.heldout == whole.heldout[:5]
     assert cut.train == whole.train
     assert cut.num_beyond_count == len(whole.heldout) - 5
 
 
-def test_scenes_are_the_testbeds_and_their_sides_do_not_meet() -> None:
+def test_scenes_are_the_testbeds_and_their_sides_are_disjoint() -> None:
     found = split("scenes", "scenes", train_count=50, heldout_count=20, seed=3)
     assert found.train == scene_prompts("train", 50, 3)
     assert found.heldout == scene_prompts("heldout", 20, 3)
@@ -279,7 +277,7 @@ def test_doubled_and_empty_lines_of_both_sides_are_counted(tmp_path: Path) -> No
     assert found == PromptSplit(["a"], ["b", "x"], num_read=8, num_doubled=3, num_empty=2)
 
 
-def test_what_is_read_is_trained_on_or_held_out_or_counted_as_left_out(tmp_path: Path) -> None:
+def test_every_prompt_is_trained_on_or_held_out_or_counted(tmp_path: Path) -> None:
     train, heldout = write(tmp_path / "t.txt", ["", *"aabcde"]), write(tmp_path / "h.txt", [*"vwxxyz", " "])
     found = split(train, heldout, train_count=2, heldout_count=3)
     assert (found.train, found.heldout) == (["a", "b"], ["v", "w", "x"])
@@ -294,7 +292,7 @@ def test_prompts_that_come_with_preferences_are_split_like_those_of_a_source(tmp
     assert expected.num_doubled == 1
 
 
-def test_the_content_of_a_file_is_told_by_its_bytes_and_of_what_is_pinned_by_name_not_at_all(tmp_path: Path) -> None:
+def test_local_files_are_identified_by_their_hash_and_pinned_sources_by_name(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"abc")
     nist = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
     assert content_sha256(PromptSource(str(tmp_path / "p.txt")), "train") == nist
@@ -329,8 +327,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.parametrize("staged", [True, False])
-def test_a_hub_file_is_read_where_it_was_staged_and_otherwise_told_how_to_stage(tmp_path: Path, staged: bool) -> None:
-    """In a process of its own: huggingface_hub reads where it is, and whether it is offline, at its import."""
+def test_a_hub_file_is_read_if_staged_and_otherwise_the_error_says_how_to_stage_it(
+    tmp_path: Path, staged: bool
+) -> None:
+    """In a separate process: huggingface_hub reads its folder and whether it is offline on import."""
     if staged:
         folder = tmp_path / "hub" / "datasets--some--prompts" / "snapshots" / COMMIT / "data"
         folder.mkdir(parents=True)
@@ -344,14 +344,14 @@ def test_a_hub_file_is_read_where_it_was_staged_and_otherwise_told_how_to_stage(
     if staged:
         assert (found.stdout, found.stderr) == ("['a cat', 'a dog']\n", "")
     else:
-        told = found.stderr.splitlines()[-1]
+        message = found.stderr.splitlines()[-1]
         where = f"`prompts.train.source` some/prompts (revision {COMMIT})"
-        assert told.startswith(f"cdpo_ray.errors.PromptError: {where}: is not on this machine")
+        assert message.startswith(f"cdpo_ray.errors.PromptError: {where}: is not on this machine")
         stage = f"`hf download --repo-type dataset some/prompts data/train.parquet --revision {COMMIT}`"
-        assert told.endswith(f"; stage it with {stage}, after which HF_HUB_OFFLINE=1 may be set")
+        assert message.endswith(f"; stage it with {stage}, after which HF_HUB_OFFLINE=1 may be set")
 
 
-def test_validation_takes_its_share_beside_the_held_out_one_which_stays_what_it_was(tmp_path: Path) -> None:
+def test_a_validation_fraction_does_not_change_the_held_out_prompts(tmp_path: Path) -> None:
     lines = [*STRANGE, *(f"prompt {number}" for number in range(190))]
     path = write(tmp_path / "p.txt", lines)
     before, after = split(path, heldout_fraction=0.3), split(path, heldout_fraction=0.3, validation_fraction=0.2)
@@ -366,7 +366,7 @@ def test_validation_takes_its_share_beside_the_held_out_one_which_stays_what_it_
     assert fewer.num_beyond_count == len(after.validation) - 5
 
 
-def test_validation_takes_its_share_where_held_out_prompts_have_a_source(tmp_path: Path) -> None:
+def test_a_validation_fraction_works_with_a_held_out_source(tmp_path: Path) -> None:
     lines = [f"prompt {number}" for number in range(200)]
     path, other = write(tmp_path / "p.txt", lines), write(tmp_path / "h.txt", ["x", "y", "x"])
     found = split(path, other, validation_fraction=0.2, train_count=150)
@@ -380,12 +380,15 @@ def test_validation_takes_its_share_where_held_out_prompts_have_a_source(tmp_pat
 @pytest.mark.parametrize(
     ("validation", "message"),
     [
-        (["x", "A cat, sleeping"], r"`prompts.validation`: 1 of its 2 prompts are trained on \('A cat, sleeping'\)"),
-        (["x", "a  Dog"], r"`prompts.validation`: 1 of its 2 prompts are held out \('a  Dog'\); a schedule chosen by"),
+        (
+            ["x", "A cat, sleeping"],
+            r"`prompts.validation`: 1 of its 2 prompts are also trained on \('A cat, sleeping'\)",
+        ),
+        (["x", "a  Dog"], r"`prompts.validation`: 1 of its 2 prompts are also held out \('a  Dog'\), so the schedule"),
         (["x"], r"`prompts.validation`: needs 3 prompts, got 1"),
     ],
 )
-def test_validation_prompts_are_neither_trained_on_nor_held_out_and_enough(
+def test_validation_prompts_must_be_disjoint_from_the_other_sides_and_sufficient(
     tmp_path: Path, validation: list[str], message: str
 ) -> None:
     train, heldout = write(tmp_path / "t.txt", ["a cat sleeping", "b"]), write(tmp_path / "h.txt", ["a dog", "c"])
@@ -397,7 +400,7 @@ def test_validation_prompts_are_neither_trained_on_nor_held_out_and_enough(
     assert apart == PromptSplit(["a cat sleeping", "b"], ["a dog", "c"], 8, 1, 1, ["x", "y"])
 
 
-def test_scenes_to_validate_by_show_no_scene_of_the_other_sides() -> None:
+def test_validation_scenes_are_disjoint_from_those_of_the_other_sides() -> None:
     sides = {"train_count": 128, "heldout_count": 96}
     found = split("scenes", "scenes", "scenes", validation_count=48, seed=3, **sides)
     before = split("scenes", "scenes", seed=3, **sides)
@@ -410,8 +413,8 @@ def test_scenes_to_validate_by_show_no_scene_of_the_other_sides() -> None:
     assert (found.num_read, found.num_beyond_count) == (128 + 96 + 48, 0)
 
 
-def test_held_out_scenes_that_leave_no_scene_to_validate_by_are_told(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"`prompts.validation.source` scenes: there are 0 prompts .* hold out fewer"):
+def test_held_out_scenes_that_leave_no_validation_scene_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"`prompts.validation.source` scenes: there are 0 prompts .* hold fewer out"):
         split("scenes", "scenes", "scenes", heldout_count=1000, validation_count=8)
     foreign = write(tmp_path / "h.txt", ["a pink circle in the middle", "a horse"])
     assert len(split("scenes", foreign, "scenes", validation_count=8).validation) == 8

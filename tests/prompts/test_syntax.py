@@ -1,4 +1,4 @@
-"""Syntax of other programs is counted, and plain prompts hold none."""
+"""Syntax of other programs is counted, and plain prompts contain none."""
 
 import time
 
@@ -24,7 +24,7 @@ from cdpo_ray.prompts.syntax import literal_syntax
         ("# a comment", ["a"]),
     ],
 )
-def test_each_syntax_is_told_with_the_number_of_prompts(prompt: str, kinds: list[str]) -> None:
+def test_each_syntax_is_reported_with_the_number_of_prompts(prompt: str, kinds: list[str]) -> None:
     lines = literal_syntax([prompt, prompt, "a plain cat"])
     assert [line.split()[3].rstrip(",") for line in lines] == kinds
     assert all(line.startswith("2 prompts contain ") and line.endswith(": read literally") for line in lines)

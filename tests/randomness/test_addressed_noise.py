@@ -1,4 +1,4 @@
-"""Random numbers depend on their address alone."""
+"""Random numbers depend on their address only."""
 
 import hashlib
 import itertools
@@ -14,16 +14,16 @@ from cdpo_ray.randomness.numbers import seed_of
 PROMPTS = ["a cat", "a cat ", "A cat", "", "0", "1", "a 🦊", "nul\x00", "lone \ud800", "x" * 10_000]
 
 
-def test_addresses_that_differ_in_seed_purpose_prompt_or_index_have_seeds_of_their_own() -> None:
+def test_different_addresses_have_different_seeds() -> None:
     addresses = list(itertools.product((0, 1, 2**62), ("image", "training"), PROMPTS, (0, 1, 10, 500)))
     assert len({seed_of(*address) for address in addresses}) == len(addresses)
 
 
-def test_a_number_and_its_text_are_two_addresses() -> None:
+def test_a_number_and_its_text_are_different_addresses() -> None:
     assert seed_of(0, "image", "1") != seed_of(0, "image", 1)
 
 
-def test_parts_do_not_run_together() -> None:
+def test_parts_of_an_address_are_separated() -> None:
     assert len({seed_of("ab", "c"), seed_of("a", "bc"), seed_of("abc"), seed_of("abc", "")}) == 4
 
 
@@ -34,7 +34,7 @@ def test_a_seed_is_the_blake2b_of_the_typed_address() -> None:
     assert 0 <= expected < 2**63
 
 
-def test_another_process_with_another_hash_seed_finds_the_same_noise() -> None:
+def test_the_noise_is_the_same_in_a_process_with_another_hash_seed() -> None:
     code = (
         "from cdpo_ray.randomness.noise import noise_at; print(noise_at((5,), 7, 'image', 'a \U0001f98a', 3).tolist())"
     )
@@ -43,7 +43,7 @@ def test_another_process_with_another_hash_seed_finds_the_same_noise() -> None:
     assert found.stdout.strip() == str(noise_at((5,), 7, "image", "a 🦊", 3).tolist())
 
 
-def test_drawing_elsewhere_changes_nothing() -> None:
+def test_other_draws_do_not_change_the_noise() -> None:
     first = noise_at((3, 4), 1, "image", "x", 0)
     torch.manual_seed(99)
     torch.randn(100)
@@ -51,7 +51,7 @@ def test_drawing_elsewhere_changes_nothing() -> None:
     assert torch.equal(noise_at((3, 4), 1, "image", "x", 0), first)
 
 
-def test_drawing_at_an_address_leaves_the_global_numbers_alone() -> None:
+def test_drawing_at_an_address_does_not_advance_the_global_generator() -> None:
     torch.manual_seed(5)
     expected = torch.randn(4)
     torch.manual_seed(5)
@@ -67,5 +67,5 @@ def test_the_noise_of_many_addresses_is_standard_normal_and_uncorrelated() -> No
     assert correlation.abs().max() < 6 / noise.shape[1] ** 0.5
 
 
-def test_a_generator_at_an_address_starts_with_the_noise_there() -> None:
+def test_a_generator_at_an_address_starts_with_its_noise() -> None:
     assert torch.equal(torch.randn(6, generator=generator_at(0, "a")), noise_at((6,), 0, "a"))

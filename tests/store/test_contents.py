@@ -1,4 +1,4 @@
-"""The content of files is identified by what they hold; a large set is read again only when a file of it changed."""
+"""Files are identified by their content; a large set is read again only when one of its files has changed."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from cdpo_ray.store import contents, files_sha256
 
 @pytest.fixture(autouse=True)
 def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No set is too small to be remembered, by this process or the next."""
+    """Cache sets of any size, in this process and the next."""
     monkeypatch.setattr(contents, "KNOWN", tmp_path / "home" / "sha256.json")
     monkeypatch.setattr(contents, "KNOWN_BYTES", 0)
     monkeypatch.setattr(contents, "_known_here", {})
@@ -54,7 +54,7 @@ def test_names_and_contents_decide(tmp_path: Path) -> None:
 def test_a_set_is_read_once_also_by_the_next_process_until_a_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contents, "SETTLED_SECONDS", -60.0)  # as if the files had been there for a minute
+    monkeypatch.setattr(contents, "SETTLED_SECONDS", -60.0)  # as if the files were a minute old
     files, read = model(tmp_path / "a"), count_reads(monkeypatch)
     first = sha256(files)
     assert sha256(files) == first and len(read) == 2
@@ -72,14 +72,14 @@ def test_a_set_that_changed_just_now_is_read_again(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", '{"a"', "\x00"])
-def test_a_damaged_record_of_earlier_reads_costs_time_alone(content: str, tmp_path: Path, known: Path) -> None:
+def test_a_damaged_cache_of_hashes_only_costs_time(content: str, tmp_path: Path, known: Path) -> None:
     known.parent.mkdir()
     known.write_text(content)
     files = model(tmp_path / "a")
     assert sha256(files) == sha256(files)
 
 
-def test_a_home_that_cannot_be_written_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contents, "KNOWN", Path("/proc/nowhere/sha256.json"))
     monkeypatch.setattr(contents, "SETTLED_SECONDS", -60.0)
     files, read = model(tmp_path / "a"), count_reads(monkeypatch)
@@ -102,7 +102,7 @@ def test_fault_33_a_file_that_is_changed_while_it_is_read_is_refused(
         sha256(files)
 
 
-def test_what_cannot_be_read_differs_from_what_can(tmp_path: Path) -> None:
+def test_unreadable_files_change_the_hash(tmp_path: Path) -> None:
     files = model(tmp_path / "a")
     os.mkfifo(tmp_path / "pipe")
     odd = {"pipe": tmp_path / "pipe", "zero": Path("/dev/zero"), "nul": Path("a\0b"), "long": Path("x" * 300)}

@@ -1,4 +1,4 @@
-"""A step's folder is there whole and true, or it is not there."""
+"""A step's folder is complete and described by its manifest, or it does not exist."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def write_step(
 
 
 def hold(code: str, path: Path) -> subprocess.Popen[str]:
-    """A process that runs ``code`` with a `RunFolder` until it prints, and then waits."""
+    """Process that runs ``code`` with a `RunFolder` until it prints, and then waits."""
     full = (
         f"import sys, pathlib\nfrom cdpo_ray.store import RunFolder\nrun = RunFolder(pathlib.Path(sys.argv[1]))\n{code}"
     )
@@ -49,7 +49,7 @@ def hold(code: str, path: Path) -> subprocess.Popen[str]:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL: nothing of its own runs any more."""
+    """Kill a process by SIGKILL and wait for its end."""
     process.kill()
     process.communicate()
 
@@ -106,7 +106,7 @@ def test_changed_settings_are_refused_with_each_difference(run: RunFolder) -> No
     )
 
 
-def test_a_setting_that_came_or_went_is_a_difference(run: RunFolder) -> None:
+def test_an_added_or_removed_setting_is_a_difference(run: RunFolder) -> None:
     write_step(run)
     with pytest.raises(StoreError, match=r"`model\.compile` = None, config says True"):
         run.is_complete(STEP, {**SETTINGS, "model": {**SETTINGS["model"], "compile": True}}, {})
@@ -114,14 +114,14 @@ def test_a_setting_that_came_or_went_is_a_difference(run: RunFolder) -> None:
         run.is_complete(STEP, {"model": SETTINGS["model"]}, {})
 
 
-def test_other_inputs_are_refused_and_the_fingerprint_tells_them_apart(run: RunFolder) -> None:
+def test_other_inputs_are_refused_by_their_fingerprint(run: RunFolder) -> None:
     write_step(run, inputs={"0-before": "abc"})
     assert run.is_complete(STEP, SETTINGS, {"0-before": "abc"})
     with pytest.raises(StoreError, match=r"1-samples was made from another 0-before; delete .* to regenerate it"):
         run.is_complete(STEP, SETTINGS, {"0-before": "abd"})
 
 
-def test_the_fingerprint_is_one_of_the_files_alone(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_files_only(tmp_path: Path) -> None:
     prints = []
     for name, settings, text in (("a", {"x": 1}, "same"), ("b", {"x": 2}, "same"), ("c", {"x": 1}, "else")):
         run = RunFolder(tmp_path / name)
@@ -149,7 +149,7 @@ def test_a_missing_file_is_named(run: RunFolder) -> None:
         run.is_complete(STEP, SETTINGS, {})
 
 
-def test_fault_43_all_that_is_wrong_is_told_at_once_and_a_table_that_was_added_too(run: RunFolder) -> None:
+def test_fault_43_all_damage_is_reported_at_once_including_an_added_table(run: RunFolder) -> None:
     write_step(run)
     (run.path / STEP / "inner" / "shard.bin").unlink()
     (run.path / STEP / "table.txt").write_text("other")
@@ -166,7 +166,7 @@ def test_fault_43_all_that_is_wrong_is_told_at_once_and_a_table_that_was_added_t
         run.refuse_damage(STEP, ["table.txt"])
 
 
-def test_fault_43_what_this_process_wrote_or_verified_is_not_read_again_unless_asked(run: RunFolder) -> None:
+def test_fault_43_files_that_this_process_wrote_or_verified_are_not_read_again_with_once(run: RunFolder) -> None:
     write_step(run)
     later = RunFolder(run.path)
     later.refuse_damage(STEP, once=True)
@@ -180,7 +180,7 @@ def test_fault_43_what_this_process_wrote_or_verified_is_not_read_again_unless_a
 
 
 @pytest.mark.parametrize("place", ["disk", "s3"])
-def test_fault_51_what_verifies_the_parts_stays_until_the_step_is_finished(
+def test_fault_51_hashes_of_shards_are_kept_until_the_step_is_finished(
     place: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     path = tmp_path if place == "disk" else request.getfixturevalue("s3")
@@ -204,7 +204,7 @@ def fail_in_the_middle(run: RunFolder, *, resumable: bool) -> None:
         attempt()
 
 
-def test_an_interrupted_step_is_not_complete_and_thrown_away_by_the_next_attempt(run: RunFolder) -> None:
+def test_an_interrupted_step_is_incomplete_and_deleted_by_the_next_attempt(run: RunFolder) -> None:
     fail_in_the_middle(run, resumable=False)
     assert not run.is_complete(STEP, SETTINGS, {"in": "1"})
     assert not (run.path / STEP).exists()
@@ -213,14 +213,14 @@ def test_an_interrupted_step_is_not_complete_and_thrown_away_by_the_next_attempt
     assert run.manifest(STEP)["files"] == {}
 
 
-def test_a_resumable_step_goes_on_with_what_was_left(run: RunFolder) -> None:
+def test_a_resumable_step_keeps_the_files_of_the_interrupted_attempt(run: RunFolder) -> None:
     fail_in_the_middle(run, resumable=True)
     with run.writing(STEP, SETTINGS, {"in": "1"}, seed=0, resumable=True) as (folder, _):
         assert (folder / "half.bin").read_bytes() == b"half"
     assert set(run.manifest(STEP)["files"]) == {"half.bin"}
 
 
-def test_a_resumable_step_begun_otherwise_is_refused_and_kept(run: RunFolder) -> None:
+def test_a_resumable_step_started_with_other_settings_is_refused_and_kept(run: RunFolder) -> None:
     fail_in_the_middle(run, resumable=True)
     with (
         pytest.raises(StoreError, match=r"was started with `run\.seed` = 0, config says 9"),
@@ -235,7 +235,7 @@ def test_a_resumable_step_begun_otherwise_is_refused_and_kept(run: RunFolder) ->
     assert (run.path / f"{STEP}.partial" / "half.bin").read_bytes() == b"half"
 
 
-def test_a_resumable_step_goes_on_with_other_settings_where_that_is_allowed_and_keeps_what_changed(
+def test_a_resumable_step_continues_with_other_settings_if_allowed_and_records_the_changes(
     run: RunFolder,
 ) -> None:
     fail_in_the_middle(run, resumable=True)
@@ -259,7 +259,7 @@ def test_a_resumable_step_goes_on_with_other_settings_where_that_is_allowed_and_
 
 
 @pytest.mark.parametrize("resumable", [False, True])
-def test_a_stop_between_manifest_and_rename_counts_as_not_done(
+def test_a_step_stopped_between_manifest_and_rename_is_incomplete(
     run: RunFolder, resumable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_rename(self: Path, target: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_stop_between_manifest_and_rename_counts_as_not_done(
     assert run.is_complete(STEP, SETTINGS, {})
 
 
-def test_a_writer_that_is_killed_leaves_nothing_that_counts(run: RunFolder) -> None:
+def test_a_killed_writer_leaves_an_incomplete_step(run: RunFolder) -> None:
     code = (
         "with run.writing('1-samples', {}, {}, seed=0, resumable=False) as (folder, _):\n"
         "    (folder / 'shard.bin').write_bytes(b'x' * 1000); print('here', flush=True); sys.stdin.read()"
@@ -306,7 +306,7 @@ def test_a_second_process_is_refused_until_the_first_dies(run: RunFolder, holder
         assert (run.path / ".lock").read_text().startswith(f"pid {os.getpid()} on ")
 
 
-def test_a_lock_is_free_again_after_its_block(run: RunFolder) -> None:
+def test_a_lock_is_released_after_its_block(run: RunFolder) -> None:
     for _ in range(2):
         with run.locked():
             pass
@@ -326,7 +326,7 @@ GROWN = {"clip": {"size": 8}, "oracle": {}}
 
 
 def score(run: RunFolder, settings: dict = GROWN) -> list[str]:
-    """Write a file for each part that is not there yet; returns which those were."""
+    """Write a file for each missing part; returns the names of these parts."""
     with run.writing(STEP, settings, {"in": "1"}, seed=0, resumable=False, grows=True) as (folder, output):
         for part in output.parts:
             (folder / "inner").mkdir(exist_ok=True)
@@ -349,7 +349,7 @@ def test_fault_02_a_folder_of_added_files_that_a_kill_left_behind_is_deleted(run
     assert not left.exists() and run.is_complete(STEP, SETTINGS, {})
 
 
-def test_a_step_that_grows_makes_what_it_lacks_and_leaves_what_it_has(run: RunFolder) -> None:
+def test_a_step_that_grows_makes_only_missing_parts(run: RunFolder) -> None:
     clip = {"clip": {"size": 8}}
     assert score(run, clip) == ["clip"]
     before = run.fingerprint(STEP, ["inner/clip"])
@@ -364,7 +364,7 @@ def test_a_step_that_grows_makes_what_it_lacks_and_leaves_what_it_has(run: RunFo
     assert sorted(path.name for path in run.path.iterdir()) == [STEP]
 
 
-def test_a_part_that_was_made_otherwise_is_refused_and_one_that_was_never_made_is_a_difference(run: RunFolder) -> None:
+def test_a_part_made_with_other_settings_is_refused_and_a_missing_part_is_a_difference(run: RunFolder) -> None:
     score(run, {"clip": {"size": 8}})
     with pytest.raises(StoreError, match=r"was made with `clip\.size` = 8, config says 9"):
         is_done(run, {"clip": {"size": 9}, "oracle": {}})
@@ -374,7 +374,7 @@ def test_a_part_that_was_made_otherwise_is_refused_and_one_that_was_never_made_i
         run.fingerprint(STEP, ["inner/clip", "inner/oracle"])
 
 
-def test_a_stop_before_the_manifest_leaves_a_grown_step_as_it_was(
+def test_a_stop_before_the_manifest_leaves_a_growing_step_unchanged(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score(run, {"clip": {"size": 8}})
@@ -395,9 +395,7 @@ def test_a_stop_before_the_manifest_leaves_a_grown_step_as_it_was(
     assert score(run) == ["oracle"] and is_done(run)
 
 
-def test_a_linked_file_is_the_same_file_and_a_copy_where_links_cannot_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_linked_or_copied_if_links_are_not_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "one").write_text("text")
     link(tmp_path / "one", tmp_path / "linked")
     assert (tmp_path / "linked").samefile(tmp_path / "one")
@@ -410,7 +408,7 @@ def test_a_linked_file_is_the_same_file_and_a_copy_where_links_cannot_be(
     assert (tmp_path / "copied").read_text() == "text" and not (tmp_path / "copied").samefile(tmp_path / "one")
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "value.json"
     write_json(path, {"a": [1, 2]})
     with pytest.raises(TypeError, match="not JSON serializable"):

@@ -1,4 +1,4 @@
-"""Runs in an object store: a real S3 server, on loopback."""
+"""Runs in an object store: a real S3 server on loopback."""
 
 import pickle
 import subprocess
@@ -36,7 +36,7 @@ def write_step(run: RunFolder, content: bytes = b"0123456789", *, resumable: boo
         (folder / "table.txt").write_text("table")
 
 
-def test_a_local_place_is_a_path_and_one_in_a_store_survives_the_way_to_another_process(s3: Path) -> None:
+def test_a_local_path_is_a_path_and_a_path_in_a_store_can_be_pickled(s3: Path) -> None:
     assert storage_path("runs") == Path("runs") and is_local(storage_path("runs"))
     there = storage_path("s3://bucket/runs") / "a"
     assert not is_local(there) and str(there) == "s3://bucket/runs/a"
@@ -45,17 +45,17 @@ def test_a_local_place_is_a_path_and_one_in_a_store_survives_the_way_to_another_
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("s3://key:secret@bucket/runs", r"must not contain credentials"),
         ("ftp://host/runs", r"must be a local folder, s3://\.\.\. or gs://"),
     ],
 )
-def test_credentials_and_other_schemes_are_refused_unseen(tmp_path: Path, text: str, told: str) -> None:
-    with pytest.raises(StoreError, match=told) as caught:
+def test_credentials_and_other_schemes_are_refused_unseen(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message) as caught:
         storage_path(text)
     assert "secret" not in str(caught.value)
-    with pytest.raises(ConfigError, match=rf"run\.dir.*{told}") as refused:
+    with pytest.raises(ConfigError, match=rf"run\.dir.*{message}") as refused:
         config_of(tmp_path, "embedded", run={"dir": text})
     assert "secret" not in str(refused.value)
 
@@ -70,7 +70,7 @@ def test_a_step_has_the_manifest_of_the_same_step_on_disk(s3: Path, tmp_path: Pa
     assert s3.fs.find("bucket") == [f"bucket/run/{STEP}/{name}" for name in ("inner/shard.bin", MANIFEST, "table.txt")]
 
 
-def test_a_step_that_was_broken_off_counts_for_nothing_and_is_begun_anew_or_gone_on_with(s3: Path) -> None:
+def test_an_interrupted_step_is_incomplete_and_is_restarted_or_resumed(s3: Path) -> None:
     run = RunFolder(s3 / "run")
 
     def broken_off(*, resumable: bool) -> None:
@@ -108,7 +108,7 @@ def test_an_altered_object_is_named(s3: Path) -> None:
         run.is_complete(STEP, {"seed": 0}, {})
 
 
-def test_tables_are_read_as_they_were_written(s3: Path) -> None:
+def test_tables_are_read_back_unchanged(s3: Path) -> None:
     for number in (1, 0):
         write_table(pa.table({"x": [number], "y": ["text"]}), s3 / "shards" / f"a-{number}.parquet")
     assert read_shards(s3 / "shards", ["x"]).to_pydict() == {"x": [0, 1]}
@@ -116,7 +116,7 @@ def test_tables_are_read_as_they_were_written(s3: Path) -> None:
     assert read_table(s3 / "shards" / "a-1.parquet", filters=[("x", "<", 1)]).num_rows == 0
 
 
-def test_files_are_copied_every_way(s3: Path, tmp_path: Path) -> None:
+def test_files_are_copied_in_every_direction(s3: Path, tmp_path: Path) -> None:
     (tmp_path / "a").write_text("text")
     (tmp_path / "a").chmod(0o600)
     copy(tmp_path / "a", s3 / "b")
@@ -126,7 +126,7 @@ def test_files_are_copied_every_way(s3: Path, tmp_path: Path) -> None:
     assert (tmp_path / "inner" / "d").stat().st_mode & 0o777 == 0o644
 
 
-def test_a_local_copy_is_fetched_once_and_again_when_the_step_was_made_anew(
+def test_a_local_copy_is_downloaded_once_and_again_after_a_change(
     s3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -150,5 +150,5 @@ def test_a_local_copy_is_fetched_once_and_again_when_the_step_was_made_anew(
 
 def test_a_missing_extra_is_named() -> None:
     code = "import sys; sys.modules['gcsfs'] = None\nfrom cdpo_ray.store import storage_path\nstorage_path('gs://bucket/runs')"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert 'StoreError: gs://bucket/runs: gs:// needs `pip install "cdpo_ray[gs]"`' in told.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert 'StoreError: gs://bucket/runs: gs:// needs `pip install "cdpo_ray[gs]"`' in done.stderr

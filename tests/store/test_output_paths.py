@@ -1,4 +1,4 @@
-"""What a Ray job would write into Ray's own copy of its working folder is refused before anything is made."""
+"""Outputs within a Ray job's copy of its working folder are refused before any work."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_fault_46_each_verb_refuses_a_run_that_would_be_lost_with_the_job(
     assert [path.name for path in copy.iterdir()] == ["config.yaml"]
 
 
-def test_fault_46_so_does_tune_and_so_do_other_outputs(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fault_46_tune_and_other_outputs_refuse_it_too(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     search = "search={space: {training.beta: [100, 500]}, judge: clip, algorithm: grid}"
     for arguments in (
         ["tune", "config.yaml", "prompts.validation={fraction: 0.5}", search],
@@ -44,7 +44,7 @@ def test_fault_46_so_does_tune_and_so_do_other_outputs(copy: Path, capsys: pytes
         assert "in this Ray job's copy of the working folder" in capsys.readouterr().err
 
 
-def test_fault_46_only_a_place_within_the_copy_is_refused(copy: Path, tmp_path: Path) -> None:
+def test_fault_46_only_a_path_within_the_copy_is_refused(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (copy / "linked").symlink_to(tmp_path / "shared")
     for text in ("linked/runs", str(tmp_path / "runs"), "../../../../runs"):

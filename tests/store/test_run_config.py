@@ -1,4 +1,4 @@
-"""`config.yaml` of a run agrees with the manifests of its steps, or is named."""
+"""`config.yaml` of a run agrees with the manifests of its steps; differences are named."""
 
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,14 @@ def test_fault_59_the_configuration_of_a_run_agrees_with_its_manifests(name: str
         ("prompts.heldout.count", 5),
     ],
 )
-def test_fault_59_an_edit_of_what_decides_the_outcome_is_named(key: str, value: object, tmp_path: Path) -> None:
+def test_fault_59_an_edited_setting_that_affects_results_is_named(key: str, value: object, tmp_path: Path) -> None:
     run = finished(tmp_path, "plain")
     values = yaml.safe_load((run.path / CONFIG).read_text())
     *parents, last = key.split(".")
-    place = values
+    section = values
     for parent in parents:
-        place = place[parent]
-    place[last] = value
+        section = section[parent]
+    section[last] = value
     (run.path / CONFIG).write_text(yaml.safe_dump(values))
     with pytest.raises(StoreError, match=rf"config\.yaml: is not the configuration that .* was made with: .*`{key}`"):
         run.config()

@@ -18,7 +18,7 @@ SMOKE = ["run", str(Path(__file__).parents[2] / "configs" / "smoke.yaml")]
 
 @pytest.mark.ray
 @pytest.mark.nightly
-def test_a_run_in_a_store_makes_what_one_on_disk_makes_and_is_passed_over_when_it_is_done(
+def test_a_run_in_a_store_equals_one_on_disk_and_is_skipped_when_it_is_finished(
     s3: Path, tmp_path: Path, embedded: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for run_dir in ("s3://bucket/runs", str(tmp_path)):
@@ -29,7 +29,7 @@ def test_a_run_in_a_store_makes_what_one_on_disk_makes_and_is_passed_over_when_i
         files = there.manifest(folder)["files"]
         assert set(files) == set(here.manifest(folder)["files"])
         differing += [name for name, described in here.manifest(folder)["files"].items() if files[name] != described]
-    # one holds seconds, the other a set of layers' names in any order beside its tensors
+    # one holds seconds, the other a set of layer names in arbitrary order beside its tensors
     assert set(differing) <= {"stages.json", WEIGHTS}
     ours, theirs = (load_file(local_copy(run.step(TRAINING)) / WEIGHTS) for run in (here, there))
     assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -42,7 +42,7 @@ def test_a_run_in_a_store_makes_what_one_on_disk_makes_and_is_passed_over_when_i
 
 @pytest.mark.ray
 @pytest.mark.nightly
-def test_a_search_in_a_store_leaves_its_trials_and_findings_there_and_is_passed_over_when_it_is_done(
+def test_a_search_in_a_store_writes_its_results_there_and_is_skipped_when_it_is_finished(
     s3: Path, embedded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     search = ["tune", str(Path(__file__).parents[2] / "configs" / "tune.yaml"), "run.dir=s3://bucket/runs"]
@@ -50,7 +50,7 @@ def test_a_search_in_a_store_leaves_its_trials_and_findings_there_and_is_passed_
     search += ["generation.num_denoising_steps=2", "search.updates_per_trial=12", "search.num_trials=2"]
     search += ["search.early_prompts=2", "search.confirm_seeds=1"]
     assert main(search) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     run = s3 / "runs" / "tune"
     trials = [*Trials(run / "trials").values()]
     assert [trial.number for trial in trials] == [1, 2] and trials[0].state == DONE
@@ -58,5 +58,5 @@ def test_a_search_in_a_store_leaves_its_trials_and_findings_there_and_is_passed_
     assert "samples_from: s3://bucket/runs/tune" in (run / "best.yaml").read_text()
     assert "<html" in (run / "tune.html").read_text()
     assert main(search) == 0
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == output
     assert [*Trials(run / "trials").values()] == trials

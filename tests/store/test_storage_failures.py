@@ -1,4 +1,4 @@
-"""Disks that fail: full, over quota, read-only, broken; each with path and reason, and nothing is left behind."""
+"""Failing disks (full, over quota, read-only, broken) are reported with path and reason, and nothing is left behind."""
 
 import errno
 import os
@@ -49,7 +49,7 @@ MOMENTS = {"open": (Path, "open"), "fsync": (os, "fsync"), "rename": (Path, "rep
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("name", ERRNOS)
-def test_fault_60_a_write_that_fails_is_told_with_path_and_reason_and_leaves_what_was_before(
+def test_fault_60_a_failed_write_names_path_and_reason_and_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, writer: str, moment: str
 ) -> None:
     path = tmp_path / "file"
@@ -64,7 +64,7 @@ def test_fault_60_a_write_that_fails_is_told_with_path_and_reason_and_leaves_wha
 
 
 @pytest.mark.parametrize("name", ERRNOS)
-def test_fault_60_a_read_a_move_and_a_deletion_that_fail_are_told_with_path_and_reason(
+def test_fault_60_a_failed_read_move_or_deletion_names_path_and_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     path, reason = tmp_path / "file", os.strerror(getattr(errno, name))
@@ -86,7 +86,7 @@ def test_fault_60_a_read_a_move_and_a_deletion_that_fail_are_told_with_path_and_
     assert path.read_bytes() == b"{}"
 
 
-def test_that_there_is_no_such_file_is_an_answer_to_a_reader(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_answer_and_not_a_storage_failure(tmp_path: Path) -> None:
     for read in (read_json, describe, read_table):
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "none")
@@ -107,14 +107,14 @@ def test_fault_55_a_block_that_is_interrupted_leaves_no_file_behind(tmp_path: Pa
     assert not os.listdir(tmp_path)
 
 
-def test_fault_55_how_much_is_free_is_told_where_a_disk_is_full(tmp_path: Path) -> None:
-    told = r"[\d,]+\.\d MiB are free; free disk space, and run the same command again$"
-    with pytest.raises(StoreError, match=told), storage_errors_within(tmp_path / "not" / "there"):
+def test_fault_55_a_full_disk_is_reported_with_its_free_space(tmp_path: Path) -> None:
+    message = r"[\d,]+\.\d MiB are free; free disk space, and run the same command again$"
+    with pytest.raises(StoreError, match=message), storage_errors_within(tmp_path / "not" / "there"):
         failing("ENOSPC")()
 
 
 class WorkerError(Exception):
-    """As Ray raises in the driver: the text of a worker's traceback, or the error itself in `cause`."""
+    """As Ray raises in the driver: with the text of a worker's traceback, or the error itself in `cause`."""
 
     def __init__(self, text: str, cause: BaseException | None = None) -> None:
         super().__init__(text)
@@ -126,7 +126,7 @@ def from_a_worker(text: str) -> WorkerError:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (
             from_a_worker("OSError: [Errno 122] Disk quota exceeded"),
@@ -145,10 +145,10 @@ def from_a_worker(text: str) -> WorkerError:
         (WorkerError("\x1b[31m\x07[Errno 30] Read-only file system"), r"\\x1b\[31m\\x07\[Errno 30\]"),
     ],
 )
-def test_fault_60_errors_of_the_storage_are_recognized_in_libraries_and_workers(error: Exception, told: str) -> None:
+def test_fault_60_errors_of_the_storage_are_recognized_in_libraries_and_workers(error: Exception, message: str) -> None:
     where = Path("runs/a/1-samples")
     with (
-        pytest.raises(StoreError, match=f"^{where}: cannot be written or read: .*{told}"),
+        pytest.raises(StoreError, match=f"^{where}: cannot be written or read: .*{message}"),
         storage_errors_within(where),
     ):
         raise error
@@ -164,14 +164,14 @@ def test_fault_60_errors_of_the_storage_are_recognized_in_libraries_and_workers(
         from_a_worker("cdpo_ray.errors.StoreError: runs/a: cannot be written: No space left on device"),
     ],
 )
-def test_errors_of_other_kinds_stay_what_they_are(error: Exception) -> None:
+def test_other_errors_are_unchanged(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, storage_errors_within(Path("runs/a")):
         raise error
     assert caught.value is error
 
 
 @pytest.mark.parametrize("name", ERRNOS)
-def test_fault_60_a_step_whose_disk_fails_can_be_given_again(
+def test_fault_60_a_step_whose_disk_fails_can_be_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     run = RunFolder(tmp_path)

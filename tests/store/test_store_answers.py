@@ -1,4 +1,4 @@
-"""Object stores that answer errors, and such as can do less than AWS: nothing is lost."""
+"""Object stores that answer with errors or support less than AWS: nothing is lost."""
 
 import time
 from collections import Counter
@@ -99,24 +99,24 @@ USES: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("answer", ["an internal error", "no permission"])
-def test_fault_35_an_error_of_the_store_is_told_with_path_and_reason_and_nothing_is_lost(
+def test_fault_35_an_error_of_the_store_names_path_and_reason_and_nothing_is_lost(
     server: S3Server, bucket: Path, use: str, answer: str
 ) -> None:
     write_step(RunFolder(bucket / "run"))
-    respond, status, code, told = ANSWERS[answer]
+    respond, status, code, reason = ANSWERS[answer]
     operation, act = USES[use]
-    server.fault = lambda asked, key: respond(status, code) if asked == operation else None
+    server.fault = lambda requested, key: respond(status, code) if requested == operation else None
     with pytest.raises(
-        StoreError, match=rf"^s3://bucket/run/1-samples.*: cannot be (read|written|deleted): .*({told})"
+        StoreError, match=rf"^s3://bucket/run/1-samples.*: cannot be (read|written|deleted): .*({reason})"
     ):
         act(bucket / "run" / STEP)
-    server.fault = lambda asked, key: None
+    server.fault = lambda operation, key: None
     assert RunFolder(bucket / "run").is_complete(STEP, {"seed": 0}, {})
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("operation", ["head", "list", "put", "delete"])
-def test_fault_35_a_step_whose_store_fails_goes_on_with_the_same_command(
+def test_fault_35_a_step_whose_store_fails_is_resumed_by_the_same_command(
     server: S3Server,
     bucket: Path,
     operation: str,
@@ -124,18 +124,18 @@ def test_fault_35_a_step_whose_store_fails_goes_on_with_the_same_command(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    respond, status, code, told = ANSWERS[answer]
+    respond, status, code, reason = ANSWERS[answer]
     if respond is silence:
         connect(bucket, monkeypatch, read_timeout_seconds=1)
-    server.fault = lambda asked, key: respond(status, code) if asked == operation else None
+    server.fault = lambda requested, key: respond(status, code) if requested == operation else None
     run = RunFolder(bucket / "run")
-    if operation == "delete":  # of leftovers only: the step is in place
+    if operation == "delete":  # only leftovers are deleted: the step is complete
         write_step(run)
         assert run.has(STEP) and "the step is complete, only leftovers remain" in caplog.text
     else:
-        with pytest.raises(StoreError, match=rf"^s3://bucket/run/1-samples.*: cannot be (read|written): .*({told})"):
+        with pytest.raises(StoreError, match=rf"^s3://bucket/run/1-samples.*: cannot be (read|written): .*({reason})"):
             write_step(run)
-    server.fault = lambda asked, key: None
+    server.fault = lambda operation, key: None
     connect(bucket, monkeypatch)
     if not run.has(STEP):
         write_step(run)
@@ -144,15 +144,15 @@ def test_fault_35_a_step_whose_store_fails_goes_on_with_the_same_command(
     assert set(files_within(bucket / "run" / STEP)) == {"manifest.json", "stages.json", "inner/a.parquet"}
 
 
-def test_fault_35_errors_that_pass_are_not_noticed_and_retries_are_bounded(
+def test_fault_35_transient_errors_are_retried_a_bounded_number_of_times(
     server: S3Server, bucket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connect(bucket, monkeypatch, max_attempts=2)
-    asked: Counter[tuple[str, str]] = Counter()
+    num_requests: Counter[tuple[str, str]] = Counter()
 
     def once(operation: str, key: str) -> Response | None:
-        asked[operation, key] += 1
-        return error(503, "SlowDown") if asked[operation, key] == 1 else None
+        num_requests[operation, key] += 1
+        return error(503, "SlowDown") if num_requests[operation, key] == 1 else None
 
     server.fault = once
     write_json(bucket / "file.json", 1)
@@ -164,14 +164,14 @@ def test_fault_35_errors_that_pass_are_not_noticed_and_retries_are_bounded(
     assert 2 <= len(server.requests) <= 4
 
 
-def test_fault_35_a_store_that_fails_is_not_taken_for_one_without_commits(server: S3Server, bucket: Path) -> None:
+def test_fault_35_a_failing_store_is_not_mistaken_for_one_without_checkpoints(server: S3Server, bucket: Path) -> None:
     write_json(bucket / "commits" / "update-000001" / "manifest.json", {"files": {"state.json": {}}})
     server.fault = lambda operation, key: error(500, "InternalError") if operation in ("list", "head") else None
     with pytest.raises(StoreError, match="cannot be read"):
         newest_of(bucket / "commits")
 
 
-def test_fault_35_a_server_without_deletes_of_many_and_of_folders_is_enough(server: S3Server, bucket: Path) -> None:
+def test_fault_35_a_server_without_batch_and_folder_deletion_suffices(server: S3Server, bucket: Path) -> None:
     objects: set[str] = set()
 
     def strict(operation: str, key: str) -> Response | None:

@@ -1,4 +1,4 @@
-"""Faults of the store: processes killed, disks full, two runs at once, storage that is not there."""
+"""Faults of the store: killed processes, full disks, two runs at once, missing storage."""
 
 import json
 import os
@@ -24,7 +24,7 @@ STEP = "1-samples"
 
 
 def write_step(run: RunFolder, parts: tuple[str, ...] = ("a",), *, resumable: bool = False) -> None:
-    """A step that grows by parts, a file each; a resumable one keeps the files that it finds."""
+    """Write a step that grows by parts, one file each; a resumable one keeps existing files."""
     settings = dict.fromkeys(parts, 1)
     with run.writing(STEP, settings, {}, seed=0, resumable=resumable, grows=True) as (folder, output):
         for part in output.parts:
@@ -37,7 +37,7 @@ def is_complete(run: RunFolder, parts: tuple[str, ...]) -> bool:
 
 
 def dies_before(number: int, run: RunFolder, parts: tuple[str, ...], *, resumable: bool) -> bool:
-    """A child writes a step, and is killed before its ``number``-th change of the disk; False if it has fewer."""
+    """Write a step in a child that is killed before its ``number``-th disk change; False: it made fewer."""
     child = os.fork()
     if child == 0:
         num_changes = 0
@@ -60,7 +60,7 @@ def dies_before(number: int, run: RunFolder, parts: tuple[str, ...], *, resumabl
 
 @pytest.mark.parametrize("resumable", [False, True])
 @pytest.mark.parametrize("parts_there", [(), ("a",)])
-def test_fault_02_a_step_killed_before_any_change_of_the_disk_is_there_whole_or_not_and_is_gone_on_with(
+def test_fault_02_a_step_killed_before_any_disk_change_is_complete_or_absent_and_can_be_run_again(
     tmp_path: Path, parts_there: tuple[str, ...], resumable: bool
 ) -> None:
     wanted, number = ("a", "b", "c"), 0
@@ -108,30 +108,30 @@ assert run.is_complete("1-samples", {}, {}) and not run.has("2-scores")
 with run.writing("2-scores", {}, {}, seed=0, resumable=True) as (folder, _):
     pass
 assert run.is_complete("2-scores", {}, {})
-print("went on")
+print("continued")
 """
 
 
 @pytest.mark.parametrize("what", ["shard", "manifest"])
-def test_fault_11_a_full_disk_is_told_with_path_needed_and_free_and_earlier_steps_stay(
+def test_fault_11_a_full_disk_is_reported_with_needed_and_free_space_and_earlier_steps_stay(
     tmp_path: Path, what: str
 ) -> None:
     mount = f'mount -t tmpfs -o size=1m none "{tmp_path}" && exec "$@"'
     command = ["unshare", "-rm", "sh", "-c", mount, "sh"]
     if subprocess.run([*command, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("no disk of its own for a process here (unshare -rm)")
+        pytest.skip("cannot mount a private disk for a process (unshare -rm)")
     done = subprocess.run(
         [*command, sys.executable, "-c", FULL_DISK, str(tmp_path), what], check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    refused, full, went_on = done.stdout.splitlines()
+    refused, full, last = done.stdout.splitlines()
     assert refused.startswith(f"{tmp_path}: needs 1.9 MiB, but 0.8 MiB are free on its disk; free disk space")
     assert re.fullmatch(
         rf"{tmp_path}/2-scores\.partial(/manifest\.json)?: cannot be written.*: .*No space left on device;"
         r" 0\.0 MiB are free; free disk space, and run the same command again",
         full,
     )
-    assert went_on == "went on"
+    assert last == "continued"
 
 
 KILLED_IN_STORE = """
@@ -141,12 +141,12 @@ run = RunFolder(storage_path("s3://bucket/run"))
 with run.writing("1-samples", {"a": 1}, {}, seed=0, resumable=True) as (folder, _):
     (folder / "whole").write_bytes(b"whole")
     cut_short = (folder / "cut_short").open("wb")
-    cut_short.write(bytes(20 * 2**20))  # some parts of it are sent
+    cut_short.write(bytes(20 * 2**20))  # some parts of it are uploaded
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_fault_02_a_step_killed_while_an_object_is_sent_goes_on_with_the_whole_ones(s3: Path) -> None:
+def test_fault_02_a_step_killed_during_an_upload_resumes_with_the_complete_objects(s3: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED_IN_STORE], check=False)
     assert killed.returncode == -signal.SIGKILL
     run = RunFolder(s3 / "run")
@@ -171,8 +171,10 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_fault_17_a_second_run_is_refused_by_pid_and_host_until_the_first_has_been_killed(folder: Path) -> None:
     with holder(HOLD, folder) as process:
-        told = rf"run: another run is writing here \(pid {process.pid} on {platform.node()}.*\); wait for it, or choose"
-        with pytest.raises(StoreError, match=told), RunFolder(folder).locked():
+        message = (
+            rf"run: another run is writing here \(pid {process.pid} on {platform.node()}.*\); wait for it, or choose"
+        )
+        with pytest.raises(StoreError, match=message), RunFolder(folder).locked():
             pytest.fail("two runs hold one folder")
     with RunFolder(folder).locked():
         pass
@@ -186,7 +188,7 @@ def lock_from_elsewhere(folder: Path) -> Path:
     return path
 
 
-def test_fault_17_a_lock_of_another_machine_is_taken_over_when_it_is_renewed_no_more(
+def test_fault_17_a_lock_of_another_machine_is_taken_over_once_it_expires(
     s3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock_from_elsewhere(s3 / "run")
@@ -210,22 +212,22 @@ def test_fault_17_a_held_lock_is_renewed_and_its_loss_stops_the_run(s3: Path, mo
             made = s3.fs.modified(path.path)
             time.sleep(1.5)  # the store's clock ticks in seconds
             assert s3.fs.modified(path.path) > made
-            for _ in range(60):  # a renewal may fall between
+            for _ in range(60):  # a renewal may come in between
                 lock_from_elsewhere(s3 / "run")
                 time.sleep(0.5)
 
     with pytest.raises(KeyboardInterrupt):
         lose_it()
-    assert json.loads(path.read_bytes())["host"] == "elsewhere", "another's lock is not taken away"
+    assert json.loads(path.read_bytes())["host"] == "elsewhere", "another's lock is not deleted"
 
 
 def refused_at_once(run_dir: str, caplog: pytest.LogCaptureFixture) -> str:
-    """What a run is told that cannot write there, before it does anything."""
+    """Error of a run that cannot write to its folder, raised before any work."""
     config = config_of(Path("unused"), "embedded", run={"dir": run_dir})
     started = time.monotonic()
     with pytest.raises(StoreError) as caught:
         run_steps(config, steps_of(config))
-    assert time.monotonic() - started < 10  # 3 s of waiting, and what a busy machine adds
+    assert time.monotonic() - started < 10  # a timeout of 3 s, and more on a busy machine
     assert "generate" not in caplog.text
     return str(caught.value)
 
@@ -234,7 +236,7 @@ def test_fault_18_a_disk_that_cannot_be_written_stops_a_run_at_once(caplog: pyte
     assert "/proc/runs/tuned: cannot be written: No such file or directory" in refused_at_once("/proc/runs", caplog)
 
 
-def test_fault_18_a_store_that_may_not_be_read_is_not_taken_for_an_empty_one(
+def test_fault_18_a_store_without_read_permission_is_not_mistaken_for_an_empty_one(
     s3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_step(RunFolder(s3 / "run"))
@@ -247,9 +249,9 @@ def test_fault_18_a_store_that_may_not_be_read_is_not_taken_for_an_empty_one(
     s3.fs.clear_instance_cache()
 
 
-def test_fault_18_a_bucket_that_is_not_there_is_named_and_not_made(s3: Path, caplog: pytest.LogCaptureFixture) -> None:
-    told = refused_at_once("s3://no-such-bucket/runs", caplog)
-    assert "s3://no-such-bucket/runs/tuned: cannot be written: The specified bucket does not exist; check" in told
+def test_fault_18_a_missing_bucket_is_named_and_not_created(s3: Path, caplog: pytest.LogCaptureFixture) -> None:
+    message = refused_at_once("s3://no-such-bucket/runs", caplog)
+    assert "s3://no-such-bucket/runs/tuned: cannot be written: The specified bucket does not exist; check" in message
     assert not storage_path("s3://no-such-bucket").exists()
 
 
@@ -259,6 +261,6 @@ def test_fault_18_a_store_that_does_not_answer_stops_a_run_in_seconds(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         s3.fs.clear_instance_cache()
-        told = refused_at_once("s3://bucket/runs", caplog)
-    assert "s3://bucket/runs/tuned: the store did not answer in 3 s, or only with errors" in told
+        message = refused_at_once("s3://bucket/runs", caplog)
+    assert "s3://bucket/runs/tuned: the store did not answer in 3 s, or only with retryable errors" in message
     s3.fs.clear_instance_cache()
