@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,16 +78,24 @@ def embedded() -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """A local Ray whose workers find the modules of this folder, such as `own_rewards`; `ray_session` joins it."""
+def until_the_last_test() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def local_ray(until_the_last_test: contextlib.ExitStack) -> None:
+    """A local Ray for all modules, started again for the next one if it could not start or has ended.
+
+    Its workers find the modules of this folder, such as `own_rewards`; `ray_session` joins it.
+    """
     from cdpo_ray.session import ray_session
 
-    with contextlib.ExitStack() as stack:
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():  # the session imports it
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
             patch.setenv("RAY_metrics_report_interval_ms", "1000")  # a test waits for them
-            stack.enter_context(ray_session())
-        yield
+            until_the_last_test.enter_context(ray_session())
 
 
 @pytest.fixture(scope="session")
