@@ -10,8 +10,8 @@ demo: $(INSTALLED)
 	$(BIN)/cdpo run configs/quickstart.yaml
 	@echo "The report: $(CURDIR)/runs/quickstart/report.html"
 
-# One process runs all tests that start Ray, and begins with them; the others share the rest, file by file.
-PARALLEL := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+# Files are spread over the processes; all that start Ray go to one of them, see tests/conftest.py.
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not nightly" $(PARALLEL) --durations=25

@@ -4,9 +4,12 @@ import contextlib
 import fcntl
 import functools
 import os
+import re
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -75,16 +78,24 @@ def embedded() -> Path:
 
 
 @pytest.fixture(scope="session")
-def local_ray() -> Iterator[None]:
-    """A local Ray whose workers find the modules of this folder, such as `own_rewards`; `ray_session` joins it."""
+def until_the_last_test() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def local_ray(until_the_last_test: contextlib.ExitStack) -> None:
+    """A local Ray for all modules, started again for the next one if it could not start or has ended.
+
+    Its workers find the modules of this folder, such as `own_rewards`; `ray_session` joins it.
+    """
     from cdpo_ray.session import ray_session
 
-    with contextlib.ExitStack() as stack:
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():  # the session imports it
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
             patch.setenv("RAY_metrics_report_interval_ms", "1000")  # a test waits for them
-            stack.enter_context(ray_session())
-        yield
+            until_the_last_test.enter_context(ray_session())
 
 
 @pytest.fixture(scope="session")
@@ -104,18 +115,33 @@ def s3(s3_server: Path) -> Iterator[Path]:
     delete(s3_server)
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A fault's number is in the test's name; the marker follows from it.
+@functools.cache
+def starts_ray(path: Path) -> bool:
+    """Whether a file has tests that start Ray."""
+    return re.search(r"pytest\.mark\.ray\b", path.read_text()) is not None
 
-    With `pytest -n 2 --dist loadgroup`, one process runs all tests that start Ray, which come first; each other file
-    is run by one process, so that its fixtures are built once.
-    """
-    parallel = config.pluginmanager.hasplugin("dsession") or "PYTEST_XDIST_WORKER" in os.environ
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A fault's number is in the test's name; the marker follows from it. Under `pytest -n`, Ray comes first."""
     for item in items:
         if item.name.startswith("test_fault_"):
             item.add_marker(pytest.mark.fault)
-        if parallel:
-            item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
-    if parallel:
-        items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not starts_ray(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `pytest -n`, all files that start Ray run in one process; each other file runs in one process too.
+
+    pytest-xdist 3.8 has `--dist loadgroup` for that, which has no effect with pytest 9.2: it changes a node ID that
+    pytest no longer reads.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayInOneProcess(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if starts_ray(config.rootpath / file) else file
+
+    return RayInOneProcess(config, log)

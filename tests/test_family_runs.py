@@ -1,4 +1,4 @@
-"""Every family from prompts to a LoRA that is loaded back: its real classes, narrow, with and without Ray."""
+"""Every family from prompts to a LoRA that is loaded back: its real classes, narrow, without Ray."""
 
 import io
 from collections.abc import Callable
@@ -25,7 +25,7 @@ LATENT_CHANNELS = {"stable_diffusion_xl": 4, "latent_consistency": 4, "stable_di
 STEPS_OF = {"latent_consistency": 1}  # with more, a consistency model adds noise of its own
 GUIDANCE = 2.0
 ON_RAY = "latent_consistency"
-"""Its model has most arguments, a teacher among them. The others are on Ray at night."""
+"""Tested in test_families_on_ray.py, which takes the others at night."""
 
 
 def make_config(family: str, model: dict[str, Any], folder: Path) -> Config:
@@ -55,18 +55,6 @@ def make_config(family: str, model: dict[str, Any], folder: Path) -> Config:
         },
         where="test",
     )
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(
-    "family",
-    [family if family == ON_RAY else pytest.param(family, marks=pytest.mark.nightly) for family in LATENT_CHANNELS],
-)
-def test_on_ray_the_lora_of_a_family_makes_the_judged_images_in_the_stock_pipeline(
-    family: str, tiny_models: Callable[[str], Path], tmp_path: Path
-) -> None:
-    assert_stock_pipeline_agrees(family, tiny_models, tmp_path)
 
 
 @pytest.mark.parametrize("family", [family for family in LATENT_CHANNELS if family != ON_RAY])

@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from ray import cloudpickle
 from worker_processes import run_workers
 
 from cdpo_ray.records import COMMITS_DIR
@@ -45,6 +44,8 @@ class _Remote:
 
 
 def _in_pool(rows: Rows, plain_class: Callable[..., Any], pool: Any, *, rows_per_call: Any, **arguments: Any) -> Rows:
+    from ray import cloudpickle
+
     arguments = cloudpickle.loads(cloudpickle.dumps(arguments))  # as they reach an actor
     return rows.map_batches(plain_class(**arguments))
 

@@ -19,7 +19,7 @@ from cdpo_ray.cli import main
 from cdpo_ray.config import load_config
 from cdpo_ray.search.trials import DONE, RUNNING, STOPPED, Trial, Trials
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 CDPO = Path(sys.executable).with_name("cdpo")
 LORA = "4-training/lora/pytorch_lora_weights.safetensors"
 SETTINGS: dict[str, Any] = {

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from worker_processes import run_workers
 
 from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.errors import TrainingError
@@ -78,6 +77,8 @@ def train(rank: int, num_workers: int, folder: Path, method: str, zero_stage: in
 
 def trained(folder: Path, *parts: tuple[int, int], method: str = "lora", zero_stage: int = 0) -> Path:
     """The last checkpoint of consecutive groups: (number of workers, total number of updates) each."""
+    from worker_processes import run_workers  # here: scripts below import this module alone
+
     folder.mkdir()
     for num_workers, stop_after in parts:
         run_workers(train, num_workers, folder, method, zero_stage, stop_after, num_workers=num_workers)
