@@ -1,4 +1,4 @@
-"""Every family from prompts to a LoRA that is loaded back: its real classes, narrow, without Ray."""
+"""Every family from prompts to a LoRA that is loaded back: its real classes, narrow."""
 
 import io
 from collections.abc import Callable
@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
 from PIL import Image
-from without_ray import without_ray
 
 from cdpo_ray.config import Config, validate
 from cdpo_ray.randomness.noise import noise_at
@@ -19,13 +18,11 @@ from cdpo_ray.run import run_steps
 from cdpo_ray.steps import STEPS
 from cdpo_ray.store import RunFolder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 LATENT_CHANNELS = {"stable_diffusion_xl": 4, "latent_consistency": 4, "stable_diffusion_3": 16, "flux": 16}
 STEPS_OF = {"latent_consistency": 1}  # with more, a consistency model adds noise of its own
 GUIDANCE = 2.0
-ON_RAY = "latent_consistency"
-"""Tested in test_families_on_ray.py, which takes the others at night."""
 
 
 def make_config(family: str, model: dict[str, Any], folder: Path) -> Config:
@@ -57,20 +54,15 @@ def make_config(family: str, model: dict[str, Any], folder: Path) -> Config:
     )
 
 
-@pytest.mark.parametrize("family", [family for family in LATENT_CHANNELS if family != ON_RAY])
+@pytest.mark.parametrize("family", LATENT_CHANNELS)
 def test_the_lora_of_a_family_makes_the_judged_images_in_the_stock_pipeline(
     family: str, tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with without_ray():
-        assert_stock_pipeline_agrees(family, tiny_models, tmp_path)
-
-
-def assert_stock_pipeline_agrees(family: str, tiny_models: Callable[[str], Path], folder: Path) -> None:
     """Run all steps; base and LoRA, loaded into diffusers' pipeline, make the images of both arms."""
     model: dict[str, Any] = {"path": str(tiny_models(family))}
     if family == "latent_consistency":
         model["teacher"] = {"path": str(tiny_models("stable_diffusion"))}
-    config = make_config(family, model, folder)
+    config = make_config(family, model, tmp_path)
     run: RunFolder = run_steps(config, STEPS)
     stock = DiffusionPipeline.from_pretrained(model["path"], dtype=torch.float32)
     if family == "stable_diffusion_xl":

@@ -1,6 +1,5 @@
 """All steps of a run, on a real local Ray where it is part of the claim: SD1.5's architecture at reduced width."""
 
-import contextlib
 import functools
 import io
 import json
@@ -19,7 +18,6 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import poisoned
-from without_ray import without_ray
 
 from benchmarks.testbed.measure import load_pipeline
 from cdpo_ray.cli import main
@@ -303,8 +301,7 @@ def trained_embedded(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Ten updates of a net that has learnt; a random one has gradients of pure rounding, which Adam enlarges."""
     often = {"updates_per_commit": 2, "keep_best": True}
     config = embedded_config(embedded, tmp_path_factory.mktemp("embedded"), "run", num_workers=2, **often)
-    with without_ray():
-        return run_steps(config, steps_until("train"))
+    return run_steps(config, steps_until("train"))
 
 
 def test_the_best_adapter_is_that_of_the_commit_with_the_lowest_loss_of_the_last_stage(
@@ -363,8 +360,7 @@ def test_adapter_does_not_depend_on_workers_accumulation_or_zero(
     """The same samples and pairs, ten updates in fp32."""
     name = "-".join(map(str, training.values()))
     folder = beginning_as(trained_embedded, name, "1-samples", "2-scores", "3-stages")
-    with without_ray():
-        run_steps(embedded_config(embedded, folder.path.parent, name, **training), steps_until("train"))
+    run_steps(embedded_config(embedded, folder.path.parent, name, **training), steps_until("train"))
     assert largest_difference(lora(folder), lora(trained_embedded)) < tolerance
     assert max(float(value.abs().max()) for key, value in lora(folder).items() if "lora_B" in key) > 1e-3
 
@@ -440,10 +436,7 @@ def test_changed_setting_is_refused_with_the_difference(finished: tuple[Config, 
 
 def test_fault_19_scores_that_are_all_equal_name_the_stage(tiny_sd15: Path, tmp_path: Path) -> None:
     config = make_config(tiny_sd15, tmp_path, rewards__names=["own_rewards:same"])
-    with (
-        without_ray(),
-        pytest.raises(CurriculumError, match=r"stage 1 admits no pair: the scores of a prompt differ by at most 0 "),
-    ):
+    with pytest.raises(CurriculumError, match=r"stage 1 admits no pair: the scores of a prompt differ by at most 0 "):
         run_steps(config, steps_until("pairs"))
     assert not (tmp_path / "run" / "3-stages").exists()
 
@@ -471,12 +464,10 @@ def test_command_ends_with_one_line_and_exit_code_2_when_a_reward_raises(tiny_sd
 def test_fault_10_missing_scores_form_no_pair_and_too_many_stop_the_run(tiny_sd15: Path, tmp_path: Path) -> None:
     names = ["own_rewards:sometimes_missing"]
     config = make_config(tiny_sd15, tmp_path, rewards__names=names)
-    told = r"5 of 20 scores are not finite, more than `rewards.max_bad_fraction`"
-    with without_ray(), pytest.raises(CurriculumError, match=told):
+    with pytest.raises(CurriculumError, match=r"5 of 20 scores are not finite, more than `rewards.max_bad_fraction`"):
         run_steps(config, steps_until("pairs"))
     lenient = make_config(tiny_sd15, tmp_path, rewards__names=names, rewards__max_bad_fraction=0.5)
-    with without_ray():
-        run = run_steps(lenient, steps_until("pairs"))
+    run = run_steps(lenient, steps_until("pairs"))
     assert run.manifest("3-stages")["counts"]["scores_not_finite"] == 5
     bad = pq.read_table(run.step("3-stages") / "stage-2").to_pydict()
     assert 0 not in bad["chosen"] + bad["rejected"]
@@ -493,8 +484,7 @@ def two_rounds(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         reference="last_round",
         rounds=2,
     )
-    with without_ray():
-        run_steps(config, STEPS)
+    run_steps(config, STEPS)
     write_reports(config)
     return config, round_folders(config)
 
@@ -543,8 +533,7 @@ def test_later_rounds_are_judged_on_the_same_noise_as_the_first(two_rounds: tupl
 
 def test_a_verb_alone_does_not_begin_a_round_before_the_last_is_trained(embedded: Path, tmp_path: Path) -> None:
     config = embedded_config(embedded, tmp_path, "alone", rounds=2)
-    with without_ray():
-        assert run_steps(config, steps_until("generate")).path.name == "round-1"
+    assert run_steps(config, steps_until("generate")).path.name == "round-1"
     assert not (tmp_path / "alone" / "round-2").exists()
 
 
@@ -553,8 +542,7 @@ def trained_whole(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     config = embedded_config(
         embedded, tmp_path_factory.mktemp("full"), "full", method="full", num_workers=2, learning_rate=1e-5
     )
-    with without_ray():
-        return config, run_steps(config, STEPS)
+    return config, run_steps(config, STEPS)
 
 
 def unet(run: RunFolder) -> dict[str, torch.Tensor]:
@@ -587,15 +575,14 @@ def test_the_whole_net_does_not_depend_on_workers_or_zero(
     config = embedded_config(
         embedded, folder.path.parent, "zero-3", method="full", learning_rate=1e-5, num_workers=1, zero_stage=3
     )
-    with without_ray():
-        run_steps(config, steps_until("train"))
+    run_steps(config, steps_until("train"))
     assert largest_difference(unet(folder), unet(whole)) < 2e-6
     base = load_file(embedded / "unet" / "diffusion_pytorch_model.safetensors")
     assert largest_difference({name: value.float() for name, value in base.items()}, unet(whole)) > 5e-5
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_with_margin_as_difficulty_each_stage_is_drawn_anew_from_what_the_policy_finds_hard(
+def test_with_margin_as_difficulty_each_stage_is_redrawn_by_the_margins_of_the_policy(
     num_workers: int, trained_embedded: RunFolder, embedded: Path
 ) -> None:
     name = f"margin-{num_workers}"
@@ -604,8 +591,7 @@ def test_with_margin_as_difficulty_each_stage_is_drawn_anew_from_what_the_policy
     curriculum = {**config.curriculum.model_dump(exclude={"preset", "window", "num_margin_draws"}), **changes}
     config = validate({**config.plain(), "curriculum": curriculum}, where="test")
     folder = beginning_as(trained_embedded, name, "1-samples", "2-scores")
-    with without_ray():
-        run_steps(config, steps_until("train"))
+    run_steps(config, steps_until("train"))
     planned = json.loads((folder.step("3-stages") / "stages.json").read_text())
     drawn = [stage["pairs"] for stage in json.loads((folder.step("4-training") / "stages.json").read_text())]
     assert drawn[0]["drawn_by_rank_gap"] == planned[0]["drawn_by_rank_gap"]  # every margin is still zero
@@ -625,8 +611,7 @@ def test_images_ranked_by_how_much_of_their_prompt_was_masked_need_no_judge(
     config = make_config(
         tiny_sd15, tmp_path, rewards__names=names, rewards__rank_by="perturbation", rewards__placement=placement
     )
-    with without_ray() if placement == "fused" else contextlib.nullcontext():
-        run = run_steps(config, steps_until("pairs"))
+    run = run_steps(config, steps_until("pairs"))
     assert run.manifest("2-scores")["counts"]["scores_computed_now"] == 0
     assert scores_of(run, "perturbation").tolist() == [[0, -23 / 77, -46 / 77, -69 / 77]] * 5
     pairs = pq.read_table(run.step("3-stages") / "stage-2").to_pydict()
