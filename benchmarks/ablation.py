@@ -238,13 +238,15 @@ def main() -> None:
     """Make missing pools and runs, then the table and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default=",".join(ARMS), help="names, comma-separated: %(default)s")
-    parser.add_argument("--seeds", type=int, default=4, help="of training: draws, noise, first factor of the LoRA")
-    parser.add_argument("--pools", type=int, default=1, help="sets of samples; every seed trains on each")
-    parser.add_argument("--updates", type=int, default=200, help="of all stages together; 16 pairs each")
+    parser.add_argument(
+        "--seeds", type=int, default=4, help="number of training seeds (draws, noise, LoRA initialisation)"
+    )
+    parser.add_argument("--pools", type=int, default=1, help="number of sample sets; every seed trains on each")
+    parser.add_argument("--updates", type=int, default=200, help="updates of all stages; 16 pairs each")
     parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--images", type=int, default=8, help="a prompt")
-    parser.add_argument("--heldout", type=int, default=96, help="prompts")
-    parser.add_argument("--heldout-images", type=int, default=4, help="a held-out prompt")
+    parser.add_argument("--images", type=int, default=8, help="images per prompt")
+    parser.add_argument("--heldout", type=int, default=96, help="number of held-out prompts")
+    parser.add_argument("--heldout-images", type=int, default=4, help="images per held-out prompt")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     options = parser.parse_args()

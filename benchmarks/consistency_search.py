@@ -203,7 +203,7 @@ def reference_errors(model: Searched, bank: SampleBank) -> dict[int, float]:
 def main() -> None:
     """Train and judge each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, required=True, help="where samples and trained LoRAs are kept")
+    parser.add_argument("--work-dir", type=Path, required=True, help="folder of samples and trained LoRAs")
     parser.add_argument("--setting", type=Setting.parse, action="append", required=True, help=Setting.parse.__doc__)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Memory of an import of preferences: a small and a large set, peaks of the driver and of all processes.
 
-The set is a Parquet file in Pick-a-Pic's schema, JPEGs of the embedded world; it goes the way of `cdpo import`.
+The set is a Parquet file in Pick-a-Pic's schema, JPEGs of the embedded world; it is imported as by `cdpo import`.
 """
 
 import argparse
@@ -31,19 +31,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--pixels", type=int, default=96, help="height and width of the images in the file")
-    parser.add_argument("--dir", type=Path, default=Path("runs/import_memory"), help="emptied first and last")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("runs/import_memory"), help="working folder, emptied before and after"
+    )
     parser.add_argument(
         "--max-growth", type=float, default=1.5, help="maximum ratio of the peaks of all processes; a larger one fails"
     )
-    asked = parser.parse_args()
-    shutil.rmtree(asked.dir, ignore_errors=True)
-    asked.dir.mkdir(parents=True)
+    options = parser.parse_args()
+    shutil.rmtree(options.dir, ignore_errors=True)
+    options.dir.mkdir(parents=True)
     peaks = []
     print(f"{'rows':>8} {'file MB':>8} {'samples MB':>10} {'seconds':>8} {'driver MB':>10} {'all MB':>8}")
-    for num_rows in asked.rows:
-        path = asked.dir / f"{num_rows}.parquet"
-        write_set(path, num_rows, asked.pixels)
-        config = config_of(asked.dir, path)
+    for num_rows in options.rows:
+        path = options.dir / f"{num_rows}.parquet"
+        write_set(path, num_rows, options.pixels)
+        config = config_of(options.dir, path)
         started = time.monotonic()
         with Peak() as peak:
             run = run_steps(config, steps_of(config)[:1])
@@ -57,11 +59,11 @@ def main() -> None:
             flush=True,
         )
         peaks.append(peak.all)
-    shutil.rmtree(asked.dir)
+    shutil.rmtree(options.dir)
     growth = peaks[-1] / peaks[0]
     print(f"peak of the largest over that of the smallest: {growth:.2f}")
-    if growth > asked.max_growth:
-        raise SystemExit(f"grew by more than {asked.max_growth}")
+    if growth > options.max_growth:
+        raise SystemExit(f"grew by more than {options.max_growth}")
 
 
 def config_of(folder: Path, path: Path) -> Config:

@@ -1,7 +1,7 @@
 """Time and memory to rank, admit and draw the pairs of every stage, against a table of all pairs.
 
 Both routes draw the paper's schedule from the same pairs; the table's are sorted by rank gap once, so that a stage is a
-prefix of it. Other schedules stand below, by arithmetic alone. Time and memory are taken in separate passes, because
+prefix of it. Other schedules follow, by arithmetic only. Time and memory are measured in separate passes, because
 tracing allocations costs time. Memory is the peak beyond the scores.
 """
 

@@ -268,10 +268,10 @@ def _print_line(*cells: Any) -> None:
 def main() -> None:
     """Run both routes at both sizes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=24, help="of the small run's generation; 8 images each")
-    parser.add_argument("--updates", type=int, default=20, help="of the small run's training; 16 pairs each")
-    parser.add_argument("--heldout", type=int, default=24, help="prompts of the small run's evaluation; 2 x 4 images")
-    parser.add_argument("--times", type=int, default=4, help="how many times as large the large run is")
+    parser.add_argument("--prompts", type=int, default=24, help="prompts of the small run; 8 images each")
+    parser.add_argument("--updates", type=int, default=20, help="updates of the small run; 16 pairs each")
+    parser.add_argument("--heldout", type=int, default=24, help="held-out prompts of the small run; 2 x 4 images")
+    parser.add_argument("--times", type=int, default=4, help="size of the large run relative to the small one")
     options = parser.parse_args()
     small = Size(options.prompts, options.updates, options.heldout)
     large = Size(*(options.times * count for count in (small.prompts, small.updates, small.heldout)))

@@ -1,8 +1,8 @@
 """Images scored per second: each reward in batches, against the same model called image by image.
 
-The naive route is what one writes by hand: a PIL image prepared on the main thread, by PIL or by transformers' image
-processor, one at a time, its prompt encoded every time. Both routes share one net. Published nets have their real
-architecture and random weights; images are scenes of the embedded world for its own judges, coloured squares at
+The naive route is a hand-written loop: one PIL image at a time, preprocessed on the main thread by PIL or by
+transformers' image processor, its prompt encoded every time. Both routes share one model. Published models have their
+real architecture and random weights; images are scenes of the embedded world for its own judges, coloured squares at
 `--pixels` for the others.
 """
 
@@ -217,7 +217,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=8, help="images per prompt")
     parser.add_argument("--images-per-batch", type=int, default=8, help="our batch size")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a busy machine")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for a busy machine")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""`cluster/`: each file is what its system takes, and a mistake in it is seen."""
+"""`cluster/`: each file is valid for its system, and mistakes in it are detected."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +18,11 @@ def rayjob() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", RAY_UP)
-def test_a_ray_up_file_is_one_that_ray_and_its_cloud_take(name: str) -> None:
+def test_a_ray_up_file_is_valid_for_ray_and_its_cloud(name: str) -> None:
     check_ray_up(ray_up(name))
 
 
-def test_the_rayjob_asks_for_a_token_and_no_privileges() -> None:
+def test_the_rayjob_requires_a_token_and_no_privileges() -> None:
     check_rayjob(rayjob())
 
 
@@ -92,7 +92,7 @@ DOCKER_MISTAKES = {
 
 @pytest.mark.parametrize("name", RAY_UP)
 @pytest.mark.parametrize("mistake", RAY_UP_MISTAKES)
-def test_a_mistake_in_a_ray_up_file_is_seen(name: str, mistake: str) -> None:
+def test_a_mistake_in_a_ray_up_file_is_detected(name: str, mistake: str) -> None:
     config = ray_up(name)
     RAY_UP_MISTAKES[mistake](config)
     with pytest.raises((AssertionError, ValidationError)):
@@ -100,7 +100,7 @@ def test_a_mistake_in_a_ray_up_file_is_seen(name: str, mistake: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "mistake"), NODE_MISTAKES)
-def test_a_mistake_inside_a_node_config_is_seen(name: str, mistake: str) -> None:
+def test_a_mistake_inside_a_node_config_is_detected(name: str, mistake: str) -> None:
     config = ray_up(name)
     NODE_MISTAKES[name, mistake](node(config))
     with pytest.raises(AssertionError):
@@ -108,7 +108,7 @@ def test_a_mistake_inside_a_node_config_is_seen(name: str, mistake: str) -> None
 
 
 @pytest.mark.parametrize("mistake", RAYJOB_MISTAKES)
-def test_a_mistake_in_the_rayjob_is_seen(mistake: str) -> None:
+def test_a_mistake_in_the_rayjob_is_detected(mistake: str) -> None:
     job = rayjob()
     RAYJOB_MISTAKES[mistake](job["spec"])
     with pytest.raises((AssertionError, KeyError)):
@@ -116,7 +116,7 @@ def test_a_mistake_in_the_rayjob_is_seen(mistake: str) -> None:
 
 
 @pytest.mark.parametrize("mistake", DOCKER_MISTAKES)
-def test_a_mistake_in_the_dockerfile_is_seen(mistake: str) -> None:
+def test_a_mistake_in_the_dockerfile_is_detected(mistake: str) -> None:
     right, wrong = DOCKER_MISTAKES[mistake]
     assert right in DOCKERFILE
     with pytest.raises(AssertionError):
