@@ -189,9 +189,9 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         cells = [
             row["name"],
             f"{row['oracle']:.3f}",
-            _told(row.get("oracle_to_base")),
-            _told(row.get("oracle_to_plain")),
-            _told(row.get("clip_to_base")),
+            _interval_text(row.get("oracle_to_base")),
+            _interval_text(row.get("oracle_to_plain")),
+            _interval_text(row.get("clip_to_base")),
             f"{row['oracle_spread']:.3f}" if row["arm"] != BASE else "",
             f"{row['rank_gap']:.2f}" if "rank_gap" in row else "",
             f"{row['chosen_error_change']:+.4f}" if "rank_gap" in row else "",
@@ -219,7 +219,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
         figure.savefig(path, dpi=160)
 
 
-def _told(found: tuple[float, float, float] | None) -> str:
+def _interval_text(found: tuple[float, float, float] | None) -> str:
     return f"{found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}]" if found else ""
 
 

@@ -218,7 +218,7 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
     ours = Ours(folder, pairs, stock.encode_images(), options)
     resident = {"ours": torch.cuda.memory_allocated() - stock_bytes, "stock": stock_bytes}
     same_adapters(ours, stock)
-    print(f"{options.model}, {options.pairs} pairs an update, {pixels} px, {options.dtype}", end=", ")
+    print(f"{options.model}, {options.pairs} pairs per update, {pixels} px, {options.dtype}", end=", ")
     print(f"{machine(options.device)}, {options.clock} time")
     first, first_stock = float(ours.update()), float(stock.update())
     print(f"first loss: ours {first:.6f}, stock {first_stock:.6f} (ln 2 = {math.log(2):.6f})")

@@ -147,7 +147,7 @@ def _search(config: Config, search: SearchSection, num_prompts: int) -> list[str
         f"  confirmation {confirmed} trainings: the best and the paper's schedule with {search.confirm_seeds} other"
         f" seeds, at most {confirmed * num_updates:,} updates, judged on the held-out prompts"
         if confirmed
-        else "  confirmation none: `search.confirm_seeds` is 0",
+        else "  confirmation off, because `search.confirm_seeds` is 0",
     ]
 
 

@@ -248,7 +248,7 @@ def perform_step(
 
     Args:
         start_ray: called before the work starts; returns the GPU to estimate costs for.
-        allow_config_change: as of `run_steps`.
+        allow_config_change: see `run_steps`.
 
     Raises:
         StoreError: the step was made with other settings, an input is damaged, or a file that the configuration names

@@ -41,7 +41,7 @@ def tiny_open_clip(folder: Path) -> open_clip.CLIP:
 def build_tiny_clip(folder: Path) -> Path:
     """Folder of a random CLIP in transformers' layout, with the image settings and the tokenizer of a processor.
 
-    The tokenizer's files are those of the hub's CLIPs: `vocab.json`, `merges.txt`; a token a byte, and two merges.
+    The tokenizer's files are those of the hub's CLIPs: `vocab.json`, `merges.txt`; one token per byte, and two merges.
     """
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]

@@ -69,8 +69,8 @@ class Generation:
 
     def wait(self) -> None:
         assert self.process is not None
-        _, told = self.process.communicate(timeout=300)
-        assert self.process.returncode == 0, told
+        _, stderr = self.process.communicate(timeout=300)
+        assert self.process.returncode == 0, stderr
 
     def calls(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log_path.read_text().splitlines(keepends=True) if line[-1] == "\n"]

@@ -29,13 +29,13 @@ def test_only_an_autoscaler_that_has_groups_may_add_nodes() -> None:
             answers.append(cluster_nodes())
         print([(len(nodes), nodes[0].cpus, grows) for nodes, grows in answers])
     """
-    told = subprocess.run(
+    done = subprocess.run(
         [BIN / "python", "-c", program],
         # v2 does not overwrite what is written here; with a token given, Ray writes none into the home folder
         env=environment(RAY_enable_autoscaler_v2="1", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)),
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
-    assert told.stdout.splitlines()[-1] == "[(1, 3.0, False), (1, 3.0, False), (1, 3.0, True)]"
+    assert done.stdout.splitlines()[-1] == "[(1, 3.0, False), (1, 3.0, False), (1, 3.0, True)]"
 
 
 @pytest.mark.ray
@@ -43,7 +43,7 @@ def test_only_an_autoscaler_that_has_groups_may_add_nodes() -> None:
 def test_a_run_waits_for_its_first_node_and_for_another_when_that_is_gone(tmp_path: Path) -> None:
     with started_head(tmp_path, num_cpus=0, **AUTOSCALED) as head:
         command = [BIN / "cdpo", "run", "configs/smoke.yaml", f"run.dir={tmp_path}", "--address", head.address]
-        # Training asks for its workers anew when these seconds are over.
+        # Training requests its workers again after these seconds.
         environ = environment(**head.access, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="5")
         with subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True) as run:
             watchdog = threading.Timer(600, run.kill)
@@ -66,8 +66,8 @@ def test_a_run_waits_for_its_first_node_and_for_another_when_that_is_gone(tmp_pa
                 lines += run.stderr
                 run.wait()
             watchdog.cancel()
-    told = "".join(lines)
-    assert run.returncode == 0, told
-    assert "`resources.generators`: generate needs 1 actor of 1 CPUs each, but the cluster has room for 0" in told
-    assert "waiting for nodes from the autoscaler" in told
+    log = "".join(lines)
+    assert run.returncode == 0, log
+    assert "`resources.generators`: generate needs 1 actor of 1 CPUs each, but the cluster has room for 0" in log
+    assert "waiting for nodes from the autoscaler" in log
     assert (tmp_path / "smoke" / "report.html").is_file()

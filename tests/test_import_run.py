@@ -1,4 +1,4 @@
-"""Preferences that people have, the whole way on a real local Ray, in the embedded world."""
+"""Human preferences through the whole pipeline on a real local Ray, in the embedded world."""
 
 import json
 from pathlib import Path

@@ -253,7 +253,7 @@ def test_a_searchs_plan_follows_its_settings() -> None:
     assert stopping.strip() == "no early stopping; concurrent trials: 2"
     assert numbers(updates) == [12 * 160, 160]
     assert validation.strip().endswith("10 images of 5 prompts after each stage (before the last: 2 prompts)")
-    assert confirmation == "  confirmation none: `search.confirm_seeds` is 0"
+    assert confirmation == "  confirmation off, because `search.confirm_seeds` is 0"
 
 
 def test_the_papers_schedule_counts_as_a_trial_if_it_is_not_in_the_grid() -> None:

@@ -75,7 +75,7 @@ USES = (
     PrivateUse(
         "peft.tuners.tuners_utils",
         "BaseTunerLayer._disable_adapters",
-        "Adapters switches a LoRA layer by this flag; PEFT's own switch walks the whole net at each launch",
+        "Adapters switches a LoRA layer by this flag; PEFT's own switch visits every module at each launch",
         "call BaseTunerLayer.enable_adapters, and see what it costs by benchmarks/training_step.py",
     ),
     PrivateUse(
@@ -88,7 +88,7 @@ USES = (
         "torch.utils._python_dispatch",
         "TorchDispatchMode",
         "cost/counting.py sees every operator that a net runs, to count its FLOPs and bytes",
-        "look in torch.utils.flop_counter for what its own counter is made of now",
+        "look in torch.utils.flop_counter for what its own counter uses",
     ),
     PrivateUse(
         "torch.utils._pytree",

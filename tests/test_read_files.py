@@ -98,7 +98,7 @@ def add(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("alter", "name", "later", "told"),
+    ("alter", "name", "later", "message"),
     [
         (flip, "1-samples/samples-1.parquet", SCORES, "samples-1.parquet: was altered"),
         (flip, "1-samples/samples-1.parquet", TRAINING, "samples-1.parquet: was altered"),
@@ -112,12 +112,12 @@ def add(path: Path) -> None:
     ],
 )
 def test_fault_43_a_later_step_alone_refuses_inputs_that_were_altered(
-    alter: Callable[[Path], Any], name: str, later: str, told: str, folder: Path
+    alter: Callable[[Path], Any], name: str, later: str, message: str, folder: Path
 ) -> None:
     config = made_config()
     run = finish(config, *STEP_FOLDERS[: STEP_FOLDERS.index(later)])
     alter(run.path / name)
-    with pytest.raises(StoreError, match=rf"{told}.*; delete .*{name.partition('/')[0]} to make it"):
+    with pytest.raises(StoreError, match=rf"{message}.*; delete .*{name.partition('/')[0]} to make it"):
         run_steps(config, [step_of(later)])
 
 

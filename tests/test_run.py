@@ -276,7 +276,7 @@ def test_fault_07_a_poison_prompt_costs_itself_alone_on_the_whole_way(tiny_sd15:
             "heldout": {"source": "animal_photos", "count": 7},  # the sixth is a zebra
         },
         generation__max_bad_fraction=0.5,
-        generation__images_per_batch=8,  # two prompts a call
+        generation__images_per_batch=8,  # two prompts per call
         curriculum__updates_per_stage=1,
     )
     run = run_steps(config, STEPS)

@@ -36,7 +36,7 @@ def find_faults(config: Config, *, address: str | None = None, verbose: bool = F
     """All faults of a set of preferences, by file and row; opens every image, writes nothing.
 
     Args:
-        address, verbose: as of `ray_session`.
+        address, verbose: see `ray_session`.
 
     Returns:
         The scanned rows, and one line per fault.

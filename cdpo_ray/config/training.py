@@ -153,7 +153,7 @@ class TrainingSection(Section):
     are lost when a process is killed. Lower it if updates are slow or machines are often preempted."""
 
     keep_last: Annotated[int, Field(ge=1)] = 2
-    """Number of checkpoints to keep. 2, so that a damaged one can be passed over for the one before."""
+    """Number of checkpoints to keep. 2, so that training can resume from the previous one if the last is damaged."""
 
     keep_best: bool = False
     """Also keep the adapter of the checkpoint with the lowest mean loss in the last stage, in `4-training/best`."""

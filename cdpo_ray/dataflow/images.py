@@ -71,7 +71,7 @@ def open_png(data: bytes, where: str) -> Image.Image:
 
 
 def decode_png(data: bytes, where: str = "image") -> NDArray[np.uint8]:
-    """Decode a PNG to uint8 ``[3, height, width]``; arguments and errors as of `open_png`."""
+    """Decode a PNG to uint8 ``[3, height, width]``; arguments and errors: see `open_png`."""
     return np.asarray(open_png(data, where)).transpose(2, 0, 1)
 
 

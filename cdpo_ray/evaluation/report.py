@@ -262,7 +262,7 @@ def signs_of_reward_hacking(results: Sequence[MeasureResult]) -> list[MeasureRes
     """Results that indicate reward hacking: undesired changes while the reward that was trained on rose.
 
     Signs are a significant fall of another judge or of diversity, and a large change of appearance in either direction:
-    see `LARGE_CHANGE`. A better model also varies less, so a fall of diversity alone is no sign if a held-out judge
+    see `LARGE_CHANGE`. A better model also varies less, so lower diversity alone is not a sign if a held-out judge
     rose.
     """
     rose = {result.role for result in results if result.change > 0}

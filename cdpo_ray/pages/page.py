@@ -119,7 +119,7 @@ def relative_change(comparison: Mapping[str, Any]) -> dict[str, float] | None:
 
 
 def format_number(value: float, places: int, sign: str = "-") -> str:
-    """Number with a fixed number of decimal places and a typographic minus; ``sign``: as of `format`."""
+    """Number with a fixed number of decimal places and a typographic minus; ``sign``: see `format`."""
     return f"{value:{sign}.{places}f}".replace("-", "−")
 
 

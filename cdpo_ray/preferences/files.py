@@ -357,7 +357,7 @@ def _scan_chunk(chunk: Chunk, source: PreferenceSource, found: Scan, *, with_ima
 def _may_lack_images(chunk: Chunk, source: PreferenceSource) -> bool:
     """Whether a Parquet row group names image files, or has null images by its statistics; their bytes are not read."""
     file, columns = _open_parquet(Path(chunk.path), source), FORMATS[source.format]
-    assert columns is not None, "a ranked folder is no table"
+    assert columns is not None, "a ranked folder is not a table"
     names = [source.column(name) for name in columns.images]
     kinds = [file.schema_arrow.field(name).type for name in names]
     if any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds):
@@ -546,7 +546,7 @@ def _row(file: str, number: int, values: Any, source: PreferenceSource, *, image
 
 def _wanted(source: PreferenceSource, *, images: bool) -> list[str]:
     columns = FORMATS[source.format]
-    assert columns is not None, "a ranked folder is no table"
+    assert columns is not None, "a ranked folder is not a table"
     wanted = [columns.prompt, *(columns.labels or ()), *(columns.images if images else ())]
     wanted += {"label": (), "score": columns.scores, "rank": columns.ranks}[source.difficulty]
     return [source.column(name) for name in wanted]

@@ -108,7 +108,7 @@ class Trackers:
         """Wait until everything is sent, and close the trackers.
 
         Args:
-            state: as of `Tracker.close`.
+            state: see `Tracker.close`.
         """
         self._thread.submit(self._close, state)
         self._thread.shutdown()

@@ -151,7 +151,7 @@ class RunFolder:
         """Compare the settings and inputs that a finished step was made with; reads only its manifest.
 
         Args:
-            settings, inputs: as of `is_complete`.
+            settings, inputs: see `is_complete`.
             grows: the step may hold more than these settings require.
 
         Raises:
@@ -263,7 +263,7 @@ class RunFolder:
         ``grows`` are added to it; its existing files never change.
 
         Args:
-            settings, inputs: as of `is_complete`; recorded in the manifest.
+            settings, inputs: see `is_complete`; recorded in the manifest.
             seed: seed of the run, recorded in the manifest.
             resumable: whether an interrupted attempt can be resumed.
             grows: whether files may be added to the finished step.
@@ -332,7 +332,7 @@ class RunFolder:
         A failure is only logged: the step is complete, and the next run tries again.
 
         Args:
-            scratch: as of `writing`.
+            scratch: see `writing`.
         """
         try:
             delete(self.path / f"{folder}.partial")  # of added files, which the manifest names by now

@@ -63,7 +63,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None, filters: Any = 
 
     Args:
         columns: names; ``None``: all.
-        filters: row filter, as of `pyarrow.parquet.read_table`.
+        filters: row filter, see `pyarrow.parquet.read_table`.
 
     Raises:
         ArrowInvalid: the file is not Parquet, or is truncated.

@@ -119,7 +119,7 @@ def validate_untrusted(text: str | bytes, kind: TypeAdapter[Any], *, where: str,
 
     Args:
         where: location of the text, for the message.
-        kind, remedy: as of `read_untrusted`.
+        kind, remedy: see `read_untrusted`.
 
     Raises:
         StoreError: the text is not JSON, or not of this type.

@@ -62,7 +62,7 @@ def breaks(images, prompts):
 
 
 def leaves(images, prompts):
-    raise SystemExit("cannot go on")
+    raise SystemExit("cannot start")
 
 
 def not_a_number(images, prompts):
@@ -298,8 +298,8 @@ def test_fault_36_a_black_image_has_no_score() -> None:
 
 
 def test_fault_61_a_reward_that_raises_system_exit_is_reported(own_module: Path) -> None:
-    line = 1 + OWN.split("\n").index('    raise SystemExit("cannot go on")')
-    message = rf"^reward `{MODULE}:leaves` raised SystemExit: cannot go on at {own_module}:{line}$"
+    line = 1 + OWN.split("\n").index('    raise SystemExit("cannot start")')
+    message = rf"^reward `{MODULE}:leaves` raised SystemExit: cannot start at {own_module}:{line}$"
     with pytest.raises(RewardError, match=message):
         Scorer({f"{MODULE}:leaves": {}})(IMAGES, PROMPTS)
     own_module.write_text("\nraise SystemExit(3)\n")
