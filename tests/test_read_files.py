@@ -145,7 +145,7 @@ def test_fault_47_a_later_step_alone_refuses_a_file_that_was_changed_since_an_ea
     config = made_config()
     finish(config, *STEP_FOLDERS[: STEP_FOLDERS.index(later)])
     Path(path).write_bytes(Path(path).read_bytes().swapcase()[::-1])
-    with pytest.raises(StoreError, match=rf"was made with `{key}` = \w+, the file has \w+; restore it, or delete"):
+    with pytest.raises(StoreError, match=rf"was made with `{key}` = \w+, the file has \w+; restore the file, or delete"):
         run_steps(config, [step_of(later)])
 
 
@@ -255,7 +255,7 @@ def test_fault_33_a_file_that_changes_while_a_step_reads_it_leaves_the_step_unfi
     step = replace(step_of(SAMPLES), perform=change)
     context = Context(config, read_prompts(config), run)
     with pytest.raises(
-        StoreError, match=r"generate: a file was changed .* \(`model.sha256` = .*\); restore it and give"
+        StoreError, match=r"generate: a file was changed .* \(`model.sha256` = .*\); restore the file and run"
     ):
         perform_step(step, context, start_ray=lambda: DEFAULT_GPU)
     assert not run.has(SAMPLES)
