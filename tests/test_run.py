@@ -212,8 +212,8 @@ def test_generation_goes_on_with_the_parts_that_are_whole_and_makes_only_the_oth
     config = make_config(tiny_sd15, tmp_path, generation__max_bad_fraction=0.5)
     aside = tmp_path / "run" / "1-samples.partial"
     (aside / "parts").mkdir(parents=True)
-    begun_with = {"settings": STEPS[0].settings(config), "inputs": {}}
-    (aside / "settings.json").write_text(json.dumps(begun_with))
+    started_with = {"settings": STEPS[0].settings(config), "inputs": {}}
+    (aside / "settings.json").write_text(json.dumps(started_with))
     (shard,) = finished[1].step("1-samples").glob("*.parquet")
     rows = pq.read_table(shard)
     marked = rows.set_column(rows.column_names.index("num_tokens_cut"), "num_tokens_cut", pa.array([9] * 5, pa.int64()))
@@ -226,7 +226,7 @@ def test_generation_goes_on_with_the_parts_that_are_whole_and_makes_only_the_oth
     files = sorted(path.name for path in run.step("1-samples").rglob("*"))
     assert files == ["manifest.json", "samples-000000000000.parquet"]
     made = pq.read_table(run.step("1-samples") / files[1])
-    assert made["num_tokens_cut"].to_pylist() == [9, 0, 0, 9, 0], "the marked were not made again"
+    assert made["num_tokens_cut"].to_pylist() == [9, 0, 0, 9, 0], "the marked were not regenerated"
     assert made.drop_columns("num_tokens_cut").equals(rows.drop_columns("num_tokens_cut"))
 
 
@@ -237,8 +237,8 @@ def test_evaluation_goes_on_with_the_part_that_is_whole(finished: tuple[Config, 
     evaluate = STEPS[-1]
     aside = folder.path / f"{evaluate.folder}.partial"
     (aside / "parts").mkdir(parents=True)
-    begun_with = {"settings": evaluate.settings(half), "inputs": evaluate.fingerprints(half, folder)}
-    (aside / "settings.json").write_text(json.dumps(begun_with))
+    started_with = {"settings": evaluate.settings(half), "inputs": evaluate.fingerprints(half, folder)}
+    (aside / "settings.json").write_text(json.dumps(started_with))
     comparer = Comparer(
         "stable_diffusion",
         {"path": str(tiny_sd15)},
@@ -257,7 +257,7 @@ def test_evaluation_goes_on_with_the_part_that_is_whole(finished: tuple[Config, 
     run_steps(half, STEPS)
     assert pq.read_table(folder.step("5-evaluation") / "comparison.parquet").equals(table)
     diversity = json.loads((folder.step("5-evaluation") / "metrics.json").read_text())["diversity"]["base"]
-    assert 66 < diversity["mean"] < 67, "the part was not made again"
+    assert 66 < diversity["mean"] < 67, "the part was not regenerated"
     assert sorted(path.name for path in folder.step("5-evaluation").iterdir()) == [
         "comparison.parquet",
         "manifest.json",

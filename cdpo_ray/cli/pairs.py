@@ -33,7 +33,7 @@ def explain_stages(config: Config) -> list[str]:
     for run in round_folders(config):
         if run.has(STAGES):
             path = run.step(STAGES) / "stages.json"
-            stages = read_untrusted(path, DESCRIBED_STAGES, remedy=f"delete {path.parent} to make it again")
+            stages = read_untrusted(path, DESCRIBED_STAGES, remedy=f"delete {path.parent} to regenerate it")
             path = run.path / "stages.png"
             draw_stages(stages, path, title=f"{config.run.name}\n{config.curriculum.sentence}")
             lines += [stages_table(stages), str(path)]

@@ -53,7 +53,7 @@ saturation, edge density or JPEG size reached 3 %; trained on `jpeg_size`, while
 
 
 MAX_ROWS = 10_000_000  # of a comparison: run-length encoding fits a billion rows into a small file
-RUN_AGAIN = "run `cdpo run CONFIG` to make it again"
+RUN_AGAIN = "run `cdpo run CONFIG` to regenerate it"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 JudgeName = Annotated[str, Field(pattern=r"^[\w.:]{1,200}$")]
 

@@ -40,9 +40,9 @@ def read_scores(path: Path, reward: str) -> tuple[np.ndarray, np.ndarray]:
     columns = {"prompt_index": pa.int64(), "sample_index": pa.int64(), score_column(reward): pa.float64()}
     for name, kind in columns.items():
         if table.column_names.count(name) != 1 or table.schema.field(name).type != kind:
-            raise StoreError(f"{path}: must have one column `{name}` of {kind}; delete {path.parent} to make it again")
+            raise StoreError(f"{path}: must have one column `{name}` of {kind}; delete {path.parent} to regenerate it")
     table = table.sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
     prompt_index, counts = np.unique(table["prompt_index"].to_numpy(), return_counts=True)
     if len(set(counts.tolist())) != 1:
-        raise StoreError(f"{path}: prompts must have equal numbers of scores; delete {path.parent} to make it again")
+        raise StoreError(f"{path}: prompts must have equal numbers of scores; delete {path.parent} to regenerate it")
     return prompt_index, table[score_column(reward)].to_numpy().reshape(len(prompt_index), -1)

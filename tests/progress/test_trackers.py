@@ -126,7 +126,7 @@ def test_tracking_does_not_change_the_settings_of_a_run() -> None:
 
 def test_fault_27_a_tracking_uri_with_a_password_is_refused_and_not_repeated() -> None:
     with pytest.raises(
-        ConfigError, match=r"`tracking_uri` must hold neither user nor password; set MLFLOW_TR"
+        ConfigError, match=r"`tracking_uri` must contain neither user nor password; set MLFLOW_TR"
     ) as caught:
         load_config(QUICKSTART, ["tracking.mlflow={tracking_uri: 'https://me:5ec2e7@host', experiment: e}"])
     assert "5ec2e7" not in str(caught.value)

@@ -137,17 +137,17 @@ def killed_in_store(number: int, server: S3Server) -> Iterator[list[str]]:
 def assert_training_resumes_after_a_kill_at_every_moment(
     path_of: Callable[[int], Path], killed: Callable[[int, Path], contextlib.AbstractContextManager[list[str]]]
 ) -> None:
-    quiet, begun = RunFolder(path_of(-1)), RunFolder(path_of(0))
+    quiet, started = RunFolder(path_of(-1)), RunFolder(path_of(0))
     assert give_command(quiet) == [1, 2]
     expected = {name: read_bytes(path) for name, path in files_within(quiet.path / TRAINING).items()}
     assert set(expected) == PRODUCTS
     with pytest.raises(KeyboardInterrupt):
-        give_command(begun, num_updates=1)
+        give_command(started, num_updates=1)
     number = num_after_training = 0
     while True:
         number += 1
         run = RunFolder(path_of(number))
-        copy_tree(begun.path, run.path)
+        copy_tree(started.path, run.path)
         with killed(number, run.path) as moments, contextlib.suppress(Killed, StoreError):
             assert give_command(run) == [2]
         is_done, partial = run.has(TRAINING), run.path / f"{TRAINING}.partial"
