@@ -117,7 +117,7 @@ def test_fault_43_a_later_step_alone_refuses_inputs_that_were_altered(
     config = made_config()
     run = finish(config, *STEP_FOLDERS[: STEP_FOLDERS.index(later)])
     alter(run.path / name)
-    with pytest.raises(StoreError, match=rf"{message}.*; delete .*{name.partition('/')[0]} to make it"):
+    with pytest.raises(StoreError, match=rf"{message}.*; delete .*{name.partition('/')[0]} to regenerate it"):
         run_steps(config, [step_of(later)])
 
 
