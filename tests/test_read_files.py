@@ -145,7 +145,9 @@ def test_fault_47_a_later_step_alone_refuses_a_file_that_was_changed_since_an_ea
     config = made_config()
     finish(config, *STEP_FOLDERS[: STEP_FOLDERS.index(later)])
     Path(path).write_bytes(Path(path).read_bytes().swapcase()[::-1])
-    with pytest.raises(StoreError, match=rf"was made with `{key}` = \w+, the file has \w+; restore the file, or delete"):
+    with pytest.raises(
+        StoreError, match=rf"was made with `{key}` = \w+, the file has \w+; restore the file, or delete"
+    ):
         run_steps(config, [step_of(later)])
 
 

@@ -14,12 +14,11 @@ from cdpo_ray.config.rewards import (
 )
 from cdpo_ray.config.search import SearchSection
 from cdpo_ray.config.section import HUB_ID
-from cdpo_ray.config.training import HOW_NOT_WHAT, TrainingSection
+from cdpo_ray.config.training import TrainingSection
 from cdpo_ray.config.whole import Config, Pool
 
 __all__ = [
     "COMBINATIONS",
-    "HOW_NOT_WHAT",
     "HUB_ID",
     "JUDGE_NO_IMAGE",
     "REWARD_NAMES",

@@ -9,11 +9,14 @@ from pydantic.fields import FieldInfo
 
 from cdpo_ray.config.curriculum import CurriculumSection
 from cdpo_ray.config.section import nearest
-from cdpo_ray.config.training import HOW_NOT_WHAT, TrainingSection
+from cdpo_ray.config.training import TrainingSection
 
 SECTIONS: dict[str, type[BaseModel]] = {"curriculum": CurriculumSection, "training": TrainingSection}
 REFUSED = {
-    **{f"training.{name}": "changes how a schedule is trained, not its outcome" for name in HOW_NOT_WHAT},
+    **{
+        f"training.{name}": "changes how a schedule is trained, not its outcome"
+        for name in TrainingSection.HOW_NOT_WHAT
+    },
     "training.seed": "is not part of a schedule: `search.confirm_seeds` trains the best again with other seeds",
     "training.reference": "needs `rounds` > 1, but a search has one round",
     "curriculum.preset": "sets other keys: give those",

@@ -1,6 +1,6 @@
 """The base model, and sampling."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -83,6 +83,8 @@ class ModelSection(Section):
 class GenerationSection(Section):
     """Sampling of training, validation and held-out images."""
 
+    HOW_NOT_WHAT: ClassVar[frozenset[str]] = frozenset({"max_bad_fraction"})
+
     images_per_prompt: Annotated[int, Field(ge=2)] = 2
     """Number of images per training prompt, M; must be given unless `preferences` is. They form up to M (M - 1) / 2
     pairs with M - 1 rank gaps. Time and disk space are proportional to it. The paper uses 500, the configurations of
@@ -115,8 +117,3 @@ class GenerationSection(Section):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Maximum share of prompts that may fail in the model (an image without a score counts as its share of its prompt);
     above it the step fails. It does not change what is generated."""
-
-    @property
-    def outcome(self) -> dict[str, Any]:
-        """Values that decide what is generated; `max_bad_fraction` only decides whether the step fails."""
-        return self.model_dump(mode="json", exclude={"max_bad_fraction"})

@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -18,6 +18,14 @@ class Section(BaseModel):
     """Immutable values; unknown keys are refused, and the docstring below a key is its description."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    HOW_NOT_WHAT: ClassVar[frozenset[str]] = frozenset()
+    """Keys that decide how a step runs, or whether it fails, but not its outcome: a finished step stays valid."""
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """The keys that decide the outcome of a step, as plain values."""
+        return self.model_dump(mode="json", exclude=set(self.HOW_NOT_WHAT))
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

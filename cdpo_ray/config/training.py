@@ -1,6 +1,6 @@
 """Training of a LoRA, or of all weights of the denoiser."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -49,23 +49,23 @@ class LoraSection(Section):
         return self.initial_rank not in (None, self.rank) or self.unfreeze != "at_once"
 
 
-HOW_NOT_WHAT = {
-    "batch_size_per_worker",
-    "gradient_checkpointing",
-    "num_workers",
-    "zero_stage",
-    "updates_per_commit",
-    "keep_last",
-    "keep_best",
-    "max_skipped_updates",
-    "max_restarts",
-    "collective_timeout_seconds",
-}
-"""Keys of `TrainingSection` that may change when training resumes: its outcome changes by rounding errors at most."""
-
-
 class TrainingSection(Section):
     """Preference training of a LoRA, or of all weights of the denoiser, stage by stage."""
+
+    HOW_NOT_WHAT: ClassVar[frozenset[str]] = frozenset(
+        {
+            "batch_size_per_worker",
+            "gradient_checkpointing",
+            "num_workers",
+            "zero_stage",
+            "updates_per_commit",
+            "keep_last",
+            "keep_best",
+            "max_skipped_updates",
+            "max_restarts",
+            "collective_timeout_seconds",
+        }
+    )  # these may change when training resumes: its outcome changes by rounding errors at most
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Seed of drawn pairs, of the LoRA's initial values, and of training noise; `null`: `run.seed`. Another seed
@@ -200,11 +200,6 @@ class TrainingSection(Section):
         if self.guidance_range and self.guidance_range[0] > self.guidance_range[1]:
             raise ValueError(f"`guidance_range` must be [low, high], got {list(self.guidance_range)}")
         return self
-
-    @property
-    def outcome(self) -> dict[str, Any]:
-        """Values that decide the outcome of training."""
-        return self.model_dump(mode="json", exclude=HOW_NOT_WHAT)
 
     @property
     def pairs_per_launch(self) -> int:

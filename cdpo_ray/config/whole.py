@@ -1,6 +1,6 @@
 """All sections, and the rules between them."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -43,6 +43,8 @@ class RunSection(Section):
 class EvaluationSection(Section):
     """Comparison of base and fine-tuned model on the held-out prompts, from the same noise."""
 
+    HOW_NOT_WHAT: ClassVar[frozenset[str]] = frozenset({"grid_prompts"})
+
     images_per_prompt: Annotated[int, Field(ge=1)] = 4
     """Number of images per held-out prompt and model. The configurations of published models use 8."""
 
@@ -59,7 +61,7 @@ class EvaluationSection(Section):
     """Number of bootstrap resamples of prompts for the 95 % confidence intervals."""
 
     grid_prompts: Annotated[int, Field(ge=0)] = 12
-    """Number of held-out prompts whose images the report shows."""
+    """Number of held-out prompts whose images the report shows. `cdpo report` applies a change to a finished run."""
 
 
 class Pool(Section):

@@ -125,7 +125,7 @@ STEPS = (
             | model_sha256(config)
             | {"prompts": config.prompts.model_dump(mode="json", exclude={"validation"})}
             | {"generation": config.generation.outcome}
-            | {"evaluation": config.plain()["evaluation"] | {"judges": list(config.evaluation_judges)}}
+            | {"evaluation": config.evaluation.outcome | {"judges": list(config.evaluation_judges)}}
             | seed_setting(config)
             | judge_settings(config)
             | prompts_sha256(config, "heldout")

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from cdpo_ray.config import HOW_NOT_WHAT
 from cdpo_ray.cost.estimate import training_peak
 from cdpo_ray.records import SAMPLES, SCORES, STAGES
 from cdpo_ray.steps.arguments import model_arguments, pairs_per_stage, ranking_rule, schedule
@@ -71,7 +70,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         "pairs": (num_updates - skipped) * training.global_batch_size,
         "updates_skipped": skipped,
     }
-    output.details["training"] = training.model_dump(mode="json", include=HOW_NOT_WHAT)
+    output.details["training"] = training.model_dump(mode="json", include=set(training.HOW_NOT_WHAT))
     if skipped:
         output.warnings.append(
             f"{skipped} of {num_updates} updates were skipped, because a loss or gradient was not finite:"
