@@ -30,7 +30,7 @@ def needed_and_free(error: BaseException, device: str) -> str:
         free, _ = torch.cuda.mem_get_info()
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"{needed[1] if needed else 'more than available'} needed, {free} bytes free on {device}"
+    return f"{needed[1] + ' needed' if needed else 'more memory needed than available'}, {free} bytes free on {device}"
 
 
 class BatchSize:

@@ -414,7 +414,7 @@ def test_validation_scenes_are_disjoint_from_those_of_the_other_sides() -> None:
 
 
 def test_held_out_scenes_that_leave_no_validation_scene_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match=r"`prompts.validation.source` scenes: there are 0 prompts .* hold fewer out"):
+    with pytest.raises(PromptError, match=r"`prompts.validation.source` scenes: there are 0 prompts .* hold out fewer"):
         split("scenes", "scenes", "scenes", heldout_count=1000, validation_count=8)
     foreign = write(tmp_path / "h.txt", ["a pink circle in the middle", "a horse"])
     assert len(split("scenes", foreign, "scenes", validation_count=8).validation) == 8

@@ -273,7 +273,7 @@ def test_the_published_shapes_build_the_published_model() -> None:
             {f"blip.visual_encoder.blocks.1.norm{n}.{part}": None for n in (1, 2) for part in ("weight", "bias")},
             "lacks 'blip.visual_encoder.blocks.1.norm1.bias' and 3 more",
         ),
-        ({"blip.text_encoder.pooler.dense.bias": 3}, "has the unknown 'blip.text_encoder.pooler.dense.bias'"),
+        ({"blip.text_encoder.pooler.dense.bias": 3}, "has the unknown weight 'blip.text_encoder.pooler.dense.bias'"),
         ({"mlp.layers.4.bias": 3}, r"size mismatch for mlp.layers.4.bias: .*torch.Size\(\[3\]\)"),
     ],
 )

@@ -317,7 +317,8 @@ def test_fault_61_a_reward_out_of_memory_gets_fewer_images_and_is_reported_at_on
             assert scorer(images, ["a"] * 5)[f"{MODULE}:of_two"].tolist() == [23.5, 71.5, 23.5, 71.5, 23.5]
     assert caplog.messages == [f"reward `{MODULE}:of_two`: out of memory with 5 images at once, retrying with 2"]
     with pytest.raises(
-        RewardError, match=rf"^reward `{MODULE}:of_none`: out of memory with one image: more than there"
+        RewardError,
+        match=rf"^reward `{MODULE}:of_none`: out of memory with one image: more memory needed than available",
     ):
         Scorer({f"{MODULE}:of_none": {}})(images, ["a"] * 5)
 
