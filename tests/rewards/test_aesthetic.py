@@ -100,7 +100,9 @@ def test_the_released_head_rates_fixed_embeddings_as_recorded() -> None:
 @pytest.mark.parametrize("width", [768, 11])
 def test_a_head_for_other_embeddings_is_refused(tiny_clip: Path, tmp_path: Path, width: int) -> None:
     path = save_head(tmp_path / "head.pth", width=width)
-    message = rf"`rewards\.aesthetic\.head` .*/head\.pth: must hold .* the first with 12 inputs, got .*weight \[1024, {width}\]"
+    message = (
+        rf"`rewards\.aesthetic\.head` .*/head\.pth: must hold .* first with 12 inputs, got .*weight \[1024, {width}\]"
+    )
     with pytest.raises(RewardError, match=message):
         AestheticReward(str(path), sha256(path), str(tiny_clip), None)
 
