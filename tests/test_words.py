@@ -80,10 +80,6 @@ class Allowed(NamedTuple):
 
 
 ALLOWED = [
-    *(
-        Allowed(file, "not told apart", "a verdict as tune.json stores it, also in searches of earlier versions")
-        for file in ("cdpo_ray/search/findings.py", "tests/search/test_findings.py")
-    ),
     Allowed("tests/prompts/test_sources.py", "is no line break", "a prompt in quotation marks"),
 ]
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from cdpo_ray.pages.chart_style import BLUE, GREY, INK, STYLE
 from cdpo_ray.pages.svg import blank_figure, inline_svg
-from cdpo_ray.search.findings import short, value_text, verdict_text
+from cdpo_ray.search.findings import short, value_text
 from cdpo_ray.search.trials import DONE, FAILED, STOPPED
 
 Record = Mapping[str, Any]
@@ -229,7 +229,7 @@ def confirmation_dots(judges: Mapping[str, Mapping[str, Any]]) -> str:
             axes.margins(x=0.12)
             axes.grid(visible=False, axis="y")
             axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.set_title(f"{name}: found is {verdict_text(found['verdict'])}")
+            axes.set_title(f"{name}: found is {found['verdict']}")
         return inline_svg(figure, "Paper's and found schedule on held-out prompts for each judge, with 95 % intervals")
 
 

@@ -17,7 +17,7 @@ from cdpo_ray.search.trials import DONE, FAILED, PAPER, RUNNING, STOPPED, Point,
 MEASURED = ("reward", "win_rate", "diversity", "implicit_accuracy")
 """Measures that a trial reports after each stage; each may be an objective, higher is better."""
 
-BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "not told apart"
+BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "not significantly different"
 VERDICTS = {1: BETTER, 0: NO_DIFFERENCE, -1: WORSE}
 PAPERS = "the paper's"
 MAX_LISTED_CHANGES = 4  # in a sentence
@@ -234,11 +234,6 @@ def sentence_of(found: Mapping[str, Any]) -> str:
     }[verdict["verdict"]] + but
 
 
-def verdict_text(verdict: str) -> str:
-    """A verdict of `tune.json` as text, to follow "is"."""
-    return "not significantly different" if verdict == NO_DIFFERENCE else verdict
-
-
 def objective_text(objective: str, value: float | None, interval: Mapping[str, float] | None = None) -> str:
     """Value of an objective as text, with its interval if given."""
     if value is None:
@@ -271,7 +266,7 @@ def table_of(found: Mapping[str, Any]) -> str:
             ("difference", "found - paper"),
         ):
             rows.append([label, *(" ".join(formatted_interval(judge[key])) for judge in judges.values())])
-        rows.append(["found is", *(verdict_text(judge["verdict"]) for judge in judges.values())])
+        rows.append(["found is", *(judge["verdict"] for judge in judges.values())])
         parts.append(align_columns(rows))
     return "\n\n".join([*parts, "\n".join([*found["warnings"], found["sentence"]])])
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from cdpo_ray.pages.page import decimal_places, format_number, formatted_interval, write_page
 from cdpo_ray.search import figures
-from cdpo_ray.search.findings import MEASURED, VERDICTS, changes_text, objective_text, short, value_text, verdict_text
+from cdpo_ray.search.findings import MEASURED, VERDICTS, changes_text, objective_text, short, value_text
 from cdpo_ray.search.trials import DONE, STOPPED
 
 FEW_TRIALS = 20
@@ -97,7 +97,7 @@ def _confirmation_row(name: str, of_judge: Mapping[str, Any], decides: str) -> d
         "name": name,
         "decides": name == decides,
         "by_seed": by_seed,
-        "verdict": verdict_text(verdict),
+        "verdict": verdict,
         "change": CHANGES[verdict],
     }
 

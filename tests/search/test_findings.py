@@ -106,7 +106,7 @@ def test_changes_name_the_values_that_differ_from_the_papers() -> None:
         (0.05, "better", 2, "The found schedule holds: trial 2"),
         (
             0.0,
-            "not told apart",
+            "not significantly different",
             None,
             "The found schedule does not hold: trial 2 (beta 400) does not differ significantly from the paper's",
         ),
@@ -147,7 +147,7 @@ def test_gain_of_one_seed_alone_does_not_hold() -> None:
     found = paper + np.array([[0.3], [-0.01], [-0.02]])
     table, _ = confirm(confirmed(paper.tolist()), confirmed(found.tolist()), judge="clip", **SMALL)
     assert table["judges"]["clip"]["difference"]["mean"] == pytest.approx(0.09)
-    assert table["judges"]["clip"]["verdict"] == "not told apart"
+    assert table["judges"]["clip"]["verdict"] == "not significantly different"
 
 
 def test_a_non_deciding_judge_with_a_worse_result_is_named() -> None:
