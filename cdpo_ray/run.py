@@ -37,6 +37,7 @@ from cdpo_ray.store import (
     CONFIG,
     RunFolder,
     differences,
+    exists,
     flat,
     make_folder,
     output_path,
@@ -161,8 +162,7 @@ def run_steps(
                 perform_step(step, context, start_ray=start_ray, allow_config_change=allow_config_change)
             if _made_by(config, run, previous):
                 warn_of_edited_config(config, run)
-                plain = yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
-                write_text(run.path / CONFIG, plain)
+                _write_config(config, run)
     return folders[-1]
 
 
@@ -187,8 +187,8 @@ def write_reports(config: Config, *, force: bool = False) -> list[Path]:
     """Write `report.html` of each round and return their paths.
 
     Args:
-        force: also overwrite reports that are newer than the round's steps, and warn if the run's `config.yaml`
-            differs from the configuration; `run_steps` has done so otherwise.
+        force: also overwrite reports that are newer than the round's steps and `config.yaml`, and warn if that differs
+            from the configuration; `run_steps` has done so otherwise.
 
     Raises:
         StoreError: a step is not finished.
@@ -289,7 +289,7 @@ def perform_step(
         step.perform(context, output_dir, output)
         if changed := differences(settings, step.settings(context.config)):
             raise StoreError(
-                f"{step.verb}: a file was changed while the step was reading it ({changed}); restore the file and run"
+                f"{step.verb}: a file was changed while the step was running ({changed}); restore the file and run"
                 f" the same command again, or delete {output_dir} to restart the step"
             )
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)
@@ -338,7 +338,7 @@ def _refuse_changed_files(step: Step, settings: dict[str, Any], context: Context
 
 
 def _made_by(config: Config, run: RunFolder, previous: RunFolder | None) -> bool:
-    """Whether every finished step matches the configuration; after `cdpo score` a later one may not."""
+    """Whether every finished step matches the configuration; scores that were added may rank otherwise."""
     for step in steps_of(config):
         if run.has(step.folder):
             try:
@@ -350,10 +350,17 @@ def _made_by(config: Config, run: RunFolder, previous: RunFolder | None) -> bool
     return True
 
 
+def _write_config(config: Config, run: RunFolder) -> None:
+    """Write `config.yaml`, unless it is the same: a report that is newer than it stays."""
+    path, plain = run.path / CONFIG, yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True)
+    if not exists(path) or path.read_bytes() != plain.encode():
+        write_text(path, plain)
+
+
 def _write_report(run: RunFolder, *, force: bool) -> Path:
     path = run.path / REPORT
-    finished = [run.step(folder) / "manifest.json" for folder in STEP_FOLDERS]
-    if not force and path.is_file() and path.stat().st_mtime > max(manifest.stat().st_mtime for manifest in finished):
+    sources = [run.path / CONFIG, *(run.step(folder) / "manifest.json" for folder in STEP_FOLDERS)]
+    if not force and path.is_file() and path.stat().st_mtime > max(source.stat().st_mtime for source in sources):
         log.info("report: done already")
         return path
     from cdpo_ray.evaluation.report import write_report

@@ -149,6 +149,20 @@ def test_stages_are_explained_as_they_were_drawn(
     assert picture == str(run.path / "stages.png") and (run.path / "stages.png").stat().st_size > 10_000
 
 
+def test_another_grid_only_writes_the_report_again(finished: tuple[Config, RunFolder]) -> None:
+    config, run = finished
+    page, made = run.path / "report.html", {step.folder: run.manifest(step.folder)["created"] for step in STEPS}
+    for number in (0, config.evaluation.grid_prompts):
+        before = page.read_text()
+        evaluation = {**config.plain()["evaluation"], "grid_prompts": number}
+        changed = validate(config.plain() | {"evaluation": evaluation}, where="test")
+        for _ in range(2):
+            run_steps(changed, STEPS)
+            write_reports(changed)
+        assert page.read_text() != before and ("not selected by hand" in page.read_text()) == (number > 0)
+    assert {step.folder: run.manifest(step.folder)["created"] for step in STEPS} == made
+
+
 def test_updates_are_recorded_and_begin_at_ln_2(finished: tuple[Config, RunFolder]) -> None:
     _, run = finished
     updates = [json.loads(line) for line in (run.step("4-training") / "updates.jsonl").read_text().splitlines()]
@@ -247,7 +261,7 @@ def test_evaluation_goes_on_with_the_part_that_is_whole(finished: tuple[Config, 
         make_scores=functools.partial(Scorer, {"jpeg_size": {"quality": 90}}),
         num_margin_draws=config.evaluation.num_margin_draws,
         guidance_range=None,
-        set_aside=Quarantine(aside, 3, 0.0),
+        quarantine=Quarantine(aside, 3, 0.0),
     )
     table = pq.read_table(run.step("5-evaluation") / "comparison.parquet")
     prompts = pa.table({name: table[name].take(pa.array([0, 2])) for name in ("prompt_index", "prompt_id", "prompt")})

@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from cdpo_ray.search.search import find_schedule  # imports optuna and matplotlib
-
     config = load_config(arguments.config, arguments.overrides)
+    from cdpo_ray.search.search import find_schedule  # imports optuna and matplotlib, after a wrong config has failed
+
     command = resume_command(arguments, "tune")
     print_lines(find_schedule(config, address=arguments.address, verbose=arguments.verbose, command=command))
     return 0

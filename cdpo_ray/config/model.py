@@ -101,7 +101,7 @@ class GenerationSection(Section):
 
     height: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
     """Height of images in pixels; a multiple of 16 for `stable_diffusion_3` and `flux`. `null`: the model's own.
-    Imported images are resized to it, so with `preferences` and a hub id it must be given."""
+    Imported images are scaled and cropped to it, so with `preferences` and a hub id it must be given."""
 
     width: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
     """Width of images in pixels, as `height`."""

@@ -159,16 +159,16 @@ class TrainingSection(Section):
     """Also keep the adapter of the checkpoint with the lowest mean loss in the last stage, in `4-training/best`."""
 
     max_skipped_updates: Annotated[int, Field(ge=1)] = 20
-    """Maximum number of consecutive updates that are skipped because loss or gradient is not finite; then training
-    fails."""
+    """Training fails when this many consecutive updates, or all of a stage, are skipped because loss or gradient is not
+    finite."""
 
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """Maximum number of times that training restarts from the last checkpoint after a failure; in a search, of each
     trial. Raise it on preemptible machines."""
 
     collective_timeout_seconds: Annotated[int, Field(ge=1)] = 600
-    """Maximum time that workers wait for each other before the silent one is replaced; it is named after half of it.
-    Raise it if slow machines time out."""
+    """Time after which a worker that does not respond is replaced, while the others wait for it; a warning names it
+    after half of this time. Raise it if slow machines time out."""
 
     @model_validator(mode="after")
     def _batch_is_divisible(self) -> "TrainingSection":

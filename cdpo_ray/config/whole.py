@@ -49,19 +49,20 @@ class EvaluationSection(Section):
     """Number of images per held-out prompt and model. The configurations of published models use 8."""
 
     judges: Annotated[tuple[RewardName, ...], Field(min_length=1)]
-    """Rewards that judge the images, besides the run's own that look at images, which always judge. Name at least one
-    that is not trained on: it shows whether the model improved, or only learned its reward."""
+    """Judges of the images, in addition to the run's own rewards that look at images. Name at least one that is not
+    trained on: it shows whether the model improved, or only learned its reward."""
 
     num_margin_draws: Annotated[int, Field(ge=0)] = 4
     """Number of (timestep, noise) draws that the implicit reward of an image is averaged over, to see how often it
-    orders images as a judge does. 0 leaves this out; with 4 it took 43 % of the quickstart's processor time of the
-    evaluation."""
+    orders images as a judge does. 0 leaves this out; with 4 draws it took 43 % of the processor time of
+    the quickstart's evaluation."""
 
     num_bootstrap_resamples: Annotated[int, Field(ge=100)] = 10_000
     """Number of bootstrap resamples of prompts for the 95 % confidence intervals."""
 
     grid_prompts: Annotated[int, Field(ge=0)] = 12
-    """Number of held-out prompts whose images the report shows. `cdpo report` applies a change to a finished run."""
+    """Number of held-out prompts whose images the report shows. `cdpo run` with another value only
+    writes the report again."""
 
 
 class Pool(Section):

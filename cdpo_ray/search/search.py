@@ -353,8 +353,9 @@ def _refuse_changed_search(config: Config, run: RunFolder) -> None:
         StoreError: the search was started with other settings.
     """
     plain = config.plain()
-    settings = {key: plain[key] for key in ("model", "prompts", "curriculum", "evaluation")}
-    settings |= {"training": config.training.outcome, "run.seed": config.run.seed}
+    settings = {key: plain[key] for key in ("model", "prompts", "curriculum")}
+    settings |= {"training": config.training.outcome, "evaluation": config.evaluation.outcome}
+    settings |= {"run.seed": config.run.seed}
     settings["search"] = {key: value for key, value in plain["search"].items() if key not in BUDGET_KEYS}
     path = path_within(run.path, SETTINGS_FILE)
     if not exists(path):

@@ -24,6 +24,7 @@ from cdpo_ray.store.lock import LOCK, file_lock, renewed_lock
 from cdpo_ray.store.manifests import (
     CONFIG,
     CONFIG_FACTS,
+    OBSOLETE_SETTINGS,
     SETTINGS,
     STEP_MANIFEST,
     STEP_SETTINGS,
@@ -39,8 +40,6 @@ PARTS = "parts"
 """Folder within an unfinished step from which `cdpo_ray.dataflow.parts` resumes."""
 FAULTS_SHOWN = 5
 SETTINGS_REMEDY = "delete the folder, restore the value, or choose another `run.name`"
-OBSOLETE_SETTINGS = {"evaluation.grid_prompts"}
-"""Settings that manifests of versions up to 0.2 contain, although they decide no outcome; not compared."""
 VERSIONS_KEPT = (
     "cdpo_ray",
     "torch",
@@ -390,6 +389,6 @@ def _changes_since(partial: Path, now: Mapping[str, Any], *, allow_change: bool)
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Differences between recorded settings and those of a config, as text; empty if there are none."""
     before, after = flat(then), flat(now)
-    keys = sorted({*before, *after} - OBSOLETE_SETTINGS)
+    keys = sorted({*before, *after} - (OBSOLETE_SETTINGS - {*after}))
     changed = [key for key in keys if before.get(key) != after.get(key)]
     return "; ".join(f"`{key}` = {before.get(key)}, config says {after.get(key)}" for key in changed)

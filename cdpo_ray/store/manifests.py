@@ -105,6 +105,10 @@ STEP_SETTINGS: TypeAdapter[StepSettings] = TypeAdapter(StepSettings)
 CONFIG_FACTS: TypeAdapter[ConfigFacts] = TypeAdapter(ConfigFacts)
 
 
+OBSOLETE_SETTINGS = {"evaluation.grid_prompts"}
+"""Settings that manifests of versions up to 0.2 contain, although they decide no outcome; not compared."""
+
+
 def contradictions(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Differences between a configuration and the settings that a step was made with, as text; empty if none.
 
@@ -120,7 +124,11 @@ def contradictions(config: Mapping[str, Any], settings: Mapping[str, Any]) -> st
     # Settings of rewards that this config does not use may come from an earlier one.
     rewards_unused = [name for name in (*REWARD_NAMES, PERTURBATION) if name not in judges]
     unused = tuple(f"rewards.{name}." for name in rewards_unused)
-    made = {key: value for key, value in flat(settings).items() if key in stated and not key.startswith(unused)}
+    made = {
+        key: value
+        for key, value in flat(settings).items()
+        if key in stated and key not in OBSOLETE_SETTINGS and not key.startswith(unused)
+    }
     return "; ".join(
         f"`{printable(key)}` was {printable(value)}, the file says {printable(stated[key])}"
         for key, value in made.items()

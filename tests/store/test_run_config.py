@@ -1,5 +1,6 @@
 """`config.yaml` of a run agrees with the manifests of its steps; differences are named."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import yaml
 from finished_runs import config_of, judged, write_run
 
 from cdpo_ray.errors import StoreError
+from cdpo_ray.records import EVALUATION
 from cdpo_ray.run import round_folders
-from cdpo_ray.store import CONFIG, RunFolder
+from cdpo_ray.store import CONFIG, MANIFEST, RunFolder
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -36,6 +38,16 @@ def finished(folder: Path, name: str) -> RunFolder:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fault_59_the_configuration_of_a_run_agrees_with_its_manifests(name: str, tmp_path: Path) -> None:
     assert finished(tmp_path, name).config()["run"]["name"] == "tuned"
+
+
+def test_a_manifest_of_an_earlier_version_says_nothing_about_the_grid_of_the_report(tmp_path: Path) -> None:
+    run = finished(tmp_path, "plain")
+    path = run.step(EVALUATION) / MANIFEST
+    manifest = json.loads(path.read_text())
+    assert "grid_prompts" not in manifest["settings"]["evaluation"]
+    manifest["settings"]["evaluation"]["grid_prompts"] = 99
+    path.write_text(json.dumps(manifest))
+    assert run.config()["evaluation"]["grid_prompts"] == 12
 
 
 @pytest.mark.parametrize(
