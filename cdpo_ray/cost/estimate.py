@@ -197,7 +197,7 @@ def estimate(load: Workload) -> Estimate:
     search = None
     if config.search:
         search = _search_gpu_seconds(load, checkpointing=checkpointing) / 3600
-    memory = tuple(_memory(load, checkpointing))
+    memory = tuple(_memory(load))
     return Estimate(load.gpu, steps, memory, checkpointing, on_gpu, tuple(notes), search, config.rounds)
 
 
@@ -347,7 +347,7 @@ def _weights_bytes(load: Workload, verb: Verb) -> float:
     return storage.denoiser_bytes(footprint) + (others + teacher) * storage.value_bytes
 
 
-def _memory(load: Workload, checkpointing: bool) -> Iterator[RoleMemory]:
+def _memory(load: Workload) -> Iterator[RoleMemory]:
     config, resources = load.config, load.config.resources
     generators = min(1.0, resources.generators.gpus_per_actor or 1)
     if _generates(config):

@@ -64,8 +64,8 @@ class Curriculum:
         gap_noise: noise of the score gaps, see `curriculum.noise`; `None`: not known.
 
     Raises:
-        ValueError: if the measure supports neither the schedule's levels nor its draws, or the schedule requires a
-            noise that is not known.
+        ValueError: if the measure does not support the schedule's levels or its draws, or the schedule requires a noise
+            that is not known.
 
     Attributes:
         formed: all pairs that can be formed.
@@ -170,20 +170,3 @@ class Curriculum:
             " finite;"
             " lower `min_score_gap` or `min_gap_in_noise`, or check the reward if scores are all equal or not finite"
         )
-
-
-def plan_stage(
-    ranking: Ranking,
-    *,
-    schedule: Schedule,
-    stage: int,
-    num_draws: int,
-    seed: int,
-    values: NDArray[np.floating] | None = None,
-    gap_noise: float | None = None,
-) -> tuple[PairArrays, PairSet]:
-    """Drawn pairs of a stage, in training order, and its candidates; arguments and errors as in `Curriculum`.
-
-    A pure function: all workers that call it with the same arguments get the same stage.
-    """
-    return Curriculum(ranking, schedule, seed=seed, values=values, gap_noise=gap_noise).plan(stage, num_draws)

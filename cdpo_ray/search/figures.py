@@ -52,7 +52,7 @@ def parallel_coordinates(
     order = sorted(trials, key=lambda trial: (_key(values[trial["number"]]), trial["number"]))
     rows = [_knob_row(knob, order) for knob in knobs]
     if known:
-        rows.append(_objective_row(objective, order, values))
+        rows.append(_objective_row(objective, values))
     with mpl.rc_context(STYLE):
         figure = blank_figure(0.55 + 0.8 * len(rows))
         axes = figure.subplots()
@@ -260,7 +260,7 @@ def _knob_row(knob: Mapping[str, Any], trials: Sequence[Record]) -> dict[str, An
     return {"label": label, "ticks": ticks, "places": places, "reach": reach, "is_choice": bool(knob["choices"])}
 
 
-def _objective_row(objective: str, trials: Sequence[Record], values: Mapping[int, float | None]) -> dict[str, Any]:
+def _objective_row(objective: str, values: Mapping[int, float | None]) -> dict[str, Any]:
     known = {number: value for number, value in values.items() if value is not None}
     low, high = _span(list(known.values()))
     to_place = _ranged(low, high, log=False)

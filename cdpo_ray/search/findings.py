@@ -12,10 +12,7 @@ from numpy.typing import NDArray
 
 from cdpo_ray.evaluation.statistics import bootstrap_over_runs
 from cdpo_ray.pages.page import align_columns, direction, format_number, formatted_interval, formatted_share
-from cdpo_ray.search.trials import DONE, FAILED, PAPER, RUNNING, STOPPED, Point, Trial
-
-MEASURED = ("reward", "win_rate", "diversity", "implicit_accuracy")
-"""Measures that a trial reports after each stage; each may be an objective, higher is better."""
+from cdpo_ray.search.trials import DONE, FAILED, OBJECTIVES, PAPER, RUNNING, STOPPED, Point, Trial
 
 BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "not significantly different"
 VERDICTS = {1: BETTER, 0: NO_DIFFERENCE, -1: WORSE}
@@ -159,7 +156,7 @@ def confirm(
             of the difference excludes 0.
         warnings: runs and prompts that are excluded.
     """
-    arms = {PAPERS: paper_runs, "found": found_runs}
+    arms = {"the paper's schedule": paper_runs, "the found schedule": found_runs}
     warnings = [
         f"seed {at} is excluded: {whose} " + ("is not trained yet" if run is None else _state_and_error(run))
         for at in sorted({*paper_runs} | {*found_runs})
@@ -279,7 +276,7 @@ def changes_text(trial: Mapping[str, Any]) -> str:
 def _record(trial: Trial, paper_point: Point, objectives: Sequence[str], judge: str) -> dict[str, Any]:
     stages = [
         {"stage": report["stage"], "is_last": report["is_last"], "num_prompts": report["num_prompts"]}
-        | {measure: _finite(report[measure]) for measure in MEASURED}
+        | {measure: _finite(report[measure]) for measure in OBJECTIVES}
         | {"interval": _interval(report, objectives[0], judge)}
         for report in trial.reports
     ]

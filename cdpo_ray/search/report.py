@@ -9,8 +9,8 @@ from markupsafe import Markup
 
 from cdpo_ray.pages.page import decimal_places, format_number, formatted_interval, write_page
 from cdpo_ray.search import figures
-from cdpo_ray.search.findings import MEASURED, VERDICTS, changes_text, objective_text, short, value_text
-from cdpo_ray.search.trials import DONE, STOPPED
+from cdpo_ray.search.findings import VERDICTS, changes_text, objective_text, short, value_text
+from cdpo_ray.search.trials import DONE, OBJECTIVES, STOPPED
 
 FEW_TRIALS = 20
 """With fewer trials than this, importance is called a hint."""
@@ -78,7 +78,7 @@ def _charts(found: Mapping[str, Any]) -> dict[str, str]:
 
 def _measures(found: Mapping[str, Any]) -> list[str]:
     """Columns of the table of trials: the objectives, then the other measures."""
-    return list(dict.fromkeys([*found["objectives"], *MEASURED]))
+    return list(dict.fromkeys([*found["objectives"], *OBJECTIVES]))
 
 
 def _num_judged(found: Mapping[str, Any]) -> int:

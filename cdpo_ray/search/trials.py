@@ -55,10 +55,6 @@ class Trial:
         return f"{self.number:03d}" if self.seed is None else f"{self.number:03d}-seed-{self.seed}"
 
     @property
-    def is_done(self) -> bool:
-        return self.state == DONE
-
-    @property
     def last_stage(self) -> int:
         """Stage of its last report; 0 without reports."""
         return int(self.reports[-1]["stage"]) if self.reports else 0

@@ -78,12 +78,13 @@ class Worker:
 
     def __init__(self, job: TrainingJob, board: Any) -> None:
         context = ray.train.get_context()
-        self.job, self.training, self.board, self.output_dir = job, job.training, board, storage_path(job.output_dir)
+        self.job, self.board, self.output_dir = job, board, storage_path(job.output_dir)
+        self.training = training = job.training
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.validator = Validator(job.validation) if job.validation else None
         keep_vae = self.validator is not None
         model = load_model(job.family, **job.model, for_training=True, keep_vae=keep_vae)
-        model.guidance_range = job.training.guidance_range or model.guidance_range
+        model.guidance_range = training.guidance_range or model.guidance_range
         empty = {name: value.cpu() for name, value in model.empty_conditioning.items()}
         model.drop_text_encoders()
         policy = make_policy(
@@ -91,20 +92,18 @@ class Worker:
             job.lora,
             num_stages=job.num_stages,
             start_dir=storage_path(job.start_dir) if job.start_dir else None,
-            reference_is_start=job.training.reference == "last_round",
+            reference_is_start=training.reference == "last_round",
             seed=seed_of(job.seed, "lora"),
         )
-        if use_checkpointing(job.training.gradient_checkpointing, job.plain_peak_bytes, _gpu_bytes(job.gpu_share)):
+        if use_checkpointing(training.gradient_checkpointing, job.plain_peak_bytes, _gpu_bytes(job.gpu_share)):
             model.denoiser.enable_gradient_checkpointing()
         model.denoiser.train()
-        self.engine = start_engine(model.denoiser, policy.trainable, job.training, num_workers=self.num_workers)
-        limit_waiting(self.engine, job.training.collective_timeout_seconds)
+        self.engine = start_engine(model.denoiser, policy.trainable, training, num_workers=self.num_workers)
+        limit_waiting(self.engine, training.collective_timeout_seconds)
         self.policy = replace(policy, net=self.engine)
         self.bank = SampleBank.read(storage_path(job.samples_dir))
-        self.feed = Feed(self.bank, model.draw_times, empty, job.training, job.seed, self.rank, self.num_workers)
-        self.commits = Commits(
-            self.output_dir / COMMITS_DIR, keep_last=job.training.keep_last, device=self.engine.device
-        )
+        self.feed = Feed(self.bank, model.draw_times, empty, training, job.seed, self.rank, self.num_workers)
+        self.commits = Commits(self.output_dir / COMMITS_DIR, keep_last=training.keep_last, device=self.engine.device)
         self.summaries: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.drawn: StagePairs | None = None

@@ -11,7 +11,7 @@ from cdpo_ray.curriculum.combination import RankingRule
 from cdpo_ray.curriculum.dataset import read_ranking_scores, write_stages
 from cdpo_ray.curriculum.noise import gap_noise
 from cdpo_ray.curriculum.ranking import rank_samples
-from cdpo_ray.curriculum.schedule import Schedule, plan_stage
+from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.errors import CurriculumError
 from cdpo_ray.records import score_column, score_file
 from cdpo_ray.rewards.score_table import write_scores
@@ -27,7 +27,7 @@ def test_pairs_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
         pq.write_table(table.take(order), tmp_path / name / "clip.parquet")
         read = read_ranking_scores(tmp_path / name, RankingRule("clip", {"clip": 1.0}))
         assert read.prompt_index.tolist() == [3, 4, 8, 11]
-        pairs, _ = plan_stage(rank_samples(read.scores), schedule=Schedule(), stage=4, num_draws=100, seed=0)
+        pairs, _ = Curriculum(rank_samples(read.scores), Schedule(), seed=0).plan(4, 100)
         columns = read.prompt_index[pairs.prompt], pairs.chosen, pairs.rejected, pairs.rank_gap
         drawn.append([column.tolist() for column in columns])
     assert drawn[0] == drawn[1]

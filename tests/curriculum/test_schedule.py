@@ -11,8 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cdpo_ray.curriculum.measures import MEASURES, Cut
+from cdpo_ray.curriculum.pairs import PairArrays, PairSet
 from cdpo_ray.curriculum.ranking import Ranking, rank_samples
-from cdpo_ray.curriculum.schedule import Curriculum, Schedule, plan_stage
+from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.errors import CurriculumError
 
 ORDERS = ("easy_to_hard", "hard_to_easy", "random", "shuffled", "none", "best_against_worst")
@@ -35,6 +36,12 @@ SCHEDULES = st.builds(
     order=st.sampled_from(["easy_to_hard", "hard_to_easy"]),
     min_score_gap=MIN_SCORE_GAP,
 )
+
+
+def plan_stage(
+    ranking: Ranking, *, schedule: Schedule, stage: int, num_draws: int, seed: int, values: np.ndarray | None = None
+) -> tuple[PairArrays, PairSet]:
+    return Curriculum(ranking, schedule, seed=seed, values=values).plan(stage, num_draws)
 
 
 def stage_of_scores(schedule: Schedule, scores: np.ndarray, stage: int) -> set[Pair] | int:

@@ -168,8 +168,8 @@ def test_a_failed_seed_is_excluded_from_both_and_named() -> None:
     table, warnings = confirm(**runs, judge="clip", **SMALL)
     assert table["seeds"] == [100]
     assert warnings == [
-        "seed 101 is excluded: found failed: TrainingError: NaN",
-        "seed 102 is excluded: the paper's is not trained yet",
+        "seed 101 is excluded: the found schedule failed: TrainingError: NaN",
+        "seed 102 is excluded: the paper's schedule is not trained yet",
         "one seed only: the intervals do not include the variation over seeds",
     ]
 
