@@ -172,7 +172,7 @@ class Bare:
             make_scores=MAKE_JUDGES,
             num_margin_draws=0,
             guidance_range=None,
-            set_aside=Quarantine(output_dir, len(prompts), 0.0),
+            quarantine=Quarantine(output_dir, len(prompts), 0.0),
         )
         self._write(
             lambda rows: encode_pixels(add_appearance(comparer(rows))),

@@ -95,7 +95,8 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), sc
     ]
     if config.rounds > 1:
         lines.append(
-            f"  rounds       {config.rounds}, each with all of the above; its adapter generates the images of the next"
+            f"  rounds       {config.rounds}, each with all of the above; its trained model generates the images of the"
+            " next"
         )
     if config.search:
         lines += _search(config, config.search, len(prompts.validation))
@@ -113,7 +114,7 @@ def same_beta_elsewhere(beta: float, num_latent_values: int | None) -> list[str]
     return [
         f"Diffusion-DPO, diffusers' SDXL script, flow-matching DPO (kappa = beta/2): beta {beta:g}",
         f"diffusers' SD script (kappa = beta): beta {kappa:g}",
-        f"released Curriculum-DPO code (kappa fixed at 1000, beta unused): {kappa / 1000:g} times as strong",
+        f"released Curriculum-DPO code (kappa fixed at 1000, beta unused): this is {kappa / 1000:g} times as strong",
         f"errors summed over N latent values: kappa {by_sum}",
     ]
 
@@ -133,7 +134,7 @@ def _search(config: Config, search: SearchSection, num_prompts: int) -> list[str
         stopping = f"early stopping after stage {', '.join(map(str, stops))}: about one trial in {one_in} continues"
     at_once = search.max_concurrent_trials or "as many as fit"
     early = min(search.early_prompts or num_prompts, num_prompts)
-    before = f" (before the last: {early:,} prompts)" if early < num_prompts else ""
+    before = f" (before the last stage: {early:,} prompts)" if early < num_prompts else ""
     confirmed = 2 * search.confirm_seeds
     up_to = "" if search.num_trials else "up to "
     return [

@@ -145,9 +145,11 @@ def test_published_betas_are_converted_to_their_own_conventions() -> None:
     diffusion_dpo, diffusers_sd, released, by_sum = same_beta_elsewhere(5000, 4 * 64 * 64)
     assert diffusion_dpo.endswith("beta 5000")
     assert diffusers_sd.endswith("beta 2500")
-    assert released.endswith("2.5 times as strong")
+    assert released.endswith("this is 2.5 times as strong")
     assert by_sum.endswith("kappa 0.152588 (N = 16,384)")  # 2500 / 16384
-    assert same_beta_elsewhere(2000, None)[2].endswith(" 1 times as strong")  # the released code's kappa is always 1000
+    assert same_beta_elsewhere(2000, None)[2].endswith(
+        " this is 1 times as strong"
+    )  # the released code's kappa is always 1000
 
 
 def test_the_number_of_latent_values_is_that_of_the_embedded_model() -> None:
@@ -252,7 +254,7 @@ def test_a_searchs_plan_follows_its_settings() -> None:
     assert "trials by random for win_rate by oracle, and diversity; the Pareto front is kept" in first
     assert stopping.strip() == "no early stopping; concurrent trials: 2"
     assert numbers(updates) == [12 * 160, 160]
-    assert validation.strip().endswith("10 images of 5 prompts after each stage (before the last: 2 prompts)")
+    assert validation.strip().endswith("10 images of 5 prompts after each stage (before the last stage: 2 prompts)")
     assert confirmation == "  confirmation off, because `search.confirm_seeds` is 0"
 
 

@@ -12,10 +12,11 @@ DESCRIPTION = """\
 Compare the models that several runs trained, on the held-out images that their
 evaluations kept. Nothing is generated.
 
-The runs must share model, seed, sampling, held-out prompts and images per prompt. A
-judge that only some of them have scores the images of the others now. Runs may come
-from other people: nothing in their folders can choose an address, environment variable,
-file, model or code. A judge that needs one is taken from `--judges`, or left out.
+The runs must share model, seed, sampling, held-out prompts and images per prompt. If
+only some of them were scored by a judge, it scores the images of the others now. Runs
+may come from other people: nothing in their folders can choose an address, environment
+variable, file, model or code. A judge that needs one is taken from `--judges`, or left
+out.
 
 compare.html shows
   - one row per run (the reward that ranked its pairs), one column per judge: mean score,
@@ -33,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judges",
         metavar="CONFIG",
-        help="config of yours, whose judges and options score the images of runs that lack their scores; own rewards"
-        " are imported from the working folder",
+        help="your own config; its judges, with its options, score the images of runs that lack their scores, and"
+        " custom rewards are imported from the working folder",
     )
     parser.set_defaults(usage_error=parser.error)
 

@@ -38,5 +38,7 @@ def explain_stages(config: Config) -> list[str]:
             draw_stages(stages, path, title=f"{config.run.name}\n{config.curriculum.sentence}")
             lines += [stages_table(stages), str(path)]
     if config.curriculum.measure == "margin":
-        lines.append("before the first update; training measures the margins again at the start of each stage")
+        lines.append(
+            "the margins are those before the first update; training measures them again at the start of each stage"
+        )
     return lines

@@ -25,7 +25,7 @@ def load_step(arguments: argparse.Namespace) -> tuple[Config, Step]:
     """The configuration, and its step of ``arguments.verb``.
 
     Raises:
-        ConfigError: the configuration is invalid, or has no such step: it generates its samples, or imports them.
+        ConfigError: the configuration is invalid, or has no such step: samples are either generated or imported.
     """
     config = load_config(arguments.config, arguments.overrides)
     steps = {step.verb: step for step in steps_of(config)}

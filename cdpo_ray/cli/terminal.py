@@ -18,7 +18,7 @@ MAX_LINE_CHARS = 4000  # of an error, which may quote somebody else's file
 MAX_FOREIGN_CHARS = 500  # of an error of another library
 NETWORK_LIBRARIES = ("aiohttp", "botocore", "google", "urllib3")  # not all of their errors are OSErrors
 OUT_OF_MEMORY = ("annot allocate memory", "failed to map segment", "can't start new thread")
-"""Messages of errors of another type, when a limit leaves no room for a shared library or a thread."""
+"""Parts of messages of other errors, raised when a limit leaves no memory for a shared library or a thread."""
 PACKAGE_DIR = Path(__file__).parents[1]
 
 
@@ -30,7 +30,7 @@ def print_lines(*lines: object) -> None:
     """Print lines and flush standard output.
 
     Raises:
-        OutputError: standard output cannot be written; storage and cluster raise OSError.
+        OutputError: standard output cannot be written; a class of its own, because storage and cluster raise OSError.
     """
     try:
         print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
@@ -64,7 +64,7 @@ def exit_code(run: Callable[[], int], *, verb: str, verbose: bool) -> int:
     """Run a verb and print its errors; returns the exit code.
 
     One line, without a traceback, for a `CdpoError`, an interrupt, and failures of storage, network, memory or cluster.
-    A bug of this program keeps its traceback, and so does everything but a `CdpoError` if ``verbose``.
+    A bug of this program keeps its traceback; if ``verbose``, so do failures of storage, network, memory or cluster.
     """
     signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
@@ -76,7 +76,7 @@ def exit_code(run: Callable[[], int], *, verb: str, verbose: bool) -> int:
         print_error("\n".join(printable(line, MAX_LINE_CHARS) for line in lines))
         return EXIT_ERROR
     except KeyboardInterrupt as interrupt:
-        print_error("interrupted; the same command resumes")
+        print_error("interrupted; run the same command again to resume")
         return EXIT_SIGNAL + (interrupt.args or (signal.SIGINT,))[0]
     except Exception as error:
         if verbose or not _is_environmental(error):
@@ -126,5 +126,5 @@ def _in_one_line(error: BaseException, verb: str) -> str:
     return (
         f"{type(error).__name__}: cdpo {verb}: {message or 'no message'} (in `{ours[-1].name}`,"
         f" {Path(ours[-1].filename).name}:{ours[-1].lineno}); check disk, memory, network and cluster, then run the"
-        f" same command again, which resumes; `cdpo -v {verb} ...` prints the whole traceback"
+        f" same command again to resume; `cdpo -v {verb} ...` prints the whole traceback"
     )

@@ -9,7 +9,7 @@ class Capacity:
     """Trainable part of a LoRA in a stage.
 
     Attributes:
-        rank: trainable rank of each layer in those blocks.
+        rank: trainable rank of each layer in the trained blocks.
         block_share: share of the denoiser's blocks that are trained, in (0, 1].
     """
 

@@ -29,7 +29,7 @@ class Comparer:
         training_dir: `4-training`, which holds the fine-tuned model.
         num_margin_draws: timesteps and noises drawn for the implicit value of each base image; 0: no implicit values.
         guidance_range: guidance scales that the model was conditioned on in training; `None`: the family's default.
-        set_aside: quarantine of the prompts that raise inside the model.
+        quarantine: quarantine of the prompts that raise inside the model.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Comparer:
         make_scores: MakeScores,
         num_margin_draws: int,
         guidance_range: tuple[float, float] | None,
-        set_aside: Quarantine,
+        quarantine: Quarantine,
     ) -> None:
         self.model = load_model(family, **model, for_training=num_margin_draws > 0, keep_vae=True)
         self.model.guidance_range = guidance_range or self.model.guidance_range
@@ -50,11 +50,11 @@ class Comparer:
         self.sampling = sampling
         self.num_margin_draws = num_margin_draws
         self.scores = make_scores()
-        self.set_aside = set_aside
+        self.quarantine = quarantine
         self.batch_size = BatchSize(sampling.images_per_batch)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return self.set_aside.apply(self.compared, rows)
+        return self.quarantine.apply(self.compared, rows)
 
     def compared(self, rows: pa.Table) -> pa.Table:
         prompts = rows["prompt"].to_pylist()
@@ -77,7 +77,7 @@ class Comparer:
                 values = self._implicit_values(prompts, conditioning, torch.cat(latents))
                 rows = rows.append_column(IMPLICIT_VALUE, list_column(values, num_images, pa.float32()))
         black = np.concatenate(are_black).reshape(len(ARMS), rows.num_rows, num_images).swapaxes(0, 1)
-        self.set_aside.add_images(rows, black, [f"{arm} {image}" for arm in ARMS for image in range(num_images)])
+        self.quarantine.add_images(rows, black, [f"{arm} {image}" for arm in ARMS for image in range(num_images)])
         return rows.append_column(IMAGES_PER_BATCH, pa.array([self.batch_size.num_images] * len(prompts), pa.int64()))
 
     def _implicit_values(self, prompts: list[str], conditioning: Conditioning, latents: Tensor) -> Any:

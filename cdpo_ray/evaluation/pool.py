@@ -57,9 +57,9 @@ def evaluate_adapter(
         GenerationError: more than ``max_bad_fraction`` of the prompts are in quarantine.
     """
     output_dir = output_dir.resolve()  # actors on other nodes have another working directory
-    set_aside = Quarantine(output_dir, len(prompts), max_bad_fraction)
+    quarantine = Quarantine(output_dir, len(prompts), max_bad_fraction)
     parts, held = find_parts(output_dir, "comparison")
-    done = held | set_aside.refuse_too_many()
+    done = held | quarantine.refuse_too_many()
     makes = (len(ARMS) * sampling.images_per_prompt, "images")
     progress.begin("evaluate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
     rows = prompt_rows(prompts, sampling.rows_per_call, done)
@@ -75,7 +75,7 @@ def evaluate_adapter(
         make_scores=make_scores,
         num_margin_draws=num_margin_draws,
         guidance_range=guidance_range,
-        set_aside=set_aside,
+        quarantine=quarantine,
     )
     compared = compared and compared.map_batches(
         add_appearance, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, max_retries=3

@@ -143,8 +143,8 @@ class MeasureResult:
 
     Attributes:
         name: name of the judge, `diversity`, or name of a measure of appearance.
-        role: `trained on`: ranked the pairs; `scored, did not rank`: scored the training images only; `held out`: not
-            used in training; `appearance`: not a judge, neither direction is better.
+        role: `trained on`: ranked the pairs; `scored, did not rank`: scored the training images without ranking them;
+            `held out`: not used in training; `appearance`: not a judge, neither direction is better.
         change: -1, 0 or 1: lower, no significant change, higher; significant if the 95 % interval excludes 0.
         values: base, tuned, difference, interval (of the difference), win_rate and win_rate_interval, as text.
         num_missing: number of images without two finite values.

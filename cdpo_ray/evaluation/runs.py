@@ -125,9 +125,9 @@ def compare_runs(
 ) -> dict[str, Any]:
     """Compare the models of several runs on the images that their evaluations stored.
 
-    A judge that only some runs have scores the images of the others now, in this process, if its recorded options
-    choose no address, environment variable, file, model or code: a run may come from someone else. Otherwise the judge
-    is left out, unless ``own_judges`` has it.
+    If only some runs were scored by a judge, it scores the images of the others now, in this process, provided that its
+    recorded options choose no address, environment variable, file, model or code: a run may come from someone else.
+    Otherwise the judge is left out, unless ``own_judges`` has it.
 
     Args:
         run_dirs: run folders, `runs/<name>`, or folders of rounds within them, each with a finished evaluation.

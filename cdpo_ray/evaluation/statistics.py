@@ -124,7 +124,7 @@ def compare_scores(base: Scores, tuned: Scores, *, num_resamples: int, seed: int
     valid = np.isfinite(base) & np.isfinite(tuned)
     kept = valid.any(axis=1)
     if not kept.any():
-        raise ValueError("compare_scores: no image has a finite score of both models; fix the judge")
+        raise ValueError("no image has a finite score of both models; fix the judge")
     wins = np.where(tuned > base, 1.0, np.where(tuned == base, 0.5, 0.0))
 
     def interval(values: Scores) -> Interval:

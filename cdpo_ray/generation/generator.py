@@ -162,7 +162,7 @@ class Generator:
         tuned_dir: `4-training` of an earlier round, whose model is sampled instead of the base model.
         make_scores: builds the judges that score images in this actor; `None`: no score columns.
         keep_pixels: add the raw pixels, which later tasks score or encode as PNG while the model continues sampling.
-        set_aside: quarantine of prompts that raise inside the model; `None`: the error is raised.
+        quarantine: quarantine of prompts that raise inside the model; `None`: the error is raised.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Generator:
         tuned_dir: str | None = None,
         make_scores: MakeScores | None = None,
         keep_pixels: bool = True,
-        set_aside: Quarantine | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self.model = load_model(family, **model)
         if tuned_dir:
@@ -183,11 +183,11 @@ class Generator:
         self.sampling = sampling
         self.scores = make_scores() if make_scores else None
         self.keep_pixels = keep_pixels
-        self.set_aside = set_aside
+        self.quarantine = quarantine
         self.batch_size = BatchSize(sampling.images_per_batch)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return self.set_aside.apply(self.generate, rows) if self.set_aside else self.generate(rows)
+        return self.quarantine.apply(self.generate, rows) if self.quarantine else self.generate(rows)
 
     def generate(self, rows: pa.Table) -> pa.Table:
         """Samples of some prompts, one row per prompt."""
@@ -202,8 +202,8 @@ class Generator:
                 pixels.append(batch.images.cpu().numpy())
         num_samples = self.sampling.images_per_prompt
         black = np.concatenate(are_black)
-        if self.set_aside:
-            self.set_aside.add_images(rows, black, range(num_samples))
+        if self.quarantine:
+            self.quarantine.add_images(rows, black, range(num_samples))
         rows = rows.append_column("latents", tensor_column(storable(torch.cat(latents)), num_samples))
         for name, value in conditioning.items():
             rows = rows.append_column(name, tensor_column(storable(value.cpu())))

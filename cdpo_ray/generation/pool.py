@@ -75,9 +75,9 @@ def generate_samples(
         GenerationError: if too many prompts are quarantined.
     """
     output_dir = output_dir.resolve()  # actors on other nodes have another working directory
-    set_aside = Quarantine(output_dir, len(prompts), max_bad_fraction)
+    quarantine = Quarantine(output_dir, len(prompts), max_bad_fraction)
     parts, finished = find_parts(output_dir, "samples")
-    done = finished | set_aside.refuse_too_many()
+    done = finished | quarantine.refuse_too_many()
     makes = (sampling.images_per_prompt, "images")
     progress.begin("generate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
     rows = prompt_rows(prompts, sampling.rows_per_call, done)
@@ -92,7 +92,7 @@ def generate_samples(
         tuned_dir=tuned_dir,
         make_scores=make_scores,
         keep_pixels=keep_images or score_in_pool is not None,
-        set_aside=set_aside,
+        quarantine=quarantine,
     )
     if rows and score_in_pool is not None:
         rows = score_in_pool(rows)

@@ -27,7 +27,7 @@ class Encoder:
         images_per_batch: number of images per VAE forward pass.
         make_scores: builds the judges that score the images; `None`: no score columns.
         keep_images: keep the pixels used in training; the writing task encodes them as PNG.
-        set_aside_dir: folder that lists images with non-finite latents; a row with fewer than two others is dropped.
+        quarantine_dir: folder that lists images with non-finite latents; a row with fewer than two others is dropped.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class Encoder:
         images_per_batch: int,
         make_scores: "MakeScores | None",
         keep_images: bool,
-        set_aside_dir: Path,
+        quarantine_dir: Path,
     ) -> None:
         self.model = load_model(family, **model)
         self.images_per_batch = images_per_batch
         self.scores = make_scores() if make_scores else None
         self.keep_images = keep_images
-        self.set_aside_dir = set_aside_dir
+        self.quarantine_dir = quarantine_dir
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         column = rows["pixels"]
@@ -90,7 +90,7 @@ class Encoder:
                 for index in np.flatnonzero(~is_finite).tolist()
             ]
             if reasons:
-                path = self.set_aside_dir / f"latents-{row['prompt_index']:012d}.jsonl"
+                path = self.quarantine_dir / f"latents-{row['prompt_index']:012d}.jsonl"
                 path.write_text("".join(f"{json.dumps(row | {'reason': reason})}\n" for reason in reasons))
         for name in map(score_column, (LABEL, PREFERENCE)):
             values = np.where(finite, np.array(rows[name].to_pylist()), np.nan)

@@ -56,8 +56,8 @@ def import_samples(
         Quarantined rows and images, with reasons.
     """
     output_dir = output_dir.resolve()  # readers on other nodes have another working directory
-    set_aside_dir = output_dir / QUARANTINE
-    make_folder(set_aside_dir)
+    quarantine_dir = output_dir / QUARANTINE
+    make_folder(quarantine_dir)
     rows_per_call = max(1, images_per_batch // num_samples)
     rows = _chunk_rows(chunks).map_batches(
         read_chunks,
@@ -66,7 +66,7 @@ def import_samples(
             "frame": frame,
             "num_samples": num_samples,
             "rows_per_table": rows_per_call,
-            "set_aside_dir": set_aside_dir,
+            "quarantine_dir": quarantine_dir,
         },
         batch_size=None,
         batch_format="pyarrow",
@@ -81,7 +81,7 @@ def import_samples(
         images_per_batch=images_per_batch,
         make_scores=make_scores,
         keep_images=keep_images,
-        set_aside_dir=set_aside_dir,
+        quarantine_dir=quarantine_dir,
     )
     write_shards(rows, output_dir, "samples", progress)
     return join_quarantined(output_dir)

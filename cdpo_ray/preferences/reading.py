@@ -32,9 +32,9 @@ def read_chunks(
     frame: Frame,
     num_samples: int,
     rows_per_table: int,
-    set_aside_dir: Path,
+    quarantine_dir: Path,
 ) -> Iterator[pa.Table]:
-    """Yield tables of rows with pixels; faults go to one file per chunk in ``set_aside_dir``.
+    """Yield tables of rows with pixels; faults go to one file per chunk in ``quarantine_dir``.
 
     Reading a chunk again writes an identical file.
 
@@ -58,7 +58,7 @@ def read_chunks(
                 yield _table(groups)
                 groups = []
         if faults:
-            path = set_aside_dir / f"{chunk.first_index:012d}.jsonl"
+            path = quarantine_dir / f"{chunk.first_index:012d}.jsonl"
             path.write_text("".join(f"{json.dumps(asdict(fault))}\n" for fault in faults))
     if groups:
         yield _table(groups)

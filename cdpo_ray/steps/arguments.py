@@ -32,7 +32,7 @@ def preference_source(config: Config) -> PreferenceSource:
 
 
 def preference_frame(config: Config) -> Any:
-    """Size that imported images are cropped to, and the limits on their files.
+    """Size that imported images are scaled and cropped to, and the limits on their files.
 
     Raises:
         ConfigError: the size is not given, and a hub model's is unknown.
@@ -220,7 +220,7 @@ def _module_files(module: str) -> dict[str, Path]:
     return {str(file.relative_to(folder)): file for folder in folders for file in sorted(folder.rglob("*.py"))}
 
 
-def warn_of_set_aside(output: StepOutput, output_dir: Path) -> None:
+def warn_of_quarantine(output: StepOutput, output_dir: Path) -> None:
     from cdpo_ray.dataflow.quarantine import num_images_without_score
 
     if num_prompts := output.counts["prompts_set_aside"]:

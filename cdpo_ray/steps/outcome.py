@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from cdpo_ray.records import EVALUATION, SAMPLES, TRAINING
-from cdpo_ray.steps.arguments import model_arguments, pool_size, sampling_of, warn_of_set_aside
+from cdpo_ray.steps.arguments import model_arguments, pool_size, sampling_of, warn_of_quarantine
 from cdpo_ray.steps.step import Context
 from cdpo_ray.store import StepOutput, local_copy
 
@@ -64,7 +64,7 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         "images": 2 * num_prompts * config.evaluation.images_per_prompt,
         "prompts_set_aside": len(context.prompts.heldout) - num_prompts,
     }
-    warn_of_set_aside(output, output_dir)
+    warn_of_quarantine(output, output_dir)
 
 
 def export(context: Context, format_name: str, output_dir: Path) -> None:

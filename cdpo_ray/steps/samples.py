@@ -20,7 +20,7 @@ from cdpo_ray.steps.arguments import (
     sampling_of,
     sections_of,
     seed_setting,
-    warn_of_set_aside,
+    warn_of_quarantine,
 )
 from cdpo_ray.steps.step import Context
 from cdpo_ray.store import (
@@ -93,16 +93,13 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
         "prompts_in_smaller_batches": sum(in_smaller.values()),
     }
     output.details["rewards"] = rewards  # settings of the score columns, which the next step compares
-    if output.counts["prompts_cut"]:
-        output.warnings.append(
-            f"{output.counts['prompts_cut']} prompts exceed the text encoder's token limit and were truncated"
-        )
+    _warn_of_truncated_prompts(output)
     if in_smaller:
         output.warnings.append(
             f"out of memory with `generation.images_per_batch` = {sampling.images_per_batch}:"
             f" {sum(in_smaller.values())} prompts were generated with {', '.join(map(str, sorted(in_smaller)))}"
         )
-    warn_of_set_aside(output, output_dir)
+    warn_of_quarantine(output, output_dir)
 
 
 def import_preferences(context: Context, output_dir: Path, output: StepOutput) -> None:
@@ -117,7 +114,7 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
     found.refuse_unusable(source, preferences.max_bad_fraction)
     judges = config.rewards.judges
     context.progress.begin("import", total=found.num_rows, unit="row")
-    set_aside = import_samples(
+    quarantined = import_samples(
         found.chunks,
         output_dir,
         source=source,
@@ -131,13 +128,13 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
         encoders=pool_size(config.resources.generators),
         progress=context.progress,
     )
-    num_faulty = len({(fault["file"], fault["number"]) for fault in set_aside})
+    num_faulty = len({(fault["file"], fault["number"]) for fault in quarantined})
     too_many = num_faulty > preferences.max_bad_fraction * found.num_rows
     if too_many or not any(output_dir.glob("*.parquet")):
         raise PreferenceError(
             f"`preferences.path` {source.path}: {num_faulty:,} of {found.num_rows:,} rows, or images of them, cannot be"
             f" used, more than `preferences.max_bad_fraction` = {preferences.max_bad_fraction}; first:"
-            f" {Fault(**set_aside[0])}; `cdpo import --check` lists all"
+            f" {Fault(**quarantined[0])}; `cdpo import --check` lists all"
         )
     made = read_shards(output_dir, ["num_tokens_cut", "num_images_cut"])
     output.counts |= {
@@ -151,11 +148,10 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
         "prompts_cut": int((made["num_tokens_cut"].to_numpy() > 0).sum()),
     }
     output.details["rewards"] = {name: judged_with(config, name) for name in (PREFERENCE, LABEL, *judges)}
-    if set_aside:
+    if quarantined:
         output.warnings.append(f"{num_faulty:,} rows, or images of them, cannot be used; see set_aside.jsonl")
     output.warnings += found.warnings
-    if output.counts["prompts_cut"]:
-        output.warnings.append(f"{output.counts['prompts_cut']} prompts exceed the text encoder's token limit")
+    _warn_of_truncated_prompts(output)
 
 
 def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *, side: str) -> None:
@@ -192,7 +188,7 @@ def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *,
     ]
     output.details["diversity"] = float(np.mean(diversity))
     output.counts |= {"prompts": len(diversity), "prompts_set_aside": len(prompts) - len(diversity)}
-    warn_of_set_aside(output, output_dir)
+    warn_of_quarantine(output, output_dir)
 
 
 def sampling_to_compare(config: Config, side: str) -> Any:
@@ -200,6 +196,11 @@ def sampling_to_compare(config: Config, side: str) -> Any:
     assert config.search is not None, "called for a config with a search only"
     num_images = config.search.images_per_prompt if side == VALIDATION else config.evaluation.images_per_prompt
     return sampling_of(config, num_images, config.run.seed)
+
+
+def _warn_of_truncated_prompts(output: StepOutput) -> None:
+    if num_prompts := output.counts["prompts_cut"]:
+        output.warnings.append(f"{num_prompts} prompts exceed the text encoder's token limit and were truncated")
 
 
 def sample_settings(config: Config) -> dict[str, Any]:

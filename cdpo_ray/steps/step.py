@@ -67,7 +67,7 @@ class Context:
         return pays_to_compile(self.workload, verb)
 
     def predicted(self, verb: str) -> dict[str, Any] | None:
-        """Estimate for a step that runs on GPUs, see `records.PREDICTED`; ``None`` if the model is not in the table."""
+        """Estimate, see `records.PREDICTED`; ``None``: the step runs on CPUs, or the model's footprint is unknown."""
         model = self.config.model
         if verb not in VERBS or not self._runs_on_gpu(verb) or not known_footprint(model.family, model.path):
             return None

@@ -79,18 +79,18 @@ class Commits:
         written = self._together(lambda: self._write_share(aside, mine))
         self._together(lambda: self._put_in_place(aside, name, num_updates, state, written))
 
-    def newest(self, tell: Callable[[str], Any]) -> Path | None:
+    def newest(self, log_line: Callable[[str], Any]) -> Path | None:
         """Newest checkpoint that its manifest proves intact, the same on all workers; ``None``: no checkpoint.
 
         Args:
-            tell: called on the first worker with one line per damaged checkpoint.
+            log_line: called on the first worker with one line per damaged checkpoint.
 
         Raises:
             TrainingError: all checkpoints are damaged; training must not restart silently.
         """
         chosen, faults = newest_of(self.folder) if self.worker_rank == 0 else (None, [])
         for fault in faults:
-            tell(f"{fault}; resuming from {chosen.name}" if chosen else fault)
+            log_line(f"{fault}; resuming from {chosen.name}" if chosen else fault)
         damaged = {"damaged": "; ".join(faults)[: MESSAGE_BYTES // 4]} if faults else {}
         answer = {"chosen": chosen.name} if chosen else damaged
         answer = json.loads(self._exchange(json.dumps(answer))[0])

@@ -161,7 +161,7 @@ def train_stages(
     num_stages: int,
     preference_loss: PreferenceLoss,
 ) -> TrainingState:
-    """Train stage after stage, easy to hard, starting from ``state``.
+    """Train stage after stage, starting from ``state``.
 
     Args:
         engine: engine around the policy's denoiser.

@@ -37,7 +37,7 @@ def train_adapter(
     progress: Progress,
     on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None,
 ) -> dict[str, Any]:
-    """Write `4-training`: the LoRA or the whole net, `updates.jsonl`, `stages.json`.
+    """Write `4-training`: the LoRA or the fine-tuned denoiser, `updates.jsonl`, `stages.json`.
 
     Called again with the same folder it resumes from the newest intact checkpoint. Ray's own records of a fit are not
     used: each fit is new to Ray.

@@ -35,7 +35,7 @@ def no_z(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generator(model: Path, quarantine: Quarantine | None) -> Generator:
-    return Generator("stable_diffusion", {"path": str(model), "device": "cpu"}, SAMPLING, set_aside=quarantine)
+    return Generator("stable_diffusion", {"path": str(model), "device": "cpu"}, SAMPLING, quarantine=quarantine)
 
 
 def test_fault_07_prompts_that_raise_inside_the_model_are_quarantined_and_the_others_of_the_call_are_made(

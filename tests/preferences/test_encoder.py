@@ -31,7 +31,7 @@ def rows_with_pixels() -> pa.Table:
 
 
 def encoder(path: Path, **options: object) -> Encoder:
-    arguments = {"images_per_batch": 4, "make_scores": None, "keep_images": True, "set_aside_dir": path} | options
+    arguments = {"images_per_batch": 4, "make_scores": None, "keep_images": True, "quarantine_dir": path} | options
     return Encoder("stable_diffusion", {"path": str(path)}, **arguments)  # type: ignore[arg-type]
 
 
@@ -96,7 +96,7 @@ def test_fault_36_images_with_non_finite_latents_are_quarantined_by_name(embedde
     for name in ("score_label", "score_preference"):
         rows = rows.append_column(name, list_column(labels.ravel(), 3, pa.float64()))
     rows = rows.append_column("pixels", tensor_column(pixels))
-    encode = encoder(embedded, images_per_batch=100, set_aside_dir=tmp_path)
+    encode = encoder(embedded, images_per_batch=100, quarantine_dir=tmp_path)
     whole = encode(rows)
 
     def overflow(_: object, __: object, moments: torch.Tensor) -> None:

@@ -28,7 +28,7 @@ def read(source: PreferenceSource, folder: Path, *, num_samples: int = 2, rows_p
         frame=FRAME,
         num_samples=num_samples,
         rows_per_table=rows_per_table,
-        set_aside_dir=folder,
+        quarantine_dir=folder,
     )
     return pa.concat_tables(tables)
 

@@ -175,7 +175,7 @@ def test_fault_04_one_signal_writes_a_checkpoint_and_leaves_no_process(
         process.send_signal(number)
         _, log = process.communicate(timeout=60)
     assert process.returncode == 128 + number, log
-    assert "stopping at the end of this update" in log and "the same command resumes" in log
+    assert "stopping at the end of this update" in log and "run the same command again to resume" in log
     (*_, newest) = sorted(path.name for path in (run / COMMITS).iterdir())
     assert int(newest.removeprefix("update-")) % UPDATES_PER_COMMIT, "committed out of turn"
     assert_gone(left)
@@ -195,7 +195,7 @@ def test_fault_57_sigterm_to_the_process_group_acts_as_one_ctrl_c(config: Path, 
         os.killpg(process.pid, signal.SIGTERM)
         _, log = process.communicate(timeout=60)
     assert process.returncode == 143, log
-    assert "stopping at the end of this update" in log and "the same command resumes" in log
+    assert "stopping at the end of this update" in log and "run the same command again to resume" in log
     (*_, newest) = sorted(path.name for path in (run / COMMITS).iterdir())
     assert int(newest.removeprefix("update-")) % UPDATES_PER_COMMIT, "committed out of turn"
     assert_gone(left)
@@ -215,7 +215,7 @@ def test_fault_57_sigterm_to_every_process_keeps_the_last_checkpoint(
         _, log = process.communicate(timeout=90)
     # If the driver loses its raylet before it handles the signal, Ray's library exits with 1 and logs nothing.
     assert process.returncode in (143, 1), log
-    assert ("the same command resumes" in log) == (process.returncode == 143) and "Traceback" not in log
+    assert ("run the same command again to resume" in log) == (process.returncode == 143) and "Traceback" not in log
     assert time.monotonic() - started < 40
     assert_gone(left)
     with training(config, run.name) as process:
