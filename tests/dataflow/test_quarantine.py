@@ -118,7 +118,7 @@ def test_fault_36_images_that_are_not_finite_have_no_score_and_are_named(
         make_scores=functools.partial(Scorer, {"jpeg_size": {"quality": 90}}),
     )
     whole = make(table(PROMPTS))
-    pipeline, make.set_aside = make.model.pipeline, quarantine
+    pipeline, make.quarantine = make.model.pipeline, quarantine
     let_overflow(pipeline.unet if of == "unet" else pipeline.vae.decoder, 0, 1, 5)
     found = make(table(PROMPTS))
     assert found["prompt"].to_pylist() == PROMPTS, "rows stay"
@@ -138,7 +138,7 @@ def test_fault_36_images_that_are_not_finite_have_no_score_and_are_named(
     )
     with pytest.raises(GenerationError, match=re.escape(message)):
         Quarantine(tmp_path, 4, 0.25).refuse_too_many()
-    make.set_aside = Quarantine(tmp_path, 4, 0.25)
+    make.quarantine = Quarantine(tmp_path, 4, 0.25)
     with pytest.raises(GenerationError, match=re.escape(message)):
         make(table(PROMPTS))
 

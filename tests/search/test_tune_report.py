@@ -83,7 +83,7 @@ def test_text_from_elsewhere_stays_text(page: str, tmp_path: Path) -> None:
     trials = [done(1, 0.1, {"training.loss": "a"}), done(2, 0.2, {"training.loss": "<script>alert(1)</script>"})]
     hostile = page_of(trials, tmp_path, found_runs={7: Trial(1, {}, FAILED, (), "<i>\x1b[31m")})
     assert "<script" not in hostile and "&lt;script&gt;" in hostile
-    assert "found failed: &lt;i&gt;␛[31m" in hostile
+    assert "the found schedule failed: &lt;i&gt;␛[31m" in hostile
 
 
 def test_page_refers_to_nothing_outside_itself(page: str) -> None:
