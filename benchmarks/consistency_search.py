@@ -177,7 +177,7 @@ def train(setting: Setting, work_dir: Path, output_dir: Path) -> dict[str, float
         Callbacks(lambda state: stage_pairs(scores, setting, state.stage)),
         num_stages=setting.stages,
         preference_loss=functools.partial(
-            preference_loss, loss=setting.loss, beta=setting.beta, label_smoothing=0.0, sft_weight=setting.sft
+            preference_loss, loss=setting.loss, beta=setting.beta, sft_weight=setting.sft
         ),
     )
     save_trained(engine, model, output_dir, lora=True)

@@ -156,8 +156,7 @@ def _method(config: Config) -> str:
     training = config.training
     method = f"LoRA of rank {training.lora.rank}" if training.method == "lora" else "full fine-tuning"
     reference = "base model" if training.reference == "base" else "previous round"
-    extra = f" + {training.sft_weight:g} x SFT" if training.sft_weight else ""
-    return f"{method}; loss {training.loss}{extra}; reference: {reference}"
+    return f"{method}; loss {training.loss.sentence}; reference: {reference}"
 
 
 def _num_latent_values(config: Config) -> int | None:

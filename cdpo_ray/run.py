@@ -5,7 +5,7 @@ import importlib.util
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import yaml
 
 from cdpo_ray.config import Config
 from cdpo_ray.cost.gpus import DEFAULT_GPU, Gpu, gpu_of_device, visible_gpu
-from cdpo_ray.errors import ConfigError, ResourceError, StoreError, printable
+from cdpo_ray.errors import ConfigError, CurriculumError, ResourceError, StoreError, TrainingError, printable
 from cdpo_ray.models.folder import check_model
 from cdpo_ray.preferences.files import Scan, scan
 from cdpo_ray.progress import Progress
@@ -46,6 +46,7 @@ from cdpo_ray.store import (
     write_text,
 )
 from cdpo_ray.training.job import ValidationJob
+from cdpo_ray.user_code import USER_FUNCTION, load_function
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"
@@ -126,9 +127,11 @@ def run_steps(
     Raises:
         CdpoError: of any kind; steps that finished before it are kept.
     """
+    steps = list(steps)
     _refuse_missing_package(config)
+    _refuse_missing_functions(config, steps)
     check_model_of(config)
-    prompts, steps = read_prompts(config), list(steps)
+    prompts = read_prompts(config)
     folders = round_folders(config)
     with ExitStack() as stack:
         stack.enter_context(storage_errors_within(run_dir_of(config)))
@@ -375,3 +378,12 @@ def _refuse_missing_package(config: Config) -> None:
     keys = config.keys_that_need_bitsandbytes
     if keys and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f'{", ".join(keys)}: bitsandbytes is not installed; pip install "cdpo_ray[lowmem]"')
+
+
+def _refuse_missing_functions(config: Config, steps: Sequence[Step]) -> None:
+    """Import the user's own measure and loss before the first step, for the same reason."""
+    verbs, measure, loss = {step.verb for step in steps}, config.curriculum.measure, config.training.loss.name
+    if "pairs" in verbs and USER_FUNCTION.match(measure):
+        load_function("measure", measure, CurriculumError)
+    if "train" in verbs and USER_FUNCTION.match(loss):
+        load_function("loss", loss, TrainingError)

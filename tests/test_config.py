@@ -14,11 +14,15 @@ import yaml
 from pydantic import BaseModel
 
 import cdpo_ray
-from cdpo_ray.config import COMBINATIONS, REWARD_NAMES, Config, load_config, parse_yaml, validate
-from cdpo_ray.config.section import without_credentials
+from cdpo_ray.config import COMBINATIONS, REWARDS, Config, load_config, parse_yaml, validate
+from cdpo_ray.config.curriculum import DRAWN_BY, MEASURE_NAMES
+from cdpo_ray.config.losses import BUILT_IN
+from cdpo_ray.config.rewards import RewardsSection
+from cdpo_ray.config.section import sections_in, without_credentials
+from cdpo_ray.curriculum.measures import ACCEPTS, MEASURES
 from cdpo_ray.curriculum.schedule import Schedule
 from cdpo_ray.errors import ConfigError
-from cdpo_ray.rewards import REWARDS
+from cdpo_ray.training.losses import LOSSES
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -69,7 +73,7 @@ def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
         "  `evaluation.judges` is missing",
         "  `generation.images_per_prompt` must be >= 2, got 1",
         "  `generation.height` must be a multiple of 8, got 30",
-        f"  `rewards.names.0` must be one of {', '.join(map(repr, REWARD_NAMES))} or 'module:function', got 'pickscor';"
+        f"  `rewards.names.0` must be one of {', '.join(map(repr, REWARDS))} or 'module:function', got 'pickscor';"
         " did you mean 'pickscore'?",
         "  `model.dtype` must be 'float32', 'bfloat16' or 'float16', got 'float8'",
         "  `training.beta` must be > 0, got 0",
@@ -763,8 +767,15 @@ def test_each_reward_gets_its_own_options_and_a_user_function_none() -> None:
     assert rewards.options("names:clip") == {}
 
 
-def test_reward_names_match_the_implemented_rewards() -> None:
-    assert tuple(REWARDS) == REWARD_NAMES
+def test_options_of_rewards_belong_to_a_reward() -> None:
+    options = {name for name, field in RewardsSection.model_fields.items() if sections_in(field.annotation)}
+    assert options - {"perturbation"} <= {*REWARDS}
+
+
+def test_names_of_measures_and_losses_match_the_implemented_ones() -> None:
+    assert tuple(MEASURES) == MEASURE_NAMES
+    assert tuple(ACCEPTS) == DRAWN_BY
+    assert {*LOSSES, "sft"} == {*BUILT_IN}
 
 
 def test_a_config_is_checked_without_torch_ray_and_diffusers() -> None:
@@ -956,7 +967,8 @@ def test_a_knob_has_valid_values_and_a_condition_that_can_be_met() -> None:
     assert set(faults) == {
         "search.space: `training.beta` must be greater than 0, got 0.0",
         "search.space: `training.lora.rank` must be a valid integer, got a number with a fractional part, got 1.5",
-        "search.space: `training.loss` must be 'dpo', 'ipo', 'hinge', 'robust' or 'sft', got 'dpp'",
+        "search.space: `training.loss` must be one of 'dpo', 'ipo', 'hinge', 'robust', 'sft' or 'module:function',"
+        " got 'dpp'; did you mean 'dpo'?",
         "search.space: `curriculum.window` must be greater than or equal to 1, got 0",
         "search.space: `curriculum.order` is not a number, so it has no range; give a list of choices",
         "search.space: `curriculum.num_stages` depends on `training.bta`, which is not in the space; add it, or"

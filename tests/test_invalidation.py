@@ -1,12 +1,13 @@
 """Every configuration key: which finished steps another value invalidates."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cdpo_ray.config import Config, load_config
+from cdpo_ray.config.reference import all_keys
+from cdpo_ray.config.search import value_at
 from cdpo_ray.steps import STEPS
 from cdpo_ray.store import differences
 from cdpo_ray.store.manifests import flat
@@ -64,8 +65,9 @@ CHANGES: dict[str, tuple[list[str], set[str]]] = {
     "training.seed": (["training.seed=7"], {"pairs", "train"}),
     "training.loss": (["training.loss=ipo"], TRAINING),
     "training.beta": (["training.beta=100"], TRAINING),
-    "training.label_smoothing": (["training.loss=robust", "training.label_smoothing=0.1"], TRAINING),
-    "training.sft_weight": (["training.sft_weight=0.1"], TRAINING),
+    "training.loss.label_smoothing": (["training.loss={name: robust, label_smoothing: 0.2}"], TRAINING),
+    "training.loss.sft_weight": (["training.loss.sft_weight=0.1"], TRAINING),
+    "training.loss.options": (["training.loss={name: 'm:f', options: {x: 1}}"], TRAINING),
     "training.reference": (["rounds=2", "training.reference=last_round"], TRAINING),
     "training.learning_rate": (["training.learning_rate=0.001"], TRAINING),
     "training.weight_decay": (["training.weight_decay=0.1"], TRAINING),
@@ -138,7 +140,7 @@ def config(*overrides: str) -> Config:
 
 
 def value_of(config: Config, key: str) -> Any:
-    return functools.reduce(lambda values, name: values[name], key.split("."), config.plain())
+    return value_at(config.plain(), key)
 
 
 def settings(*overrides: str) -> dict[str, dict[str, Any]]:
@@ -163,6 +165,7 @@ def test_another_value_of_a_key_invalidates_exactly_the_steps_whose_outcome_it_d
 def test_every_key_is_listed() -> None:
     options = {"rewards." + name for name, value in config().rewards if hasattr(value, "model_dump")} - {"rewards.clip"}
     keys = {key for key in flat(config().plain()) if not key.startswith(tuple(f"{name}." for name in options))}
+    keys |= {key for key in all_keys() if key.startswith("training.loss.")} - {"training.loss.name"}
     assert keys - {*CHANGES, *NOT_OF_THIS_RUN} == set(), "a new key belongs into CHANGES"
     assert {*CHANGES, *NOT_OF_THIS_RUN} - keys == set()
 
@@ -172,3 +175,21 @@ def test_an_evaluation_of_an_earlier_version_stays_valid_whatever_its_grid_was(
 ) -> None:
     recorded = before["evaluate"] | {"evaluation": before["evaluate"]["evaluation"] | {"grid_prompts": 99}}
     assert not differences(recorded, before["evaluate"])
+
+
+@pytest.mark.parametrize(
+    ("earlier", "loss"),
+    [
+        ({"loss": "dpo", "sft_weight": 0.0, "label_smoothing": 0.0}, "dpo"),
+        ({"loss": "sft", "sft_weight": 0.0, "label_smoothing": 0.0}, "sft"),
+        ({"loss": "ipo", "sft_weight": 0.2, "label_smoothing": 0.0}, "{name: ipo, sft_weight: 0.2}"),
+        ({"loss": "robust", "sft_weight": 0.0, "label_smoothing": 0.1}, "robust"),
+        ({"loss": "robust", "sft_weight": 0.2, "label_smoothing": 0.1}, "{name: robust, sft_weight: 0.2}"),
+        ({"loss": "robust", "sft_weight": 0.0, "label_smoothing": 0.3}, "{name: robust, label_smoothing: 0.3}"),
+    ],
+)
+def test_a_training_of_an_earlier_version_stays_valid_with_the_same_loss(earlier: dict[str, Any], loss: str) -> None:
+    now = settings(f"training.loss={loss}")["train"]
+    recorded = now | {"training": {key: value for key, value in now["training"].items() if key != "loss"} | earlier}
+    assert not differences(recorded, now)
+    assert differences(recorded, settings("training.loss=hinge")["train"])

@@ -158,9 +158,9 @@ def test_the_number_of_latent_values_is_that_of_the_embedded_model() -> None:
 
 def test_method_loss_and_reference_are_printed() -> None:
     assert "LoRA of rank 8; loss dpo; reference: base model\n" in str(make_plan(config(), PROMPTS))
-    changed = config("rounds=2", "training.reference=last_round", "training.loss=ipo", "training.sft_weight=0.1")
+    changed = config("rounds=2", "training.reference=last_round", "training.loss={name: ipo, sft_weight: 0.1}")
     plan = str(make_plan(changed, PROMPTS))
-    assert "LoRA of rank 8; loss ipo + 0.1 x SFT; reference: previous round\n" in plan
+    assert "LoRA of rank 8; loss ipo (sft_weight 0.1); reference: previous round\n" in plan
     assert numbers(line_of(plan, "rounds")) == [2]
 
 

@@ -24,7 +24,7 @@ from cdpo_ray.cli import main
 from cdpo_ray.config import Config, validate
 from cdpo_ray.dataflow.parts import write_part
 from cdpo_ray.dataflow.quarantine import Quarantine
-from cdpo_ray.errors import CurriculumError, GenerationError, RewardError, StoreError
+from cdpo_ray.errors import CurriculumError, GenerationError, RewardError, StoreError, TrainingError
 from cdpo_ray.evaluation.appearance_columns import add_appearance
 from cdpo_ray.evaluation.comparison import Comparer
 from cdpo_ray.generation.generator import Sampling
@@ -485,6 +485,56 @@ def test_fault_10_missing_scores_form_no_pair_and_too_many_stop_the_run(tiny_sd1
     assert run.manifest("3-stages")["counts"]["scores_not_finite"] == 5
     bad = pq.read_table(run.step("3-stages") / "stage-2").to_pydict()
     assert 0 not in bad["chosen"] + bad["rejected"]
+
+
+def test_a_users_own_reward_measure_and_loss_run_by_name_alone(tiny_sd15: Path, tmp_path: Path) -> None:
+    def config_of(gamma: float) -> Config:
+        return make_config(
+            tiny_sd15,
+            tmp_path,
+            "own",
+            rewards__names=["own_objectives:redness"],
+            curriculum__measure="own_objectives:distance_of_indices",
+            curriculum__pacing="one_stage",
+            training__loss={"name": "own_objectives:focal_dpo", "options": {"gamma": gamma}},
+            training__num_workers=1,
+        )
+
+    config = config_of(2.0)
+    run = run_steps(config, steps_until("train"))
+    images = [np.asarray(Image.open(io.BytesIO(png)), dtype=float) for row in pngs(run) for png in row]
+    expected = [image[..., 0].mean() - image[..., 1:].mean() for image in images]
+    np.testing.assert_allclose(scores_of(run, "own_objectives:redness").ravel(), expected)
+    easy, hard = (np.abs(np.subtract(stage["chosen"], stage["rejected"])) for stage in pairs(run))
+    assert ({*easy}, {*hard}) == ({3}, {1, 2}), "distances 1 to 3 of 4 images, cut above the middle"
+    first = json.loads((run.step("4-training") / "updates.jsonl").read_text().split("\n")[0])
+    assert first["loss"] == pytest.approx(0.25 * np.log(2)), "gamma 2 at margin 0"
+    settings = run.manifest("4-training")["settings"]
+    assert len(settings["training.loss.sha256"]) == 64
+    assert len(run.manifest("3-stages")["settings"]["curriculum.measure.sha256"]) == 64
+    with pytest.raises(
+        StoreError, match=r"4-training was made with `training.loss.options.gamma` = 2.0, config says 1"
+    ):
+        run_steps(config_of(1.0), steps_until("train"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"curriculum__measure": "own_objectives:no"}, CurriculumError, r"^measure `own_objectives:no`: cannot be imp"),
+        (
+            {"training__loss": "no_such_module:f"},
+            TrainingError,
+            r"^loss `no_such_module:f`: cannot be imported: No mod",
+        ),
+    ],
+)
+def test_a_missing_measure_or_loss_is_reported_before_an_image_is_generated(
+    changes: dict[str, str], error: type[Exception], message: str, tiny_sd15: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        run_steps(make_config(tiny_sd15, tmp_path, **changes), STEPS)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

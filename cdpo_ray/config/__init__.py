@@ -6,7 +6,7 @@ from cdpo_ray.config.reading import load_config, parse_yaml, validate
 from cdpo_ray.config.rewards import (
     COMBINATIONS,
     JUDGE_NO_IMAGE,
-    REWARD_NAMES,
+    REWARDS,
     RewardsSection,
     VlmAlignmentOptions,
     options_without_choices,
@@ -21,7 +21,7 @@ __all__ = [
     "COMBINATIONS",
     "HUB_ID",
     "JUDGE_NO_IMAGE",
-    "REWARD_NAMES",
+    "REWARDS",
     "Config",
     "Family",
     "Pool",

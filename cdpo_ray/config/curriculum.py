@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from cdpo_ray.config.section import Section
+from cdpo_ray.config.section import Section, check_name
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -17,6 +17,19 @@ RELEASED_MIN_SCORE_GAPS = {"hpsv2": 0.02, "vlm_alignment": 0.02, "aesthetic": 0.
 RELEASED_MIN_SCORE_GAP = 0.1  # any other reward
 
 
+DRAWN_BY = ("rank_gap", "score_gap", "score_gap_quantile")
+"""Measures that are never negative, so that pairs can be drawn in proportion to them."""
+MEASURE_NAMES = (*DRAWN_BY, "margin")
+"""Built-in measures; `cdpo_ray.curriculum.measures.MEASURES` maps each to its function."""
+
+
+def _known_measure(name: str) -> str:
+    return check_name(name, MEASURE_NAMES)
+
+
+MeasureName = Annotated[str, AfterValidator(_known_measure), Field(json_schema_extra={"enum": [*MEASURE_NAMES]})]
+
+
 class CurriculumSection(Section):
     """Which pairs are trained on, and in which order; the defaults are the paper's (arXiv:2405.13637)."""
 
@@ -24,11 +37,12 @@ class CurriculumSection(Section):
     """Defaults of the other keys; a key that is given wins. `paper`: as listed here. `released-code`: the authors' code
     (`measure: score_gap`, a `min_score_gap` by reward). `plain-dpo`: no curriculum (`order: none`)."""
 
-    measure: Literal["rank_gap", "score_gap", "score_gap_quantile", "margin"] = "rank_gap"
+    measure: MeasureName = "rank_gap"
     """Difficulty of a pair; a large value is easy. `rank_gap`: difference of the two ranks within the prompt.
     `score_gap`: difference of the scores. `score_gap_quantile`: its quantile among all pairs. `margin`: DPO margin
-    under the current policy, measured at the start of each stage. Imported pairs have one rank gap only, so they need
-    another measure."""
+    under the current policy, measured at the start of each stage. `module:function`: your own function, which takes
+    pairs (`cdpo_ray.curriculum.pairs.PairArrays`) and returns one number per pair. Imported pairs have one rank gap
+    only, so they need another measure."""
 
     boundaries: Literal["linear", "equal_count"] = "linear"
     """How the measure is cut into levels. `linear`: equal widths (the paper). `equal_count`: as many pairs in each
@@ -98,13 +112,13 @@ class CurriculumSection(Section):
         if self.measure == "margin":
             if self.boundaries != "equal_count":
                 faults.append(f"`measure` 'margin' needs `boundaries` 'equal_count', got {self.boundaries!r}")
-            if self.draws != "uniform":
-                faults.append("`measure` 'margin' can be negative, so `draws` must be 'uniform', got 'by_measure'")
             if self.order not in ("easy_to_hard", "hard_to_easy"):
                 faults.append(
                     "`measure` 'margin' is measured during training, so `order` must be 'easy_to_hard' or"
                     f" 'hard_to_easy', got {self.order!r}"
                 )
+        if self.draws == "by_measure" and self.measure not in DRAWN_BY:
+            faults.append(f"`measure` {self.measure!r} can be negative, so `draws` must be 'uniform', got 'by_measure'")
         if faults:
             raise ValueError("; ".join(faults))
         return self

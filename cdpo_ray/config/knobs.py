@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from cdpo_ray.config.curriculum import CurriculumSection
-from cdpo_ray.config.section import nearest
+from cdpo_ray.config.section import fields_of, nearest, sections_in
 from cdpo_ray.config.training import TrainingSection
 
 SECTIONS: dict[str, type[BaseModel]] = {"curriculum": CurriculumSection, "training": TrainingSection}
@@ -18,6 +18,8 @@ REFUSED = {
         for name in TrainingSection.HOW_NOT_WHAT
     },
     "training.seed": "is not part of a schedule: `search.confirm_seeds` trains the best again with other seeds",
+    "training.loss.name": "is given as `training.loss`",
+    "training.loss.options": "are those of your own function; give other functions as choices of `training.loss`",
     "training.reference": "needs `rounds` > 1, but a search has one round",
     "curriculum.preset": "sets other keys: give those",
 }
@@ -96,14 +98,15 @@ def grid_points(knobs: Sequence[Knob]) -> Iterator[dict[str, Any]]:
     return points(knobs, {})
 
 
-def searched_keys(sections: Mapping[str, type[BaseModel]] = SECTIONS) -> Iterator[str]:
-    """Keys that a search may vary, as written on the command line."""
-    for name, model in sections.items():
-        for key, info in model.model_fields.items():
-            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-                yield from searched_keys({f"{name}.{key}": info.annotation})
-            elif f"{name}.{key}" not in REFUSED:
-                yield f"{name}.{key}"
+def searched_keys(sections: Mapping[str, Any] = SECTIONS) -> Iterator[str]:
+    """Keys that a search may vary, as written on the command line; a variant by its name, and its options."""
+    for section, annotation in sections.items():
+        for name, info in fields_of(annotation).items():
+            key, inner = f"{section}.{name}", sections_in(info.annotation)
+            if len(inner) != 1 and key not in REFUSED:
+                yield key
+            if inner:
+                yield from searched_keys({key: info.annotation})
 
 
 def why_refused(key: str) -> str | None:
@@ -141,6 +144,11 @@ def must_be_given(key: str) -> bool:
     return _field(key).is_required()
 
 
+def default_of(key: str) -> Any:
+    """Default of a key."""
+    return _field(key).get_default(call_default_factory=True)
+
+
 def _adapter(info: FieldInfo) -> TypeAdapter[Any]:
     kind: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
     return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
@@ -148,7 +156,7 @@ def _adapter(info: FieldInfo) -> TypeAdapter[Any]:
 
 def _field(key: str) -> FieldInfo:
     section, *parents, last = key.split(".")
-    model: Any = SECTIONS[section]
+    fields = fields_of(SECTIONS[section])
     for parent in parents:
-        model = model.model_fields[parent].annotation
-    return model.model_fields[last]
+        fields = fields_of(fields[parent].annotation)
+    return fields[last]

@@ -4,13 +4,12 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from cdpo_ray.config.section import nearest, without_credentials
+from cdpo_ray.config.section import fields_of, named, nearest, sections_in, without_credentials
 from cdpo_ray.config.whole import Config
 from cdpo_ray.errors import ConfigError
 
@@ -22,6 +21,8 @@ MAX_DIGITS = 50
 MAX_FAULTS_SHOWN = 20
 MAX_VALUE_SHOWN = 200
 MAX_LINE_SHOWN = 1000
+MOVED = {f"training.{key}": f"training.loss.{key}" for key in ("label_smoothing", "sft_weight")}
+"""Key of an earlier version -> its place since 0.3."""
 YAML_TAG = "tag:yaml.org,2002:"
 PLAIN_TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
 
@@ -190,8 +191,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if len(parents) > MAX_DEPTH:
         raise ConfigError(f"{shown}: has {len(parents):,} nested sections; no key is that deep")
     place = values
+    kind: Any = Config
     for parent in parents:
+        field = fields_of(kind).get(parent)
+        kind = field.annotation if field else None
         child = place.setdefault(parent, {})
+        if len(sections_in(kind)) > 1:  # a variant may be given by its name alone
+            child = place[parent] = named(child)
         if not isinstance(child, dict):
             raise ConfigError(f"{shown}: `{_key(parent)}` is a value, not a section")
         place = child
@@ -213,21 +219,26 @@ def _shortened(text: str, limit: int = MAX_VALUE_SHOWN) -> str:
 
 def _sentences(fault: Any) -> Iterable[str]:
     """One pydantic fault in sentences, with the key as the user wrote it."""
-    where = ".".join(map(_key, fault["loc"]))
+    location, beside, owners = _located(fault["loc"])
+    where = ".".join(map(_key, location))
     kind, got = fault["type"], fault["input"]
     context = {name: int(x) if x == 0.0 or x == 1.0 else x for name, x in fault.get("ctx", {}).items()}  # 0, not 0.0
     if kind == "extra_forbidden":
-        near = nearest(str(fault["loc"][-1])[:MAX_VALUE_SHOWN], _keys_beside(fault["loc"]))
-        parent = ".".join(map(_key, fault["loc"][:-1]))
-        yield unknown_key(where, near and f"{parent}.{near}".lstrip("."))
+        near = nearest(str(location[-1])[:MAX_VALUE_SHOWN], beside)
+        parent = ".".join(map(_key, location[:-1]))
+        suggestion = MOVED.get(where) or (near and f"{parent}.{near}".lstrip("."))
+        if owners:
+            yield f"`{where}` belongs to `{parent}` {' or '.join(map(repr, owners))}, got {_shown(got)}"
+        else:
+            yield unknown_key(where, suggestion)
     elif kind == "missing":
         yield f"`{where}` is missing"
     elif kind == "value_error":
         for message in str(context.get("error", fault["msg"])).split("\n"):
             if isinstance(got, dict):
                 yield f"{where}: {message}" if where else message
-            elif fault["loc"][-1:] == ("[key]",):  # of a section whose keys the user chooses
-                yield f"{'.'.join(map(_key, fault['loc'][:-2]))}: {message}"
+            elif location[-1:] == ("[key]",):  # of a section whose keys the user chooses
+                yield f"{'.'.join(map(_key, location[:-2]))}: {message}"
             else:
                 what, separator, hint = message.partition("; ")
                 yield f"`{where}` {what}, got {_shown(got)}{separator}{hint}"
@@ -248,20 +259,35 @@ def _sentences(fault: Any) -> Iterable[str]:
         yield f"`{where}` must {wish}, got {_shown(got)}"
 
 
-def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
+def _located(location: Sequence[int | str]) -> tuple[tuple[int | str, ...], list[str], list[str]]:
+    """The key of a fault as the user wrote it, the keys beside it, and the names of the variants that have such a key.
+
+    Args:
+        location: as in pydantic's faults, where a tag follows the key of a variant. A fault of a variant's name is one
+            of the variant, which may be given by its name alone.
+    """
     kind: Any = Config
-    for part in location[:-1]:
+    key: list[int | str] = []
+    beside: list[str] = []
+    owners: list[str] = []
+    variants: tuple[Any, ...] = ()
+    for part in location:
+        if len(sections_in(kind)) > 1:
+            variants = sections_in(kind)
+            kind = next((each for each in variants if each.model_fields["name"].default == part), variants[-1])
+            continue
+        fields = fields_of(kind)
+        if not (variants and part == "name"):
+            key.append(part)
+            beside = [*fields]
+            owners = [
+                each.model_fields["name"].default
+                for each in variants
+                if part in each.model_fields and not each.model_fields["name"].is_required()
+            ]
+        variants = ()
         if get_origin(kind) is dict:
             kind = get_args(kind)[1]
-        elif _is_section(kind):
-            kind = kind.model_fields[str(part)].annotation
-        kind = next((each for each in get_args(kind) if _is_section(each)), kind) if _may_be_none(kind) else kind
-    return list(kind.model_fields) if _is_section(kind) else []
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _may_be_none(kind: Any) -> bool:
-    return NoneType in get_args(kind)
+        else:
+            kind = fields[str(part)].annotation if part in fields else None
+    return tuple(key), beside, owners

@@ -135,7 +135,7 @@ def _keys(
         alternatives = field.get("anyOf", [field])
         references = [_reference(each) for each in (*alternatives, field.get("additionalProperties"))]
         reference = next(filter(None, references), None)
-        inner = definitions[reference] if reference else None
+        inner = definitions[reference] if reference else _variants(field, definitions)
         is_section = inner is not None and field.get("type") != "object"
         known = first.setdefault(reference, full_name) if reference else full_name
         yield Key(
@@ -150,6 +150,16 @@ def _keys(
         )
         if inner:
             yield from _keys(inner, definitions, f"{full_name}." if is_section else f"{full_name}.<key>.", first)
+
+
+def _variants(field: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The keys that any variant of a field has; `None`: it has no variants."""
+    variants = [definitions[_reference(each) or ""] for each in field.get("oneOf", ())]
+    if not variants:
+        return None
+    properties = {name: schema for variant in variants for name, schema in variant["properties"].items()}
+    names = [variant["properties"]["name"]["const"] for variant in variants if "const" in variant["properties"]["name"]]
+    return {"properties": properties | {"name": properties["name"] | {"enum": names, "default": field["default"]}}}
 
 
 def _reference(schema: Any) -> str | None:

@@ -3,26 +3,27 @@
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_origin
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from cdpo_ray.config.section import LocalPath, Section, Sha256, check_pinned, looked_for, nearest
+from cdpo_ray.config.section import LocalPath, Section, Sha256, check_name, check_pinned, looked_for
 from cdpo_ray.errors import printable
 from cdpo_ray.records import PERTURBATION, PREFERENCE
 
-REWARD_NAMES = (
-    "clip",
-    "hpsv2",
-    "imagereward",
-    "pickscore",
-    "aesthetic",
-    "vlm_alignment",
-    "jpeg_size",
-    "oracle",
-    "oracle_strict",
-)
-"""Built-in rewards; `cdpo_ray.rewards.REWARDS` maps each to its class; a test compares the two."""
+REWARDS = {
+    "clip": "cdpo_ray.rewards.clip:ClipReward",
+    "hpsv2": "cdpo_ray.rewards.hpsv2:HpsV2Reward",
+    "imagereward": "cdpo_ray.rewards.imagereward:ImageReward",
+    "pickscore": "cdpo_ray.rewards.pickscore:PickScoreReward",
+    "aesthetic": "cdpo_ray.rewards.aesthetic:AestheticReward",
+    "vlm_alignment": "cdpo_ray.rewards.vlm_alignment:VlmAlignmentReward",
+    "jpeg_size": "cdpo_ray.rewards.jpeg_size:JpegSizeReward",
+    "oracle": "cdpo_ray.rewards.oracle:OracleReward",
+    "oracle_strict": "cdpo_ray.rewards.oracle:StrictOracleReward",
+}
+"""Built-in reward -> its class, imported on first use; its options, if any, are the field of that name in
+`RewardsSection`, and the keyword arguments of the class."""
 
 JUDGE_NO_IMAGE = (PERTURBATION, PREFERENCE)
 """Scores that need no image: by how it was made, or by human labels."""
@@ -30,23 +31,9 @@ JUDGE_NO_IMAGE = (PERTURBATION, PREFERENCE)
 COMBINATIONS = ("weighted_sum", "mean_rank", "pareto")
 """Rules to rank by several rewards; `cdpo_ray.curriculum.combination` maps each to its function."""
 
-NEEDS_A_CHOICE = {
-    "aesthetic": "`rewards.aesthetic.head`",
-    "imagereward": "`rewards.imagereward.sha256`",
-    "vlm_alignment": "`rewards.vlm_alignment.captioner` or `rewards.vlm_alignment.endpoint`",
-}
-"""Built-in rewards with a required option."""
-
-OWN_REWARD = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-
 
 def _known_reward(name: str, *others: str) -> str:
-    known = (*REWARD_NAMES, *others)
-    if name not in known and not OWN_REWARD.match(name):
-        near = nearest(name, known)
-        hint = f"; did you mean {near!r}?" if near else ""
-        raise ValueError(f"must be one of {', '.join(map(repr, known))} or 'module:function'{hint}")
-    return name
+    return check_name(name, (*REWARDS, *others))
 
 
 def _known_score(name: str) -> str:
@@ -75,7 +62,19 @@ def ranking_weights(rewards: Mapping[str, Any]) -> dict[str, float]:
     return {name: weights.get(name, 1.0) for name in names if weights.get(name, 1.0)}
 
 
-class ClipOptions(Section):
+class RewardOptions(Section):
+    """Options of one reward."""
+
+    NEEDS: ClassVar[str] = ""
+    """Keys that the reward cannot be used without and that have no default, for a message; empty: there are none."""
+
+    @property
+    def fault(self) -> str:
+        """Why the reward cannot be used with these options; empty: it can."""
+        return ""
+
+
+class ClipOptions(RewardOptions):
     """Reward `clip`: cosine similarity of image and prompt by any open_clip model."""
 
     architecture: str = "embedded"
@@ -101,7 +100,7 @@ class ClipOptions(Section):
         return self
 
 
-class HpsV2Options(Section):
+class HpsV2Options(RewardOptions):
     """Reward `hpsv2`: HPS v2.1. The defaults are the released weights."""
 
     architecture: str = "ViT-H-14"
@@ -122,7 +121,7 @@ class HpsV2Options(Section):
         return self
 
 
-class PickScoreOptions(Section):
+class PickScoreOptions(RewardOptions):
     """Reward `pickscore`: PickScore v1. The defaults are the released weights."""
 
     checkpoint: LocalPath = "yuvalkirstain/PickScore_v1"
@@ -146,8 +145,10 @@ class PickScoreOptions(Section):
         return self
 
 
-class AestheticOptions(Section):
+class AestheticOptions(RewardOptions):
     """Reward `aesthetic`: LAION's aesthetic predictor, a head on CLIP ViT-L/14."""
+
+    NEEDS: ClassVar[str] = "`rewards.aesthetic.head`"
 
     head: LocalPath | None = None
     """Path of the released file sac+logos+ava1-l14-linearMSE.pth; required where the reward is used. Its authors
@@ -162,6 +163,15 @@ class AestheticOptions(Section):
     revision: str | None = "32bd64288804d66eefd0ccbe215aa642df71cc41"
     """Full commit (40 hex digits) of a hub id."""
 
+    @property
+    def fault(self) -> str:
+        return (
+            ""
+            if self.head
+            else "`rewards.aesthetic.head` is missing: the path of sac+logos+ava1-l14-linearMSE.pth, a file of"
+            " github.com/christophschuhmann/improved-aesthetic-predictor"
+        )
+
     @model_validator(mode="after")
     def _is_pinned(self) -> "AestheticOptions":
         if self.head is not None and not os.path.isfile(self.head):
@@ -170,8 +180,10 @@ class AestheticOptions(Section):
         return self
 
 
-class ImageRewardOptions(Section):
+class ImageRewardOptions(RewardOptions):
     """Reward `imagereward`: ImageReward v1.0."""
+
+    NEEDS: ClassVar[str] = "`rewards.imagereward.sha256`"
 
     checkpoint: LocalPath = "zai-org/ImageReward"
     """File of weights, or a hub id; the default is the released one."""
@@ -188,6 +200,15 @@ class ImageRewardOptions(Section):
 
     vocabulary_revision: str | None = "86b5e0934494bd15c9632b12f734a8a67f723594"
     """Full commit (40 hex digits) of the vocabulary's hub id."""
+
+    @property
+    def fault(self) -> str:
+        return (
+            ""
+            if self.sha256
+            else "`rewards.imagereward.sha256` must be the SHA-256 of ImageReward.pt: the hub shows it on the file's"
+            " page, and `sha256sum` prints that of a file"
+        )
 
     @model_validator(mode="after")
     def _is_pinned(self) -> "ImageRewardOptions":
@@ -231,9 +252,11 @@ class EndpointSection(Section):
     """Number of requests that one scorer has open at the same time."""
 
 
-class VlmAlignmentOptions(Section):
+class VlmAlignmentOptions(RewardOptions):
     """Reward `vlm_alignment`, the paper's text alignment: sentence similarity of the prompt and of a caption written by
     a vision-language model. It needs `captioner` or `endpoint`."""
+
+    NEEDS: ClassVar[str] = "`rewards.vlm_alignment.captioner` or `rewards.vlm_alignment.endpoint`"
 
     captioner: LocalPath | None = None
     """Folder or hub id of a vision-language model that runs in the scorer. No default, because the version that the
@@ -256,6 +279,14 @@ class VlmAlignmentOptions(Section):
     sentence_encoder_revision: str | None = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
     """Full commit (40 hex digits) of the sentence encoder's hub id."""
 
+    @property
+    def fault(self) -> str:
+        return (
+            ""
+            if self.captioner or self.endpoint
+            else "`rewards.vlm_alignment` must have a `captioner` (a folder or a hub id), or an `endpoint`"
+        )
+
     @model_validator(mode="after")
     def _is_pinned(self) -> "VlmAlignmentOptions":
         if self.captioner and self.endpoint:
@@ -268,7 +299,7 @@ class VlmAlignmentOptions(Section):
         return self
 
 
-class JpegSizeOptions(Section):
+class JpegSizeOptions(RewardOptions):
     """Reward `jpeg_size`: kilobytes of the image as JPEG, beyond those of a blank image. Needs no model and is easy to
     hack, so it serves as a control."""
 
@@ -294,10 +325,10 @@ def options_without_choices(name: str, recorded: Any) -> dict[str, Any]:
     Raises:
         ValueError: an option selects something, or is invalid; the reason completes "reward `name` ...".
     """
-    if name not in REWARD_NAMES:
+    if name not in REWARDS:
         raise ValueError("is a user-defined function")
     field = RewardsSection.model_fields.get(name)
-    kind: Any = field.annotation if field else Section
+    kind: Any = field.annotation if field else RewardOptions
     if not isinstance(recorded, dict):
         raise ValueError("has no options recorded")
     for key, value in recorded.items():
@@ -311,8 +342,8 @@ def options_without_choices(name: str, recorded: Any) -> dict[str, Any]:
         options = kind.model_validate(recorded, strict=True)
     except ValidationError as error:
         raise ValueError(f"has options that cannot be used ({printable(error.errors()[0]['msg'])})") from None
-    if missing := NEEDS_A_CHOICE.get(name):
-        raise ValueError(f"needs {missing}, which another run may not choose")
+    if kind.NEEDS:
+        raise ValueError(f"needs {kind.NEEDS}, which another run may not choose")
     return options.model_dump()
 
 
@@ -402,5 +433,13 @@ class RewardsSection(Section):
 
     def options(self, name: str) -> dict[str, Any]:
         """Keyword arguments of one reward's class."""
-        section = getattr(self, name, None) if name in (*REWARD_NAMES, PERTURBATION) else None
-        return section.model_dump() if section is not None else {}
+        section = self._section(name)
+        return section.model_dump() if section else {}
+
+    def fault(self, name: str) -> str:
+        """Why a reward cannot be used with its options; empty: it can."""
+        section = self._section(name)
+        return section.fault if isinstance(section, RewardOptions) else ""
+
+    def _section(self, name: str) -> Section | None:
+        return getattr(self, name, None) if name in (*REWARDS, PERTURBATION) else None

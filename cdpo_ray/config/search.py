@@ -1,18 +1,25 @@
 """A search over schedules: its space, objectives, and budget."""
 
 import copy
-import functools
 import itertools
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from cdpo_ray.config.curriculum import CurriculumSection
-from cdpo_ray.config.knobs import Knob, as_field, grid_points, must_be_given, number_type, ordered, why_refused
-from cdpo_ray.config.section import Section
+from cdpo_ray.config.knobs import (
+    Knob,
+    as_field,
+    default_of,
+    grid_points,
+    must_be_given,
+    number_type,
+    ordered,
+    why_refused,
+)
+from cdpo_ray.config.section import Section, named
 
 Objective = Literal["reward", "win_rate", "diversity", "implicit_accuracy"]
 
@@ -26,7 +33,6 @@ PAPER_SCHEDULE: dict[str, Any] = {
 BELONGS_TO: dict[str, tuple[str, Any]] = {
     "curriculum.window": ("curriculum.pacing", "sliding_window"),
     "curriculum.num_margin_draws": ("curriculum.measure", "margin"),
-    "training.label_smoothing": ("training.loss", "robust"),
     "training.lora": ("training.method", "lora"),
 }
 """Keys that are only allowed if another key has this value."""
@@ -97,8 +103,15 @@ def _checked_space(space: dict[str, KnobSection]) -> dict[str, KnobSection]:
             try:
                 values.append(as_field(key, value))
             except ValidationError as error:
-                wish = error.errors()[0]["msg"].removeprefix("Input should ")
-                faults.append(f"`{key}` must {wish}, got {value!r}")
+                reason = error.errors()[0]["msg"].removeprefix("Input should ").removeprefix("Value error, must ")
+                wish, separator, hint = reason.partition("; ")
+                faults.append(f"`{key}` must {wish}, got {value!r}{separator}{hint}")
+            else:
+                if isinstance(values[-1], dict):
+                    faults.append(
+                        f"`{key}` must be given by name in a search, got {value!r}; vary its options as keys of their"
+                        f" own, such as `{key}.{[*values[-1]][-1]}`"
+                    )
         changed = {"choices": tuple(values)} if knob.choices is not None else {}
         when = {name: [*given] if isinstance(given, list | tuple) else [given] for name, given in knob.when.items()}
         taken[key] = knob.model_copy(update=changed | {"when": when})
@@ -302,19 +315,31 @@ def with_point(values: Mapping[str, Any], knobs: Sequence[Knob], point: Mapping[
 
 
 def value_at(values: Mapping[str, Any], key: str) -> Any:
-    """The value of a key, written as on the command line, in nested values."""
-    return functools.reduce(operator.getitem, key.split("."), values)
+    """The value of a key, written as on the command line, in nested values; of a variant its name.
+
+    An option that the variant in ``values`` does not have has its default.
+    """
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = named(values[parent])
+    found = values[last] if last in values else default_of(key)
+    return found["name"] if isinstance(found, dict) and "name" in found else found
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value; a variant keeps its options if it keeps its name."""
     *parents, last = key.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
-    values[last] = value
+        inner = named(values.get(parent, {}))
+        values[parent] = inner
+        values = inner
+    before = values.get(last)
+    if not (isinstance(before, dict) and before.get("name") == value):
+        values[last] = value
 
 
 def _remove(values: dict[str, Any], key: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
-        values = values.get(parent, {})
+        values = named(values.get(parent, {}))
     values.pop(last, None)

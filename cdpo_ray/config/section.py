@@ -4,9 +4,13 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from cdpo_ray.user_code import USER_FUNCTION
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
@@ -31,6 +35,39 @@ class Section(BaseModel):
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is most similar, if any is similar enough to suggest."""
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
+def check_name(name: str, known: Iterable[str]) -> str:
+    """A known name, or a user's function ``module:function``.
+
+    Raises:
+        ValueError: the name is neither; suggests one that is similar.
+    """
+    if name in (known := tuple(known)) or USER_FUNCTION.match(name):
+        return name
+    near = nearest(name, known)
+    hint = f"; did you mean {near!r}?" if near else ""
+    raise ValueError(f"must be one of {', '.join(map(repr, known))} or 'module:function'{hint}")
+
+
+def sections_in(annotation: Any) -> tuple[type[BaseModel], ...]:
+    """Sections that the value of a field can be: one, none, or several for variants."""
+    if isinstance(annotation, type):
+        return (annotation,) if issubclass(annotation, BaseModel) else ()
+    if get_origin(annotation) is Annotated:
+        return sections_in(get_args(annotation)[0])
+    is_union = get_origin(annotation) in (Union, UnionType)
+    return tuple(section for each in get_args(annotation) for section in sections_in(each)) if is_union else ()
+
+
+def fields_of(annotation: Any) -> dict[str, FieldInfo]:
+    """Fields of a section; of variants, the fields that any of them has."""
+    return {name: field for section in sections_in(annotation) for name, field in section.model_fields.items()}
+
+
+def named(variant: Any) -> Any:
+    """A variant that is given by its name alone, as a mapping."""
+    return {"name": variant} if isinstance(variant, str) else variant
 
 
 def check_place(text: str) -> str:

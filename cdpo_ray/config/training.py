@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from cdpo_ray.config.losses import DpoLoss, Loss
 from cdpo_ray.config.section import Section
 
 
@@ -75,23 +76,15 @@ class TrainingSection(Section):
     """Weights to train. `lora`: a LoRA; the reference is the same model with the LoRA off. `full`: all weights of the
     denoiser, with a frozen copy as reference, which needs far more memory (see `zero_stage`)."""
 
-    loss: Literal["dpo", "ipo", "hinge", "robust", "sft"] = "dpo"
-    """Loss of a pair's margin m. `dpo`: -log sigmoid(m), the paper's. `ipo`: (m - 1/2)^2. `hinge`: max(0, 1 - m).
-    `robust`: `dpo` corrected for a share `label_smoothing` of wrong labels. `sft`: the chosen image's denoising error
-    alone, a baseline without preferences."""
+    loss: Loss = DpoLoss()
+    """Loss of a pair's margin m: a name, or a mapping of `name` and the loss's options, such as `{name: robust,
+    label_smoothing: 0.2}`."""
 
     beta: Annotated[float, Field(gt=0)]
     """Strength of the KL penalty towards the reference: large values keep the model close to it. The margin is -beta/2
     times a difference of errors averaged over latent values, so a value does not carry over to another latent size.
     Published: 2000 to 5000 for Stable Diffusion, 100 to 2000 for flow matching, 400 for LCM; the embedded world needs
     200. `cdpo check` prints it in other conventions."""
-
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of labels assumed to be wrong; required with `loss: robust`, not allowed otherwise."""
-
-    sft_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Adds this multiple of the chosen image's denoising error, times beta/2, to another `loss`. Raise it if the chosen
-    image's error rises during training. 0: the plain loss."""
 
     reference: Literal["base", "last_round"] = "base"
     """Frozen reference of later rounds: the base model, or the model that the round started from (needs `rounds` >
@@ -182,14 +175,6 @@ class TrainingSection(Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "TrainingSection":
-        if self.label_smoothing and self.loss != "robust":
-            raise ValueError(f"`label_smoothing` belongs to `loss` 'robust', got it with {self.loss!r}")
-        if self.loss == "robust" and not self.label_smoothing:
-            raise ValueError("`loss` 'robust' needs `label_smoothing` above 0, the share of labels assumed to be wrong")
-        if self.sft_weight and self.loss == "sft":
-            raise ValueError(
-                "`sft_weight` adds the chosen image's error to another `loss`, but 'sft' is that error; leave it out"
-            )
         if self.method == "full" and "lora" in self.model_fields_set:
             raise ValueError("`lora` must not be given with `method` 'full', which trains all weights")
         if self.optimizer == "adamw_8bit" and self.zero_stage:

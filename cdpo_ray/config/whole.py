@@ -191,21 +191,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rewards_have_their_options(self) -> "Config":
-        used, faults = {*self.rewards.names, *self.evaluation.judges}, []
-        if "aesthetic" in used and self.rewards.aesthetic.head is None:
-            faults.append(
-                "`rewards.aesthetic.head` is missing: the path of sac+logos+ava1-l14-linearMSE.pth, a file of"
-                " github.com/christophschuhmann/improved-aesthetic-predictor"
-            )
-        if "imagereward" in used and self.rewards.imagereward.sha256 is None:
-            faults.append(
-                "`rewards.imagereward.sha256` must be the SHA-256 of ImageReward.pt: the hub shows it on the file's"
-                " page, and `sha256sum` prints that of a file"
-            )
-        if "vlm_alignment" in used and not (
-            self.rewards.vlm_alignment.captioner or self.rewards.vlm_alignment.endpoint
-        ):
-            faults.append("`rewards.vlm_alignment` must have a `captioner` (a folder or a hub id), or an `endpoint`")
+        used = dict.fromkeys([*self.rewards.names, *self.evaluation.judges])
+        faults = [fault for name in used if (fault := self.rewards.fault(name))]
         if faults:
             raise ValueError("; ".join(faults))
         return self

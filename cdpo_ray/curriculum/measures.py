@@ -10,7 +10,9 @@ from cdpo_ray.curriculum.drawing import Accept
 from cdpo_ray.curriculum.pairs import AdmittedPairs, ListedPairs, PairArrays, PairSet
 from cdpo_ray.curriculum.ranking import Ranking
 from cdpo_ray.curriculum.stages import admitted_gaps, smallest_gap
+from cdpo_ray.errors import CurriculumError
 from cdpo_ray.randomness.numbers import unit_interval
+from cdpo_ray.user_code import attribute_errors, load_function
 
 PairsOfLevels = Callable[[int, int], PairSet]
 """Pairs of the levels from the first to the last, both inclusive."""
@@ -104,24 +106,36 @@ def levels_by_margin(cut: Cut) -> PairsOfLevels:
     """
     if cut.boundaries != "equal_count":
         raise ValueError(f"`boundaries` must be 'equal_count' for the margin, got {cut.boundaries!r}")
-    ranking, formed = cut.ranking, AdmittedPairs(cut.ranking, min_score_gap=cut.min_score_gap)
+    ranking = cut.ranking
     values = np.zeros(ranking.order.shape) if cut.values is None else np.asarray(cut.values, dtype=np.float64)
     if values.shape != ranking.order.shape:
         raise ValueError(f"`values` must be [prompt, sample] {ranking.order.shape}, got shape {values.shape}")
     is_ranked = np.isfinite(ranking.sorted_scores)
     if num_bad := np.count_nonzero(~np.isfinite(np.take_along_axis(values, ranking.order, axis=1)) & is_ranked):
         raise ValueError(f"`values` of {num_bad} ranked samples are not finite; check whether training diverged")
-    margin, rank_gap = np.empty(formed.num_pairs), np.empty(formed.num_pairs, dtype=np.int32)
+    return levels_by_value(cut, lambda pairs: values[pairs.prompt, pairs.chosen] - values[pairs.prompt, pairs.rejected])
+
+
+def levels_by_value(cut: Cut, value_of: Callable[[PairArrays], NDArray[np.floating]]) -> PairsOfLevels:
+    """Levels of equal count, or linear, by a value of each pair, largest first.
+
+    Equal values are ordered by rank gap, then by prompt and rank. Memory is O(pairs).
+
+    Args:
+        value_of: pairs -> values ``[pair]``, large for easy pairs.
+    """
+    formed = AdmittedPairs(cut.ranking, min_score_gap=cut.min_score_gap)
+    value, rank_gap = np.empty(formed.num_pairs), np.empty(formed.num_pairs, dtype=np.int32)
     for numbers, pairs in formed.chunks():
-        margin[numbers] = values[pairs.prompt, pairs.chosen] - values[pairs.prompt, pairs.rejected]
+        value[numbers] = value_of(pairs)
         rank_gap[numbers] = pairs.rank_gap
-    easy_first = np.lexsort((-rank_gap, -margin))
-
-    def between(first: int, last: int) -> PairSet:
-        start, end = ((level * formed.num_pairs) // cut.num_levels for level in (first - 1, last))
-        return ListedPairs(formed, np.sort(easy_first[start:end]))
-
-    return between
+    easy_first = np.lexsort((-rank_gap, -value))
+    edges = [(level * formed.num_pairs) // cut.num_levels for level in range(cut.num_levels + 1)]
+    if cut.boundaries == "linear" and formed.num_pairs:
+        highest, lowest = value[easy_first[0]], value[easy_first[-1]]
+        lower = highest - (highest - lowest) * np.arange(1, cut.num_levels) / cut.num_levels
+        edges[1:-1] = np.searchsorted(-value[easy_first], -lower).tolist()  # a level includes its upper edge only
+    return lambda first, last: ListedPairs(formed, np.sort(easy_first[edges[first - 1] : edges[last]]))
 
 
 MEASURES: dict[str, Callable[[Cut], PairsOfLevels]] = {
@@ -130,6 +144,30 @@ MEASURES: dict[str, Callable[[Cut], PairsOfLevels]] = {
     "score_gap_quantile": levels_by_score_gap_quantile,
     "margin": levels_by_margin,
 }
+
+
+def measure_function(name: str) -> Callable[[Cut], PairsOfLevels]:
+    """A key of `MEASURES`, or a user's ``module:function``, which takes `PairArrays` and returns values ``[pair]``.
+
+    Raises:
+        CurriculumError: if a user's function cannot be imported, raises, or returns anything but one finite number per
+            pair.
+    """
+    if name in MEASURES:
+        return MEASURES[name]
+    function = load_function("measure", name, CurriculumError)
+
+    def value_of(pairs: PairArrays) -> NDArray[np.floating]:
+        with attribute_errors("measure", name, CurriculumError):
+            values = np.asarray(function(pairs), dtype=np.float64)
+        if values.shape != (len(pairs),) or not np.isfinite(values).all():
+            raise CurriculumError(
+                f"measure `{name}`: must return one finite number for each of {len(pairs)} pairs, got an array of shape"
+                f" {list(values.shape)}, {np.isfinite(values).sum()} of its values finite"
+            )
+        return values
+
+    return lambda cut: levels_by_value(cut, value_of)
 
 
 def accept_by_rank_gap(admitted: PairSet, formed: PairSet) -> Accept:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cdpo_ray.curriculum.drawing import draw_pairs, swap_labels
-from cdpo_ray.curriculum.measures import ACCEPTS, MEASURES, Cut
+from cdpo_ray.curriculum.measures import ACCEPTS, Cut, measure_function
 from cdpo_ray.curriculum.pairs import AdmittedPairs, PairArrays, PairSet, ShuffledSlice, cap_per_prompt, concat
 from cdpo_ray.curriculum.ranking import Ranking
 from cdpo_ray.curriculum.stages import ORDERED, admitted_levels
@@ -20,7 +20,7 @@ class Schedule:
 
     Attributes:
         num_stages: number of stages and of levels of difficulty.
-        measure: key of `MEASURES`.
+        measure: name of a `measure_function`.
         boundaries: ``linear`` in the measure or ``equal_count``; ``margin`` requires ``equal_count``.
         pacing, window: levels of each stage, see `admitted_levels`.
         order: ``easy_to_hard``; ``hard_to_easy``; ``random``: levels of the same sizes with randomly assigned pairs;
@@ -91,7 +91,7 @@ class Curriculum:
         self.formed = AdmittedPairs(ranking, min_score_gap=schedule.min_score_gap)
         if schedule.order in (*ORDERED, "random"):
             cut = Cut(ranking, schedule.num_stages, schedule.boundaries, schedule.min_score_gap, values)
-            self._pairs_of_levels = MEASURES[schedule.measure](cut)
+            self._pairs_of_levels = measure_function(schedule.measure)(cut)
         elif schedule.order == "shuffled":
             in_order = replace(schedule, order="easy_to_hard", label_noise=0.0)
             self._in_order = Curriculum(ranking, in_order, seed=seed, values=values)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from cdpo_ray.config import REWARD_NAMES, options_without_choices
+from cdpo_ray.config import REWARDS, options_without_choices
 from cdpo_ray.dataflow.images import decode_pngs
 from cdpo_ray.errors import RewardError, StoreError, printable
 from cdpo_ray.evaluation.appearance import APPEARANCE
@@ -202,7 +202,7 @@ def _refuse_code_of_runs(options: Mapping[str, Any], run_dirs: Sequence[Path]) -
     Raises:
         RewardError: a custom reward is used, and the working directory is within a run's folder.
     """
-    own = [judge for judge in options if judge not in REWARD_NAMES]
+    own = [judge for judge in options if judge not in REWARDS]
     here = Path.cwd().resolve()
     if own and any(is_local(run_dir) and here.is_relative_to(run_dir.resolve()) for run_dir in run_dirs):
         raise RewardError(

@@ -1,15 +1,10 @@
 """Images and prompts -> scores of several rewards, in one process."""
 
-import contextlib
 import importlib
-import importlib.util
 import logging
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cdpo_ray.config import REWARDS
 from cdpo_ray.dataflow.columns import list_column, tensor_column
 from cdpo_ray.dataflow.images import decode_pngs, is_black
 from cdpo_ray.dataflow.memory import is_out_of_memory, needed_and_free
-from cdpo_ray.errors import CdpoError, RewardError
+from cdpo_ray.errors import RewardError
 from cdpo_ray.models import load_model
 from cdpo_ray.records import score_column
-from cdpo_ray.rewards import REWARDS
 from cdpo_ray.rewards.crashes import report_crashes
+from cdpo_ray.user_code import attribute_errors, load_function
 
 log = logging.getLogger(__name__)
 
@@ -96,20 +92,13 @@ def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
     Raises:
         RewardError: if it cannot be imported or instantiated, or is not callable.
     """
-    module_name, _, attribute = REWARDS.get(name, name).partition(":")
-    with report_crashes(name, ["load"]), _errors_attributed(name):
-        try:
-            module = importlib.import_module(module_name) if name in REWARDS else _own_module(module_name)
-            found = getattr(module, attribute)
-        except (ImportError, AttributeError) as error:
-            raise RewardError(
-                f"reward `{name}`: cannot be imported: {error}; the module must be installed, or be in the working"
-                " directory of the command"
-            ) from None
+    with report_crashes(name, ["load"]), attribute_errors("reward", name, RewardError):
         if name in REWARDS:
-            found = found(**options)
-        elif isinstance(found, type):
-            found = found()
+            module_name, _, attribute = REWARDS[name].partition(":")
+            found = getattr(importlib.import_module(module_name), attribute)(**options)
+        else:
+            found = load_function("reward", name, RewardError)
+            found = found() if isinstance(found, type) else found
     if not callable(found):
         raise RewardError(
             f"reward `{name}`: must be a function of images and prompts, or a class of such callables, got"
@@ -118,27 +107,11 @@ def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
     return found
 
 
-def _own_module(name: str) -> ModuleType:
-    """Import the file of this name in the working directory if it exists, else an installed module.
-
-    The directory is appended to the import path, so that no other file in it hides a module.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    spec = importlib.util.spec_from_file_location(name, Path(f"{name}.py").absolute())
-    if name in sys.modules or not Path(f"{name}.py").is_file() or not spec or not spec.loader:
-        return importlib.import_module(name)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
 def _checked(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> NDArray[np.float64]:
-    with report_crashes(name, prompts), _errors_attributed(name, but=is_out_of_memory):  # fewer images may fit
+    with (
+        report_crashes(name, prompts),
+        attribute_errors("reward", name, RewardError, but=is_out_of_memory),
+    ):  # fewer images may fit
         returned = reward(images.clone(), list(prompts))  # copies: a reward may modify them
     scores = as_scores(returned, len(prompts))
     if scores is None:
@@ -180,29 +153,6 @@ def _described(returned: Any) -> str:
     if isinstance(returned, list | tuple):
         return f"a {kind} of {len(returned)} items ({', '.join(sorted({type(item).__name__ for item in returned}))})"
     return f"{kind} of shape {list(returned.shape)}, {returned.dtype}" if hasattr(returned, "dtype") else kind
-
-
-@contextlib.contextmanager
-def _errors_attributed(name: str, but: Callable[[BaseException], bool] = lambda error: False) -> Iterator[None]:
-    """Turn every exception of a reward's code into a `RewardError` with its name and line.
-
-    This includes `SystemExit`, which would end the process.
-
-    Args:
-        but: exceptions for which this is true are raised unchanged.
-    """
-    try:
-        yield
-    except CdpoError:
-        raise
-    except (Exception, SystemExit) as error:
-        if but(error):
-            raise
-        trace = error.__traceback__
-        while trace and trace.tb_next:
-            trace = trace.tb_next
-        where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
-        raise RewardError(f"reward `{name}` raised {type(error).__name__}: {error}{where}") from None
 
 
 class PixelScorer:

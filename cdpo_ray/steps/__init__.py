@@ -20,6 +20,7 @@ from cdpo_ray.steps.arguments import (
     prompts_sha256,
     sections_of,
     seed_setting,
+    user_code_sha256,
 )
 from cdpo_ray.steps.outcome import evaluate, export
 from cdpo_ray.steps.samples import (
@@ -89,6 +90,7 @@ STEPS = (
         STAGES,
         lambda config: (
             sections_of(config, "curriculum")
+            | user_code_sha256("curriculum.measure.sha256", config.curriculum.measure)
             | seed_setting(config)
             | {
                 "rewards.rank_by": config.rewards.ranking_reward,
@@ -109,6 +111,7 @@ STEPS = (
             sections_of(config, "model")
             | model_sha256(config)
             | {"training": config.training.outcome}
+            | user_code_sha256("training.loss.sha256", config.training.loss.name)
             | seed_setting(config)
         ),
         (SAMPLES, SCORES, STAGES),

@@ -1,19 +1,16 @@
 """Config -> arguments and settings that several steps share."""
 
-import importlib.machinery
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from cdpo_ray.config import Config, Pool, PromptSource
-from cdpo_ray.config.rewards import OWN_REWARD
 from cdpo_ray.dataflow.parts import read_quarantined
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.preferences.files import PreferenceSource, fingerprint
 from cdpo_ray.prompts import sources
 from cdpo_ray.records import LABEL, score_file
 from cdpo_ray.store import StepOutput, files_sha256
+from cdpo_ray.user_code import USER_FUNCTION, source_files
 
 MODEL_ENDINGS = (".json", ".txt", ".jinja", ".model", ".safetensors")
 """Suffixes of the files loaded from a model's folder; pickles and code are never loaded."""
@@ -160,10 +157,8 @@ def reward_sha256(config: Config, name: str) -> dict[str, str]:
     Raises:
         StoreError: a file changed while it was read.
     """
-    if OWN_REWARD.match(name):
-        module = name.partition(":")[0].partition(".")[0]
-        files = _module_files(module)
-        return {"sha256": files_sha256(files, where=f"reward `{name}`")} if files else {}
+    if USER_FUNCTION.match(name):
+        return user_code_sha256("sha256", name)
     options = config.rewards.options(name)
     pinned = ("checkpoint",) if options.get("sha256") else ()
     found = {
@@ -172,6 +167,12 @@ def reward_sha256(config: Config, name: str) -> dict[str, str]:
         if key in options and key not in pinned
     }
     return {key: sha256 for key, sha256 in found.items() if sha256}
+
+
+def user_code_sha256(key: str, name: str) -> dict[str, str]:
+    """SHA-256 of the module or package of a user's function, as a setting; empty for a built-in or a missing one."""
+    files = source_files(name) if USER_FUNCTION.match(name) else {}
+    return {key: files_sha256(files, where=f"`{name}`")} if files else {}
 
 
 def judged_with(config: Config, name: str) -> dict[str, Any]:
@@ -205,19 +206,6 @@ def _weights_sha256(where: str | None, *, key: str) -> str | None:
     else:
         return None
     return files_sha256(files, where=f"`{key}` {path}")
-
-
-def _module_files(module: str) -> dict[str, Path]:
-    """File of a module, or all files of a package, found as `rewards.scorer` finds it, without importing it."""
-    if (own := Path(f"{module}.py").absolute()).is_file():
-        return {module: own}
-    spec = importlib.machinery.PathFinder.find_spec(module, [*sys.path, os.getcwd()])
-    if spec is None:
-        return {}
-    if spec.submodule_search_locations is None:
-        return {module: Path(spec.origin)} if spec.origin else {}
-    folders = map(Path, spec.submodule_search_locations)
-    return {str(file.relative_to(folder)): file for folder in folders for file in sorted(folder.rglob("*.py"))}
 
 
 def warn_of_quarantine(output: StepOutput, output_dir: Path) -> None:

@@ -31,6 +31,7 @@ from cdpo_ray.store.manifests import (
     contradictions,
     fingerprint_of,
     flat,
+    upgraded,
 )
 from cdpo_ray.store.paths import MANIFEST, exists, files_within, is_local, make_folder, write_json
 from cdpo_ray.store.untrusted import damage_message, path_within, read_untrusted, read_untrusted_bytes, refuse_links_out
@@ -388,7 +389,7 @@ def _changes_since(partial: Path, now: Mapping[str, Any], *, allow_change: bool)
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Differences between recorded settings and those of a config, as text; empty if there are none."""
-    before, after = flat(then), flat(now)
+    before, after = upgraded(flat(then)), flat(now)
     keys = sorted({*before, *after} - (OBSOLETE_SETTINGS - {*after}))
     changed = [key for key in keys if before.get(key) != after.get(key)]
     return "; ".join(f"`{key}` = {before.get(key)}, config says {after.get(key)}" for key in changed)

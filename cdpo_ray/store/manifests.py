@@ -8,7 +8,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from cdpo_ray.config.rewards import JUDGE_NO_IMAGE, REWARD_NAMES
+from cdpo_ray.config.rewards import JUDGE_NO_IMAGE, REWARDS
 from cdpo_ray.errors import printable
 from cdpo_ray.records import PERTURBATION
 from cdpo_ray.store.paths import MANIFEST
@@ -109,6 +109,18 @@ OBSOLETE_SETTINGS = {"evaluation.grid_prompts"}
 """Settings that manifests of versions up to 0.2 contain, although they decide no outcome; not compared."""
 
 
+def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings of any version, with the keys of this one: up to 0.2 a loss had its options beside it."""
+    values = dict(settings)
+    options = {key: values.pop(f"training.{key}", None) for key in ("sft_weight", "label_smoothing")}
+    loss = values.get("training.loss")
+    defaults = {"sft_weight": 0.0} | ({"label_smoothing": 0.1} if loss == "robust" else {})
+    if loss is None or all(options[key] in (None, value) for key, value in defaults.items()):
+        return values
+    del values["training.loss"]
+    return values | {"training.loss.name": loss} | {f"training.loss.{key}": options[key] for key in defaults}
+
+
 def contradictions(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Differences between a configuration and the settings that a step was made with, as text; empty if none.
 
@@ -122,7 +134,7 @@ def contradictions(config: Mapping[str, Any], settings: Mapping[str, Any]) -> st
     if "evaluation.judges" in stated:
         stated["evaluation.judges"] = [name for name in judges if name not in JUDGE_NO_IMAGE]
     # Settings of rewards that this config does not use may come from an earlier one.
-    rewards_unused = [name for name in (*REWARD_NAMES, PERTURBATION) if name not in judges]
+    rewards_unused = [name for name in (*REWARDS, PERTURBATION) if name not in judges]
     unused = tuple(f"rewards.{name}." for name in rewards_unused)
     made = {
         key: value

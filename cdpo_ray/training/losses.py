@@ -1,9 +1,14 @@
 """Four errors of a pair -> loss and margin; one entry per loss in `LOSSES`."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from cdpo_ray.errors import TrainingError
+from cdpo_ray.user_code import attribute_errors, load_function
 
 
 def kappa(beta: float) -> float:
@@ -89,6 +94,28 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 """Name in the config -> loss of a margin. ``sft``, the error of chosen alone, uses no margin: see `preference_loss`."""
 
 
+@functools.cache
+def loss_function(name: str) -> Callable[..., Tensor]:
+    """A key of `LOSSES`, or a user's ``module:function``; margin ``[pair]`` and options -> loss ``[pair]``.
+
+    Raises:
+        TrainingError: if a user's function cannot be imported, raises, or returns another shape.
+    """
+    if name in LOSSES:
+        return LOSSES[name]
+    function = load_function("loss", name, TrainingError)
+
+    def checked(margin: Tensor, **options: Any) -> Tensor:
+        with attribute_errors("loss", name, TrainingError):
+            losses = function(margin, **options)
+        if not isinstance(losses, Tensor) or losses.shape != margin.shape:
+            got = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise TrainingError(f"loss `{name}`: must return a tensor of one loss per pair, [{len(margin)}], got {got}")
+        return losses
+
+    return checked
+
+
 def preference_loss(
     policy_error_w: Tensor,
     policy_error_l: Tensor,
@@ -97,27 +124,27 @@ def preference_loss(
     *,
     beta: float,
     loss: str = "dpo",
-    label_smoothing: float = 0.0,
     sft_weight: float = 0.0,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and margin of each pair.
 
     Args:
         policy_error_w, policy_error_l, reference_error_w, reference_error_l, beta: as in `implicit_margin`.
-        loss: key of `LOSSES`, or ``sft``: supervised fine-tuning on chosen, by the policy's error alone.
-        label_smoothing: assumed fraction of swapped labels, for ``robust``.
+        loss: name of a `loss_function`, or ``sft``: supervised fine-tuning on chosen, by the policy's error alone.
         sft_weight: weight of an added supervised term, ``kappa(beta)`` times the policy's error on chosen, in the
             margin's unit; keeps chosen likely. Source: arXiv:2404.19733 (a DPO loss with the likelihood of chosen).
+        options: keyword arguments of the `loss_function`, such as ``label_smoothing``.
 
     Returns:
         Loss ``[pair]`` and margin ``[pair]``; reduce over pairs at the call site.
 
     Raises:
-        ValueError: if ``beta`` is not positive, or ``label_smoothing`` outside 0 .. 1/2.
+        ValueError: if ``beta`` is not positive, or an option is outside its range.
+        TrainingError: see `loss_function`.
     """
     margin = implicit_margin(policy_error_w, policy_error_l, reference_error_w, reference_error_l, beta=beta)
     if loss == "sft":
         return policy_error_w, margin
-    options = {"label_smoothing": label_smoothing} if loss == "robust" else {}
-    losses = LOSSES[loss](margin, **options)
+    losses = loss_function(loss)(margin, **(options or {}))
     return losses + sft_weight * kappa(beta) * policy_error_w if sft_weight else losses, margin

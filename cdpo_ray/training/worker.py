@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 import os
 import platform
 import tempfile
@@ -18,7 +17,6 @@ import ray
 import ray.train
 import torch
 
-from cdpo_ray.config.training import TrainingSection
 from cdpo_ray.cost.memory import use_checkpointing
 from cdpo_ray.curriculum.dataset import read_ranking_scores
 from cdpo_ray.curriculum.redrawing import redraw_stage
@@ -36,7 +34,6 @@ from cdpo_ray.training.engine import limit_waiting, restore_training, save_train
 from cdpo_ray.training.job import TrainingJob
 from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import kappa, preference_loss
-from cdpo_ray.training.update import PreferenceLoss
 from cdpo_ray.training.validation import Validator
 
 HEARTBEAT_SECONDS = 1.0
@@ -120,7 +117,10 @@ class Worker:
             TrainingError: too many consecutive updates were not finite, or no checkpoint is intact.
         """
         state = self._resumed()
-        callbacks = Callbacks(self._pairs_of_stage, stops, self._on_update, self._write_checkpoint)
+        training, callbacks = (
+            self.training,
+            Callbacks(self._pairs_of_stage, stops, self._on_update, self._write_checkpoint),
+        )
         try:
             state = train_stages(
                 self.engine,
@@ -129,7 +129,7 @@ class Worker:
                 state,
                 callbacks,
                 num_stages=self.job.num_stages,
-                preference_loss=_loss(self.training),
+                preference_loss=functools.partial(preference_loss, beta=training.beta, **training.loss.arguments),
             )
         except TrainingError as error:
             last = self.commits.newest(lambda line: None)
@@ -276,12 +276,6 @@ def _heartbeat(board: Any, worker_rank: int) -> Iterator[Callable[[], bool]]:
         done.set()
         thread.join()
         ray.get(board.leave.remote(worker_rank))
-
-
-def _loss(training: TrainingSection) -> PreferenceLoss:
-    """`preference_loss` with its options, each of which is a key of the section."""
-    options = inspect.getfullargspec(preference_loss).kwonlyargs
-    return functools.partial(preference_loss, **{name: getattr(training, name) for name in options})
 
 
 def _gpu_bytes(share: float) -> float | None:

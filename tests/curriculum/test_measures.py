@@ -10,9 +10,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cdpo_ray.curriculum.measures import MEASURES, Cut, equal_count_edges
+from cdpo_ray.curriculum.measures import MEASURES, Cut, equal_count_edges, measure_function
 from cdpo_ray.curriculum.pairs import AdmittedPairs
 from cdpo_ray.curriculum.ranking import rank_samples
+from cdpo_ray.errors import CurriculumError
 
 MEASURE_AND_BOUNDARIES = st.sampled_from(
     [how for how in itertools.product(MEASURES, ("linear", "equal_count")) if how != ("margin", "linear")]
@@ -184,3 +185,43 @@ def test_the_released_codes_first_stage_holds_almost_no_pairs() -> None:
     total = AdmittedPairs(ranking).num_pairs
     assert 0.000005 < by_score / total < 0.00005
     assert by_rank / total == pytest.approx(0.0405, abs=0.0001)
+
+
+@given(SCORES, MIN_SCORE_GAP, st.integers(1, 6), st.sampled_from(["linear", "equal_count"]))
+def test_levels_of_a_users_own_measure_equal_brute_force(
+    scores: np.ndarray, min_score_gap: float, num_levels: int, boundaries: str
+) -> None:
+    cut = Cut(rank_samples(scores), num_levels, boundaries, min_score_gap)
+    between = measure_function("own_objectives:distance_of_indices")(cut)
+    formed = formed_pairs(scores, min_score_gap)
+    values = [abs(chosen - rejected) for _, chosen, rejected, *_ in formed]
+    easy_first = sorted(range(len(formed)), key=lambda number: (-values[number], -formed[number][3], number))
+    for level in range(1, num_levels + 1):
+        if boundaries == "equal_count":
+            start, end = ((edge * len(formed)) // num_levels for edge in (level - 1, level))
+            expected = [formed[number] for number in sorted(easy_first[start:end])]
+        elif formed:
+            highest, lowest = max(values), min(values)
+            upper, lower = (highest - (highest - lowest) * edge / num_levels for edge in (level - 1, level))
+            is_first, is_last = level == 1, level == num_levels
+            expected = [
+                pair
+                for pair, value in zip(formed, values, strict=True)
+                if (value <= upper or is_first) and (value > lower or is_last)
+            ]
+        else:
+            expected = []
+        assert rows(between(level, level).all()) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("broken", r"^measure `own_objectives:broken` raised KeyError: 'no such thing' at .*own_objectives.py:\d+$"),
+        ("not_finite", r"must return one finite number for each of 3 pairs, got an array of shape \[3\], 0 of its"),
+        ("missing", r"^measure `own_objectives:missing`: cannot be imported: .*; the module must be installed"),
+    ],
+)
+def test_a_faulty_measure_of_a_user_is_named(name: str, message: str) -> None:
+    with pytest.raises(CurriculumError, match=message):
+        measure_function(f"own_objectives:{name}")(Cut(rank_samples(np.array([[0.0, 1.0, 2.0]])), 2, "equal_count"))

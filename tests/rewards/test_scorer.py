@@ -12,11 +12,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from cdpo_ray.config import RewardsSection
+from cdpo_ray.config import REWARDS, RewardsSection
 from cdpo_ray.curriculum.noise import score_noise
 from cdpo_ray.dataflow.columns import tensor_column
 from cdpo_ray.errors import RewardError
-from cdpo_ray.rewards import REWARDS
 from cdpo_ray.rewards.scorer import PixelScorer, Scorer, batches_of, load_reward
 
 IMAGES = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)

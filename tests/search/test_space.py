@@ -1,5 +1,6 @@
 """Points of the search space -> configurations of trials."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +31,9 @@ def config(space: dict[str, Any] = SPACE, *overrides: str, **search: Any) -> Con
     values["search"] = {"num_trials": 4, "space": space} | search
     for override in overrides:
         key, _, value = override.partition("=")
-        section, name = key.split(".")
-        values[section][name] = yaml.safe_load(value)
+        *parents, name = key.split(".")
+        section = functools.reduce(lambda inner, parent: inner.setdefault(parent, {}), parents, values)
+        section[name] = yaml.safe_load(value)
     return validate(values, where="quickstart")
 
 
@@ -45,7 +47,9 @@ def test_every_field_is_either_searchable_or_refused_with_a_reason() -> None:
     assert not searched & {*REFUSED} and not any(key.startswith(("run.", "model.")) for key in searched)
     plain = load_config(QUICKSTART).plain()
     leaves = {f"{section}.{key}" for section in ("curriculum", "training") for key in plain[section] if key != "lora"}
-    assert leaves | {f"training.lora.{key}" for key in plain["training"]["lora"]} == searched | {*REFUSED}
+    leaves |= {f"training.lora.{key}" for key in plain["training"]["lora"]}
+    leaves |= {f"training.loss.{key}" for key in ("name", "options", "sft_weight", "label_smoothing")}
+    assert leaves == searched | {*REFUSED}
 
 
 @pytest.mark.parametrize(
@@ -134,12 +138,15 @@ def test_inactive_knobs_have_no_value_in_the_configuration() -> None:
     assert trial(unnamed, {"curriculum.pacing": "sliding_window"}).curriculum.window == 2
     losses = {
         "training.loss": ["dpo", "robust", "sft"],
-        "training.label_smoothing": {"choices": [0.1, 0.2], "when": {"training.loss": "robust"}},
+        "training.loss.label_smoothing": {"choices": [0.1, 0.2], "when": {"training.loss": "robust"}},
         "training.beta": {"choices": [100, 200], "when": {"training.loss": ["dpo", "robust"]}},
     }
-    searched = config(losses, "training.loss=robust", "training.label_smoothing=0.1")
+    searched = config(losses, "training.loss={name: robust, label_smoothing: 0.1, sft_weight: 0.2}")
+    for smoothing in (0.1, 0.2):
+        kept = trial(searched, {"training.loss": "robust", "training.loss.label_smoothing": smoothing}).training
+        assert kept.loss.options_of_function == {"label_smoothing": smoothing} and kept.loss.sft_weight == 0.2
     found = trial(searched, {"training.loss": "sft"}).training
-    assert (found.loss, found.label_smoothing, found.beta) == ("sft", 0.0, 200), "beta must be given"
+    assert (found.loss.arguments["loss"], found.beta) == ("sft", 200), "beta must be given"
     assert trial(config({"training.method": ["lora", "full"]}), {"training.method": "full"}).training.method == "full"
 
 
@@ -158,3 +165,14 @@ def test_the_space_needs_neither_torch_nor_ray_nor_optuna() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_loss_with_options_is_refused_as_a_choice() -> None:
+    with pytest.raises(ConfigError, match=r"`training.loss` must be given by name in a search.*`training.loss.label_s"):
+        config({"training.loss": ["dpo", {"name": "robust", "label_smoothing": 0.2}]})
+
+
+def test_the_first_trial_has_the_options_of_the_configs_loss() -> None:
+    smoothing = {"training.loss": ["dpo", "robust"], "training.loss.label_smoothing": [0.1, 0.2]}
+    searched = config(smoothing, "training.loss={name: robust, label_smoothing: 0.2}")
+    assert paper_point(searched) == {"training.loss": "robust", "training.loss.label_smoothing": 0.2}

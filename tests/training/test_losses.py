@@ -1,17 +1,16 @@
 """Each loss against its closed form in float64."""
 
-import inspect
 import math
 from collections.abc import Callable
-from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from cdpo_ray.config import TrainingSection
-from cdpo_ray.training.losses import LOSSES, kappa, preference_loss
+from cdpo_ray.config.losses import BUILT_IN
+from cdpo_ray.errors import TrainingError
+from cdpo_ray.training.losses import kappa, preference_loss
 
 
 def errors(seed: int, pairs: int = 64) -> list[Tensor]:
@@ -103,7 +102,9 @@ GRID = margins([-30.0, -3.0, -0.5, 0.0, 0.25, 0.5, 1.0, 4.0, 30.0])
 )
 def test_each_loss_is_its_closed_form(name: str, options: dict[str, float], expected: Callable[[float], float]) -> None:
     zero = torch.zeros_like(GRID)
-    loss, margin = preference_loss(-GRID, zero, zero, zero, beta=2, loss=name, **options)  # kappa 1: the margin is GRID
+    loss, margin = preference_loss(
+        -GRID, zero, zero, zero, beta=2, loss=name, options=options
+    )  # kappa 1: the margin is GRID
     assert torch.equal(margin, GRID)
     assert loss.tolist() == pytest.approx([expected(m) for m in GRID.tolist()], rel=1e-9, abs=1e-9)
 
@@ -123,7 +124,7 @@ def test_the_robust_loss_is_dpos_in_expectation_over_swapped_labels() -> None:
     share, zero = 0.3, torch.zeros_like(GRID)
     given = (-GRID, zero, zero, zero)
     swapped = (zero, -GRID, zero, zero)
-    smoothing = {"beta": 2, "loss": "robust", "label_smoothing": share}
+    smoothing = {"beta": 2, "loss": "robust", "options": {"label_smoothing": share}}
     mean = (1 - share) * preference_loss(*given, **smoothing)[0] + share * preference_loss(*swapped, **smoothing)[0]
     torch.testing.assert_close(mean, preference_loss(*given, beta=2)[0], rtol=1e-9, atol=1e-9)
 
@@ -147,7 +148,7 @@ def test_every_loss_first_pulls_the_chosens_error_down_and_pushes_the_rejecteds_
     error_w, error_l, *_ = errors(1)
     policy_w, policy_l = error_w.clone().requires_grad_(), error_l.clone().requires_grad_()
     options = {"label_smoothing": 0.1} if name == "robust" else {}
-    preference_loss(policy_w, policy_l, error_w, error_l, beta=100, loss=name, **options)[0].sum().backward()
+    preference_loss(policy_w, policy_l, error_w, error_l, beta=100, loss=name, options=options)[0].sum().backward()
     slope = {"dpo": 25.0, "ipo": 50.0, "hinge": 50.0, "robust": 31.25}[name]  # kappa 50 times -d loss/d margin at 0
     torch.testing.assert_close(policy_w.grad, torch.full((64,), slope))
     torch.testing.assert_close(policy_l.grad, torch.full((64,), -slope))
@@ -156,12 +157,36 @@ def test_every_loss_first_pulls_the_chosens_error_down_and_pushes_the_rejecteds_
 @pytest.mark.parametrize("share", [-0.1, 0.5, 0.7])
 def test_a_label_smoothing_outside_0_to_one_half_is_refused(share: float) -> None:
     with pytest.raises(ValueError, match=rf"`label_smoothing` must be in 0 <= e < 0.5, got {share}"):
-        preference_loss(*errors(0), beta=1, loss="robust", label_smoothing=share)
+        preference_loss(*errors(0), beta=1, loss="robust", options={"label_smoothing": share})
 
 
-def test_the_losses_of_the_config_are_those_that_exist() -> None:
-    assert {*LOSSES, "sft"} == set(get_args(TrainingSection.model_fields["loss"].annotation))
+@pytest.mark.parametrize("loss", [*BUILT_IN])
+def test_every_loss_of_the_config_is_computed_with_its_options(loss: str) -> None:
+    arguments = BUILT_IN[loss]().arguments
+    assert preference_loss(*errors(0), beta=1, **arguments)[0].shape == (64,)
 
 
-def test_every_option_of_the_loss_is_a_training_key() -> None:
-    assert {*inspect.getfullargspec(preference_loss).kwonlyargs} <= {*TrainingSection.model_fields}
+def test_a_users_own_loss_is_called_with_its_options() -> None:
+    given = errors(6)
+    loss, margin = preference_loss(*given, beta=9, loss="own_objectives:focal_dpo", options={"gamma": 2.0})
+    assert loss.tolist() == pytest.approx([math.log1p(math.exp(-m)) / (1 + math.exp(m)) ** 2 for m in margin.tolist()])
+    plain, _ = preference_loss(*given, beta=9, loss="own_objectives:focal_dpo", options={"gamma": 0.0})
+    torch.testing.assert_close(plain, preference_loss(*given, beta=9)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("broken", {}, r"^loss `own_objectives:broken` raised KeyError: 'no such thing' at .*own_objectives.py:\d+$"),
+        (
+            "mean_loss",
+            {},
+            r"^loss `own_objectives:mean_loss`: must return a tensor of one loss per pair, \[64\], got shape",
+        ),
+        ("focal_dpo", {"gama": 1}, r"^loss `own_objectives:focal_dpo` raised TypeError: .*unexpected keyword .*'gama'"),
+        ("missing", {}, r"^loss `own_objectives:missing`: cannot be imported: .*; the module must be installed"),
+    ],
+)
+def test_a_faulty_loss_of_a_user_is_named(name: str, options: dict[str, float], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        preference_loss(*errors(0), beta=1, loss=f"own_objectives:{name}", options=options)
