@@ -68,7 +68,7 @@ class ThroughRay:
     """The package's pools and trainer, with one actor or worker each."""
 
     def generate(self, prompts: list[str], output_dir: Path) -> None:
-        from cdpo_ray.dataflow.streams import PoolSize
+        from cdpo_ray.config import Pool
         from cdpo_ray.generation.pool import generate_samples
 
         generate_samples(
@@ -79,7 +79,7 @@ class ThroughRay:
             sampling=SAMPLING,
             tuned_dir=None,
             keep_images=True,
-            generators=PoolSize(1, 1, 0),
+            generators=Pool(),
             make_scores=MAKE_REWARD,
             score_in_pool=None,
             max_bad_fraction=0.0,
@@ -92,7 +92,7 @@ class ThroughRay:
         train_adapter(job, num_updates=1, cpus_per_worker=1, gpus_per_worker=0, progress=Progress())
 
     def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
-        from cdpo_ray.dataflow.streams import PoolSize
+        from cdpo_ray.config import Pool
         from cdpo_ray.evaluation.pool import evaluate_adapter
 
         evaluate_adapter(
@@ -106,7 +106,7 @@ class ThroughRay:
             make_scores=MAKE_JUDGES,
             num_margin_draws=0,
             guidance_range=None,
-            generators=PoolSize(1, 1, 0),
+            generators=Pool(),
             num_resamples=1000,
             seed=0,
             max_bad_fraction=0.0,

@@ -3,7 +3,6 @@
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, Dataset
 
+from cdpo_ray.config import Pool
 from cdpo_ray.dataflow.parts import Part, join_parts, shards_of, write_part
 from cdpo_ray.progress import Progress
 from cdpo_ray.store import PARTS, arrow_path, make_folder
@@ -18,17 +18,8 @@ from cdpo_ray.store import PARTS, arrow_path, make_folder
 MIN_SHARD_BYTES = 128 * 2**20
 
 
-@dataclass(frozen=True)
-class PoolSize:
-    """Maximum number of actors of one role, and the resources of each."""
-
-    num_actors: int
-    cpus_per_actor: float
-    gpus_per_actor: float
-
-
 def in_pool(
-    rows: Dataset, plain_class: Callable[..., Any], pool: PoolSize, *, rows_per_call: int | None, **arguments: Any
+    rows: Dataset, plain_class: Callable[..., Any], pool: Pool, *, rows_per_call: int | None, **arguments: Any
 ) -> Dataset:
     """Run a plain class (Arrow rows in, Arrow rows out) in a pool of actors, with bounded retries.
 

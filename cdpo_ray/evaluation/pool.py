@@ -7,9 +7,10 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from cdpo_ray.config import Pool
 from cdpo_ray.dataflow.parts import find_parts, join_quarantined
 from cdpo_ray.dataflow.quarantine import Quarantine
-from cdpo_ray.dataflow.streams import PoolSize, in_pool, read_rows, write_parts
+from cdpo_ray.dataflow.streams import in_pool, read_rows, write_parts
 from cdpo_ray.evaluation.appearance_columns import add_appearance
 from cdpo_ray.evaluation.comparison import Comparer
 from cdpo_ray.evaluation.joining import join_comparison
@@ -34,7 +35,7 @@ def evaluate_adapter(
     make_scores: MakeScores,
     num_margin_draws: int,
     guidance_range: tuple[float, float] | None,
-    generators: PoolSize,
+    generators: Pool,
     num_resamples: int,
     seed: int,
     max_bad_fraction: float,
@@ -101,7 +102,7 @@ def evaluate_adapter(
     return metrics
 
 
-def _valued(labelled: LabelledSamples, generators: PoolSize, **arguments: Any) -> pa.Table:
+def _valued(labelled: LabelledSamples, generators: Pool, **arguments: Any) -> pa.Table:
     schema = shard_schema(labelled.samples_dir)
     kept = [name for name in map(score_column, (LABEL, *labelled.rewards)) if name in schema.names]
     read = ["prompt", "latents", *(name for name in CONDITIONING if name in schema.names), *kept]

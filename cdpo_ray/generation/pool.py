@@ -9,9 +9,10 @@ import pyarrow as pa
 import ray.data
 from ray.data import Dataset
 
+from cdpo_ray.config import Pool
 from cdpo_ray.dataflow.parts import find_parts, join_quarantined
 from cdpo_ray.dataflow.quarantine import Quarantine
-from cdpo_ray.dataflow.streams import PoolSize, in_pool, write_shards
+from cdpo_ray.dataflow.streams import in_pool, write_shards
 from cdpo_ray.generation.generator import Generator, MakeScores, Sampling
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import prompt_id
@@ -48,7 +49,7 @@ def generate_samples(
     sampling: Sampling,
     tuned_dir: str | None,
     keep_images: bool,
-    generators: PoolSize,
+    generators: Pool,
     make_scores: MakeScores | None,
     score_in_pool: Callable[[Dataset], Dataset] | None,
     max_bad_fraction: float,

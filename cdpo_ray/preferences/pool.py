@@ -10,8 +10,9 @@ import ray
 import ray.data
 from ray.data import Dataset
 
+from cdpo_ray.config import Pool
 from cdpo_ray.dataflow.parts import QUARANTINE, join_quarantined
-from cdpo_ray.dataflow.streams import PoolSize, in_pool, write_shards
+from cdpo_ray.dataflow.streams import in_pool, write_shards
 from cdpo_ray.preferences.encoder import Encoder
 from cdpo_ray.preferences.files import Chunk, PreferenceSource, blocks_of
 from cdpo_ray.preferences.images import Frame
@@ -35,7 +36,7 @@ def import_samples(
     images_per_batch: int,
     keep_images: bool,
     make_scores: "MakeScores | None",
-    encoders: PoolSize,
+    encoders: Pool,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Write `1-samples` from existing images; unusable rows and images go to `set_aside.jsonl`.

@@ -7,8 +7,10 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -53,23 +55,15 @@ class Progress:
         num_rounds: int = 1,
     ) -> None:
         earlier = (read_status(run.dir) if run else None) or {}
-        self._dir = run.dir if run else None
+        self._file = _StatusFile(run.dir) if run else None
         self._trackers = Trackers(run, tracking or {}, earlier.get("run_ids")) if run else None
         self._about = {"command": command, "num_rounds": num_rounds, "pid": os.getpid(), "host": platform.node()}
-        self._recorded: dict[str, int] = earlier.get("recorded", {})  # last update that the trackers have, by step
-        self._queued = dict(self._recorded)  # the same, including metrics that are not sent yet
-        self._metrics: list[Metrics] = []
+        self._queue = _MetricQueue(earlier.get("recorded", {}))
         self._state: dict[str, Any] = {"state": "running"}
-        self._verb = self._step = ""
-        self._pace: Pace | None = None
-        self._unit, self._makes = "", (1, "")
-        self._bar: tqdm | None = None
-        self._line_due = 0.0
-        self._waiting_for = ""
-        self._last_progress, self._idle_due = time.monotonic(), IDLE_SECONDS
-        self._writable = True
+        self._step = ""  # the step's verb with its round; empty before the first
+        self._work = _Work()
+        self._idle = _Idle()
         self._lock = threading.RLock()  # never held during I/O
-        self._writing = threading.Lock()
         self._finished = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, name="progress", daemon=True)
 
@@ -113,22 +107,20 @@ class Progress:
         """
         started = time.monotonic()
         with self._lock:
-            self._verb, self._step = verb, f"round-{round}/{verb}" if self._about["num_rounds"] != 1 else verb
+            self._step = step = f"round-{round}/{verb}" if self._about["num_rounds"] != 1 else verb
+            self._work = _Work(verb, step)
             self._state = {"state": "running", "folder": folder, "round": round}
-            self._waiting_for = waiting_for
-            self._note_progress()
+            self._idle = _Idle(waiting_for)
             if predicted:
                 self._state[PREDICTED] = dict(predicted)
         self._write()
         try:
             yield
         finally:
-            self._waiting_for = ""
+            self._idle = _Idle()
             self.end()
         with self._lock:
-            self._metrics.append(
-                Metrics(self._step, self._state.get("done", 0), {"seconds": time.monotonic() - started})
-            )
+            self._queue.add(Metrics(step, self._state.get("done", 0), {"seconds": time.monotonic() - started}))
             self._state = {"state": "running"}
 
     def begin(self, verb: str, *, total: int, unit: str, done: int = 0, makes: tuple[int, str] | None = None) -> None:
@@ -141,30 +133,27 @@ class Progress:
             done: number of units that were done before.
             makes: number and name of what a unit produces, to report the rate in: ``(8, "images")``.
         """
-        step = self._step or verb
         self.end()
         with self._lock:
-            self._verb, self._unit, self._makes = verb, unit, makes or (1, f"{unit}s")
-            self._pace = Pace(time.monotonic(), total=total, done=done)
-            self._line_due = time.monotonic() + LINE_SECONDS
-            self._note_progress()
-            known = self._recorded.get(step, done) if done else 0  # a restarted step records its metrics again
-            if step in self._recorded:
-                self._queued[step] = self._recorded[step] = known
+            step = self._step or verb
+            pace = Pace(time.monotonic(), total=total, done=done)
+            self._work = _Work(verb, step, unit, makes or (1, f"{unit}s"), pace)
+            self._idle.note_progress()
+            first = self._queue.resume(step, done)
         if self._trackers:
-            self._trackers.begin(step, known + 1)
-        self._bar = tqdm(
+            self._trackers.begin(step, first)
+        self._work.bar = tqdm(
             total=total, initial=done, desc=verb, unit=unit, bar_format=BAR, disable=not sys.stderr.isatty()
         )
 
     def advance(self, num: int = 1) -> None:
         """Add to the number of finished units; negative if some must be repeated."""
         with self._lock:
-            if self._pace and num:
-                self._pace.advance(num, time.monotonic())
-                self._note_progress()
-        if self._bar is not None:
-            self._bar.update(num)
+            if self._work.pace and num:
+                self._work.pace.advance(num, time.monotonic())
+                self._idle.note_progress()
+        if self._work.bar is not None:
+            self._work.bar.update(num)
 
     def record(self, values: Mapping[str, float], *, update: int) -> None:
         """Record metrics of one training update of the current step.
@@ -176,11 +165,8 @@ class Progress:
             values: metrics by name.
             update: 1-based.
         """
-        step = self._step or self._verb
         with self._lock:
-            if update > self._queued.get(step, 0):
-                self._queued[step] = update
-                self._metrics.append(Metrics(step, update, dict(values)))
+            self._queue.add_update(Metrics(self._work.step, update, dict(values)))
 
     def log_line(self, line: str) -> None:
         """Write a line to the log and to `status.json`."""
@@ -189,91 +175,194 @@ class Progress:
 
     def end(self) -> None:
         """End the step, finished or not."""
-        if self._bar is not None:
-            self._bar.close()
+        if self._work.bar is not None:
+            self._work.bar.close()
         with self._lock:
             self._note_rate()
-            self._state |= self._reached()
-            self._bar = self._pace = None
+            self._state |= self._work.reached
+            self._work = _Work(self._work.verb, self._work.step, self._work.unit, self._work.makes)
         self._send()
         self._write()
-
-    def _note_progress(self) -> None:
-        self._last_progress, self._idle_due = time.monotonic(), IDLE_SECONDS
-
-    def _log_idle(self) -> None:
-        """Log that there is no progress and what the step is waiting for, at doubling intervals from `IDLE_SECONDS`."""
-        idle = time.monotonic() - self._last_progress
-        if self._waiting_for and idle > self._idle_due:
-            self._idle_due = 2 * idle
-            reached = f" at {self._pace.done}/{self._pace.total} {self._unit}s" if self._pace else ""
-            self.log_line(f"{self._verb}: no progress for {duration(idle)}{reached}; waiting for {self._waiting_for}")
 
     def _beat(self) -> None:
         while not self._finished.wait(HEARTBEAT_SECONDS):
             with self._lock:
-                pace = self._pace
-                if pace and time.monotonic() > self._line_due:
-                    self._line_due = time.monotonic() + LINE_SECONDS
+                work, now = self._work, time.monotonic()
+                if work.pace and now > work.line_due:
+                    work.line_due = now + LINE_SECONDS
                     self._note_rate()
                     if not sys.stderr.isatty():
-                        log.info("%s: %s", self._verb, self._sentence(pace))
-                if pace and self._bar is not None:
-                    left = pace.seconds_left(time.monotonic())
-                    self._bar.set_postfix_str(f"{duration(left)} left" if left is not None else "")
-                self._log_idle()
+                        log.info("%s: %s", work.verb, work.sentence(now))
+                if work.pace and work.bar is not None:
+                    left = work.pace.seconds_left(now)
+                    work.bar.set_postfix_str(f"{duration(left)} left" if left is not None else "")
+                if idle := self._idle.seconds_to_report():
+                    reached = f" at {work.done}" if work.pace else ""
+                    self.log_line(
+                        f"{work.verb}: no progress for {duration(idle)}{reached}; waiting for {self._idle.waiting_for}"
+                    )
             self._send()
             self._write()
 
-    def _sentence(self, pace: Pace) -> str:
-        now = time.monotonic()
-        rate, left = pace.rate(now), pace.seconds_left(now)
-        done = f"{pace.done}/{pace.total} {self._unit}s"
-        return (
-            f"{done}, {rate_in_words(rate, self._unit)}, {duration(left)} left" if rate and left is not None else done
-        )
-
     def _note_rate(self) -> None:
-        if self._pace and (rate := self._pace.rate(time.monotonic())):
-            per_unit, what = self._makes
-            self._metrics.append(
-                Metrics(self._step or self._verb, self._pace.done, {f"{what}_per_second": rate * per_unit})
-            )
-
-    def _reached(self) -> dict[str, Any]:
-        return {"done": self._pace.done, "total": self._pace.total, "unit": self._unit} if self._pace else {}
+        if metrics := self._work.rate(time.monotonic()):
+            self._queue.add(metrics)
 
     def _send(self) -> None:
         """Send collected metrics to the trackers; `status.json` records them once they are sent."""
         with self._lock:
-            metrics, self._metrics = self._metrics, []
-            queued = dict(self._queued)
+            metrics, mark_recorded = self._queue.take()
 
-        def mark_recorded() -> None:
+        def mark() -> None:
             with self._lock:
-                self._recorded = queued
+                mark_recorded()
             self._write()
 
         if metrics and self._trackers:
-            self._trackers.log(metrics, mark_recorded)
+            self._trackers.log(metrics, mark)
 
     def _write(self) -> None:
-        if self._dir is None:
+        if self._file is None:
             return
-        with self._writing:
+
+        def status() -> dict[str, Any]:
             with self._lock:
-                now = time.monotonic()
-                status = self._about | self._state | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
-                if self._pace:
-                    status |= {"rate": self._pace.rate(now), "seconds_left": self._pace.seconds_left(now)}
-                status |= self._reached()
-                status |= {
-                    "recorded": dict(self._recorded),
-                    "run_ids": self._trackers.run_ids if self._trackers else {},
-                }
+                now, pace = time.monotonic(), self._work.pace
+                found = self._about | self._state | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+                if pace:
+                    found |= {"rate": pace.rate(now), "seconds_left": pace.seconds_left(now)}
+                return (
+                    found
+                    | self._work.reached
+                    | {
+                        "recorded": dict(self._queue.recorded),
+                        "run_ids": self._trackers.run_ids if self._trackers else {},
+                    }
+                )
+
+        self._file.write(status)
+
+
+@dataclass
+class _Work:
+    """The work of a step that is counted.
+
+    Attributes:
+        verb, step: name of the step, and the same with its round.
+        makes: number and name of what a unit produces.
+        pace: number of finished units and their rate; ``None``: nothing is being counted.
+        line_due: time of the next line in the log.
+    """
+
+    verb: str = ""
+    step: str = ""
+    unit: str = ""
+    makes: tuple[int, str] = (1, "")
+    pace: Pace | None = None
+    bar: tqdm | None = None
+    line_due: float = field(default_factory=lambda: time.monotonic() + LINE_SECONDS)
+
+    @property
+    def reached(self) -> dict[str, Any]:
+        """Keys of `status.json`."""
+        return {"done": self.pace.done, "total": self.pace.total, "unit": self.unit} if self.pace else {}
+
+    @property
+    def done(self) -> str:
+        return f"{self.pace.done}/{self.pace.total} {self.unit}s" if self.pace else ""
+
+    def sentence(self, now: float) -> str:
+        """Number of finished units, rate and time left, as far as they are known."""
+        rate, left = (self.pace.rate(now), self.pace.seconds_left(now)) if self.pace else (None, None)
+        if not rate or left is None:
+            return self.done
+        return f"{self.done}, {rate_in_words(rate, self.unit)}, {duration(left)} left"
+
+    def rate(self, now: float) -> Metrics | None:
+        """The rate as metrics; ``None``: not known."""
+        if self.pace is None or not (rate := self.pace.rate(now)):
+            return None
+        per_unit, what = self.makes
+        return Metrics(self.step, self.pace.done, {f"{what}_per_second": rate * per_unit})
+
+
+class _Idle:
+    """Time without progress, reported at doubling intervals from `IDLE_SECONDS`.
+
+    Args:
+        waiting_for: what a step waits for, in words; empty: no step runs.
+    """
+
+    def __init__(self, waiting_for: str = "") -> None:
+        self.waiting_for = waiting_for
+        self.note_progress()
+
+    def note_progress(self) -> None:
+        self.last_progress, self.due = time.monotonic(), IDLE_SECONDS
+
+    def seconds_to_report(self) -> float | None:
+        """Seconds without progress, if it is time to report them."""
+        idle = time.monotonic() - self.last_progress
+        if not self.waiting_for or idle <= self.due:
+            return None
+        self.due = 2 * idle
+        return idle
+
+
+class _MetricQueue:
+    """Metrics that the trackers do not have yet.
+
+    Args:
+        recorded: last update that the trackers have, by step.
+    """
+
+    def __init__(self, recorded: Mapping[str, int]) -> None:
+        self.recorded = dict(recorded)
+        self.queued = dict(recorded)  # the same, including metrics that are not sent yet
+        self.metrics: list[Metrics] = []
+
+    def resume(self, step: str, done: int) -> int:
+        """First update to record of a step that has done some; a restarted step records its metrics again."""
+        known = self.recorded.get(step, done) if done else 0
+        if step in self.recorded:
+            self.queued[step] = self.recorded[step] = known
+        return known + 1
+
+    def add(self, metrics: Metrics) -> None:
+        self.metrics.append(metrics)
+
+    def add_update(self, metrics: Metrics) -> None:
+        """Add metrics of an update, unless it is recorded or queued."""
+        if metrics.index > self.queued.get(metrics.step, 0):
+            self.queued[metrics.step] = metrics.index
+            self.add(metrics)
+
+    def take(self) -> tuple[list[Metrics], Callable[[], None]]:
+        """Everything that is queued, and a function to call once it is recorded."""
+        metrics, self.metrics = self.metrics, []
+        queued = dict(self.queued)
+
+        def mark_recorded() -> None:
+            self.recorded = queued
+
+        return metrics, mark_recorded
+
+
+class _StatusFile:
+    """`status.json` of a run; a failure to write it is one warning and never stops the run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / STATUS
+        self.is_writable = True
+        self.lock = threading.Lock()
+
+    def write(self, status: Callable[[], Mapping[str, Any]]) -> None:
+        """Write what ``status`` returns; writes are in order."""
+        with self.lock:
+            values = status()
             try:
-                write_json(self._dir / STATUS, status)
-            except Exception as error:  # a failure of monitoring must not stop the run
-                if self._writable:
-                    log.warning("%s: cannot be written, the run continues: %s", self._dir / STATUS, error)
-                self._writable = False
+                write_json(self.path, values)
+            except Exception as error:
+                if self.is_writable:
+                    log.warning("%s: cannot be written, the run continues: %s", self.path, error)
+                self.is_writable = False

@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 from ray.data import Dataset
 
-from cdpo_ray.dataflow.streams import PoolSize, in_pool, read_rows
+from cdpo_ray.config import Pool
+from cdpo_ray.dataflow.streams import in_pool, read_rows
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import score_column
 from cdpo_ray.rewards.scorer import PixelScorer, SampleScorer
@@ -18,7 +19,7 @@ IMAGES_PER_CALL = 128  # a call has an overhead of 0.1 s
 
 
 def score_pixels(
-    rows: Dataset, *, rewards: Rewards, scorers: PoolSize, images_per_batch: int, rows_per_call: int, keep_pixels: bool
+    rows: Dataset, *, rewards: Rewards, scorers: Pool, images_per_batch: int, rows_per_call: int, keep_pixels: bool
 ) -> Dataset:
     """Rows with `pixels` -> rows with one score column per reward.
 
@@ -44,7 +45,7 @@ def rescore(
     samples_dir: Path,
     *,
     rewards: Rewards,
-    scorers: PoolSize,
+    scorers: Pool,
     images_per_batch: int,
     images_per_prompt: int,
     keep_images: bool,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cdpo_ray.config import Config, Pool, PromptSource
+from cdpo_ray.config import Config, PromptSource
 from cdpo_ray.dataflow.parts import read_quarantined
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.preferences.files import PreferenceSource, fingerprint
@@ -53,12 +53,6 @@ def model_arguments(config: Config, *, compiles: bool = False) -> dict[str, Any]
     """
     arguments = config.model.model_dump(exclude={"family"}, exclude_none=True)
     return arguments | {"compile": compiles if config.model.compile == "auto" else config.model.compile}
-
-
-def pool_size(pool: Pool) -> Any:
-    from cdpo_ray.dataflow.streams import PoolSize
-
-    return PoolSize(**pool.model_dump())
 
 
 def sampling_of(config: Config, images_per_prompt: int, seed: int) -> Any:

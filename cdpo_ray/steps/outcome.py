@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from cdpo_ray.records import EVALUATION, SAMPLES, TRAINING
-from cdpo_ray.steps.arguments import model_arguments, pool_size, sampling_of, warn_of_quarantine
+from cdpo_ray.steps.arguments import model_arguments, sampling_of, warn_of_quarantine
 from cdpo_ray.steps.step import Context
 from cdpo_ray.store import StepOutput, local_copy
 
@@ -36,7 +36,7 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         make_scores=functools.partial(Scorer, judges),
         num_margin_draws=config.evaluation.num_margin_draws,
         guidance_range=config.training.guidance_range,
-        generators=pool_size(config.resources.generators),
+        generators=config.resources.generators,
         num_resamples=config.evaluation.num_bootstrap_resamples,
         seed=config.run.seed,
         max_bad_fraction=config.generation.max_bad_fraction,

@@ -13,7 +13,6 @@ from cdpo_ray.steps.arguments import (
     judged_with,
     model_arguments,
     model_sha256,
-    pool_size,
     preference_frame,
     preference_source,
     prompts_sha256,
@@ -68,14 +67,14 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
         sampling=sampling,
         tuned_dir=context.start_dir,
         keep_images=config.generation.keep_images,
-        generators=pool_size(config.resources.generators),
+        generators=config.resources.generators,
         make_scores=functools.partial(Scorer, judges) if fused else None,
         score_in_pool=None
         if fused
         else functools.partial(
             score_pixels,
             rewards=judges,
-            scorers=pool_size(config.resources.scorers),
+            scorers=config.resources.scorers,
             images_per_batch=sampling.images_per_batch,
             rows_per_call=1,
             keep_pixels=config.generation.keep_images,
@@ -125,7 +124,7 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
         images_per_batch=config.generation.images_per_batch,
         keep_images=config.generation.keep_images,
         make_scores=functools.partial(Scorer, judges) if judges else None,
-        encoders=pool_size(config.resources.generators),
+        encoders=config.resources.generators,
         progress=context.progress,
     )
     num_faulty = len({(fault["file"], fault["number"]) for fault in quarantined})
@@ -175,7 +174,7 @@ def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *,
         sampling=sampling_to_compare(config, side),
         tuned_dir=None,
         keep_images=True,
-        generators=pool_size(config.resources.generators),
+        generators=config.resources.generators,
         make_scores=functools.partial(Scorer, config.evaluation_judges),
         score_in_pool=None,
         max_bad_fraction=config.generation.max_bad_fraction,

@@ -7,7 +7,7 @@ from typing import Any
 from cdpo_ray.config import JUDGE_NO_IMAGE, Config
 from cdpo_ray.prompts.sources import held_out
 from cdpo_ray.records import LABEL, PREFERENCE, SAMPLES, SCORES, score_column, score_file
-from cdpo_ray.steps.arguments import judged_with, model_arguments, pool_size
+from cdpo_ray.steps.arguments import judged_with, model_arguments
 from cdpo_ray.steps.step import Context
 from cdpo_ray.store import (
     RunFolder,
@@ -56,7 +56,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
             scored = rescore(
                 samples_dir,
                 rewards={name: rewards.options(name) for name in names},
-                scorers=pool_size(config.resources.scorers),
+                scorers=config.resources.scorers,
                 images_per_batch=config.generation.images_per_batch,
                 images_per_prompt=num_samples,
                 keep_images=config.generation.keep_images,

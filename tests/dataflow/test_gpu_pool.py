@@ -12,9 +12,10 @@ os.environ |= _ENVIRONMENT | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secret
 import pyarrow as pa, ray, ray.data
 ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
          resources={"accelerator_type:L4": 1})
+from cdpo_ray.config import Pool
 from cdpo_ray.run import cluster_gpu
 from cdpo_ray.session import cluster_nodes
-from cdpo_ray.dataflow.streams import PoolSize, in_pool
+from cdpo_ray.dataflow.streams import in_pool
 
 class Sizes:
     def __call__(self, rows):
@@ -25,7 +26,7 @@ class Sizes:
 ray.data.DataContext.get_current().enable_progress_bars = False
 ray.data.DataContext.get_current().execution_options.preserve_order = True
 blocks = [pa.table({"row": [0, 1, 2]}), pa.table({"row": [3]}), pa.table({"row": [4, 5, 6]})]
-found = in_pool(ray.data.from_arrow(blocks), Sizes, PoolSize(1, 1, 1), rows_per_call=None).take_all()
+found = in_pool(ray.data.from_arrow(blocks), Sizes, Pool(gpus_per_actor=1), rows_per_call=None).take_all()
 print([(one["row"], one["size"], one["gpus"]) for one in found], cluster_gpu(cluster_nodes()[0]).name)
 """
 
