@@ -30,7 +30,6 @@ from cdpo_ray.steps import (
     demands_of,
     model_arguments,
     preference_source,
-    prompt_source,
     steps_of,
 )
 from cdpo_ray.store import (
@@ -61,9 +60,9 @@ def read_prompts(config: Config, scanned: Scan | None = None) -> PromptSplit:
         scanned: preferences of the configuration; `None`: they are scanned if needed.
     """
     return split_prompts(
-        prompt_source(config.prompts.train) if config.prompts.train else (scanned or scan_preferences(config)).prompts,
-        prompt_source(config.prompts.heldout),
-        prompt_source(config.prompts.validation) if config.prompts.validation else None,
+        config.prompts.train or (scanned or scan_preferences(config)).prompts,
+        config.prompts.heldout,
+        config.prompts.validation,
         seed=config.run.seed,
     )
 

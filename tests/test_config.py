@@ -16,7 +16,7 @@ from pydantic import BaseModel
 import cdpo_ray
 from cdpo_ray.config import COMBINATIONS, REWARDS, Config, load_config, parse_yaml, validate
 from cdpo_ray.config.curriculum import DRAWN_BY, MEASURE_NAMES
-from cdpo_ray.config.losses import BUILT_IN
+from cdpo_ray.config.losses import LOSS_VARIANTS
 from cdpo_ray.config.rewards import RewardsSection
 from cdpo_ray.config.section import sections_in, without_credentials
 from cdpo_ray.curriculum.measures import ACCEPTS, MEASURES
@@ -775,7 +775,7 @@ def test_options_of_rewards_belong_to_a_reward() -> None:
 def test_names_of_measures_and_losses_match_the_implemented_ones() -> None:
     assert tuple(MEASURES) == MEASURE_NAMES
     assert tuple(ACCEPTS) == DRAWN_BY
-    assert {*LOSSES, "sft"} == {*BUILT_IN}
+    assert {*LOSSES, "sft"} == {*LOSS_VARIANTS}
 
 
 def test_a_config_is_checked_without_torch_ray_and_diffusers() -> None:

@@ -45,11 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.usage_error(f"needs two or more runs, got {arguments.runs}")
     config = load_config(arguments.judges) if arguments.judges else None
     output_dir = output_path(arguments.out, "--out") if arguments.out else None
-    print_lines(*compare_runs([storage_path(run) for run in arguments.runs], output_dir, config))
+    print_lines(*compared_lines([storage_path(run) for run in arguments.runs], output_dir, config))
     return 0
 
 
-def compare_runs(run_dirs: list[Path], output_dir: Path | None = None, config: Config | None = None) -> list[str]:
+def compared_lines(run_dirs: list[Path], output_dir: Path | None = None, config: Config | None = None) -> list[str]:
     """Compare the models of evaluated runs, on the held-out images that they kept; needs no Ray.
 
     Args:

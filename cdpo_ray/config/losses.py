@@ -96,11 +96,11 @@ class SftLoss(_Loss):
     name: Literal["sft"] = "sft"
 
 
-BUILT_IN = {loss.model_fields["name"].default: loss for loss in (DpoLoss, IpoLoss, HingeLoss, RobustLoss, SftLoss)}
+LOSS_VARIANTS = {loss.model_fields["name"].default: loss for loss in (DpoLoss, IpoLoss, HingeLoss, RobustLoss, SftLoss)}
 
 
 def _known_loss(name: str) -> str:
-    return check_name(name, BUILT_IN)
+    return check_name(name, LOSS_VARIANTS)
 
 
 def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _named(given: Any) -> Any:
 
 def _tag(given: Any) -> str:
     name = given["name"] if isinstance(given, dict) else given.name
-    return name if isinstance(name, str) and name in BUILT_IN else USER_LOSS
+    return name if isinstance(name, str) and name in LOSS_VARIANTS else USER_LOSS
 
 
 Loss = Annotated[

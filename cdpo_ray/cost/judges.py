@@ -20,7 +20,7 @@ CLIP_MODELS = {
     "ViT-bigG-14": JudgeCost(967e9, 2_539_567_362),
     "embedded": JudgeCost(0.1e9, 1_000_000),
 }
-REWARDS = {
+REWARD_COSTS = {
     "hpsv2": CLIP_MODELS["ViT-H-14"],
     "pickscore": CLIP_MODELS["ViT-H-14"],
     "aesthetic": CLIP_MODELS["ViT-L-14"],
@@ -38,7 +38,7 @@ def judges_cost(judges: Mapping[str, Mapping[str, Any]]) -> tuple[JudgeCost, lis
     known: list[JudgeCost] = []
     unknown = []
     for name, options in judges.items():
-        cost = CLIP_MODELS.get(options["architecture"]) if name == "clip" else REWARDS.get(name)
+        cost = CLIP_MODELS.get(options["architecture"]) if name == "clip" else REWARD_COSTS.get(name)
         if cost:
             known.append(cost)
         elif name not in ON_CPU and not options.get("endpoint"):

@@ -82,7 +82,7 @@ class _Agreement(TypedDict):
 
 
 @other_keys_allowed
-class Metrics(TypedDict):
+class EvaluationMetrics(TypedDict):
     """Keys of `metrics.json` that comparing runs needs."""
 
     images_per_prompt: Annotated[int, Field(ge=1, le=1_000_000)]
@@ -91,7 +91,7 @@ class Metrics(TypedDict):
 
 
 @other_keys_allowed
-class _JudgedMetrics(Metrics):
+class _JudgedEvaluation(EvaluationMetrics):
     """Keys of `metrics.json` that the page shows."""
 
     num_prompts: Count
@@ -130,8 +130,8 @@ class _TrainedStage(_Update):
     pairs: NotRequired[ShownStage]
 
 
-METRICS: TypeAdapter[Metrics] = TypeAdapter(Metrics)
-_JUDGED_METRICS: TypeAdapter[_JudgedMetrics] = TypeAdapter(_JudgedMetrics)
+METRICS: TypeAdapter[EvaluationMetrics] = TypeAdapter(EvaluationMetrics)
+_JUDGED_METRICS: TypeAdapter[_JudgedEvaluation] = TypeAdapter(_JudgedEvaluation)
 _PLANNED_STAGES = TypeAdapter(Annotated[list[ShownStage], Field(min_length=1, max_length=1000)])
 TRAINED_STAGES = TypeAdapter(Annotated[list[_TrainedStage], Field(min_length=1, max_length=1000)])
 _UPDATE: TypeAdapter[_NumberedUpdate] = TypeAdapter(_NumberedUpdate)

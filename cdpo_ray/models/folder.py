@@ -12,11 +12,11 @@ from cdpo_ray.errors import ModelError
 from cdpo_ray.models.layouts import (
     INDEX,
     LAYOUTS,
+    Component,
     Config,
     Configs,
     Faults,
     Layout,
-    Part,
     config_path,
     one_of,
     shown,
@@ -143,7 +143,7 @@ def read_config(path: Path) -> Config:
     return found
 
 
-def named_parts(family: str, folder: Path) -> dict[str, Part]:
+def named_parts(family: str, folder: Path) -> dict[str, Component]:
     """Parts of the family that a folder's index names, without the optional ones that it leaves out."""
     index = read_config(folder / config_path(INDEX))
     return {name: part for name, part in LAYOUTS[family].parts.items() if not _is_left_out(part, index.get(name))}
@@ -200,7 +200,7 @@ def _read(layout: Layout, folder: Path, names: Sequence[str], partial: bool) -> 
     configs: dict[str, Config] = {}
     faults: list[str] = []
     for name in names:
-        file, part = config_path(name), layout.parts.get(name, Part("diffusers", layout.pipelines))
+        file, part = config_path(name), layout.parts.get(name, Component("diffusers", layout.pipelines))
         if INDEX in configs:
             named = configs[INDEX].get(name)
             if _is_left_out(part, named):
@@ -227,11 +227,11 @@ def _read(layout: Layout, folder: Path, names: Sequence[str], partial: bool) -> 
     return configs, faults
 
 
-def _is_left_out(part: Part, named: Any) -> bool:
+def _is_left_out(part: Component, named: Any) -> bool:
     return part.optional and named in (None, [None, None])
 
 
-def _class_faults(name: str, named: Any, part: Part) -> Faults:
+def _class_faults(name: str, named: Any, part: Component) -> Faults:
     """Compare the library and class that the pipeline's index names for a part."""
     where = f"{config_path(INDEX)}: `{name}`"
     if not isinstance(named, list) or len(named) != 2 or not all(isinstance(each, str) for each in named):
@@ -245,7 +245,7 @@ def _class_faults(name: str, named: Any, part: Part) -> Faults:
         yield f"{where} must be {one_of(allowed)}, got {got}"
 
 
-def _file_faults(part_dir: Path, part: Part, partial: bool) -> Faults:
+def _file_faults(part_dir: Path, part: Component, partial: bool) -> Faults:
     """Faults of the names of a part's weight and vocabulary files."""
     if part.weights:
         yield from _weight_faults(part_dir, part.weights, partial)

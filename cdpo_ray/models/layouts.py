@@ -41,7 +41,7 @@ DEFAULTS: dict[str, Config] = {
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """Requirements on a part of the pipeline.
 
     Attributes:
@@ -75,7 +75,7 @@ class Layout:
     """
 
     pipelines: tuple[str, ...]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Component]
     formulations: tuple[str, ...]
     denoiser_faults: Callable[[Configs], Faults]
 
@@ -317,21 +317,21 @@ def _flux_faults(configs: Configs) -> Faults:
     yield from _width_faults(configs, "transformer", "pooled_projection_dim", {"text_encoder": "hidden_size"})
 
 
-def _net(kind: str) -> Part:
-    return Part("diffusers", (kind,), weights="diffusion_pytorch_model")
+def _net(kind: str) -> Component:
+    return Component("diffusers", (kind,), weights="diffusion_pytorch_model")
 
 
-def _text_encoder(kind: str, *, optional: bool = False) -> Part:
-    return Part("transformers", (kind,), weights="model", optional=optional)
+def _text_encoder(kind: str, *, optional: bool = False) -> Component:
+    return Component("transformers", (kind,), weights="model", optional=optional)
 
 
-def _tokenizer(name: str, *vocabulary: str) -> Part:
-    return Part("transformers", (name, f"{name}Fast"), vocabularies=(("tokenizer.json",), vocabulary))
+def _tokenizer(name: str, *vocabulary: str) -> Component:
+    return Component("transformers", (name, f"{name}Fast"), vocabularies=(("tokenizer.json",), vocabulary))
 
 
 _CLIP_TOKENIZER = _tokenizer("CLIPTokenizer", "vocab.json", "merges.txt")
 _T5_TOKENIZER = _tokenizer("T5Tokenizer", "spiece.model")
-_SCHEDULER = Part("diffusers")
+_SCHEDULER = Component("diffusers")
 _SD_PARTS = {
     "unet": _net(UNET),
     "vae": _net(VAE),

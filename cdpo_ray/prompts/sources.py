@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
+from cdpo_ray.config import PromptSource
 from cdpo_ray.config.section import looked_for
 from cdpo_ray.errors import PromptError
 from cdpo_ray.hub import FETCH_ERRORS, how_to_stage
@@ -21,28 +22,6 @@ from cdpo_ray.testbed.scenes import scene_prompts, scene_prompts_apart
 
 PROMPT_SETS = {"animals": animal_prompts, "animal_photos": animal_photo_prompts}
 BUILT_IN = (*PROMPT_SETS, "scenes")
-
-
-@dataclass(frozen=True)
-class PromptSource:
-    """Source of the prompts of one side: `train`, `heldout` or `validation`.
-
-    Attributes:
-        source: name of `BUILT_IN`, path of a file of one of `cdpo_ray.prompts.files.FORMATS`, or hub id if ``file`` is
-            given.
-        file, revision: path of a file in a hub data set, and full commit of the data set.
-        column: name of the column in a CSV, JSON, JSONL or Parquet file.
-        count: number of prompts to keep, from the front; ``None``: all.
-        fraction: fraction of the training source to hold out, instead of ``source``; chosen by hash, so that a prompt
-            stays on its side when the file grows.
-    """
-
-    source: str | None = None
-    file: str | None = None
-    revision: str | None = None
-    column: str = "prompt"
-    count: int | None = None
-    fraction: float | None = None
 
 
 @dataclass(frozen=True)

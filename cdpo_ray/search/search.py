@@ -24,7 +24,7 @@ from cdpo_ray.search.findings import best, objective_text, search_summary, table
 from cdpo_ray.search.importance import importance
 from cdpo_ray.search.proposals import propose
 from cdpo_ray.search.report import write_report
-from cdpo_ray.search.space import config_of, paper_point, space_of
+from cdpo_ray.search.space import config_of, first_point, space_of
 from cdpo_ray.search.trial_run import train_trial
 from cdpo_ray.search.trials import (
     DONE,
@@ -228,7 +228,7 @@ class _Search:
         known = [*self.trials.values()]
         number = next(number for number in itertools.count(1) if Trial(number, {}).name not in self.trials)
         if number == PAPER:
-            return Trial(PAPER, paper_point(self.config))
+            return Trial(PAPER, first_point(self.config))
         if self.search.num_trials is not None and number > self.search.num_trials:
             return None
         proposal = propose(

@@ -3,11 +3,10 @@
 from cdpo_ray.config import Config, SearchSection, validate
 from cdpo_ray.config.curriculum import CurriculumSection
 from cdpo_ray.config.knobs import Knob
-from cdpo_ray.config.search import paper_point as point_of_paper
-from cdpo_ray.config.search import with_point
+from cdpo_ray.config.search import paper_point, with_point
 from cdpo_ray.search.trials import Point
 
-__all__ = ["Knob", "Space", "config_of", "is_in", "paper_point", "run_of", "space_of"]
+__all__ = ["Knob", "Space", "config_of", "first_point", "is_in", "run_of", "space_of"]
 
 Space = tuple[Knob, ...]
 """Knobs, each after those that it depends on."""
@@ -22,13 +21,13 @@ def is_in(space: Space, point: Point) -> bool:
     return all(knob.key in point and knob.holds(point[knob.key]) for knob in space if knob.is_active(point))
 
 
-def paper_point(config: Config) -> Point:
+def first_point(config: Config) -> Point:
     """Point of the first trial: the paper's values of all keys that do not depend on the model.
 
     Keys that depend on the model, such as the number of stages and beta, have the config's values. If the config
     departs from the paper in a key that no trial varies, the point contains that key too.
     """
-    return point_of_paper(space_of(config), config.plain())
+    return paper_point(space_of(config), config.plain())
 
 
 def run_of(config: Config) -> str:

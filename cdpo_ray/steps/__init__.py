@@ -16,7 +16,6 @@ from cdpo_ray.steps.arguments import (
     preference_frame,
     preference_source,
     preferences_sha256,
-    prompt_source,
     prompts_sha256,
     sections_of,
     seed_setting,
@@ -46,7 +45,6 @@ __all__ = [
     "model_arguments",
     "preference_frame",
     "preference_source",
-    "prompt_source",
     "sampling_to_compare",
     "steps_of",
 ]

@@ -18,10 +18,6 @@ REWARD_WEIGHTS = ("checkpoint", "processor", "vocabulary", "captioner", "sentenc
 """Reward options whose value is a file, a folder or a hub id."""
 
 
-def prompt_source(section: PromptSource) -> sources.PromptSource:
-    return sources.PromptSource(**section.model_dump())
-
-
 def preference_source(config: Config) -> PreferenceSource:
     """Location and format of the preferences."""
     assert config.preferences is not None, "called for a config with preferences only"
@@ -119,7 +115,7 @@ def prompts_sha256(config: Config, side: str) -> dict[str, str | None]:
         PromptError: the file cannot be read.
     """
     section: PromptSource | None = getattr(config.prompts, side)
-    found = {f"prompts.{side}.sha256": sources.content_sha256(prompt_source(section), side) if section else None}
+    found = {f"prompts.{side}.sha256": sources.content_sha256(section, side) if section else None}
     if section and section.fraction is not None:
         shared = preferences_sha256(config) if config.preferences else prompts_sha256(config, "train")
         found |= {key: sha256 for key, sha256 in shared.items() if sha256}

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cdpo_ray.config import PromptSource
 from cdpo_ray.errors import PromptError
 from cdpo_ray.prompts.animals import animal_photo_prompts, animal_prompts
 from cdpo_ray.prompts.files import read_file
 from cdpo_ray.prompts.sources import (
     BUILT_IN,
     PromptList,
-    PromptSource,
     PromptSplit,
     content_sha256,
     is_held_out,
@@ -69,7 +69,7 @@ def split(
 
 
 def read(path: Path | str, side: str = "train", **keys: Any) -> PromptList:
-    return read_prompts(PromptSource(str(path), **keys), side, 0)
+    return read_prompts(PromptSource(source=str(path), **keys), side, 0)
 
 
 def write(path: Path, lines: list[str]) -> Path:
@@ -295,14 +295,20 @@ def test_prompts_that_come_with_preferences_are_split_like_those_of_a_source(tmp
 def test_local_files_are_identified_by_their_hash_and_pinned_sources_by_name(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"abc")
     nist = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
-    assert content_sha256(PromptSource(str(tmp_path / "p.txt")), "train") == nist
-    for pinned in (PromptSource("animals"), PromptSource("some/prompts", "a.csv", COMMIT), PromptSource(fraction=0.5)):
+    assert content_sha256(PromptSource(source=str(tmp_path / "p.txt")), "train") == nist
+    for pinned in (
+        PromptSource(source="animals"),
+        PromptSource(source="some/prompts", file="a.csv", revision=COMMIT),
+        PromptSource(fraction=0.5),
+    ):
         assert content_sha256(pinned, "train") is None
 
 
 def test_fault_33_the_sha256_is_of_the_content_that_was_read(tmp_path: Path) -> None:
     train, heldout = write(tmp_path / "t.txt", ["a cat"]), write(tmp_path / "h.txt", ["a dog"])
-    found = split_prompts(PromptSource(str(train)), PromptSource(str(heldout)), PromptSource("animals"), seed=0)
+    found = split_prompts(
+        PromptSource(source=str(train)), PromptSource(source=str(heldout)), PromptSource(source="animals"), seed=0
+    )
     digests = {"train": hashlib.sha256(train.read_bytes()), "heldout": hashlib.sha256(heldout.read_bytes())}
     write(heldout, ["a fox"])
     assert found.sha256 == {side: digest.hexdigest() for side, digest in digests.items()}
@@ -320,7 +326,7 @@ def test_fault_33_a_file_that_is_changed_while_it_is_read_is_refused(
 
     monkeypatch.setattr("cdpo_ray.prompts.sources.read_file", read_and_change)
     with pytest.raises(PromptError, match=r"`prompts.train.source` .*t\.txt: changed while it was being read"):
-        read_prompts(PromptSource(str(path)), "train", 0)
+        read_prompts(PromptSource(source=str(path)), "train", 0)
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -336,8 +342,9 @@ def test_a_hub_file_is_read_if_staged_and_otherwise_the_error_says_how_to_stage_
         folder.mkdir(parents=True)
         write(folder / "train.parquet", ["a cat", "a dog"])
     code = (
-        "import sys; from cdpo_ray.prompts.sources import PromptSource, read_prompts;"
-        f"print(read_prompts(PromptSource('some/prompts', 'data/train.parquet', '{COMMIT}'), 'train', 0).prompts)"
+        "import sys; from cdpo_ray.config import PromptSource; from cdpo_ray.prompts.sources import read_prompts;"
+        f"source = PromptSource(source='some/prompts', file='data/train.parquet', revision='{COMMIT}');"
+        "print(read_prompts(source, 'train', 0).prompts)"
     )
     offline = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=offline)

@@ -12,7 +12,7 @@ import yaml
 from cdpo_ray.config import Config, load_config, parse_yaml, validate
 from cdpo_ray.config.knobs import REFUSED, searched_keys
 from cdpo_ray.errors import ConfigError
-from cdpo_ray.search.space import Knob, config_of, paper_point
+from cdpo_ray.search.space import Knob, config_of, first_point
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 SPACE = {
@@ -68,7 +68,7 @@ def test_a_knob_holds_only_its_choices_or_range(knob: Knob, inside: list[Any], o
 def test_the_papers_trial_has_the_papers_choices_and_the_configs_model_dependent_values() -> None:
     everything = SPACE | {"curriculum.order": ["easy_to_hard", "none"], "curriculum.label_noise": [0, 0.1]}
     searched = config(everything, "curriculum.order=none", "curriculum.label_noise=0.1", "training.beta=300")
-    assert paper_point(searched) == {
+    assert first_point(searched) == {
         "curriculum.num_stages": 4,
         "training.beta": 300,
         "curriculum.pacing": "cumulative",
@@ -80,16 +80,16 @@ def test_the_papers_trial_has_the_papers_choices_and_the_configs_model_dependent
 
 def test_the_papers_trial_has_the_papers_values_also_for_keys_that_no_trial_varies() -> None:
     beta = {"training.beta": [100, 200]}
-    assert paper_point(config(beta)) == {"training.beta": 200}
+    assert first_point(config(beta)) == {"training.beta": 200}
     departs = config(beta, "curriculum.pacing=sliding_window", "curriculum.window=3", "curriculum.min_score_gap=0.5")
-    assert paper_point(departs) == {
+    assert first_point(departs) == {
         "training.beta": 200,
         "curriculum.pacing": "cumulative",
         "curriculum.window": None,
         "curriculum.min_score_gap": 0.0,
     }
     for searched in (departs, config(beta, "curriculum.preset=released-code"), config(beta, "curriculum.order=none")):
-        found = trial(searched, paper_point(searched)).curriculum
+        found = trial(searched, first_point(searched)).curriculum
         expected = load_config(QUICKSTART).curriculum
         assert found == expected, "the quickstart's schedule is the paper's"
         assert trial(searched, {"training.beta": 100}).curriculum == searched.curriculum
@@ -175,4 +175,4 @@ def test_a_loss_with_options_is_refused_as_a_choice() -> None:
 def test_the_first_trial_has_the_options_of_the_configs_loss() -> None:
     smoothing = {"training.loss": ["dpo", "robust"], "training.loss.label_smoothing": [0.1, 0.2]}
     searched = config(smoothing, "training.loss={name: robust, label_smoothing: 0.2}")
-    assert paper_point(searched) == {"training.loss": "robust", "training.loss.label_smoothing": 0.2}
+    assert first_point(searched) == {"training.loss": "robust", "training.loss.label_smoothing": 0.2}

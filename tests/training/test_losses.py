@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cdpo_ray.config.losses import BUILT_IN
+from cdpo_ray.config.losses import LOSS_VARIANTS
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.training.losses import kappa, preference_loss
 
@@ -160,9 +160,9 @@ def test_a_label_smoothing_outside_0_to_one_half_is_refused(share: float) -> Non
         preference_loss(*errors(0), beta=1, loss="robust", options={"label_smoothing": share})
 
 
-@pytest.mark.parametrize("loss", [*BUILT_IN])
+@pytest.mark.parametrize("loss", [*LOSS_VARIANTS])
 def test_every_loss_of_the_config_is_computed_with_its_options(loss: str) -> None:
-    arguments = BUILT_IN[loss]().arguments
+    arguments = LOSS_VARIANTS[loss]().arguments
     assert preference_loss(*errors(0), beta=1, **arguments)[0].shape == (64,)
 
 
