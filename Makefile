@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/cdpo run configs/quickstart.yaml
 	@echo "The report: $(CURDIR)/runs/quickstart/report.html"
 
-# Files are spread over the processes; all that start Ray go to one of them, see tests/conftest.py.
+# Files are spread over the processes, each with at most one local Ray; see tests/conftest.py.
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: $(INSTALLED)

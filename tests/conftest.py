@@ -15,6 +15,8 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny nets gain nothing by two, and lose a hundredfold on a busy machine
+# Ray's workers are nice by default: beside the tests of the other process they would wait for minutes.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Ray reads its mode of access when it is first imported, by whichever test that is: the same for all of them.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -132,16 +134,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `pytest -n`, all files that start Ray run in one process; each other file runs in one process too.
+    """With `pytest -n`, a file runs in one process, and files that start Ray in two: `test_run.py`, and all others.
 
-    pytest-xdist 3.8 has `--dist loadgroup` for that, which has no effect with pytest 9.2: it changes a node ID that
-    pytest no longer reads.
+    Each of the two has one local Ray, and they take about the same time. pytest-xdist 3.8 has `--dist loadgroup` for
+    groups of files, which has no effect with pytest 9.2: it changes a node ID that pytest no longer reads.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    class RayInOneProcess(LoadScopeScheduling):
+    class RayInTwoProcesses(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "ray" if starts_ray(config.rootpath / file) else file
+            file = config.rootpath / nodeid.partition("::")[0]
+            return "ray" if starts_ray(file) and file.name != "test_run.py" else str(file)
 
-    return RayInOneProcess(config, log)
+    return RayInTwoProcesses(config, log)

@@ -19,7 +19,7 @@ from cdpo_ray.cli import main
 from cdpo_ray.config import load_config
 from cdpo_ray.search.trials import DONE, RUNNING, STOPPED, Trial, Trials
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1200)]
 CDPO = Path(sys.executable).with_name("cdpo")
 LORA = "4-training/lora/pytorch_lora_weights.safetensors"
 SETTINGS: dict[str, Any] = {
@@ -136,7 +136,6 @@ def test_a_search_is_not_resumed_with_other_settings(killed: tuple[Search, list[
     assert "its search was started with `search.early_prompts` = 3, config says 2; delete the folder" in log
 
 
-@pytest.mark.nightly
 def test_a_run_of_the_best_config_trains_the_same_adapter_as_its_trial(
     killed: tuple[Search, list[Trial], str, str],
 ) -> None:
@@ -151,7 +150,6 @@ def test_a_run_of_the_best_config_trains_the_same_adapter_as_its_trial(
     assert (best / "report.html").exists()
 
 
-@pytest.mark.nightly
 def test_the_best_and_the_papers_schedule_are_retrained_and_judged_on_held_out_prompts(
     killed: tuple[Search, list[Trial], str, str],
 ) -> None:
@@ -167,7 +165,6 @@ def test_the_best_and_the_papers_schedule_are_retrained_and_judged_on_held_out_p
     assert found["sentence"] in output
 
 
-@pytest.mark.nightly
 def test_a_finished_search_can_be_extended_by_trials(killed: tuple[Search, list[Trial], str, str]) -> None:
     search = killed[0]
     before = search.trials()
