@@ -22,10 +22,10 @@ _NO_ANSWER = {
 """Exception class of huggingface_hub or an HTTP library -> why the hub does not answer; the first match is used."""
 
 
-def how_to_stage(
+def how_to_download(
     hub_id: str, filename: str, revision: str | None, error: Exception, *, key: str, dataset: bool = False
 ) -> str:
-    """One line with what is missing, at which revision, why, and what to do; if it helps, how to stage it beforehand.
+    """One line with what is missing, at which revision, why, and what to do; if it helps, how to download it beforehand.
 
     The text of the error is never part of it: it may hold an address, or a header with a token.
 
@@ -43,10 +43,10 @@ def how_to_stage(
         return f"{where}: {answer}"
     why = (cause and _no_answer(cause)) or getattr(error, "strerror", None) or type(error).__name__
     kind = "--repo-type dataset" if dataset else ""
-    stage = " ".join(filter(None, ["hf download", kind, hub_id, filename, "--revision", revision]))
+    download = " ".join(filter(None, ["hf download", kind, hub_id, filename, "--revision", revision]))
     return (
-        f"{where}: is not on this machine and cannot be fetched ({why}); stage it with"
-        f" `{stage}`, after which HF_HUB_OFFLINE=1 may be set"
+        f"{where}: is not on this machine and cannot be fetched ({why}); download it with"
+        f" `{download}`, after which HF_HUB_OFFLINE=1 may be set"
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from cdpo_ray.config.section import HUB_ID
 from cdpo_ray.errors import ModelError
-from cdpo_ray.hub import cause_of, how_to_stage
+from cdpo_ray.hub import cause_of, how_to_download
 from cdpo_ray.models.folder import weights_variant
 from cdpo_ray.models.layouts import unquoted
 
@@ -45,7 +45,7 @@ def fetch(
             return Path(pipeline_class.download(path, **options, variant="fp16"))  # the only weights of some models
     except Exception as error:
         if cause_of(error):
-            raise ModelError(how_to_stage(path, "", revision, error, key=key)) from None
+            raise ModelError(how_to_download(path, "", revision, error, key=key)) from None
         raise load_error(key, path, revision, error) from None
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from cdpo_ray.config import PromptSource
 from cdpo_ray.config.section import looked_for
 from cdpo_ray.errors import PromptError
-from cdpo_ray.hub import FETCH_ERRORS, how_to_stage
+from cdpo_ray.hub import FETCH_ERRORS, how_to_download
 from cdpo_ray.prompts.animals import animal_photo_prompts, animal_prompts
 from cdpo_ray.prompts.faults import NUM_SHOWN
 from cdpo_ray.prompts.files import read_file
@@ -202,7 +202,9 @@ def _read_file(source: PromptSource, side: str) -> tuple[list[str], str | None]:
         try:
             path = Path(hf_hub_download(name, source.file, repo_type="dataset", revision=source.revision))
         except FETCH_ERRORS as error:
-            raise PromptError(how_to_stage(name, source.file, source.revision, error, key=key, dataset=True)) from None
+            raise PromptError(
+                how_to_download(name, source.file, source.revision, error, key=key, dataset=True)
+            ) from None
     sha256 = content_sha256(source, side)
     try:
         prompts = read_file(path, source.column)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cdpo_ray.errors import RewardError
-from cdpo_ray.hub import FETCH_ERRORS, how_to_stage
+from cdpo_ray.hub import FETCH_ERRORS, how_to_download
 
 CONVERTED_DIR = Path(HF_HOME) / "cdpo_ray"
 """Folder of converted pickles, named by the SHA-256 of the original."""
@@ -40,7 +40,7 @@ def hub_file(checkpoint: str, filename: str, revision: str | None, *, key: str) 
     try:
         return Path(hf_hub_download(checkpoint, filename, revision=revision))
     except FETCH_ERRORS as error:
-        raise RewardError(how_to_stage(checkpoint, filename, revision, error, key=key)) from None
+        raise RewardError(how_to_download(checkpoint, filename, revision, error, key=key)) from None
 
 
 def hub_folder(checkpoint: str, revision: str | None, *, key: str, files: Sequence[str] = MODEL_FILES) -> Path:
@@ -60,7 +60,7 @@ def hub_folder(checkpoint: str, revision: str | None, *, key: str, files: Sequen
         return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=list(files)))
     except FETCH_ERRORS as error:
         included = " ".join(f'--include "{pattern}"' for pattern in files)
-        raise RewardError(how_to_stage(checkpoint, included, revision, error, key=key)) from None
+        raise RewardError(how_to_download(checkpoint, included, revision, error, key=key)) from None
 
 
 def from_folder(kind: Any, folder: Path, *, key: str, **options: Any) -> Any:

@@ -256,7 +256,7 @@ def test_fault_39_no_message_contains_a_token(
 @pytest.mark.usefixtures("of_hub")
 def test_fault_39_offline_mode_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"cannot be fetched \(HF_HUB_OFFLINE is set\); stage it with `hf download"):
+    with pytest.raises(ModelError, match=r"cannot be fetched \(HF_HUB_OFFLINE is set\); download it with `hf download"):
         fetch(StableDiffusionPipeline, "some/gone", COMMIT, {})
 
 

@@ -333,7 +333,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.mark.parametrize("staged", [True, False])
-def test_a_hub_file_is_read_if_staged_and_otherwise_the_error_says_how_to_stage_it(
+def test_a_hub_file_is_read_if_staged_and_otherwise_the_error_says_how_to_download_it(
     tmp_path: Path, staged: bool
 ) -> None:
     """In a separate process: huggingface_hub reads its folder and whether it is offline on import."""
@@ -355,7 +355,7 @@ def test_a_hub_file_is_read_if_staged_and_otherwise_the_error_says_how_to_stage_
         where = f"`prompts.train.source` some/prompts (revision {COMMIT})"
         assert message.startswith(f"cdpo_ray.errors.PromptError: {where}: is not on this machine")
         stage = f"`hf download --repo-type dataset some/prompts data/train.parquet --revision {COMMIT}`"
-        assert message.endswith(f"; stage it with {stage}, after which HF_HUB_OFFLINE=1 may be set")
+        assert message.endswith(f"; download it with {stage}, after which HF_HUB_OFFLINE=1 may be set")
 
 
 def test_a_validation_fraction_does_not_change_the_held_out_prompts(tmp_path: Path) -> None:

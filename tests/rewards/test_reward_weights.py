@@ -28,7 +28,7 @@ def test_missing_weights_offline_are_reported_in_one_line_with_advice(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    reason = "is not on this machine and cannot be fetched (HF_HUB_OFFLINE is set); stage it with"
+    reason = "is not on this machine and cannot be fetched (HF_HUB_OFFLINE is set); download it with"
     with pytest.raises(RewardError, match="cannot be fetched") as caught:
         hub_file("someone/scorer", "weights.pt", COMMIT, key=KEY)
     assert str(caught.value) == (
