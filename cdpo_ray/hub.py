@@ -25,7 +25,7 @@ _NO_ANSWER = {
 def how_to_download(
     hub_id: str, filename: str, revision: str | None, error: Exception, *, key: str, dataset: bool = False
 ) -> str:
-    """One line with what is missing, at which revision, why, and what to do; if it helps, how to download it beforehand.
+    """One line with what is missing, at which revision, why, and what to do; if it helps, how to download it.
 
     The text of the error is never part of it: it may hold an address, or a header with a token.
 
