@@ -41,7 +41,7 @@ def config_path(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "generation": {"num_denoising_steps": 3, "guidance_scale": 1.0, "images_per_batch": 16},
         "rewards": {"names": ["clip"]},
         "curriculum": {"measure": "score_gap_quantile", "num_stages": 2, "updates_per_stage": 3},
-        "training": {"beta": 200, "learning_rate": 1e-3, "global_batch_size": 8, "num_workers": 2},
+        "training": {"beta": 200, "learning_rate": 1e-3, "global_batch_size": 8},
         "evaluation": {"images_per_prompt": 2, "judges": ["oracle"], "num_bootstrap_resamples": 200},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
