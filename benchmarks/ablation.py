@@ -87,7 +87,7 @@ def make_pool(folder: Path, pool: int, size: Size) -> None:
     """Generate samples with their CLIP scores, as in `1-samples`."""
     torch.set_num_threads(1)
     sampling = Sampling(pool, size.images, 10, 1.0, None, None, images_per_batch=8)
-    generator = Generator(FAMILY, MODEL, sampling, make_scores=partial(Scorer, {"clip": {}}), keep_images=False)
+    generator = Generator(FAMILY, MODEL, sampling, make_scores=partial(Scorer, {"clip": {}}), keep_pixels=False)
     prompts = scene_prompts("train", size.prompts, TRAIN_SEED)
     rows = pa.table({"prompt_index": pa.array(range(len(prompts)), pa.int64()), "prompt": prompts})
     made = pa.concat_tables([generator(rows.slice(start, 1)) for start in range(len(prompts))])

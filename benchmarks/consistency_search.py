@@ -162,7 +162,12 @@ def train(setting: Setting, work_dir: Path, output_dir: Path) -> dict[str, float
     if setting.labels != "scores":
         scores = -scores if setting.labels == "reversed" else np.random.default_rng(setting.seed).random(scores.shape)
     targets = ATTENTION if setting.lora == "attention" else ALL_KINDS
-    section = TrainingSection(beta=setting.beta, learning_rate=setting.lr, global_batch_size=PAIRS_PER_UPDATE)
+    section = TrainingSection(
+        beta=setting.beta,
+        loss={"name": setting.loss} | ({"sft_weight": setting.sft} if setting.sft else {}),
+        learning_rate=setting.lr,
+        global_batch_size=PAIRS_PER_UPDATE,
+    )
     if setting.normalised:
         model.mean_errors = reference_errors(model, bank)
     lora = LoraSection(rank=setting.rank, targets=targets)
@@ -176,9 +181,7 @@ def train(setting: Setting, work_dir: Path, output_dir: Path) -> dict[str, float
         TrainingState(),
         Callbacks(lambda state: stage_pairs(scores, setting, state.stage)),
         num_stages=setting.stages,
-        preference_loss=functools.partial(
-            preference_loss, loss=setting.loss, beta=setting.beta, sft_weight=setting.sft
-        ),
+        preference_loss=functools.partial(preference_loss, beta=setting.beta, **section.loss.arguments),
     )
     save_trained(engine, model, output_dir, lora=True)
     return summarize(done.records, setting.stages, PAIRS_PER_UPDATE)

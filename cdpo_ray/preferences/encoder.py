@@ -1,7 +1,8 @@
 """Rows with pixels -> rows of samples: each image is encoded once, and its posterior stored."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from cdpo_ray.dataflow.columns import list_column, storable, tensor_column
 from cdpo_ray.models import load_model
+from cdpo_ray.preferences.files import Fault
 from cdpo_ray.preferences.reading import MIN_IMAGES
 from cdpo_ray.records import LABEL, PREFERENCE, score_column
 
@@ -28,6 +30,7 @@ class Encoder:
         make_scores: builds the judges that score the images; `None`: no score columns.
         keep_images: keep the pixels used in training; the writing task encodes them as PNG.
         quarantine_dir: folder that lists images with non-finite latents; a row with fewer than two others is dropped.
+        row_at: index of a row -> its file, and its number there.
     """
 
     def __init__(
@@ -39,12 +42,14 @@ class Encoder:
         make_scores: "MakeScores | None",
         keep_images: bool,
         quarantine_dir: Path,
+        row_at: Callable[[int], tuple[str, int]],
     ) -> None:
         self.model = load_model(family, **model)
         self.images_per_batch = images_per_batch
         self.scores = make_scores() if make_scores else None
         self.keep_images = keep_images
         self.quarantine_dir = quarantine_dir
+        self.row_at = row_at
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         column = rows["pixels"]
@@ -84,14 +89,14 @@ class Encoder:
         Args:
             finite: ``[row, sample]``.
         """
-        for row, is_finite in zip(rows.select(["prompt_index", "prompt"]).to_pylist(), finite, strict=True):
-            reasons = [
-                f"image {index} of row {row['prompt_index'] + 1}: latents are not finite; try another `model.dtype`"
+        for row, is_finite in zip(rows["prompt_index"].to_pylist(), finite, strict=True):
+            faults = [
+                Fault(*self.row_at(row), f"image {index}: latents are not finite; try another `model.dtype`")
                 for index in np.flatnonzero(~is_finite).tolist()
             ]
-            if reasons:
-                path = self.quarantine_dir / f"latents-{row['prompt_index']:012d}.jsonl"
-                path.write_text("".join(f"{json.dumps(row | {'reason': reason})}\n" for reason in reasons))
+            if faults:
+                path = self.quarantine_dir / f"{row:012d}.latents.jsonl"
+                path.write_text("".join(f"{json.dumps(asdict(fault))}\n" for fault in faults))
         for name in map(score_column, (LABEL, PREFERENCE)):
             values = np.where(finite, np.array(rows[name].to_pylist()), np.nan)
             column = list_column(values.ravel(), finite.shape[1], pa.float64())

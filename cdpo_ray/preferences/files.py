@@ -8,6 +8,7 @@ import json
 import os
 import re
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -115,6 +116,17 @@ class Chunk:
     num_rows: int
     first_number: int
     first_index: int
+
+
+def row_at(chunks: Sequence[Chunk], index: int) -> tuple[str, int]:
+    """File or ranked folder of a row, and its number there from 1.
+
+    Args:
+        chunks: in the order of the files.
+        index: index of the row in all files, from 0.
+    """
+    chunk = chunks[bisect_right(chunks, index, key=lambda each: each.first_index) - 1]
+    return chunk.path, chunk.first_number + index - chunk.first_index
 
 
 @dataclass

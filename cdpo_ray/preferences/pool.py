@@ -1,5 +1,6 @@
 """Ray Data: preference files stream through readers and a pool of encoders into shards."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from cdpo_ray.config import Pool
 from cdpo_ray.dataflow.parts import QUARANTINE, join_quarantined
 from cdpo_ray.dataflow.streams import in_pool, write_shards
 from cdpo_ray.preferences.encoder import Encoder
-from cdpo_ray.preferences.files import Chunk, PreferenceSource, blocks_of
+from cdpo_ray.preferences.files import Chunk, PreferenceSource, blocks_of, row_at
 from cdpo_ray.preferences.images import Frame
 from cdpo_ray.preferences.reading import faults_of, read_chunks
 from cdpo_ray.progress import Progress
@@ -83,6 +84,7 @@ def import_samples(
         make_scores=make_scores,
         keep_images=keep_images,
         quarantine_dir=quarantine_dir,
+        row_at=functools.partial(row_at, chunks),
     )
     write_shards(rows, output_dir, "samples", progress)
     return join_quarantined(output_dir)

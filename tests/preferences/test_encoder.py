@@ -1,6 +1,5 @@
 """Imported images are encoded once, as in diffusers, and the stored posterior decodes to them."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,11 @@ from preference_sets import judged_scenes
 
 from cdpo_ray.dataflow.columns import list_column, tensor_column
 from cdpo_ray.dataflow.images import decode_png, encode_pixels
+from cdpo_ray.dataflow.parts import QUARANTINE, join_quarantined
 from cdpo_ray.models import load_model
 from cdpo_ray.preferences.encoder import Encoder
+from cdpo_ray.preferences.files import Fault
+from cdpo_ray.store import make_folder
 
 NUM_ROWS = 5
 
@@ -31,7 +33,8 @@ def rows_with_pixels() -> pa.Table:
 
 
 def encoder(path: Path, **options: object) -> Encoder:
-    arguments = {"images_per_batch": 4, "make_scores": None, "keep_images": True, "quarantine_dir": path} | options
+    arguments = {"images_per_batch": 4, "make_scores": None, "keep_images": True, "quarantine_dir": path}
+    arguments |= {"row_at": lambda index: ("judged.jsonl", index + 1)} | options
     return Encoder("stable_diffusion", {"path": str(path)}, **arguments)  # type: ignore[arg-type]
 
 
@@ -96,7 +99,8 @@ def test_fault_36_images_with_non_finite_latents_are_quarantined_by_name(embedde
     for name in ("score_label", "score_preference"):
         rows = rows.append_column(name, list_column(labels.ravel(), 3, pa.float64()))
     rows = rows.append_column("pixels", tensor_column(pixels))
-    encode = encoder(embedded, images_per_batch=100, quarantine_dir=tmp_path)
+    encode = encoder(embedded, images_per_batch=100, quarantine_dir=tmp_path / QUARANTINE)
+    make_folder(tmp_path / QUARANTINE)
     whole = encode(rows)
 
     def overflow(_: object, __: object, moments: torch.Tensor) -> None:
@@ -109,8 +113,7 @@ def test_fault_36_images_with_non_finite_latents_are_quarantined_by_name(embedde
     assert encoded.slice(1).equals(whole.slice(1, 1))
     for name in ("score_label", "score_preference"):
         np.testing.assert_array_equal(encoded[name].to_pylist(), [[2, np.nan, 0], [2, 1, 0]])
-    entries = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.jsonl"))]
-    assert [(entry["prompt_index"], entry["prompt"], entry["reason"]) for entry in entries] == [
-        (4, "a", "image 1 of row 5: latents are not finite; try another `model.dtype`"),
-        (6, "c", "image 1 of row 7: latents are not finite; try another `model.dtype`"),
+    assert [str(Fault(**entry)) for entry in join_quarantined(tmp_path)] == [
+        "judged.jsonl:5: image 1: latents are not finite; try another `model.dtype`",
+        "judged.jsonl:7: image 1: latents are not finite; try another `model.dtype`",
     ]

@@ -17,7 +17,17 @@ import pytest
 from preference_sets import encoded, judged_scenes, pickapic_rows, write_parquet
 
 from cdpo_ray.errors import PreferenceError
-from cdpo_ray.preferences.files import Chunk, Fault, PreferenceSource, Row, blocks_of, fingerprint, read_rows, scan
+from cdpo_ray.preferences.files import (
+    Chunk,
+    Fault,
+    PreferenceSource,
+    Row,
+    blocks_of,
+    fingerprint,
+    read_rows,
+    row_at,
+    scan,
+)
 
 
 def rows_of(source: PreferenceSource) -> list[Row | Fault]:
@@ -563,3 +573,9 @@ def test_a_row_group_is_read_page_by_page(tmp_path: Path) -> None:
     for _ in read_rows(chunk, source):
         most = max(most, pa.total_allocated_bytes() - before)
     assert most < 20e6 < 2 * 1500 * len(image) == 60e6
+
+
+def test_a_row_is_found_in_its_file_by_its_index_in_all_files() -> None:
+    chunks = [Chunk("a.jsonl", 0, 3, 1, 0), Chunk("a.jsonl", 90, 2, 4, 3), Chunk("b.parquet", 0, 4, 1, 5)]
+    expected = [(chunk.path, chunk.first_number + row) for chunk in chunks for row in range(chunk.num_rows)]
+    assert [row_at(chunks, index) for index in range(9)] == expected
