@@ -48,7 +48,7 @@ def test_a_token_in_an_error_of_the_hub_is_not_reported(monkeypatch: pytest.Monk
         raise ValueError("Illegal header value b'Bearer hf_secret'")
 
     monkeypatch.setattr("cdpo_ray.rewards.weights.hf_hub_download", refuses)
-    with pytest.raises(RewardError, match=r"cannot be fetched \(ValueError\); stage it") as caught:
+    with pytest.raises(RewardError, match=r"cannot be fetched \(ValueError\); download it") as caught:
         hub_file("someone/scorer", "weights.pt", COMMIT, key=KEY)
     assert "hf_secret" not in str(caught.value)
 
