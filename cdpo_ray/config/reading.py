@@ -22,7 +22,7 @@ MAX_FAULTS_SHOWN = 20
 MAX_VALUE_SHOWN = 200
 MAX_LINE_SHOWN = 1000
 MOVED = {f"training.{key}": f"training.loss.{key}" for key in ("label_smoothing", "sft_weight")}
-"""Key of an earlier version -> its place since 0.3."""
+"""Key of versions up to 0.2 -> where it is now."""
 YAML_TAG = "tag:yaml.org,2002:"
 PLAIN_TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
 
