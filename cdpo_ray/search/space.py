@@ -4,7 +4,9 @@ from cdpo_ray.config import Config, SearchSection, validate
 from cdpo_ray.config.curriculum import CurriculumSection
 from cdpo_ray.config.knobs import Knob
 from cdpo_ray.config.search import paper_point, with_point
+from cdpo_ray.errors import ConfigError, printable
 from cdpo_ray.search.trials import Point
+from cdpo_ray.user_code import USER_FUNCTION
 
 __all__ = ["Knob", "Space", "config_of", "first_point", "is_in", "run_of", "space_of"]
 
@@ -58,7 +60,22 @@ def config_of(config: Config, point: Point, *, name: str, run_dir: str, seed: in
         curriculum = values["curriculum"]
         num_stages = curriculum.get("num_stages", CurriculumSection.model_fields["num_stages"].default)
         curriculum["updates_per_stage"] = search.updates_per_trial // num_stages
-    return validate(values, where=f"{run_dir.rstrip('/')}/{name}")
+    where = f"{run_dir.rstrip('/')}/{name}"
+    trial = validate(values, where=where)
+    _refuse_other_functions(config, trial, where)
+    return trial
+
+
+def _refuse_other_functions(config: Config, trial: Config, where: str) -> None:
+    """A point may come from another person's `trial.json`, which must not choose the code that is imported."""
+    named = [config.curriculum.measure, config.training.loss.name]
+    named += [choice for knob in _search(config).knobs for choice in knob.choices]
+    for key, name in (("curriculum.measure", trial.curriculum.measure), ("training.loss", trial.training.loss.name)):
+        if USER_FUNCTION.match(name) and name not in named:
+            raise ConfigError(
+                f"{where}: `{key}` {printable(name)!r} is a function that neither the configuration nor its"
+                " `search.space` names; delete the trial's folder"
+            )
 
 
 def _search(config: Config) -> SearchSection:

@@ -176,3 +176,19 @@ def test_the_first_trial_has_the_options_of_the_configs_loss() -> None:
     smoothing = {"training.loss": ["dpo", "robust"], "training.loss.label_smoothing": [0.1, 0.2]}
     searched = config(smoothing, "training.loss={name: robust, label_smoothing: 0.2}")
     assert first_point(searched) == {"training.loss": "robust", "training.loss.label_smoothing": 0.2}
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        {"training.loss": "os:abort"},
+        {"training.loss": {"name": "os:abort"}},
+        {"training.loss.name": "os:abort"},
+        {"curriculum.measure": "os:abort"},
+    ],
+)
+def test_fault_29_a_trial_of_someone_else_cannot_choose_a_function(point: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"trials/003: `.*` 'os:abort' is a function that neither the configuration"):
+        trial(config({"training.beta": [100, 200]}), point)
+    own = config({"training.loss": ["dpo", "mine:f"], "training.beta": [100, 200]}, "curriculum.measure=mine:g")
+    assert trial(own, {"training.loss": "mine:f"}).training.loss.name == "mine:f"
