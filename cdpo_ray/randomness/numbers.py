@@ -9,11 +9,14 @@ from numpy.typing import NDArray
 NUM_ROUNDS = 6
 
 
+def key_of(*address: int | str) -> int:
+    """128-bit key of an address such as ``(run seed, "image", prompt, index)``; the same on every machine."""
+    return int.from_bytes(_digest(address, num_bytes=16))
+
+
 def seed_of(*address: int | str) -> int:
-    """63-bit seed of an address such as ``(run seed, "image", prompt, index)``; the same on every machine."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in address)
-    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
+    """63-bit seed of an address, for interfaces that take no wider one; see `key_of`."""
+    return int.from_bytes(_digest(address, num_bytes=8)) >> 1
 
 
 def random_words(purpose: str, seed: int, stage: int, num_words: int) -> NDArray[np.uint64]:
@@ -63,3 +66,8 @@ class Permutation:
         for key in self._keys:
             left, right = right, (left + mix(right ^ key) % self._side) % self._side
         return left * self._side + right
+
+
+def _digest(address: tuple[int | str, ...], *, num_bytes: int) -> bytes:
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in address)
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=num_bytes).digest()

@@ -18,7 +18,6 @@ from cdpo_ray.dataflow.columns import list_column, tensor_column
 from cdpo_ray.dataflow.images import decode_png, encode_pixels
 from cdpo_ray.generation.generator import Generator, Sampling, sample_batches
 from cdpo_ray.randomness.noise import noise_at
-from cdpo_ray.randomness.numbers import seed_of
 from cdpo_ray.records import prompt_id
 from cdpo_ray.rewards.scorer import SampleScorer, Scorer
 
@@ -77,10 +76,8 @@ def test_noise_of_an_image_does_not_depend_on_the_batch(images_per_batch: int) -
     assert named == [prompt for prompt in PROMPTS for _ in range(5)]
     for place, values in enumerate(latents):
         row, index = divmod(place, 5)
-        generator = torch.Generator().manual_seed(seed_of(3, "image", PROMPTS[row], index))
-        assert torch.equal(
-            values, torch.randn(2, 3, 4, generator=generator) + row * 1000
-        )  # and its own prompt's embedding
+        noise = noise_at((2, 3, 4), 3, "image", PROMPTS[row], index)
+        assert torch.equal(values, noise + row * 1000)  # and its own prompt's embedding
 
 
 class CompiledMirror(Mirror):

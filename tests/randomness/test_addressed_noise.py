@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import torch
 
 from cdpo_ray.randomness.noise import generator_at, noise_at
-from cdpo_ray.randomness.numbers import seed_of
+from cdpo_ray.randomness.numbers import key_of, seed_of
 
 PROMPTS = ["a cat", "a cat ", "A cat", "", "0", "1", "a 🦊", "nul\x00", "lone \ud800", "x" * 10_000]
 
@@ -32,6 +33,32 @@ def test_a_seed_is_the_blake2b_of_the_typed_address() -> None:
     expected = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
     assert seed_of(7, "image", "a cat", 3) == expected
     assert 0 <= expected < 2**63
+
+
+def test_a_key_is_the_128_bit_blake2b_of_the_typed_address() -> None:
+    text = b"int:7\x1fstr:image\x1fstr:a cat\x1fint:3"
+    assert key_of(7, "image", "a cat", 3) == int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "big")
+
+
+def test_a_generator_is_the_mersenne_twister_whose_state_is_the_philox_stream_of_the_key() -> None:
+    words = np.random.Philox(key=key_of(7, "image", "a cat", 3)).random_raw(624) >> np.uint64(32)
+    twister = np.random.MT19937()
+    twister.state = {"bit_generator": "MT19937", "state": {"key": words.astype(np.uint32), "pos": 624}}
+    drawn = torch.randint(2**20, (2000,), generator=generator_at(7, "image", "a cat", 3))
+    assert drawn.tolist() == (twister.random_raw(2000) % 2**20).tolist()
+
+
+def test_addresses_whose_seeds_agree_in_32_bits_have_different_noise() -> None:
+    first_index: dict[int, int] = {}
+    for index in itertools.count():
+        low_bits = seed_of(0, "image", "x", index) % 2**32
+        if low_bits in first_index:
+            break
+        first_index[low_bits] = index
+    other = first_index[low_bits]
+    seeded = [torch.Generator().manual_seed(seed_of(0, "image", "x", at)) for at in (index, other)]
+    assert torch.equal(*(torch.randn(8, generator=generator) for generator in seeded))  # torch keeps 32 bits
+    assert not torch.equal(noise_at((8,), 0, "image", "x", index), noise_at((8,), 0, "image", "x", other))
 
 
 def test_the_noise_is_the_same_in_a_process_with_another_hash_seed() -> None:
