@@ -123,13 +123,59 @@ def test_a_consistency_model_has_no_more_denoising_steps_than_timesteps() -> Non
     load_config(QUICKSTART, ["model.family=latent_consistency", "generation.num_denoising_steps=50"])
 
 
-def test_a_consistency_model_from_elsewhere_names_its_teacher_and_no_other_family_has_one(tmp_path: Path) -> None:
-    assert refused("model.family=latent_consistency", f"model.path={tmp_path}") == [
-        "model: `teacher` must name the model that the consistency model was distilled from"
+def test_only_the_published_target_of_a_consistency_model_needs_and_has_a_teacher(tmp_path: Path) -> None:
+    by_teacher = "training.consistency_target=teacher"
+    consistency = ["model.family=latent_consistency", f"model.path={tmp_path}"]
+    load_config(QUICKSTART, consistency)
+    assert refused(*consistency, by_teacher) == [
+        "`model.teacher` must name the model that the consistency model was distilled from"
     ]
-    assert refused("model.teacher={path: embedded}") == [
-        "model: `teacher` belongs to the family 'latent_consistency', got it with 'stable_diffusion'"
+    assert refused(*consistency, "model.teacher={path: embedded}") == [
+        "`model.teacher` is used with `training.consistency_target` 'teacher' only, got 'image'; leave it out, or set"
+        " the target"
     ]
+    assert refused(by_teacher) == [
+        "`training.consistency_target` 'teacher' needs the family 'latent_consistency', got 'stable_diffusion'"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "rule"),
+    [
+        ("stable_diffusion", None, {}),
+        ("stable_diffusion", "sampler", {"num_denoising_steps": 10}),
+        ("stable_diffusion", "[249, 499, 749, 999]", {"listed": (249, 499, 749, 999)}),
+        ("flux", "{low: 500}", {"low": 500, "high": 1000}),
+        ("latent_consistency", None, {"num_denoising_steps": 10}),
+        ("latent_consistency", "all", {}),
+    ],
+)
+def test_timesteps_of_training_are_those_of_the_sampler_for_a_consistency_model_else_all(
+    family: str, given: str | None, rule: dict[str, object]
+) -> None:
+    overrides = [f"model.family={family}"] + ([f"training.timesteps={given}"] if given else [])
+    assert load_config(QUICKSTART, overrides).timestep_rule == rule
+
+
+def test_timesteps_that_a_model_does_not_have_are_refused() -> None:
+    assert refused("model.family=flux", "training.timesteps=sampler") == [
+        "`training.timesteps` 'sampler' is not known for the family 'flux', whose timesteps depend on the image's size;"
+        " give a list or a range"
+    ]
+    assert refused("model.family=latent_consistency", "training.timesteps={low: 20, high: 38}") == [
+        "`training.timesteps` 20 to 38 holds none of 19, 39, ..., 999; widen it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "scale", "bounds"),
+    [("flux", 4.5, (4.5, 4.5)), ("latent_consistency", 8, (7, 7)), ("latent_consistency", 1, (0, 0))],
+)
+def test_the_guidance_trained_at_is_the_guidance_sampled_at(
+    family: str, scale: float, bounds: tuple[float, float]
+) -> None:
+    config = load_config(QUICKSTART, [f"model.family={family}", f"generation.guidance_scale={scale}"])
+    assert config.guidance_range == bounds
 
 
 def test_more_stages_than_rank_gaps_are_refused_with_both_remedies() -> None:

@@ -78,6 +78,7 @@ CHANGES: dict[str, tuple[list[str], set[str]]] = {
     "training.batch_size_per_worker": (["training.batch_size_per_worker=2"], NOTHING),
     "training.empty_prompt_fraction": (["training.empty_prompt_fraction=0.1"], TRAINING),
     "training.gradient_checkpointing": (["training.gradient_checkpointing=true"], NOTHING),
+    "training.timesteps": (["training.timesteps=[249, 499, 749, 999]"], TRAINING),
     "training.lora.rank": (["training.lora.rank=4"], TRAINING),
     "training.lora.initial_rank": (["training.lora.initial_rank=2"], TRAINING),
     "training.lora.unfreeze": (["training.lora.unfreeze=from_output"], TRAINING),
@@ -130,6 +131,7 @@ NOT_OF_THIS_RUN = {
     ),
     "training.method": "its other value does not allow `training.lora`, which this configuration gives",
     "training.guidance_range": "for guidance-conditioned families",
+    "training.consistency_target": "for consistency models",
     "training.optimizer": "needs bitsandbytes",
 }
 """Keys that this configuration cannot change alone, and why; options of rewards that it does not use are left out."""

@@ -260,7 +260,6 @@ def test_evaluation_goes_on_with_the_part_that_is_whole(finished: tuple[Config, 
         training_dir=run.step("4-training"),
         make_scores=functools.partial(Scorer, {"jpeg_size": {"quality": 90}}),
         num_margin_draws=config.evaluation.num_margin_draws,
-        guidance_range=None,
         quarantine=Quarantine(aside, 3, 0.0),
     )
     table = pq.read_table(run.step("5-evaluation") / "comparison.parquet")

@@ -50,6 +50,25 @@ class LoraSection(Section):
         return self.initial_rank not in (None, self.rank) or self.unfreeze != "at_once"
 
 
+class TimestepRange(Section):
+    """Smallest and largest timestep that training draws."""
+
+    low: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Smallest timestep."""
+
+    high: Annotated[int, Field(ge=0, le=1000)] = 1000
+    """Largest timestep; 1000, or 999 for diffusion models, is pure noise."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> "TimestepRange":
+        if self.low >= self.high:
+            raise ValueError(f"`low` must be less than `high`, got {self.low} and {self.high}")
+        return self
+
+
+TimestepList = Annotated[tuple[Annotated[int, Field(ge=0, le=999)], ...], Field(min_length=1)]
+
+
 class TrainingSection(Section):
     """Preference training of a LoRA, or of all weights of the denoiser, stage by stage."""
 
@@ -92,7 +111,19 @@ class TrainingSection(Section):
 
     guidance_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
     """Bounds [low, high] of the guidance that a guidance-conditioned family (`latent_consistency`, `flux`) is trained
-    with; drawn uniformly per pair. `null`: [5, 15] for LCM, [3.5, 3.5] for FLUX, as they were distilled."""
+    with; drawn uniformly per pair. For LCM it is w, `guidance_scale` - 1. `null`: the guidance of
+    `generation.guidance_scale`, with which the images are sampled. LCM is published with [5, 15]."""
+
+    timesteps: Literal["all", "sampler"] | TimestepRange | TimestepList | None = None
+    """Timesteps that training draws. `all`: the distribution that the model was trained with. `sampler`: those of the
+    sampler with `generation.num_denoising_steps`, for models of few steps; not for flow matching. `{low: 500, high:
+    999}`: the part of `all` in this range. A list, such as [249, 499, 749, 999] for Turbo models: these, uniformly.
+    `null`: `sampler` for a consistency model with `consistency_target: image`, else `all`."""
+
+    consistency_target: Literal["image", "teacher"] = "image"
+    """Target of a consistency model's output, only for `latent_consistency`. `image`: the image itself. `teacher`: as
+    published, the reference's output one teacher step later, which needs `model.teacher`, takes twice the forward
+    passes, and gained nothing in the embedded world."""
 
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """Storage of AdamW's moments. `adamw_8bit`: 8 bits per value with a scale per block, a quarter of the memory; needs

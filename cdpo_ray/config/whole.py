@@ -7,9 +7,10 @@ from pydantic import Field, ValidationError, model_validator
 from cdpo_ray.config.curriculum import RELEASED_MIN_SCORE_GAP, RELEASED_MIN_SCORE_GAPS, CurriculumSection
 from cdpo_ray.config.data import PreferencesSection, PromptsSection
 from cdpo_ray.config.model import (
+    CONSISTENCY,
     CONSISTENCY_TIMESTEPS,
+    FLOW_MATCHING,
     GUIDANCE_EMBEDDED,
-    PATCHED,
     GenerationSection,
     ModelSection,
 )
@@ -17,7 +18,7 @@ from cdpo_ray.config.rewards import COMBINATIONS, RewardName, RewardsSection
 from cdpo_ray.config.search import SearchSection, paper_point, with_point
 from cdpo_ray.config.section import Place, Section
 from cdpo_ray.config.tracking import TrackingSection
-from cdpo_ray.config.training import TrainingSection
+from cdpo_ray.config.training import TimestepRange, TrainingSection
 from cdpo_ray.records import PERTURBATION, PREFERENCE
 
 
@@ -228,7 +229,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _denoising_steps_fit_the_model(self) -> "Config":
         steps = self.generation.num_denoising_steps
-        if self.model.family == "latent_consistency" and steps > CONSISTENCY_TIMESTEPS:
+        if self.model.family == CONSISTENCY and steps > CONSISTENCY_TIMESTEPS:
             raise ValueError(
                 f"`generation.num_denoising_steps` is {steps}, but a latent consistency model has only"
                 f" {CONSISTENCY_TIMESTEPS} timesteps; lower it: 1 to 8 are usual"
@@ -239,10 +240,38 @@ class Config(Section):
     def _image_is_whole_patches(self) -> "Config":
         for side in ("height", "width"):
             size = getattr(self.generation, side)
-            if self.model.family in PATCHED and size is not None and size % 16:
+            if self.model.family in FLOW_MATCHING and size is not None and size % 16:
                 raise ValueError(
                     f"`generation.{side}` must be a multiple of 16 for the family {self.model.family!r}, got {size}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _target_fits_the_model(self) -> "Config":
+        faults, model, training = [], self.model, self.training
+        has_teacher = training.consistency_target == "teacher"
+        if has_teacher and model.family != CONSISTENCY:
+            faults.append(
+                f"`training.consistency_target` 'teacher' needs the family {CONSISTENCY!r}, got {model.family!r}"
+            )
+        elif has_teacher and not model.teacher and model.path != "embedded":
+            faults.append("`model.teacher` must name the model that the consistency model was distilled from")
+        if model.teacher and not has_teacher:
+            faults.append(
+                "`model.teacher` is used with `training.consistency_target` 'teacher' only, got"
+                f" {training.consistency_target!r}; leave it out, or set the target"
+            )
+        if training.timesteps == "sampler" and model.family in FLOW_MATCHING:
+            faults.append(
+                f"`training.timesteps` 'sampler' is not known for the family {model.family!r}, whose timesteps depend"
+                " on the image's size; give a list or a range"
+            )
+        if model.family == CONSISTENCY and isinstance(training.timesteps, TimestepRange):
+            low, high = training.timesteps.low, training.timesteps.high
+            if not any(low <= timestep <= high for timestep in range(19, 1000, 1000 // CONSISTENCY_TIMESTEPS)):
+                faults.append(f"`training.timesteps` {low} to {high} holds none of 19, 39, ..., 999; widen it")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
     @model_validator(mode="after")
@@ -339,6 +368,30 @@ class Config(Section):
     def evaluation_judges(self) -> dict[str, dict[str, Any]]:
         """Judges of held-out images, the run's own rewards first, each with the keyword arguments of its class."""
         return self.rewards.judges | {name: self.rewards.options(name) for name in self.evaluation.judges}
+
+    @property
+    def sampled_guidance(self) -> float:
+        """Guidance that images are sampled with, as the family's `training.guidance_range` gives it."""
+        scale = self.generation.guidance_scale
+        return scale - 1 if self.model.family == CONSISTENCY else scale
+
+    @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """Bounds of the guidance drawn in training; `None`: the family is not guidance-conditioned."""
+        if self.model.family not in GUIDANCE_EMBEDDED:
+            return None
+        return self.training.guidance_range or (self.sampled_guidance, self.sampled_guidance)
+
+    @property
+    def timestep_rule(self) -> dict[str, Any]:
+        """Keyword arguments of `cdpo_ray.models.timesteps.TimestepRule`."""
+        given = self.training.timesteps
+        few_steps = self.model.family == CONSISTENCY and self.training.consistency_target == "image"
+        if given == "sampler" or (given is None and few_steps):
+            return {"num_denoising_steps": self.generation.num_denoising_steps}
+        if isinstance(given, TimestepRange):
+            return given.model_dump()
+        return {"listed": given} if isinstance(given, tuple) else {}
 
     @property
     def keys_that_need_bitsandbytes(self) -> list[str]:

@@ -28,7 +28,6 @@ class Comparer:
         family, model: name in `FAMILIES` and the arguments of its ``load``.
         training_dir: `4-training`, which holds the fine-tuned model.
         num_margin_draws: timesteps and noises drawn for the implicit value of each base image; 0: no implicit values.
-        guidance_range: guidance scales that the model was conditioned on in training; `None`: the family's default.
         quarantine: quarantine of the prompts that raise inside the model.
     """
 
@@ -41,11 +40,9 @@ class Comparer:
         training_dir: Path,
         make_scores: MakeScores,
         num_margin_draws: int,
-        guidance_range: tuple[float, float] | None,
         quarantine: Quarantine,
     ) -> None:
         self.model = load_model(family, **model, for_training=num_margin_draws > 0, keep_vae=True)
-        self.model.guidance_range = guidance_range or self.model.guidance_range
         self.model.load_tuned(training_dir)
         self.sampling = sampling
         self.num_margin_draws = num_margin_draws

@@ -45,7 +45,6 @@ class ImplicitValueModel:
         family, model: name in `FAMILIES` and the arguments of its ``load``.
         training_dir: `4-training`, which holds the fine-tuned model.
         num_margin_draws, samples_per_launch, seed: arguments of `implicit_values`.
-        guidance_range: guidance scales that the model was conditioned on in training; `None`: the family's default.
     """
 
     def __init__(
@@ -56,11 +55,9 @@ class ImplicitValueModel:
         training_dir: Path,
         num_margin_draws: int,
         samples_per_launch: int,
-        guidance_range: tuple[float, float] | None,
         seed: int,
     ) -> None:
         self.model = load_model(family, **model, for_training=True)
-        self.model.guidance_range = guidance_range or self.model.guidance_range
         self.model.load_tuned(training_dir)
         self.settings = {"num_draws": num_margin_draws, "samples_per_launch": samples_per_launch, "seed": seed}
 

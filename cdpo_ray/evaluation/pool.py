@@ -34,7 +34,6 @@ def evaluate_adapter(
     judges: Sequence[str],
     make_scores: MakeScores,
     num_margin_draws: int,
-    guidance_range: tuple[float, float] | None,
     generators: Pool,
     num_resamples: int,
     seed: int,
@@ -75,7 +74,6 @@ def evaluate_adapter(
         training_dir=training_dir,
         make_scores=make_scores,
         num_margin_draws=num_margin_draws,
-        guidance_range=guidance_range,
         quarantine=quarantine,
     )
     compared = compared and compared.map_batches(
@@ -93,7 +91,6 @@ def evaluate_adapter(
             model=dict(model),
             training_dir=training_dir,
             num_margin_draws=num_margin_draws,
-            guidance_range=guidance_range,
             seed=sampling.seed,
         )
         metrics["labels"] = label_accuracy(valued, labelled.rewards, num_resamples=num_resamples, seed=seed)

@@ -5,9 +5,10 @@ import functools
 import torch
 from torch import Tensor
 
+from cdpo_ray.models.layouts import NUM_TIMESTEPS
 from cdpo_ray.models.noising import PredictionType, add_noise, coefficients
 
-NUM_TIMESTEPS, GRID_STEP = 1000, 20
+GRID_STEP = 20
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
 HUBER_WIDTH = 0.001
 

@@ -21,6 +21,7 @@ from cdpo_ray.models.loading import fetch, load_error, load_part
 from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, Adapters, read_lora
 from cdpo_ray.models.noising import squared_error
 from cdpo_ray.models.quantization import quantize_linears
+from cdpo_ray.models.timesteps import TimestepRule
 from cdpo_ray.store import local_copy
 
 diffusers_logging.set_verbosity_error()
@@ -86,6 +87,8 @@ class TextToImageModel(ABC):
     """Whether denoiser and decoder are compiled: a new batch size then triggers a recompilation."""
     guidance_range: tuple[float, float] | None = None
     """Bounds of the uniform draw of the guidance in training, for guidance-conditioned models."""
+    timesteps: TimestepRule = TimestepRule()
+    """Restriction of the timesteps drawn in training."""
     offload: bool = False
     """Whether text encoders and VAE stay in host memory while they are not in use; see `on_device`."""
 
@@ -111,6 +114,8 @@ class TextToImageModel(ABC):
         keep_vae: bool = False,
         quantization: str | None = None,
         offload: bool = False,
+        guidance_range: tuple[float, float] | None = None,
+        timesteps: Mapping[str, Any] | None = None,
     ) -> Self:
         """Load from ``embedded``, a folder in diffusers layout, or a hub id at a revision; safetensors only.
 
@@ -126,6 +131,8 @@ class TextToImageModel(ABC):
                 `quantize_linears`.
             offload: keep text encoders and VAE in host memory while they are not in use. For training, the empty
                 prompt is encoded before the denoiser is moved to the device.
+            guidance_range: bounds of the guidance drawn in training; `None`: the family's.
+            timesteps: keyword arguments of the `TimestepRule` of training; `None`: no restriction.
 
         Raises:
             ModelError: if nothing loadable is found, the model belongs to another family, its weights do not match its
@@ -137,6 +144,8 @@ class TextToImageModel(ABC):
         pipeline = cls.load_pipeline(path, revision, torch_dtype, left_out)
         model = cls(pipeline, dtype=torch_dtype, device=device)
         model.compiled, model.offload = compile, offload
+        model.guidance_range = guidance_range or cls.guidance_range
+        model.restrict_timesteps(TimestepRule(**timesteps or {}))
         if offload and for_training:
             _ = model.empty_conditioning  # fills the cache
         if quantization:
@@ -302,6 +311,27 @@ class TextToImageModel(ABC):
             posterior = vae.encode((images.to(self.device).float() / 127.5 - 1).to(vae.dtype)).latent_dist
         factor = vae.config.scaling_factor
         return (posterior.mean - (vae.config.get("shift_factor") or 0)) * factor, posterior.std * factor
+
+    def restrict_timesteps(self, rule: TimestepRule) -> None:
+        """Restrict the timesteps that `draw_times` draws.
+
+        Raises:
+            ModelError: if the rule asks for the sampler's timesteps, and they depend on the image's size.
+        """
+        if rule.num_denoising_steps:
+            rule = TimestepRule(listed=self.sampler_timesteps(rule.num_denoising_steps))
+        self.timesteps = rule
+
+    def sampler_timesteps(self, num_denoising_steps: int) -> tuple[int, ...]:
+        """Timesteps at which the sampler calls the denoiser, highest first.
+
+        Raises:
+            ModelError: if the family's timesteps depend on the image's size.
+        """
+        raise ModelError(
+            f"`training.timesteps` 'sampler': the timesteps of the family {self.family!r} depend on the image's size;"
+            " give a list or a range"
+        )
 
     @abstractmethod
     def draw_times(self, generator: torch.Generator) -> Times:

@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 
 from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, TextToImageModel, Times
+from cdpo_ray.models.layouts import NUM_TIMESTEPS
 from cdpo_ray.models.noising import flow_interpolant, flow_velocity
-
-NUM_TIMESTEPS = 1000
-"""Factor from the time 0..1 to the timestep that the transformers were trained with."""
 
 
 class FlowMatchingModel(TextToImageModel):
@@ -16,8 +14,8 @@ class FlowMatchingModel(TextToImageModel):
     denoiser_name = "transformer"
 
     def draw_times(self, generator: torch.Generator) -> Times:
-        """Logit-normal timestep: the sigmoid of a standard normal number. Source: arXiv:2403.03206, section 3.1."""
-        return {"timestep": NUM_TIMESTEPS * torch.sigmoid(torch.randn((), generator=generator))}
+        """Logit-normal timestep, as `timesteps` restrict it."""
+        return {"timestep": self.timesteps.draw_logit_normal(generator)}
 
     def denoising_task(
         self, reference: Net, latents: Tensor, conditioning: Conditioning, times: Times, noise: Tensor

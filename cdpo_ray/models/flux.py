@@ -8,7 +8,8 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, Times, uniform_between
-from cdpo_ray.models.flow_matching import NUM_TIMESTEPS, FlowMatchingModel
+from cdpo_ray.models.flow_matching import FlowMatchingModel
+from cdpo_ray.models.layouts import NUM_TIMESTEPS
 from cdpo_ray.models.stable_diffusion import tokens_cut
 
 MAX_T5_TOKENS = 512

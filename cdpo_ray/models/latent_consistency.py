@@ -30,9 +30,11 @@ from cdpo_ray.testbed.consistency import load_consistency_pipeline
 
 
 class LatentConsistency(StableDiffusion):
-    """Guidance-conditioned model, trained towards the frozen reference's output one teacher step later.
+    """Guidance-conditioned model, trained towards the sample's own latents, or the published target.
 
-    Four forward passes per batch of pairs: teacher, reference after the teacher's step, reference, policy.
+    The published target is the frozen reference's output one teacher step later; see `docs/paper_map.md` for the
+    derivation of why it hardly teaches a preference. It takes four forward passes per batch of pairs: teacher,
+    reference after the teacher's step, reference, policy; the sample's own latents take the last two.
 
     Source: arXiv:2310.04378; arXiv:2405.13637 for preferences.
     """
@@ -43,7 +45,8 @@ class LatentConsistency(StableDiffusion):
     guidance_range = (5.0, 15.0)
     step_down: int = GRID_STEP
     """Number of timesteps that one teacher step covers; published: one step of the grid."""
-    teacher: UNet2DConditionModel
+    teacher: UNet2DConditionModel | None = None
+    """Source of the published target; `None`: the target is the sample's latents."""
     teacher_prediction_type: PredictionType
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
@@ -63,12 +66,12 @@ class LatentConsistency(StableDiffusion):
 
         Args:
             teacher: ``path`` (``embedded``, a folder or a hub id) and ``revision`` of the Stable Diffusion model that
-                this one was distilled from; `None`: the embedded one.
+                this one was distilled from, for the published target; `None`: the target is the sample's latents.
         """
         model = super().load(path, for_training=for_training, **options)
-        if for_training:
+        if for_training and teacher:
             model.teacher, model.teacher_prediction_type = load_teacher(
-                **teacher or {"path": "embedded"},
+                **teacher,
                 student_dir=folder_of(path, options.get("revision")),
                 dtype=model.dtype,
             )
@@ -95,17 +98,19 @@ class LatentConsistency(StableDiffusion):
         return [generator_at("sampler", one.numpy().tobytes().hex()) for one in noise.float().cpu()]
 
     def draw_times(self, generator: torch.Generator) -> Times:
-        """Uniform timestep of the grid and guidance ``w``; a pipeline's ``guidance_scale`` is ``w + 1``."""
-        grid = grid_timesteps()
+        """Uniform timestep of the grid, as `timesteps` restrict it, and guidance ``w``.
+
+        A pipeline's ``guidance_scale`` is ``w + 1``.
+        """
         return {
-            "timestep": grid[torch.randint(len(grid), (), generator=generator)],
+            "timestep": self.timesteps.draw_from(grid_timesteps(), generator),
             "guidance": uniform_between(self.guidance_range, generator),
         }
 
     def denoising_task(
         self, reference: Net, latents: Tensor, conditioning: Conditioning, times: Times, noise: Tensor
     ) -> DenoisingTask:
-        """Noisy latents; the target is the reference's output after one step of the guided teacher.
+        """Noisy latents; the target is the latents, or the reference's output after one step of the guided teacher.
 
         From the lowest timestep of the grid, 19, the teacher steps to 0 and to the scheduler's ``final_alpha_cumprod``,
         as DDIM does. The consistency function is the identity there, so the teacher's clean latents are the target.
@@ -113,6 +118,8 @@ class LatentConsistency(StableDiffusion):
         timestep = times["timestep"]
         alpha_bar = self.alphas_cumprod[timestep]
         noisy_latents = add_noise(latents, noise, alpha_bar).to(self.dtype)
+        if self.teacher is None:
+            return DenoisingTask(noisy_latents, times, conditioning, latents.float())
         prediction = self._teacher_prediction(noisy_latents, conditioning, times)
         next_timestep = (timestep - self.step_down).clamp(min=0)
         next_alpha_bar = torch.where(
@@ -128,7 +135,8 @@ class LatentConsistency(StableDiffusion):
         return self._denoised(denoiser, task.noisy_latents, task.conditioning, task.times)
 
     def error(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return pseudo_huber(prediction, target)
+        """Mean squared error of the latents, or the pseudo-Huber distance to the published target."""
+        return pseudo_huber(prediction, target) if self.teacher else super().error(prediction, target)
 
     def _denoised(self, denoiser: Net, noisy_latents: Tensor, conditioning: Conditioning, times: Times) -> Tensor:
         """Consistency function of noisy latents, ``[sample, channel, height, width]`` fp32."""
@@ -149,6 +157,7 @@ class LatentConsistency(StableDiffusion):
         """Guided prediction, fp32; with and without the prompt in one forward pass."""
         prompt = conditioning["prompt_embedding"]
         empty = self.empty_conditioning["prompt_embedding"].to(prompt.dtype).expand_as(prompt)
+        assert self.teacher is not None, "called with a teacher only"
         both = self.teacher(
             torch.cat([noisy_latents, noisy_latents]),
             torch.cat([times["timestep"], times["timestep"]]),

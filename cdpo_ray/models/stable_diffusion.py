@@ -36,8 +36,14 @@ class StableDiffusion(TextToImageModel):
         return {"prompt_embedding": embeddings}, tokens_cut(self.pipeline.tokenizer, prompts)
 
     def draw_times(self, generator: torch.Generator) -> Times:
-        """Uniform timestep, 0 to 999."""
-        return {"timestep": torch.randint(NUM_TIMESTEPS, (), generator=generator)}
+        """Uniform timestep, 0 to 999, as `timesteps` restrict it."""
+        return {"timestep": self.timesteps.draw_from(torch.arange(NUM_TIMESTEPS), generator)}
+
+    def sampler_timesteps(self, num_denoising_steps: int) -> tuple[int, ...]:
+        """Timesteps at which the sampler calls the denoiser, highest first."""
+        scheduler = self.scheduler_class.from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(num_denoising_steps)
+        return tuple(scheduler.timesteps.tolist())
 
     def denoising_task(
         self, reference: Net, latents: Tensor, conditioning: Conditioning, times: Times, noise: Tensor

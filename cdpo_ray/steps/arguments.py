@@ -47,8 +47,15 @@ def model_arguments(config: Config, *, compiles: bool = False) -> dict[str, Any]
     Args:
         compiles: value that ``model.compile`` 'auto' resolves to for the step.
     """
-    arguments = config.model.model_dump(exclude={"family"}, exclude_none=True)
-    return arguments | {"compile": compiles if config.model.compile == "auto" else config.model.compile}
+    model = config.model
+    arguments = model.model_dump(exclude={"family"}, exclude_none=True)
+    if config.training.consistency_target == "teacher":
+        arguments = {"teacher": {"path": "embedded"}} | arguments
+    return arguments | {
+        "compile": compiles if model.compile == "auto" else model.compile,
+        "guidance_range": config.guidance_range,
+        "timesteps": config.timestep_rule,
+    }
 
 
 def sampling_of(config: Config, images_per_prompt: int, seed: int) -> Any:

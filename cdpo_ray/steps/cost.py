@@ -24,7 +24,7 @@ def workload_of(config: Config, prompts: PromptSplit, gpu: Gpu) -> tuple[Workloa
     model = config.model
     known = _footprint(model.family, model.path)
     teacher = None
-    if model.family == "latent_consistency":
+    if config.training.consistency_target == "teacher":
         teacher = _footprint("stable_diffusion", model.teacher.path if model.teacher else "embedded").footprint
     num_prompts = NumPrompts(len(prompts.train), len(prompts.heldout), len(prompts.validation))
     return Workload(config, num_prompts, known.footprint, gpu, teacher), known

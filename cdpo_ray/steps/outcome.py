@@ -35,7 +35,6 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         judges=list(judges),
         make_scores=functools.partial(Scorer, judges),
         num_margin_draws=config.evaluation.num_margin_draws,
-        guidance_range=config.training.guidance_range,
         generators=config.resources.generators,
         num_resamples=config.evaluation.num_bootstrap_resamples,
         seed=config.run.seed,

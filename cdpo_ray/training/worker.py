@@ -81,7 +81,6 @@ class Worker:
         self.validator = Validator(job.validation) if job.validation else None
         keep_vae = self.validator is not None
         model = load_model(job.family, **job.model, for_training=True, keep_vae=keep_vae)
-        model.guidance_range = training.guidance_range or model.guidance_range
         empty = {name: value.cpu() for name, value in model.empty_conditioning.items()}
         model.drop_text_encoders()
         policy = make_policy(

@@ -21,7 +21,7 @@ def workload(*overrides: str, config: str = "sd15", gpu: str = "h100", prompts: 
     plain = () if config in ("sdxl", "flux") else ("training.gradient_checkpointing=false",)
     loaded: Config = load_config(CONFIGS / f"{config}.yaml", (*plain, *overrides))
     names = {"sd15": "sd15", "sdxl": "sdxl", "lcm": "lcm", "flux": "flux_dev"}
-    teacher = SD15 if config == "lcm" else None
+    teacher = SD15 if loaded.training.consistency_target == "teacher" else None
     return Workload(loaded, NumPrompts(prompts, 20), published_footprint(names[config]), GPUS[gpu], teacher)
 
 
@@ -52,11 +52,15 @@ def test_a_lora_pair_takes_two_forward_and_two_backward_passes_and_two_of_the_re
     assert busy(load, "train", checkpointing=True) == pytest.approx(busy(load, "train") + more)
 
 
-def test_a_consistency_pair_takes_ten_forward_and_two_backward_passes() -> None:
-    """Policy: 2, reference at both timesteps: 4, guided teacher: 4."""
-    load = workload("model.compile=false", config="lcm")
+@pytest.mark.parametrize(("target", "num_forward"), [("image", 4), ("teacher", 10)])
+def test_a_consistency_pair_takes_ten_forward_and_two_backward_passes_with_a_teacher_else_four_and_two(
+    target: str, num_forward: int
+) -> None:
+    """Policy: 2, reference: 2; with a teacher, reference at both timesteps: 4, guided teacher: 4."""
+    source = {"teacher": ["model.teacher.path=embedded"], "image": []}[target]
+    load = workload("model.compile=false", f"training.consistency_target={target}", *source, config="lcm")
     forward = SD15.forward_flops(96 * 96)
-    flops = 10 * forward + 2 * published_footprint("lcm").backward_flops["lora"](96 * 96)
+    flops = num_forward * forward + 2 * published_footprint("lcm").backward_flops["lora"](96 * 96)
     seconds = 5 * 400 * 32 * flops / (989e12 * EFFICIENCY["train"].eager)
     assert busy(load, "train") == pytest.approx(seconds, rel=1e-3)
 

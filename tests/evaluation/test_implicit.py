@@ -78,7 +78,7 @@ def test_a_value_is_the_error_of_the_base_minus_that_of_the_tuned_model(
             gains.append(errors[0] - errors[1])
         expected.append(np.mean(gains))
     found = values(model)
-    np.testing.assert_allclose(found, expected, atol=1e-5)  # errors near 1, in fp32
+    np.testing.assert_allclose(found, expected, atol=3e-5)  # errors near 1, in fp32
     assert np.abs(found).max() > 1e-4
     model.use_tuned(False)
     assert all(torch.equal(one, other) for one, other in zip(parameters_of(model), base.parameters(), strict=True))

@@ -59,7 +59,6 @@ def test_values_equal_those_of_each_prompt_alone(tiny_sd15: Path, tmp_path: Path
         training_dir=tmp_path,
         num_margin_draws=2,
         samples_per_launch=4,
-        guidance_range=None,
         seed=5,
     )
     found = np.array(model_of_rows(rows)["implicit_value"].to_pylist())

@@ -12,7 +12,7 @@ from torch import Tensor
 from cdpo_ray.errors import ModelError
 from cdpo_ray.models import load_model
 from cdpo_ray.models.latent_consistency import LatentConsistency
-from cdpo_ray.randomness.noise import noise_at
+from cdpo_ray.randomness.noise import generator_at, noise_at
 from cdpo_ray.testbed.consistency import load_consistency_pipeline
 
 PROMPTS = ["a red circle", "a blue square on the left and a green cross on the right", ""]
@@ -117,11 +117,35 @@ def test_times_are_uniform_over_the_grid_and_the_guidance_range(tiny: LatentCons
     assert abs(guidance.mean() - 10) < 0.2
 
 
+@pytest.mark.parametrize("num_denoising_steps", [1, 2, 4, 8])
+def test_the_samplers_timesteps_are_those_at_which_the_pipeline_calls_the_denoiser(
+    tiny_lcm: Path, num_denoising_steps: int
+) -> None:
+    rule = {"num_denoising_steps": num_denoising_steps}
+    model = LatentConsistency.load(str(tiny_lcm), device="cpu", timesteps=rule)
+    called: list[int] = []
+    model.denoiser.register_forward_pre_hook(lambda _, given: called.append(int(given[1])))
+    sampled = {"num_denoising_steps": num_denoising_steps, "guidance_scale": 8.0}
+    model.sample(model.encode_prompts(PROMPTS)[0], draw_noise(model), **sampled)
+    drawn = [int(model.draw_times(generator_at(0, "times", number))["timestep"]) for number in range(200)]
+    assert set(drawn) == set(called) and len(called) == num_denoising_steps
+
+
+def test_without_a_teacher_the_target_is_the_samples_own_latents(tiny: LatentConsistency) -> None:
+    latents, times = draw_noise(tiny), {"timestep": torch.tensor([999] * 3), "guidance": torch.tensor([1.0, 5.0, 14.0])}
+    conditioning, _ = tiny.encode_prompts(PROMPTS)
+    task = tiny.denoising_task(tiny.denoiser, latents, conditioning, times, latents.flip(0))
+    assert torch.equal(task.target, latents)
+    error = tiny.error(task.target + 0.5, task.target)
+    torch.testing.assert_close(error, torch.full((3,), 0.25))  # the mean squared error
+
+
 def test_the_teachers_unet_is_loaded_for_training_only_and_frozen(tiny_lcm: Path, tiny_sd15: Path) -> None:
     arguments = {"teacher": {"path": str(tiny_sd15)}, "dtype": "bfloat16", "device": "cpu"}
-    assert not hasattr(LatentConsistency.load(str(tiny_lcm), **arguments), "teacher")
+    assert LatentConsistency.load(str(tiny_lcm), **arguments).teacher is None
     model = LatentConsistency.load(str(tiny_lcm), for_training=True, **arguments)
     assert model.pipeline.vae is None
+    assert model.teacher is not None
     assert type(model.pipeline.scheduler) is LCMScheduler
     weights = UNet2DConditionModel.from_pretrained(tiny_sd15, subfolder="unet", dtype=torch.bfloat16).state_dict()
     assert model.teacher.state_dict().keys() == weights.keys()
@@ -130,7 +154,8 @@ def test_the_teachers_unet_is_loaded_for_training_only_and_frozen(tiny_lcm: Path
 
 
 def test_the_embedded_models_teacher_is_the_embedded_diffusion_model(embedded: Path) -> None:
-    model = LatentConsistency.load("embedded", device="cpu", for_training=True)
+    model = LatentConsistency.load("embedded", device="cpu", for_training=True, teacher={"path": "embedded"})
+    assert model.teacher is not None
     weights = UNet2DConditionModel.from_pretrained(embedded, subfolder="unet", dtype=torch.float32).state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in model.teacher.state_dict().items())
     assert model.pipeline.vae is None
@@ -157,7 +182,8 @@ def test_at_the_lowest_grid_timestep_the_target_is_ddims_last_step_whatever_the_
     config = loaded.pipeline.scheduler.config
     loaded.pipeline.scheduler = LCMScheduler.from_config(config, set_alpha_to_one=set_alpha_to_one)
     model = LatentConsistency(loaded.pipeline, dtype=torch.float32, device="cpu")
-    model.teacher, model.teacher_prediction_type = loaded.teacher, loaded.teacher_prediction_type
+    assert loaded.teacher is not None
+    model.teacher, model.teacher_prediction_type = teacher, _ = loaded.teacher, loaded.teacher_prediction_type
     ddim = DDIMScheduler.from_config(config, set_alpha_to_one=set_alpha_to_one, timestep_spacing="trailing")
     ddim.set_timesteps(50)
     times = {"timestep": torch.tensor([19] * 3), "guidance": torch.tensor([1.0, 5.0, 14.0])}
@@ -170,7 +196,7 @@ def test_at_the_lowest_grid_timestep_the_target_is_ddims_last_step_whatever_the_
 
     task = model.denoising_task(reference, draw_noise(model), conditioning, times, draw_noise(model).flip(0))
     with_prompt, without_prompt = (
-        model.teacher(task.noisy_latents, times["timestep"], embeddings).sample
+        teacher(task.noisy_latents, times["timestep"], embeddings).sample
         for embeddings in (conditioning["prompt_embedding"], model.encode_prompts([""] * 3)[0]["prompt_embedding"])
     )
     scale = 1 + times["guidance"][:, None, None, None]  # the pipelines' guidance_scale

@@ -93,7 +93,6 @@ def test_a_policy_is_judged_as_the_evaluation_judges_the_trained_adapter(base: P
         training_dir=tmp_path,
         make_scores=partial(Scorer, JUDGES),
         num_margin_draws=0,
-        guidance_range=None,
         quarantine=Quarantine(tmp_path, len(PROMPTS), 0.0),
     )
     compared = add_appearance(comparer(rows()))
