@@ -86,6 +86,8 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), sc
         f"  training     {num_updates:,} updates of {training.global_batch_size} pairs:"
         f" {num_workers} workers x {launches} launches x {pairs_per_launch} pairs; ZeRO {training.zero_stage}",
         f"               {_method(config)}",
+        f"               {_draws(config)}",
+        *([f"               warning: {config.guidance_mismatch}"] if config.guidance_mismatch else []),
         f"               beta {training.beta:g}, kappa = beta/2 = {training.beta / 2:g}"
         " (errors are means over latent values); equivalent settings elsewhere:",
         *(f"                 {line}" for line in same_beta_elsewhere(training.beta, _num_latent_values(config))),
@@ -157,6 +159,22 @@ def _method(config: Config) -> str:
     method = f"LoRA of rank {training.lora.rank}" if training.method == "lora" else "full fine-tuning"
     reference = "base model" if training.reference == "base" else "previous round"
     return f"{method}; loss {training.loss.sentence}; reference: {reference}"
+
+
+def _draws(config: Config) -> str:
+    """Timesteps and guidance that training draws."""
+    rule, guidance = config.timestep_rule, config.guidance_range
+    timesteps = "all timesteps"
+    if "num_denoising_steps" in rule:
+        timesteps = f"timesteps of the sampler with {rule['num_denoising_steps']} denoising steps"
+    elif "listed" in rule:
+        timesteps = f"timesteps {', '.join(map(str, rule['listed']))}"
+    elif rule:
+        timesteps = f"timesteps {rule['low']} to {rule['high']}"
+    if not guidance:
+        return timesteps
+    low, high = guidance
+    return f"{timesteps}; guidance {low:g}" + (f" to {high:g}" if high > low else "")
 
 
 def _num_latent_values(config: Config) -> int | None:

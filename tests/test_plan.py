@@ -164,6 +164,32 @@ def test_method_loss_and_reference_are_printed() -> None:
     assert numbers(line_of(plan, "rounds")) == [2]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([], "all timesteps"),
+        (["training.timesteps=[499, 999]"], "timesteps 499, 999"),
+        (["training.timesteps={low: 500}"], "timesteps 500 to 1000"),
+        (
+            ["model.family=latent_consistency", "generation.guidance_scale=3"],
+            "timesteps of the sampler with 10 denoising steps; guidance 2",
+        ),
+        (["model.family=flux", "training.guidance_range=[1, 5]"], "all timesteps; guidance 1 to 5"),
+    ],
+)
+def test_timesteps_and_guidance_of_training_are_printed(overrides: list[str], line: str) -> None:
+    assert f"               {line}\n" in str(make_plan(config(*overrides), PROMPTS))
+
+
+def test_guidance_of_training_that_images_are_not_sampled_with_is_a_warning() -> None:
+    given = ["model.family=latent_consistency", "generation.guidance_scale=1", "training.guidance_range=[5, 15]"]
+    assert (
+        "warning: `training.guidance_range` [5.0, 15.0] does not include 0, the guidance that images are sampled with;"
+        " leave it out, or widen it"
+    ) in str(make_plan(config(*given), PROMPTS))
+    assert "warning" not in str(make_plan(config(*given, "generation.guidance_scale=9"), PROMPTS))
+
+
 def test_a_plan_of_ranked_folders_leaves_out_rank_gaps_and_too_many_stages_are_refused(tmp_path: Path) -> None:
     for prompt in ("a cat", "a dog", "an ant", "a cow", "a pig", "a fly"):
         folder = tmp_path / prompt

@@ -383,6 +383,17 @@ class Config(Section):
         return self.training.guidance_range or (self.sampled_guidance, self.sampled_guidance)
 
     @property
+    def guidance_mismatch(self) -> str | None:
+        """Warning if the model is not trained with the guidance that images are sampled with."""
+        sampled, given = self.sampled_guidance, self.guidance_range
+        if given is None or given[0] <= sampled <= given[1]:
+            return None
+        return (
+            f"`training.guidance_range` {list(given)} does not include {sampled:g}, the guidance that images are sampled"
+            " with; leave it out, or widen it"
+        )
+
+    @property
     def timestep_rule(self) -> dict[str, Any]:
         """Keyword arguments of `cdpo_ray.models.timesteps.TimestepRule`."""
         given = self.training.timesteps

@@ -71,6 +71,8 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         "updates_skipped": skipped,
     }
     output.details["training"] = training.model_dump(mode="json", include=set(training.HOW_NOT_WHAT))
+    if config.guidance_mismatch:
+        output.warnings.append(config.guidance_mismatch)
     if skipped:
         output.warnings.append(
             f"{skipped} of {num_updates} updates were skipped, because a loss or gradient was not finite:"
