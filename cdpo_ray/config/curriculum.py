@@ -45,8 +45,9 @@ class CurriculumSection(Section):
     only, so they need another measure."""
 
     boundaries: Literal["linear", "equal_count"] = "linear"
-    """How the measure is cut into levels. `linear`: equal widths (the paper). `equal_count`: as many pairs in each
-    level; use it when linear levels are nearly empty, and with `measure: margin`."""
+    """How the measure is cut into levels. `linear`: equal widths (the paper); for score gaps, between the smallest and
+    the largest that form a pair (the authors' code). `equal_count`: as many pairs in each level; use it when linear
+    levels are nearly empty, and with `measure: margin`."""
 
     pacing: Literal["cumulative", "one_stage", "sliding_window"] = "cumulative"
     """Levels that a stage draws from. `cumulative`: levels 1 to k in stage k (the paper). `one_stage`: level k alone.
