@@ -67,7 +67,7 @@ def levels_by_rank_gap(cut: Cut) -> PairsOfLevels:
 
 
 def levels_by_score_gap(cut: Cut) -> PairsOfLevels:
-    """Levels by score gap: of equal width between the smallest and the largest gap ``> min_score_gap``, or of equal count.
+    """Levels by score gap: of equal width between the smallest and the largest formed gap, or of equal count.
 
     With linear boundaries, levels 1 to ``k`` of ``B`` hold the gaps ``>= e_(B-k)``, ``e_0 < ... < e_B`` evenly spaced
     from the smallest to the largest gap of all prompts. A prompt may have no pair in a level.

@@ -40,12 +40,5 @@ def redraw_stage(
         rank_samples(table.scores), schedule, seed=seed, values=values[rows], gap_noise=table.gap_noise
     )
     pairs, admitted = curriculum.plan(stage, num_pairs)
-    description = describe_stage(
-        stage,
-        schedule.levels(stage),
-        admitted,
-        pairs,
-        largest_score_gap=curriculum.formed.extent.max_score_gap,
-        gap_noise=table.gap_noise,
-    )
+    description = describe_stage(curriculum, stage, admitted, pairs)
     return (rows[pairs.prompt], pairs.chosen, pairs.rejected), description

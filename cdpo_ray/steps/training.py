@@ -13,7 +13,7 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.curriculum.dataset import read_ranking_scores, write_stages
 
     config = context.config
-    output.counts |= write_stages(
+    counts, warnings = write_stages(
         read_ranking_scores(context.run.step(SCORES), ranking_rule(config)),
         output_dir,
         schedule=schedule(config),
@@ -21,6 +21,8 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
         max_bad_fraction=config.rewards.max_bad_fraction,
         seed=context.training_seed,
     )
+    output.counts |= counts
+    output.warnings += warnings
     if output.counts["prompts_without_pairs"]:
         output.warnings.append(
             f"{output.counts['prompts_without_pairs']} prompts form no pair: their scores are equal, or their gaps do"
