@@ -34,6 +34,7 @@ class ShownStage(TypedDict):
     max_rank_gap: Gap
     num_candidate_pairs: Count
     num_new_pairs: Count | None
+    margin_reliability: Annotated[float, Field(ge=0, le=1)] | None
     num_drawn_pairs: Count
     num_prompts: Count
     drawn_by_rank_gap: dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], Count]
@@ -59,7 +60,14 @@ class DescribedStage(ShownStage):
 DESCRIBED_STAGES = TypeAdapter(Annotated[list[DescribedStage], Field(min_length=1, max_length=1000)])
 
 
-def describe_stage(curriculum: Curriculum, stage: int, admitted: PairSet, drawn: PairArrays) -> dict[str, Any]:
+def describe_stage(
+    curriculum: Curriculum,
+    stage: int,
+    admitted: PairSet,
+    drawn: PairArrays,
+    *,
+    margin_reliability: float | None = None,
+) -> dict[str, Any]:
     """Describe the admitted and the drawn pairs of a stage by plain values.
 
     Pairs within the noise are counted if the curriculum knows it. Score gaps have the same bins in all stages.
@@ -68,6 +76,7 @@ def describe_stage(curriculum: Curriculum, stage: int, admitted: PairSet, drawn:
         stage: number of the stage, from 1.
         admitted: candidates of the stage.
         drawn: pairs of the stage.
+        margin_reliability: of the order by margin, see `curriculum.reliability`; `None`: not measured.
     """
     extent, gap_noise = admitted.extent, curriculum.gap_noise
     counts, edges = np.histogram(drawn.score_gap, NUM_BINS, (0, curriculum.formed.extent.max_score_gap))
@@ -80,6 +89,7 @@ def describe_stage(curriculum: Curriculum, stage: int, admitted: PairSet, drawn:
         "max_score_gap": extent.max_score_gap,
         "num_candidate_pairs": admitted.num_pairs,
         "num_new_pairs": curriculum.num_new_pairs(stage),
+        "margin_reliability": margin_reliability,
         "num_drawn_pairs": len(drawn),
         "num_distinct_pairs": len(np.unique(drawn.identity(admitted.ranking.num_samples))),
         "gap_noise": gap_noise,

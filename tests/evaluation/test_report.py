@@ -119,6 +119,7 @@ def write_stages(folder: Path) -> None:
             "min_rank_gap": 5 - 2 * stage,
             "max_rank_gap": 6 - 2 * stage,
             "num_candidate_pairs": 4321,
+            "margin_reliability": None,
             "num_new_pairs": 2345 if stage == 1 else None,
             "num_drawn_pairs": 6,
             "num_prompts": 3,
