@@ -47,14 +47,14 @@ def level_by_rank_gap(pair: Pair, scores: np.ndarray, num_levels: int) -> int:
     return level
 
 
-def level_by_score_gap(pair: Pair, largest: float, num_levels: int) -> int:
-    """Level of a pair by equal parts of 0 to the largest score gap."""
-    (level,) = [
-        k
-        for k in range(1, num_levels + 1)
-        if largest * ((num_levels - k) / num_levels) < pair[4] <= largest * ((num_levels - k + 1) / num_levels)
-    ]
-    return level
+def level_by_score_gap(pair: Pair, formed: list[Pair], num_levels: int) -> int:
+    """Level of a pair by the released code: the first stage whose threshold its score gap reaches.
+
+    The thresholds are evenly spaced from the smallest to the largest score gap; the largest is no stage's.
+    """
+    score_gaps = [other[4] for other in formed]
+    thresholds = np.linspace(min(score_gaps), max(score_gaps), num_levels + 1)[:-1]
+    return next(k for k in range(1, num_levels + 1) if pair[4] >= thresholds[num_levels - k])
 
 
 def rows(pairs: PairArrays) -> list[Pair]:

@@ -4,13 +4,17 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.tokenizer import bytes_to_unicode
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+from cdpo_ray.rewards.clip import SETTINGS, WEIGHTS
 
 TINY_OPEN_CLIP = "tiny-of-a-test"
 TINY_OPEN_CLIP_CONFIG = {
@@ -30,12 +34,31 @@ def pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
+def register_open_clip(folder: Path, name: str, config: dict[str, Any]) -> None:
+    """Make an architecture known to open_clip."""
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f"{name}.json")
+
+
 def tiny_open_clip(folder: Path) -> open_clip.CLIP:
     """Register and build a random ViT of open_clip with the name `TINY_OPEN_CLIP`."""
-    (folder / f"{TINY_OPEN_CLIP}.json").write_text(json.dumps(TINY_OPEN_CLIP_CONFIG))
-    open_clip.add_model_config(folder / f"{TINY_OPEN_CLIP}.json")
+    register_open_clip(folder, TINY_OPEN_CLIP, TINY_OPEN_CLIP_CONFIG)
     torch.manual_seed(0)
     return open_clip.create_model(TINY_OPEN_CLIP).eval()
+
+
+def build_tiny_open_clip(folder: Path, name: str, config: dict[str, Any], preprocess: dict[str, Any]) -> Path:
+    """Folder of a random model in open_clip's layout, whose architecture is registered with the name."""
+    folder.mkdir(exist_ok=True)
+    register_open_clip(folder, name, config)
+    torch.manual_seed(0)
+    model = open_clip.create_model(name)
+    with torch.no_grad():
+        for weight in model.parameters():  # else activations are too small to show which function they are
+            weight.add_(0.3 * torch.randn_like(weight) * (weight.ndim > 0))
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / WEIGHTS)
+    (folder / SETTINGS).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return folder
 
 
 def build_tiny_clip(folder: Path) -> Path:

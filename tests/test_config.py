@@ -546,7 +546,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path: Path, mon
         "run.samples_from": "runs/other",
         "prompts.train.source": "prompts.txt",
         "model.path": ".",
-        "rewards.clip.checkpoint": "clip.pt",
+        "rewards.clip.checkpoint": ".",
         "rewards.hpsv2.checkpoint": "clip.pt",
         "rewards.pickscore.checkpoint": ".",
         "rewards.pickscore.processor": ".",
@@ -581,14 +581,13 @@ def test_fault_37_a_single_file_checkpoint_is_refused_with_how_to_convert_it(tmp
         load_config(QUICKSTART, [f"model.path={tmp_path}/v1-5.safetensors"])
 
 
-def test_a_clip_checkpoint_must_be_a_file_or_a_pinned_hub_id(tmp_path: Path) -> None:
-    assert "`checkpoint` must be a file or a hub id" in refused("rewards.clip.architecture=ViT-B-32")[0]
+def test_a_clip_checkpoint_must_be_a_folder_or_a_pinned_hub_id(tmp_path: Path) -> None:
+    assert "`checkpoint` must be a folder or a hub id" in refused("rewards.clip.architecture=ViT-B-32")[0]
     both = ("rewards.clip.architecture=ViT-B-32", "rewards.clip.checkpoint=someone/clip")
     assert "`revision` must be a commit of 40 hex digits for a hub id, got None" in refused(*both)[0]
     missing = ("rewards.clip.architecture=ViT-B-32", "rewards.clip.checkpoint=/nowhere/clip.pt")
-    assert "`checkpoint` must be an existing file or a hub id, got '/nowhere/clip.pt'" in refused(*missing)[0]
-    (tmp_path / "clip.pt").touch()
-    there = ("rewards.clip.architecture=ViT-B-32", f"rewards.clip.checkpoint={tmp_path / 'clip.pt'}")
+    assert "`checkpoint` must be an existing folder or a hub id, got '/nowhere/clip.pt'" in refused(*missing)[0]
+    there = ("rewards.clip.architecture=ViT-B-32", f"rewards.clip.checkpoint={tmp_path}")
     assert load_config(QUICKSTART, there).rewards.clip.architecture == "ViT-B-32"
 
 

@@ -37,14 +37,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("judges").mkdir()
     for name in ("__init__.py", "best.py", "helper.py"):
         Path("judges", name).write_text("score = 1")
-    Path("clip.safetensors").write_bytes(b"0123456789")
+    Path("clip").mkdir()
+    for name in ("open_clip_model.safetensors", "open_clip_config.json"):
+        Path("clip", name).write_bytes(b"0123456789")
     return tmp_path
 
 
 def made_config(**sections: Any) -> Config:
     prompts = {side: {"source": f"{side}.txt"} for side in ("train", "heldout")}
     rewards = {"names": ["own_judge:score", "judges.best:score", "clip"]}
-    rewards |= {"clip": {"architecture": "ViT-B-32", "checkpoint": "clip.safetensors"}}
+    rewards |= {"clip": {"architecture": "ViT-B-32", "checkpoint": "clip"}}
     return config_of(
         Path("runs"),
         "model",
@@ -136,7 +138,8 @@ def test_fault_43_scores_that_do_not_rank_are_not_read(folder: Path) -> None:
         ("model/model_index.json", EVALUATION, "model.sha256"),
         ("own_judge.py", STAGES, "rewards.own_judge:score.sha256"),
         ("judges/helper.py", STAGES, "rewards.judges.best:score.sha256"),
-        ("clip.safetensors", EVALUATION, "rewards.clip.checkpoint.sha256"),
+        ("clip/open_clip_model.safetensors", EVALUATION, "rewards.clip.checkpoint.sha256"),
+        ("clip/open_clip_config.json", EVALUATION, "rewards.clip.checkpoint.sha256"),
     ],
 )
 def test_fault_47_a_later_step_alone_refuses_a_file_that_was_changed_since_an_earlier_one(
@@ -158,7 +161,7 @@ def test_fault_47_a_later_step_alone_refuses_a_file_that_was_changed_since_an_ea
         ("heldout.txt", EVALUATION),
         ("own_judge.py", SCORES),
         ("judges/best.py", EVALUATION),
-        ("clip.safetensors", SCORES),
+        ("clip/open_clip_config.json", SCORES),
         ("model/unet/model.safetensors", TRAINING),
     ],
 )

@@ -78,10 +78,12 @@ class ClipOptions(RewardOptions):
     """Reward `clip`: cosine similarity of image and prompt by any open_clip model."""
 
     architecture: str = "embedded"
-    """`embedded` (the tiny model of the package), or a name of `open_clip.list_models()`."""
+    """`embedded` (the tiny model of the package), or a name of `open_clip.list_models()`: that of the checkpoint,
+    including QuickGELU (`ViT-B-32-quickgelu`)."""
 
     checkpoint: LocalPath | None = None
-    """File of weights, or a hub id; required unless `architecture` is `embedded`."""
+    """Folder in open_clip layout (`open_clip_model.safetensors`, and `open_clip_config.json` with the model's settings
+    and preprocessing), or a hub id; required unless `architecture` is `embedded`."""
 
     revision: str | None = None
     """Full commit (40 hex digits) of a hub id."""
@@ -95,8 +97,8 @@ class ClipOptions(RewardOptions):
         if self.architecture == "embedded":
             return self
         if self.checkpoint is None:
-            raise ValueError("`checkpoint` must be a file or a hub id when `architecture` is not 'embedded'")
-        check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="file")
+            raise ValueError("`checkpoint` must be a folder or a hub id when `architecture` is not 'embedded'")
+        check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="folder")
         return self
 
 

@@ -98,7 +98,7 @@ def write_stages(
     pairs_per_stage: int,
     max_bad_fraction: float,
     seed: int,
-) -> dict[str, int]:
+) -> tuple[dict[str, int], list[str]]:
     """Write `3-stages`: pairs, description and prompt counts of each stage.
 
     Args:
@@ -108,10 +108,11 @@ def write_stages(
         seed: seed of the run.
 
     Returns:
-        Counts for the manifest.
+        Counts and warnings for the manifest.
 
     Raises:
-        CurriculumError: if too many scores are not finite, or a stage has no pair.
+        CurriculumError: if too many scores are not finite, a stage has no pair, or no stage after the first has new
+            pairs.
     """
     ranking = rank_samples(table.scores)
     num_bad = int(ranking.num_unranked.sum()) - table.num_excused
@@ -128,25 +129,21 @@ def write_stages(
         pairs = sort_by_difficulty(drawn)
         make_folder(output_dir / f"stage-{stage}")
         write_table(_rows(pairs, stage, table), output_dir / f"stage-{stage}" / "pairs-000000.parquet")
-        stages.append(
-            describe_stage(
-                stage,
-                schedule.levels(stage),
-                admitted,
-                pairs,
-                largest_score_gap=extent.max_score_gap,
-                gap_noise=table.gap_noise,
-            )
-        )
+        described = describe_stage(curriculum, stage, admitted, pairs)
+        stages.append(described)
+        num_new = described["num_new_pairs"]
         log.info(
-            "stage %d/%d: rank gaps %d to %d, %d pairs of %d prompts admitted, %d drawn",
-            stage, schedule.num_stages, stages[-1]["min_rank_gap"], stages[-1]["max_rank_gap"],
-            admitted.num_pairs, admitted.num_prompts, len(pairs),
+            "stage %d/%d: rank gaps %d to %d, %d pairs of %d prompts admitted%s, %d drawn",
+            stage, schedule.num_stages, described["min_rank_gap"], described["max_rank_gap"],
+            admitted.num_pairs, admitted.num_prompts, "" if num_new is None else f" ({num_new} in the new level)",
+            len(pairs),
         )  # fmt: skip
         _write_prompt_counts(pairs, table.prompt_index, admitted, output_dir / f"prompts-{stage}.parquet")
+    warnings = curriculum.empty_levels()
     write_json(output_dir / "stages.json", stages)
     counts = {
         "pairs_drawn": schedule.num_stages * pairs_per_stage,
+        "stages_without_new_pairs": len(warnings),
         "scores_not_finite": num_bad,
         "pairs_disagreeing_with_label": table.num_disagreeing,
         "prompts_without_pairs": int(np.count_nonzero(extent.pairs_per_prompt == 0)),
@@ -155,7 +152,7 @@ def write_stages(
         all_pairs = AdmittedPairs(ranking, min_score_gap=schedule.min_score_gap)
         counts["pairs_drawn_within_noise"] = sum(stage["num_drawn_within_noise"] for stage in stages)
         counts["pairs_dropped_as_noise"] = all_pairs.num_pairs - curriculum.formed.num_pairs
-    return counts
+    return counts, warnings
 
 
 def _read(scores_dir: Path, rewards: Iterable[str], *, second: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from cdpo_ray.curriculum.pairs import PairArrays, PairSet
+from cdpo_ray.curriculum.schedule import Curriculum
 from cdpo_ray.pages.chart_style import BLUE, GREY, STYLE
 from cdpo_ray.store import new_file
 from cdpo_ray.store.untrusted import Count, other_keys_allowed
@@ -32,6 +33,8 @@ class ShownStage(TypedDict):
     min_rank_gap: Gap
     max_rank_gap: Gap
     num_candidate_pairs: Count
+    num_new_pairs: Count | None
+    margin_reliability: Annotated[float, Field(ge=0, le=1)] | None
     num_drawn_pairs: Count
     num_prompts: Count
     drawn_by_rank_gap: dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], Count]
@@ -58,34 +61,35 @@ DESCRIBED_STAGES = TypeAdapter(Annotated[list[DescribedStage], Field(min_length=
 
 
 def describe_stage(
+    curriculum: Curriculum,
     stage: int,
-    levels: tuple[int, int],
     admitted: PairSet,
     drawn: PairArrays,
     *,
-    largest_score_gap: float,
-    gap_noise: float | None,
+    margin_reliability: float | None = None,
 ) -> dict[str, Any]:
     """Describe the admitted and the drawn pairs of a stage by plain values.
 
+    Pairs within the noise are counted if the curriculum knows it. Score gaps have the same bins in all stages.
+
     Args:
         stage: number of the stage, from 1.
-        levels: first and last level of difficulty of the stage.
         admitted: candidates of the stage.
         drawn: pairs of the stage.
-        largest_score_gap: maximum over all pairs of the run, so that all stages have the same bins.
-        gap_noise: noise of the score gaps; `None`: not known, and pairs within it are not counted.
+        margin_reliability: of the order by margin, see `curriculum.reliability`; `None`: not measured.
     """
-    extent = admitted.extent
-    counts, edges = np.histogram(drawn.score_gap, NUM_BINS, (0, largest_score_gap))
+    extent, gap_noise = admitted.extent, curriculum.gap_noise
+    counts, edges = np.histogram(drawn.score_gap, NUM_BINS, (0, curriculum.formed.extent.max_score_gap))
     return {
         "stage": stage,
-        "levels": list(levels),
+        "levels": list(curriculum.schedule.levels(stage)),
         "min_rank_gap": extent.min_rank_gap,
         "max_rank_gap": extent.max_rank_gap,
         "min_score_gap": extent.min_score_gap,
         "max_score_gap": extent.max_score_gap,
         "num_candidate_pairs": admitted.num_pairs,
+        "num_new_pairs": curriculum.num_new_pairs(stage),
+        "margin_reliability": margin_reliability,
         "num_drawn_pairs": len(drawn),
         "num_distinct_pairs": len(np.unique(drawn.identity(admitted.ranking.num_samples))),
         "gap_noise": gap_noise,
@@ -103,10 +107,11 @@ def describe_stage(
 def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
     """Table for people, one line per stage: gaps of the candidates, median score gap of the draws, and counts.
 
+    The column ``new`` holds the number of pairs in the level that no earlier stage has; "-" in orders without levels.
     If the noise was measured, the last column is the number of drawn pairs within it.
     """
-    head = ("stage", "levels", "rank gaps", "score gaps", "median drawn", "candidates", "drawn", "distinct", "prompts")
-    rows = [[*head]]
+    head = "stage,levels,rank gaps,score gaps,median drawn,candidates,new,drawn,distinct,prompts"
+    rows = [head.split(",")]
     for stage in stages:
         rows.append(
             [
@@ -116,6 +121,7 @@ def stages_table(stages: Sequence[Mapping[str, Any]]) -> str:
                 _span(stage["min_score_gap"], stage["max_score_gap"]),
                 f"{stage['score_gap_quantiles']['0.5']:.4g}",
                 f"{stage['num_candidate_pairs']:,}",
+                "-" if stage["num_new_pairs"] is None else f"{stage['num_new_pairs']:,}",
                 f"{stage['num_drawn_pairs']:,}",
                 f"{stage['num_distinct_pairs']:,}",
                 f"{stage['num_prompts_drawn']:,} of {stage['num_prompts_of_run']:,}",
@@ -151,8 +157,9 @@ def draw_stages(stages: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
             edges = np.array(stage["score_gap_edges"])
             _strip(by_score, stage["drawn_by_score_gap"], edges, stage["min_score_gap"], stage["max_score_gap"])
             by_rank.set_ylabel(f"stage {stage['stage']}", rotation=0, ha="right", va="center", weight="bold")
+            new = "" if stage["num_new_pairs"] is None else f", {stage['num_new_pairs']:,} new"
             by_score.annotate(
-                f"{stage['num_candidate_pairs']:,} candidates\n{stage['num_drawn_pairs']:,} drawn,"
+                f"{stage['num_candidate_pairs']:,} candidates{new}\n{stage['num_drawn_pairs']:,} drawn,"
                 f" {stage['num_distinct_pairs']:,} distinct\n"
                 f"{stage['num_prompts_drawn']:,} of {stage['num_prompts_of_run']:,} prompts",
                 (1.02, 0.5), xycoords="axes fraction", va="center", fontsize=8, color=GREY,

@@ -67,16 +67,20 @@ def levels_by_rank_gap(cut: Cut) -> PairsOfLevels:
 
 
 def levels_by_score_gap(cut: Cut) -> PairsOfLevels:
-    """Levels by score gap: level ``k`` of ``B`` holds the gaps in ``(G(B-k)/B, G(B-k+1)/B]``, or of equal count.
+    """Levels by score gap: of equal width between the smallest and the largest formed gap, or of equal count.
 
-    ``G`` is the largest score gap of all prompts, so a prompt may have no pair in a level.
+    With linear boundaries, levels 1 to ``k`` of ``B`` hold the gaps ``>= e_(B-k)``, ``e_0 < ... < e_B`` evenly spaced
+    from the smallest to the largest gap of all prompts. A prompt may have no pair in a level.
 
     Source: the released code of arXiv:2405.13637 (linear).
     """
     ranking, num_levels = cut.ranking, cut.num_levels
-    largest = AdmittedPairs(ranking, min_score_gap=cut.min_score_gap).extent.max_score_gap
+    extent = AdmittedPairs(ranking, min_score_gap=cut.min_score_gap).extent
+    largest = extent.max_score_gap
     if cut.boundaries == "linear":
-        edges = [largest * ((num_levels - level) / num_levels) for level in range(num_levels + 1)]
+        easy_first = np.linspace(extent.min_score_gap, largest, num_levels + 1)[::-1]
+        # exclusive bounds: a gap is >= an edge exactly if it is > the next smaller float
+        edges = [largest, *np.nextafter(easy_first[1:], 0).tolist()]
     else:
 
         def count_above(bits: int) -> int:

@@ -9,7 +9,7 @@ from cdpo_ray.curriculum.drawing import draw_pairs, swap_labels
 from cdpo_ray.curriculum.measures import ACCEPTS, Cut, measure_function
 from cdpo_ray.curriculum.pairs import AdmittedPairs, PairArrays, PairSet, ShuffledSlice, cap_per_prompt, concat
 from cdpo_ray.curriculum.ranking import Ranking
-from cdpo_ray.curriculum.stages import ORDERED, admitted_levels
+from cdpo_ray.curriculum.stages import ORDERED, admitted_levels, new_level
 from cdpo_ray.errors import CurriculumError
 from cdpo_ray.randomness.numbers import Permutation
 
@@ -69,6 +69,7 @@ class Curriculum:
 
     Attributes:
         formed: all pairs that can be formed.
+        gap_noise: as given.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Curriculum:
                 raise ValueError("`min_gap_in_noise` needs `gap_noise`, got None; score some prompts twice")
             above = max(schedule.min_score_gap, schedule.min_gap_in_noise * gap_noise)
             schedule = replace(schedule, min_score_gap=above, min_gap_in_noise=None)
-        self.ranking, self.schedule, self.seed = ranking, schedule, seed
+        self.ranking, self.schedule, self.seed, self.gap_noise = ranking, schedule, seed, gap_noise
         self.formed = AdmittedPairs(ranking, min_score_gap=schedule.min_score_gap)
         if schedule.order in (*ORDERED, "random"):
             cut = Cut(ranking, schedule.num_stages, schedule.boundaries, schedule.min_score_gap, values)
@@ -115,6 +116,41 @@ class Curriculum:
         shuffled = schedule.order == "shuffled"
         drawn = self._shuffled(stage, num_draws) if shuffled else self._draw(pairs, stage, num_draws)
         return swap_labels(drawn, schedule.label_noise, seed=self.seed, stage=stage), pairs
+
+    def num_new_pairs(self, stage: int) -> int | None:
+        """Number of pairs of the level that a stage is the first to admit; `None`: every stage has all levels.
+
+        ``max_pairs_per_prompt`` is ignored: it selects other pairs in each stage.
+
+        Args:
+            stage: number of the stage, from 1.
+        """
+        level = new_level(stage, self.schedule.num_stages, order=self.schedule.order)
+        return None if level is None else self._pairs_of_levels(level, level).num_pairs
+
+    def empty_levels(self) -> list[str]:
+        """One sentence per stage whose new level is empty: why, and what to do.
+
+        Raises:
+            CurriculumError: if no stage after the first has new pairs.
+        """
+        schedule = self.schedule
+        later = range(2, schedule.num_stages + 1)
+        empty = [stage for stage in later if self.num_new_pairs(stage) == 0]
+        cut = f"by `{schedule.measure}` with `{schedule.boundaries}` boundaries"
+        remedy = (
+            "lower `curriculum.num_stages`, or choose other `curriculum.boundaries` or another `curriculum.measure`"
+        )
+        if empty and len(empty) == len(later):
+            raise CurriculumError(
+                f"no stage after the first admits new pairs: all {self.formed.num_pairs} pairs are in one level of"
+                f" {schedule.num_stages} {cut}; {remedy}"
+            )
+        return [
+            f"stage {stage} admits no pair that earlier stages do not: its new level, one of {schedule.num_stages}"
+            f" {cut}, is empty; {remedy}"
+            for stage in empty
+        ]
 
     def _candidates(self, stage: int) -> PairSet:
         limit, pairs = self.schedule.max_pairs_per_prompt, self._pairs_in_levels(stage)

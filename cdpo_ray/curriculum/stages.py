@@ -33,6 +33,19 @@ def admitted_levels(
     return (num_stages + 1 - last, num_stages + 1 - first) if order == "hard_to_easy" else (first, last)
 
 
+def new_level(stage: int, num_stages: int, *, order: str = "easy_to_hard") -> int | None:
+    """Level that a stage is the first to admit; `None`: every stage has all levels.
+
+    Args:
+        stage: number of the stage, 1 to ``num_stages``.
+        num_stages: number of stages and levels.
+        order: as in `admitted_levels`.
+    """
+    if order not in (*ORDERED, "random"):
+        return None
+    return num_stages + 1 - stage if order == "hard_to_easy" else stage
+
+
 def admitted_gaps(num_ranks: int, num_levels: int, first_level: int, last_level: int) -> tuple[int, int]:
     """Smallest and largest rank gap of a range of levels, both inclusive.
 

@@ -37,7 +37,10 @@ def error_changes(
     *,
     samples_per_launch: int,
 ) -> Tensor:
-    """Policy error minus reference error of each sample, averaged over the draws.
+    """Policy error minus reference error of each sample, by draw.
+
+    In a 16-bit model the two nets round differently. This noise is independent between draws, so that averaging over
+    draws reduces it like the variation between times and noises, which is several times larger (`docs/log.md`).
 
     Args:
         latents: ``[sample, channel, height, width]``.
@@ -46,11 +49,11 @@ def error_changes(
         samples_per_launch: number of samples per forward pass.
 
     Returns:
-        ``[sample]`` fp32, on the model's device.
+        ``[draw, sample]`` fp32, on the model's device.
     """
     model = policy.model
-    changes = torch.zeros(len(latents), device=model.device)
-    for times, noise in draws:
+    changes = torch.zeros(len(draws), len(latents), device=model.device)
+    for draw, (times, noise) in enumerate(draws):
         for start in range(0, len(latents), samples_per_launch):
             part = slice(start, start + samples_per_launch)
             policy_errors, reference_errors = sample_errors(
@@ -60,5 +63,5 @@ def error_changes(
                 {name: value[part].to(model.device) for name, value in times.items()},
                 noise[part].to(model.device),
             )
-            changes[part] += (policy_errors - reference_errors) / len(draws)
+            changes[draw, part] = policy_errors - reference_errors
     return changes

@@ -27,24 +27,24 @@ def sample_values(
     worker_rank: int,
     num_workers: int,
 ) -> NDArray[np.float32]:
-    """``-kappa (policy error - reference error)`` of every sample, in nats.
+    """``-kappa (policy error - reference error)`` of every sample, in nats, by draw.
 
     All samples of a prompt share times and noise, a function of (seed, stage, prompt, draw), so the difference of two
-    values is that pair's margin, averaged over the draws. Each worker measures a share of the prompts; the values are
-    then summed over workers, so every worker returns all of them.
+    values is that pair's margin. Each worker measures a share of the prompts; the values are then summed over workers,
+    so every worker returns all of them.
 
     Args:
         latents: ``[prompt, sample, channel, height, width]``.
         conditioning: one row per prompt.
-        num_draws: number of (times, noise) draws per prompt to average over; more draws, less noise.
+        num_draws: number of (times, noise) draws per prompt; the mean over more draws has less noise.
         samples_per_launch: number of samples per forward pass.
 
     Returns:
-        ``[prompt, sample]``.
+        ``[draw, prompt, sample]``.
     """
     model = policy.model
     num_prompts, num_samples = latents.shape[:2]
-    values = torch.zeros(num_prompts, num_samples, device=model.device)
+    values = torch.zeros(num_draws, num_prompts, num_samples, device=model.device)
     for first in range(0, num_prompts, num_workers):
         # Past the last prompt a worker measures that one again and drops it: ZeRO 3 needs the same launches everywhere.
         row = min(first + worker_rank, num_prompts - 1)
@@ -58,7 +58,7 @@ def sample_values(
             samples_per_launch=samples_per_launch,
         )
         if first + worker_rank < num_prompts:
-            values[row] = -kappa * changes
+            values[:, row] = -kappa * changes
     if num_workers > 1:
         torch.distributed.all_reduce(values)
     found: NDArray[np.float32] = values.cpu().numpy()
@@ -104,7 +104,7 @@ def implicit_values(
         draws.append((times, torch.cat([noise for _, noise in drawn])[rows]))
     policy = Policy(model, model.denoiser, model.base_of)
     changes = error_changes(policy, latents, conditioning, draws, samples_per_launch=samples_per_launch)
-    return -changes.cpu().numpy()
+    return -changes.mean(dim=0).cpu().numpy()
 
 
 def draw_noise(model: TextToImageModel, shape: tuple[int, ...], *address: int | str) -> tuple[Times, Tensor]:

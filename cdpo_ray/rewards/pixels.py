@@ -6,26 +6,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def centre_crop(images: Tensor, size: int) -> Tensor:
-    """Resize the shorter side (bicubic) and crop the centre.
+def centre_crop(images: Tensor, size: int, *, mode: str = "bicubic") -> Tensor:
+    """Resize the shorter side and crop the centre.
 
     Matches torchvision's and PIL's ``Resize`` and ``CenterCrop`` up to 8-bit rounding.
 
     Args:
         images: uint8 ``[image, 3, height, width]``.
         size: of the output, in pixels.
+        mode: interpolation, ``bicubic`` or ``bilinear``.
 
     Returns:
         fp32 ``[image, 3, size, size]``, 0 to 1.
     """
     pixels = images.float() / 255
     height, width = pixels.shape[-2:]
-    if (height, width) == (size, size):
-        return pixels
     resized = [size * side // min(height, width) for side in (height, width)]
-    pixels = F.interpolate(pixels, size=resized, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    pixels = _resized(pixels, resized, mode)
     top, left = (round((side - size) / 2) for side in resized)  # torchvision rounds halves to even, too
     return pixels[..., top : top + size, left : left + size]
+
+
+def squash(images: Tensor, size: int, *, mode: str = "bicubic") -> Tensor:
+    """Resize both sides, without regard to the aspect ratio; arguments and result as of `centre_crop`."""
+    return _resized(images.float() / 255, [size, size], mode)
 
 
 def letterbox(images: Tensor, size: int) -> Tensor:
@@ -52,3 +56,9 @@ def letterbox(images: Tensor, size: int) -> Tensor:
 def normalized(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Pixels ``[image, 3, height, width]``, minus the mean and divided by the standard deviation of each channel."""
     return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]
+
+
+def _resized(pixels: Tensor, size: list[int], mode: str) -> Tensor:
+    if list(pixels.shape[-2:]) == size:
+        return pixels
+    return F.interpolate(pixels, size=size, mode=mode, antialias=True, align_corners=False).clamp(0, 1)

@@ -1,6 +1,7 @@
 """Config -> arguments of drawing pairs and of training."""
 
 from pathlib import Path
+from typing import Any
 
 from cdpo_ray.cost.estimate import training_peak
 from cdpo_ray.records import SAMPLES, SCORES, STAGES
@@ -13,7 +14,7 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.curriculum.dataset import read_ranking_scores, write_stages
 
     config = context.config
-    output.counts |= write_stages(
+    counts, warnings = write_stages(
         read_ranking_scores(context.run.step(SCORES), ranking_rule(config)),
         output_dir,
         schedule=schedule(config),
@@ -21,6 +22,8 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
         max_bad_fraction=config.rewards.max_bad_fraction,
         seed=context.training_seed,
     )
+    output.counts |= counts
+    output.warnings += warnings
     if output.counts["prompts_without_pairs"]:
         output.warnings.append(
             f"{output.counts['prompts_without_pairs']} prompts form no pair: their scores are equal, or their gaps do"
@@ -29,6 +32,7 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 
 def train(context: Context, output_dir: Path, output: StepOutput) -> None:
+    from cdpo_ray.curriculum.reliability import low_reliability
     from cdpo_ray.training.job import OnlineJob, TrainingJob
     from cdpo_ray.training.trainer import train_adapter
 
@@ -56,13 +60,21 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         gpu_share=min(1.0, trainers.gpus_per_worker),
     )
     num_updates = config.curriculum.num_stages * config.curriculum.updates_per_stage
+
+    def on_stage(summary: dict[str, Any]) -> None:
+        if online:
+            reliability = summary["pairs"]["margin_reliability"]
+            if warning := low_reliability(summary["stage"], reliability, online.num_draws):
+                output.warnings.append(warning)
+        context.on_stage(summary)
+
     state = train_adapter(
         job,
         num_updates=num_updates,
         cpus_per_worker=trainers.cpus_per_worker,
         gpus_per_worker=trainers.gpus_per_worker,
         progress=context.progress,
-        on_stage=context.on_stage,
+        on_stage=on_stage,
     )
     skipped = len(state["skipped"])
     output.counts |= {

@@ -51,7 +51,7 @@ class Validator:
         found = self._sampled(model, num_prompts, worker_rank, num_workers)
         model.denoiser.train()
         if self.job.num_margin_draws:
-            found["implicit_values"] = sample_values(
+            values = sample_values(
                 policy,
                 self.bank.latents[:num_prompts],
                 rows_of(self.bank.conditioning, slice(num_prompts)),
@@ -62,7 +62,8 @@ class Validator:
                 stage=0,  # the same draws at each stage
                 worker_rank=worker_rank,
                 num_workers=num_workers,
-            ).tolist()
+            )
+            found["implicit_values"] = values.mean(axis=0).tolist()
         return found
 
     def _sampled(self, model: TextToImageModel, num_prompts: int, rank: int, num_workers: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from cdpo_ray.cost.memory import use_checkpointing
 from cdpo_ray.curriculum.dataset import read_ranking_scores
 from cdpo_ray.curriculum.redrawing import redraw_stage
+from cdpo_ray.curriculum.reliability import low_reliability
 from cdpo_ray.dataflow.memory import is_out_of_memory, needed_and_free
 from cdpo_ray.errors import CdpoError, TrainingError
 from cdpo_ray.models import load_model
@@ -178,6 +179,9 @@ class Worker:
                 seed=self.job.seed,
             )
             self.drawn = StagePairs(state.stage, *draws)
+            warning = low_reliability(state.stage, self.description["margin_reliability"], online.num_draws)
+            if warning and self.rank == 0:
+                self.board.post_line.remote(warning)
         return self.drawn
 
     def _on_update(self, state: TrainingState) -> None:
@@ -282,9 +286,11 @@ def _gpu_bytes(share: float) -> float | None:
     return share * torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def _line(summary: Mapping[str, float], num_stages: int) -> str:
+def _line(summary: Mapping[str, Any], num_stages: int) -> str:
+    reliability = summary.get("pairs", {}).get("margin_reliability")
+    order = "" if reliability is None else f", reliability of the order by margin {reliability:.2f}"
     return (
         f"stage {summary['stage']}/{num_stages}: {summary['num_updates']} updates in {summary['seconds']:.0f} s,"
         f" loss {summary['loss']:.4f}, margin {summary['margin']:+.3f},"
-        f" implicit accuracy {summary['implicit_accuracy']:.2f}"
+        f" implicit accuracy {summary['implicit_accuracy']:.2f}{order}"
     )

@@ -1,5 +1,6 @@
 """The score table of the pairs step."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +113,21 @@ def test_too_many_samples_without_a_score_of_one_reward_stop_a_run(missing: floa
     with pytest.raises(CurriculumError, match=r"3 of 30 scores are not finite, more than `rewards.max_bad_fraction`"):
         write_stages(table, tmp_path, schedule=Schedule(), pairs_per_stage=1, max_bad_fraction=0.09, seed=0)
     assert rank_samples(table.scores).num_unranked.tolist() == [1, 1, 1, 0, 0]
+
+
+def test_a_stage_that_adds_no_pair_is_logged_counted_and_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    write_table(tmp_path, "clip", np.array([[0.0, 2.0, 6.0]]))  # gaps 2, 4 and 6: the third of four levels is empty
+    table = read_ranking_scores(tmp_path, RankingRule("clip", {"clip": 1.0}))
+    schedule = Schedule(num_stages=4, measure="score_gap")
+    counts, warnings = write_stages(
+        table, tmp_path / "stages", schedule=schedule, pairs_per_stage=5, max_bad_fraction=0, seed=0
+    )
+    described = json.loads((tmp_path / "stages" / "stages.json").read_text())
+    assert [stage["num_new_pairs"] for stage in described] == [1, 1, 0, 1]
+    assert [stage["num_candidate_pairs"] for stage in described] == [1, 2, 2, 3]
+    assert counts["stages_without_new_pairs"] == len(warnings) == 1
+    assert warnings[0].startswith("stage 3 admits no pair that earlier stages do not")
+    assert "stage 3/4: rank gaps 1 to 2, 2 pairs of 1 prompts admitted (0 in the new level), 5 drawn" in caplog.text

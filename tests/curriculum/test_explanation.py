@@ -19,23 +19,22 @@ SCORES = np.array([[0.0, 1.0, 3.0, 7.0], [5.0, 5.0, 5.0, 5.0], [2.0, 2.0, 2.0, 4
 
 
 def described(schedule: Schedule, num_draws: int = 50, gap_noise: float | None = None) -> list[dict[str, Any]]:
-    curriculum = Curriculum(rank_samples(SCORES), schedule, seed=0)
+    curriculum = Curriculum(rank_samples(SCORES), schedule, seed=0, gap_noise=gap_noise)
     stages = []
     for stage in range(1, schedule.num_stages + 1):
         drawn, admitted = curriculum.plan(stage, num_draws)
-        stages.append(
-            describe_stage(stage, schedule.levels(stage), admitted, drawn, largest_score_gap=7.0, gap_noise=gap_noise)
-        )
+        stages.append(describe_stage(curriculum, stage, admitted, drawn))
     return stages
 
 
 def test_the_description_of_a_stage_equals_hand_counts() -> None:
-    first, _, last = described(Schedule(num_stages=3, label_noise=0.5))
+    first, second, last = described(Schedule(num_stages=3, label_noise=0.5))
     assert (first["levels"], last["levels"]) == ([1, 1], [1, 3])
     assert (first["min_rank_gap"], first["max_rank_gap"]) == (3, 3)
     assert (first["min_score_gap"], first["max_score_gap"]) == (2.0, 7.0)
     assert first["num_candidate_pairs"] == first["num_distinct_pairs"] == 2  # a swapped pair is the same pair
     assert last["num_candidate_pairs"] == len(formed_pairs(SCORES)) == last["num_distinct_pairs"] == 9
+    assert [stage["num_new_pairs"] for stage in (first, second, last)] == [2, 3, 4]
     assert (last["min_score_gap"], last["max_score_gap"]) == (1.0, 7.0)
     assert (last["num_prompts"], last["num_prompts_drawn"], last["num_prompts_of_run"]) == (2, 2, 3)
     assert sum(last["drawn_by_rank_gap"].values()) == sum(last["drawn_by_score_gap"]) == last["num_drawn_pairs"] == 50
@@ -56,8 +55,10 @@ def test_the_table_has_one_line_per_stage_in_columns() -> None:
     head, *lines = stages_table(stages).split("\n")
     medians = [f"{stage['score_gap_quantiles']['0.5']:g}" for stage in stages]
     assert len(lines) == 3 and len({len(line) for line in (head, *lines)}) == 1
-    assert lines[0].split() == f"1 1 3 2 to 7 {medians[0]} 2 50 2 2 of 3".split()
-    assert lines[2].split() == f"3 1 to 3 1 to 3 1 to 7 {medians[2]} 9 50 9 2 of 3".split()
+    assert lines[0].split() == f"1 1 3 2 to 7 {medians[0]} 2 2 50 2 2 of 3".split()
+    assert lines[2].split() == f"3 1 to 3 1 to 3 1 to 7 {medians[2]} 9 4 50 9 2 of 3".split()
+    plain = stages_table(described(Schedule(num_stages=1, order="none"))).split("\n")[1]
+    assert plain.split()[-7:] == ["9", "-", "50", "9", "2", "of", "3"]
 
 
 def test_pairs_within_the_noise_are_counted_if_it_was_measured() -> None:

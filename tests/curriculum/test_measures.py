@@ -59,11 +59,29 @@ def test_linear_levels_of_score_gaps_equal_brute_force(
     scores: np.ndarray, min_score_gap: float, num_levels: int
 ) -> None:
     formed = formed_pairs(scores, min_score_gap)
-    largest = max((pair[4] for pair in formed), default=0.0)
     found = levels("score_gap", Cut(rank_samples(scores), num_levels, "linear", min_score_gap))
     for level, pairs in enumerate(found, start=1):
-        expected = [pair for pair in formed if level_by_score_gap(pair, largest, num_levels) == level]
+        expected = [pair for pair in formed if level_by_score_gap(pair, formed, num_levels) == level]
         assert sorted(pairs) == sorted(expected)
+
+
+def test_linear_levels_of_score_gaps_have_the_sizes_of_the_released_code() -> None:
+    """Its stages for one draw of 20 prompts x 50 Gaussian scores: each size is within the range of 30 draws."""
+    sizes = []
+    for seed in range(30):
+        scores = np.random.default_rng(seed).normal(scale=0.0125, size=(20, 50))  # the spread of HPS v2.1, in its unit
+        between = MEASURES["score_gap"](Cut(rank_samples(scores), 5, min_score_gap=0.02))
+        sizes.append([between(1, stage).num_pairs for stage in range(1, 6)])
+    for released, found in zip((6, 49, 424, 1905, 6093), zip(*sizes, strict=True), strict=True):
+        assert min(found) <= released <= max(found)
+
+
+def test_linear_levels_of_score_gaps_include_their_lower_edge() -> None:
+    scores = np.array([[0.0, 1.0, 3.0, 6.0]])  # gaps 1 to 6: edges 1, 2.25, 3.5, 4.75, 6
+    found = levels("score_gap", Cut(rank_samples(scores), 4, min_score_gap=0.5))
+    assert [sorted(pair[4] for pair in level) for level in found] == [[5, 6], [], [3, 3], [1, 2]]
+    found = levels("score_gap", Cut(rank_samples(scores), 5, min_score_gap=0.5))  # edges 1, 2, 3, 4, 5, 6
+    assert [sorted(pair[4] for pair in level) for level in found] == [[5, 6], [], [3, 3], [2], [1]]
 
 
 @given(SCORES, MIN_SCORE_GAP, st.sampled_from([("rank_gap", 3), ("score_gap", 4)]), st.data())

@@ -95,6 +95,64 @@ def test_every_stage_holds_the_pairs_of_its_schedule(
     assert drawn.draw.tolist() == list(range(12))
 
 
+@given(SCORES, SCHEDULES, st.data())
+def test_new_pairs_are_those_that_no_earlier_stage_admits(
+    scores: np.ndarray, schedule: Schedule, data: st.DataObject
+) -> None:
+    schedule = replace(schedule, num_stages=data.draw(st.integers(1, scores.shape[1] - 1)))
+    in_order = replace(schedule, order="easy_to_hard") if schedule.order == "random" else schedule  # the same sizes
+    curriculum = Curriculum(rank_samples(scores), schedule, seed=0)
+    seen: set[Pair] = set()
+    for stage in range(1, schedule.num_stages + 1):
+        admitted = stage_of_scores(in_order, scores, stage)
+        assert isinstance(admitted, set)
+        has_levels = schedule.order in ("easy_to_hard", "hard_to_easy", "random")
+        assert curriculum.num_new_pairs(stage) == (len(admitted - seen) if has_levels else None)
+        seen |= admitted
+
+
+BETWEEN_2_AND_4 = np.array([[0.0, 2.0, 6.0]])  # gaps 2, 4 and 6: of four linear levels the third is empty
+
+
+@pytest.mark.parametrize("pacing", ["cumulative", "sliding_window"])
+@pytest.mark.parametrize(("order", "stage"), [("easy_to_hard", 3), ("hard_to_easy", 2), ("random", 3)])
+def test_a_stage_that_adds_nothing_is_named_with_the_remedy(order: str, stage: int, pacing: str) -> None:
+    schedule = Schedule(num_stages=4, measure="score_gap", order=order, pacing=pacing, window=3)
+    found = Curriculum(rank_samples(BETWEEN_2_AND_4), schedule, seed=0).empty_levels()
+    assert found == [
+        f"stage {stage} admits no pair that earlier stages do not: its new level, one of 4 by `score_gap` with `linear`"
+        " boundaries, is empty; lower `curriculum.num_stages`, or choose other `curriculum.boundaries` or another"
+        " `curriculum.measure`"
+    ]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule(num_stages=1),
+        Schedule(num_stages=2),
+        Schedule(num_stages=2, pacing="one_stage"),
+        Schedule(num_stages=2, pacing="sliding_window", window=1),
+        Schedule(num_stages=2, max_pairs_per_prompt=1),
+        Schedule(num_stages=3, measure="margin", boundaries="equal_count"),
+        *(Schedule(num_stages=4, measure="score_gap", order=order) for order in ORDERS[3:]),
+    ],
+)
+def test_a_schedule_whose_stages_all_add_pairs_or_have_no_levels_has_no_empty_level(schedule: Schedule) -> None:
+    assert not Curriculum(rank_samples(BETWEEN_2_AND_4), schedule, seed=0).empty_levels()
+
+
+def test_a_curriculum_without_new_pairs_after_its_first_stage_is_refused() -> None:
+    scores = np.array([[0.0, 1.0], [3.0, 4.0]])  # both gaps are 1
+    schedule = Schedule(num_stages=3, measure="score_gap")
+    message = (
+        "no stage after the first admits new pairs: all 2 pairs are in one level of 3 by `score_gap` with `linear`"
+        r" boundaries; lower `curriculum\.num_stages`, or choose other"
+    )
+    with pytest.raises(CurriculumError, match=message):
+        Curriculum(rank_samples(scores), schedule, seed=0).empty_levels()
+
+
 def some_ranking(seed: int = 0) -> Ranking:
     return rank_samples(np.random.default_rng(seed).normal(size=(5, 12)))
 

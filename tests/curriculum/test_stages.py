@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdpo_ray.curriculum.stages import admitted_gaps, admitted_levels, count_pairs, smallest_gap
+from cdpo_ray.curriculum.stages import admitted_gaps, admitted_levels, count_pairs, new_level, smallest_gap
 
 RANKS_AND_STAGES = st.integers(2, 60).flatmap(lambda ranks: st.tuples(st.just(ranks), st.integers(1, ranks - 1)))
 
@@ -101,6 +101,20 @@ def test_a_stage_that_does_not_exist_is_refused(stage: int) -> None:
 )
 def test_levels_of_four_stages_equal_hand_written_ones(changes: dict, levels: list[tuple[int, int]]) -> None:
     assert [admitted_levels(stage, 4, **changes) for stage in range(1, 5)] == levels
+
+
+@pytest.mark.parametrize("pacing", ["cumulative", "one_stage", "sliding_window"])
+@pytest.mark.parametrize("order", ["easy_to_hard", "hard_to_easy", "random", "shuffled", "none", "best_against_worst"])
+def test_the_new_level_of_a_stage_is_the_one_that_no_earlier_stage_has(order: str, pacing: str) -> None:
+    seen: set[int] = set()
+    for stage in range(1, 5):
+        first, last = admitted_levels(stage, 4, order=order, pacing=pacing, window=2)
+        new = set(range(first, last + 1)) - seen
+        if order in ("easy_to_hard", "hard_to_easy", "random"):
+            assert {new_level(stage, 4, order=order)} == new
+        else:
+            assert new_level(stage, 4, order=order) is None
+        seen |= new
 
 
 def test_importing_the_stages_does_not_import_numpy() -> None:

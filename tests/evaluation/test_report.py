@@ -119,6 +119,8 @@ def write_stages(folder: Path) -> None:
             "min_rank_gap": 5 - 2 * stage,
             "max_rank_gap": 6 - 2 * stage,
             "num_candidate_pairs": 4321,
+            "margin_reliability": None,
+            "num_new_pairs": 2345 if stage == 1 else None,
             "num_drawn_pairs": 6,
             "num_prompts": 3,
             "drawn_by_rank_gap": {str(6 - 2 * stage): 6},
@@ -316,7 +318,8 @@ def test_difference_of_a_prompt_excludes_missing_scores(tmp_path: Path) -> None:
 
 def test_tables_hold_counts_stages_config_and_timings(page: str) -> None:
     for expected in (
-        "4,321",
+        "<td>4,321</td><td>2,345</td>",
+        "<td>4,321</td><td>–</td>",
         "3–4",
         "62.5 %",
         "0.6800",

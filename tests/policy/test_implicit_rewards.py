@@ -52,7 +52,7 @@ def values(policy: Policy, bank: SampleBank, *, at_once: int = 4, worker_rank: i
         stage=2,
         worker_rank=worker_rank,
         num_workers=1,
-    )
+    ).mean(axis=0)
 
 
 def test_the_difference_of_two_values_is_the_pairs_mean_margin(
