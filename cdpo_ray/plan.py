@@ -71,7 +71,9 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), sc
                 pacing=curriculum.pacing,
                 window=curriculum.window,
             )
-            smallest, largest = admitted_gaps(per_prompt, curriculum.num_stages, *levels)
+            smallest, largest = admitted_gaps(
+                per_prompt, curriculum.num_stages, *levels, min_gap=curriculum.min_rank_gap
+            )
             candidates = count_pairs(per_prompt, smallest, largest) * len(prompts.train)
             lines.append(
                 f"    stage {stage}    rank gaps {smallest} to {largest}: up to {candidates:,} pairs, {drawn:,} drawn"

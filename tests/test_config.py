@@ -184,6 +184,14 @@ def test_more_stages_than_rank_gaps_are_refused_with_both_remedies() -> None:
         " or raise `generation.images_per_prompt`"
     ]
     assert load_config(QUICKSTART, ["curriculum.num_stages=7"]).curriculum.num_stages == 7
+    assert refused("curriculum.min_rank_gap=5") == [
+        "`curriculum.num_stages` is 4, but 8 images per prompt have only 3 rank gaps of at least 5; lower it,"
+        " or raise `generation.images_per_prompt`"
+    ]
+    assert refused("curriculum.min_rank_gap=8") == [
+        "`curriculum.min_rank_gap` is 8, but 8 images per prompt have rank gaps of at most 7; lower it,"
+        " or raise `generation.images_per_prompt`"
+    ]
 
 
 def test_other_schedules_can_have_more_stages_than_rank_gaps() -> None:

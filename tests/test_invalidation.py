@@ -59,6 +59,7 @@ CHANGES: dict[str, tuple[list[str], set[str]]] = {
     "curriculum.draws": (["curriculum.draws=by_measure"], PAIRS),
     "curriculum.num_stages": (["curriculum.num_stages=2"], PAIRS),
     "curriculum.updates_per_stage": (["curriculum.updates_per_stage=5"], PAIRS),
+    "curriculum.min_rank_gap": (["curriculum.min_rank_gap=3"], PAIRS),
     "curriculum.min_score_gap": (["curriculum.min_score_gap=0.01"], PAIRS),
     "curriculum.max_pairs_per_prompt": (["curriculum.max_pairs_per_prompt=3"], PAIRS),
     "curriculum.label_noise": (["curriculum.label_noise=0.1"], PAIRS),

@@ -79,6 +79,10 @@ class CurriculumSection(Section):
     """Number of optimizer updates per stage, each of `training.global_batch_size` pairs. The configurations of
     published models use 400."""
 
+    min_rank_gap: Annotated[int, Field(ge=1)] = 1
+    """Pairs form only from this rank gap on, and the levels divide the gaps from it. Raise it to leave out close pairs,
+    whose preference is unreliable. 1, as in the paper."""
+
     min_score_gap: Annotated[float, Field(ge=0)] = 0.0
     """Pairs form only above this score gap, in the unit of the ranking reward. 0: only equal scores form no pair. Raise
     it to drop near ties; `preset: released-code` sets 0.02 (hpsv2, vlm_alignment), 0.2 (aesthetic) or 0.1 (others)."""
@@ -137,6 +141,8 @@ class CurriculumSection(Section):
         if self.order in ("none", "best_against_worst"):
             parts = [self.order]
         parts += [f"{self.measure}, {self.boundaries} boundaries", f"{self.draws} draws"]
+        if self.min_rank_gap > 1:
+            parts.append(f"rank gaps from {self.min_rank_gap}")
         if self.min_score_gap:
             parts.append(f"score gaps above {self.min_score_gap:g}")
         if self.min_gap_in_noise:

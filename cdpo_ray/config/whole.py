@@ -218,11 +218,18 @@ class Config(Section):
     def _stages_fit_the_ranks(self) -> "Config":
         if self.preferences:
             return self  # known only once the files are read
-        num_gaps = self.generation.images_per_prompt - 1
-        if self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > num_gaps:
+        num_images, min_gap = self.generation.images_per_prompt, self.curriculum.min_rank_gap
+        num_gaps = max(num_images - min_gap, 0)
+        if not num_gaps:
             raise ValueError(
-                f"`curriculum.num_stages` is {self.curriculum.num_stages}, but {num_gaps + 1} images per prompt have"
-                f" only {num_gaps} rank gaps; lower it, or raise `generation.images_per_prompt`"
+                f"`curriculum.min_rank_gap` is {min_gap}, but {num_images} images per prompt have rank gaps of at most"
+                f" {num_images - 1}; lower it, or raise `generation.images_per_prompt`"
+            )
+        if self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > num_gaps:
+            counted = f"{num_gaps} rank gaps" + (f" of at least {min_gap}" if min_gap > 1 else "")
+            raise ValueError(
+                f"`curriculum.num_stages` is {self.curriculum.num_stages}, but {num_images} images per prompt have"
+                f" only {counted}; lower it, or raise `generation.images_per_prompt`"
             )
         return self
 
@@ -389,8 +396,8 @@ class Config(Section):
         if given is None or given[0] <= sampled <= given[1]:
             return None
         return (
-            f"`training.guidance_range` {list(given)} does not include {sampled:g}, the guidance that images are sampled"
-            " with; leave it out, or widen it"
+            f"`training.guidance_range` {list(given)} does not include {sampled:g}, the guidance that images are"
+            " sampled with; leave it out, or widen it"
         )
 
     @property

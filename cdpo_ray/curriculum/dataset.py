@@ -149,7 +149,7 @@ def write_stages(
         "prompts_without_pairs": int(np.count_nonzero(extent.pairs_per_prompt == 0)),
     }
     if table.gap_noise is not None:
-        all_pairs = AdmittedPairs(ranking, min_score_gap=schedule.min_score_gap)
+        all_pairs = AdmittedPairs(ranking, schedule.min_rank_gap, min_score_gap=schedule.min_score_gap)
         counts["pairs_drawn_within_noise"] = sum(stage["num_drawn_within_noise"] for stage in stages)
         counts["pairs_dropped_as_noise"] = all_pairs.num_pairs - curriculum.formed.num_pairs
     return counts, warnings

@@ -1,7 +1,7 @@
 """Pairs -> levels of difficulty, by one of several measures; level 1 is the easiest."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ class Cut:
         boundaries: ``linear`` in the measure, or ``equal_count``.
         min_score_gap: score gap that pairs must exceed, in the reward's unit.
         values: implicit rewards ``[prompt, sample]``, by sample index; only for ``margin``.
+        min_rank_gap: smallest rank gap that forms a pair, >= 1.
     """
 
     ranking: Ranking
@@ -35,6 +36,12 @@ class Cut:
     boundaries: str = "linear"
     min_score_gap: float = 0.0
     values: NDArray[np.floating] | None = None
+    min_rank_gap: int = 1
+
+    @property
+    def formed(self) -> AdmittedPairs:
+        """All pairs that the levels divide."""
+        return AdmittedPairs(self.ranking, self.min_rank_gap, min_score_gap=self.min_score_gap)
 
 
 def levels_by_rank_gap(cut: Cut) -> PairsOfLevels:
@@ -48,19 +55,20 @@ def levels_by_rank_gap(cut: Cut) -> PairsOfLevels:
 
     Source: arXiv:2405.13637 (linear).
     """
-    ranking, num_levels = cut.ranking, cut.num_levels
-    _, most = admitted_gaps(ranking.num_samples, num_levels, 1, num_levels)
+    ranking, num_levels, min_gap = cut.ranking, cut.num_levels, cut.min_rank_gap
+    _, most = admitted_gaps(ranking.num_samples, num_levels, 1, num_levels, min_gap=min_gap)
     if cut.boundaries == "linear":
         ranks = np.maximum(ranking.num_ranked, 1).tolist()
         smallest = [
-            np.array([smallest_gap(rank, num_levels, level) for rank in ranks]) for level in range(num_levels + 1)
+            np.array([smallest_gap(rank, num_levels, level, min_gap=min_gap) for rank in ranks])
+            for level in range(num_levels + 1)
         ]
     else:
 
         def count_above(gap: int) -> int:
             return AdmittedPairs(ranking, gap + 1, min_score_gap=cut.min_score_gap).num_pairs
 
-        smallest = [np.array(edge + 1) for edge in equal_count_edges(count_above, 0, most, num_levels)]
+        smallest = [np.array(edge + 1) for edge in equal_count_edges(count_above, min_gap - 1, most, num_levels)]
     return lambda first, last: AdmittedPairs(
         ranking, smallest[last], smallest[first - 1] - 1, min_score_gap=cut.min_score_gap
     )
@@ -74,8 +82,8 @@ def levels_by_score_gap(cut: Cut) -> PairsOfLevels:
 
     Source: the released code of arXiv:2405.13637 (linear).
     """
-    ranking, num_levels = cut.ranking, cut.num_levels
-    extent = AdmittedPairs(ranking, min_score_gap=cut.min_score_gap).extent
+    ranking, num_levels, min_gap = cut.ranking, cut.num_levels, cut.min_rank_gap
+    extent = cut.formed.extent
     largest = extent.max_score_gap
     if cut.boundaries == "linear":
         easy_first = np.linspace(extent.min_score_gap, largest, num_levels + 1)[::-1]
@@ -84,20 +92,20 @@ def levels_by_score_gap(cut: Cut) -> PairsOfLevels:
     else:
 
         def count_above(bits: int) -> int:
-            return AdmittedPairs(ranking, min_score_gap=_float_of(bits)).num_pairs
+            return AdmittedPairs(ranking, min_gap, min_score_gap=_float_of(bits)).num_pairs
 
         low, high = _bits_of(cut.min_score_gap), _bits_of(largest)
         edges = [
             _float_of(bits) for bits in equal_count_edges(count_above, low, max(high, low + num_levels), num_levels)
         ]
     return lambda first, last: AdmittedPairs(
-        ranking, min_score_gap=max(edges[last], cut.min_score_gap), max_score_gap=edges[first - 1]
+        ranking, min_gap, min_score_gap=max(edges[last], cut.min_score_gap), max_score_gap=edges[first - 1]
     )
 
 
 def levels_by_score_gap_quantile(cut: Cut) -> PairsOfLevels:
     """Levels linear in the quantile of a score gap among all formed pairs, which are levels of equal count."""
-    return levels_by_score_gap(Cut(cut.ranking, cut.num_levels, "equal_count", cut.min_score_gap))
+    return levels_by_score_gap(replace(cut, boundaries="equal_count"))
 
 
 def levels_by_margin(cut: Cut) -> PairsOfLevels:
@@ -128,7 +136,7 @@ def levels_by_value(cut: Cut, value_of: Callable[[PairArrays], NDArray[np.floati
     Args:
         value_of: pairs -> values ``[pair]``, large for easy pairs.
     """
-    formed = AdmittedPairs(cut.ranking, min_score_gap=cut.min_score_gap)
+    formed = cut.formed
     value, rank_gap = np.empty(formed.num_pairs), np.empty(formed.num_pairs, dtype=np.int32)
     for numbers, pairs in formed.chunks():
         value[numbers] = value_of(pairs)

@@ -27,6 +27,7 @@ class Schedule:
             ``shuffled``: the draws of ``easy_to_hard``, randomly assigned to stages; ``none``: every stage draws from
             all pairs; ``best_against_worst``: every stage draws from one pair per prompt.
         draws: ``uniform``, or ``by_measure``: in proportion to the measure.
+        min_rank_gap: smallest rank gap that forms a pair, >= 1; the levels divide the gaps from it.
         min_score_gap: score gap that pairs must exceed, in the reward's unit.
         min_gap_in_noise: multiple of the score gaps' noise that pairs must exceed; `None`: noise is ignored.
         max_pairs_per_prompt: maximum number of candidates per prompt and stage; `None`: all.
@@ -42,6 +43,7 @@ class Schedule:
     window: int | None = None
     order: str = "easy_to_hard"
     draws: str = "uniform"
+    min_rank_gap: int = 1
     min_score_gap: float = 0.0
     min_gap_in_noise: float | None = None
     max_pairs_per_prompt: int | None = None
@@ -89,9 +91,11 @@ class Curriculum:
             above = max(schedule.min_score_gap, schedule.min_gap_in_noise * gap_noise)
             schedule = replace(schedule, min_score_gap=above, min_gap_in_noise=None)
         self.ranking, self.schedule, self.seed, self.gap_noise = ranking, schedule, seed, gap_noise
-        self.formed = AdmittedPairs(ranking, min_score_gap=schedule.min_score_gap)
+        cut = Cut(
+            ranking, schedule.num_stages, schedule.boundaries, schedule.min_score_gap, values, schedule.min_rank_gap
+        )
+        self.formed = cut.formed
         if schedule.order in (*ORDERED, "random"):
-            cut = Cut(ranking, schedule.num_stages, schedule.boundaries, schedule.min_score_gap, values)
             self._pairs_of_levels = measure_function(schedule.measure)(cut)
         elif schedule.order == "shuffled":
             in_order = replace(schedule, order="easy_to_hard", label_noise=0.0)
@@ -168,7 +172,8 @@ class Curriculum:
                 return ShuffledSlice(self.formed, start, end, seed=self.seed)
             case "best_against_worst":
                 farthest = np.maximum(self.ranking.num_ranked - 1, 1)
-                return AdmittedPairs(self.ranking, farthest, farthest, min_score_gap=self.schedule.min_score_gap)
+                nearest = np.maximum(farthest, self.schedule.min_rank_gap)
+                return AdmittedPairs(self.ranking, nearest, farthest, min_score_gap=self.schedule.min_score_gap)
             case "none" | "shuffled":
                 return self.formed
             case unknown:
@@ -202,7 +207,7 @@ class Curriculum:
         spread = np.fmax.reduce(scores[:, 0] - np.fmin.reduce(scores, axis=1), initial=0.0)
         return (
             f"stage {stage} admits no pair: the scores of a prompt differ by at most {spread:g} in {len(scores)}"
-            f" prompts, pairs must differ by more than {schedule.min_score_gap:g}, and {num_unranked} scores are not"
-            " finite;"
-            " lower `min_score_gap` or `min_gap_in_noise`, or check the reward if scores are all equal or not finite"
+            f" prompts, pairs must differ by more than {schedule.min_score_gap:g} and by {schedule.min_rank_gap} ranks"
+            f" of {self.ranking.num_samples}, and {num_unranked} scores are not finite; lower `min_score_gap`,"
+            " `min_gap_in_noise` or `min_rank_gap`, or check the reward if scores are all equal or not finite"
         )

@@ -46,17 +46,21 @@ def new_level(stage: int, num_stages: int, *, order: str = "easy_to_hard") -> in
     return num_stages + 1 - stage if order == "hard_to_easy" else stage
 
 
-def admitted_gaps(num_ranks: int, num_levels: int, first_level: int, last_level: int) -> tuple[int, int]:
+def admitted_gaps(
+    num_ranks: int, num_levels: int, first_level: int, last_level: int, *, min_gap: int = 1
+) -> tuple[int, int]:
     """Smallest and largest rank gap of a range of levels, both inclusive.
 
     Level ``k`` of ``B`` holds the gaps in ``(L_k, R_k]``, ``L_k = (M-1)(B-k)/B``, ``R_k = (M-1)(B-k+1)/B``, for ``M``
     ranks: large gaps, the easy pairs, first. Every gap from 1 to ``M-1`` belongs to exactly one level; no level is
-    empty.
+    empty. If gaps below ``min_gap`` are left out, the levels divide the others: ``L_k = (M-min_gap)(B-k)/B +
+    min_gap - 1``.
 
     Args:
         num_ranks: number of ranked images per prompt, ``M``.
-        num_levels: number of levels, ``B``, 1 to ``M-1``; 5 in the paper.
+        num_levels: number of levels, ``B``, 1 to ``M - min_gap``; 5 in the paper.
         first_level, last_level: range of levels, ``1 <= first_level <= last_level <= B``.
+        min_gap: smallest rank gap that forms a pair, >= 1.
 
     Raises:
         ValueError: if there are more levels than rank gaps, or the levels do not exist.
@@ -65,23 +69,26 @@ def admitted_gaps(num_ranks: int, num_levels: int, first_level: int, last_level:
     """
     if num_levels < 1:
         raise ValueError(f"`num_levels` must be >= 1, got {num_levels}")
-    if num_levels > num_ranks - 1:
+    if num_levels > num_ranks - min_gap:
         raise ValueError(
-            f"`num_stages` is {num_levels}, but {num_ranks} images per prompt have only {max(num_ranks - 1, 0)} rank "
-            "gaps; lower it, or raise the images per prompt"
+            f"`num_stages` is {num_levels}, but {num_ranks} images per prompt have only {max(num_ranks - min_gap, 0)}"
+            f" rank gaps of at least {min_gap}; lower it, or raise the images per prompt"
         )
     if not 1 <= first_level <= last_level <= num_levels:
         raise ValueError(f"levels must be in 1..{num_levels}, first to last, got {first_level}..{last_level}")
-    return smallest_gap(num_ranks, num_levels, last_level), smallest_gap(num_ranks, num_levels, first_level - 1) - 1
+    smallest, above = (
+        smallest_gap(num_ranks, num_levels, level, min_gap=min_gap) for level in (last_level, first_level - 1)
+    )
+    return smallest, above - 1
 
 
-def smallest_gap(num_ranks: int, num_levels: int, level: int) -> int:
+def smallest_gap(num_ranks: int, num_levels: int, level: int, *, min_gap: int = 1) -> int:
     """Smallest rank gap of levels 1 to ``level``, ``floor(L_k) + 1``; for level 0 ``num_ranks``, one past the largest.
 
     Arguments are not checked: with more levels than gaps, as for a prompt with unranked images, each gap still belongs
     to one level, and some levels are empty.
     """
-    return (num_ranks - 1) * (num_levels - level) // num_levels + 1
+    return max(num_ranks - min_gap, 0) * (num_levels - level) // num_levels + min_gap
 
 
 def count_pairs(num_ranks: int, min_gap: int, max_gap: int) -> int:

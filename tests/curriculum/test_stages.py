@@ -29,6 +29,17 @@ def test_each_level_holds_the_gaps_of_the_papers_interval(ranks_and_stages: tupl
     assert admitted == list(range(1, num_ranks))
 
 
+@given(RANKS_AND_STAGES, st.integers(2, 6))
+def test_levels_above_a_smallest_gap_are_those_of_fewer_ranks_moved_up(
+    ranks_and_stages: tuple[int, int], min_gap: int
+) -> None:
+    num_ranks, num_stages = ranks_and_stages
+    for stage in range(1, num_stages + 1):
+        low, high = admitted_gaps(num_ranks, num_stages, stage, stage)
+        moved = admitted_gaps(num_ranks + min_gap - 1, num_stages, stage, stage, min_gap=min_gap)
+        assert moved == (low + min_gap - 1, high + min_gap - 1)
+
+
 @given(st.integers(1, 12), st.integers(1, 20))
 def test_with_more_levels_than_gaps_each_gap_has_one_level(num_ranks: int, num_stages: int) -> None:
     edges = [smallest_gap(num_ranks, num_stages, stage) for stage in range(num_stages + 1)]
@@ -52,7 +63,8 @@ def test_the_published_setting_admits_the_published_shares() -> None:
 
 def test_too_many_stages_are_refused() -> None:
     message = (
-        "`num_stages` is 9, but 8 images per prompt have only 7 rank gaps; lower it, or raise the images per prompt"
+        "`num_stages` is 9, but 8 images per prompt have only 7 rank gaps of at least 1; lower it, or raise the images"
+        " per prompt"
     )
     with pytest.raises(ValueError, match=message):
         admitted_gaps(8, 9, 1, 1)
