@@ -22,6 +22,7 @@ from tiny_models import poisoned
 from benchmarks.testbed.measure import load_pipeline
 from cdpo_ray.cli import main
 from cdpo_ray.config import Config, validate
+from cdpo_ray.curriculum.reliability import low_reliability
 from cdpo_ray.dataflow.parts import write_part
 from cdpo_ray.dataflow.quarantine import Quarantine
 from cdpo_ray.errors import CurriculumError, GenerationError, StoreError, TrainingError
@@ -668,6 +669,10 @@ def test_with_margin_as_difficulty_each_stage_is_redrawn_by_the_margins_of_the_p
     assert drawn[0]["drawn_by_rank_gap"] == planned[0]["drawn_by_rank_gap"]  # every margin is still zero
     assert drawn[1]["drawn_by_rank_gap"] != planned[1]["drawn_by_rank_gap"]
     assert drawn[1]["num_drawn_pairs"] == planned[1]["num_drawn_pairs"] == 20
+    reliability = drawn[1]["margin_reliability"]
+    assert drawn[0]["margin_reliability"] is None and 0 < reliability < 1
+    expected = [warning] if (warning := low_reliability(2, reliability, 16)) else []
+    assert folder.manifest("4-training")["warnings"] == expected
 
 
 @pytest.mark.nightly

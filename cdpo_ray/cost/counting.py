@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from cdpo_ray.cost.footprint import ATTENTION_TARGETS, BYTES_16_BIT, Footprint, LoraLayers, Method, Polynomial
+from cdpo_ray.models.flux import max_t5_tokens
 from cdpo_ray.models.lora import attach_lora
 
 SIDES = (32, 64, 96)
 """Heights and widths of the counted latents; three, because attention's FLOPs are quadratic in positions."""
 NUM_SAMPLES = 2
-CLIP_TOKENS, SD3_T5_TOKENS, FLUX_T5_TOKENS = 77, 256, 512
+CLIP_TOKENS, SD3_T5_TOKENS = 77, 256
 COUNTED_RANK = 8
 NUMBERED_BLOCK = re.compile(r"^.*(?:blocks|attentions|resnets)\.\d+\.")
 
@@ -326,9 +327,9 @@ def _flux_inputs(config: Any, num: int, side: int) -> dict[str, Any]:
             "hidden_states": torch.empty(num, side * side // 4, config.in_channels),
             "timestep": torch.empty(num),
             "guidance": torch.empty(num) if config.guidance_embeds else None,
-            "encoder_hidden_states": torch.empty(num, FLUX_T5_TOKENS, config.joint_attention_dim),
+            "encoder_hidden_states": torch.empty(num, max_t5_tokens(config), config.joint_attention_dim),
             "pooled_projections": torch.empty(num, config.pooled_projection_dim),
-            "txt_ids": torch.empty(FLUX_T5_TOKENS, 3),
+            "txt_ids": torch.empty(max_t5_tokens(config), 3),
             "img_ids": torch.empty(side * side // 4, 3),
         }
 

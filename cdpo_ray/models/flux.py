@@ -12,8 +12,6 @@ from cdpo_ray.models.flow_matching import FlowMatchingModel
 from cdpo_ray.models.layouts import NUM_TIMESTEPS
 from cdpo_ray.models.stable_diffusion import tokens_cut
 
-MAX_T5_TOKENS = 512
-
 
 class Flux(FlowMatchingModel):
     """Latents are stored as ``[sample, 16, height, width]``, and packed into patches for the transformer only.
@@ -33,12 +31,13 @@ class Flux(FlowMatchingModel):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
+        limit = max_t5_tokens(self.denoiser.config)
         with self.on_device(*self.text_encoders):
             embeddings, pooled, _ = self.pipeline.encode_prompt(
-                prompts, None, device=self.device, max_sequence_length=MAX_T5_TOKENS
+                prompts, None, device=self.device, max_sequence_length=limit
             )
         return {"prompt_embedding": embeddings, "pooled_embedding": pooled}, tokens_cut(
-            self.pipeline.tokenizer_2, prompts, MAX_T5_TOKENS
+            self.pipeline.tokenizer_2, prompts, limit
         )
 
     @torch.no_grad()
@@ -76,6 +75,19 @@ class Flux(FlowMatchingModel):
             return_dict=False,
         )[0]
         return unpack(prediction, height, width)
+
+
+def max_t5_tokens(config: Any) -> int:
+    """Number of T5 tokens per prompt, including the end token: 512 for FLUX.1-dev, 256 for FLUX.1-schnell.
+
+    Their tokenizers have the same limit; only ``guidance_embeds`` of the transformer's configuration differs.
+
+    Args:
+        config: of the transformer.
+
+    Source: the models' published inference code.
+    """
+    return 512 if config.guidance_embeds else 256
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -78,8 +78,24 @@ def test_the_default_image_size_is_the_pipelines(folder: Path) -> None:
     assert model.latent_shape(32, 64) == (16, 4, 8)
 
 
-@pytest.mark.parametrize(("length", "cut"), [(100, 0), (510, 0), (511, 1), (600, 90)])
-def test_tokens_beyond_the_t5_limit_of_512_are_counted(folder: Path, length: int, cut: int) -> None:
-    conditioning, num_cut = Flux.load(str(folder), device="cpu").encode_prompts(["a" * length, "b"])
+@pytest.mark.parametrize(
+    ("name", "limit", "length", "cut"),
+    [
+        ("flux", 512, 100, 0),
+        ("flux", 512, 510, 0),
+        ("flux", 512, 511, 1),
+        ("flux", 512, 600, 90),
+        ("flux_schnell", 256, 254, 0),
+        ("flux_schnell", 256, 255, 1),
+        ("flux_schnell", 256, 600, 346),
+    ],
+)
+def test_tokens_beyond_the_t5_limit_of_the_model_are_counted(
+    tiny_models: TinyModels, name: str, limit: int, length: int, cut: int
+) -> None:
+    model = Flux.load(str(tiny_models(name)), device="cpu")
+    conditioning, num_cut = model.encode_prompts(["a" * length, "b"])
     assert num_cut == [cut, 0]
-    assert conditioning["prompt_embedding"].shape == (2, 512, 32)
+    assert conditioning["prompt_embedding"].shape == (2, limit, 32)
+    stock, *_ = model.pipeline.encode_prompt(["a" * length, "b"], None, device="cpu", max_sequence_length=limit)
+    assert torch.equal(conditioning["prompt_embedding"], stock)
