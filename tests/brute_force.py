@@ -50,7 +50,7 @@ def level_by_rank_gap(pair: Pair, scores: np.ndarray, num_levels: int) -> int:
 def level_by_score_gap(pair: Pair, formed: list[Pair], num_levels: int) -> int:
     """Level of a pair by the released code: the first stage whose threshold its score gap reaches.
 
-    The thresholds are evenly spaced from the smallest to the largest score gap; the largest is no stage's.
+    The thresholds are evenly spaced from the smallest score gap to the largest, which is not a threshold itself.
     """
     score_gaps = [other[4] for other in formed]
     thresholds = np.linspace(min(score_gaps), max(score_gaps), num_levels + 1)[:-1]

@@ -28,7 +28,7 @@ def centre_crop(images: Tensor, size: int, *, mode: str = "bicubic") -> Tensor:
 
 
 def squash(images: Tensor, size: int, *, mode: str = "bicubic") -> Tensor:
-    """Resize both sides, without regard to the aspect ratio; arguments and result as of `centre_crop`."""
+    """Resize both sides, without regard to the aspect ratio; same arguments and result as `centre_crop`."""
     return _resized(images.float() / 255, [size, size], mode)
 
 
