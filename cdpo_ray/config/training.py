@@ -68,10 +68,11 @@ class HealthSection(Section):
     """Alarm when the policy predicts the chosen images much worse than the reference does. Images break after that,
     while the margin still grows, because the rejected images' error rises even more."""
 
-    max_error_rise: Annotated[float, Field(gt=0)] | None = 1.0
-    """Alarm when the policy's error on chosen images exceeds the reference's by more than this share of it; 1: it has
-    doubled. Lower it if images degrade without an alarm; the report shows the highest rise of a run. In the embedded
-    world a rise of 0.06 is that of a normal run, and images break above about 1. `null`: no alarm."""
+    max_error_rise: Annotated[float, Field(gt=0)] | None = 0.5
+    """Alarm when the policy's error on chosen images exceeds the reference's by more than this share of it. In the
+    embedded world (`docs/log.md`) a run with the paper's curriculum raises it by 0.2, and the schedule that lost all
+    gain by 0.65. The report shows the highest rise of a run: lower the bound if images degrade without an alarm.
+    `null`: no alarm."""
 
     window: Annotated[int, Field(ge=1)] = 50
     """Number of updates whose mean is compared with the bound, once every `window` updates and at the end. Errors of
