@@ -6,6 +6,7 @@ Intervals are 95 %, by bootstrap over runs and prompts.
 
     python benchmarks/ablation.py                                # all arms, 4 seeds, one pool
     python benchmarks/ablation.py --arms plain,paper --seeds 8 --pools 2 --updates 1000
+    python benchmarks/ablation.py --arms base,plain --training '{"safeguard": 0}' --out runs/safeguard
 """
 
 import argparse
@@ -104,7 +105,7 @@ def pairs_of_stages(arm: str, curriculum: Curriculum, pairs_per_stage: int) -> l
     return [curriculum.plan(stage, pairs_per_stage)[0] for stage in range(1, NUM_STAGES + 1)]
 
 
-def run_arm(arm: str, seed: int, pool_dir: Path, size: Size, output: Path) -> float:
+def run_arm(arm: str, seed: int, pool_dir: Path, size: Size, output: Path, training: TrainingSection) -> float:
     """Train one arm, judge it on held-out prompts, write its ``[prompt, image]`` scores and pairs; returns seconds."""
     started = time.perf_counter()
     torch.set_num_threads(1)
@@ -112,7 +113,7 @@ def run_arm(arm: str, seed: int, pool_dir: Path, size: Size, output: Path) -> fl
     result: dict[str, Any] = {"arm": arm, "seed": seed}
     schedule = ARMS[arm][1]
     if schedule:
-        result |= train(model, arm, schedule, seed, pool_dir, size)
+        result |= train(model, arm, schedule, seed, pool_dir, size, training)
     prompts = scene_prompts("heldout", size.heldout, HELDOUT_SEED)
     sampling = Sampling(HELDOUT_SEED, size.heldout_images, 10, 1.0, None, None, images_per_batch=32)
     scorer = Scorer({judge: {} for judge in JUDGES})
@@ -127,7 +128,15 @@ def run_arm(arm: str, seed: int, pool_dir: Path, size: Size, output: Path) -> fl
     return float(result["seconds"])
 
 
-def train(model: Any, arm: str, schedule: Schedule, seed: int, pool_dir: Path, size: Size) -> dict[str, Any]:
+def train(
+    model: Any,
+    arm: str,
+    schedule: Schedule,
+    seed: int,
+    pool_dir: Path,
+    size: Size,
+    training: TrainingSection = TRAINING,
+) -> dict[str, Any]:
     """Train a LoRA into the model; returns the mean rank gap and the chosen's change of error at the end."""
     if not torch.distributed.is_initialized():
         form_group_alone("cpu")
@@ -136,20 +145,20 @@ def train(model: Any, arm: str, schedule: Schedule, seed: int, pool_dir: Path, s
     curriculum = Curriculum(rank_samples(np.array(table["score_clip"].to_pylist())), schedule, seed=seed)
     stages = pairs_of_stages(arm, curriculum, size.updates // NUM_STAGES * PAIRS_PER_UPDATE)
     policy = make_policy(model, LoraSection(), seed=seed_of(seed, "lora"))
-    engine = start_engine(model.denoiser.train(), policy.trainable, TRAINING, num_workers=1)
-    feed = Feed(bank, model.draw_times, model.empty_conditioning, TRAINING, seed)
+    engine = start_engine(model.denoiser.train(), policy.trainable, training, num_workers=1)
+    feed = Feed(bank, model.draw_times, model.empty_conditioning, training, seed)
     columns = ("prompt", "chosen", "rejected")
     callbacks = Callbacks(
         lambda state: StagePairs(state.stage, *(getattr(stages[state.stage - 1], name) for name in columns))
     )
-    loss = partial(preference_loss, beta=BETA)
+    loss = partial(preference_loss, beta=training.beta, **training.loss.arguments)
     state = train_stages(engine, policy, feed, TrainingState(), callbacks, num_stages=NUM_STAGES, preference_loss=loss)
     model.denoiser.eval()
     last = state.records[-max(1, size.updates // NUM_STAGES) :]
     shown = concat(stages)
     return {
         "rank_gap": float(shown.rank_gap.mean()),
-        "chosen_error_change": float(np.mean([r["policy_error_w"] - r["reference_error_w"] for r in last])),
+        "chosen_error_change": float(np.mean([record["error_change_w"] for record in last])),
     }
 
 
@@ -245,10 +254,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8, help="images per prompt")
     parser.add_argument("--heldout", type=int, default=96, help="number of held-out prompts")
     parser.add_argument("--heldout-images", type=int, default=4, help="images per held-out prompt")
+    parser.add_argument(
+        "--training", type=json.loads, default={}, help="JSON: other keys of `training`; give another --out, too"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     options = parser.parse_args()
-    arms = options.arms.split(",")
+    arms, training = options.arms.split(","), TrainingSection(**{**TRAINING.model_dump(), **options.training})
     if unknown := [arm for arm in arms if arm not in ARMS]:
         parser.error(f"unknown arms {', '.join(unknown)}; known: {', '.join(ARMS)}")
     size = Size(options.prompts, options.images, options.updates, options.heldout, options.heldout_images)
@@ -262,7 +274,7 @@ def main() -> None:
         list(workers.map(partial(make_pool, size=size), [pools[pool] for pool in missing], missing))
         wanted = {_path(out, arm, *run): (arm, *run) for run in runs for arm in arms}
         tasks = [
-            workers.submit(run_arm, arm, seed, pools[pool], size, path)
+            workers.submit(run_arm, arm, seed, pools[pool], size, path, training)
             for path, (arm, seed, pool) in wanted.items()
             if not path.is_file()
         ]

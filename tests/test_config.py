@@ -1171,3 +1171,38 @@ def test_keys_that_need_bitsandbytes_are_named() -> None:
     named = ["`model.quantization` nf4", "`training.optimizer` adamw_8bit"]
     assert load_config(QUICKSTART, overrides).keys_that_need_bitsandbytes == named
     assert load_config(QUICKSTART, ["model.quantization=int8"]).keys_that_need_bitsandbytes == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (
+            ("training.loss=sft", "training.safeguard=0.9", "training.adaptive_beta=0.6"),
+            "training: `adaptive_beta` must not be given with `loss` 'sft', which has no rejected images; `safeguard`"
+            " must not be given with `loss` 'sft', which has no rejected images",
+        ),
+        (
+            ("training.zero_stage=3", "training.ema_decay=0.9"),
+            "training: `ema_decay` 0.9 keeps a copy of the LoRA, which needs `method` 'lora' and `zero_stage` 0 to 2,"
+            " got 'lora' and 3; leave it out",
+        ),
+        (
+            ("training.zero_stage=3", "training.health.on_alarm=stop"),
+            "training: `health.on_alarm` stop keeps a copy of the LoRA, which needs `method` 'lora' and `zero_stage` 0"
+            " to 2, got 'lora' and 3; leave it out",
+        ),
+        (
+            ("training.health.on_alarm=stop", "training.health.max_error_rise=null"),
+            "training.health: `on_alarm` 'stop' needs `max_error_rise`, the bound of the alarm; give one of both",
+        ),
+    ],
+)
+def test_stability_keys_that_cannot_take_effect_are_refused(overrides: tuple[str, ...], fault: str) -> None:
+    assert refused(*overrides) == [fault]
+
+
+def test_the_published_training_is_one_key_from_the_defaults() -> None:
+    """A constant learning rate without warm-up; all other means against instability are off by default."""
+    training = load_config(QUICKSTART, ["training.schedule.warmup_updates=0"]).training
+    assert training.schedule.decay == "constant" and training.health.on_alarm == "warn"
+    assert training.safeguard is training.adaptive_beta is training.ema_decay is None

@@ -70,7 +70,15 @@ CHANGES: dict[str, tuple[list[str], set[str]]] = {
     "training.loss.sft_weight": (["training.loss.sft_weight=0.1"], TRAINING),
     "training.loss.options": (["training.loss={name: 'm:f', options: {x: 1}}"], TRAINING),
     "training.reference": (["rounds=2", "training.reference=last_round"], TRAINING),
+    "training.adaptive_beta": (["training.adaptive_beta=0.6"], TRAINING),
+    "training.safeguard": (["training.safeguard=0.9"], TRAINING),
+    "training.ema_decay": (["training.ema_decay=0.9"], TRAINING),
     "training.learning_rate": (["training.learning_rate=0.001"], TRAINING),
+    "training.schedule.warmup_updates": (["training.schedule.warmup_updates=0"], TRAINING),
+    "training.schedule.decay": (["training.schedule.decay=cosine"], TRAINING),
+    "training.health.max_error_rise": (["training.health.max_error_rise=0.1"], NOTHING),
+    "training.health.window": (["training.health.window=10"], NOTHING),
+    "training.health.on_alarm": (["training.health.on_alarm=stop"], TRAINING),
     "training.weight_decay": (["training.weight_decay=0.1"], TRAINING),
     "training.adam_beta1": (["training.adam_beta1=0.8"], TRAINING),
     "training.adam_beta2": (["training.adam_beta2=0.99"], TRAINING),
@@ -196,3 +204,19 @@ def test_a_training_of_an_earlier_version_stays_valid_with_the_same_loss(earlier
     recorded = now | {"training": {key: value for key, value in now["training"].items() if key != "loss"} | earlier}
     assert not differences(recorded, now)
     assert differences(recorded, settings("training.loss=hinge")["train"])
+
+
+def test_a_training_of_an_earlier_version_stays_valid_with_a_constant_learning_rate_without_warm_up() -> None:
+    now = settings("training.schedule.warmup_updates=0")["train"]
+    earlier = {key: value for key, value in now["training"].items() if key != "schedule"}
+    assert not differences(now | {"training": earlier}, now)
+    assert "`training.schedule.warmup_updates` = 0, config says 10" in differences(
+        now | {"training": earlier}, settings()["train"]
+    )
+
+
+def test_the_bound_of_an_alarm_that_stops_training_decides_its_outcome() -> None:
+    stops = "training.health.on_alarm=stop"
+    before = settings(stops)["train"]
+    for change in ("training.health.max_error_rise=0.1", "training.health.window=10"):
+        assert differences(before, settings(stops, change)["train"])

@@ -69,6 +69,54 @@ class TimestepRange(Section):
 TimestepList = Annotated[tuple[Annotated[int, Field(ge=0, le=999)], ...], Field(min_length=1)]
 
 
+class ScheduleSection(Section):
+    """Learning rate over the updates of a run, or of each round."""
+
+    warmup_updates: Annotated[int, Field(ge=0)] = 10
+    """Number of updates over which the learning rate rises linearly to `learning_rate`. Without a warm-up AdamW's first
+    updates have full size, whatever the gradient; the default is the number of gradients that its first moment
+    averages over. Published for Stable Diffusion: 500, for SDXL: 200, of a few thousand. 0: none, as in the released
+    code."""
+
+    decay: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up. `constant`: the published choice. `cosine`: falls to 0 at the end of the run.
+    Try it if the last updates undo gains; a longer run is then not the continuation of a shorter one."""
+
+
+class HealthSection(Section):
+    """Alarm when the policy predicts the chosen images much worse than the reference does. Images break after that,
+    while the margin still grows, because the rejected images' error rises even more."""
+
+    max_error_rise: Annotated[float, Field(gt=0)] | None = 0.5
+    """Alarm when the policy's error on chosen images exceeds the reference's by more than this share of it. In the
+    embedded world (`docs/log.md`) a run with the paper's curriculum raises it by 0.2, and the schedule that lost all
+    gain by 0.65. The report shows the highest rise of a run: lower the bound if images degrade without an alarm.
+    `null`: no alarm."""
+
+    window: Annotated[int, Field(ge=1)] = 50
+    """Number of updates whose mean is compared with the bound, once every `window` updates and at the end. Errors of
+    single updates are dominated by their timesteps."""
+
+    on_alarm: Literal["warn", "stop"] = "warn"
+    """`warn`: a warning in the log, in `cdpo status` and in the report. `stop`: training also ends, and its result is
+    the LoRA of the last comparison without alarm (needs `method: lora` and `zero_stage` 0 to 2)."""
+
+    @model_validator(mode="after")
+    def _an_alarm_has_a_bound(self) -> "HealthSection":
+        if self.on_alarm == "stop" and self.max_error_rise is None:
+            raise ValueError("`on_alarm` 'stop' needs `max_error_rise`, the bound of the alarm; give one of both")
+        return self
+
+    @property
+    def stops(self) -> bool:
+        """Whether an alarm ends training."""
+        return self.on_alarm == "stop"
+
+    def check_before(self, update: int) -> int:
+        """Last update before this one at which errors were compared; 0: none."""
+        return (update - 1) // self.window * self.window
+
+
 class TrainingSection(Section):
     """Preference training of a LoRA, or of all weights of the denoiser, stage by stage."""
 
@@ -105,6 +153,16 @@ class TrainingSection(Section):
     Published: 2000 to 5000 for Stable Diffusion, 100 to 2000 for flow matching, 400 for LCM; the embedded world needs
     200. `cdpo check` prints it in other conventions."""
 
+    adaptive_beta: Annotated[float, Field(gt=0)] | None = None
+    """Strength a of the adaptation of `beta` to each pair (arXiv:2407.08639; published: 0.6): it is multiplied by 1 +
+    a (m - m0), at least 0, with the pair's margin m and the running mean m0 of margins. Pairs that the policy orders
+    against the label count less. Try it with noisy labels. `null`: constant `beta`."""
+
+    safeguard: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Scales down the gradient of a rejected image so that, to first order and seen from the model's output, this share
+    of the descent of its chosen image's error remains (arXiv:2511.03317; published: 0.6 to 0.9). Try 0.9 if the
+    chosen's error rises; values near 0 rarely have an effect. `null`: off."""
+
     reference: Literal["base", "last_round"] = "base"
     """Frozen reference of later rounds: the base model, or the model that the round started from (needs `rounds` >
     1)."""
@@ -130,8 +188,11 @@ class TrainingSection(Section):
     bitsandbytes and `zero_stage: 0`. A LoRA gains little from it, `method: full` much."""
 
     learning_rate: Annotated[float, Field(gt=0)]
-    """AdamW's learning rate, constant. The configurations of published models use 1e-4, as the released code; the
-    embedded world 5e-4. Lower it if updates are skipped because they are not finite."""
+    """AdamW's learning rate, after the warm-up of `schedule`. The configurations of published models use 1e-4, as the
+    released code; the embedded world 5e-4. Lower it if updates are skipped because they are not finite, or if `health`
+    warns."""
+
+    schedule: ScheduleSection = ScheduleSection()
 
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """AdamW's weight decay; the published value."""
@@ -144,6 +205,13 @@ class TrainingSection(Section):
 
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global norm; the published value."""
+
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the LoRA, which is then the result of training. The first
+    1 / (1 - decay) updates are averaged equally. Try 0.95 to 0.99 if results vary from checkpoint to checkpoint (needs
+    `method: lora` and `zero_stage` 0 to 2). `null`: the last LoRA is the result."""
+
+    health: HealthSection = HealthSection()
 
     global_batch_size: Annotated[int, Field(ge=1)]
     """Number of pairs per update, over all workers; a multiple of `num_workers` x `batch_size_per_worker`. The
@@ -216,6 +284,37 @@ class TrainingSection(Section):
         if self.guidance_range and self.guidance_range[0] > self.guidance_range[1]:
             raise ValueError(f"`guidance_range` must be [low, high], got {list(self.guidance_range)}")
         return self
+
+    @model_validator(mode="after")
+    def _stability_fits_the_rest(self) -> "TrainingSection":
+        faults: list[str] = []
+        given: dict[str, Any]
+        if self.loss.name == "sft":
+            given = {"adaptive_beta": self.adaptive_beta, "safeguard": self.safeguard}
+            faults += [
+                f"`{key}` must not be given with `loss` 'sft', which has no rejected images"
+                for key, value in given.items()
+                if value is not None
+            ]
+        if self.method == "full" or self.zero_stage == 3:
+            given = {"ema_decay": self.ema_decay, "health.on_alarm": "stop" if self.health.stops else None}
+            faults += [
+                f"`{key}` {value} keeps a copy of the LoRA, which needs `method` 'lora' and `zero_stage` 0 to 2, got"
+                f" {self.method!r} and {self.zero_stage}; leave it out"
+                for key, value in given.items()
+                if value is not None
+            ]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """The keys that decide the outcome of training; an alarm that only warns does not."""
+        found = super().outcome
+        if not self.health.stops:
+            del found["health"]
+        return found
 
     @property
     def pairs_per_launch(self) -> int:

@@ -19,32 +19,42 @@ Values = NDArray[np.floating]
 MAX_POINTS = 2_000  # longer raw curves are thinned: more points are not visible and make the page large
 
 
-def training_curves(updates: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Four charts over updates with stage boundaries; thin: raw values, bold: moving mean within a stage.
+def training_curves(updates: Sequence[Mapping[str, Any]], *, alarm: float | None = None) -> dict[str, str]:
+    """Charts over updates with stage boundaries; thin: raw values, bold: moving mean within a stage.
 
     Args:
-        updates: one mapping per update, in order: `update`, `stage`, `loss`, `margin`, `implicit_accuracy` and the four
-            errors.
+        updates: one mapping per update, in order: `update`, `stage`, `loss`, `margin`, `implicit_accuracy`, the four
+            errors, and `grad_norm` and `update_norm` if they were recorded.
+        alarm: change of the chosen's error above which an alarm is raised; drawn if the curve comes near it.
 
     Returns:
-        SVG of `loss`, `implicit_accuracy`, `margin` and `error_change`.
+        SVG of `error_change`, `loss`, `implicit_accuracy`, `margin`, and of the recorded norms.
     """
-    columns = {key: np.array([update[key] for update in updates], dtype=float) for key in updates[0]}
+    columns = {key: np.array([update.get(key, np.nan) for update in updates], dtype=float) for key in updates[0]}
     change = {arm: columns[f"policy_error_{arm}"] - columns[f"reference_error_{arm}"] for arm in "wl"}
     place, stages = columns["update"], columns["stage"]
+    near = alarm is not None and smooth_within_stages(change["w"], stages).max() > alarm / 2
+
+    def curve(key: str, label: str, untrained: float | None = None) -> str:
+        return _curve(place, stages, {"": (columns[key], BLUE)}, label, untrained=untrained)
+
     return {
-        "loss": _curve(place, stages, {"": (columns["loss"], BLUE)}, "loss (nats)", untrained=math.log(2)),
-        "implicit_accuracy": _curve(
-            place, stages, {"": (columns["implicit_accuracy"], BLUE)}, "share of pairs", untrained=0.5
-        ),
-        "margin": _curve(place, stages, {"": (columns["margin"], BLUE)}, "margin (nats)", untrained=0),
         "error_change": _curve(
             place,
             stages,
             {"chosen": (change["w"], BLUE), "rejected": (change["l"], VERMILLION)},
             "policy − reference (MSE)",
             untrained=0,
+            alarm=alarm if near else None,
         ),
+        "loss": curve("loss", "loss (nats)", untrained=math.log(2)),
+        "implicit_accuracy": curve("implicit_accuracy", "share of pairs", untrained=0.5),
+        "margin": curve("margin", "margin (nats)", untrained=0),
+        **{
+            name: curve(name, label)
+            for name, label in (("grad_norm", "gradient norm"), ("update_norm", "norm of the update"))
+            if name in columns
+        },
     }
 
 
@@ -139,12 +149,20 @@ def smooth_within_stages(values: Values, stages: Values) -> Values:
 
 
 def _curve(
-    place: Values, stages: Values, series: Mapping[str, tuple[Values, str]], label: str, *, untrained: float
+    place: Values,
+    stages: Values,
+    series: Mapping[str, tuple[Values, str]],
+    label: str,
+    *,
+    untrained: float | None,
+    alarm: float | None = None,
 ) -> str:
     with mpl.rc_context(STYLE):
         figure = blank_figure(2.7)
         axes = figure.subplots()
-        axes.axhline(untrained, color=GREY, lw=0.9, ls="--", label="before training")
+        for value, style, name in ((untrained, "--", "before training"), (alarm, ":", "alarm (chosen)")):
+            if value is not None:
+                axes.axhline(value, color=GREY, lw=0.9, ls=style, label=name)
         thinned = slice(None, None, math.ceil(len(place) / MAX_POINTS))
         marker = "o" if len(place) <= 30 else ""
         for name, (values, colour) in series.items():
@@ -161,7 +179,8 @@ def _curve(
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.grid(visible=False, axis="x")
-        figure.legend(loc="outside lower center", ncols=3)
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside lower center", ncols=4)
         return inline_svg(figure, f"{label} over updates")
 
 

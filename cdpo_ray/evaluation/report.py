@@ -130,6 +130,8 @@ class _Update(TypedDict):
 @other_keys_allowed
 class _NumberedUpdate(_Update):
     update: Count
+    grad_norm: NotRequired[float]
+    update_norm: NotRequired[float]
 
 
 @other_keys_allowed
@@ -140,6 +142,7 @@ class _TrainedStage(_Update):
     num_pairs: Count
     seconds: Seconds
     pairs: NotRequired[ShownStage]
+    is_stopped: NotRequired[bool]
 
 
 METRICS: TypeAdapter[EvaluationMetrics] = TypeAdapter(EvaluationMetrics)
@@ -225,6 +228,8 @@ def write_report(run_dir: Path, output_path: Path) -> None:
     judges = [result.name for result in results if result.role != APPEARANCE]
     comparison_path = run_dir / EVALUATION / "comparison.parquet"
     check_comparison(comparison_path, judges)
+    health = manifests[TRAINING]["details"].get("health", {})
+    charts = _charts(run_dir, comparison_path, metrics, judges, max_error_rise=health.get("max_error_rise"))
     write_page(
         output_path,
         Path(__file__).with_name("report.html.jinja"),
@@ -241,7 +246,8 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         label_accuracy={name: formatted_share(found) for name, found in metrics.get("labels", {}).items() if found},
         grid=image_grid(comparison_path, judges, config.get("evaluation", {}).get("grid_prompts", 0)),
         shown_images=min(MAX_IMAGES, metrics["images_per_prompt"]),
-        charts={name: Markup(svg) for name, svg in _charts(run_dir, comparison_path, metrics, judges).items()},
+        charts={name: Markup(svg) for name, svg in charts.items()},
+        health=health,
         pair_stages=_pair_stages(run_dir),
         trained_stages=read_record(run_dir / TRAINING / "stages.json", TRAINED_STAGES),
         manifests=manifests,
@@ -339,16 +345,25 @@ def differences_by_prompt(comparison_path: Path, judges: Sequence[str]) -> dict[
 
 
 def _pair_stages(run_dir: Path) -> list[dict[str, Any]]:
-    """Pairs of each stage: as drawn before training, or as redrawn in training by the policy's margins."""
+    """Pairs of each trained stage: as drawn before training, or as redrawn in training by the policy's margins."""
     planned = read_record(run_dir / STAGES / "stages.json", _PLANNED_STAGES)
     trained = read_record(run_dir / TRAINING / "stages.json", TRAINED_STAGES)
-    if len(planned) != len(trained):
+    if len(planned) != len(trained) and not (len(planned) > len(trained) and trained[-1].get("is_stopped")):
         raise _damaged(run_dir / TRAINING / "stages.json", f"must have {len(planned)} stages, got {len(trained)}")
-    return [stage.get("pairs", plan) for stage, plan in zip(trained, planned, strict=True)]
+    return [stage.get("pairs", plan) for stage, plan in zip(trained, planned, strict=False)]
 
 
-def _charts(run_dir: Path, comparison_path: Path, metrics: Mapping[str, Any], judges: Sequence[str]) -> dict[str, str]:
-    return figures.training_curves(_read_updates(run_dir / TRAINING / "updates.jsonl")) | {
+def _charts(
+    run_dir: Path,
+    comparison_path: Path,
+    metrics: Mapping[str, Any],
+    judges: Sequence[str],
+    *,
+    max_error_rise: float | None,
+) -> dict[str, str]:
+    updates = _read_updates(run_dir / TRAINING / "updates.jsonl")
+    reference_error = float(np.mean([update["reference_error_w"] for update in updates]))
+    return figures.training_curves(updates, alarm=max_error_rise and max_error_rise * reference_error) | {
         "pairs": figures.pairs_by_rank_gap(_pair_stages(run_dir)),
         "gains": figures.gains({judge: metrics["judges"][judge] for judge in judges}),
         "differences": figures.difference_histograms(differences_by_prompt(comparison_path, judges)),

@@ -11,7 +11,7 @@ from cdpo_ray.policy.policy import Policy
 
 def sample_errors(
     policy: Policy, latents: Tensor, conditioning: Conditioning, times: Times, noise: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Error of each sample under the policy and under the reference, on the same model inputs and target.
 
     Args:
@@ -19,13 +19,16 @@ def sample_errors(
         conditioning, times: one row per sample.
 
     Returns:
-        Policy errors ``[sample]`` fp32, which carry gradients; reference errors ``[sample]`` fp32, which do not.
+        Policy errors ``[sample]`` fp32, which carry gradients; reference errors ``[sample]`` fp32, which do not; the
+        policy's predictions that its errors come from, ``[sample, channel, height, width]``.
     """
     model = policy.model
     with torch.no_grad(), policy.reference(policy.net) as reference:
         task = model.denoising_task(reference, latents, conditioning, times, noise)
         reference_errors = model.errors(reference, task)
-    return model.errors(policy.net, task), reference_errors
+    prediction = model.predict(policy.net, task)
+    prediction = prediction.view_as(prediction)  # a gradient at the engine's own output starts its backward pass
+    return model.error(prediction, task.target), reference_errors, prediction
 
 
 @torch.no_grad()
@@ -56,7 +59,7 @@ def error_changes(
     for draw, (times, noise) in enumerate(draws):
         for start in range(0, len(latents), samples_per_launch):
             part = slice(start, start + samples_per_launch)
-            policy_errors, reference_errors = sample_errors(
+            policy_errors, reference_errors, _ = sample_errors(
                 policy,
                 latents[part].to(model.device, model.dtype),
                 {name: value[part].to(model.device, model.dtype) for name, value in conditioning.items()},

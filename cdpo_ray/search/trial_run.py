@@ -64,7 +64,7 @@ def train_trial(
             )
 
     def on_stage(summary: Mapping[str, Any]) -> None:
-        if summary["stage"] < own.curriculum.num_stages:
+        if summary["stage"] < own.curriculum.num_stages and "is_stopped" not in summary:
             report_new(summary, is_last=False)
 
     run_steps(own, TRIAL_STEPS, validation=validation, on_stage=on_stage)

@@ -33,6 +33,7 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 def train(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.curriculum.reliability import low_reliability
+    from cdpo_ray.training.health import Alarm, alarm_sentence, highest_error_rise
     from cdpo_ray.training.job import OnlineJob, TrainingJob
     from cdpo_ray.training.trainer import train_adapter
 
@@ -76,17 +77,31 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         progress=context.progress,
         on_stage=on_stage,
     )
-    skipped = len(state["skipped"])
+    skipped, num_made, health = len(state["skipped"]), state["num_updates"], training.health
     output.counts |= {
-        "updates": num_updates - skipped,
-        "pairs": (num_updates - skipped) * training.global_batch_size,
+        "updates": num_made - skipped,
+        "pairs": (num_made - skipped) * training.global_batch_size,
         "updates_skipped": skipped,
     }
     output.details["training"] = training.model_dump(mode="json", include=set(training.HOW_NOT_WHAT))
     if config.guidance_mismatch:
         output.warnings.append(config.guidance_mismatch)
+    output.details["health"] = {
+        "max_error_rise": health.max_error_rise,
+        "window": health.window,
+        "highest_error_rise": highest_error_rise(state["records"], num_updates=num_made, window=health.window),
+    }
+    if alarms := [Alarm(**alarm) for alarm in state["alarms"]]:
+        sentence = alarm_sentence(alarms, health)
+        if state["is_stopped"]:
+            kept = health.check_before(num_made)
+            sentence += (
+                f". Training stopped after update {num_made} of {num_updates}; the result is the LoRA after {kept}"
+            )
+        output.details["health"]["alarm"] = sentence
+        output.warnings.append(sentence)
     if skipped:
         output.warnings.append(
-            f"{skipped} of {num_updates} updates were skipped, because a loss or gradient was not finite:"
+            f"{skipped} of {num_made} updates were skipped, because a loss or gradient was not finite:"
             f" {', '.join(map(str, state['skipped'][:10]))}{', ...' * (skipped > 10)}"
         )

@@ -40,8 +40,19 @@ class FilesManifest(TypedDict):
 
 
 @other_keys_allowed
+class HealthFacts(TypedDict):
+    """Bound of the alarm that training ran with, the highest rise of the error, and the alarms in words."""
+
+    max_error_rise: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    window: Count
+    highest_error_rise: Annotated[float, Field(allow_inf_nan=False)] | None
+    alarm: NotRequired[str]
+
+
+@other_keys_allowed
 class Details(TypedDict):
     predicted: NotRequired[Predicted]
+    health: NotRequired[HealthFacts]
     rewards: NotRequired[dict[str, Any]]
 
 
@@ -110,8 +121,13 @@ OBSOLETE_SETTINGS = {"evaluation.grid_prompts"}
 
 
 def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat settings of any version, with the keys of this one: up to 0.2 a loss had its options beside it."""
+    """Flat settings of any version, with the keys of this one.
+
+    Up to 0.2 the learning rate was constant without a warm-up, and a loss had its options beside it.
+    """
     values = dict(settings)
+    if "training.learning_rate" in values:
+        values = {"training.schedule.warmup_updates": 0, "training.schedule.decay": "constant"} | values
     options = {key: values.pop(f"training.{key}", None) for key in ("sft_weight", "label_smoothing")}
     loss = values.get("training.loss")
     defaults = {"sft_weight": 0.0} | ({"label_smoothing": 0.1} if loss == "robust" else {})

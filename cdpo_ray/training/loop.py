@@ -1,7 +1,8 @@
 """Stages -> updates: the training loop of one worker."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import deepspeed
@@ -9,14 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from cdpo_ray.config.training import TrainingSection
+from cdpo_ray.config.training import HealthSection, TrainingSection
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models.family import Conditioning, Times
 from cdpo_ray.policy.policy import Policy
 from cdpo_ray.training.batches import PairBatch, SampleBank, StagePairs, make_batch, prefetched
+from cdpo_ray.training.health import Alarm, alarm_sentence, error_rise
+from cdpo_ray.training.learning_rate import learning_rate_at
 from cdpo_ray.training.update import METRICS, PreferenceLoss, loss_of_pairs
 
 UpdateRecord = dict[str, float]
+NORMS = ("grad_norm", "update_norm")
+"""Norm of an update's gradient before clipping, and of the change of the LoRA (not under ZeRO 3)."""
+MEAN_MARGIN_MOMENTUM = 0.9  # published: arXiv:2407.08639
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,9 @@ class TrainingState:
         records: one record per update that was not skipped, as far as they have been read from the device.
         skipped: numbers of the updates skipped because a loss or gradient was not finite.
         num_updates: total number of updates, skipped ones included.
+        mean_margin: running mean of the updates' margins, for ``adaptive_beta``.
+        alarms: comparisons that exceeded the bound of ``health``, in order.
+        is_stopped: whether an alarm has ended training.
     """
 
     stage: int = 1
@@ -36,11 +45,21 @@ class TrainingState:
     records: tuple[UpdateRecord, ...] = ()
     skipped: tuple[int, ...] = ()
     num_updates: int = 0
+    mean_margin: float = 0.0
+    alarms: tuple[Alarm, ...] = ()
+    is_stopped: bool = False
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Self:
         """State from the JSON of its `asdict`."""
-        return cls(**{**saved, "records": tuple(saved["records"]), "skipped": tuple(saved["skipped"])})
+        if missing := {field.name for field in fields(cls)} - {*saved}:
+            raise TrainingError(
+                f"the checkpoint lacks {', '.join(sorted(missing))}: another version wrote it; resume with that"
+                " version, or delete the folder to restart training"
+            )
+        alarms = tuple(Alarm(**alarm) for alarm in saved["alarms"])
+        lists = {name: tuple(saved[name]) for name in ("records", "skipped")}
+        return cls(**{**saved, **lists, "alarms": alarms})
 
     def after_update(self, *, skipped: bool) -> "TrainingState":
         number = self.num_updates + 1
@@ -49,6 +68,23 @@ class TrainingState:
 
     def after_stage(self) -> "TrainingState":
         return replace(self, stage=self.stage + 1, cursor=0)
+
+    def after_check(self, health: HealthSection) -> "TrainingState":
+        """State after comparing the last updates' errors with the bound of the alarm.
+
+        Raises:
+            TrainingError: an alarm stops training at its first comparison, before any LoRA was found healthy.
+        """
+        rise = error_rise(self.records, last=self.num_updates, window=health.window)
+        if rise is None or health.max_error_rise is None or rise <= health.max_error_rise:
+            return self
+        state = replace(self, alarms=(*self.alarms, Alarm(self.num_updates, rise)), is_stopped=health.stops)
+        if health.stops and not health.check_before(self.num_updates):
+            raise TrainingError(
+                f"training: {alarm_sentence(state.alarms, health)}; this was the first comparison, so there is no"
+                " earlier LoRA to keep"
+            )
+        return state
 
     @property
     def num_skipped_last(self) -> int:
@@ -108,6 +144,7 @@ class Guard:
 
     def __init__(self, trainable: Sequence[nn.Parameter], device: torch.device, *, sharded: bool) -> None:
         self.total = torch.zeros((), device=device)
+        self.norm = torch.zeros((), device=device)
         self.whole = []
         for parameter in trainable:
             if sharded or parameter.dtype == torch.float16:
@@ -122,10 +159,12 @@ class Guard:
     def verdict(self, *, stops: bool) -> tuple[bool, bool]:
         """Whether any worker has seen a non-finite value, and whether any has its stop flag set; the same on all.
 
-        The only point of an update that synchronises with the device. Resets the running sum.
+        The only point of an update that synchronises with the device. Resets the running sum; sets ``norm``, the norm
+        of all gradients, unless hooks sum them.
         """
         if gradients := [parameter.grad for parameter in self.whole if parameter.grad is not None]:
-            self.total += get_total_norm(gradients)
+            self.norm = get_total_norm(gradients)
+            self.total += self.norm
         flags = torch.stack([~self.total.isfinite(), torch.full_like(self.total, stops, dtype=torch.bool)]).float()
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
         self.total.zero_()
@@ -141,6 +180,7 @@ class Callbacks:
         pairs_of_stage: returns the pairs of ``state.stage``; called before a stage's first update and on resume in it.
         stops: stop flag, read once per update; ``True``: stop after this update.
         on_update: called after each update.
+        on_check: called after each comparison of the errors with the bound of ``health``.
         on_checkpoint: called with all records read where a checkpoint is due: every ``updates_per_commit`` updates,
             after each stage, and before stopping.
     """
@@ -148,6 +188,7 @@ class Callbacks:
     pairs_of_stage: Callable[[TrainingState], StagePairs]
     stops: Callable[[], bool] = lambda: False
     on_update: Callable[[TrainingState], Any] = lambda state: None
+    on_check: Callable[[TrainingState], Any] = lambda state: None
     on_checkpoint: Callable[[TrainingState], Any] = lambda state: None
 
 
@@ -168,7 +209,8 @@ def train_stages(
         policy: policy of the same denoiser.
 
     Returns:
-        State after the last update; its ``stage`` is ``num_stages + 1`` once all stages are done.
+        State after the last update; its ``stage`` is ``num_stages + 1`` once all stages are done. An alarm that stops
+        training ends its stage.
 
     Raises:
         TrainingError: ``max_skipped_updates`` consecutive updates, or all updates of a stage, were not finite.
@@ -180,23 +222,38 @@ def train_stages(
         engine.device,
         sharded=engine.zero_optimization(),
     )
+    measured = policy.trainable if section.method == "lora" and section.zero_stage < 3 else []
+    mean_margin = torch.tensor(state.mean_margin).to(engine.device)
+    if section.adaptive_beta:
+        preference_loss = functools.partial(
+            preference_loss, adaptive_beta=section.adaptive_beta, mean_margin=mean_margin
+        )
+    launches: list[Tensor] = []
     unread: list[Tensor] = []
-    for _ in range(state.stage, num_stages + 1):
+    for _ in () if state.is_stopped else range(state.stage, num_stages + 1):
         policy.begin_stage(state.stage)
         pairs = callbacks.pairs_of_stage(state)
         num_updates = len(pairs.chosen) // section.global_batch_size
+        learning_rate = _learning_rate(section, num_stages * num_updates)
         for number, batch in enumerate(prefetched(feed.launches(pairs, after=state.cursor)), start=1):
             batch = batch.to(model.device, model.dtype)
-            loss, metrics = loss_of_pairs(policy, batch, preference_loss=preference_loss)
+            loss, metrics = loss_of_pairs(policy, batch, preference_loss=preference_loss, safeguard=section.safeguard)
             guard.see(loss)
             engine.backward(loss)
-            unread.append(metrics)
+            launches.append(metrics)
             if number % per_update:
                 engine.step()  # accumulates: the update is not complete
                 continue
             skips, stopping = guard.verdict(stops=callbacks.stops())
             engine.basic_optimizer.skips = skips
-            engine.step()
+            for group in engine.basic_optimizer.param_groups:
+                group["lr"] = learning_rate(state.num_updates + 1)
+            metrics = torch.stack(launches).mean(dim=0)
+            launches.clear()
+            unread.append(torch.cat([metrics, _step(engine, guard, measured)]))
+            if section.adaptive_beta and not skips:
+                margin = mean_over_workers(metrics[METRICS.index("margin")])
+                mean_margin.lerp_(margin, 1 - MEAN_MARGIN_MOMENTUM)
             state = state.after_update(skipped=skips)
             callbacks.on_update(state)
             if state.num_skipped_last >= min(section.max_skipped_updates, num_updates):
@@ -206,12 +263,18 @@ def train_stages(
                     " use a wider `model.dtype`"
                 )
             at_end = state.cursor == num_updates
-            if at_end or stopping or state.num_updates % section.updates_per_commit == 0:
-                state = _with_records(state, unread, per_update)
+            checks = state.num_updates % section.health.window == 0 or (at_end and state.stage == num_stages)
+            is_due = at_end or stopping or state.num_updates % section.updates_per_commit == 0
+            if checks or is_due:
+                state = replace(_with_records(state, unread, learning_rate), mean_margin=mean_margin.item())
                 unread.clear()
-                state = state.after_stage() if at_end else state
+            if checks:
+                state = state.after_check(section.health)
+                callbacks.on_check(state)
+            if is_due or state.is_stopped:
+                state = state.after_stage() if at_end or state.is_stopped else state
                 callbacks.on_checkpoint(state)
-            if stopping:
+            if stopping or state.is_stopped:
                 return state
     return state
 
@@ -223,20 +286,52 @@ def summarize(records: Sequence[UpdateRecord], stage: int, pairs_per_update: int
     return {"stage": stage, "num_updates": len(mine), "num_pairs": len(mine) * pairs_per_update, **means}
 
 
-def _with_records(state: TrainingState, unread: list[Tensor], per_update: int) -> TrainingState:
-    """Append one record per update: metrics averaged over launches and workers.
+def mean_over_workers(values: Tensor) -> Tensor:
+    """Mean of each value over the workers; collective."""
+    values = values.clone()
+    torch.distributed.all_reduce(values)
+    return values / torch.distributed.get_world_size()
+
+
+def _learning_rate(section: TrainingSection, num_updates: int) -> Callable[[int], float]:
+    """Learning rate by update; ``num_updates``: of all stages, which have equally many."""
+    return functools.partial(
+        learning_rate_at, peak=section.learning_rate, num_updates=num_updates, **section.schedule.model_dump()
+    )
+
+
+def _step(engine: deepspeed.DeepSpeedEngine, guard: Guard, measured: Sequence[nn.Parameter]) -> Tensor:
+    """Let the engine update the weights; returns `NORMS` on the device, the second only if there are parameters.
 
     Args:
-        unread: metrics ``[7]`` of each launch of the last updates, on the device.
-        per_update: number of launches per update.
+        measured: parameters whose change is measured; they are copied for that.
     """
-    values = torch.stack(unread).reshape(-1, per_update, len(METRICS)).mean(dim=1)
-    torch.distributed.all_reduce(values)
-    values /= torch.distributed.get_world_size()
-    first = state.num_updates - len(values) + 1
+    before = [parameter.detach().clone() for parameter in measured]
+    engine.step()
+    of_engine = engine.get_global_grad_norm()  # None: neither ZeRO nor 16-bit parameters
+    grad_norm = guard.norm if of_engine is None else torch.as_tensor(of_engine, device=engine.device)
+    norms = [grad_norm.float()]
+    if before:
+        changes = [parameter.detach() - old for parameter, old in zip(measured, before, strict=True)]
+        norms.append(get_total_norm(changes))
+    return torch.stack(norms)
+
+
+def _with_records(state: TrainingState, unread: list[Tensor], learning_rate: Callable[[int], float]) -> TrainingState:
+    """Append one record per update: metrics averaged over launches and workers, norms and learning rate.
+
+    Args:
+        unread: `METRICS` and `NORMS` of each of the last updates, on the device.
+    """
+    first = state.num_updates - len(unread) + 1
     read = [
-        {"update": update, "stage": state.stage, **dict(zip(METRICS, line, strict=True))}
-        for update, line in enumerate(values.tolist(), start=first)
+        {
+            "update": update,
+            "stage": state.stage,
+            **dict(zip((*METRICS, *NORMS), line, strict=False)),
+            "learning_rate": learning_rate(update),
+        }
+        for update, line in enumerate(mean_over_workers(torch.stack(unread)).tolist(), start=first)
         if update not in state.skipped
     ]
     return replace(state, records=(*state.records, *read))

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,6 +46,52 @@ def implicit_margin(
     """
     difference = (policy_error_w - reference_error_w) - (policy_error_l - reference_error_l)
     return -kappa(beta) * difference
+
+
+def beta_factor(margin: Tensor, mean_margin: Tensor | float, *, strength: float) -> Tensor:
+    """Factor of each pair's beta, ``max(0, 1 + a (margin - mean_margin))``: ``[pair]``, without gradient.
+
+    Args:
+        margin: margin at the constant beta.
+        mean_margin: running mean of margins, scalar.
+        strength: ``a``, > 0; 0.6 is published.
+
+    Source: arXiv:2407.08639, dynamic beta of each instance. Its variant per batch is not used: it would depend on how
+    an update is split into launches.
+    """
+    return (1 + strength * (margin.detach() - mean_margin)).clamp(min=0)
+
+
+def safe_scale(gradient_w: Tensor, gradient_l: Tensor, *, kept: float = 0.0) -> Tensor:
+    """Scale of each rejected sample's gradient that keeps its chosen sample's error from rising, to first order.
+
+    ``g`` is the gradient of a sample's error, ``s`` the slope of the loss in that error. A step along
+    ``-(s_w g_w - scale s_l g_l)`` changes the chosen's error by ``-s_w |g_w|^2 + scale s_l <g_w, g_l>``. At least the
+    share ``kept`` of the chosen's own descent, ``s_w |g_w|^2``, remains for::
+
+        scale = min(1, (1 - kept) s_w |g_w|^2 / (s_l <g_w, g_l>))    if <g_w, g_l> > 0, else 1
+
+    The predictions stand for the parameters, as if both samples had the same orthogonal Jacobian.
+
+    Args:
+        gradient_w, gradient_l: ``[pair, channel, height, width]``, gradient of the loss with respect to the prediction
+            of the chosen, ``s_w g_w``, and of the rejected, ``-s_l g_l``.
+        kept: share of the chosen's descent that remains, 0 to 1; 0.6 to 0.9 are published.
+
+    Returns:
+        ``[pair]`` fp32, 0 to 1.
+
+    Raises:
+        ValueError: if ``kept`` is outside 0 .. 1.
+
+    Source: arXiv:2511.03317, section 4, which has one scale per batch and equal slopes.
+    """
+    if not 0 <= kept <= 1:
+        raise ValueError(f"`kept` must be in 0 <= kept <= 1, got {kept}")
+    gradient_w, gradient_l = gradient_w.detach().float().flatten(1), gradient_l.detach().float().flatten(1)
+    conflict = -(gradient_w * gradient_l).sum(dim=1)
+    bound = (1 - kept) * (gradient_w**2).sum(dim=1)
+    return torch.where(conflict > bound, bound / conflict, torch.ones_like(bound))
 
 
 def dpo_loss(margin: Tensor) -> Tensor:
@@ -126,6 +173,8 @@ def preference_loss(
     loss: str = "dpo",
     sft_weight: float = 0.0,
     options: Mapping[str, Any] | None = None,
+    adaptive_beta: float | None = None,
+    mean_margin: Tensor | float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Loss and margin of each pair.
 
@@ -135,9 +184,11 @@ def preference_loss(
         sft_weight: weight of an added supervised term, ``kappa(beta)`` times the policy's error on chosen, in the
             margin's unit; keeps chosen likely. Source: arXiv:2404.19733 (a DPO loss with the likelihood of chosen).
         options: keyword arguments of the `loss_function`, such as ``label_smoothing``.
+        adaptive_beta: ``strength`` of the `beta_factor` of each pair in the loss; ``None``: constant beta.
+        mean_margin: see `beta_factor`.
 
     Returns:
-        Loss ``[pair]`` and margin ``[pair]``; reduce over pairs at the call site.
+        Loss ``[pair]`` and margin ``[pair]`` at the constant beta; reduce over pairs at the call site.
 
     Raises:
         ValueError: if ``beta`` is not positive, or an option is outside its range.
@@ -146,5 +197,6 @@ def preference_loss(
     margin = implicit_margin(policy_error_w, policy_error_l, reference_error_w, reference_error_l, beta=beta)
     if loss == "sft":
         return policy_error_w, margin
-    losses = loss_function(loss)(margin, **(options or {}))
+    factor = beta_factor(margin, mean_margin, strength=adaptive_beta) if adaptive_beta else 1.0
+    losses = loss_function(loss)(margin * factor, **(options or {}))
     return losses + sft_weight * kappa(beta) * policy_error_w if sft_weight else losses, margin

@@ -99,7 +99,7 @@ def train_adapter(
     state: dict[str, Any] = saved["state"]
     if signals:  # even after the last update: the steps after this one must not run
         raise KeyboardInterrupt(signals[0])
-    if state["stage"] <= job.num_stages:
+    if state["stage"] <= job.num_stages and not state["is_stopped"]:
         raise TrainingError(
             f"{output_dir}: training ended early, after update {state['num_updates']}; the same command resumes it"
         )

@@ -32,10 +32,12 @@ from cdpo_ray.store import copy_tree, is_local, storage_errors_within, storage_p
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, state_of, tensors_of
 from cdpo_ray.training.engine import limit_waiting, restore_training, save_trained, start_engine, training_tensors
+from cdpo_ray.training.health import alarm_sentence
 from cdpo_ray.training.job import TrainingJob
 from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import kappa, preference_loss
 from cdpo_ray.training.validation import Validator
+from cdpo_ray.training.weight_copy import WeightCopy, averaging_share
 
 HEARTBEAT_SECONDS = 1.0
 BEST = "best"
@@ -101,6 +103,9 @@ class Worker:
         self.bank = SampleBank.read(storage_path(job.samples_dir))
         self.feed = Feed(self.bank, model.draw_times, empty, training, job.seed, self.rank, self.num_workers)
         self.commits = Commits(self.output_dir / COMMITS_DIR, keep_last=training.keep_last, device=self.engine.device)
+        named = {name: value for name, value in self.engine.module.named_parameters() if value.requires_grad}
+        self.average = WeightCopy("average", named) if training.ema_decay else None
+        self.healthy = WeightCopy("healthy", named) if training.health.stops else None
         self.summaries: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.drawn: StagePairs | None = None
@@ -119,7 +124,7 @@ class Worker:
         state = self._resumed()
         training, callbacks = (
             self.training,
-            Callbacks(self._pairs_of_stage, stops, self._on_update, self._write_checkpoint),
+            Callbacks(self._pairs_of_stage, stops, self._on_update, self._on_check, self._write_checkpoint),
         )
         try:
             state = train_stages(
@@ -134,8 +139,8 @@ class Worker:
         except TrainingError as error:
             last = self.commits.newest(lambda line: None)
             raise TrainingError(f"{error}; last good checkpoint: {last or 'none'}") from None
-        if state.stage > self.job.num_stages:
-            self._write_trained(self.output_dir)
+        if self._is_done(state):
+            self._write_trained(state, self.output_dir)
 
     def _resumed(self) -> TrainingState:
         newest = self.commits.newest(self.board.post_line.remote)
@@ -143,6 +148,11 @@ class Worker:
             return TrainingState()
         saved, tensors = state_of(newest), tensors_of(newest)
         restore_training(self.engine, tensors)
+        for copy in self._copies:
+            if copy.name in saved["copies"]:
+                copy.restore(tensors)
+            else:  # the config was changed
+                copy.approach(1.0)
         self.summaries, self.best = saved["summaries"], saved["best"]
         self.started -= saved["seconds_in_stage"]
         if saved["drawn"]:
@@ -185,8 +195,33 @@ class Worker:
         return self.drawn
 
     def _on_update(self, state: TrainingState) -> None:
+        if self.average and self.training.ema_decay and not state.num_skipped_last:
+            num_made = state.num_updates - len(state.skipped)
+            self.average.approach(averaging_share(num_made, self.training.ema_decay))
         if self.rank == 0:
             self.board.post_update.remote(state.num_updates)
+
+    def _on_check(self, state: TrainingState) -> None:
+        """Keep a healthy LoRA if an alarm would stop training; report an alarm."""
+        is_alarm = bool(state.alarms) and state.alarms[-1].update == state.num_updates
+        if is_alarm and self.rank == 0:
+            sentence = alarm_sentence(state.alarms[-1:], self.training.health)
+            self.board.post_line.remote(f"{'training stops' if state.is_stopped else 'warning'}: {sentence}")
+        if self.healthy and not is_alarm:
+            with self._result(state):
+                self.healthy.approach(1.0)
+
+    def _is_done(self, state: TrainingState) -> bool:
+        return state.is_stopped or state.stage > self.job.num_stages
+
+    @property
+    def _copies(self) -> list[WeightCopy]:
+        return [copy for copy in (self.average, self.healthy) if copy]
+
+    def _result(self, state: TrainingState) -> contextlib.AbstractContextManager[None]:
+        """Context manager within which the policy has the weights that training would end with."""
+        copy = self.healthy if state.is_stopped else self.average
+        return copy.applied() if copy else contextlib.nullcontext()
 
     def _write_checkpoint(self, state: TrainingState) -> None:
         """Write a checkpoint; at the end of a stage, with the stage's summary."""
@@ -198,13 +233,16 @@ class Worker:
             if self.description:
                 summary["pairs"] = self.description
             summary["seconds"] = round(time.monotonic() - self.started, 2)
+            if state.is_stopped:
+                summary["is_stopped"] = True
             if self.validator:
-                summary["validation"] = self.validator.measure(
-                    self.policy,
-                    is_last=state.stage > self.job.num_stages,
-                    worker_rank=self.rank,
-                    num_workers=self.num_workers,
-                )
+                with self._result(state):
+                    summary["validation"] = self.validator.measure(
+                        self.policy,
+                        is_last=self._is_done(state),
+                        worker_rank=self.rank,
+                        num_workers=self.num_workers,
+                    )
             self.summaries.append(summary)
             ray.train.report(summary)
             self.started, self.drawn, self.description = time.monotonic(), None, None
@@ -217,6 +255,7 @@ class Worker:
                 "best": self.best,
                 "seconds_in_stage": time.monotonic() - self.started,
                 "drawn": self.drawn is not None,
+                "copies": [copy.name for copy in self._copies],
                 "description": self.description,
             },
             self._tensors(),
@@ -236,13 +275,13 @@ class Worker:
         stage, loss = recent[-1]["stage"], sum(record["loss"] for record in recent) / len(recent)
         if self.best is None or (stage, -loss) > (self.best["stage"], -self.best["loss"]):
             self.best = {"update": state.num_updates, "stage": stage, "loss": loss}
-            self._write_trained(self.output_dir / BEST)
+            self._write_trained(state, self.output_dir / BEST)
             if self.rank == 0:
                 write_json(self.output_dir / BEST / "best.json", self.best)
         self.best["known_until"] = state.num_updates
 
-    def _write_trained(self, output_dir: Path) -> None:
-        with storage_errors_within(output_dir), tempfile.TemporaryDirectory() as local:
+    def _write_trained(self, state: TrainingState, output_dir: Path) -> None:
+        with self._result(state), storage_errors_within(output_dir), tempfile.TemporaryDirectory() as local:
             folder = output_dir if is_local(output_dir) else Path(local)
             save_trained(self.engine, self.policy.model, folder, lora=self.job.lora is not None)
             if folder != output_dir:
@@ -250,6 +289,8 @@ class Worker:
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from training_tensors(self.engine)
+        for copy in self._copies:
+            yield from copy.tensors()
         if self.drawn is not None:
             for name in PAIR_COLUMNS:
                 yield f"pairs.{name}", torch.from_numpy(np.ascontiguousarray(getattr(self.drawn, name)))

@@ -285,6 +285,54 @@ def test_page_has_the_cross_reward_table_and_the_agreement_between_judges(tmp_pa
     assert '64 %<span class="under">[60, 68] %</span>' in page
 
 
+HEALTH = {"max_error_rise": 0.5, "window": 50, "highest_error_rise": 0.731}
+
+
+def set_health(run: Path, health: dict[str, Any]) -> None:
+    path = run / TRAINING / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"details": {"health": health}}))
+
+
+def test_page_shows_the_bound_of_the_training_alarm_and_the_highest_rise(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    set_health(run, HEALTH)
+    page = page_of(run)
+    assert "over 50 updates, the error on chosen images exceeds the reference's by more than 0.5 of it" in page
+    assert "Highest here: 0.731." in page and "Training alarm" not in page
+
+
+def test_page_warns_of_a_training_alarm_as_literal_text(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    set_health(run, HEALTH | {"alarm": "the error <b>rose</b>"})
+    assert "<strong>Training alarm.</strong> In training, the error &lt;b&gt;rose&lt;/b&gt;. See" in page_of(run)
+
+
+def test_the_alarm_is_drawn_if_the_chosens_error_comes_near_it_and_norms_if_they_were_recorded() -> None:
+    errors = {f"{net}_error_{arm}": 0.1 for net in ("policy", "reference") for arm in "wl"}
+    other = {"loss": 0.6, "margin": 0.1, "implicit_accuracy": 0.5, "stage": 1}
+    updates = [other | errors | {"policy_error_w": 0.13, "update": number} for number in range(1, 11)]
+    far, near = (figures.training_curves(updates, alarm=alarm)["error_change"] for alarm in (0.2, 0.05))
+    assert "alarm" not in far and "alarm" in near
+    assert set(figures.training_curves(updates)) == {"error_change", "loss", "implicit_accuracy", "margin"}
+    recorded = [update | {"grad_norm": 1.0, "update_norm": 0.01} for update in updates]
+    assert {"grad_norm", "update_norm"} <= set(figures.training_curves(recorded))
+
+
+def test_a_run_that_an_alarm_stopped_shows_the_stages_that_were_trained(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    path = run / TRAINING / "stages.json"
+    (first, _) = json.loads(path.read_text())
+    for stages, is_whole in (([first], False), ([first | {"is_stopped": True}], True)):
+        path.write_text(json.dumps(stages))
+        write_manifest(run / TRAINING)
+        if is_whole:
+            assert page_of(run).count("<td>4,321</td>") == 1
+        else:
+            with pytest.raises(StoreError, match="must have 2 stages, got 1"):
+                page_of(run)
+
+
 def test_page_does_not_warn_if_nothing_fell(page: str) -> None:
     assert "reward hacking" not in page
 

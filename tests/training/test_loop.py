@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from tiny_policies import training_section
 from torch import Tensor
 from worker_processes import run_workers
 
-from cdpo_ray.config.training import LoraSection
+from cdpo_ray.config.training import HealthSection, LoraSection
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models import load_model
 from cdpo_ray.policy.policy import make_policy
@@ -32,8 +34,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_worker")]
 LORA = LoraSection(rank=2, targets=("to_q",))
 GROWING = LoraSection(rank=2, initial_rank=1, unfreeze="from_input", targets=("to_v",))
 
+ANY_RISE = 1e-9
+
 LOSS: PreferenceLoss = partial(preference_loss, beta=500)
-SECTION = training_section(global_batch_size=2, batch_size_per_worker=1, empty_prompt_fraction=0.5)
+SECTION = training_section(
+    global_batch_size=2,
+    batch_size_per_worker=1,
+    empty_prompt_fraction=0.5,
+    schedule={"warmup_updates": 2, "decay": "cosine"},
+    adaptive_beta=0.6,
+    safeguard=0.9,
+)
 
 
 class Training:
@@ -62,6 +73,7 @@ class Training:
         self.stages = [StagePairs(stage, draws, np.zeros(6, int), np.full(6, stage)) for stage in (1, 2)]
         self.num_updates: list[int] = []
         self.committed: list[TrainingState] = []
+        self.checked: list[TrainingState] = []
 
     def train(
         self,
@@ -71,16 +83,23 @@ class Training:
         stop_after: int | None = None,
         updates_per_commit: int = 100,
         max_skipped_updates: int = 20,
+        health: HealthSection = SECTION.health,
     ) -> TrainingState:
         """Train from this state, up to ``stop_after`` updates in total."""
         self.num_updates.clear()
         self.committed.clear()
-        keys = {"updates_per_commit": updates_per_commit, "max_skipped_updates": max_skipped_updates}
+        self.checked.clear()
+        keys = {
+            "updates_per_commit": updates_per_commit,
+            "max_skipped_updates": max_skipped_updates,
+            "health": health,
+        }
         feed = dataclasses.replace(self.feed, training=SECTION.model_copy(update=keys))
         callbacks = Callbacks(
             lambda state: self.stages[state.stage - 1],
             stops=lambda: stop_after is not None and len(self.num_updates) + state.num_updates + 1 >= stop_after,
             on_update=lambda state: self.num_updates.append(state.num_updates),
+            on_check=self.checked.append,
             on_checkpoint=self.committed.append,
         )
         return train_stages(
@@ -151,6 +170,73 @@ def test_every_stage_is_trained_and_every_update_recorded(tiny_sd15: Path) -> No
             assert summary[name] == pytest.approx(np.mean([record[name] for record in mine]))
 
 
+def test_every_update_records_its_learning_rate_and_the_norms_of_gradient_and_change(tiny_sd15: Path) -> None:
+    training = Training(tiny_sd15)
+    weights = [training.weights()]
+    gradients: list[float] = []
+    backward, launches = training.engine.backward, itertools.count(1)
+
+    def backward_and_note(loss: Tensor) -> None:
+        backward(loss)
+        if next(launches) % 2 == 0:  # the second launch of an update, after which gradients are complete
+            found = [value.grad for value in training.policy.trainable if value.grad is not None]
+            gradients.append(float(torch.stack([value.norm() for value in found]).norm()))
+
+    training.engine.backward = backward_and_note
+    for stop_after in range(1, 7):
+        state = training.train(training.committed[-1] if training.committed else TrainingState(), stop_after=stop_after)
+        weights.append(training.weights())
+    assert [record["grad_norm"] for record in state.records] == pytest.approx(gradients, rel=1e-5)
+    for record, before, after in zip(state.records, weights, weights[1:], strict=False):
+        change = torch.stack([(after[name] - before[name]).norm() for name in before]).norm()
+        assert record["update_norm"] == pytest.approx(float(change), rel=1e-4)
+        assert record["error_change_w"] == pytest.approx(
+            record["policy_error_w"] - record["reference_error_w"], abs=1e-6
+        )
+    rates = [
+        1e-3 * factor for factor in (0.5, 1, 1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 - math.cos(math.pi / 4)) / 2)
+    ]
+    assert [record["learning_rate"] for record in state.records] == pytest.approx(rates)
+    assert training.engine.basic_optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1])
+
+
+def test_an_alarm_warns_at_every_comparison_above_the_bound_and_changes_no_weights(tiny_sd15: Path) -> None:
+    quiet, warned = Training(tiny_sd15), Training(tiny_sd15)
+    quiet.train(TrainingState(), health=HealthSection(max_error_rise=None))
+    state = warned.train(TrainingState(), health=HealthSection(max_error_rise=ANY_RISE, window=2))
+    assert [checked.num_updates for checked in warned.checked] == [2, 4, 6]
+    rises = [np.mean([record["error_change_w"] for record in state.records[end - 2 : end]]) for end in (2, 4, 6)]
+    assert max(rises) > ANY_RISE, "else this tests nothing"
+    expected = [end for end, rise in zip((2, 4, 6), rises, strict=True) if rise > ANY_RISE]
+    assert [alarm.update for alarm in state.alarms] == expected
+    assert state.stage == 3 and not state.is_stopped
+    for name, value in quiet.state().items():
+        assert torch.equal(value, warned.state()[name])
+
+
+def test_fault_63_training_that_an_alarm_stopped_is_done_and_repeats_no_update_on_resume(tiny_sd15: Path) -> None:
+    """The first update has no rise: the policy is the reference. The first rise after it stops training."""
+    training, health = Training(tiny_sd15), HealthSection(max_error_rise=ANY_RISE, window=1, on_alarm="stop")
+    state = training.train(TrainingState(), health=health)
+    last = state.num_updates
+    assert state.is_stopped and [alarm.update for alarm in state.alarms] == [last] and 1 < last < 6
+    assert training.committed[-1] == state and state.cursor == 0
+    assert [record["update"] for record in state.records] == list(range(1, last + 1))
+    assert all(record["error_change_w"] <= 1e-8 for record in state.records[:-1])
+    kept = training.state()
+    resumed = TrainingState.of(json.loads(json.dumps(dataclasses.asdict(state))))
+    assert training.train(resumed, health=health) == resumed == state
+    assert training.num_updates == [] and training.committed == []
+    assert all(torch.equal(value, kept[name]) for name, value in training.state().items())
+
+
+def test_a_checkpoint_of_another_version_is_named() -> None:
+    saved = dataclasses.asdict(TrainingState())
+    del saved["alarms"], saved["mean_margin"]
+    with pytest.raises(TrainingError, match=r"lacks alarms, mean_margin: another version wrote it; resume with that"):
+        TrainingState.of(saved)
+
+
 def test_reference_stays_the_base_while_the_policy_moves(tiny_sd15: Path) -> None:
     """The same draw again after training: reference errors are unchanged, policy errors are not."""
     training = Training(tiny_sd15)
@@ -166,8 +252,8 @@ def gradient_breaks_at(*launches: int) -> PreferenceLoss:
     """Loss whose value is always finite, and whose gradient is not at these launches."""
     calls = itertools.count(1)
 
-    def loss(*errors: Tensor) -> tuple[Tensor, Tensor]:
-        losses, margins = preference_loss(*errors, beta=500)
+    def loss(*errors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        losses, margins = preference_loss(*errors, beta=500, **options)
         if next(calls) in launches:
             losses = losses + torch.sqrt(margins * 0)  # 0, of slope inf
         return losses, margins

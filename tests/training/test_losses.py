@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cdpo_ray.config.losses import LOSS_VARIANTS
 from cdpo_ray.errors import TrainingError
-from cdpo_ray.training.losses import kappa, preference_loss
+from cdpo_ray.training.losses import kappa, preference_loss, safe_scale
 
 
 def errors(seed: int, pairs: int = 64) -> list[Tensor]:
@@ -190,3 +190,67 @@ def test_a_users_own_loss_is_called_with_its_options() -> None:
 def test_a_faulty_loss_of_a_user_is_named(name: str, options: dict[str, float], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         preference_loss(*errors(0), beta=1, loss=f"own_objectives:{name}", options=options)
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "hinge", "own_objectives:focal_dpo"])
+def test_an_adaptive_beta_is_the_loss_at_each_pairs_own_beta(name: str) -> None:
+    """``beta_i = beta max(0, 1 + a (m_i - m_0))``: the loss of one pair after another at its constant beta."""
+    given, beta, strength, mean = errors(7), 6.0, 0.6, 0.25
+    options = {"gamma": 2.0} if ":" in name else {}
+    loss, margin = preference_loss(
+        *given, beta=beta, loss=name, options=options, adaptive_beta=strength, mean_margin=torch.tensor(mean)
+    )
+    assert torch.equal(margin, preference_loss(*given, beta=beta)[1])
+    factors = [1 + strength * (each - mean) for each in margin.tolist()]
+    assert min(factors) < 0 < max(factors)
+    for pair, factor in enumerate(factors):
+        alone = [error[pair : pair + 1] for error in given]
+        own_beta = beta * max(factor, 1e-9)  # a beta of 0 is refused; its loss is that of margin 0
+        expected, _ = preference_loss(*alone, beta=own_beta, loss=name, options=options)
+        torch.testing.assert_close(loss[pair : pair + 1], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adaptive_beta_has_no_gradient_and_pairs_far_below_the_mean_do_not_count() -> None:
+    policy_w = torch.tensor([0.1, 0.6], requires_grad=True)
+    half = torch.full((2,), 0.5)
+    loss, margin = preference_loss(policy_w, half, half, half, beta=40, adaptive_beta=0.6)
+    assert margin.tolist() == pytest.approx([8.0, -2.0])
+    loss.sum().backward()
+    factor = 1 + 0.6 * 8.0
+    assert policy_w.grad is not None
+    assert policy_w.grad.tolist() == pytest.approx([20 * factor / (1 + math.exp(8.0 * factor)), 0.0], rel=1e-4)
+
+
+def gradients(seed: int, num_pairs: int = 256) -> tuple[Tensor, Tensor]:
+    """Gradients of a loss with respect to predictions: downhill for chosen, uphill for rejected."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen, rejected = torch.randn(2, num_pairs, 2, 3, 1, generator=generator)
+    slope_w, slope_l = 0.1 + torch.rand(2, num_pairs, 1, 1, 1, generator=generator)
+    return slope_w * chosen, -slope_l * (rejected + chosen)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.6, 1.0])
+def test_the_safe_scale_is_the_largest_that_keeps_its_share_of_the_chosens_descent(kept: float) -> None:
+    """Brute force: the chosen's error changes by -<g_w, step>, for g_w along the gradient of the chosen."""
+    gradient_w, gradient_l = (each.double().flatten(1) for each in gradients(0))
+    scale = safe_scale(*gradients(0), kept=kept).double()
+    grid = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    along = (gradient_w * gradient_w).sum(1)[:, None] + grid * (gradient_w * gradient_l).sum(1)[:, None]
+    is_safe = along >= kept * (gradient_w**2).sum(1)[:, None] - 1e-9
+    expected = torch.where(is_safe, grid, torch.zeros_like(grid)).amax(dim=1)
+    torch.testing.assert_close(scale, expected, rtol=0, atol=6e-4)
+    assert (scale == 1).any() and (scale < 0.99).any()
+
+
+def test_the_safe_scale_is_1_where_the_two_gradients_agree_and_where_there_is_none() -> None:
+    gradient = gradients(1)[0]
+    assert set(safe_scale(gradient, 0.5 * gradient, kept=0.9).tolist()) == {1.0}
+    zero = torch.zeros_like(gradient)
+    assert set(safe_scale(zero, zero).tolist()) == set(safe_scale(gradient, zero).tolist()) == {1.0}
+    assert set(safe_scale(gradient, -1e-3 * gradient, kept=1.0).tolist()) == {0.0}
+
+
+@pytest.mark.parametrize("kept", [-0.1, 1.1])
+def test_a_kept_share_outside_0_to_1_is_refused(kept: float) -> None:
+    with pytest.raises(ValueError, match=rf"`kept` must be in 0 <= kept <= 1, got {kept}"):
+        safe_scale(*gradients(0), kept=kept)
