@@ -448,9 +448,8 @@ def table_of(found: Mapping[str, Any]) -> str:
     for run, cells in zip(found["runs"], score_rows, strict=True):
         shown = [f"{cell['tuned']} ({cell['difference']} {cell['interval']})" for cell in cells]
         rows.append([run["name"], run["trained_on"], *shown])
-    reasons = reasons_without_interval(found["scores"])
-    sentences = [f"no interval and no verdict: {reason}; add held-out prompts" for reason in reasons]
-    return "\n".join([align_columns([header, *rows]), *sentences])
+    table, reasons = align_columns([header, *rows]), reasons_without_interval(found["scores"])
+    return f"{table}\nno interval and no verdict: {'; '.join(reasons)}; add held-out prompts" if reasons else table
 
 
 def image_grid(runs: Sequence[EvaluatedRun]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdpo_ray.evaluation.statistics import MIN_RUNS, mean_over_runs
+from cdpo_ray.evaluation.statistics import MIN_PROMPTS, MIN_RUNS, mean_over_runs
 from cdpo_ray.pages.page import (
     align_columns,
     direction,
@@ -253,8 +253,7 @@ def _conclusion(found: Mapping[str, Any], trial: str) -> str:
         f" prompts, {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}"
     )
     if verdict == NO_VERDICT:
-        reason = no_verdict_sentence(difference["no_interval"], num_seeds)
-        conclusion = f"No verdict on {trial}, {evidence}: {reason}."
+        conclusion = f"No verdict on {trial}, {evidence}: {no_verdict_sentence(difference['no_interval'])}."
     elif verdict == BETTER:
         conclusion = f"The found schedule holds: {trial} is better, {evidence}."
     else:
@@ -267,10 +266,10 @@ def _conclusion(found: Mapping[str, Any], trial: str) -> str:
     return f"{conclusion} Kept: {kept}, by the mean on the other {confirmation['num_choosing']} held-out prompts."
 
 
-def no_verdict_sentence(reason: str, num_seeds: int) -> str:
+def no_verdict_sentence(reason: str) -> str:
     """Why a difference has no interval, and what to do."""
-    remedy = f"`search.confirm_seeds` of {MIN_RUNS} or more" if num_seeds < MIN_RUNS else "more held-out prompts"
-    return f"{reason}; confirm with {remedy}"
+    prompts = f"hold out at least {2 * MIN_PROMPTS} prompts"  # of which half judge
+    return f"{reason}; set `search.confirm_seeds` to at least {MIN_RUNS} and {prompts}"
 
 
 def objective_text(objective: str, value: float | None, interval: Mapping[str, float] | None = None) -> str:

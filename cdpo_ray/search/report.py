@@ -48,7 +48,7 @@ def write_report(found: Mapping[str, Any], path: Path) -> None:
         change=CHANGES.get(found["verdict"]),
         best_yaml=yaml.safe_dump(sections(found["best_changes"]), sort_keys=False) if found["best_changes"] else "",
         choice=_choice(found["confirmation"]),
-        no_verdict=_no_verdict(found["confirmation"]),
+        no_verdict=[no_verdict_sentence(reason) for reason in reasons_without_interval(judges)],
         confirmation_rows=[_confirmation_row(name, of_judge, found["judge"]) for name, of_judge in judges.items()],
         charts={name: Markup(svg) for name, svg in _charts(found).items()},
         num_judged=_num_judged(found),
@@ -125,16 +125,6 @@ def _choice(confirmation: Mapping[str, Any] | None) -> str | None:
         return None
     mean = confirmation["choice"]
     return format_number(mean, decimal_places({"low": mean, "high": mean}), "+")
-
-
-def _no_verdict(confirmation: Mapping[str, Any] | None) -> list[str]:
-    """Why some judges have no verdict."""
-    if not confirmation:
-        return []
-    return [
-        no_verdict_sentence(reason, len(confirmation["seeds"]))
-        for reason in reasons_without_interval(confirmation["judges"])
-    ]
 
 
 def _trial_row(trial: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         "prompts_set_aside": len(context.prompts.heldout) - num_prompts,
     }
     warn_of_quarantine(output, output_dir)
-    reasons = reasons_without_interval(metrics)
-    output.warnings += [f"no interval and no verdict: {reason}; add held-out prompts" for reason in reasons]
+    if reasons := reasons_without_interval(metrics):
+        output.warnings.append(f"no interval and no verdict: {'; '.join(reasons)}; add held-out prompts")
 
 
 def export(context: Context, format_name: str, output_dir: Path) -> None:

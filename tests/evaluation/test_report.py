@@ -259,10 +259,7 @@ def test_page_of_few_prompts_says_why_there_is_no_interval_and_gives_no_verdict(
     metrics = {"judges": {"oracle": few, "clip": few}, "appearance": {"saturation": few}}
     accuracy = {"clip": FEW | {"mean": 0.6, "num_prompts": 5}}
     page = page_of(build_run(tmp_path / "run", **metrics, preference_accuracy=accuracy))
-    assert (
-        page.count("No interval and no verdict where a table says so: an interval needs at least 10 prompts, got 5.")
-        == 1
-    )
+    assert page.count("where a table says so: an interval needs at least 10 prompts, got 5. Add held-out prompts") == 1
     assert "<li>no verdict <small>appearance</small>" in page and "+4.1 %</td><td>[no interval]" in page
     assert '60 %<span class="under">[no interval]</span>' in page
     assert "no significant change" not in page and ": improved" not in page

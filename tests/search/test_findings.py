@@ -180,8 +180,8 @@ def test_a_sentence_without_verdict_says_why() -> None:
     found = found_of(trials, **confirmation(0.05, seeds=2, noise=0))
     assert found["sentence"] == (
         "No verdict on trial 2 (beta 400), clip +0.050 [no interval] against the paper's schedule on 30 held-out"
-        " prompts, 2 seeds: an interval needs at least 3 runs, got 2; confirm with `search.confirm_seeds` of 3 or more."
-        " Kept: trial 2, by the mean on the other 30 held-out prompts."
+        " prompts, 2 seeds: an interval needs at least 3 runs, got 2; set `search.confirm_seeds` to at least 3 and"
+        " hold out at least 20 prompts. Kept: trial 2, by the mean on the other 30 held-out prompts."
     )
     *_, of_schedules, _ = table_of(found).split("\n\n")
     assert of_schedules.splitlines()[-1].split("  ")[0] == "verdict on found" and of_schedules.endswith("no verdict")

@@ -80,8 +80,8 @@ def test_page_says_which_half_chose_and_which_half_judges(page: str) -> None:
 @pytest.mark.parametrize("num_seeds", [1, 2])
 def test_page_of_fewer_than_3_seeds_has_no_verdict_and_says_why(num_seeds: int, tmp_path: Path) -> None:
     page = page_of(search_of(12, 2), tmp_path, num_knobs=2, gain=0.05, num_seeds=num_seeds)
-    reason = f"n interval needs at least 3 runs, got {num_seeds}; confirm with `search.confirm_seeds` of 3 or more."
-    assert '<li class="same">No verdict on trial ' in page and f": a{reason}" in page and f"<p>A{reason}</p>" in page
+    reason = f"n interval needs at least 3 runs, got {num_seeds}; set `search.confirm_seeds` to at least 3"
+    assert '<li class="same">No verdict on trial ' in page and f": a{reason}" in page and f"<p>A{reason}" in page
     assert '<td class="same">no verdict</td>' in page and '+0.050<span class="under">[no interval]</span>' in page
     assert "The found schedule" not in page.split("<h2>")[0]
     assert not re.search(r"\b(nan|None)\b", page)
