@@ -36,7 +36,7 @@ from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.curriculum.pairs import PairArrays, concat
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
-from cdpo_ray.evaluation.statistics import bootstrap_over_runs
+from cdpo_ray.evaluation.statistics import mean_over_runs
 from cdpo_ray.generation.generator import Generator, Sampling, sample_batches
 from cdpo_ray.models import load_model
 from cdpo_ray.pages.chart_style import BLUE, GREY, STYLE, VERMILLION
@@ -169,9 +169,7 @@ def findings(out: Path, arms: Sequence[str], runs: Sequence[tuple[int, int]]) ->
             row[f"{judge}_spread"] = float(mine.mean(axis=1).std(ddof=1)) if len(runs) > 1 else 0.0
             for other in (BASE, PLAIN):
                 if other in arms and arm != other:
-                    difference = bootstrap_over_runs(
-                        mine - scores_of(out, other, runs, judge), num_resamples=10_000, seed=0
-                    )
+                    difference = mean_over_runs(mine - scores_of(out, other, runs, judge))
                     row[f"{judge}_to_{other}"] = astuple(difference)
         for extra in ("rank_gap", "chosen_error_change"):
             if ARMS[arm][1]:

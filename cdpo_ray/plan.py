@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from cdpo_ray.config import Config, SearchSection
 from cdpo_ray.curriculum.capacity import stage_capacities
 from cdpo_ray.curriculum.stages import ORDERED, admitted_gaps, admitted_levels, count_pairs
+from cdpo_ray.evaluation.statistics import MIN_RUNS
 from cdpo_ray.models.sizes import Sizes, sizes_of
 from cdpo_ray.preferences.files import Scan
 from cdpo_ray.prompts.sources import PromptSplit
@@ -148,7 +149,8 @@ def _search(config: Config, search: SearchSection, num_prompts: int) -> list[str
         f"  validation   {num_prompts * search.images_per_prompt:,} images of {num_prompts:,} prompts after each"
         f" stage{before}",
         f"  confirmation {confirmed} trainings: the best and the paper's schedule with {search.confirm_seeds} other"
-        f" seeds, at most {confirmed * num_updates:,} updates, judged on the held-out prompts"
+        f" seeds, at most {confirmed * num_updates:,} updates; half of the held-out prompts choose, half judge"
+        + ("" if search.confirm_seeds >= MIN_RUNS else f"; no verdict, which needs at least {MIN_RUNS} seeds")
         if confirmed
         else "  confirmation off, because `search.confirm_seeds` is 0",
     ]

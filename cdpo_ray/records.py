@@ -41,7 +41,8 @@
     implicit_value    float32  how much the fine-tuned model favours the base's image, in units of the training error;
                       only if `evaluation.num_margin_draws`
 5-evaluation/metrics.json
-    judges            per judge: comparison of base and tuned
+    judges            per judge: comparison of base and tuned, each estimate with mean, low, high; with fewer than
+                      10 prompts with mean, no_interval (the reason)
     diversity         the same for the root-mean-square pixel distance between images of a prompt, 0..1
     appearance        the same per measure of appearance
     agreement         per pair of judges: rank correlation within a prompt, -1..1, on the images of each model

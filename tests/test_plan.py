@@ -264,7 +264,7 @@ def test_a_search_is_planned_before_it_starts() -> None:
         f"               at most {12 * 6 * 50:,} updates, 300 per trial",
         "  validation   20 images of 5 prompts after each stage",
         f"  confirmation 6 trainings: the best and the paper's schedule with 3 other seeds, at most {6 * 300:,}"
-        " updates, judged on the held-out prompts",
+        " updates; half of the held-out prompts choose, half judge",
     ]
     validated = config("prompts.validation={source: scenes, count: 5}")
     assert "96 held out, 5 for validation (of 229; dropped: " in str(make_plan(validated, read_prompts(validated)))
@@ -282,6 +282,7 @@ def test_a_searchs_plan_follows_its_settings() -> None:
     assert numbers(updates) == [12 * 160, 160]
     assert validation.strip().endswith("10 images of 5 prompts after each stage (before the last stage: 2 prompts)")
     assert confirmation == "  confirmation off, because `search.confirm_seeds` is 0"
+    assert search_lines("confirm_seeds: 2, " + SEARCH)[-1].endswith("; no verdict, which needs at least 3 seeds")
 
 
 def test_the_papers_schedule_counts_as_a_trial_if_it_is_not_in_the_grid() -> None:

@@ -15,7 +15,8 @@ Samples and scores are made once and shared by all trials. Each trial is a full 
 training, judged at the end of each stage on validation prompts, which are neither
 trained on nor held out. The first trial is the paper's schedule; poor trials are
 stopped after an early stage. The best schedule and the paper's are then trained again
-with fresh seeds, and judged on the held-out prompts.
+with fresh seeds and measured on the held-out prompts: one half of them chooses the
+schedule to keep, the other half judges. A verdict needs at least 3 seeds.
 
 Writes trials/ (one run per trial), confirmation/, tune.html, tune.json, and best.yaml,
 a config for `cdpo run`, into the run's folder. The same command resumes the search and

@@ -219,8 +219,9 @@ class SearchSection(Section):
     cheaper and noisier."""
 
     confirm_seeds: Annotated[int, Field(ge=0)] = 3
-    """Number of fresh seeds with which the best schedule and the paper's are trained again and judged on the held-out
-    prompts, because the best of many trials looks better than it is. 0: no confirmation."""
+    """Number of fresh seeds with which the best schedule and the paper's are trained again and measured on the held-out
+    prompts, because the best of many trials looks better than it is. One half of these prompts chooses the schedule to
+    keep, and the other half judges. 1 or 2: the means only, without intervals and verdict. 0: no confirmation."""
 
     space: Annotated[dict[SearchedKey, KnobSection], Field(min_length=1), AfterValidator(_checked_space)]
     """Keys to vary, each a key of `curriculum` or `training` such as `training.beta`, mapped to its values."""

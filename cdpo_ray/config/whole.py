@@ -59,7 +59,8 @@ class EvaluationSection(Section):
     the quickstart's evaluation."""
 
     num_bootstrap_resamples: Annotated[int, Field(ge=100)] = 10_000
-    """Number of bootstrap resamples of prompts for the 95 % confidence intervals."""
+    """Number of bootstrap resamples of prompts for the 95 % confidence intervals. Fewer than 10 prompts have no
+    interval."""
 
     grid_prompts: Annotated[int, Field(ge=0)] = 12
     """Number of held-out prompts whose images the report shows. `cdpo run` with another value only

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from cdpo_ray.pages.chart_style import BLUE, GREY, INK, STYLE, VERMILLION
+from cdpo_ray.pages.page import error_bars, has_interval
 from cdpo_ray.pages.svg import blank_figure, inline_svg
 
 Values = NDArray[np.floating]
@@ -73,10 +74,10 @@ def pairs_by_rank_gap(stages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def gains(judges: Mapping[str, Mapping[str, Any]]) -> str:
-    """Mean score of base and fine-tuned model with 95 % intervals; one axis per judge, because their units differ.
+    """Mean score of base and fine-tuned model, with 95 % intervals if any; one axis per judge, as their units differ.
 
     Args:
-        judges: by name, `base` and `tuned` with `mean`, `low` and `high`.
+        judges: by name, `base` and `tuned`, each a `statistics.Estimate` as plain values.
     """
     with mpl.rc_context(STYLE):
         figure = blank_figure(0.35 + 0.95 * len(judges))
@@ -84,18 +85,19 @@ def gains(judges: Mapping[str, Mapping[str, Any]]) -> str:
             figure.subplots(len(judges), 1, squeeze=False)[:, 0], judges.items(), strict=True
         ):
             for height, (arm, colour) in enumerate([("fine-tuned", BLUE), ("base", GREY)]):
-                interval = found["base" if arm == "base" else "tuned"]
-                mean = interval["mean"]
-                reach = [[max(0.0, mean - interval["low"])], [max(0.0, interval["high"] - mean)]]
-                axes.errorbar(mean, height, xerr=reach, fmt="o", color=colour, capsize=3, markersize=6, lw=1.8)
+                estimate = found["base" if arm == "base" else "tuned"]
+                reach = error_bars(estimate)
+                axes.errorbar(
+                    estimate["mean"], height, xerr=reach, fmt="o", color=colour, capsize=3, markersize=6, lw=1.8
+                )
             axes.axvline(found["base"]["mean"], color=GREY, lw=0.8, ls=":", zorder=0)
             axes.set_yticks([0, 1], ["fine-tuned", "base"])
             axes.set_ylim(-0.6, 1.6)
             axes.margins(x=0.15)
             axes.grid(visible=False, axis="y")
             axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.set_title(f"{name}: mean score, 95 % interval")
-        return inline_svg(figure, "Mean score of base and fine-tuned model for each judge, with 95 % intervals")
+            axes.set_title(f"{name}: mean score" + (", 95 % interval" if has_interval(found["base"]) else ""))
+        return inline_svg(figure, "Mean score of base and fine-tuned model for each judge")
 
 
 def difference_histograms(differences: Mapping[str, Values]) -> str:

@@ -65,8 +65,7 @@ def preference_accuracy(values: Scores, scores: Scores, *, num_resamples: int, s
     kept = agreement[np.isfinite(agreement)]
     if not len(kept):
         return None
-    interval = bootstrap_mean(kept, num_resamples=num_resamples, seed=seed)
-    return asdict(interval) | {"num_prompts": len(kept)}
+    return asdict(bootstrap_mean(kept, num_resamples=num_resamples, seed=seed)) | {"num_prompts": len(kept)}
 
 
 def _mean_of_finite(values: Scores) -> float | None:

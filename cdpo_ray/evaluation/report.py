@@ -18,10 +18,13 @@ from cdpo_ray.curriculum.explanation import Gap, ShownStage
 from cdpo_ray.errors import StoreError, printable
 from cdpo_ray.evaluation import figures
 from cdpo_ray.pages.page import (
+    NO_INTERVAL,
     format_number,
     formatted_difference,
     formatted_share,
+    has_interval,
     inline_png,
+    reasons_without_interval,
     relative_change,
     significant_change,
     write_page,
@@ -65,13 +68,22 @@ class _Interval(TypedDict):
     num_prompts: NotRequired[Count]
 
 
+class _NoInterval(TypedDict):
+    mean: Finite
+    no_interval: Annotated[str, Field(max_length=1000)]
+    num_prompts: NotRequired[Count]
+
+
+_Estimate = _Interval | _NoInterval
+
+
 class _Comparison(TypedDict):
     """`statistics.Comparison` as plain values."""
 
-    base: _Interval
-    tuned: _Interval
-    difference: _Interval
-    win_rate: _Interval
+    base: _Estimate
+    tuned: _Estimate
+    difference: _Estimate
+    win_rate: _Estimate
     num_missing: Count
 
 
@@ -97,8 +109,8 @@ class _JudgedEvaluation(EvaluationMetrics):
     num_prompts: Count
     judges: Annotated[dict[JudgeName, _Comparison], Field(min_length=1)]
     agreement: NotRequired[list[_Agreement]]
-    preference_accuracy: NotRequired[dict[str, _Interval | None]]
-    labels: NotRequired[dict[str, _Interval | None]]
+    preference_accuracy: NotRequired[dict[str, _Estimate | None]]
+    labels: NotRequired[dict[str, _Estimate | None]]
 
 
 @other_keys_allowed
@@ -145,37 +157,43 @@ class MeasureResult:
         name: name of the judge, `diversity`, or name of a measure of appearance.
         role: `trained on`: ranked the pairs; `scored, did not rank`: scored the training images without ranking them;
             `held out`: not used in training; `appearance`: not a judge, neither direction is better.
-        change: -1, 0 or 1: lower, no significant change, higher; significant if the 95 % interval excludes 0.
+        change: -1, 0 or 1: lower, no significant change, higher; significant if the 95 % interval excludes 0. `None`:
+            there is no interval.
         values: base, tuned, difference, interval (of the difference), win_rate and win_rate_interval, as text.
         num_missing: number of images without two finite values.
-        relative: difference and its interval as shares of the base's mean; `None`: a judge, or a mean of 0 or less.
+        relative: the difference as a share of the base's mean, an estimate; `None`: a judge, or a mean of 0 or less.
     """
 
     name: str
     role: str
-    change: int
+    change: int | None
     values: Mapping[str, str]
     num_missing: int
-    relative: Mapping[str, float] | None = None
+    relative: Mapping[str, Any] | None = None
 
     @property
     def verdict(self) -> str:
         lower, higher = ("fell", "rose") if self.role == APPEARANCE else ("got worse", "improved")
         by = f" by {abs(100 * self.relative['mean']):.1f} %" if self.change and self.relative else ""
-        return {-1: lower, 0: "no significant change", 1: higher}[self.change] + by
+        return {-1: lower, 0: "no significant change", 1: higher, None: "no verdict"}[self.change] + by
 
     @property
     def per_cent(self) -> dict[str, str]:
         """The relative change and its interval in per cent, as text."""
         if self.relative is None:
             return {"mean": "–", "interval": "–"}
-        mean, low, high = (format_number(100 * self.relative[end], 1, "+") for end in ("mean", "low", "high"))
-        return {"mean": f"{mean} %", "interval": f"[{low}, {high}] %"}
+        mean = f"{format_number(100 * self.relative['mean'], 1, '+')} %"
+        if not has_interval(self.relative):
+            return {"mean": mean, "interval": NO_INTERVAL}
+        low, high = (format_number(100 * self.relative[end], 1, "+") for end in ("low", "high"))
+        return {"mean": mean, "interval": f"[{low}, {high}] %"}
 
     @property
     def large(self) -> bool:
         """Whether the whole interval of the relative change exceeds `LARGE_CHANGE`."""
-        return self.relative is not None and max(self.relative["low"], -self.relative["high"]) > LARGE_CHANGE
+        if self.relative is None or not has_interval(self.relative):
+            return False
+        return max(self.relative["low"], -self.relative["high"]) > LARGE_CHANGE
 
     @property
     def sentence(self) -> str:
@@ -215,6 +233,7 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         metrics=metrics,
         judged=[result for result in results if result.role != APPEARANCE],
         appearance=[result for result in results if result.role == APPEARANCE],
+        no_interval=reasons_without_interval(metrics),
         hacking=signs_of_reward_hacking(results),
         trained_on=trained_on(config),
         agreement=agreement_matrix(metrics.get("agreement", []), judges),
@@ -265,7 +284,7 @@ def signs_of_reward_hacking(results: Sequence[MeasureResult]) -> list[MeasureRes
     see `LARGE_CHANGE`. A better model also varies less, so lower diversity alone is not a sign if a held-out judge
     rose.
     """
-    rose = {result.role for result in results if result.change > 0}
+    rose = {result.role for result in results if result.change == 1}
     if "trained on" not in rose:
         return []
     signs = [result for result in results if result.role != "trained on" and result.change and _is_sign(result)]
@@ -358,7 +377,7 @@ def _accuracy(metrics: Mapping[str, Any], judge: str) -> tuple[str, str] | None:
 def _is_sign(result: MeasureResult) -> bool:
     if result.role == APPEARANCE and result.name != DIVERSITY:
         return result.large
-    return result.change < 0
+    return result.change == -1
 
 
 def _score(value: float | None) -> str:

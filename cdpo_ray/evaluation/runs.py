@@ -32,9 +32,11 @@ from cdpo_ray.evaluation.report import (
 from cdpo_ray.evaluation.statistics import Scores, compare_scores
 from cdpo_ray.pages.page import (
     align_columns,
+    direction,
     formatted_difference,
     formatted_share,
     inline_png,
+    reasons_without_interval,
     relative_change,
     significant_change,
     write_page,
@@ -353,7 +355,7 @@ def measure_runs(runs: Sequence[EvaluatedRun], judges: Sequence[str]) -> dict[st
     seed = runs[0].settings["run.seed"]
     num_resamples = runs[0].settings["evaluation.num_bootstrap_resamples"]
 
-    def win_rate(row: Scores, column: Scores) -> dict[str, float]:
+    def win_rate(row: Scores, column: Scores) -> dict[str, Any]:
         return asdict(compare_scores(column, row, num_resamples=num_resamples, seed=seed).win_rate)
 
     scores: dict[str, dict[str, Any]] = {run.name: {} for run in runs}
@@ -405,12 +407,16 @@ def page_values(found: Mapping[str, Any]) -> dict[str, Any]:
             "per_cent": f"{100 * relative['mean']:+.2g} %".replace("-", "−") if relative else None,
         }
 
-    def share(interval: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        if interval is None:
+    def share(estimate: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if estimate is None:
             return None
-        mean, ends = formatted_share(interval)
-        above = int(interval["low"] > 0.5) - int(interval["high"] < 0.5)
-        return {"mean": mean, "interval": ends, "change": above, "strength": round(200 * abs(interval["mean"] - 0.5))}
+        mean, ends = formatted_share(estimate)
+        return {
+            "mean": mean,
+            "interval": ends,
+            "change": direction(estimate, neutral=0.5),
+            "strength": round(200 * abs(estimate["mean"] - 0.5)),
+        }
 
     names, measures = [run["name"] for run in found["runs"]], [DIVERSITY, *APPEARANCE]
     return dict(found) | {
@@ -422,21 +428,28 @@ def page_values(found: Mapping[str, Any]) -> dict[str, Any]:
             for name in names
         ],
         "win_rate_rows": {
-            judge: [[share(interval) for interval in row] for row in matrix]
+            judge: [[share(estimate) for estimate in row] for row in matrix]
             for judge, matrix in found["win_rates"].items()
         },
+        "no_interval": reasons_without_interval(
+            [found[part] for part in ("scores", "win_rates", "appearance", "preference_accuracy")]
+        ),
     }
 
 
 def table_of(found: Mapping[str, Any]) -> str:
-    """Table for the terminal: one row per run, one column per judge; mean score and its difference to the base."""
+    """Table for the terminal: one row per run, one column per judge; mean score and its difference to the base.
+
+    Without intervals, a last line says why.
+    """
     score_rows = page_values(found)["score_rows"]
     header = ["run", "trained on", *found["judges"]]
     rows = [[BASE, "", *(cell["base"] for cell in score_rows[0])]]
     for run, cells in zip(found["runs"], score_rows, strict=True):
         shown = [f"{cell['tuned']} ({cell['difference']} {cell['interval']})" for cell in cells]
         rows.append([run["name"], run["trained_on"], *shown])
-    return align_columns([header, *rows])
+    table, reasons = align_columns([header, *rows]), reasons_without_interval(found["scores"])
+    return f"{table}\nno interval and no verdict: {'; '.join(reasons)}; add held-out prompts" if reasons else table
 
 
 def image_grid(runs: Sequence[EvaluatedRun]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Scores of two models on the same prompts -> means, difference and win rate with confidence intervals."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,6 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Scores = NDArray[np.floating]
+MIN_PROMPTS = 10
+"""Minimum number of prompts for an interval: the resampled means of fewer prompts spread too little."""
+MIN_RUNS = 3
+"""Minimum number of runs for an interval over runs: with 2, a nominal 5 % of false verdicts is up to 13 %."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,22 @@ class Interval:
     mean: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class NoInterval:
+    """A mean over too few runs or prompts for a confidence interval; it supports no verdict.
+
+    Attributes:
+        no_interval: why there is no interval.
+    """
+
+    mean: float
+    no_interval: str
+
+
+Estimate = Interval | NoInterval
+"""As plain values: `mean`, and either `low` and `high` or `no_interval`."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +50,10 @@ class Comparison:
         num_missing: number of images excluded because either score is not finite.
     """
 
-    base: Interval
-    tuned: Interval
-    difference: Interval
-    win_rate: Interval
+    base: Estimate
+    tuned: Estimate
+    difference: Estimate
+    win_rate: Estimate
     num_missing: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -40,10 +61,11 @@ class Comparison:
         return asdict(self)
 
 
-def bootstrap_mean(values: Scores, *, num_resamples: int, seed: int, confidence: float = 0.95) -> Interval:
+def bootstrap_mean(values: Scores, *, num_resamples: int, seed: int, confidence: float = 0.95) -> Estimate:
     """Mean over prompts with its percentile bootstrap interval: prompts are resampled with replacement.
 
-    Prompts are resampled, not images, because the images of one prompt are correlated.
+    Prompts are resampled, not images, because the images of one prompt are correlated. Fewer than `MIN_PROMPTS` prompts
+    have no interval.
 
     Args:
         values: ``[prompt]``, one number per prompt.
@@ -58,6 +80,8 @@ def bootstrap_mean(values: Scores, *, num_resamples: int, seed: int, confidence:
     """
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
         raise ValueError(f"bootstrap_mean: `values` must be [prompt], finite and not empty, got {values!r}")
+    if len(values) < MIN_PROMPTS:
+        return NoInterval(float(values.mean()), _why_no_interval(prompts=(len(values), MIN_PROMPTS)))
     rng = np.random.default_rng(seed)
     drawn_at_once = max(1, 2**20 // len(values))  # bounds the memory
     means = np.concatenate(
@@ -73,38 +97,90 @@ def bootstrap_mean(values: Scores, *, num_resamples: int, seed: int, confidence:
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def bootstrap_over_runs(values: Scores, *, num_resamples: int, seed: int, confidence: float = 0.95) -> Interval:
-    """Mean over runs and prompts with its percentile bootstrap interval: both are resampled with replacement.
+def mean_over_runs(values: Scores, *, confidence: float = 0.95) -> Estimate:
+    """Mean over runs and prompts with its interval by crossed random effects and Student's t.
 
     The interval covers other seeds and other prompts; `bootstrap_mean` of the mean over runs covers other prompts only.
-    The spread over runs is underestimated by a factor of ``sqrt(1 - 1/run)``; a single run has no spread.
+    Fewer than `MIN_RUNS` runs or `MIN_PROMPTS` prompts have no interval.
 
     Args:
         values: ``[run, prompt]``, one number per run and prompt; the same prompts in every run.
-        num_resamples: number of bootstrap draws of the whole set.
-        seed: seed of the bootstrap.
-        confidence: share of resampled means within the interval.
+        confidence: probability that the interval contains the true mean.
 
     Raises:
         ValueError: no values, or a value that is not finite.
-
-    Source: A. B. Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1 (2007).
     """
     if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
-        raise ValueError(f"bootstrap_over_runs: `values` must be [run, prompt], finite and not empty, got {values!r}")
-    rng = np.random.default_rng(seed)
-    num_runs, num_prompts = values.shape
-    drawn_at_once = max(1, 2**20 // num_prompts)  # bounds the memory
-    means = []
-    for start in range(0, num_resamples, drawn_at_once):
-        num_drawn = min(drawn_at_once, num_resamples - start)
-        times_drawn = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=num_drawn)
-        of_prompts = times_drawn @ values / num_runs
-        prompts = rng.integers(num_prompts, size=(num_drawn, num_prompts))
-        means.append(np.take_along_axis(of_prompts, prompts, axis=1).mean(axis=1))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return Interval(float(values.mean()), float(low), float(high))
+        raise ValueError(f"mean_over_runs: `values` must be [run, prompt], finite and not empty, got {values!r}")
+    mean, (num_runs, num_prompts) = float(values.mean()), values.shape
+    if num_runs < MIN_RUNS or num_prompts < MIN_PROMPTS:
+        return NoInterval(mean, _why_no_interval(runs=(num_runs, MIN_RUNS), prompts=(num_prompts, MIN_PROMPTS)))
+    variance, degrees_of_freedom = variance_of_mean(values)
+    reach = student_t_quantile(confidence, float(degrees_of_freedom)) * math.sqrt(variance)
+    return Interval(mean, mean - reach, mean + reach)
+
+
+def variance_of_mean(values: Scores) -> tuple[Scores, Scores]:
+    """Estimated variance of the mean over runs and prompts, and its degrees of freedom.
+
+    A value is the mean plus independent effects of its run, its prompt and the residual. From the mean squares of the
+    two-way analysis of variance, with ``R`` runs and ``P`` prompts, ``variance = (MS_run + MS_prompt - MS_residual) /
+    (R P)``. It is not below ``MS_run / (R P)`` or ``MS_prompt / (R P)``, the variances if only runs or only prompts
+    were random: this sets a negative estimate of the variance component of prompts or of runs to 0. The degrees of
+    freedom are Satterthwaite's, ``(variance R P)^2 / (MS_run^2 / (R-1) + MS_prompt^2 / (P-1) + MS_residual^2 / ((R-1)
+    (P-1)))``, and not below ``min(R, P) - 1``.
+
+    At a nominal 5 %, `mean_over_runs` rejects a true mean in up to 8 % of cases with 3 runs, 6.5 % with 4 and 5.5 %
+    with 8, and in 2 to 5 % if runs do not differ (simulated normal effects, 96 to 600 prompts).
+
+    Args:
+        values: ``[..., run, prompt]``, finite, at least two of each.
+
+    Returns:
+        Variance ``[...]``, in the squared unit of the values, and degrees of freedom ``[...]``.
+
+    Source: F. E. Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics Bulletin
+    2 (1946).
+    """
+    num_runs, num_prompts = values.shape[-2:]
+    mean = values.mean(axis=(-2, -1), keepdims=True)
+    of_run, of_prompt = values.mean(axis=-1, keepdims=True) - mean, values.mean(axis=-2, keepdims=True) - mean
+    squares = np.stack(
+        [
+            num_prompts * (of_run**2).sum(axis=(-2, -1)),
+            num_runs * (of_prompt**2).sum(axis=(-2, -1)),
+            ((values - mean - of_run - of_prompt) ** 2).sum(axis=(-2, -1)),
+        ]
+    )
+    degrees = np.array([num_runs - 1, num_prompts - 1, (num_runs - 1) * (num_prompts - 1)])
+    run, prompt, residual = mean_squares = squares / degrees.reshape(-1, *[1] * (squares.ndim - 1))
+    total = np.maximum(run + prompt - residual, np.maximum(run, prompt))
+    shares = np.divide(mean_squares, total, out=np.ones_like(mean_squares), where=total > 0)
+    satterthwaite = 1 / np.tensordot(1 / degrees, shares**2, axes=1)
+    return total / (num_runs * num_prompts), np.maximum(satterthwaite, min(num_runs, num_prompts) - 1)
+
+
+def student_t_quantile(confidence: float, degrees_of_freedom: float) -> float:
+    """The number that the absolute value of a Student's t variable exceeds with probability ``1 - confidence``.
+
+    For ``t = sqrt(degrees_of_freedom) tan(angle)``, the density of the angle is proportional to
+    ``cos(angle)^(degrees_of_freedom - 1)``, which is integrated by the trapezoidal rule.
+
+    Args:
+        confidence: probability, at least 0 and less than 1.
+        degrees_of_freedom: at least 1; need not be an integer.
+    """
+    angles = np.linspace(0, np.pi / 2, 20_001)
+    density = np.cos(angles) ** (degrees_of_freedom - 1)
+    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(degrees_of_freedom) * math.tan(np.interp(confidence * mass[-1], mass, angles))
+
+
+def _why_no_interval(**counts: tuple[int, int]) -> str:
+    """Reason, from the number and the minimum number of each kind of repetition."""
+    too_few = {name: numbers for name, numbers in counts.items() if numbers[0] < numbers[1]}
+    needed = " and ".join(f"{least} {name}" for name, (_, least) in too_few.items())
+    return f"an interval needs at least {needed}, got {' and '.join(str(count) for count, _ in too_few.values())}"
 
 
 def compare_scores(base: Scores, tuned: Scores, *, num_resamples: int, seed: int) -> Comparison:
@@ -127,7 +203,7 @@ def compare_scores(base: Scores, tuned: Scores, *, num_resamples: int, seed: int
         raise ValueError("no image has a finite score of both models; fix the judge")
     wins = np.where(tuned > base, 1.0, np.where(tuned == base, 0.5, 0.0))
 
-    def interval(values: Scores) -> Interval:
+    def interval(values: Scores) -> Estimate:
         per_prompt = np.where(valid, values, 0).sum(axis=1)[kept] / valid.sum(axis=1)[kept]
         return bootstrap_mean(per_prompt, num_resamples=num_resamples, seed=seed)
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from cdpo_ray.config import HUB_ID
 from cdpo_ray.evaluation.report import measure_results, signs_of_reward_hacking
+from cdpo_ray.pages.page import reasons_without_interval
 from cdpo_ray.store import flat
 
 ACTIVE = re.compile(r"[\\`*_\[\]|~$]")
@@ -75,6 +76,7 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         curriculum=_table({"curriculum": settings["curriculum"]}),
         training=_table({"training": _training_settings(settings["training"])}),
         results=results,
+        no_interval=reasons_without_interval(facts.metrics),
         hacking=[f"{sign.name} {sign.verdict}" for sign in signs_of_reward_hacking(results)],
     )
 

@@ -21,6 +21,9 @@ PIXELATED_BELOW = 128  # smaller images are enlarged without interpolation, whic
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"}
 """Control characters -> visible U+2400 and following; prompts may hold them, and HTML forbids them."""
 
+NO_INTERVAL = "[no interval]"
+"""Text in place of an interval; a page that shows it also says why."""
+
 HERE = Path(__file__).parent
 
 
@@ -83,39 +86,72 @@ def formatted_difference(comparison: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def formatted_interval(interval: Mapping[str, Any]) -> tuple[str, str]:
+def has_interval(estimate: Mapping[str, Any]) -> bool:
+    """Whether a `statistics.Estimate`, as plain values, has an interval."""
+    return "no_interval" not in estimate
+
+
+def formatted_interval(estimate: Mapping[str, Any]) -> tuple[str, str]:
     """Mean difference and its interval as text, with two significant digits of the larger end."""
-    places = decimal_places(interval)
-    mean, low, high = (format_number(interval[end], places, "+") for end in ("mean", "low", "high"))
+    places = decimal_places(estimate)
+    mean = format_number(estimate["mean"], places, "+")
+    if not has_interval(estimate):
+        return mean, NO_INTERVAL
+    low, high = (format_number(estimate[end], places, "+") for end in ("low", "high"))
     return mean, f"[{low}, {high}]"
 
 
-def decimal_places(interval: Mapping[str, Any]) -> int:
-    """Number of decimal places that show two significant digits of the larger end of an interval, 0 to 6."""
-    largest = max(abs(interval["low"]), abs(interval["high"]))
+def decimal_places(estimate: Mapping[str, Any]) -> int:
+    """Number of decimal places, 0 to 6, for two significant digits of the interval's larger end, or of a lone mean."""
+    largest = max(abs(estimate[end]) for end in (("low", "high") if has_interval(estimate) else ("mean",)))
     return min(6, max(0, 1 - math.floor(math.log10(largest)))) if largest > 0 else 3
 
 
-def formatted_share(interval: Mapping[str, Any]) -> tuple[str, str]:
+def formatted_share(estimate: Mapping[str, Any]) -> tuple[str, str]:
     """Mean of shares and its interval as text, in per cent."""
-    mean, low, high = (f"{100 * interval[end]:.0f}" for end in ("mean", "low", "high"))
-    return f"{mean} %", f"[{low}, {high}] %"
+    mean = f"{100 * estimate['mean']:.0f} %"
+    if not has_interval(estimate):
+        return mean, NO_INTERVAL
+    return mean, f"[{100 * estimate['low']:.0f}, {100 * estimate['high']:.0f}] %"
 
 
-def significant_change(comparison: Mapping[str, Any]) -> int:
-    """-1, 0 or 1: lower, no significant change, higher; significant if the 95 % interval excludes 0."""
+def significant_change(comparison: Mapping[str, Any]) -> int | None:
+    """-1, 0 or 1: lower, no significant change, higher, if the 95 % interval excludes 0; `None` without an interval."""
     return direction(comparison["difference"])
 
 
-def direction(interval: Mapping[str, Any]) -> int:
-    """-1, 0 or 1: the whole interval is below 0, includes 0, or is above 0."""
-    return int(interval["low"] > 0) - int(interval["high"] < 0)
+def direction(estimate: Mapping[str, Any], *, neutral: float = 0) -> int | None:
+    """-1, 0 or 1: the whole interval is below ``neutral``, includes it, or is above it; `None` without an interval."""
+    if not has_interval(estimate):
+        return None
+    return int(estimate["low"] > neutral) - int(estimate["high"] < neutral)
 
 
-def relative_change(comparison: Mapping[str, Any]) -> dict[str, float] | None:
-    """Difference and the ends of its interval as fractions of the base's mean; ``None`` if that is not above 0."""
-    base = comparison["base"]["mean"]
-    return {end: comparison["difference"][end] / base for end in ("mean", "low", "high")} if base > 0 else None
+def error_bars(estimate: Mapping[str, Any]) -> list[list[float]] | None:
+    """Distances of the interval's ends from the mean, for matplotlib's `errorbar`; `None` without an interval."""
+    if not has_interval(estimate):
+        return None
+    mean = estimate["mean"]
+    return [[max(0.0, mean - estimate["low"])], [max(0.0, estimate["high"] - mean)]]
+
+
+def relative_change(comparison: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The difference as a fraction of the base's mean, as an estimate; ``None`` if that mean is not above 0."""
+    base, difference = comparison["base"]["mean"], comparison["difference"]
+    if base <= 0:
+        return None
+    return {**difference, **{end: difference[end] / base for end in ("mean", "low", "high") if end in difference}}
+
+
+def reasons_without_interval(values: Any) -> list[str]:
+    """Distinct reasons why estimates among plain values, at any depth, have no interval."""
+    if isinstance(values, Mapping):
+        if isinstance(reason := values.get("no_interval"), str):
+            return [reason]
+        values = [*values.values()]
+    if isinstance(values, list):
+        return [*dict.fromkeys(reason for value in values for reason in reasons_without_interval(value))]
+    return []
 
 
 def format_number(value: float, places: int, sign: str = "-") -> str:

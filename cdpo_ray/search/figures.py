@@ -13,8 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from cdpo_ray.pages.chart_style import BLUE, GREY, INK, STYLE
+from cdpo_ray.pages.page import error_bars
 from cdpo_ray.pages.svg import blank_figure, inline_svg
-from cdpo_ray.search.findings import short, value_text
+from cdpo_ray.search.findings import NO_VERDICT, short, value_text
 from cdpo_ray.search.trials import DONE, FAILED, STOPPED
 
 Record = Mapping[str, Any]
@@ -212,12 +213,12 @@ def confirmation_dots(judges: Mapping[str, Mapping[str, Any]]) -> str:
         ):
             axes.axvline(0, color=GREY, lw=0.8, ls=":", zorder=0)
             for height, (arm, _, colour) in enumerate(arms):
-                interval, of_seeds = found[arm], found["by_seed"][arm]
+                estimate, of_seeds = found[arm], found["by_seed"][arm]
                 axes.plot(of_seeds, [height - 0.24] * len(of_seeds), "o", color=colour, alpha=0.55, markersize=3, mew=0)
                 axes.errorbar(
-                    interval["mean"],
+                    estimate["mean"],
                     height,
-                    xerr=_reach(interval),
+                    xerr=error_bars(estimate),
                     fmt="o",
                     color=colour,
                     capsize=3,
@@ -229,8 +230,9 @@ def confirmation_dots(judges: Mapping[str, Mapping[str, Any]]) -> str:
             axes.margins(x=0.12)
             axes.grid(visible=False, axis="y")
             axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.set_title(f"{name}: found is {found['verdict']}")
-        return inline_svg(figure, "Paper's and found schedule on held-out prompts for each judge, with 95 % intervals")
+            verdict = found["verdict"]
+            axes.set_title(f"{name}: {verdict}" if verdict == NO_VERDICT else f"{name}: found is {verdict}")
+        return inline_svg(figure, "Paper's and found schedule on the judging half of the held-out prompts, by judge")
 
 
 def _knob_row(knob: Mapping[str, Any], trials: Sequence[Record]) -> dict[str, Any]:
@@ -305,7 +307,7 @@ def _with_intervals(
     if measure == objective:
         for place, stage in zip(places, stages, strict=True):
             if interval := stage["interval"]:
-                reach = _reach({**interval, "mean": stage[measure]})
+                reach = error_bars({**interval, "mean": stage[measure]})
                 axes.errorbar(place, stage[measure], yerr=reach, color=colour, capsize=3, lw=1.3, zorder=zorder)
 
 
@@ -379,11 +381,6 @@ def _tick_values(knob: Mapping[str, Any]) -> list[float]:
 def _span(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values, default=0.0), max(values, default=1.0)
     return (low, high) if low < high else (low - 0.5, high + 0.5)
-
-
-def _reach(interval: Mapping[str, float]) -> list[list[float]]:
-    mean = interval["mean"]
-    return [[max(0.0, mean - interval["low"])], [max(0.0, interval["high"] - mean)]]
 
 
 def _steps(front: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

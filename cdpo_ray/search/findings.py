@@ -10,12 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cdpo_ray.evaluation.statistics import bootstrap_over_runs
-from cdpo_ray.pages.page import align_columns, direction, format_number, formatted_interval, formatted_share
+from cdpo_ray.evaluation.statistics import MIN_PROMPTS, MIN_RUNS, mean_over_runs
+from cdpo_ray.pages.page import (
+    align_columns,
+    direction,
+    format_number,
+    formatted_interval,
+    formatted_share,
+    has_interval,
+)
 from cdpo_ray.search.trials import DONE, FAILED, OBJECTIVES, PAPER, RUNNING, STOPPED, Point, Trial
 
-BETTER, WORSE, NO_DIFFERENCE = "better", "worse", "not significantly different"
-VERDICTS = {1: BETTER, 0: NO_DIFFERENCE, -1: WORSE}
+BETTER, WORSE, NO_DIFFERENCE, NO_VERDICT = "better", "worse", "not significantly different", "no verdict"
+VERDICTS = {1: BETTER, 0: NO_DIFFERENCE, -1: WORSE, None: NO_VERDICT}
 PAPERS = "the paper's"
 MAX_LISTED_CHANGES = 4  # in a sentence
 
@@ -86,9 +93,8 @@ def search_summary(
     importance: Mapping[str, float] | None,
     paper_runs: Mapping[int, Trial],
     found_runs: Mapping[int, Trial],
+    heldout_ids: Sequence[str],
     best_config: str | None,
-    num_resamples: int,
-    seed: int,
 ) -> dict[str, Any]:
     """Results of a search as plain values, the content of `tune.json`.
 
@@ -103,16 +109,16 @@ def search_summary(
         importance: share of each knob in the variation of the first objective; `None`: too few trials.
         paper_runs, found_runs: by seed, the paper's and the best schedule, retrained and judged on held-out prompts;
             empty before the confirmation.
+        heldout_ids: `prompt_id` of each held-out prompt, in the order of `by_prompt` of the reports.
         best_config: path of the config of the schedule to keep: the best trial's, or the paper's if it is better on the
-            held-out prompts.
-        num_resamples, seed: number of draws and seed of the bootstrap.
+            choosing half of the held-out prompts.
     """
     paper_point = next((trial.point for trial in trials if trial.number == PAPER), {})
     leader = best(trials, objectives)
     confirmation: dict[str, Any] | None = None
     warnings: list[str] = []
     if leader and leader.number != PAPER:
-        confirmation, warnings = confirm(paper_runs, found_runs, judge=judge, num_resamples=num_resamples, seed=seed)
+        confirmation, warnings = confirm(paper_runs, found_runs, judge=judge, heldout_ids=heldout_ids)
     found: dict[str, Any] = {
         "name": name,
         "algorithm": algorithm,
@@ -126,7 +132,7 @@ def search_summary(
         "best": leader.number if leader else None,
         "best_point": leader.point if leader else None,
         "best_changes": changed(leader.point, paper_point) if leader else None,
-        "kept": _kept(leader, confirmation, judge),
+        "kept": _kept(leader, confirmation),
         "best_config": best_config,
         "pareto": pareto(trials, objectives),
         "importance": None if importance is None else dict(importance),
@@ -138,22 +144,40 @@ def search_summary(
     return found | {"sentence": sentence_of(found)}
 
 
+def chooses(heldout_ids: Sequence[str]) -> NDArray[np.bool_]:
+    """Whether a held-out prompt belongs to the choosing half, ``[prompt]``; the others judge.
+
+    The choosing half has the smaller ids, which are hashes: it depends neither on the order of the prompts nor on any
+    score. With an odd number of prompts, it is the smaller half.
+
+    Args:
+        heldout_ids: `prompt_id` of each prompt.
+    """
+    chosen = np.zeros(len(heldout_ids), dtype=bool)
+    chosen[np.argsort(heldout_ids)[: len(heldout_ids) // 2]] = True
+    return chosen
+
+
 def confirm(
-    paper_runs: Mapping[int, Trial], found_runs: Mapping[int, Trial], *, judge: str, num_resamples: int, seed: int
+    paper_runs: Mapping[int, Trial], found_runs: Mapping[int, Trial], *, judge: str, heldout_ids: Sequence[str]
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Compare the paper's schedule and the found one, trained with the same seeds and judged on the same prompts.
+
+    Half of the prompts choose the schedule to keep, and the other half judge. On the prompts that chose it, the kept
+    schedule would look better than it is.
 
     Args:
         paper_runs, found_runs: by seed; `by_prompt` of their last reports is compared.
         judge: judge that decides.
-        num_resamples, seed: number of draws and seed of the bootstrap.
+        heldout_ids: `prompt_id` of each prompt.
 
     Returns:
-        confirmation: `None` while no seed has both runs, or if the deciding judge has no score; else `seeds`,
-            `num_prompts` and `judges`. By judge: `paper` and `found`, mean differences to the base model, and
-            `difference`, found minus paper, paired by seed and prompt, each a `statistics.Interval` over seeds and
-            prompts; `by_seed`, the means of each seed for these three; `verdict`, `better` or `worse` if the interval
-            of the difference excludes 0.
+        confirmation: `None` while no seed has both runs, or if the deciding judge has no score in one of the halves;
+            else `seeds`, `num_choosing` and `num_judging` (numbers of prompts), `choice`, the mean of found minus paper
+            by the deciding judge on the choosing half, and `judges`. By judge, on the judging half: `paper` and
+            `found`, mean differences to the base model, and `difference`, found minus paper, paired by seed and prompt,
+            each a `statistics.Estimate` over seeds and prompts; `by_seed`, the means of each seed for these three;
+            `verdict`, `better` or `worse` if the interval of the difference excludes 0, `no verdict` without one.
         warnings: runs and prompts that are excluded.
     """
     arms = {"the paper's schedule": paper_runs, "the found schedule": found_runs}
@@ -166,24 +190,27 @@ def confirm(
     seeds = sorted(at for at in {*paper_runs} & {*found_runs} if all(_is_judged(runs[at]) for runs in arms.values()))
     if not seeds:
         return None, warnings
+    choosing, choice = chooses(heldout_ids), np.array([])
     judges: dict[str, Any] = {}
     for name in paper_runs[seeds[0]].reports[-1]["by_prompt"]:
         paper, found = (_by_prompt(runs, seeds, name) for runs in (paper_runs, found_runs))
         finite = np.isfinite([*paper, *found]).all(axis=0)
-        if finite.any():
-            judges[name] = _compared(paper[:, finite], found[:, finite], num_resamples=num_resamples, seed=seed)
+        if name == judge:
+            choice = (found - paper)[:, finite & choosing]
+        judging = finite & ~choosing
+        if judging.any():
+            judges[name] = _compared(paper[:, judging], found[:, judging])
         if not finite.all():
             warnings.append(f"{name}: {np.sum(~finite)} of {finite.size} prompts lack a score and are excluded")
-    if judge not in judges:
+    if judge not in judges or not choice.size:
+        warnings.append(f"no confirmation: {judge} needs a score in both halves of the held-out prompts; add prompts")
         return None, warnings
-    if len(seeds) == 1:
-        warnings.append("one seed only: the intervals do not include the variation over seeds")
-    num_prompts = paper_runs[seeds[0]].reports[-1]["num_prompts"]
-    return {"seeds": seeds, "num_prompts": num_prompts, "judges": judges}, warnings
+    sizes = {"num_choosing": int(choosing.sum()), "num_judging": int((~choosing).sum())}
+    return {"seeds": seeds, **sizes, "choice": float(choice.mean()), "judges": judges}, warnings
 
 
-def _kept(leader: Trial | None, confirmation: Mapping[str, Any] | None, judge: str) -> int | None:
-    if leader and confirmation and confirmation["judges"][judge]["difference"]["mean"] <= 0:
+def _kept(leader: Trial | None, confirmation: Mapping[str, Any] | None) -> int | None:
+    if leader and confirmation and confirmation["choice"] <= 0:
         return PAPER
     return leader.number if leader else None
 
@@ -212,23 +239,37 @@ def sentence_of(found: Mapping[str, Any]) -> str:
             f"Not confirmed yet: {trial} has the highest {objective} of {num_trials} trials on the validation prompts,"
             " which overestimate the best of many."
         )
-    verdict = confirmation["judges"][found["judge"]]
-    mean, ends = formatted_interval(verdict["difference"])
-    num_seeds = len(confirmation["seeds"])
-    once = " with one seed" if num_seeds == 1 else ""
+    return _conclusion(found, trial)
+
+
+def _conclusion(found: Mapping[str, Any], trial: str) -> str:
+    """Verdict on the found schedule with its evidence, and which schedule is kept."""
+    confirmation = found["confirmation"]
+    judged = confirmation["judges"][found["judge"]]
+    verdict, difference, num_seeds = judged["verdict"], judged["difference"], len(confirmation["seeds"])
+    mean, ends = formatted_interval(difference)
     evidence = (
-        f"{found['judge']} {mean} {ends} against the paper's schedule on {confirmation['num_prompts']} held-out"
+        f"{found['judge']} {mean} {ends} against the paper's schedule on {confirmation['num_judging']} held-out"
         f" prompts, {num_seeds} {'seed' if num_seeds == 1 else 'seeds'}"
     )
+    if verdict == NO_VERDICT:
+        conclusion = f"No verdict on {trial}, {evidence}: {no_verdict_sentence(difference['no_interval'])}."
+    elif verdict == BETTER:
+        conclusion = f"The found schedule holds: {trial} is better, {evidence}."
+    else:
+        how = "is worse" if verdict == WORSE else "does not differ significantly from the paper's"
+        conclusion = f"The found schedule does not hold: {trial} {how}, {evidence}."
     others = [name for name, of_judge in confirmation["judges"].items() if of_judge["verdict"] == WORSE]
-    but = f" It is worse by {', '.join(others)}." if others and verdict["verdict"] != WORSE else ""
-    return {
-        BETTER: f"The found schedule holds{once}: {trial} is better, {evidence}.",
-        NO_DIFFERENCE: (
-            f"The found schedule does not hold: {trial} does not differ significantly from the paper's, {evidence}."
-        ),
-        WORSE: f"The found schedule does not hold: {trial} is worse, {evidence}.",
-    }[verdict["verdict"]] + but
+    if others and verdict != WORSE:
+        conclusion += f" It is worse by {', '.join(others)}."
+    kept = "the paper's schedule" if found["kept"] == found["paper"] else f"trial {found['best']}"
+    return f"{conclusion} Kept: {kept}, by the mean on the other {confirmation['num_choosing']} held-out prompts."
+
+
+def no_verdict_sentence(reason: str) -> str:
+    """Why a difference has no interval, and what to do."""
+    prompts = f"hold out at least {2 * MIN_PROMPTS} prompts"  # of which half judge
+    return f"{reason}; set `search.confirm_seeds` to at least {MIN_RUNS} and {prompts}"
 
 
 def objective_text(objective: str, value: float | None, interval: Mapping[str, float] | None = None) -> str:
@@ -256,14 +297,14 @@ def table_of(found: Mapping[str, Any]) -> str:
     parts = [align_columns(rows)]
     if confirmation := found["confirmation"]:
         judges = confirmation["judges"]
-        rows = [["held-out prompts", *judges]]
+        rows = [["judging prompts", *judges]]
         for key, label in (
             ("paper", "paper - base"),
             ("found", f"found (trial {found['best']}) - base"),
             ("difference", "found - paper"),
         ):
             rows.append([label, *(" ".join(formatted_interval(judge[key])) for judge in judges.values())])
-        rows.append(["found is", *(judge["verdict"] for judge in judges.values())])
+        rows.append(["verdict on found", *(judge["verdict"] for judge in judges.values())])
         parts.append(align_columns(rows))
     return "\n\n".join([*parts, "\n".join([*found["warnings"], found["sentence"]])])
 
@@ -294,26 +335,21 @@ def _record(trial: Trial, paper_point: Point, objectives: Sequence[str], judge: 
 
 
 def _interval(report: Mapping[str, Any], objective: str, judge: str) -> dict[str, float] | None:
-    """Interval over prompts of an objective that a judge measures; else `None`."""
+    """Interval over prompts of an objective that a judge measures; else, or with too few prompts, `None`."""
     column = {"reward": "difference", "win_rate": "win_rate"}.get(objective)
     found = report["judges"].get(judge, {}).get(column) if column else None
-    if not found or not all(math.isfinite(found[end]) for end in ("mean", "low", "high")):
+    if not found or not has_interval(found) or not all(math.isfinite(found[end]) for end in ("mean", "low", "high")):
         return None
     return {end: found[end] for end in ("mean", "low", "high")}
 
 
-def _compared(
-    paper: NDArray[np.float64], found: NDArray[np.float64], *, num_resamples: int, seed: int
-) -> dict[str, Any]:
+def _compared(paper: NDArray[np.float64], found: NDArray[np.float64]) -> dict[str, Any]:
     """Comparison by one judge, from ``[seed, prompt]`` differences to the base."""
     values = {"paper": paper, "found": found, "difference": found - paper}
-    intervals = {
-        whose: asdict(bootstrap_over_runs(of_runs, num_resamples=num_resamples, seed=seed))
-        for whose, of_runs in values.items()
-    }
-    return intervals | {
+    estimates = {whose: asdict(mean_over_runs(of_runs)) for whose, of_runs in values.items()}
+    return estimates | {
         "by_seed": {whose: of_runs.mean(axis=1).tolist() for whose, of_runs in values.items()},
-        "verdict": VERDICTS[direction(intervals["difference"])],
+        "verdict": VERDICTS[direction(estimates["difference"])],
     }
 
 

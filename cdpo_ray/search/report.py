@@ -7,9 +7,23 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from cdpo_ray.pages.page import decimal_places, format_number, formatted_interval, write_page
+from cdpo_ray.evaluation.statistics import MIN_PROMPTS
+from cdpo_ray.pages.page import (
+    decimal_places,
+    format_number,
+    formatted_interval,
+    reasons_without_interval,
+    write_page,
+)
 from cdpo_ray.search import figures
-from cdpo_ray.search.findings import VERDICTS, changes_text, objective_text, short, value_text
+from cdpo_ray.search.findings import (
+    VERDICTS,
+    changes_text,
+    no_verdict_sentence,
+    objective_text,
+    short,
+    value_text,
+)
 from cdpo_ray.search.trials import DONE, OBJECTIVES, STOPPED
 
 FEW_TRIALS = 20
@@ -31,12 +45,15 @@ def write_report(found: Mapping[str, Any], path: Path) -> None:
         Path(__file__).with_name("tune.html.jinja"),
         **found,
         paper_alone_text=", ".join(f"{short(key)} {value_text(value)}" for key, value in found["paper_alone"].items()),
-        change=CHANGES.get(found["verdict"], 0),
+        change=CHANGES.get(found["verdict"]),
         best_yaml=yaml.safe_dump(sections(found["best_changes"]), sort_keys=False) if found["best_changes"] else "",
+        choice=_choice(found["confirmation"]),
+        no_verdict=[no_verdict_sentence(reason) for reason in reasons_without_interval(judges)],
         confirmation_rows=[_confirmation_row(name, of_judge, found["judge"]) for name, of_judge in judges.items()],
         charts={name: Markup(svg) for name, svg in _charts(found).items()},
         num_judged=_num_judged(found),
         few_trials=FEW_TRIALS,
+        min_prompts=MIN_PROMPTS,
         measures=_measures(found),
         rows=[_trial_row(trial, found) for trial in found["trials"]],
     )
@@ -100,6 +117,14 @@ def _confirmation_row(name: str, of_judge: Mapping[str, Any], decides: str) -> d
         "verdict": verdict,
         "change": CHANGES[verdict],
     }
+
+
+def _choice(confirmation: Mapping[str, Any] | None) -> str | None:
+    """Mean of found minus paper on the choosing half, as text."""
+    if not confirmation:
+        return None
+    mean = confirmation["choice"]
+    return format_number(mean, decimal_places({"low": mean, "high": mean}), "+")
 
 
 def _trial_row(trial: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

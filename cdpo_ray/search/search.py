@@ -47,6 +47,7 @@ from cdpo_ray.store import (
     differences,
     exists,
     path_within,
+    read_shards,
     read_untrusted,
     write_json,
     write_text,
@@ -181,7 +182,7 @@ class _Search:
         return leader
 
     def confirm(self, leader: Trial) -> None:
-        """Train the best and the paper's schedule with new seeds, and judge both on the held-out prompts."""
+        """Train the best and the paper's schedule with new seeds, and measure both on the held-out prompts."""
         if leader.number == PAPER:
             return
         paper = next(trial for trial in self.trials.values() if trial.number == PAPER)
@@ -209,9 +210,8 @@ class _Search:
             importance=importance(self.space, trials, self.search.objectives[0]),
             paper_runs={trial.seed or 0: trial for trial in confirmed if trial.number == PAPER},
             found_runs={trial.seed or 0: trial for trial in confirmed if trial.number == leader.number},
+            heldout_ids=read_shards(self.run.step(HELDOUT), ["prompt_id"])["prompt_id"].to_pylist(),
             best_config=str(path / "best.yaml"),
-            num_resamples=config.evaluation.num_bootstrap_resamples,
-            seed=config.run.seed,
         )
         kept = next(trial for trial in trials if trial.number == found["kept"])
         schedule = config_of(config, kept.point, name=f"{config.run.name}-best", run_dir=config.run.dir)

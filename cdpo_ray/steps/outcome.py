@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.evaluation.labelled import LabelledSamples
     from cdpo_ray.evaluation.pool import evaluate_adapter
+    from cdpo_ray.pages.page import NO_INTERVAL, has_interval, reasons_without_interval
     from cdpo_ray.rewards.scorer import Scorer
 
     config = context.config
@@ -44,10 +45,12 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
     )
     for judge, found in metrics["judges"].items():
         base, tuned, difference = found["base"], found["tuned"], found["difference"]
+        ends = NO_INTERVAL
+        if has_interval(difference):
+            ends = f"[{difference['low']:+.4f}, {difference['high']:+.4f}]"
         log.info(
-            "%s: %.4f -> %.4f, difference %+.4f [%+.4f, %+.4f], win rate %.2f",
-            judge, base["mean"], tuned["mean"], difference["mean"], difference["low"], difference["high"],
-            found["win_rate"]["mean"],
+            "%s: %.4f -> %.4f, difference %+.4f %s, win rate %.2f",
+            judge, base["mean"], tuned["mean"], difference["mean"], ends, found["win_rate"]["mean"],
         )  # fmt: skip
     num_prompts = metrics["num_prompts"]
     context.progress.record(
@@ -64,6 +67,8 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         "prompts_set_aside": len(context.prompts.heldout) - num_prompts,
     }
     warn_of_quarantine(output, output_dir)
+    if reasons := reasons_without_interval(metrics):
+        output.warnings.append(f"no interval and no verdict: {'; '.join(reasons)}; add held-out prompts")
 
 
 def export(context: Context, format_name: str, output_dir: Path) -> None:

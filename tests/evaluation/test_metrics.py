@@ -52,7 +52,13 @@ def test_preference_accuracy_uses_the_base_images_and_excludes_prompts_without_o
     assert (found["up"]["mean"], found["up"]["num_prompts"]) == (0.5, 2)
     assert preference_accuracy(np.array(SCORES), np.array(SCORES), num_resamples=100, seed=0) == {
         "mean": 1.0,
+        "no_interval": "an interval needs at least 10 prompts, got 2",
+        "num_prompts": 2,
+    }
+    scores = np.tile(SCORES, (5, 1))
+    assert preference_accuracy(scores, scores, num_resamples=100, seed=0) == {
+        "mean": 1.0,
         "low": 1.0,
         "high": 1.0,
-        "num_prompts": 2,
+        "num_prompts": 10,
     }

@@ -43,6 +43,7 @@ LARGE = {"mean": 1234.0, "low": 1100.0, "high": 1400.0}
 MUCH = {"mean": 0.1, "low": 0.06, "high": 0.14}  # of 0.812: 12 %, with an interval above 5 %
 MUCH_LESS = {"mean": -0.1, "low": -0.14, "high": -0.06}
 UNCLEAR = {"mean": 0.004, "low": -0.011, "high": 0.019}
+FEW = {"mean": 0.033, "no_interval": "an interval needs at least 10 prompts, got 5"}
 
 
 def judge(difference: dict[str, float]) -> dict[str, Any]:
@@ -182,6 +183,7 @@ def results(rewards: dict[str, Any] | None = None, **judges: dict[str, float]) -
         (WORSE, "clip 0.812 → 0.779, −0.033 [−0.038, −0.028], win rate 71 %: got worse"),
         (NONE, "clip 0.812 → 0.812, +0.000 [+0.000, +0.000], win rate 71 %: no significant change"),
         (LARGE, "clip 1 → 1235, +1234 [+1100, +1400], win rate 71 %: improved"),
+        (FEW, "clip 0.812 → 0.845, +0.033 [no interval], win rate 71 %: no verdict"),
     ],
 )
 def test_sentence_states_scores_difference_interval_win_rate_and_verdict(
@@ -234,6 +236,8 @@ def test_all_rewards_with_a_weight_in_a_combination_count_as_trained_on() -> Non
         ({"clip": BETTER, "oracle": BETTER, "saturation": MUCH_LESS, "diversity": WORSE}, ["diversity", "saturation"]),
         ({"clip": BETTER, "saturation": WORSE, "edge_density": UNCLEAR}, []),
         ({"clip": UNCLEAR, "edge_density": MUCH}, []),
+        ({"clip": FEW, "oracle": WORSE, "edge_density": MUCH}, []),
+        ({"clip": BETTER, "oracle": FEW, "edge_density": FEW, "diversity": FEW}, []),
     ],
 )
 def test_reward_hacking_is_a_rise_of_the_trained_reward_and_an_undesired_change_of_another_measure(
@@ -246,6 +250,18 @@ def test_page_warns_of_reward_hacking(tmp_path: Path) -> None:
     page = page_of(build_run(tmp_path / "run", oracle=WORSE, diversity=WORSE, appearance={"saturation": judge(MUCH)}))
     assert "Signs of reward hacking" in page
     assert "while\noracle got worse, diversity fell by 4.1 %, saturation rose by 12.3 %." in page
+
+
+def test_page_of_few_prompts_says_why_there_is_no_interval_and_gives_no_verdict(tmp_path: Path) -> None:
+    few = judge(FEW) | {arm: {"mean": 0.8, "no_interval": FEW["no_interval"]} for arm in ("base", "tuned", "win_rate")}
+    metrics = {"judges": {"oracle": few, "clip": few}, "appearance": {"saturation": few}}
+    accuracy = {"clip": FEW | {"mean": 0.6, "num_prompts": 5}}
+    page = page_of(build_run(tmp_path / "run", **metrics, preference_accuracy=accuracy))
+    assert page.count("where a table says so: an interval needs at least 10 prompts, got 5. Add held-out prompts") == 1
+    assert "<li>no verdict <small>appearance</small>" in page and "+4.1 %</td><td>[no interval]" in page
+    assert '60 %<span class="under">[no interval]</span>' in page
+    assert "no significant change" not in page and ": improved" not in page
+    assert not re.search(r"\b(nan|None)\b", page)
 
 
 def test_page_shows_the_change_of_appearance_in_per_cent(tmp_path: Path) -> None:

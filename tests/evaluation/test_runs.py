@@ -1,6 +1,7 @@
 """Comparison of several evaluated runs, on synthetic runs with known numbers."""
 
 import json
+import re
 import socket
 import sys
 from pathlib import Path
@@ -36,13 +37,13 @@ def evaluated(
 ) -> Path:
     """A run judged by `oracle` (base 0, 1, 2, ...; tuned: ``tuned`` higher) and by `jpeg_size`, unless ``without``."""
     judges = [judge for judge in ("oracle", "jpeg_size") if judge != without]
-    places = [(prompt, sample) for prompt in range(len(PROMPTS)) for sample in range(NUM_IMAGES)]
+    places = [(prompt, sample) for prompt in range(settings.get("num_prompts", 3)) for sample in range(NUM_IMAGES)]
     images = {"base": [image(place) for place in range(len(places))]}
     images["tuned"] = [image(place + 20 * seed) for place in range(len(places))]
     rows: dict[str, Any] = {
         "prompt_index": [prompt for prompt, _ in places],
         "sample_index": [sample for _, sample in places],
-        "prompt": settings.get("prompts") or [PROMPTS[prompt] for prompt, _ in places],
+        "prompt": settings.get("prompts") or [PROMPTS[prompt % 3] for prompt, _ in places],
     }
     for arm in ("base", "tuned"):
         rows[f"{arm}_image"] = images[arm]
@@ -138,11 +139,36 @@ def test_page_shows_all_arms_of_the_same_prompt_and_hostile_text_stays_text(
 
 
 def test_terminal_shows_one_row_per_run(compared: tuple[Path, dict[str, Any]]) -> None:
-    header, base, one, other = table_of(compared[1]).split("\n")
+    header, base, one, other, no_interval = table_of(compared[1]).split("\n")
     assert header.split() == ["run", "trained", "on", "oracle", "jpeg_size"]
     assert base.startswith("base model") and "2.50" in base
-    assert one.startswith("one") and "3.00 (+0.50 [+0.50, +0.50])" in one
-    assert other.startswith("<b>other") and "(−2.0 [−2.0, −2.0])" in other
+    assert one.startswith("one") and "3.00 (+0.50 [no interval])" in one
+    assert other.startswith("<b>other") and "(−2.0 [no interval])" in other
+    assert no_interval == (
+        "no interval and no verdict: an interval needs at least 10 prompts, got 3; add held-out prompts"
+    )
+
+
+def test_page_says_why_there_is_no_interval_and_gives_no_verdict(compared: tuple[Path, dict[str, Any]]) -> None:
+    page = (compared[0] / "out" / "compare.html").read_text(encoding="utf-8")
+    reason = "No interval and no verdict where a table says so: an interval needs at least 10 prompts, got 3;"
+    assert page.count(reason) == 1 and "[no interval]" in page
+    assert 'class="better' not in page and 'class="worse' not in page and "tinted" not in page.split("</style>")[1]
+    assert not re.search(r"\bnan\b", page, re.IGNORECASE)
+
+
+def test_enough_prompts_have_intervals_and_no_remark(tmp_path: Path) -> None:
+    runs = [evaluated(tmp_path / "one", num_prompts=30), evaluated(tmp_path / "two", tuned=-2.0, num_prompts=30)]
+    found = compare_runs(runs, tmp_path / "out")
+    assert "(+0.50 [+0.50, +0.50])" in table_of(found) and "no interval" not in table_of(found)
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert "[+0.50, +0.50]" in page and "no interval" not in page.lower()
+
+
+def test_a_run_may_have_the_name_of_a_key(tmp_path: Path) -> None:
+    runs = [evaluated(tmp_path / name) for name in ("no_interval", "low")]
+    compare_runs(runs, tmp_path / "out")
+    assert "at least 10 prompts, got 3" in (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

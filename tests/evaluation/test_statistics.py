@@ -1,14 +1,20 @@
-from itertools import combinations, product
+import functools
+from itertools import combinations
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
 from cdpo_ray.evaluation.statistics import (
+    Interval,
+    NoInterval,
     bootstrap_mean,
-    bootstrap_over_runs,
     compare_scores,
+    mean_over_runs,
     pair_agreement,
     rank_correlation,
+    student_t_quantile,
+    variance_of_mean,
 )
 
 
@@ -28,7 +34,7 @@ def test_interval_covers_the_true_mean_as_often_as_it_says() -> None:
 
 
 def test_equal_values_have_an_interval_of_width_0() -> None:
-    found = bootstrap_mean(np.full(9, 0.25), num_resamples=100, seed=0)
+    found = bootstrap_mean(np.full(10, 0.25), num_resamples=100, seed=0)
     assert (found.mean, found.low, found.high) == (0.25, 0.25, 0.25)
 
 
@@ -43,46 +49,139 @@ def test_empty_or_non_finite_values_are_refused(values: np.ndarray) -> None:
         bootstrap_mean(values, num_resamples=100, seed=0)
 
 
-def test_interval_over_runs_equals_that_of_all_possible_draws() -> None:
-    values = np.random.default_rng(3).normal(size=(2, 4))
-    means = [
-        values[np.ix_(runs, prompts)].mean()
-        for runs in product(range(2), repeat=2)
-        for prompts in product(range(4), repeat=4)
-    ]
-    found = bootstrap_over_runs(values, num_resamples=400_000, seed=0, confidence=0.8)
-    low, high = np.quantile(means, [0.1, 0.9])
-    assert found.mean == pytest.approx(values.mean())
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.01)
+@pytest.mark.parametrize("num_prompts", [1, 9])
+def test_fewer_than_10_prompts_have_a_mean_and_no_interval(num_prompts: int) -> None:
+    found = bootstrap_mean(np.full(num_prompts, 0.1), num_resamples=100, seed=0)
+    assert found == NoInterval(0.1, f"an interval needs at least 10 prompts, got {num_prompts}")
+    assert isinstance(bootstrap_mean(np.full(10, 0.1), num_resamples=100, seed=0), Interval)
 
 
-def test_spread_over_runs_and_prompts_is_the_sum_of_both() -> None:
-    """For values ``run + prompt``, the variance is var(run) / runs + var(prompt) / prompts."""
-    rng = np.random.default_rng(4)
-    of_run, of_prompt = rng.normal(0, 1, size=200), rng.normal(0, 2, size=300)
-    found = bootstrap_over_runs(of_run[:, None] + of_prompt, num_resamples=8_000, seed=0)
-    half_width = 1.96 * np.sqrt(of_run.var() / 200 + of_prompt.var() / 300)
-    assert found.high - found.mean == pytest.approx(half_width, rel=0.06)
-    assert found.mean - found.low == pytest.approx(half_width, rel=0.06)
+def mean_squares(values: np.ndarray) -> tuple[float, float, float]:
+    """Of runs, prompts and residual, by loops over the cells of ``[run, prompt]``."""
+    num_runs, num_prompts = values.shape
+    of_run = of_prompt = residual = 0.0
+    for run in range(num_runs):
+        for prompt in range(num_prompts):
+            fitted_run, fitted_prompt = values[run].mean(), values[:, prompt].mean()
+            of_run += (fitted_run - values.mean()) ** 2
+            of_prompt += (fitted_prompt - values.mean()) ** 2
+            residual += (values[run, prompt] - fitted_run - fitted_prompt + values.mean()) ** 2
+    return of_run / (num_runs - 1), of_prompt / (num_prompts - 1), residual / (num_runs - 1) / (num_prompts - 1)
 
 
-def test_interval_of_one_run_is_the_interval_over_prompts() -> None:
-    values = np.random.default_rng(0).normal(size=(1, 500))
-    over_runs = bootstrap_over_runs(values, num_resamples=8_000, seed=0)
-    over_prompts = bootstrap_mean(values[0], num_resamples=8_000, seed=1)
-    assert (over_runs.low, over_runs.high) == pytest.approx((over_prompts.low, over_prompts.high), abs=0.01)
+@pytest.mark.parametrize(
+    ("run_sd", "prompt_sd", "clipped"), [(1.0, 2.0, ""), (0.0, 2.0, "run"), (1.0, 0.0, "prompt"), (0.0, 0.0, "both")]
+)
+def test_variance_of_the_mean_equals_the_analysis_of_variance_by_loops(
+    run_sd: float, prompt_sd: float, clipped: str
+) -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(60, 4, 12))
+    values += run_sd * rng.normal(size=(60, 4, 1)) + prompt_sd * rng.normal(size=(60, 1, 12))
+    variances, degrees = variance_of_mean(values)
+    seen = set()
+    for of_one, variance, degrees_of_freedom in zip(values, variances, degrees, strict=True):
+        run, prompt, residual = mean_squares(of_one)
+        seen.add({(1, 1): "", (0, 1): "run", (1, 0): "prompt", (0, 0): "both"}[run > residual, prompt > residual])
+        total = max(run + prompt - residual, run, prompt)
+        assert variance == pytest.approx(total / (4 * 12))
+        satterthwaite = total**2 / (run**2 / 3 + prompt**2 / 11 + residual**2 / 33)
+        assert degrees_of_freedom == pytest.approx(max(3, satterthwaite))
+    assert clipped in seen, "the case with a negative estimate must occur"
 
 
-def test_runs_that_disagree_widen_the_interval_for_any_number_of_prompts() -> None:
-    values = np.repeat([[-1.0], [1.0], [3.0]], 2_000, axis=1)
-    found = bootstrap_over_runs(values, num_resamples=4_000, seed=0)
-    assert (found.mean, found.low, found.high) == pytest.approx((1, -1, 3))
+def test_the_interval_over_runs_is_the_mean_and_the_quantile_times_the_standard_error() -> None:
+    values = np.random.default_rng(2).normal(size=(4, 12))
+    found = mean_over_runs(values, confidence=0.9)
+    variance, degrees_of_freedom = variance_of_mean(values)
+    reach = student_t_quantile(0.9, float(degrees_of_freedom)) * np.sqrt(variance)
+    assert (found.mean, found.low, found.high) == pytest.approx(
+        (values.mean(), values.mean() - reach, values.mean() + reach)
+    )
+
+
+def test_runs_that_agree_give_the_interval_of_their_prompts_and_prompts_that_agree_that_of_the_runs() -> None:
+    """Closed forms: one factor alone is Student's t of its means, with its degrees of freedom."""
+    means = np.random.default_rng(0).normal(size=12)
+    of_prompts = mean_over_runs(np.tile(means, (3, 1)))
+    assert of_prompts.high - of_prompts.mean == pytest.approx(2.200985 * means.std(ddof=1) / np.sqrt(12))
+    of_runs = mean_over_runs(np.repeat([[-1.0], [1.0], [3.0]], 2_000, axis=1))
+    assert (of_runs.mean, of_runs.low) == pytest.approx((1, 1 - 4.302653 * 2 / np.sqrt(3)))
+
+
+def test_equal_values_of_all_runs_have_an_interval_of_width_0() -> None:
+    assert mean_over_runs(np.zeros((3, 10))) == Interval(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("degrees_of_freedom", "expected"),
+    [(1, 12.706205), (2, 4.302653), (3, 3.182446), (4, 2.776445), (10, 2.228139), (30, 2.042272), (120, 1.979930)],
+)
+def test_students_quantile_agrees_with_the_published_table(degrees_of_freedom: int, expected: float) -> None:
+    assert student_t_quantile(0.95, degrees_of_freedom) == pytest.approx(expected, rel=1e-5)
+
+
+def test_students_quantile_has_its_closed_forms_and_the_normal_limit() -> None:
+    for confidence in (0.5, 0.8, 0.95, 0.999):
+        one, two = np.tan(np.pi * confidence / 2), confidence * np.sqrt(2 / (1 - confidence**2))
+        assert student_t_quantile(confidence, 1) == pytest.approx(one, rel=1e-5)
+        assert student_t_quantile(confidence, 2) == pytest.approx(two, rel=1e-5)
+        normal = NormalDist().inv_cdf((1 + confidence) / 2)
+        assert student_t_quantile(confidence, 1e5) == pytest.approx(normal, rel=5e-4)
+    between = student_t_quantile(0.95, 3.0), student_t_quantile(0.95, 2.5), student_t_quantile(0.95, 2.0)
+    assert between == tuple(sorted(between))
+
+
+@functools.cache
+def quantiles() -> tuple[np.ndarray, np.ndarray]:
+    """Inverse degrees of freedom, ascending, and the quantile at each, for interpolation."""
+    inverse = np.linspace(1e-5, 1, 60)
+    return inverse, np.array([student_t_quantile(0.95, 1 / float(at)) for at in inverse])
+
+
+def false_verdict_rate(
+    num_runs: int, num_prompts: int, *, run_sd: float, prompt_sd: float, residual_sd: float, num_draws: int = 2_000
+) -> float:
+    """How often a nominal 95 % interval excludes the true mean, which is 0, in simulated normal effects."""
+    rng = np.random.default_rng([num_runs, num_prompts])
+    values = residual_sd * rng.standard_normal((num_draws, num_runs, num_prompts))
+    values += run_sd * rng.standard_normal((num_draws, num_runs, 1))
+    values += prompt_sd * rng.standard_normal((num_draws, 1, num_prompts))
+    variances, degrees = variance_of_mean(values)
+    reach = np.interp(1 / degrees, *quantiles()) * np.sqrt(variances)
+    return float(np.mean(np.abs(values.mean(axis=(1, 2))) > reach))
+
+
+SIZES = [(3, 96), (3, 600), (4, 300), (8, 96)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("run_sd", "prompt_sd"), [(0.02, 0.1), (0.04, 0.1), (0.04, 0.2)])
+def test_a_true_mean_is_rejected_in_3_to_8_per_cent_at_a_nominal_5(
+    size: tuple[int, int], run_sd: float, prompt_sd: float
+) -> None:
+    """Standard deviations like those of the share of attributes right in `benchmarks/ablation.py`."""
+    assert 0.03 <= false_verdict_rate(*size, run_sd=run_sd, prompt_sd=prompt_sd, residual_sd=0.2) <= 0.08
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_true_mean_is_rejected_in_at_most_5_per_cent_if_runs_do_not_differ(size: tuple[int, int]) -> None:
+    assert 0.015 <= false_verdict_rate(*size, run_sd=0.0, prompt_sd=0.1, residual_sd=0.2) <= 0.05
+
+
+def test_2_runs_would_give_too_many_false_verdicts_and_have_no_interval() -> None:
+    assert false_verdict_rate(2, 96, run_sd=0.1, prompt_sd=0.1, residual_sd=0.2) > 0.09
+    reason = "an interval needs at least 3 runs, got 2"
+    assert mean_over_runs(np.ones((2, 96))) == NoInterval(1.0, reason)
+    assert mean_over_runs(np.ones((2, 4))) == NoInterval(
+        1.0, "an interval needs at least 3 runs and 10 prompts, got 2 and 4"
+    )
 
 
 @pytest.mark.parametrize("values", [np.ones((0, 3)), np.ones((3, 0)), np.ones(3), np.array([[1.0, np.inf]])])
 def test_empty_or_non_finite_values_of_runs_are_refused(values: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"must be \[run, prompt\], finite and not empty"):
-        bootstrap_over_runs(values, num_resamples=100, seed=0)
+        mean_over_runs(values)
 
 
 def test_comparison_equals_brute_force_with_ties_and_missing_scores() -> None:

@@ -103,6 +103,14 @@ def test_the_figures_are_those_of_the_metrics_and_signs_of_reward_hacking_are_re
     )
 
 
+def test_the_card_of_a_run_with_few_prompts_says_why_it_has_no_interval() -> None:
+    few = {"mean": 0.5, "no_interval": "an interval needs at least 10 prompts, got 4"}
+    comparison = {"base": few, "tuned": few, "difference": few, "win_rate": few, "num_missing": 0}
+    card = card_of(metrics=METRICS | {"judges": {"clip": comparison}})
+    assert rows_of(card)["clip"][4:] == ["[no interval]", "50 %", "[no interval]", "0", "no verdict"]
+    assert "where the table says so: an interval needs at least 10 prompts, got 4.\n" in card
+
+
 def test_the_card_of_a_run_without_evaluation_says_so() -> None:
     card = card_of(metrics=None)
     assert "\nNot evaluated: " in card

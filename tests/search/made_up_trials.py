@@ -10,6 +10,11 @@ from cdpo_ray.search.trials import DONE, FAILED, PAPER, STOPPED, Point, Trial
 JUDGES = ("clip", "oracle")
 
 
+def heldout_ids(num_prompts: int) -> list[str]:
+    """Ids such that every other prompt belongs to the choosing half, from the first on."""
+    return [f"{(index % 2) * num_prompts + index:016x}" for index in range(num_prompts)]
+
+
 def choice(key: str, *choices: Any, when: dict[str, Any] | None = None) -> dict[str, Any]:
     """A knob as plain values."""
     nothing = {"low": None, "high": None, "log": False, "is_integer": False}

@@ -4,12 +4,14 @@ import sys
 
 import numpy as np
 import pytest
-from made_up_trials import JUDGES, KNOBS, PAPER_POINT, confirmed, done, report, search_of
+from made_up_trials import JUDGES, KNOBS, PAPER_POINT, confirmed, done, heldout_ids, report, search_of
 
-from cdpo_ray.search.findings import best, changes, confirm, pareto, search_summary, table_of
+from cdpo_ray.records import prompt_id
+from cdpo_ray.search.findings import best, changes, chooses, confirm, pareto, search_summary, table_of
 from cdpo_ray.search.trials import DONE, FAILED, RUNNING, STOPPED, Trial
 
-SMALL = {"num_resamples": 2_000, "seed": 0}
+CLIP = {"judge": "clip", "heldout_ids": heldout_ids(60)}
+CHOOSING = chooses(heldout_ids(60))
 
 
 def found_of(trials, *, paper_runs=None, found_runs=None, objectives=("reward",), importance=None):
@@ -24,8 +26,8 @@ def found_of(trials, *, paper_runs=None, found_runs=None, objectives=("reward",)
         importance=importance,
         paper_runs=paper_runs or {},
         found_runs=found_runs or {},
+        heldout_ids=heldout_ids(60),
         best_config="runs/tune/best.yaml",
-        **SMALL,
     )
 
 
@@ -113,18 +115,91 @@ def test_changes_name_the_values_that_differ_from_the_papers() -> None:
         (-0.05, "worse", 1, "The found schedule does not hold: trial 2 (beta 400) is worse"),
     ],
 )
-def test_verdict_is_that_of_new_seeds_on_held_out_prompts(gain, verdict, kept, sentence) -> None:
+def test_verdict_is_that_of_new_seeds_on_the_judging_half(gain, verdict, kept, sentence) -> None:
     trials = [done(1, 0.02, PAPER_POINT), done(2, 0.4, PAPER_POINT | {"training.beta": 400.0})]
     found = found_of(trials, **confirmation(gain))
     assert found["verdict"] == verdict
     assert found["kept"] == kept or kept is None, "a worse schedule must not be kept"
     assert found["sentence"].startswith(sentence)
-    assert "on 60 held-out prompts, 3 seeds" in found["sentence"]
+    assert "on 30 held-out prompts, 3 seeds" in found["sentence"]
+    kept_name = "the paper's schedule" if found["kept"] == 1 else "trial 2"
+    assert found["sentence"].endswith(f" Kept: {kept_name}, by the mean on the other 30 held-out prompts.")
+
+
+def test_the_halves_depend_on_the_ids_alone() -> None:
+    ids = [prompt_id(f"a red circle number {number}") for number in range(101)]
+    chosen = {ids[place] for place in np.flatnonzero(chooses(ids))}
+    assert len(chosen) == 50 and max(chosen) < min({*ids} - chosen)
+    assert {ids[::-1][place] for place in np.flatnonzero(chooses(ids[::-1]))} == chosen
+    assert chooses([]).tolist() == [] and chooses(["a"]).tolist() == [False]
+
+
+def test_the_schedule_is_kept_by_one_half_and_judged_by_the_other() -> None:
+    """The found schedule is better on the choosing half and worse on the judging half, then the reverse."""
+    paper, found = gains(0.0)
+    trials = [done(1, 0.02, PAPER_POINT), done(2, 0.4, PAPER_POINT | {"training.beta": 400.0})]
+    for sign, kept, verdict, end in [
+        (1, 2, "worse", "Kept: trial 2, by the mean on the other 30 held-out prompts."),
+        (-1, 1, "better", "Kept: the paper's schedule, by the mean on the other 30 held-out prompts."),
+    ]:
+        apart = found + sign * np.where(CHOOSING, 0.05, -0.05)
+        summary = found_of(trials, paper_runs=confirmed(paper.tolist()), found_runs=confirmed(apart.tolist()))
+        assert (summary["kept"], summary["verdict"]) == (kept, verdict)
+        assert summary["confirmation"]["choice"] == pytest.approx((apart - paper)[:, CHOOSING].mean())
+        assert summary["sentence"].endswith(end)
+
+
+def test_choosing_inflates_the_mean_on_the_choosing_half_only() -> None:
+    """Two equal schedules: if found is kept, its mean is above 0 on the choosing half, but not on the judging half."""
+    rng = np.random.default_rng(3)
+    choices, judged = [], []
+    for _ in range(120):
+        difference = rng.normal(size=(3, 60))
+        table, _ = confirm(confirmed(np.zeros((3, 60)).tolist()), confirmed(difference.tolist()), **CLIP)
+        if table["choice"] > 0:
+            choices.append(table["choice"])
+            judged.append(table["judges"]["clip"]["difference"]["mean"])
+    error = 1 / np.sqrt(3 * 30 * len(choices))
+    assert np.mean(choices) > 4 * error and abs(np.mean(judged)) < 3 * error
+
+
+@pytest.mark.parametrize(("num_seeds", "num_prompts"), [(1, 60), (2, 60), (3, 18)])
+def test_fewer_than_3_seeds_or_10_judging_prompts_give_no_verdict_and_what_to_do(
+    num_seeds: int, num_prompts: int
+) -> None:
+    paper, found = gains(0.05, seeds=num_seeds, prompts=num_prompts)
+    table, warnings = confirm(
+        confirmed(paper.tolist()), confirmed(found.tolist()), judge="clip", heldout_ids=heldout_ids(num_prompts)
+    )
+    assert table["judges"]["clip"]["verdict"] == "no verdict" and warnings == []
+    assert set(table["judges"]["clip"]["difference"]) == {"mean", "no_interval"}
+
+
+def test_a_sentence_without_verdict_says_why() -> None:
+    trials = [done(1, 0.02, PAPER_POINT), done(2, 0.4, PAPER_POINT | {"training.beta": 400.0})]
+    found = found_of(trials, **confirmation(0.05, seeds=2, noise=0))
+    assert found["sentence"] == (
+        "No verdict on trial 2 (beta 400), clip +0.050 [no interval] against the paper's schedule on 30 held-out"
+        " prompts, 2 seeds: an interval needs at least 3 runs, got 2; set `search.confirm_seeds` to at least 3 and"
+        " hold out at least 20 prompts. Kept: trial 2, by the mean on the other 30 held-out prompts."
+    )
+    *_, of_schedules, _ = table_of(found).split("\n\n")
+    assert of_schedules.splitlines()[-1].split("  ")[0] == "verdict on found" and of_schedules.endswith("no verdict")
+    assert of_schedules.count("[no interval]") == 3
+
+
+def test_without_a_score_in_both_halves_there_is_no_confirmation() -> None:
+    values = np.full((3, 60), np.nan)
+    values[:, CHOOSING] = 0.1
+    table, warnings = confirm(confirmed(values.tolist()), confirmed(values.tolist()), **CLIP)
+    assert table is None
+    assert warnings[-1] == ("no confirmation: clip needs a score in both halves of the held-out prompts; add prompts")
+    assert confirm(confirmed([[0.1]]), confirmed([[0.2]]), judge="clip", heldout_ids=["a"])[0] is None
 
 
 def test_difference_is_paired_by_seed_and_prompt() -> None:
     """Values with a spread of 0.05 over prompts and a constant gain of 0.004, which only pairing detects."""
-    table, _ = confirm(**confirmation(0.004, noise=0), judge="clip", **SMALL)
+    table, _ = confirm(**confirmation(0.004, noise=0), **CLIP)
     clip = table["judges"]["clip"]
     assert clip["difference"]["low"] == pytest.approx(0.004)
     assert clip["verdict"] == "better"
@@ -133,7 +208,8 @@ def test_difference_is_paired_by_seed_and_prompt() -> None:
 
 def test_means_are_over_seeds_and_prompts_and_by_seed() -> None:
     paper, found = gains(0.03)
-    table, warnings = confirm(confirmed(paper.tolist()), confirmed(found.tolist()), judge="clip", **SMALL)
+    table, warnings = confirm(confirmed(paper.tolist()), confirmed(found.tolist()), **CLIP)
+    paper, found = paper[:, ~CHOOSING], found[:, ~CHOOSING]
     clip = table["judges"]["clip"]
     assert [clip[arm]["mean"] for arm in ("paper", "found", "difference")] == pytest.approx(
         [paper.mean(), found.mean(), (found - paper).mean()]
@@ -143,9 +219,9 @@ def test_means_are_over_seeds_and_prompts_and_by_seed() -> None:
 
 
 def test_gain_of_one_seed_alone_does_not_hold() -> None:
-    paper = np.zeros((3, 500))
+    paper = np.zeros((3, 60))
     found = paper + np.array([[0.3], [-0.01], [-0.02]])
-    table, _ = confirm(confirmed(paper.tolist()), confirmed(found.tolist()), judge="clip", **SMALL)
+    table, _ = confirm(confirmed(paper.tolist()), confirmed(found.tolist()), **CLIP)
     assert table["judges"]["clip"]["difference"]["mean"] == pytest.approx(0.09)
     assert table["judges"]["clip"]["verdict"] == "not significantly different"
 
@@ -158,36 +234,35 @@ def test_a_non_deciding_judge_with_a_worse_result_is_named() -> None:
         "found_runs": confirmed(found.tolist(), oracle=(paper - 0.05).tolist()),
     }
     sentence = found_of(trials, **runs)["sentence"]
-    assert sentence.startswith("The found schedule holds") and sentence.endswith("It is worse by oracle.")
+    assert sentence.startswith("The found schedule holds") and " It is worse by oracle. Kept: trial 2" in sentence
 
 
 def test_a_failed_seed_is_excluded_from_both_and_named() -> None:
     runs = confirmation(0.05)
     runs["found_runs"][101] = Trial(2, {}, FAILED, (), "TrainingError: NaN")
     del runs["paper_runs"][102]
-    table, warnings = confirm(**runs, judge="clip", **SMALL)
+    table, warnings = confirm(**runs, **CLIP)
     assert table["seeds"] == [100]
     assert warnings == [
         "seed 101 is excluded: the found schedule failed: TrainingError: NaN",
         "seed 102 is excluded: the paper's schedule is not trained yet",
-        "one seed only: the intervals do not include the variation over seeds",
     ]
+    assert table["judges"]["clip"]["verdict"] == "no verdict"
 
 
 def test_prompts_without_a_score_are_excluded_and_counted() -> None:
     paper, found = gains(0.05)
     holes = [[None, *row[1:]] for row in paper.tolist()]
     nothing = [[float("nan")] * 60] * 3
-    table, warnings = confirm(
-        confirmed(holes, oracle=nothing), confirmed(found.tolist(), oracle=nothing), judge="clip", **SMALL
-    )
-    assert table["judges"]["clip"]["difference"]["mean"] == pytest.approx((found - paper)[:, 1:].mean())
+    table, warnings = confirm(confirmed(holes, oracle=nothing), confirmed(found.tolist(), oracle=nothing), **CLIP)
+    assert table["choice"] == pytest.approx((found - paper)[:, CHOOSING][:, 1:].mean())
+    assert table["judges"]["clip"]["difference"]["mean"] == pytest.approx((found - paper)[:, ~CHOOSING].mean())
     assert warnings == [
         "clip: 1 of 60 prompts lack a score and are excluded",
         "oracle: 60 of 60 prompts lack a score and are excluded",
     ]
     assert list(table["judges"]) == ["clip"]
-    assert confirm(confirmed(nothing), confirmed(nothing), judge="clip", **SMALL)[0] is None
+    assert confirm(confirmed(nothing), confirmed(nothing), **CLIP)[0] is None
 
 
 def test_the_paper_as_the_best_needs_no_confirmation() -> None:
@@ -228,11 +303,11 @@ def test_table_has_the_trials_then_the_schedules_by_judge_then_the_verdict() -> 
     assert of_trials.splitlines()[1].endswith("the paper's")
     assert of_trials.splitlines()[found["best"]].startswith(f"{found['best']} *")
     assert [line.split("  ")[0] for line in of_schedules.splitlines()] == [
-        "held-out prompts",
+        "judging prompts",
         "paper - base",
         f"found (trial {found['best']}) - base",
         "found - paper",
-        "found is",
+        "verdict on found",
     ]
     assert all(judge in of_schedules.splitlines()[0] for judge in JUDGES)
     assert of_schedules.endswith("not significantly different")
@@ -244,6 +319,12 @@ def test_interval_of_a_trial_is_the_deciding_judges_in_its_last_report() -> None
     assert trial["interval"] == pytest.approx({"mean": 0.2, "low": 0.15, "high": 0.25})
     [trial] = found_of([done(1, 0.1)], objectives=["diversity", "reward"])["trials"]
     assert trial["interval"] is None and trial["values"] == {"diversity": 0.17, "reward": 0.1}
+
+
+def test_a_trial_judged_on_few_prompts_has_a_value_and_no_interval() -> None:
+    few = {"mean": 0.1, "no_interval": "an interval needs at least 10 prompts, got 6"}
+    [trial] = found_of([done(1, 0.1, judges={"clip": dict.fromkeys(("difference", "win_rate"), few)})])["trials"]
+    assert trial["interval"] is None and trial["values"] == {"reward": 0.1}
 
 
 def test_summary_and_page_need_neither_torch_nor_ray() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from made_up_trials import KNOBS, PAPER_POINT, confirmed, done, report, search_of
+from made_up_trials import KNOBS, PAPER_POINT, confirmed, done, heldout_ids, report, search_of
 
 from cdpo_ray.search import figures
 from cdpo_ray.search.findings import search_summary
@@ -12,10 +12,12 @@ from cdpo_ray.search.report import sections, write_report
 from cdpo_ray.search.trials import FAILED, RUNNING, Trial
 
 
-def page_of(trials, path: Path, *, num_knobs=10, gain=None, objectives=("reward",), importance=None, **given) -> str:
+def page_of(
+    trials, path: Path, *, num_knobs=10, gain=None, num_seeds=3, objectives=("reward",), importance=None, **given
+) -> str:
     runs = {"paper_runs": {}, "found_runs": {}}
     if gain is not None:
-        paper = np.random.default_rng(0).normal(0.02, 0.05, size=(3, 40))
+        paper = np.random.default_rng(0).normal(0.02, 0.05, size=(num_seeds, 40))
         runs = {"paper_runs": confirmed(paper.tolist()), "found_runs": confirmed((paper + gain).tolist())}
     found = search_summary(
         trials,
@@ -27,8 +29,7 @@ def page_of(trials, path: Path, *, num_knobs=10, gain=None, objectives=("reward"
         num_invalid=3,
         importance=importance,
         best_config="runs/tune/best.yaml",
-        num_resamples=200,
-        seed=0,
+        heldout_ids=heldout_ids(40),
         **runs | given,
     )
     write_report(found, path / "tune.html")
@@ -69,6 +70,21 @@ def test_the_colour_of_the_verdict_follows_the_verdict(gain, tone, sentence, tmp
     page = page_of(search_of(12, 2), tmp_path, num_knobs=2, gain=gain)
     [verdict] = re.findall(r'<ul class="headline">\n<li class="(\w+)">(.*?)</li>', page)
     assert verdict[0] == tone and sentence in verdict[1]
+
+
+def test_page_says_which_half_chose_and_which_half_judges(page: str) -> None:
+    assert "on the judging half of the held-out prompts (20), with 3 training seeds" in page
+    assert "On the choosing half (20), found − paper is +0.050 by clip, so\nthe found schedule is kept" in page
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_page_of_fewer_than_3_seeds_has_no_verdict_and_says_why(num_seeds: int, tmp_path: Path) -> None:
+    page = page_of(search_of(12, 2), tmp_path, num_knobs=2, gain=0.05, num_seeds=num_seeds)
+    reason = f"n interval needs at least 3 runs, got {num_seeds}; set `search.confirm_seeds` to at least 3"
+    assert '<li class="same">No verdict on trial ' in page and f": a{reason}" in page and f"<p>A{reason}" in page
+    assert '<td class="same">no verdict</td>' in page and '+0.050<span class="under">[no interval]</span>' in page
+    assert "The found schedule" not in page.split("<h2>")[0]
+    assert not re.search(r"\b(nan|None)\b", page)
 
 
 def test_every_trial_has_a_row_with_its_state(page: str) -> None:
