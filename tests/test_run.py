@@ -351,6 +351,33 @@ def embedded_config(embedded: Path, folder: Path, name: str, *, rounds: int = 1,
     )
 
 
+@pytest.mark.nightly  # in one process without Ray: tests/training/test_loop.py
+def test_fault_63_an_alarm_ends_training_with_the_last_healthy_lora_and_the_report_says_so(
+    embedded: Path, tmp_path: Path
+) -> None:
+    """The first update has no rise, because the policy is the reference; a large learning rate raises the error."""
+    health = {"max_error_rise": 1e-9, "window": 1, "on_alarm": "stop"}
+    config = embedded_config(embedded, tmp_path, "stopped", learning_rate=1e-2, ema_decay=0.5, health=health)
+    run = run_steps(config, STEPS)
+    write_reports(config)
+    manifest, (*_, last) = run.manifest("4-training"), updates_of(run)
+    number = int(last["update"])
+    assert manifest["counts"]["updates"] == number < 10
+    assert json.loads((run.step("4-training") / "stages.json").read_text())[-1]["is_stopped"]
+    sentence = f"Training stopped after update {number} of 10; the result is the LoRA after {number - 1}"
+    assert manifest["warnings"] == [manifest["details"]["health"]["alarm"]] and sentence in manifest["warnings"][0]
+    assert sentence in (run.path / "report.html").read_text()
+    weights = lora(run)
+    assert all(value.isfinite().all() for value in weights.values())
+    assert max(float(value.abs().max()) for name, value in weights.items() if ".lora_B." in name or ".up." in name) > 0
+    run_steps(config, STEPS)
+    assert run.manifest("4-training")["created"] == manifest["created"]
+
+
+def updates_of(run: RunFolder) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run.step("4-training") / "updates.jsonl").read_text().splitlines()]
+
+
 def beginning_as(run: RunFolder, name: str, *steps: str) -> RunFolder:
     """A run beside another, which finds these of its steps done."""
     folder = RunFolder(run.path.parent / name)

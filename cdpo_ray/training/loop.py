@@ -250,7 +250,7 @@ def train_stages(
                 group["lr"] = learning_rate(state.num_updates + 1)
             metrics = torch.stack(launches).mean(dim=0)
             launches.clear()
-            unread.append(torch.cat([metrics, _step(engine, guard, measured)]))
+            unread.append(torch.cat([metrics, step_and_measure(engine, guard, measured)]))
             if section.adaptive_beta and not skips:
                 margin = mean_over_workers(metrics[METRICS.index("margin")])
                 mean_margin.lerp_(margin, 1 - MEAN_MARGIN_MOMENTUM)
@@ -300,7 +300,7 @@ def _learning_rate(section: TrainingSection, num_updates: int) -> Callable[[int]
     )
 
 
-def _step(engine: deepspeed.DeepSpeedEngine, guard: Guard, measured: Sequence[nn.Parameter]) -> Tensor:
+def step_and_measure(engine: deepspeed.DeepSpeedEngine, guard: Guard, measured: Sequence[nn.Parameter]) -> Tensor:
     """Let the engine update the weights; returns `NORMS` on the device, the second only if there are parameters.
 
     Args:

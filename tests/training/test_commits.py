@@ -26,9 +26,10 @@ from cdpo_ray.training.commits import Commits, fault_of, names_of, newest_of, st
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
 from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages
 from cdpo_ray.training.losses import preference_loss
+from cdpo_ray.training.weight_copy import WeightCopy, averaging_share
 
 CPU = torch.device("cpu")
-GLOBAL_BATCH_SIZE, NUM_UPDATES = 4, 6
+GLOBAL_BATCH_SIZE, NUM_UPDATES, AVERAGE_DECAY = 4, 6, 0.6
 LEARNING_RATE = {"lora": 1e-4, "full": 1e-5}
 
 
@@ -48,6 +49,9 @@ def train(rank: int, num_workers: int, folder: Path, method: str, zero_stage: in
         empty_prompt_fraction=0.2,
         num_workers=num_workers,
         zero_stage=zero_stage,
+        adaptive_beta=0.6,
+        safeguard=0.9,
+        ema_decay=AVERAGE_DECAY if method == "lora" and zero_stage < 3 else None,
     )
     engine = start_engine(model.denoiser, policy.trainable, section, num_workers=num_workers)
     numbers = torch.Generator().manual_seed(0)
@@ -57,17 +61,27 @@ def train(rank: int, num_workers: int, folder: Path, method: str, zero_stage: in
     feed = Feed(bank, model.draw_times, empty, section, 7, rank, num_workers)
     draws = np.random.default_rng(0).integers(0, 2, 3 * GLOBAL_BATCH_SIZE)
     commits = Commits(folder, keep_last=2, device=engine.device)
+    named = {name: value for name, value in engine.module.named_parameters() if value.requires_grad}
+    average = WeightCopy("average", named) if section.ema_decay else None
     state = TrainingState()
     if newest := commits.newest(print):
         restore_training(engine, tensors_of(newest))
         state = TrainingState.of(state_of(newest))
+        if average:
+            average.restore(tensors_of(newest))
+
+    def update_average(state: TrainingState) -> None:
+        if average:
+            average.approach(averaging_share(state.num_updates, AVERAGE_DECAY))
 
     def commit(state: TrainingState) -> None:
-        commits.write(state.num_updates, asdict(state), training_tensors(engine))
+        averages = average.tensors() if average else ()
+        commits.write(state.num_updates, asdict(state), itertools.chain(training_tensors(engine), averages))
 
     callbacks = Callbacks(
         lambda state: StagePairs(state.stage, draws, np.zeros_like(draws), np.full_like(draws, state.stage)),
         stops=itertools.chain([False] * (stop_after - state.num_updates - 1), itertools.repeat(True)).__next__,
+        on_update=update_average,
         on_checkpoint=commit,
     )
     loss = partial(preference_loss, beta=section.beta)
@@ -118,7 +132,14 @@ def test_training_resumed_by_new_processes_ends_with_identical_tensors(
         assert torch.equal(value, found[name]), name
     assert state_of(quiet) == state_of(broken)
     moments = [value for name, value in expected.items() if name.startswith("exp_avg.")]
-    assert len(moments) == (len(expected) - 1) / 3 and max(float(value.abs().max()) for value in moments) > 0
+    averages = {name: value for name, value in expected.items() if name.startswith("average.")}
+    if method == "lora" and zero_stage < 3:
+        assert len(averages) == len(moments)
+        assert any(not torch.equal(value, expected[name.removeprefix("average.")]) for name, value in averages.items())
+    assert (
+        len(moments) == (len(expected) - len(averages) - 1) / 3
+        and max(float(value.abs().max()) for value in moments) > 0
+    )
 
 
 @pytest.mark.slow

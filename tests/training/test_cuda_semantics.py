@@ -22,7 +22,7 @@ from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.training.batches import PairBatch
 from cdpo_ray.training.engine import start_engine
-from cdpo_ray.training.loop import Guard
+from cdpo_ray.training.loop import Guard, step_and_measure
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import METRICS, loss_of_pairs
 
@@ -77,7 +77,9 @@ class Training:
         teacher_dir: Path | None = None,
         dtype: str = "float32",
         zero_stage: int = 0,
+        safeguard: float | None = None,
     ) -> None:
+        self.safeguard = safeguard
         family = "stable_diffusion" if family == "v_prediction" else family
         teacher = {"teacher": {"path": str(teacher_dir)}} if family == "latent_consistency" else {}
         self.model: TextToImageModel = load_model(
@@ -96,7 +98,7 @@ class Training:
 
     def launch(self) -> tuple[Tensor, Tensor]:
         loss = partial(preference_loss, beta=400.0)
-        return loss_of_pairs(self.policy, self.batch, preference_loss=loss)
+        return loss_of_pairs(self.policy, self.batch, preference_loss=loss, safeguard=self.safeguard)
 
     def update(self) -> Tensor:
         """One update as `train_stages` makes it; returns its metrics."""
@@ -104,7 +106,9 @@ class Training:
         self.guard.see(loss)
         self.engine.backward(loss)
         self.engine.basic_optimizer.skips, _ = self.guard.verdict(stops=False)
-        self.engine.step()
+        sharded = self.engine.zero_optimization_partition_weights()
+        norms = step_and_measure(self.engine, self.guard, [] if sharded else self.policy.trainable)
+        assert norms.shape == (1 if sharded else 2,)
         return metrics
 
     def weights(self) -> list[Tensor]:
@@ -190,7 +194,8 @@ def test_frozen_weights_keep_channels_last_and_trained_ones_are_contiguous(
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl", "latent_consistency", "flux"])
 def test_an_update_waits_for_the_device_once(models: TinyModels, family: str) -> None:
-    training = Training(models(family), family, LORA, teacher_dir=models("stable_diffusion"))
+    teacher_dir = models("stable_diffusion")
+    training = Training(models(family), family, LORA, teacher_dir=teacher_dir, safeguard=0.9)
     training.update()  # makes the optimizer's state
     with Waits() as waits:
         training.update()
