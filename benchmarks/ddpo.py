@@ -270,7 +270,7 @@ def train_ddpo(
         trajectories = sampler.sample(rows_of(conditioning, rows), seed, "ddpo", number)
         rewards = np.asarray(reward(model.decode(trajectories.latents[-1]), [prompts[row] for row in rows]))
         advantages = torch.from_numpy(statistics.advantages(rows, rewards)).float()
-        order = Permutation(len(rows), f"images of DDPO's round {number}", seed)(np.arange(len(rows)))
+        order = Permutation(len(rows), f"order of DDPO's round {number}", seed)(np.arange(len(rows)))
         clipped = [
             update(sampler, optimizer, trajectories, advantages, images, setting.clip_range)
             for images in np.array_split(order, len(numbers))

@@ -2,10 +2,12 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch.distributions import Normal
 
 from benchmarks.ddpo import (
@@ -72,6 +74,34 @@ def test_log_probabilities_are_those_of_the_addressed_noises_in_whatever_launch(
     stds = torch.stack([sampler.std(timestep) for timestep in sampler.timesteps])
     torch.testing.assert_close(found.log_probs, drawn - stds.log()[:, None], atol=1e-5, rtol=0)
     torch.testing.assert_close(sampler.log_probs(found.latents, conditioning), found.log_probs, atol=1e-5, rtol=0)
+
+
+def test_the_policy_gradient_is_the_gradient_of_the_expected_reward() -> None:
+    shift = torch.tensor([0.3], requires_grad=True)
+
+    def denoiser(latents: torch.Tensor, timesteps: torch.Tensor, **others: object) -> tuple[torch.Tensor]:
+        return (0.5 * latents + shift * (timesteps[:, None, None, None] / 1000),)
+
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1, clip_sample=False)
+    sampler = StochasticSampler(SimpleNamespace(denoiser=denoiser, pipeline=SimpleNamespace(scheduler=scheduler)), 4)
+    num_images, noise = 400_000, torch.randn(5, 400_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+
+    def run(initial: torch.Tensor, noises: torch.Tensor | list[float]) -> list[torch.Tensor]:
+        latents = [initial]
+        for timestep, drawn in zip(sampler.timesteps, noises, strict=True):
+            (prediction,) = denoiser(latents[-1], torch.full((len(initial),), timestep))
+            latents.append(sampler.mean(latents[-1], prediction, timestep) + sampler.std(timestep) * drawn)
+        return latents
+
+    expected = run(torch.zeros(1, 1, 1, 1), [0.0] * 4)[-1].sum()  # exact: the net is linear, and so is the reward
+    (exact,) = torch.autograd.grad(expected, shift)
+    with torch.no_grad():
+        latents = torch.stack(run(noise[0], noise[1:]))
+    rewards = latents[-1].flatten()
+    log_probs = sampler.log_probs(latents, {"prompt_embedding": torch.zeros(num_images, 1, 1)})
+    loss = clipped_loss(log_probs, log_probs.detach(), rewards - rewards.mean(), clip_range=1e-4).sum(dim=0).mean()
+    (found,) = torch.autograd.grad(loss, shift)
+    assert -found.item() == pytest.approx(exact.item(), rel=0.05)
 
 
 def test_the_loss_is_that_of_each_case_and_its_gradient_at_first_that_of_reinforce() -> None:
