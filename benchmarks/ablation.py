@@ -1,12 +1,15 @@
-"""Ablation of the curriculum in the embedded world: schedules at equal updates, seeds and samples.
+"""Ablation in the embedded world: curricula, losses and targets at equal updates, seeds and samples.
 
-Every arm trains on the same samples and scores (a pool), for the same number of updates of the same size, and is judged
-on held-out prompts from the same noises. Each run (arm, seed, pool) is a file in ``--out``: the same command resumes.
-Intervals are 95 %, by bootstrap over runs and prompts.
+Every arm trains on the same samples and scores (a pool) for the same number of updates of 16 pairs, and is judged on
+held-out prompts from the same noises: by the oracle, which is never trained on, and by the reward that is. Seed ``s``
+trains on pool ``s mod --pools``. Finished runs are lines of ``--records``, so the same command resumes, and
+``--table`` prints the tables of the recorded runs without computing anything. Intervals are 95 %, by crossed random
+effects of runs and prompts.
 
-    python benchmarks/ablation.py                                # all arms, 4 seeds, one pool
-    python benchmarks/ablation.py --arms plain,paper --seeds 8 --pools 2 --updates 1000
-    python benchmarks/ablation.py --arms base,plain --training '{"safeguard": 0}' --out runs/safeguard
+    python benchmarks/ablation.py --arms plain,paper --seeds 16
+    python benchmarks/ablation.py --arms plain,paper,easiest-only --reward perturbation --seeds 4
+    python benchmarks/ablation.py --world consistency --arms image,teacher,reversed-labels --seeds 4
+    python benchmarks/ablation.py --table
 """
 
 import argparse
@@ -14,9 +17,9 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +32,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from alone import form_group_alone
+from ddpo import Setting as DdpoSetting
+from ddpo import train_ddpo
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cdpo_ray.config.training import LoraSection, TrainingSection
+from cdpo_ray.config.training import TrainingSection
+from cdpo_ray.curriculum.combination import RankingRule
 from cdpo_ray.curriculum.pairs import PairArrays, concat
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
@@ -43,170 +49,291 @@ from cdpo_ray.models import load_model
 from cdpo_ray.pages.chart_style import BLUE, GREY, STYLE, VERMILLION
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.numbers import seed_of
-from cdpo_ray.rewards.scorer import Scorer
+from cdpo_ray.records import score_column
+from cdpo_ray.rewards.scorer import Scorer, load_reward
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import start_engine
 from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages
 from cdpo_ray.training.losses import preference_loss
 
-FAMILY, MODEL = "stable_diffusion", {"path": "embedded", "device": "cpu"}
-BETA, PAIRS_PER_UPDATE, NUM_STAGES = 200.0, 16, 4
-TRAINING = TrainingSection(beta=BETA, learning_rate=5e-4, global_batch_size=PAIRS_PER_UPDATE)
-TRAIN_SEED, HELDOUT_SEED = 0, 0
+PAIRS_PER_UPDATE, NUM_STAGES = 16, 4
+PROMPT_SEED, HELDOUT_SEED = 0, 0
 JUDGES = {"oracle": "attributes right", "clip": "CLIP"}
-BASE, PLAIN, EASIEST = "base", "plain", "easiest-only"
+BASE, PLAIN, PAPER = "base", "plain", "paper"
+EMBEDDED = {"path": "embedded"}
 
-PAPER = Schedule(num_stages=NUM_STAGES)
-ARMS: dict[str, tuple[str, Schedule | None]] = {
-    BASE: ("base model, not trained", None),
-    PLAIN: ("plain DPO", replace(PAPER, order="none")),
-    "paper": ("paper: easy to hard, cumulative", PAPER),
-    "one-stage": ("easy to hard, one stage at a time", replace(PAPER, pacing="one_stage")),
-    "hard-to-easy": ("hard to easy, cumulative", replace(PAPER, order="hard_to_easy")),
-    "random": ("levels dealt at random, cumulative", replace(PAPER, order="random")),
-    EASIEST: ("easiest level only", PAPER),
-    "shuffled": ("the paper's draws in no order", replace(PAPER, order="shuffled")),
-    "best-against-worst": ("best against worst only", replace(PAPER, order="best_against_worst")),
-    "released-code": ("released code: score gap > 0.1, linear", replace(PAPER, measure="score_gap", min_score_gap=0.1)),
-    "swapped": ("paper, labels swapped at random", replace(PAPER, label_noise=0.5)),
+
+@dataclass(frozen=True)
+class World:
+    """A model, how it is sampled, and the training keys that suit it."""
+
+    family: str
+    num_denoising_steps: int
+    guidance_scale: float
+    training: Mapping[str, Any]
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+
+WORLDS = {
+    "diffusion": World("stable_diffusion", 10, 1.0, {"beta": 200, "learning_rate": 5e-4}),
+    "consistency": World(
+        "latent_consistency",
+        2,
+        3.0,
+        {"beta": 400, "learning_rate": 5e-4},
+        {"guidance_range": (2.0, 2.0), "timesteps": {"num_denoising_steps": 2}},
+    ),
+}
+REWARDS = {
+    "clip": ("clip", {"clip": 1.0}),
+    "perturbation": ("perturbation", {"perturbation": 1.0}),
+    "agreement": ("pareto", {"clip": 1.0, "perturbation": 1.0}),
+}
+"""Reward -> rule and scores that rank the samples; all but `clip` train on images of perturbed prompts."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a table.
+
+    Attributes:
+        name: sentence for the table.
+        schedule: `None`: not trained on pairs.
+        training, model: keys of `TrainingSection` and of the model's ``load`` that differ from the world's.
+        reversed: train the stages of the schedule in the opposite order.
+        method: ``dpo`` or ``ddpo``.
+    """
+
+    name: str
+    schedule: Schedule | None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    reversed: bool = False
+    method: str = "dpo"
+
+
+CUMULATIVE = Schedule(num_stages=NUM_STAGES)
+ALL_PAIRS = replace(CUMULATIVE, order="none")
+EASIEST = replace(ALL_PAIRS, min_rank_gap=6)
+RELIABLE = replace(CUMULATIVE, min_rank_gap=4)
+WEIGHTED = replace(ALL_PAIRS, draws="by_measure")
+SAFE = {"safeguard": 0.9, "schedule": {"decay": "cosine"}}
+ARMS: dict[str, Arm] = {
+    BASE: Arm("base model, not trained", None),
+    PLAIN: Arm("plain DPO", ALL_PAIRS),
+    PAPER: Arm("paper: easy to hard, cumulative", CUMULATIVE),
+    "shuffled": Arm("the paper's draws in no order", replace(CUMULATIVE, order="shuffled")),
+    "reversed-stages": Arm("the paper's draws, last stage first", CUMULATIVE, reversed=True),
+    "hard-to-easy": Arm("hard to easy, cumulative", replace(CUMULATIVE, order="hard_to_easy")),
+    "one-stage": Arm("easy to hard, one level at a time", replace(CUMULATIVE, pacing="one_stage")),
+    "easiest-only": Arm("rank gaps 6 and 7 only", EASIEST),
+    "reliable": Arm("rank gaps from 4, easy to hard, cumulative", RELIABLE),
+    "gap-weighted": Arm("all pairs, drawn in proportion to the rank gap", WEIGHTED),
+    "plain-safe": Arm("plain DPO, safeguard and cosine decay", ALL_PAIRS, SAFE),
+    "paper-safe": Arm("paper, safeguard and cosine decay", CUMULATIVE, SAFE),
+    "easiest-safe": Arm("rank gaps 6 and 7 only, safeguard and cosine decay", EASIEST, SAFE),
+    "reliable-safe": Arm("rank gaps from 4, safeguard and cosine decay", RELIABLE, SAFE),
+    "gap-weighted-safe": Arm("drawn in proportion to the rank gap, safeguard and cosine decay", WEIGHTED, SAFE),
+    "best-against-worst": Arm("best against worst only", replace(CUMULATIVE, order="best_against_worst")),
+    "released-code": Arm(
+        "released code: levels by score gap > 0.1", replace(CUMULATIVE, measure="score_gap", min_score_gap=0.1)
+    ),
+    "swapped": Arm("paper, labels random (control)", replace(CUMULATIVE, label_noise=0.5)),
+    "reversed-labels": Arm("paper, labels reversed (control)", replace(CUMULATIVE, label_noise=1.0)),
+    "sft": Arm("fine-tuning on the paper's chosen images", CUMULATIVE, {"loss": "sft"}),
+    "ddpo": Arm("DDPO, as many images and updates", None, method="ddpo"),
 }
 
 
 @dataclass(frozen=True)
-class Size:
-    """Sizes of a run."""
+class Setting:
+    """What the arms of one table share."""
 
+    world: str
+    reward: str
+    updates: int
     prompts: int
     images: int
-    updates: int
     heldout: int
     heldout_images: int
 
+    @property
+    def pool_name(self) -> str:
+        """Folder of the samples, which rewards that rank the same images share."""
+        kind = "plain" if self.reward == "clip" else "perturbed"
+        return f"{self.world}-{kind}-{self.prompts}x{self.images}"
 
-def make_pool(folder: Path, pool: int, size: Size) -> None:
-    """Generate samples with their CLIP scores, as in `1-samples`."""
+
+Key = tuple[Setting, str, int, int]
+"""Setting, arm, seed and pool of a run."""
+Records = dict[Key, dict[str, Any]]
+
+
+def make_pool(folder: Path, pool: int, setting: Setting) -> None:
+    """Generate samples with their scores, as in `1-samples`."""
     torch.set_num_threads(1)
-    sampling = Sampling(pool, size.images, 10, 1.0, None, None, images_per_batch=8)
-    generator = Generator(FAMILY, MODEL, sampling, make_scores=partial(Scorer, {"clip": {}}), keep_pixels=False)
-    prompts = scene_prompts("train", size.prompts, TRAIN_SEED)
+    world = WORLDS[setting.world]
+    masked = None if setting.reward == "clip" else 1.0
+    sampling = replace(_sampling(world, pool, setting.images), max_masked_fraction=masked)
+    make_scores = partial(Scorer, {"clip": {}})
+    generator = Generator(world.family, dict(EMBEDDED), sampling, make_scores=make_scores, keep_pixels=False)
+    prompts = scene_prompts("train", setting.prompts, PROMPT_SEED)
     rows = pa.table({"prompt_index": pa.array(range(len(prompts)), pa.int64()), "prompt": prompts})
     made = pa.concat_tables([generator(rows.slice(start, 1)) for start in range(len(prompts))])
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(made, folder / "samples.parquet.tmp")
     (folder / "samples.parquet.tmp").rename(folder / "samples.parquet")
 
 
-def pairs_of_stages(arm: str, curriculum: Curriculum, pairs_per_stage: int) -> list[PairArrays]:
-    """Pairs of each stage of an arm."""
-    if arm == EASIEST:
-        whole_run = curriculum.plan(1, NUM_STAGES * pairs_per_stage)[0]
-        return [whole_run.take(places) for places in np.split(np.arange(len(whole_run)), NUM_STAGES)]
-    return [curriculum.plan(stage, pairs_per_stage)[0] for stage in range(1, NUM_STAGES + 1)]
-
-
-def run_arm(arm: str, seed: int, pool_dir: Path, size: Size, output: Path, training: TrainingSection) -> float:
-    """Train one arm, judge it on held-out prompts, write its ``[prompt, image]`` scores and pairs; returns seconds."""
+def run_arm(key: Key, pool_dir: Path) -> dict[str, Any]:
+    """Train one arm and judge it on held-out prompts: mean scores ``[prompt]`` of each judge, and diagnostics."""
+    setting, name, seed, _ = key
     started = time.perf_counter()
     torch.set_num_threads(1)
-    model = load_model(FAMILY, **MODEL)
-    result: dict[str, Any] = {"arm": arm, "seed": seed}
-    schedule = ARMS[arm][1]
-    if schedule:
-        result |= train(model, arm, schedule, seed, pool_dir, size, training)
-    prompts = scene_prompts("heldout", size.heldout, HELDOUT_SEED)
-    sampling = Sampling(HELDOUT_SEED, size.heldout_images, 10, 1.0, None, None, images_per_batch=32)
+    world, arm = WORLDS[setting.world], ARMS[name]
+    model = load_model(world.family, **EMBEDDED, keep_vae=True, for_training=True, **{**world.model, **arm.model})
+    result: dict[str, Any] = {}
+    if arm.method == "ddpo":
+        ddpo = DdpoSetting(num_images=setting.prompts * setting.images, num_updates=setting.updates)
+        train_ddpo(
+            model, load_reward("clip", {}), scene_prompts("train", setting.prompts, PROMPT_SEED), ddpo, seed=seed
+        )
+    elif arm.schedule:
+        result |= train(model, world, arm, setting, seed, pool_dir)
+    prompts = scene_prompts("heldout", setting.heldout, HELDOUT_SEED)
     scorer = Scorer({judge: {} for judge in JUDGES})
     conditioning, _ = model.encode_prompts(prompts)
-    scores = [scorer(batch.images, batch.prompts) for batch in sample_batches(model, prompts, conditioning, sampling)]
+    batches = sample_batches(model, prompts, conditioning, _sampling(world, HELDOUT_SEED, setting.heldout_images))
+    scores = [scorer(batch.images, batch.prompts) for batch in batches]
     for judge in JUDGES:
-        result[judge] = np.concatenate([batch[judge] for batch in scores]).reshape(size.heldout, -1).tolist()
-    result["seconds"] = time.perf_counter() - started
-    aside = output.with_suffix(".tmp")
-    aside.write_text(json.dumps(result))
-    aside.rename(output)
-    return float(result["seconds"])
+        of_images = np.concatenate([batch[judge] for batch in scores]).reshape(setting.heldout, -1)
+        result[judge] = [round(float(mean), 5) for mean in of_images.mean(axis=1)]
+    return result | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def train(
-    model: Any,
-    arm: str,
-    schedule: Schedule,
-    seed: int,
-    pool_dir: Path,
-    size: Size,
-    training: TrainingSection = TRAINING,
-) -> dict[str, Any]:
-    """Train a LoRA into the model; returns the mean rank gap and the chosen's change of error at the end."""
+def train(model: Any, world: World, arm: Arm, setting: Setting, seed: int, pool_dir: Path) -> dict[str, float]:
+    """Train a LoRA into the model; returns the mean rank gap, and changes of error in the last quarter."""
     if not torch.distributed.is_initialized():
         form_group_alone("cpu")
+    section = TrainingSection(global_batch_size=PAIRS_PER_UPDATE, **{**world.training, **arm.training})
     bank = SampleBank.read(pool_dir)
-    table = pq.read_table(pool_dir / "samples.parquet", columns=["prompt_index", "score_clip"]).sort_by("prompt_index")
-    curriculum = Curriculum(rank_samples(np.array(table["score_clip"].to_pylist())), schedule, seed=seed)
-    stages = pairs_of_stages(arm, curriculum, size.updates // NUM_STAGES * PAIRS_PER_UPDATE)
-    policy = make_policy(model, LoraSection(), seed=seed_of(seed, "lora"))
-    engine = start_engine(model.denoiser.train(), policy.trainable, training, num_workers=1)
-    feed = Feed(bank, model.draw_times, model.empty_conditioning, training, seed)
+    stages = draw(arm, setting, seed, pool_dir)
+    policy = make_policy(model, section.lora, seed=seed_of(seed, "lora"))
+    engine = start_engine(model.denoiser.train(), policy.trainable, section, num_workers=1)
+    feed = Feed(bank, model.draw_times, model.empty_conditioning, section, seed)
     columns = ("prompt", "chosen", "rejected")
     callbacks = Callbacks(
         lambda state: StagePairs(state.stage, *(getattr(stages[state.stage - 1], name) for name in columns))
     )
-    loss = partial(preference_loss, beta=training.beta, **training.loss.arguments)
+    loss = partial(preference_loss, beta=section.beta, **section.loss.arguments)
     state = train_stages(engine, policy, feed, TrainingState(), callbacks, num_stages=NUM_STAGES, preference_loss=loss)
     model.denoiser.eval()
-    last = state.records[-max(1, size.updates // NUM_STAGES) :]
-    shown = concat(stages)
+    last = state.records[-max(1, setting.updates // NUM_STAGES) :]
     return {
-        "rank_gap": float(shown.rank_gap.mean()),
-        "chosen_error_change": float(np.mean([record["error_change_w"] for record in last])),
+        "rank_gap": float(concat(stages).rank_gap.mean()),
+        **{
+            f"{side}_error_change": float(np.mean([r[f"policy_error_{s}"] - r[f"reference_error_{s}"] for r in last]))
+            for side, s in (("chosen", "w"), ("rejected", "l"))
+        },
     }
 
 
-def scores_of(out: Path, arm: str, runs: Sequence[tuple[int, int]], judge: str) -> NDArray[np.float64]:
-    """``[run, prompt]`` scores, mean over images."""
-    return np.array([_read(out, arm, *run)[judge] for run in runs]).mean(axis=2)
+def draw(arm: Arm, setting: Setting, seed: int, pool_dir: Path) -> list[PairArrays]:
+    """Pairs of each stage."""
+    assert arm.schedule is not None, "called for trained arms only"
+    rank_by, weights = REWARDS[setting.reward]
+    rule = RankingRule(rank_by, weights)
+    columns = [score_column(name) for name in weights]
+    table = pq.read_table(pool_dir / "samples.parquet", columns=["prompt_index", *columns]).sort_by("prompt_index")
+    scores = np.stack([np.array(table[column].to_pylist()) for column in columns], axis=2)
+    curriculum = Curriculum(rank_samples(rule.combine(scores)), arm.schedule, seed=seed)
+    per_stage = setting.updates // NUM_STAGES * PAIRS_PER_UPDATE
+    stages = [curriculum.plan(stage, per_stage)[0] for stage in range(1, NUM_STAGES + 1)]
+    return stages[::-1] if arm.reversed else stages
 
 
-def findings(out: Path, arms: Sequence[str], runs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """One row per arm: means, differences to base and to plain DPO with intervals, spread over runs."""
+def _sampling(world: World, seed: int, images: int) -> Sampling:
+    return Sampling(seed, images, world.num_denoising_steps, world.guidance_scale, None, None, images_per_batch=32)
+
+
+def read_records(path: Path) -> Records:
+    """Finished runs of a file of JSON lines."""
+    records: Records = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        run = json.loads(line)
+        records[Setting(**run.pop("setting")), run.pop("arm"), run.pop("seed"), run.pop("pool")] = run
+    return records
+
+
+def append_record(path: Path, key: Key, run: Mapping[str, Any]) -> None:
+    """Append a finished run."""
+    setting, arm, seed, pool = key
+    line = {"setting": asdict(setting), "arm": arm, "seed": seed, "pool": pool, **run}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def differences(records: Records, setting: Setting, arm: str, other: str, judge: str) -> NDArray[np.float64]:
+    """``[run, prompt]`` scores of an arm minus those of another, of the seeds and pools that both have."""
+
+    def runs_of(name: str) -> dict[tuple[int, int], Any]:
+        return {(key[2], key[3]): run[judge] for key, run in records.items() if key[:2] == (setting, name)}
+
+    mine, theirs = runs_of(arm), runs_of(other)
+    if other == BASE:
+        theirs = dict.fromkeys(mine, *theirs.values())
+    return np.array([np.subtract(mine[run], theirs[run]) for run in sorted(mine) if run in theirs])
+
+
+def findings(records: Records, setting: Setting) -> list[dict[str, Any]]:
+    """One row per arm: means, differences to base, plain DPO and the paper's curriculum, and diagnostics."""
     rows = []
-    for arm in arms:
-        row: dict[str, Any] = {"arm": arm, "name": ARMS[arm][0]}
+    for arm in ARMS:
+        runs = [run for key, run in records.items() if key[:2] == (setting, arm)]
+        if not runs:
+            continue
+        row: dict[str, Any] = {"arm": arm, "name": ARMS[arm].name, "runs": len(runs)}
         for judge in JUDGES:
-            mine = scores_of(out, arm, runs, judge)
-            row[judge] = float(mine.mean())
-            row[f"{judge}_spread"] = float(mine.mean(axis=1).std(ddof=1)) if len(runs) > 1 else 0.0
-            for other in (BASE, PLAIN):
-                if other in arms and arm != other:
-                    difference = mean_over_runs(mine - scores_of(out, other, runs, judge))
-                    row[f"{judge}_to_{other}"] = astuple(difference)
-        for extra in ("rank_gap", "chosen_error_change"):
-            if ARMS[arm][1]:
-                row[extra] = float(np.mean([_read(out, arm, *run)[extra] for run in runs]))
+            means = np.array([run[judge] for run in runs]).mean(axis=1)
+            row[judge] = float(means.mean())
+            row[f"{judge}_spread"] = float(means.std(ddof=1)) if len(runs) > 1 else None
+            for other in (BASE, PLAIN, PAPER):
+                found = differences(records, setting, arm, other, judge) if arm != other else np.empty(0)
+                if len(found):
+                    row[f"{judge}_to_{other}"] = asdict(mean_over_runs(found))
+        for extra in ("rank_gap", "chosen_error_change", "rejected_error_change", "seconds"):
+            values = [run[extra] for run in runs if extra in run]
+            row[extra] = float(np.mean(values)) if values else None
         rows.append(row)
     return rows
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
+def print_table(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a Markdown table."""
-    head = "arm", "attributes right", "to base", "to plain", "CLIP to base", "spread", "mean rank gap", "chosen's error"
-    print(f"| {' | '.join(head)} |")
-    print("|---" * len(head) + "|")
+    print(f"\n{title_of(setting)}\n")
+    head = (
+        "arm", "runs", "attributes right", "to base", "to plain DPO", "to the paper's", "spread", "CLIP to base",
+        "CLIP to plain DPO", "mean rank gap", "chosen's error",
+    )  # fmt: skip
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for row in rows:
+        spread, gap, change = row["oracle_spread"], row["rank_gap"], row["chosen_error_change"]
         cells = [
             row["name"],
+            str(row["runs"]),
             f"{row['oracle']:.3f}",
-            _interval_text(row.get("oracle_to_base")),
-            _interval_text(row.get("oracle_to_plain")),
-            _interval_text(row.get("clip_to_base")),
-            f"{row['oracle_spread']:.3f}" if row["arm"] != BASE else "",
-            f"{row['rank_gap']:.2f}" if "rank_gap" in row else "",
-            f"{row['chosen_error_change']:+.4f}" if "rank_gap" in row else "",
+            *(_difference(row.get(f"oracle_to_{other}")) for other in (BASE, PLAIN, PAPER)),
+            "" if spread is None else f"{spread:.3f}",
+            *(_difference(row.get(f"clip_to_{other}")) for other in (BASE, PLAIN)),
+            "" if gap is None else f"{gap:.2f}",
+            "" if change is None else f"{change:+.4f}",
         ]
         print(f"| {' | '.join(cells)} |")
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
+def draw_figure(setting: Setting, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Plot each arm's difference to the base model and to plain DPO, with intervals."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.5, 1.2 + 0.32 * len(rows)), layout="constrained")
@@ -214,79 +341,87 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
         for side, other, name in ((axes[0], BASE, "base model"), (axes[1], PLAIN, "plain DPO")):
             side.axvline(0, color=GREY, lw=0.9, ls="--")
             for height, row in enumerate(reversed(rows)):
-                if found := row.get(f"oracle_to_{other}"):
-                    mean, low, high = found
+                found = row.get(f"oracle_to_{other}")
+                if found and "low" in found:
+                    mean, low, high = found["mean"], found["low"], found["high"]
                     colour = BLUE if low > 0 else VERMILLION if high < 0 else GREY
                     reach = [[mean - low], [high - mean]]
                     side.errorbar(mean, height, xerr=reach, fmt="o", color=colour, capsize=3, markersize=5, lw=1.6)
             side.set_title(f"difference to {name}, 95 %")
             side.grid(visible=False, axis="y")
-        axes[0].set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        axes[0].set_yticks(range(len(rows)), [f"{row['name']} ({row['runs']})" for row in reversed(rows)])
+        figure.suptitle(f"attributes right: {title_of(setting)}", x=0.01, ha="left", fontsize=10)
         figure.savefig(path, dpi=160)
 
 
-def _interval_text(found: tuple[float, float, float] | None) -> str:
-    return f"{found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}]" if found else ""
+def title_of(setting: Setting) -> str:
+    """One line about a table."""
+    return (
+        f"{setting.world} model, ranked by {setting.reward}, {setting.updates} updates,"
+        f" {setting.heldout} held-out prompts x {setting.heldout_images}"
+    )
 
 
-def _read(out: Path, arm: str, seed: int, pool: int) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(_path(out, arm, seed, pool).read_text())
-    return result
+def _difference(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if "low" not in found:
+        return f"{found['mean']:+.3f}"
+    return f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
 
 
-def _path(out: Path, arm: str, seed: int, pool: int) -> Path:
-    if arm == BASE:  # no seed of training, no pool
-        seed, pool = 0, 0
-    return out / f"{arm}-seed{seed}-pool{pool}.json"
+def _compute(missing: Sequence[Key], pools_dir: Path, records: Path, num_processes: int) -> None:
+    """Run what is missing, and append each run to the records."""
+    folders = {key: pools_dir / f"{key[0].pool_name}-{key[3]}" for key in missing}
+    needed = {folder: key for key, folder in folders.items() if not (folder / "samples.parquet").is_file()}
+    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as workers:
+        made = [workers.submit(make_pool, folder, key[3], key[0]) for folder, key in needed.items()]
+        for task in tqdm(as_completed(made), total=len(made), desc="pools", unit="pool", disable=not made):
+            task.result()
+        tasks = {workers.submit(run_arm, key, folder): key for key, folder in folders.items()}
+        for task in tqdm(as_completed(tasks), total=len(tasks), desc="ablation", unit="run"):
+            append_record(records, tasks[task], task.result())
+
+
+def _seeds(text: str) -> range:
+    first, _, last = text.rpartition("-")
+    return range(int(first), int(last) + 1) if first else range(int(last))
 
 
 def main() -> None:
-    """Make missing pools and runs, then the table and the figure."""
+    """Run missing runs, then print the tables and draw the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", default=",".join(ARMS), help="names, comma-separated: %(default)s")
-    parser.add_argument(
-        "--seeds", type=int, default=4, help="number of training seeds (draws, noise, LoRA initialisation)"
-    )
-    parser.add_argument("--pools", type=int, default=1, help="number of sample sets; every seed trains on each")
+    parser.add_argument("--arms", default=f"{PLAIN},{PAPER}", help=f"comma-separated, of: {', '.join(ARMS)}")
+    parser.add_argument("--world", choices=WORLDS, default="diffusion")
+    parser.add_argument("--reward", choices=REWARDS, default="clip")
+    parser.add_argument("--seeds", type=_seeds, default=range(4), help="number of seeds, or first-last")
+    parser.add_argument("--pools", type=int, default=2, help="number of sample sets: seed s trains on s mod this")
     parser.add_argument("--updates", type=int, default=200, help="updates of all stages; 16 pairs each")
-    parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--images", type=int, default=8, help="images per prompt")
+    parser.add_argument("--prompts", type=int, default=128, help="number of training prompts")
+    parser.add_argument("--images", type=int, default=8, help="images per training prompt")
     parser.add_argument("--heldout", type=int, default=96, help="number of held-out prompts")
     parser.add_argument("--heldout-images", type=int, default=4, help="images per held-out prompt")
-    parser.add_argument(
-        "--training", type=json.loads, default={}, help="JSON: other keys of `training`; give another --out, too"
-    )
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--records", type=Path, default=Path("benchmarks/ablation.jsonl"), help="file of finished runs")
+    parser.add_argument("--work-dir", type=Path, default=Path("runs/ablation"), help="folder of samples and figures")
+    parser.add_argument("--table", action="store_true", help="run nothing; print all tables of the records")
     options = parser.parse_args()
-    arms, training = options.arms.split(","), TrainingSection(**{**TRAINING.model_dump(), **options.training})
+    arms = options.arms.split(",")
     if unknown := [arm for arm in arms if arm not in ARMS]:
         parser.error(f"unknown arms {', '.join(unknown)}; known: {', '.join(ARMS)}")
-    size = Size(options.prompts, options.images, options.updates, options.heldout, options.heldout_images)
-    out = options.out / f"u{size.updates}-p{size.prompts}x{size.images}-h{size.heldout}x{size.heldout_images}"
-    out.mkdir(parents=True, exist_ok=True)
-    runs = [(seed, pool) for pool in range(options.pools) for seed in range(options.seeds)]
-    pools = {pool: out / f"pool-{pool}" for pool in range(options.pools)}
-    started = time.perf_counter()
-    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as workers:
-        missing = [pool for pool, folder in pools.items() if not (folder / "samples.parquet").is_file()]
-        list(workers.map(partial(make_pool, size=size), [pools[pool] for pool in missing], missing))
-        wanted = {_path(out, arm, *run): (arm, *run) for run in runs for arm in arms}
-        tasks = [
-            workers.submit(run_arm, arm, seed, pools[pool], size, path, training)
-            for path, (arm, seed, pool) in wanted.items()
-            if not path.is_file()
-        ]
-        for task in tqdm(as_completed(tasks), total=len(tasks), desc="ablation", unit="run"):
-            task.result()
-    rows = findings(out, arms, runs)
-    print_table(rows)
-    (out / "findings.json").write_text(json.dumps(rows, indent=1))
-    judged = f"{size.heldout} held-out prompts x {size.heldout_images}"
-    title = f"attributes right: {size.updates} updates, {len(runs)} runs an arm, {judged}"
-    draw(rows, out / "ablation.png", title=title)
-    print(f"{len(tasks)} runs in {(time.perf_counter() - started) / 60:.1f} min; {out / 'ablation.png'}")
+    sizes = {name: getattr(options, name) for name in ("updates", "prompts", "images", "heldout", "heldout_images")}
+    setting, done = Setting(options.world, options.reward, **sizes), read_records(options.records)
+    if not options.table:
+        wanted: list[Key] = [(setting, BASE, 0, 0)]  # neither a seed of training nor a pool
+        wanted += [(setting, arm, seed, seed % options.pools) for seed in options.seeds for arm in arms if arm != BASE]
+        missing = [key for key in wanted if key not in done]
+        _compute(missing, options.work_dir, options.records, options.processes)
+        done = read_records(options.records)
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    for shown in dict.fromkeys(key[0] for key in done) if options.table else [setting]:
+        rows = findings(done, shown)
+        print_table(shown, rows)
+        draw_figure(shown, rows, options.work_dir / f"{shown.world}-{shown.reward}-{shown.updates}.png")
 
 
 if __name__ == "__main__":
