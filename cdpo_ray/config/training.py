@@ -160,8 +160,9 @@ class TrainingSection(Section):
 
     safeguard: Annotated[float, Field(ge=0, le=1)] | None = None
     """Scales down the gradient of a rejected image so that, to first order and seen from the model's output, this share
-    of the descent of its chosen image's error remains (arXiv:2511.03317; published: 0.6 to 0.9). Try 0.9 if the
-    chosen's error rises; values near 0 rarely have an effect. `null`: off."""
+    of the descent of its chosen image's error remains (arXiv:2511.03317; published: 0.6 to 0.9). Try 0.5 if the
+    chosen's error rises; values near 0 rarely have an effect, and values near 1 train on the chosen images alone. In
+    the embedded world (`docs/log.md`) 0.5 cut the rise to a quarter, and 0.9 lost the gain with it. `null`: off."""
 
     reference: Literal["base", "last_round"] = "base"
     """Frozen reference of later rounds: the base model, or the model that the round started from (needs `rounds` >

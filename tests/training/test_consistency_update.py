@@ -145,6 +145,7 @@ def test_loss_and_margin_are_those_of_merged_weights_and_the_schedulers_in_float
         "margin": margin.mean(),
         "loss": np.log1p(np.exp(-margin)).mean(),
         "implicit_accuracy": (margin > 0).mean(),
+        **{f"error_change_{side}": (found[side][:, 0] - found[side][:, 1]).mean() for side in "wl"},
     }
     loss, metrics = loss_and_metrics(policy, batch)
     assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-3)

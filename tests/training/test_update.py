@@ -129,6 +129,10 @@ def test_loss_and_margin_are_those_of_merged_weights_and_the_scheduler_in_float6
         "margin": margin.mean().item(),
         "loss": torch.log1p(torch.exp(-margin)).mean().item(),
         "implicit_accuracy": (margin > 0).double().mean().item(),
+        **{
+            f"error_change_{arm}": (errors[f"policy_error_{arm}"] - errors[f"reference_error_{arm}"]).mean().item()
+            for arm in "wl"
+        },
     }
     loss, metrics = loss_and_metrics(policy, batch)
     assert metrics == pytest.approx(expected, rel=1e-4, abs=2e-3)
