@@ -118,7 +118,7 @@ ALL_PAIRS = replace(CUMULATIVE, order="none")
 EASIEST = replace(ALL_PAIRS, min_rank_gap=6)
 RELIABLE = replace(CUMULATIVE, min_rank_gap=4)
 WEIGHTED = replace(ALL_PAIRS, draws="by_measure")
-SAFE = {"safeguard": 0.9, "schedule": {"decay": "cosine"}}
+SAFE = {"safeguard": 0.5, "schedule": {"decay": "cosine"}}
 ARMS: dict[str, Arm] = {
     BASE: Arm("base model, not trained", None),
     PLAIN: Arm("plain DPO", ALL_PAIRS),
