@@ -54,7 +54,7 @@ from cdpo_ray.rewards.scorer import Scorer, load_reward
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import start_engine
-from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages
+from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, UpdateRecord, train_stages
 from cdpo_ray.training.losses import preference_loss
 
 PAIRS_PER_UPDATE, NUM_STAGES = 16, 4
@@ -89,8 +89,11 @@ REWARDS = {
     "clip": ("clip", {"clip": 1.0}),
     "perturbation": ("perturbation", {"perturbation": 1.0}),
     "agreement": ("pareto", {"clip": 1.0, "perturbation": 1.0}),
+    "jpeg_size": ("jpeg_size", {"jpeg_size": 1.0}),
 }
-"""Reward -> rule and scores that rank the samples; all but `clip` train on images of perturbed prompts."""
+"""Reward -> rule and scores that rank the samples."""
+PERTURBED = ("perturbation", "agreement")
+"""Rewards that rank images of perturbed prompts."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ class Setting:
     @property
     def pool_name(self) -> str:
         """Folder of the samples, which rewards that rank the same images share."""
-        kind = "plain" if self.reward == "clip" else "perturbed"
+        kind = "perturbed" if self.reward in PERTURBED else "plain"
         return f"{self.world}-{kind}-{self.prompts}x{self.images}"
 
 
@@ -174,9 +177,9 @@ def make_pool(folder: Path, pool: int, setting: Setting) -> None:
     """Generate samples with their scores, as in `1-samples`."""
     torch.set_num_threads(1)
     world = WORLDS[setting.world]
-    masked = None if setting.reward == "clip" else 1.0
+    masked = 1.0 if setting.reward in PERTURBED else None
     sampling = replace(_sampling(world, pool, setting.images), max_masked_fraction=masked)
-    make_scores = partial(Scorer, {"clip": {}})
+    make_scores = partial(Scorer, {"clip": {}, "jpeg_size": {}})
     generator = Generator(world.family, dict(EMBEDDED), sampling, make_scores=make_scores, keep_pixels=False)
     prompts = scene_prompts("train", setting.prompts, PROMPT_SEED)
     rows = pa.table({"prompt_index": pa.array(range(len(prompts)), pa.int64()), "prompt": prompts})
@@ -201,7 +204,9 @@ def run_arm(key: Key, pool_dir: Path) -> dict[str, Any]:
             model, load_reward("clip", {}), scene_prompts("train", setting.prompts, PROMPT_SEED), ddpo, seed=seed
         )
     elif arm.schedule:
-        result |= train(model, world, arm, setting, seed, pool_dir)
+        stages = draw(arm, setting, seed, pool_dir)
+        records = train(model, world, arm, stages, seed, pool_dir)
+        result |= diagnostics(records, stages)
     prompts = scene_prompts("heldout", setting.heldout, HELDOUT_SEED)
     scorer = Scorer({judge: {} for judge in JUDGES})
     conditioning, _ = model.encode_prompts(prompts)
@@ -213,13 +218,14 @@ def run_arm(key: Key, pool_dir: Path) -> dict[str, Any]:
     return result | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def train(model: Any, world: World, arm: Arm, setting: Setting, seed: int, pool_dir: Path) -> dict[str, float]:
-    """Train a LoRA into the model; returns the mean rank gap, and changes of error in the last quarter."""
+def train(
+    model: Any, world: World, arm: Arm, stages: Sequence[PairArrays], seed: int, pool_dir: Path
+) -> Sequence[UpdateRecord]:
+    """Train a LoRA into the model on the pairs of each stage; returns one record per update."""
     if not torch.distributed.is_initialized():
         form_group_alone("cpu")
     section = TrainingSection(global_batch_size=PAIRS_PER_UPDATE, **{**world.training, **arm.training})
     bank = SampleBank.read(pool_dir)
-    stages = draw(arm, setting, seed, pool_dir)
     policy = make_policy(model, section.lora, seed=seed_of(seed, "lora"))
     engine = start_engine(model.denoiser.train(), policy.trainable, section, num_workers=1)
     feed = Feed(bank, model.draw_times, model.empty_conditioning, section, seed)
@@ -228,9 +234,14 @@ def train(model: Any, world: World, arm: Arm, setting: Setting, seed: int, pool_
         lambda state: StagePairs(state.stage, *(getattr(stages[state.stage - 1], name) for name in columns))
     )
     loss = partial(preference_loss, beta=section.beta, **section.loss.arguments)
-    state = train_stages(engine, policy, feed, TrainingState(), callbacks, num_stages=NUM_STAGES, preference_loss=loss)
+    state = train_stages(engine, policy, feed, TrainingState(), callbacks, num_stages=len(stages), preference_loss=loss)
     model.denoiser.eval()
-    last = state.records[-max(1, setting.updates // NUM_STAGES) :]
+    return state.records
+
+
+def diagnostics(records: Sequence[UpdateRecord], stages: Sequence[PairArrays]) -> dict[str, float]:
+    """Mean rank gap of the drawn pairs, and changes of error in the last stage."""
+    last = [record for record in records if record["stage"] == len(stages)]
     return {
         "rank_gap": float(concat(stages).rank_gap.mean()),
         **{
