@@ -32,6 +32,7 @@ from cdpo_ray.training.health import highest_error_rise
 from cdpo_ray.training.loop import UpdateRecord
 
 SHOWN_PROMPTS = 8
+SHOWN_JUDGES = (*JUDGES, "jpeg_size")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class Judged:
-    """Held-out images uint8 ``[prompt, height, width, 3]``, the first of each prompt, and scores ``[prompt, image]``."""
+    """First image of each held-out prompt, uint8 ``[prompt, height, width, 3]``, and scores ``[prompt, image]``."""
 
     images: NDArray[np.uint8]
     scores: Mapping[str, NDArray[np.float64]]
@@ -64,10 +65,10 @@ def judge_heldout(model: Any, setting: Setting) -> Judged:
     world, prompts = WORLDS[setting.world], scene_prompts("heldout", setting.heldout, HELDOUT_SEED)
     steps, scale = world.num_denoising_steps, world.guidance_scale
     sampling = Sampling(HELDOUT_SEED, setting.heldout_images, steps, scale, None, None, images_per_batch=32)
-    scorer = Scorer({judge: {} for judge in (*JUDGES, "jpeg_size")})
+    scorer = Scorer({judge: {} for judge in SHOWN_JUDGES})
     batches = list(sample_batches(model, prompts, model.encode_prompts(prompts)[0], sampling, scorer))
     images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy()
-    scores = {name: np.concatenate([batch.scores[name] for batch in batches]) for name in scorer.names}
+    scores = {name: np.concatenate([batch.scores[name] for batch in batches]) for name in SHOWN_JUDGES}
     per_prompt = setting.heldout_images
     return Judged(images[::per_prompt], {name: values.reshape(-1, per_prompt) for name, values in scores.items()})
 
@@ -134,7 +135,7 @@ def main() -> None:
         tuned = judge_heldout(model, setting)
         draw_example(example, records, base, tuned, options.out / f"training_{example.name}.png")
         cells = []
-        for judge in (*JUDGES, "jpeg_size"):
+        for judge in SHOWN_JUDGES:
             found = compare_scores(base.scores[judge], tuned.scores[judge], num_resamples=2000, seed=0)
             cells.append(f"{found.base.mean:.3f} -> {found.tuned.mean:.3f}")
         rise = highest_error_rise(records, num_updates=options.updates, window=window)
