@@ -67,8 +67,6 @@ def test_the_lora_of_a_family_makes_the_judged_images_in_the_stock_pipeline(
 ) -> None:
     """Run all steps; base and LoRA, loaded into diffusers' pipeline, make the images of both arms."""
     model: dict[str, Any] = {"path": str(tiny_models(family))}
-    if family == "latent_consistency":
-        model["teacher"] = {"path": str(tiny_models("stable_diffusion"))}
     config = make_config(family, model, tmp_path)
     run: RunFolder = run_steps(config, STEPS)
     stock = DiffusionPipeline.from_pretrained(model["path"], dtype=torch.float32)

@@ -32,11 +32,10 @@ TinyModels = Callable[[str], Path]
 def trained_lora(
     folder: Path, model_dir: Path, family: str = "stable_diffusion", *, dtype: str = "float32", **lora: Any
 ) -> tuple[Trained, TextToImageModel]:
-    teacher = {"teacher": {"path": str(model_dir)}} if family == "latent_consistency" else {}
-    config = config_of(folder, model_dir, model={"family": family, "dtype": dtype, **teacher}, training={"lora": lora})
+    config = config_of(folder, model_dir, model={"family": family, "dtype": dtype}, training={"lora": lora})
     policy = policy_of(config)
     save_policy(policy, folder / "4-training")
-    return Trained("tuned", folder / "4-training", family, {"path": str(model_dir), "dtype": dtype, **teacher}), policy
+    return Trained("tuned", folder / "4-training", family, {"path": str(model_dir), "dtype": dtype}), policy
 
 
 def sampled(model: TextToImageModel) -> Tensor:
