@@ -46,6 +46,8 @@ def stock(tiny_models: TinyModels, name: str, dtype: torch.dtype = torch.float32
 def stock_call(pipeline: Any, noise: Tensor, **options: Any) -> Any:
     if "Flux" in type(pipeline).__name__:
         noise = pipeline._pack_latents(noise, *noise.shape)
+        if not pipeline.transformer.config.guidance_embeds:
+            options["max_sequence_length"] = 256  # FLUX.1-schnell's; the pipeline's default is FLUX.1-dev's
     made = pipeline(PROMPTS, latents=noise, height=HEIGHT, width=WIDTH, **{"num_inference_steps": 3} | options)
     return made.images
 
