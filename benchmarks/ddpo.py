@@ -15,6 +15,9 @@ Cost of training, and of an arm of `ablation.py`. Evaluations of the denoiser ar
 | policy: forwards with backward | 6,400: 32 per update | 10,240: 10 per image |
 | all forwards and backwards | 29,440 | 30,720 |
 
+DDPO trains on each image once, so the number of updates does not change its cost. The default learning rate and clip
+range are the released code's; `benchmarks/README.md` has those that were tried.
+
     python benchmarks/ddpo.py --seed 0
     python benchmarks/ddpo.py --seed 0 --longer 4   # four times the images, rounds and updates
 """
@@ -48,7 +51,7 @@ from cdpo_ray.testbed.scenes import scene_prompts
 ETA = 1.0
 MAX_ADVANTAGE, BUFFER_SIZE = 5.0, 16
 """Bound of an advantage's size, and number of a prompt's last rewards that are kept: the released code's."""
-DPO_IMAGES, DPO_UPDATES, DPO_IMAGES_PER_UPDATE = 1024, 200, 32
+DPO_IMAGES, DPO_UPDATES, DPO_IMAGES_PER_UPDATE, NUM_DENOISING_STEPS = 1024, 200, 32, 10
 NUM_TRAIN, NUM_HELDOUT, HELDOUT_IMAGES = 128, 96, 4
 JUDGES = {"oracle": "attributes right", "clip": "CLIP"}
 
@@ -76,7 +79,7 @@ class Setting:
     images_per_prompt: int = 8
     num_rounds: int = 32
     num_updates: int = DPO_UPDATES
-    num_denoising_steps: int = 10
+    num_denoising_steps: int = NUM_DENOISING_STEPS
     learning_rate: float = 3e-4
     clip_range: float = 1e-4
     min_count: int = 8
@@ -319,7 +322,7 @@ def update(
 def judge_heldout(model: TextToImageModel) -> dict[str, NDArray[np.float64]]:
     """``[prompt, image]`` scores of each judge on held-out prompts, sampled as in the ablation."""
     prompts = scene_prompts("heldout", NUM_HELDOUT, seed=0)
-    sampling = Sampling(0, HELDOUT_IMAGES, 10, 1.0, None, None, images_per_batch=32)
+    sampling = Sampling(0, HELDOUT_IMAGES, NUM_DENOISING_STEPS, 1.0, None, None, images_per_batch=32)
     scorer, conditioning = Scorer({judge: {} for judge in JUDGES}), model.encode_prompts(prompts)[0]
     scores = [batch.scores for batch in sample_batches(model, prompts, conditioning, sampling, scorer)]
     return {judge: np.concatenate([batch[judge] for batch in scores]).reshape(NUM_HELDOUT, -1) for judge in JUDGES}
@@ -331,7 +334,7 @@ def cost_lines(setting: Setting) -> list[str]:
     rows: list[tuple[str, int, int]] = [
         ("images for training", DPO_IMAGES, setting.num_images),
         ("updates", DPO_UPDATES, setting.num_updates),
-        ("forwards of sampling", DPO_IMAGES * 10, setting.num_transitions),
+        ("forwards of sampling", DPO_IMAGES * NUM_DENOISING_STEPS, setting.num_transitions),
         ("forwards of the reference", dpo_trained, 0),
         ("forwards with backward", dpo_trained, setting.num_transitions),
     ]
