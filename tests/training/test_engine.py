@@ -129,7 +129,7 @@ def test_an_update_is_the_same_for_every_spread(spread: tuple[str, int, int, int
     assert expected.keys() == found.keys() == gradients.keys()
     largest = max(float(value.abs().max()) for value in gradients.values())
     significant = {name: value.abs() > 1e-5 * largest for name, value in gradients.items()}
-    assert sum(int(mask.sum()) for mask in significant.values()) > 0.98 * sum(
+    assert sum(int(mask.sum()) for mask in significant.values()) > 0.97 * sum(
         mask.numel() for mask in significant.values()
     )
     for name, mask in significant.items():
