@@ -173,10 +173,9 @@ Key = tuple[Setting, str, int, int]
 Records = dict[Key, dict[str, Any]]
 
 
-def make_pool(folder: Path, pool: int, setting: Setting) -> None:
+def make_pool(folder: Path, pool: int, world: World, setting: Setting) -> None:
     """Generate samples with their scores, as in `1-samples`."""
     torch.set_num_threads(1)
-    world = WORLDS[setting.world]
     masked = 1.0 if setting.reward in PERTURBED else None
     sampling = replace(_sampling(world, pool, setting.images), max_masked_fraction=masked)
     make_scores = partial(Scorer, {"clip": {}, "jpeg_size": {}})
@@ -207,15 +206,29 @@ def run_arm(key: Key, pool_dir: Path) -> dict[str, Any]:
         stages = draw(arm, setting, seed, pool_dir)
         records = train(model, world, arm, stages, seed, pool_dir)
         result |= diagnostics(records, stages)
-    prompts = scene_prompts("heldout", setting.heldout, HELDOUT_SEED)
-    scorer = Scorer({judge: {} for judge in JUDGES})
-    conditioning, _ = model.encode_prompts(prompts)
-    batches = sample_batches(model, prompts, conditioning, _sampling(world, HELDOUT_SEED, setting.heldout_images))
-    scores = [scorer(batch.images, batch.prompts) for batch in batches]
-    for judge in JUDGES:
-        of_images = np.concatenate([batch[judge] for batch in scores]).reshape(setting.heldout, -1)
-        result[judge] = [round(float(mean), 5) for mean in of_images.mean(axis=1)]
+    for judge, scores in judge_heldout(model, world, setting).scores.items():
+        result[judge] = [round(float(mean), 5) for mean in scores.mean(axis=1)]
     return result | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """First image of each held-out prompt, uint8 ``[prompt, height, width, 3]``, and scores ``[prompt, image]``."""
+
+    images: NDArray[np.uint8]
+    scores: dict[str, NDArray[np.float64]]
+
+
+def judge_heldout(model: Any, world: World, setting: Setting, judges: Sequence[str] = tuple(JUDGES)) -> Judged:
+    """Sample the held-out prompts, from the same noises for every model, and judge the images."""
+    prompts = scene_prompts("heldout", setting.heldout, HELDOUT_SEED)
+    sampling = _sampling(world, HELDOUT_SEED, setting.heldout_images)
+    scorer = Scorer({judge: {} for judge in judges})
+    batches = list(sample_batches(model, prompts, model.encode_prompts(prompts)[0], sampling, scorer))
+    images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy()
+    scores = {name: np.concatenate([batch.scores[name] for batch in batches]) for name in judges}
+    per_prompt = setting.heldout_images
+    return Judged(images[::per_prompt], {name: values.reshape(-1, per_prompt) for name, values in scores.items()})
 
 
 def train(
@@ -387,7 +400,9 @@ def _compute(missing: Sequence[Key], pools_dir: Path, records: Path, num_process
     folders = {key: pools_dir / f"{key[0].pool_name}-{key[3]}" for key in missing}
     needed = {folder: key for key, folder in folders.items() if not (folder / "samples.parquet").is_file()}
     with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as workers:
-        made = [workers.submit(make_pool, folder, key[3], key[0]) for folder, key in needed.items()]
+        made = [
+            workers.submit(make_pool, folder, key[3], WORLDS[key[0].world], key[0]) for folder, key in needed.items()
+        ]
         for task in tqdm(as_completed(made), total=len(made), desc="pools", unit="pool", disable=not made):
             task.result()
         tasks = {workers.submit(run_arm, key, folder): key for key, folder in folders.items()}

@@ -71,16 +71,13 @@ class Models:
 
     def arguments(self, name: str, *, dtype: str, compiled: bool = False, training: bool = False) -> dict[str, Any]:
         """Arguments of the family's ``load`` in a run."""
-        arguments = {
+        return {
             "path": str(self.folder(name)),
             "dtype": dtype,
             "device": self.device,
             "compile": compiled and not self.tiny,
             "for_training": training,
         }
-        if training and name == "latent_consistency":
-            arguments["teacher"] = {"path": str(self.folder("stable_diffusion"))}
-        return arguments
 
     def load(self, name: str, *, dtype: str, compiled: bool = False, training: bool = False) -> TextToImageModel:
         model = load_model(name, **self.arguments(name, dtype=dtype, compiled=compiled, training=training))

@@ -105,7 +105,6 @@ class ThroughRay:
             judges=list(JUDGES),
             make_scores=MAKE_JUDGES,
             num_margin_draws=0,
-            guidance_range=None,
             generators=Pool(),
             num_resamples=1000,
             seed=0,
@@ -171,7 +170,6 @@ class Bare:
             training_dir=training_dir,
             make_scores=MAKE_JUDGES,
             num_margin_draws=0,
-            guidance_range=None,
             quarantine=Quarantine(output_dir, len(prompts), 0.0),
         )
         self._write(

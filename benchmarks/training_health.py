@@ -12,22 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ablation import ALL_PAIRS, EMBEDDED, HELDOUT_SEED, JUDGES, WORLDS, Arm, Setting, draw, make_pool, train  # isort: skip
+from ablation import ALL_PAIRS, EMBEDDED, JUDGES, WORLDS, Arm, Judged, Setting, draw, judge_heldout, make_pool, train  # isort: skip
 
 import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from cdpo_ray.config.training import HealthSection
 from cdpo_ray.evaluation.figures import smooth_within_stages
 from cdpo_ray.evaluation.statistics import compare_scores
-from cdpo_ray.generation.generator import Sampling, sample_batches
 from cdpo_ray.models import load_model
 from cdpo_ray.pages.chart_style import BLUE, GREY, STYLE, VERMILLION
-from cdpo_ray.rewards.scorer import Scorer
-from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.health import highest_error_rise
 from cdpo_ray.training.loop import UpdateRecord
 
@@ -50,27 +46,6 @@ EXAMPLES = (
     Example("exploding", {"beta": 10, "learning_rate": 3e-3}),
     Example("hacked", {"beta": 50}, reward="jpeg_size"),
 )
-
-
-@dataclass(frozen=True)
-class Judged:
-    """First image of each held-out prompt, uint8 ``[prompt, height, width, 3]``, and scores ``[prompt, image]``."""
-
-    images: NDArray[np.uint8]
-    scores: Mapping[str, NDArray[np.float64]]
-
-
-def judge_heldout(model: Any, setting: Setting) -> Judged:
-    """Sample the held-out prompts from the same noises, and judge the images."""
-    world, prompts = WORLDS[setting.world], scene_prompts("heldout", setting.heldout, HELDOUT_SEED)
-    steps, scale = world.num_denoising_steps, world.guidance_scale
-    sampling = Sampling(HELDOUT_SEED, setting.heldout_images, steps, scale, None, None, images_per_batch=32)
-    scorer = Scorer({judge: {} for judge in SHOWN_JUDGES})
-    batches = list(sample_batches(model, prompts, model.encode_prompts(prompts)[0], sampling, scorer))
-    images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy()
-    scores = {name: np.concatenate([batch.scores[name] for batch in batches]) for name in SHOWN_JUDGES}
-    per_prompt = setting.heldout_images
-    return Judged(images[::per_prompt], {name: values.reshape(-1, per_prompt) for name, values in scores.items()})
 
 
 def draw_example(example: Example, records: Sequence[UpdateRecord], base: Judged, tuned: Judged, path: Path) -> None:
@@ -121,10 +96,10 @@ def main() -> None:
     options = parser.parse_args()
     setting = Setting("diffusion", "clip", options.updates, prompts=128, images=8, heldout=96, heldout_images=4)
     if not (options.work_dir / "samples.parquet").is_file():
-        make_pool(options.work_dir, 0, setting)
+        make_pool(options.work_dir, 0, WORLDS[setting.world], setting)
     torch.set_num_threads(1)
     world = WORLDS[setting.world]
-    base = judge_heldout(load_model(world.family, **EMBEDDED), setting)
+    base = judge_heldout(load_model(world.family, **EMBEDDED), world, setting, SHOWN_JUDGES)
     window = HealthSection().window
     print("| run | attributes right | CLIP | JPEG size | highest rise of the chosen's error |\n|---|---|---|---|---|")
     for example in EXAMPLES:
@@ -132,7 +107,7 @@ def main() -> None:
         model = load_model(world.family, **EMBEDDED, keep_vae=True, for_training=True)
         stages = draw(arm, replace(setting, reward=example.reward), 0, options.work_dir)
         records = train(model, world, arm, stages, 0, options.work_dir)
-        tuned = judge_heldout(model, setting)
+        tuned = judge_heldout(model, world, setting, SHOWN_JUDGES)
         draw_example(example, records, base, tuned, options.out / f"training_{example.name}.png")
         cells = []
         for judge in SHOWN_JUDGES:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import deepspeed
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import get_total_norm, parameters_to_vector
 
 from cdpo_ray.config.training import HealthSection, TrainingSection
 from cdpo_ray.errors import TrainingError
@@ -306,14 +306,15 @@ def step_and_measure(engine: deepspeed.DeepSpeedEngine, guard: Guard, measured: 
     Args:
         measured: parameters whose change is measured; they are copied for that.
     """
-    before = [parameter.detach().clone() for parameter in measured]
+    with torch.no_grad():
+        before = parameters_to_vector(measured) if measured else None  # one copy, not one per parameter
     engine.step()
     of_engine = engine.get_global_grad_norm()  # None: neither ZeRO nor 16-bit parameters
     grad_norm = guard.norm if of_engine is None else torch.as_tensor(of_engine, device=engine.device)
     norms = [grad_norm.float()]
-    if before:
-        changes = [parameter.detach() - old for parameter, old in zip(measured, before, strict=True)]
-        norms.append(get_total_norm(changes))
+    if before is not None:
+        with torch.no_grad():
+            norms.append((parameters_to_vector(measured) - before).norm())
     return torch.stack(norms)
 
 
