@@ -88,7 +88,7 @@ class HealthSection(Section):
     while the margin still grows, because the rejected images' error rises even more."""
 
     max_error_rise: Annotated[float, Field(gt=0)] | None = 0.5
-    """Alarm when the policy's error on chosen images exceeds the reference's by more than this share of it. In the
+    """Alarm when the policy's error on chosen images exceeds the reference's by more than this share. In the
     embedded world (`docs/log.md`) a run with the paper's curriculum raises it by 0.2, and the schedule that lost all
     gain by 0.65. The report shows the highest rise of a run: lower the bound if images degrade without an alarm.
     `null`: no alarm."""

@@ -42,7 +42,7 @@ def alarm_sentence(alarms: Sequence[Alarm], health: HealthSection) -> str:
     """The alarms of a training in words, with what to do."""
     first, worst = alarms[0], max(alarm.error_rise for alarm in alarms)
     return (
-        f"the error on chosen images exceeded the reference's by {worst:.3g} of it, first at update {first.update};"
+        f"the error on chosen images exceeded the reference's by {100 * worst:.3g} %, first at update {first.update};"
         f" `training.health.max_error_rise` is {health.max_error_rise:g}; lower `training.learning_rate`, raise"
         " `training.beta` or set `training.safeguard`"
     )

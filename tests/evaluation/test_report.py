@@ -295,8 +295,8 @@ def test_page_shows_the_bound_of_the_training_alarm_and_the_highest_rise(tmp_pat
     run = build_run(tmp_path / "run")
     set_health(run, HEALTH)
     page = page_of(run)
-    assert "over 50 updates, the error on chosen images exceeds the reference's by more than 0.5 of it" in page
-    assert "Highest here: 0.731." in page and "Training alarm" not in page
+    assert "over 50 updates, the error on chosen images exceeds the reference's by more than 50 %" in page
+    assert "Highest here: 73.1 %." in page and "Training alarm" not in page
 
 
 def test_page_warns_of_a_training_alarm_as_literal_text(tmp_path: Path) -> None:

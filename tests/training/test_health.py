@@ -49,7 +49,7 @@ def test_an_alarm_stops_training_only_if_it_is_configured() -> None:
 
 
 def test_an_alarm_at_the_first_comparison_is_an_error_since_no_lora_was_healthy() -> None:
-    with pytest.raises(TrainingError, match=r"by 0.2 of it, first at update 2; .* no earlier LoRA to keep"):
+    with pytest.raises(TrainingError, match=r"by 20 %, first at update 2; .* no earlier LoRA to keep"):
         checked(2, window=2, max_error_rise=0.1, on_alarm="stop")
 
 
@@ -60,5 +60,5 @@ def test_the_comparison_before_an_update_is_at_a_multiple_of_the_window() -> Non
 
 def test_the_sentence_gives_the_highest_rise_the_first_update_the_bound_and_what_to_do() -> None:
     sentence = alarm_sentence([Alarm(50, 1.25), Alarm(100, 2.5)], HealthSection(max_error_rise=1.0))
-    assert "by 2.5 of it, first at update 50" in sentence and "`training.health.max_error_rise` is 1;" in sentence
+    assert "by 250 %, first at update 50" in sentence and "`training.health.max_error_rise` is 1;" in sentence
     assert "training.safeguard" in sentence
