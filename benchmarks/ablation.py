@@ -8,7 +8,7 @@ effects of runs and prompts.
 
     python benchmarks/ablation.py --arms plain,paper --seeds 16
     python benchmarks/ablation.py --arms plain,paper,easiest-only --reward perturbation --seeds 4
-    python benchmarks/ablation.py --world consistency --arms image,teacher,reversed-labels --seeds 4
+    python benchmarks/ablation.py --world consistency --arms easiest-only,easiest-reversed,easiest-published --seeds 1-4
     python benchmarks/ablation.py --table
 """
 
@@ -23,8 +23,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two processes of one thread beat one of two
 
 import matplotlib as mpl
 import numpy as np
@@ -80,9 +78,9 @@ WORLDS = {
     "consistency": World(
         "latent_consistency",
         2,
-        3.0,
+        1.0,
         {"beta": 400, "learning_rate": 5e-4},
-        {"guidance_range": (2.0, 2.0), "timesteps": {"num_denoising_steps": 2}},
+        {"guidance_range": (0.0, 0.0), "timesteps": {"num_denoising_steps": 2}},
     ),
 }
 REWARDS = {
@@ -105,6 +103,7 @@ class Arm:
         schedule: `None`: not trained on pairs.
         training, model: keys of `TrainingSection` and of the model's ``load`` that differ from the world's.
         reversed: train the stages of the schedule in the opposite order.
+        world: the only world that it applies to; `None`: all.
         method: ``dpo`` or ``ddpo``.
     """
 
@@ -113,6 +112,7 @@ class Arm:
     training: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     reversed: bool = False
+    world: str | None = None
     method: str = "dpo"
 
 
@@ -144,6 +144,11 @@ ARMS: dict[str, Arm] = {
     ),
     "swapped": Arm("paper, labels random (control)", replace(CUMULATIVE, label_noise=0.5)),
     "reversed-labels": Arm("paper, labels reversed (control)", replace(CUMULATIVE, label_noise=1.0)),
+    "easiest-random": Arm("rank gaps 6 and 7 only, labels random (control)", replace(EASIEST, label_noise=0.5)),
+    "easiest-reversed": Arm("rank gaps 6 and 7 only, labels reversed (control)", replace(EASIEST, label_noise=1.0)),
+    "easiest-published": Arm(
+        "rank gaps 6 and 7 only, the published target", EASIEST, model={"teacher": EMBEDDED}, world="consistency"
+    ),
     "sft": Arm("fine-tuning on the paper's chosen images", CUMULATIVE, {"loss": "sft"}),
     "ddpo": Arm("DDPO, as many images and updates", None, method="ddpo"),
 }
@@ -325,7 +330,8 @@ def findings(records: Records, setting: Setting) -> list[dict[str, Any]]:
             row[judge] = float(means.mean())
             row[f"{judge}_spread"] = float(means.std(ddof=1)) if len(runs) > 1 else None
             for other in (BASE, PLAIN, PAPER):
-                found = differences(records, setting, arm, other, judge) if arm != other else np.empty(0)
+                compared = arm not in (BASE, other)
+                found = differences(records, setting, arm, other, judge) if compared else np.empty(0)
                 if len(found):
                     row[f"{judge}_to_{other}"] = asdict(mean_over_runs(found))
         for extra in ("rank_gap", "chosen_error_change", "rejected_error_change", "seconds"):
@@ -335,14 +341,13 @@ def findings(records: Records, setting: Setting) -> list[dict[str, Any]]:
     return rows
 
 
-def print_table(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a Markdown table."""
-    print(f"\n{title_of(setting)}\n")
+def table(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown, with the setting as its title."""
     head = (
         "arm", "runs", "attributes right", "to base", "to plain DPO", "to the paper's", "spread", "CLIP to base",
-        "CLIP to plain DPO", "mean rank gap", "chosen's error",
+        "CLIP to plain DPO", "CLIP to the paper's", "mean rank gap", "chosen's error",
     )  # fmt: skip
-    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    lines = [f"{title_of(setting)}:", "", f"| {' | '.join(head)} |", f"{'|---' * len(head)}|"]
     for row in rows:
         spread, gap, change = row["oracle_spread"], row["rank_gap"], row["chosen_error_change"]
         cells = [
@@ -351,11 +356,12 @@ def print_table(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['oracle']:.3f}",
             *(_difference(row.get(f"oracle_to_{other}")) for other in (BASE, PLAIN, PAPER)),
             "" if spread is None else f"{spread:.3f}",
-            *(_difference(row.get(f"clip_to_{other}")) for other in (BASE, PLAIN)),
+            *(_difference(row.get(f"clip_to_{other}")) for other in (BASE, PLAIN, PAPER)),
             "" if gap is None else f"{gap:.2f}",
             "" if change is None else f"{change:+.4f}",
         ]
-        print(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw_figure(setting: Setting, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -397,6 +403,7 @@ def _difference(found: Mapping[str, Any] | None) -> str:
 
 def _compute(missing: Sequence[Key], pools_dir: Path, records: Path, num_processes: int) -> None:
     """Run what is missing, and append each run to the records."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes: two of one thread beat one of two
     folders = {key: pools_dir / f"{key[0].pool_name}-{key[3]}" for key in missing}
     needed = {folder: key for key, folder in folders.items() if not (folder / "samples.parquet").is_file()}
     with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as workers:
@@ -436,6 +443,8 @@ def main() -> None:
     arms = options.arms.split(",")
     if unknown := [arm for arm in arms if arm not in ARMS]:
         parser.error(f"unknown arms {', '.join(unknown)}; known: {', '.join(ARMS)}")
+    if foreign := [arm for arm in arms if ARMS[arm].world not in (None, options.world)]:
+        parser.error(f"arms that need --world {ARMS[foreign[0]].world}: {', '.join(foreign)}")
     sizes = {name: getattr(options, name) for name in ("updates", "prompts", "images", "heldout", "heldout_images")}
     setting, done = Setting(options.world, options.reward, **sizes), read_records(options.records)
     if not options.table:
@@ -447,7 +456,7 @@ def main() -> None:
     options.work_dir.mkdir(parents=True, exist_ok=True)
     for shown in dict.fromkeys(key[0] for key in done) if options.table else [setting]:
         rows = findings(done, shown)
-        print_table(shown, rows)
+        print(f"\n{table(shown, rows)}")
         draw_figure(shown, rows, options.work_dir / f"{shown.world}-{shown.reward}-{shown.updates}.png")
 
 

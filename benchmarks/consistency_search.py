@@ -56,7 +56,7 @@ class Setting:
     lr: float = 5e-4
     updates: int = 200
     timesteps: str = "sampler"
-    guidance: str = "2-2"
+    guidance: str = "0-0"
     schedule: str = "paper"
     min_rank_gap: int = 1
     rank: int = 8

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.testbed.consistency import MAX_GUIDANCE, MIN_GUIDANCE
+from benchmarks.testbed.consistency import GUIDANCE
 from benchmarks.testbed.figures import load_figures
 from benchmarks.testbed.measure import (
-    CONSISTENCY_SAMPLERS,
+    CONSISTENCY_STEPS,
     EVALUATION_SEED,
     NUM_DENOISING_STEPS,
 )
@@ -23,7 +23,7 @@ card.
 - `pipeline/`: loads with `diffusers.StableDiffusionPipeline.from_pretrained`; fp16, {pipeline_megabytes:.1f} MB.
 - `consistency/`: loads with `cdpo_ray.testbed.consistency.load_consistency_pipeline` as a
   `diffusers.LatentConsistencyModelPipeline`, with the autoencoder and the text encoder of `pipeline/`; distilled for a
-  `guidance_scale` from {min_guidance_scale:g} to {max_guidance_scale:g}; fp16, {consistency_megabytes:.1f} MB.
+  `guidance_scale` of {guidance_scale:g}; fp16, {consistency_megabytes:.1f} MB.
 - `clip/`: loads with `cdpo_ray.testbed.clip.load_clip` (open_clip); fp16, {clip_megabytes:.1f} MB.
 - `figures/`: the numbers of this card.
 
@@ -55,8 +55,7 @@ checks that hold. Chance: the same images, judged by the prompt of another image
 |---|---|---|---|
 {pipeline_rows}
 
-Consistency model: the same prompts and initial noises, with its own scheduler. Rows that differ only in the guidance
-show the effect of guidance.
+Consistency model: the same prompts and initial noises, with its own scheduler.
 
 | | strict | attr | soft |
 |---|---|---|---|
@@ -77,8 +76,7 @@ def write_card(weights_dir: Path) -> None:
     trained = {part: load_figures(weights_dir, part) for part in PARTS}
     text = CARD.format(
         pipeline_megabytes=folder_bytes(weights_dir / "pipeline") / 1e6,
-        min_guidance_scale=MIN_GUIDANCE + 1,
-        max_guidance_scale=MAX_GUIDANCE + 1,
+        guidance_scale=GUIDANCE + 1,
         consistency_megabytes=folder_bytes(weights_dir / "consistency") / 1e6,
         clip_megabytes=folder_bytes(weights_dir / "clip") / 1e6,
         num_captions=len(heldout),
@@ -101,10 +99,7 @@ def write_card(weights_dir: Path) -> None:
             )
         ),
         consistency_rows="\n".join(
-            _score_row(
-                f"steps {steps}, guidance {scale:g}", measured["consistency"][f"steps_{steps}_guidance_{scale:g}"]
-            )
-            for steps, scale in CONSISTENCY_SAMPLERS
+            _score_row(f"steps {steps}", measured["consistency"][f"steps_{steps}"]) for steps in CONSISTENCY_STEPS
         ),
         clip_rows="\n".join(f"| {name} | {share:.1%} |" for name, share in measured["clip"].items()),
     )

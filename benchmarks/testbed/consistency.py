@@ -19,7 +19,6 @@ from cdpo_ray.models.consistency import (
     consistency_function,
     ddim_step,
     grid_timesteps,
-    guided,
     pseudo_huber,
 )
 from cdpo_ray.testbed.scenes import caption
@@ -27,7 +26,9 @@ from cdpo_ray.testbed.scenes import caption
 LEARNING_RATE = 5e-4
 BATCH_SIZE = 64
 EMA_DECAY = 0.95
-MIN_GUIDANCE, MAX_GUIDANCE = 1.0, 3.0  # w; a pipeline's guidance_scale is w + 1
+GUIDANCE = 0.0
+"""The ``w`` of the teacher; a pipeline's ``guidance_scale`` is ``w + 1``. 0, because DPO raises the attributes of
+a model that was distilled without guidance, and not those of one distilled with 1 to 3 (`docs/log.md`)."""
 GUIDANCE_CHANNELS = 256
 
 
@@ -53,7 +54,7 @@ def make_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def train_consistency(weights_dir: Path, *, num_updates: int, num_scenes: int, seed: int) -> None:
-    """Distil ``pipeline`` and save to ``consistency``: the moving average of the student, and its scheduler.
+    """Distil ``pipeline`` without guidance; save the student's moving average and its scheduler to ``consistency``.
 
     Source: arXiv:2310.04378, algorithm 1.
     """
@@ -73,13 +74,7 @@ def train_consistency(weights_dir: Path, *, num_updates: int, num_scenes: int, s
     pool = draw_pool(num_scenes, seed)
     latents = encode_pool(pool, pipeline.vae)
     captions = [caption(scene) for scene in pool.scenes]
-    empty = encode_captions(pipeline, [""]).expand(BATCH_SIZE, -1, -1)
-
-    def guided_noise(noisy_latents: Tensor, timesteps: Tensor, embeddings: Tensor, guidance: Tensor) -> Tensor:
-        """The teacher's prediction with guidance, in one launch with and without the caption."""
-        both = teacher(noisy_latents.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([embeddings, empty])).sample
-        with_caption, without = both.chunk(2)
-        return guided(with_caption, without, guidance)
+    guidance_embedding = pipeline.get_guidance_scale_embedding(torch.full((BATCH_SIZE,), GUIDANCE), GUIDANCE_CHANNELS)
 
     def denoised(net: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
         prediction = net(noisy_latents, timesteps, **conditions).sample
@@ -97,14 +92,12 @@ def train_consistency(weights_dir: Path, *, num_updates: int, num_scenes: int, s
         index = torch.randint(num_scenes, (BATCH_SIZE,))
         place = torch.randint(len(grid), (BATCH_SIZE,))
         timesteps, previous = grid[place], (grid[place] - GRID_STEP).clamp(min=0)
-        guidance = torch.empty(BATCH_SIZE).uniform_(MIN_GUIDANCE, MAX_GUIDANCE)
-        guidance_embedding = pipeline.get_guidance_scale_embedding(guidance, GUIDANCE_CHANNELS)
         embeddings = encode_captions(pipeline, [captions[i] for i in index])
         conditions = {"encoder_hidden_states": embeddings, "timestep_cond": guidance_embedding}
         noisy_latents = scheduler.add_noise(latents[index], torch.randn_like(latents[index]), timesteps)
         noisy_latents = noisy_latents.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            noise = guided_noise(noisy_latents, timesteps, embeddings, guidance)
+            noise = teacher(noisy_latents, timesteps, embeddings).sample
             less_noisy = ddim_step(noisy_latents, noise, alpha_bars[place], alpha_bars_below[place], "epsilon")
             target = denoised(average, less_noisy, previous, **conditions)
         loss = pseudo_huber(denoised(student, noisy_latents, timesteps, **conditions), target).mean()

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, LatentConsistencyModelPi
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from benchmarks.testbed.consistency import GUIDANCE
 from benchmarks.testbed.contrasts import CONTRASTS
 from benchmarks.testbed.figures import save_figures
 from cdpo_ray.testbed.clip import load_clip, to_pixels
@@ -21,7 +22,7 @@ IMAGES_PER_PROMPT = 4
 PROMPTS_PER_BATCH = 32
 NUM_DENOISING_STEPS = 10
 GUIDANCE_SCALES = (1.0, 3.0)  # 1: no guidance
-CONSISTENCY_SAMPLERS = ((1, 3.0), (2, 2.0), (2, 3.0), (2, 4.0), (4, 3.0), (8, 3.0))  # denoising steps, guidance scale
+CONSISTENCY_STEPS = (1, 2, 4, 8)
 EVALUATION_SEED = 1000
 
 Images = NDArray[np.uint8]
@@ -99,12 +100,14 @@ def measure_pipeline(pipeline: StableDiffusionPipeline, num_prompts: int) -> dic
 
 
 def measure_consistency(pipeline: LatentConsistencyModelPipeline, num_prompts: int) -> dict[str, Any]:
-    """Mean oracle scores of each sampler, on the prompts of `measure_pipeline`."""
+    """Mean oracle scores for each number of denoising steps, on the prompts of `measure_pipeline`."""
     prompts = scene_prompts("heldout", num_prompts, EVALUATION_SEED) * IMAGES_PER_PROMPT
     figures = {}
-    for steps, scale in CONSISTENCY_SAMPLERS:
-        images = generate(pipeline, prompts, guidance_scale=scale, seed=EVALUATION_SEED, num_denoising_steps=steps)
-        figures[f"steps_{steps}_guidance_{scale:g}"] = _means(judge(images, prompts))
+    for steps in CONSISTENCY_STEPS:
+        images = generate(
+            pipeline, prompts, guidance_scale=GUIDANCE + 1, seed=EVALUATION_SEED, num_denoising_steps=steps
+        )
+        figures[f"steps_{steps}"] = _means(judge(images, prompts))
     return figures
 
 

@@ -6,9 +6,8 @@ from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks.testbed.consistency import (
+    GUIDANCE,
     GUIDANCE_CHANNELS,
-    MAX_GUIDANCE,
-    MIN_GUIDANCE,
     encode_captions,
     make_consistency_scheduler,
     make_student,
@@ -78,15 +77,15 @@ def test_the_stock_sampler_embeds_guidance_as_the_distillation_does(
 ) -> None:
     prompts, noise = scene_prompts("heldout", 4, seed=0), draw(4, 4, 8, 8)
     timesteps = torch.full((4,), 999)
-    guidance = pipeline.get_guidance_scale_embedding(torch.full((4,), MAX_GUIDANCE), GUIDANCE_CHANNELS)
+    guidance = pipeline.get_guidance_scale_embedding(torch.full((4,), GUIDANCE), GUIDANCE_CHANNELS)
     with torch.no_grad():
         embeddings = encode_captions(pipeline, prompts)
         prediction = pipeline.unet(noise, timesteps, embeddings, timestep_cond=guidance).sample
     ours = denoised(noise, prediction, timesteps)
     sampler = {"num_inference_steps": 1, "latents": noise, "output_type": "latent"}
-    theirs = pipeline(prompts, guidance_scale=MAX_GUIDANCE + 1, **sampler).images
+    theirs = pipeline(prompts, guidance_scale=GUIDANCE + 1, **sampler).images
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    other = pipeline(prompts, guidance_scale=MAX_GUIDANCE, **sampler).images
+    other = pipeline(prompts, guidance_scale=GUIDANCE + 4, **sampler).images
     assert not torch.allclose(ours, other, rtol=1e-3, atol=1e-3)
 
 
@@ -98,8 +97,7 @@ def test_one_step_of_the_student_is_nearer_to_many_teacher_steps_than_one_teache
     embeddings = encode_captions(pipeline, [caption(scene) for scene in pool.scenes])
     timesteps = torch.full((24,), start)
     noisy_latents = scheduler.add_noise(encode_pool(pool, pipeline.vae), draw(24, 4, 8, 8), timesteps)
-    guidance = pipeline.get_guidance_scale_embedding(torch.full((24,), MIN_GUIDANCE), GUIDANCE_CHANNELS)
-    empty = encode_captions(pipeline, [""]).expand_as(embeddings)
+    guidance = pipeline.get_guidance_scale_embedding(torch.full((24,), GUIDANCE), GUIDANCE_CHANNELS)
     with torch.no_grad():
         student_noise = pipeline.unet(noisy_latents, timesteps, embeddings, timestep_cond=guidance).sample
         student_end = denoised(noisy_latents, student_noise, timesteps)
@@ -108,11 +106,9 @@ def test_one_step_of_the_student_is_nearer_to_many_teacher_steps_than_one_teache
         latents = noisy_latents
         for timestep in range(start, 0, -20):
             timesteps = torch.full((24,), timestep)
-            with_caption = teacher(latents, timesteps, embeddings).sample
-            without = teacher(latents, timesteps, empty).sample
-            guided = with_caption + MIN_GUIDANCE * (with_caption - without)
+            noise = teacher(latents, timesteps, embeddings).sample
             alpha_bar, below = (scheduler.alphas_cumprod[t].expand(24) for t in (timestep, max(timestep - 20, 0)))
-            latents = ddim_step(latents, guided, alpha_bar, below, "epsilon")
+            latents = ddim_step(latents, noise, alpha_bar, below, "epsilon")
     distances = [float((end - latents).square().mean()) for end in (student_end, teacher_end)]
     assert distances[0] < 0.8 * distances[1]
 
@@ -122,7 +118,8 @@ def test_two_steps_score_far_above_chance_on_heldout_prompts_but_below_eight(
 ) -> None:
     prompts = scene_prompts("heldout", 64, seed=0)
     images = {
-        steps: generate(pipeline, prompts, guidance_scale=3.0, seed=0, num_denoising_steps=steps) for steps in (2, 8)
+        steps: generate(pipeline, prompts, guidance_scale=GUIDANCE + 1, seed=0, num_denoising_steps=steps)
+        for steps in (2, 8)
     }
     attr = {steps: judge(drawn, prompts)["attr"].mean() for steps, drawn in images.items()}
     chance = judge(images[2], prompts[1:] + prompts[:1])["attr"].mean()
@@ -133,7 +130,7 @@ def test_two_steps_score_far_above_chance_on_heldout_prompts_but_below_eight(
 def test_images_are_a_function_of_their_seed(pipeline: LatentConsistencyModelPipeline) -> None:
     prompts = scene_prompts("heldout", 2, seed=0)
     first, again, other = (
-        generate(pipeline, prompts, guidance_scale=3.0, seed=seed, num_denoising_steps=2) for seed in (0, 0, 1)
+        generate(pipeline, prompts, guidance_scale=GUIDANCE + 1, seed=seed, num_denoising_steps=2) for seed in (0, 0, 1)
     )
     assert (first == again).all()
     assert (first != other).any()
