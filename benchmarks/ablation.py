@@ -9,13 +9,14 @@ effects of runs and prompts.
     python benchmarks/ablation.py --arms plain,paper --seeds 16
     python benchmarks/ablation.py --arms plain,paper,easiest-only --reward perturbation --seeds 4
     python benchmarks/ablation.py --world consistency --arms easiest-only,easiest-reversed,easiest-published --seeds 1-4
-    python benchmarks/ablation.py --table
+    python benchmarks/ablation.py --table --page docs/results.md
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -364,6 +365,14 @@ def table(setting: Setting, rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def update_page(page: str, tables: Mapping[Setting, str]) -> str:
+    """A Markdown page with its tables replaced, by their titles; new tables are appended."""
+    for setting, new in tables.items():
+        old = re.compile(rf"^{re.escape(title_of(setting))}:\n\n(?:\|.*\n?)+", re.MULTILINE)
+        page = old.sub(f"{new}\n", page) if old.search(page) else f"{page}\n{new}\n"
+    return page
+
+
 def draw_figure(setting: Setting, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Plot each arm's difference to the base model and to plain DPO, with intervals."""
     with mpl.rc_context(STYLE):
@@ -439,6 +448,7 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=Path("benchmarks/ablation.jsonl"), help="file of finished runs")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/ablation"), help="folder of samples and figures")
     parser.add_argument("--table", action="store_true", help="run nothing; print all tables of the records")
+    parser.add_argument("--page", type=Path, help="Markdown file whose tables are replaced by the printed ones")
     options = parser.parse_args()
     arms = options.arms.split(",")
     if unknown := [arm for arm in arms if arm not in ARMS]:
@@ -454,10 +464,14 @@ def main() -> None:
         _compute(missing, options.work_dir, options.records, options.processes)
         done = read_records(options.records)
     options.work_dir.mkdir(parents=True, exist_ok=True)
+    tables = {}
     for shown in dict.fromkeys(key[0] for key in done) if options.table else [setting]:
         rows = findings(done, shown)
-        print(f"\n{table(shown, rows)}")
+        tables[shown] = table(shown, rows)
+        print(f"\n{tables[shown]}")
         draw_figure(shown, rows, options.work_dir / f"{shown.world}-{shown.reward}-{shown.updates}.png")
+    if options.page:
+        options.page.write_text(update_page(options.page.read_text(), tables))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from benchmarks.ablation import (
     findings,
     read_records,
     table,
+    update_page,
 )
 
 TINY = Setting("diffusion", "clip", updates=8, prompts=4, images=8, heldout=10, heldout_images=1)
@@ -115,5 +116,18 @@ def test_a_row_has_an_interval_from_three_runs_on_and_the_base_no_difference() -
 def test_the_page_of_results_has_the_tables_of_the_recorded_runs() -> None:
     records = read_records(ROOT / "benchmarks" / "ablation.jsonl")
     page = (ROOT / "docs" / "results.md").read_text()
-    for setting in dict.fromkeys(key[0] for key in records):
-        assert table(setting, findings(records, setting)) in page, f"python benchmarks/ablation.py --table: {setting}"
+    tables = {
+        setting: table(setting, findings(records, setting)) for setting in dict.fromkeys(key[0] for key in records)
+    }
+    assert update_page(page, tables) == page, "run `python benchmarks/ablation.py --table --page docs/results.md`"
+
+
+def test_the_tables_of_a_page_are_replaced_by_their_titles_and_new_ones_appended() -> None:
+    old, new, other = (
+        table(setting, findings({(setting, BASE, 0, 0): run([score])}, setting))
+        for setting, score in ((TINY, 0.1), (TINY, 0.2), (replace(TINY, updates=16), 0.3))
+    )
+    assert update_page(f"# Results\n\n{old}\n\nText.\n", {TINY: new}) == f"# Results\n\n{new}\n\nText.\n"
+    assert (
+        update_page(f"# Results\n\n{old}\n", {replace(TINY, updates=16): other}) == f"# Results\n\n{old}\n\n{other}\n"
+    )
