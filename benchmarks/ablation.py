@@ -374,7 +374,8 @@ def update_page(page: str, tables: Mapping[Setting, str]) -> str:
 
 
 def draw_figure(setting: Setting, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot each arm's difference to the base model and to plain DPO, with intervals."""
+    """Plot each arm's difference to the base model and to plain DPO, with intervals if there are enough runs."""
+    rows = [row for row in rows if row["arm"] != BASE]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.5, 1.2 + 0.32 * len(rows)), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
@@ -382,13 +383,16 @@ def draw_figure(setting: Setting, rows: Sequence[Mapping[str, Any]], path: Path)
             side.axvline(0, color=GREY, lw=0.9, ls="--")
             for height, row in enumerate(reversed(rows)):
                 found = row.get(f"oracle_to_{other}")
-                if found and "low" in found:
+                if found and "low" not in found:
+                    side.plot(found["mean"], height, "o", color=GREY, markersize=5, fillstyle="none")
+                elif found:
                     mean, low, high = found["mean"], found["low"], found["high"]
                     colour = BLUE if low > 0 else VERMILLION if high < 0 else GREY
                     reach = [[mean - low], [high - mean]]
                     side.errorbar(mean, height, xerr=reach, fmt="o", color=colour, capsize=3, markersize=5, lw=1.6)
             side.set_title(f"difference to {name}, 95 %")
             side.grid(visible=False, axis="y")
+            side.set_ylim(-0.6, len(rows) - 0.4)
         axes[0].set_yticks(range(len(rows)), [f"{row['name']} ({row['runs']})" for row in reversed(rows)])
         figure.suptitle(f"attributes right: {title_of(setting)}", x=0.01, ha="left", fontsize=10)
         figure.savefig(path, dpi=160)
