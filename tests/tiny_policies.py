@@ -8,7 +8,7 @@ import torch
 
 from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.models import load_model
-from cdpo_ray.models.family import TextToImageModel
+from cdpo_ray.models.family import TextToImageModel, rows_of
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.randomness.noise import generator_at, noise_at
 from cdpo_ray.training.batches import PairBatch
@@ -48,3 +48,14 @@ def make_pairs(model: TextToImageModel, count: int = 4) -> PairBatch:
         noise_at(shape, 0, "noise"),
     )
     return batch.to("cpu", model.dtype)
+
+
+def pairs_at(batch: PairBatch, rows: slice) -> PairBatch:
+    """The pairs at some rows of a batch."""
+    return PairBatch(
+        batch.latents_w[rows],
+        batch.latents_l[rows],
+        rows_of(batch.conditioning, rows),
+        rows_of(batch.times, rows),
+        batch.noise[rows],
+    )

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_policies import TARGETS, load
+from tiny_policies import TARGETS, load, pairs_at
 from torch import Tensor, nn
 
 from cdpo_ray.config.training import LoraSection
-from cdpo_ray.models.family import rows_of
 from cdpo_ray.models.noising import squared_error
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.randomness.noise import noise_at
@@ -143,7 +142,7 @@ def test_a_small_step_of_a_unet_lowers_the_chosens_error_more_often_with_the_saf
 
 def chosen_falls(policy: Policy, pairs: PairBatch, pair: int, kept: float | None) -> bool:
     """Whether one small step on one pair, which is undone, lowers the chosen's error."""
-    batch = rows(pairs, pair)
+    batch = pairs_at(pairs, slice(pair, pair + 1))
     loss, _ = loss_of_pairs(policy, batch, preference_loss=partial(preference_loss, beta=200.0), safeguard=kept)
     step = torch.autograd.grad(loss, policy.trainable)
     size = 1e-3 / torch.stack([each.norm() for each in step]).norm()
@@ -155,17 +154,6 @@ def chosen_falls(policy: Policy, pairs: PairBatch, pair: int, kept: float | None
         for parameter, each in zip(policy.trainable, step, strict=True):
             parameter += size * each
     return after < before
-
-
-def rows(pairs: PairBatch, pair: int) -> PairBatch:
-    cut = slice(pair, pair + 1)
-    return PairBatch(
-        pairs.latents_w[cut],
-        pairs.latents_l[cut],
-        rows_of(pairs.conditioning, cut),
-        rows_of(pairs.times, cut),
-        pairs.noise[cut],
-    )
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from tiny_policies import TinyModels, load, make_pairs, start
+from tiny_policies import TinyModels, load, make_pairs, pairs_at, start
 from torch import Tensor, nn
 
 from cdpo_ray.models.family import rows_of
@@ -25,17 +25,6 @@ LN2 = torch.tensor(math.log(2)).item()
 each_family = pytest.mark.parametrize(
     "family", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "flux_schnell"]
 )
-
-
-def rows(batch: PairBatch, start: int, stop: int) -> PairBatch:
-    cut = slice(start, stop)
-    return PairBatch(
-        batch.latents_w[cut],
-        batch.latents_l[cut],
-        rows_of(batch.conditioning, cut),
-        rows_of(batch.times, cut),
-        batch.noise[cut],
-    )
 
 
 def loss_and_metrics(policy: Policy, batch: PairBatch) -> tuple[Tensor, dict[str, float]]:
@@ -160,7 +149,7 @@ def test_gradients_accumulated_over_two_halves_are_those_of_the_whole(tiny_sd15:
     loss_and_metrics(policy, batch)[0].backward()
     whole = [parameter.grad.clone() for parameter in policy.trainable if parameter.grad is not None]
     model.denoiser.zero_grad()
-    for part in (rows(batch, 0, 2), rows(batch, 2, 4)):
+    for part in (pairs_at(batch, slice(0, 2)), pairs_at(batch, slice(2, 4))):
         (loss_and_metrics(policy, part)[0] / 2).backward()
     assert len(whole) == len(policy.trainable)
     largest = max(gradient.abs().max().item() for gradient in whole)
