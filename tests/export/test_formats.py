@@ -44,13 +44,13 @@ def sampled(model: TextToImageModel) -> Tensor:
     return model.sample(conditioning, noise, num_denoising_steps=3, guidance_scale=3.0)
 
 
-def assert_samples_as(policy: TextToImageModel, pipeline: Any) -> None:
-    """In fp64, because random weights and guidance amplify fp32 rounding to 1e-4; the files' own fp32 remains."""
+def assert_samples_as(policy: TextToImageModel, pipeline: Any, *, atol: float = 1e-5) -> None:
+    """In fp64, because random weights and guidance amplify fp32 rounding to 1e-4."""
     found, trained = (
         sampled(type(policy)(made_of.to(torch.float64), dtype=torch.float64, device="cpu"))
         for made_of in (pipeline, policy.pipeline)
     )
-    torch.testing.assert_close(found, trained, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found, trained, rtol=1e-5, atol=atol)
     policy.denoiser.disable_adapters()
     base = sampled(type(policy)(policy.pipeline, dtype=torch.float64, device="cpu"))
     assert (trained - base).abs().max() > 1e-2, "training must have changed the model"
@@ -92,7 +92,7 @@ def test_merged_weights_sample_like_the_policy_and_contain_no_lora(
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert not any("lora" in name for name in getattr(pipeline, policy.denoiser_name).state_dict())
     assert not any("lora" in str(path).lower() for path in (tmp_path / "out").rglob("*"))
-    assert_samples_as(policy, pipeline)
+    assert_samples_as(policy, pipeline, atol=1e-4)  # the sums of weights are rounded to the file's fp32
 
 
 def test_merging_includes_convolutions(tiny_sd15: Path, tmp_path: Path) -> None:
