@@ -1,8 +1,7 @@
 """Ablation in the embedded world: curricula, losses and targets at equal updates, seeds and samples.
 
 Every arm trains on the same samples and scores (a pool) for the same number of updates of 16 pairs, and is judged on
-held-out prompts from the same noises: by the oracle, which is never trained on, and by the reward that is. Seed ``s``
-trains on pool ``s mod --pools``. Finished runs are lines of ``--records``, so the same command resumes, and
+held-out prompts from the same noises: by the oracle, which is never trained on, and by CLIP. Seed ``s`` trains on pool ``s mod --pools``. Finished runs are lines of ``--records``, so the same command resumes, and
 ``--table`` prints the tables of the recorded runs without computing anything. Intervals are 95 %, by crossed random
 effects of runs and prompts.
 
