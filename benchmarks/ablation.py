@@ -3,7 +3,8 @@
 Every arm trains on the same samples and scores (a pool) for the same number of updates of 16 pairs, and is judged on
 held-out prompts from the same noises: by the oracle, which is never trained on, and by CLIP. Seed ``s`` trains on pool
 ``s mod --pools``. Finished runs are lines of ``--records``, so the same command resumes, and ``--table`` prints the
-tables of the recorded runs without computing anything. Intervals are 95 %, by crossed random effects of runs and prompts.
+tables of the recorded runs without computing anything. Intervals are 95 %, by crossed random effects of runs and
+prompts.
 
     python benchmarks/ablation.py --arms plain,paper --seeds 16
     python benchmarks/ablation.py --arms plain,paper,easiest-only --reward perturbation --seeds 4
