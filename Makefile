@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test nightly test-faults test-versions lint check format lock clean
+.PHONY: demo test nightly test-faults test-versions lint package check format lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/cdpo run configs/quickstart.yaml
@@ -38,7 +38,13 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint
+# The wheel is built from the sdist, so both are complete.
+package: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/uv build --quiet --out-dir dist
+	$(BIN)/python -m zipfile -l dist/cdpo_ray-*.whl | grep --quiet cdpo_ray/configs/quickstart.yaml
+
+check: lint package
 	$(BIN)/python -m pytest -m "not ray and not slow and not nightly" $(PARALLEL)
 
 format: $(INSTALLED)
@@ -57,4 +63,4 @@ lock: $(INSTALLED)
 	$(BIN)/uv pip compile -q --python-version 3.11 --universal --all-extras --generate-hashes --no-emit-index-url pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs dist

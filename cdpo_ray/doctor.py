@@ -18,11 +18,12 @@ from cdpo_ray.cost.estimate import estimate
 from cdpo_ray.cost.gpus import DEFAULT_GPU, GIB, gpu_of_device
 from cdpo_ray.cost.sentences import memory_faults
 from cdpo_ray.errors import CdpoError, StoreError
+from cdpo_ray.preflight import missing_weights, refuse_unwritable
 from cdpo_ray.run import check_cluster, read_prompts
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import steps_of
 from cdpo_ray.steps.cost import workload_of
-from cdpo_ray.store import delete, is_local, output_path, write_text
+from cdpo_ray.store import is_local, output_path
 
 OK, WARN, WRONG = "ok", "warn", "wrong"
 FLOORS = {"ray": "2.60", "diffusers": "0.42.1", "transformers": "5.3", "torch": "2.10"}
@@ -59,6 +60,7 @@ def examine(config: Config | None, *, address: str | None = None) -> Iterator[Ch
     yield from _hub()
     if config:
         yield _storage(config)
+        yield _weights(config)
         yield from _memory(config)
     yield from _ray(config, address)
 
@@ -132,19 +134,21 @@ def _hub() -> Iterator[CheckResult]:
 def _storage(config: Config) -> CheckResult:
     try:
         run_dir = output_path(config.run.dir, "run.dir")
-        existing = next((folder for folder in (run_dir, *run_dir.parents) if folder.exists()), run_dir)
-        probe = existing / f".doctor-{os.getpid()}"
-        write_text(probe, "")
-        delete(probe)
+        existing = refuse_unwritable(run_dir, "run.dir")
     except StoreError as error:
         return CheckResult(WRONG, str(error))
-    except OSError as error:
-        return CheckResult(WRONG, f"`run.dir` {config.run.dir}: cannot be written ({error}); choose another")
     if not is_local(run_dir):
         return CheckResult(OK, f"`run.dir` {config.run.dir}: can be written")
     free = shutil.disk_usage(existing).free
     message = f"`run.dir` {config.run.dir}: can be written, {free / 2**30:.1f} GiB free"
     return CheckResult(OK if free >= LOW_DISK_BYTES else WARN, message)
+
+
+def _weights(config: Config) -> CheckResult:
+    missing = missing_weights(config)
+    if not missing:
+        return CheckResult(OK, "weights: the model's and the judges' are on this machine")
+    return CheckResult(WARN, f"weights: not on this machine, downloaded when they are first used: {', '.join(missing)}")
 
 
 def _memory(config: Config) -> Iterator[CheckResult]:

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from cdpo_ray.config import Config, SearchSection
 from cdpo_ray.curriculum.capacity import stage_capacities
 from cdpo_ray.curriculum.stages import ORDERED, admitted_gaps, admitted_levels, count_pairs
-from cdpo_ray.evaluation.statistics import MIN_RUNS
+from cdpo_ray.evaluation.statistics import MIN_PROMPTS, MIN_RUNS
 from cdpo_ray.models.sizes import Sizes, sizes_of
 from cdpo_ray.preferences.files import Scan
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.prompts.syntax import literal_syntax
 from cdpo_ray.store import storage_path
 
+MANY_REPEATS = 20
+"""Number of times that a pair may be drawn in one stage without a warning."""
 PNG_BYTES_PER_PIXEL = 1.6  # photographs; drawings take less
 
 
@@ -30,7 +32,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), sc
     """Describe what `cdpo run` would do with a configuration.
 
     Args:
-        cost: lines of the cost estimate, see `cost_lines`.
+        cost: further lines, the last of them of the cost estimate, see `cost_lines`.
         scanned: preferences of the configuration.
     """
     per_prompt, curriculum, training = config.generation.images_per_prompt, config.curriculum, config.training
@@ -79,6 +81,11 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), sc
             lines.append(
                 f"    stage {stage}    rank gaps {smallest} to {largest}: up to {candidates:,} pairs, {drawn:,} drawn"
             )
+            if drawn > MANY_REPEATS * candidates:
+                lines.append(
+                    f"    warning: each pair is drawn {drawn / candidates:.0f} times; lower"
+                    " `curriculum.updates_per_stage`, or give more prompts or images per prompt"
+                )
     else:
         lines.append(f"    each stage {drawn:,} pairs drawn")
     if training.method == "lora" and training.lora.grows:
@@ -94,8 +101,9 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), sc
         f"               beta {training.beta:g}, kappa = beta/2 = {training.beta / 2:g}"
         " (errors are means over latent values); equivalent settings elsewhere:",
         *(f"                 {line}" for line in same_beta_elsewhere(training.beta, _num_latent_values(config))),
-        f"  evaluation   {heldout_images:,} images of {len(prompts.heldout)} held-out prompts, judged by"
+        f"  evaluation   {heldout_images:,} images of {_counted(len(prompts.heldout), 'held-out prompt')}, judged by"
         f" {', '.join(config.evaluation_judges)}",
+        *_few_heldout(len(prompts.heldout)),
         f"  disk         {_disk(config, num_images)}",
     ]
     if config.rounds > 1:
@@ -179,6 +187,19 @@ def _draws(config: Config) -> str:
         return timesteps
     low, high = guidance
     return f"{timesteps}; guidance {low:g}" + (f" to {high:g}" if high > low else "")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _few_heldout(num_prompts: int) -> list[str]:
+    if num_prompts >= MIN_PROMPTS:
+        return []
+    return [
+        f"               warning: with fewer than {MIN_PROMPTS} held-out prompts, the report has no intervals and no"
+        " verdict"
+    ]
 
 
 def _num_latent_values(config: Config) -> int | None:

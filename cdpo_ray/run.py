@@ -1,7 +1,6 @@
 """The whole pipeline, step after step; a finished step is skipped."""
 
 import functools
-import importlib.util
 import itertools
 import logging
 import time
@@ -15,9 +14,10 @@ import yaml
 
 from cdpo_ray.config import Config
 from cdpo_ray.cost.gpus import DEFAULT_GPU, Gpu, gpu_of_device, visible_gpu
-from cdpo_ray.errors import ConfigError, CurriculumError, ResourceError, StoreError, TrainingError, printable
+from cdpo_ray.errors import ConfigError, ResourceError, StoreError, printable
 from cdpo_ray.models.folder import check_model
 from cdpo_ray.preferences.files import Scan, scan
+from cdpo_ray.preflight import refuse_problems
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
@@ -45,7 +45,6 @@ from cdpo_ray.store import (
     write_text,
 )
 from cdpo_ray.training.job import ValidationJob
-from cdpo_ray.user_code import USER_FUNCTION, load_function
 
 log = logging.getLogger(__name__)
 REPORT = "report.html"
@@ -127,11 +126,10 @@ def run_steps(
         CdpoError: of any kind; steps that finished before it are kept.
     """
     steps = list(steps)
-    _refuse_missing_package(config)
-    _refuse_missing_functions(config, steps)
     check_model_of(config)
     prompts = read_prompts(config)
     folders = round_folders(config)
+    refuse_problems(config, prompts, unfinished(steps, folders))
     with ExitStack() as stack:
         stack.enter_context(storage_errors_within(run_dir_of(config)))
         stack.enter_context(RunFolder(run_dir_of(config)).locked())
@@ -147,8 +145,7 @@ def run_steps(
         @functools.cache
         def start_ray() -> Gpu:
             stack.enter_context(ray_session(address=address, verbose=verbose))
-            undone = [step for step in steps if step.grows or not all(run.has(step.folder) for run in folders)]
-            for line in check_cluster(config, undone):
+            for line in check_cluster(config, unfinished(steps, folders)):
                 log.warning(line)
             return cluster_gpu(cluster_nodes()[0])
 
@@ -185,6 +182,11 @@ def round_folders(config: Config) -> list[RunFolder]:
     return [RunFolder(path_within(path, f"round-{number}")) for number in range(1, config.rounds + 1)]
 
 
+def unfinished(steps: Iterable[Step], folders: Sequence[RunFolder]) -> list[Step]:
+    """Steps that are not finished in every round, and those that may grow."""
+    return [step for step in steps if step.grows or not all(run.has(step.folder) for run in folders)]
+
+
 def write_reports(config: Config, *, force: bool = False) -> list[Path]:
     """Write `report.html` of each round and return their paths.
 
@@ -200,6 +202,25 @@ def write_reports(config: Config, *, force: bool = False) -> list[Path]:
     for run in folders if force else []:
         warn_of_edited_config(config, run)
     return paths
+
+
+def refuse_changes(config: Config) -> None:
+    """Compare a configuration with what the run's folder was made with, as `run_steps` does step by step.
+
+    Raises:
+        StoreError: a step was made, or started, with other settings or inputs.
+    """
+    previous = None
+    for run in round_folders(config):
+        for step in steps_of(config):
+            if not all(map(run.has, step.inputs)) or (previous and not previous.has(TRAINING)):
+                return
+            settings, inputs = step.settings(config), step.fingerprints(config, run, previous)
+            if run.has(step.folder):
+                run.refuse_difference(step.folder, settings, inputs, grows=step.grows)
+            elif step.resumable:
+                run.refuse_other_attempt(step.folder, settings, inputs)
+        previous = run
 
 
 def warn_of_edited_config(config: Config, run: RunFolder) -> None:
@@ -263,6 +284,8 @@ def perform_step(
         log.info("%s: done already", step.verb)
         return
     _refuse_changed_files(step, settings, context, allow_config_change=allow_config_change)
+    if step.resumable and not allow_config_change:
+        run.refuse_other_attempt(step.folder, settings, inputs)
     step.refuse_damaged_inputs(context.config, run, context.previous)
     context = replace(context, gpu=start_ray())
     log.info("%s ...", step.verb)
@@ -370,19 +393,3 @@ def _write_report(run: RunFolder, *, force: bool) -> Path:
     write_report(run.path, path)
     log.info("report: %s", path)
     return path
-
-
-def _refuse_missing_package(config: Config) -> None:
-    """Raise before the first step; training would raise only after all images are generated."""
-    keys = config.keys_that_need_bitsandbytes
-    if keys and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f'{", ".join(keys)}: bitsandbytes is not installed; pip install "cdpo_ray[lowmem]"')
-
-
-def _refuse_missing_functions(config: Config, steps: Sequence[Step]) -> None:
-    """Import the user's own measure and loss before the first step, for the same reason."""
-    verbs, measure, loss = {step.verb for step in steps}, config.curriculum.measure, config.training.loss.name
-    if "pairs" in verbs and USER_FUNCTION.match(measure):
-        load_function("measure", measure, CurriculumError)
-    if "train" in verbs and USER_FUNCTION.match(loss):
-        load_function("loss", loss, TrainingError)

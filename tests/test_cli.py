@@ -1,5 +1,8 @@
 """The command line: verbs in pipeline order, errors without tracebacks."""
 
+import argparse
+import re
+import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -11,7 +14,9 @@ from finished_runs import config_of, write_run
 from hollow_models import build_hollow, change
 from preference_sets import pickapic_rows, write_parquet
 
-from cdpo_ray.cli import VERBS, main
+from cdpo_ray.cli import GROUPS, VERBS, main, parser
+from cdpo_ray.cli.arguments import config_of as config_of_command
+from cdpo_ray.config import load_config
 from cdpo_ray.steps import IMPORT, STEPS
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -52,17 +57,96 @@ def test_too_large_a_count_of_scenes_is_reported_without_a_traceback(capsys: pyt
     assert capsys.readouterr().err.startswith("PromptError: `prompts.train.source` scenes: ")
 
 
-def test_help_lists_the_verbs_in_pipeline_order(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_verbs_by_group_with_an_example_each(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["--help"])
-    text = capsys.readouterr().out
-    places = [text.index(f"\n    {verb} ") for verb in VERBS]
-    assert places == sorted(places)
+    lines = capsys.readouterr().out.split("\n")
+    listed = [line.split()[0] for line in lines[lines.index("before a run:") :] if re.match(r"  \w", line)]
+    assert listed == list(VERBS)
     generate, *others = (step.verb for step in STEPS)
-    assert list(VERBS) == [
-        "check", "config", "doctor", "run", generate, IMPORT.verb, *others,
-        "report", "tune", "export", "compare", "status",
-    ]  # fmt: skip
+    assert list(GROUPS["the pipeline"]) == ["run", generate, IMPORT.verb, *others, "report", "tune"]
+    examples = [line.split("$ ")[1] for line in lines if "$ " in line]
+    assert len(examples) == len(VERBS)
+    for verb, example in zip(VERBS, examples, strict=True):
+        words = shlex.split(example.removeprefix('eval "$(').removesuffix(')"'))
+        assert words[:2] == ["cdpo", verb]
+        assert parser().parse_args(words[1:]).verb == verb
+
+
+def test_a_misspelt_verb_and_an_override_with_dashes_are_corrected(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["chek", "quickstart"], "unknown verb `chek`; did you mean `check`?"),
+        (["dance"], "unknown verb `dance`; verbs are init, configs, "),
+        (
+            ["check", "quickstart", "--training.beta=3"],
+            "--training.beta=3; a config value has no dashes: training.beta=3",
+        ),
+        (["run"], "the following arguments are required: CONFIG\n"),
+    ):
+        with pytest.raises(SystemExit, match=r"^2$"):
+            main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_a_config_of_the_package_is_taken_by_its_name_and_listed_and_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("quickstart") == load_config(QUICKSTART)
+    assert main(["configs"]) == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert set(listed) == {path.stem for path in QUICKSTART.parent.glob("*.yaml")}
+    assert listed["smoke"] == "Every step at the smallest size, to test that the pipeline runs."
+    assert main(["configs", "quickstart"]) == 0
+    assert (tmp_path / "quickstart.yaml").read_text() == QUICKSTART.read_text()
+    assert main(["configs", "quickstart"]) == 2, "an edited copy is not overwritten"
+    assert main(["configs", "quickstrt"]) == 2
+    assert capsys.readouterr().err.split("\n")[:2] == [
+        "ConfigError: quickstart.yaml: exists and is not overwritten; choose another name, or delete it",
+        "ConfigError: quickstrt: is not a config of the package; did you mean quickstart?",
+    ]
+
+
+def test_the_folder_of_a_run_is_a_config_wherever_it_was_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tmp_path / "runs", "embedded", training={"beta": 123})
+    write_run(config, lambda number, folder: None, lambda number: {})
+    run = tmp_path / "elsewhere"
+    (tmp_path / "runs" / "tuned").rename(run)
+    (run / "config.yaml").write_text(yaml.safe_dump(config.plain()))
+    monkeypatch.chdir(run)
+    for given in (str(run), "."):
+        found = config_of_command(argparse.Namespace(config=given, overrides=["resources.generators.num_actors=3"]))
+        assert (found.run.dir, found.run.name) == (str(tmp_path), "elsewhere")
+        assert (found.training.beta, found.resources.generators.num_actors) == (123, 3)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(found.plain()))
+    capsys.readouterr()
+    assert main(["status", str(tmp_path / "mine.yaml")]) == 0
+    assert capsys.readouterr().out.startswith(f"{run}\n"), "a config stands for its run"
+    (run / "config.yaml").write_text(yaml.safe_dump(config.plain()).replace("123", "124"))
+    assert main(["check", str(run)]) == 2
+    assert "config.yaml: is not the configuration that 4-training was made with" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"ConfigError: {tmp_path}: is a folder without config.yaml, which a finished run has; give the path of a YAML"
+        " file\n"
+    )
+
+
+def test_the_completion_script_of_bash_completes_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+    ask = (
+        f"source {script}; COMP_WORDS=(cdpo co); COMP_CWORD=1; COMP_LINE='cdpo co'; COMP_POINT=7; _shtab_cdpo;"
+        " printf '%s\\n' \"${COMPREPLY[@]}\""
+    )
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    assert {word.strip() for word in done.stdout.split()} == {verb for verb in VERBS if verb.startswith("co")}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -219,7 +303,7 @@ def test_fault_37_check_refuses_a_model_of_another_family_without_torch(family: 
 
 def test_the_package_runs_as_a_module() -> None:
     found = subprocess.run(
-        [sys.executable, "-m", "cdpo_ray.cli", "check", str(QUICKSTART), "training.beta=-1"],
+        [sys.executable, "-m", "cdpo_ray", "check", str(QUICKSTART), "training.beta=-1"],
         capture_output=True,
         text=True,
     )

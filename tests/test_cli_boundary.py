@@ -196,6 +196,6 @@ def test_fault_49_a_closed_pipe_ends_a_verb_quietly(arguments: str) -> None:
 
 
 def cdpo(arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
-    shell = f"exec {sys.executable} -m cdpo_ray.cli {arguments}"
+    shell = f"exec {sys.executable} -m cdpo_ray {arguments}"
     given = {"stdout": subprocess.PIPE} | options
     return subprocess.run(["bash", "-c", shell], cwd=ROOT, text=True, stderr=subprocess.PIPE, timeout=60, **given)

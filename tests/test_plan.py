@@ -187,7 +187,20 @@ def test_guidance_of_training_that_images_are_not_sampled_with_is_a_warning() ->
         "warning: `training.guidance_range` [5.0, 15.0] does not include 0, the guidance that images are sampled with;"
         " leave it out, or widen it"
     ) in str(make_plan(config(*given), PROMPTS))
-    assert "warning" not in str(make_plan(config(*given, "generation.guidance_scale=9"), PROMPTS))
+    assert "warning: `training.guidance" not in str(make_plan(config(*given, "generation.guidance_scale=9"), PROMPTS))
+
+
+def test_pairs_that_are_drawn_many_times_and_few_held_out_prompts_are_warnings() -> None:
+    few = str(make_plan(config(), PROMPTS))
+    assert (
+        "stage 1    rank gaps 6 to 7: up to 18 pairs, 800 drawn\n    warning: each pair is drawn 44 times; lower" in few
+    )
+    assert "    stage 2    rank gaps 4 to 7: up to 60 pairs, 800 drawn\n    stage 3" in few, (
+        "13 draws per pair are not a warning"
+    )
+    assert "warning: with fewer than 10 held-out prompts, the report has no intervals and no verdict\n" in few
+    prompts = [f"prompt {number}" for number in range(100)]
+    assert "warning" not in str(make_plan(config(), PromptSplit(prompts, prompts[:10], 110)))
 
 
 def test_a_plan_of_ranked_folders_leaves_out_rank_gaps_and_too_many_stages_are_refused(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 import argparse
 from pathlib import Path
 
+from cdpo_ray.cli.arguments import run_dir_given
 from cdpo_ray.cli.terminal import print_lines
 from cdpo_ray.config import Config, load_config
-from cdpo_ray.store import output_path, storage_path
+from cdpo_ray.store import output_path
 
 HELP = "metrics of several runs -> compare.html: compare their models under all their judges"
+EXAMPLE = "cdpo compare runs/quickstart runs/second"
 DESCRIPTION = """\
 Compare the models that several runs trained, on the held-out images that their
 evaluations kept. Nothing is generated.
@@ -29,7 +31,9 @@ and compare.json has the numbers. Intervals are at 95 %, over prompts."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of two or more evaluated runs, as runs/<name>")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folders of two or more evaluated runs, as runs/<name>, or their configs"
+    )
     parser.add_argument("--out", metavar="DIR", help="output folder (default: the parent folder of the first run)")
     parser.add_argument(
         "--judges",
@@ -45,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.usage_error(f"needs two or more runs, got {arguments.runs}")
     config = load_config(arguments.judges) if arguments.judges else None
     output_dir = output_path(arguments.out, "--out") if arguments.out else None
-    print_lines(*compared_lines([storage_path(run) for run in arguments.runs], output_dir, config))
+    print_lines(*compared_lines([run_dir_given(run) for run in arguments.runs], output_dir, config))
     return 0
 
 

@@ -5,6 +5,7 @@ import argparse
 from cdpo_ray.cli.terminal import print_lines
 
 HELP = "print the description of every config key, or of one section or key"
+EXAMPLE = "cdpo config training.lora"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

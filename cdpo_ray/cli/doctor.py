@@ -2,11 +2,11 @@
 
 import argparse
 
-from cdpo_ray.cli.arguments import add_address, add_config
+from cdpo_ray.cli.arguments import add_address, add_config, config_of
 from cdpo_ray.cli.terminal import EXIT_PROBLEM, print_lines
-from cdpo_ray.config import load_config
 
 HELP = "find problems of this machine, a Ray cluster and the storage, with a fix for each"
+EXAMPLE = "cdpo doctor quickstart.yaml"
 DESCRIPTION = """\
 Find problems of this machine, a Ray cluster and the storage, with a fix for each. If
 CONFIG is given, `run.dir`, GPU memory and `resources` are checked too.
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from cdpo_ray.doctor import WRONG, examine  # imports torch
 
-    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    config = config_of(arguments) if arguments.config else None
     wrong = False
     for finding in examine(config, address=arguments.address):
         print_lines(finding)

@@ -4,9 +4,9 @@ import argparse
 import logging
 from pathlib import Path
 
-from cdpo_ray.cli.arguments import add_config
+from cdpo_ray.cli.arguments import add_config, config_of
 from cdpo_ray.cli.terminal import print_lines
-from cdpo_ray.config import Config, load_config
+from cdpo_ray.config import Config
 from cdpo_ray.export import FORMATS
 from cdpo_ray.records import EVALUATION, TRAINING
 from cdpo_ray.run import read_prompts, round_folders, run_dir_of, warn_of_edited_config
@@ -15,6 +15,7 @@ from cdpo_ray.store import output_path, path_within
 
 log = logging.getLogger(__name__)
 HELP = "adapter -> files that other tools load: export the trained weights, with a model card"
+EXAMPLE = "cdpo export runs/quickstart --format kohya"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides)
+    config = config_of(arguments)
     output_dir = output_path(arguments.out, "--out") if arguments.out else None
     print_lines(export_trained(config, arguments.format, output_dir))
     return 0

@@ -12,6 +12,7 @@ from cdpo_ray.session import ray_session
 from cdpo_ray.steps import preference_frame, preference_source
 
 HELP = "preferences -> samples: import images with human preferences in place of generating them"
+EXAMPLE = "cdpo import pickapic --check"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from cdpo_ray.run import round_folders
 from cdpo_ray.store import read_untrusted
 
 HELP = "scores -> stages: rank images, build pairs by difficulty, draw what each stage trains on"
+EXAMPLE = "cdpo pairs quickstart --explain"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,12 +2,12 @@
 
 import argparse
 
-from cdpo_ray.cli.arguments import add_config
+from cdpo_ray.cli.arguments import add_config, config_of
 from cdpo_ray.cli.terminal import print_lines
-from cdpo_ray.config import load_config
 from cdpo_ray.run import write_reports
 
 HELP = "metrics -> report.html: write the report of a finished run"
+EXAMPLE = "cdpo report runs/quickstart"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,5 +15,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    print_lines(*write_reports(load_config(arguments.config, arguments.overrides), force=True))
+    print_lines(*write_reports(config_of(arguments), force=True))
     return 0

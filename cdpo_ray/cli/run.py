@@ -2,13 +2,13 @@
 
 import argparse
 
-from cdpo_ray.cli.arguments import add_address, add_allow_config_change, add_config, resume_command
+from cdpo_ray.cli.arguments import add_address, add_allow_config_change, add_config, config_of, resume_command
 from cdpo_ray.cli.terminal import print_lines
-from cdpo_ray.config import load_config
 from cdpo_ray.run import run_steps, write_reports
 from cdpo_ray.steps import steps_of
 
 HELP = "run the whole pipeline, from prompts to report; finished steps are skipped"
+EXAMPLE = "cdpo run quickstart training.beta=100"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides)
+    config = config_of(arguments)
     run_steps(
         config,
         steps_of(config),

@@ -2,6 +2,7 @@
 
 from cdpo_ray.cli.steps import add_arguments, run
 
-__all__ = ["HELP", "add_arguments", "run"]
+__all__ = ["EXAMPLE", "HELP", "add_arguments", "run"]
 
 HELP = "samples -> scores: score each image with every reward"
+EXAMPLE = 'cdpo score quickstart "rewards=[clip,jpeg_size]"'

@@ -2,8 +2,8 @@
 
 import argparse
 
-from cdpo_ray.cli.arguments import add_address, add_config, resume_command
-from cdpo_ray.config import Config, load_config
+from cdpo_ray.cli.arguments import add_address, add_config, config_of, resume_command
+from cdpo_ray.config import Config
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.run import run_steps
 from cdpo_ray.steps import Step, steps_of
@@ -27,7 +27,7 @@ def load_step(arguments: argparse.Namespace) -> tuple[Config, Step]:
     Raises:
         ConfigError: the configuration is invalid, or has no such step: samples are either generated or imported.
     """
-    config = load_config(arguments.config, arguments.overrides)
+    config = config_of(arguments)
     steps = {step.verb: step for step in steps_of(config)}
     if arguments.verb not in steps:
         raise ConfigError(

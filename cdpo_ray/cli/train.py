@@ -6,6 +6,7 @@ from cdpo_ray.cli import steps
 from cdpo_ray.cli.arguments import add_allow_config_change
 
 HELP = "stages -> adapter: train a LoRA, or all weights, by DPO, stage after stage"
+EXAMPLE = "cdpo train quickstart"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

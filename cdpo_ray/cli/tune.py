@@ -2,11 +2,11 @@
 
 import argparse
 
-from cdpo_ray.cli.arguments import add_address, add_config, resume_command
+from cdpo_ray.cli.arguments import add_address, add_config, config_of, resume_command
 from cdpo_ray.cli.terminal import print_lines
-from cdpo_ray.config import load_config
 
 HELP = "search the schedule on Ray Tune: trials share samples and scores, the best is confirmed"
+EXAMPLE = "cdpo tune tune"
 DESCRIPTION = """\
 Search the keys that the config's `search.space` names (any of `curriculum` and
 `training`) on Ray Tune.
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides)
+    config = config_of(arguments)
     from cdpo_ray.search.search import find_schedule  # imports optuna and matplotlib, after a wrong config has failed
 
     command = resume_command(arguments, "tune")

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from cdpo_ray.config.section import COMMIT, HUB_ID, LocalPath, Section
 
+PreferenceFormat = Literal["pickapic", "pairs", "ranked_folders"]
+
 
 class PromptSource(Section):
     """Where prompts come from: a built-in set, a file, or a `file` of a hub data set at a `revision`."""
@@ -87,7 +89,7 @@ class PreferencesSection(Section):
     """A file, a folder with all its files, or a pattern such as `data/**/train-*.parquet`; for `ranked_folders` the
     parent folder."""
 
-    format: Literal["pickapic", "pairs", "ranked_folders"]
+    format: PreferenceFormat
     """Layout of the files. `pickapic`: Parquet or JSONL with the columns of Pick-a-Pic. `pairs`: Parquet or JSONL with
     `prompt`, `chosen`, `rejected`. `ranked_folders`: one folder per prompt with `prompt.txt` and images whose names
     start with their rank, 0 the best."""

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from cdpo_ray.config.section import fields_of, named, nearest, sections_in, without_credentials
+from cdpo_ray.config.shipped import shipped_configs
 from cdpo_ray.config.whole import Config
 from cdpo_ray.errors import ConfigError
 
@@ -120,22 +121,38 @@ def parse_yaml(text: str, *, where: str) -> Any:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file and apply `section.key=value` overrides.
+    """Read a config file, or a config of the package by its name, and apply `section.key=value` overrides.
 
     Raises:
         ConfigError: the file cannot be read, or the configuration is invalid; lists all faults.
     """
     path = Path(os.path.expanduser(path))
-    values = parse_yaml(_read_text(path), where=str(path))
+    if not path.exists():
+        path = shipped_configs().get(str(path), path)
+    return configured(parse_yaml(_read_text(path), where=str(path)), overrides, where=str(path))
+
+
+def configured(values: Any, overrides: Sequence[str] = (), *, where: str) -> Config:
+    """Plain values with `section.key=value` overrides -> configuration.
+
+    Args:
+        values: mapping of sections; overrides change it.
+        where: source of the values, for messages.
+
+    Raises:
+        ConfigError: the configuration is invalid; lists all faults.
+    """
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must be a mapping of sections, got {type(values).__name__}")
+        raise ConfigError(f"{where}: must be a mapping of sections, got {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
-    return validate(values, where=str(path))
+    return validate(values, where=where)
 
 
 def _read_text(path: Path) -> str:
     hint = "give the path of a YAML file"
+    if near := nearest(str(path), shipped_configs()):
+        hint += f", or a config of the package (`cdpo configs`), such as {near}"
     try:
         if path.exists() and not path.is_file():  # reading a pipe might never end
             raise ConfigError(f"{path}: is {'a folder' if path.is_dir() else 'not a regular file'}; {hint}")
@@ -185,6 +202,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"{shown}: must be `section.key=value`, for example `training.beta=2000`")
     value = parse_yaml(text, where=shown)
+    if ":" in key and key.partition(":")[0] in Config.model_fields:
+        raise ConfigError(f"{shown}: sections and keys are separated by dots, as in `{_key(key.replace(':', '.'))}`")
     if key == "rewards" and isinstance(value, list):  # the short form: rewards=[clip,jpeg_size]
         key = "rewards.names"
     *parents, last = key.split(".")

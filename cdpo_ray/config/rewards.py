@@ -385,6 +385,11 @@ class RewardsSection(Section):
     jpeg_size: JpegSizeOptions = JpegSizeOptions()
     perturbation: PerturbationOptions = PerturbationOptions()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _may_be_names_alone(cls, given: Any) -> Any:
+        return {"names": given} if isinstance(given, list | tuple) else given
+
     @model_validator(mode="after")
     def _rank_by_is_scored(self) -> "RewardsSection":
         if len(set(self.names)) != len(self.names):

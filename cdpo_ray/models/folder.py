@@ -87,7 +87,7 @@ def check_folder(family: str, folder: Path, *, partial: bool = False) -> None:
         )
         raise ModelError(f"`model.path` {folder}: has no {config_path(INDEX)}; {advice}")
     if faults := _faults(LAYOUTS[family], folder, partial):
-        fits = [other for other, layout in LAYOUTS.items() if not _faults(layout, folder, partial)]
+        fits = fitting_families(folder, partial=partial)
         advice = f"it fits `model.family` {one_of(fits)}" if fits else "give another model, or correct its files"
         raise _refusal(f"`model.path` {folder}: does not fit `model.family` {family}", faults, advice)
     faults = [
@@ -98,6 +98,15 @@ def check_folder(family: str, folder: Path, *, partial: bool = False) -> None:
     if faults:
         advice = "give a folder in diffusers layout with safetensors weights"
         raise _refusal(f"`model.path` {folder}: cannot be loaded", faults, advice)
+
+
+def fitting_families(folder: Path, *, partial: bool = False) -> list[str]:
+    """Families whose layout a model folder has.
+
+    Args:
+        partial: whether missing files are allowed.
+    """
+    return [family for family, layout in LAYOUTS.items() if not _faults(layout, folder, partial)]
 
 
 def check_teacher(folder: Path, *, student: Path | None, partial: bool = False) -> None:

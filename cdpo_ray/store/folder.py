@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from cdpo_ray.config.reading import parse_yaml
 from cdpo_ray.errors import StoreError
-from cdpo_ray.records import STEP_FOLDERS
+from cdpo_ray.records import SAMPLES, STEP_FOLDERS
 from cdpo_ray.resources import usable_cpus
 from cdpo_ray.store.copies import delete, find_damage, flush_and_describe, move
 from cdpo_ray.store.failures import storage_errors, storage_errors_within
@@ -162,10 +162,28 @@ class RunFolder:
         path, manifest = self.path / folder, self.manifest(folder)
         made = {name: value for name, value in manifest["settings"].items() if not grows or name in settings}
         if changed := differences(made, settings):
-            raise StoreError(f"{path} was made with {changed}; {SETTINGS_REMEDY}")
+            raise StoreError(f"{path} was made with {changed}; {SETTINGS_REMEDY}{self._samples_remedy(folder)}")
         for name, fingerprint in inputs.items():
             if manifest["inputs"].get(name) != fingerprint:
                 raise StoreError(f"{path} was made from another {name}; delete {path} to regenerate it")
+
+    def refuse_other_attempt(self, folder: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+        """Compare the settings and inputs that an interrupted attempt of a resumable step was started with.
+
+        Raises:
+            StoreError: it was started with other settings or inputs, as `writing` would find.
+        """
+        partial = self._unfinished(folder)
+        if exists(partial / SETTINGS):
+            self._changes_since(partial, {"settings": settings, "inputs": inputs}, folder, allow_change=False)
+
+    def _unfinished(self, folder: str) -> Path:
+        """Folder that an unfinished step is written into."""
+        return path_within(self.path, f"{folder}.partial") if is_local(self.path) else path_within(self.path, folder)
+
+    def _samples_remedy(self, folder: str) -> str:
+        """How to try other settings of a step after generation without generating again."""
+        return "" if folder == SAMPLES else f", where `run.samples_from={self.path}` reuses the images of this run"
 
     def refuse_damage(
         self, folder: str, files: Sequence[str] | None = None, *, once: bool = False, read_up_to: float = math.inf
@@ -282,7 +300,7 @@ class RunFolder:
         """
         final = path_within(self.path, folder)
         finished = self.manifest(folder) if grows and self.has(folder) else None
-        partial = final if not is_local(final) and not finished else path_within(self.path, f"{folder}.partial")
+        partial = self._unfinished(folder) if not finished else path_within(self.path, f"{folder}.partial")
         if not finished and exists(final) and (partial != final or not exists(final / SETTINGS)):
             raise StoreError(f"{final}: has no {MANIFEST}; delete the folder to regenerate it")
         made_from: dict[str, Any] = {"settings": dict(settings), "inputs": dict(inputs)}
@@ -290,7 +308,7 @@ class RunFolder:
         if exists(partial):
             if resumable and exists(partial / SETTINGS):
                 refuse_links_out(partial, self.path)
-                changes = _changes_since(partial, made_from, allow_change=allow_change)
+                changes = self._changes_since(partial, made_from, folder, allow_change=allow_change)
             else:
                 delete(partial)
         with storage_errors_within(partial):
@@ -327,6 +345,17 @@ class RunFolder:
                     partial.rename(final)
             self._verified[folder] = manifest["fingerprint"]
         self.delete_leftovers(folder, scratch)
+
+    def _changes_since(self, partial: Path, now: Mapping[str, Any], folder: str, *, allow_change: bool) -> list[str]:
+        """Changes of the settings at each resume of an unfinished step."""
+        started = read_untrusted(partial / SETTINGS, STEP_SETTINGS, remedy=f"delete {partial} to start over")
+        if started["inputs"] != now["inputs"]:
+            raise StoreError(f"{partial} was started with other inputs; delete it to start over")
+        changes: list[str] = started.get("changes", [])
+        changed = differences(started["settings"], now["settings"])
+        if changed and not allow_change:
+            raise StoreError(f"{partial} was started with {changed}; {SETTINGS_REMEDY}{self._samples_remedy(folder)}")
+        return [*changes, changed] if changed else changes
 
     def delete_leftovers(self, folder: str, scratch: Sequence[str]) -> None:
         """Delete files that a finished step no longer needs, including those that an earlier, killed call left.
@@ -373,18 +402,6 @@ def _products(partial: Path, scratch: Sequence[str]) -> dict[str, Path]:
     for name in [name for name in found if name.endswith(".tmp")]:
         delete(found.pop(name))
     return found
-
-
-def _changes_since(partial: Path, now: Mapping[str, Any], *, allow_change: bool) -> list[str]:
-    """Changes of the settings at each resume of an unfinished step."""
-    started = read_untrusted(partial / SETTINGS, STEP_SETTINGS, remedy=f"delete {partial} to start over")
-    if started["inputs"] != now["inputs"]:
-        raise StoreError(f"{partial} was started with other inputs; delete it to start over")
-    changes: list[str] = started.get("changes", [])
-    changed = differences(started["settings"], now["settings"])
-    if changed and not allow_change:
-        raise StoreError(f"{partial} was started with {changed}; {SETTINGS_REMEDY}")
-    return [*changes, changed] if changed else changes
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`python -m cdpo_ray.cli` is `cdpo`."""
+"""`python -m cdpo_ray` is `cdpo`."""
 
 import sys
 

@@ -1,0 +1,143 @@
+"""Problems that would stop a run after minutes of work, found before it starts."""
+
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from cdpo_ray.config import HUB_ID, Config
+from cdpo_ray.errors import CdpoError, ConfigError, CurriculumError, RewardError, StoreError, TrainingError, printable
+from cdpo_ray.models.folder import folder_of
+from cdpo_ray.prompts.sources import PromptSplit
+from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, TRAINING
+from cdpo_ray.steps import Step
+from cdpo_ray.steps.arguments import REWARD_WEIGHTS
+from cdpo_ray.store import delete, write_text
+from cdpo_ray.testbed.scenes import parse_caption
+from cdpo_ray.user_code import USER_FUNCTION, load_function
+
+EMBEDDED_WORLD_JUDGES = ("oracle", "oracle_strict")
+"""Judges that understand only prompts of the embedded world."""
+TRIED_SIZE = 64  # pixels
+NUM_TRIED = 2
+
+
+def refuse_problems(config: Config, prompts: PromptSplit, steps: Iterable[Step]) -> None:
+    """Raise for everything in a configuration that would stop these steps and that its validation cannot know.
+
+    Raises:
+        CdpoError: of the kind that the step would raise; several problems are one `ConfigError`.
+    """
+    problems = list(_problems(config, prompts, {step.folder for step in steps}))
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ConfigError("\n  ".join([f"{len(problems)} problems", *map(str, problems)]))
+
+
+def try_rewards(config: Config, prompts: PromptSplit) -> list[str]:
+    """Call the user's reward functions on two images of random pixels; those that run on a GPU are not called.
+
+    Classes are not instantiated either: they load models.
+
+    Returns:
+        One line per function that was called.
+
+    Raises:
+        RewardError: a function raises, or does not return one number per image.
+    """
+    pool = config.resources.scorers if config.rewards.placement == "pool" else config.resources.generators
+    names = [name for name in config.evaluation_judges if USER_FUNCTION.match(name)]
+    functions = [name for name in names if not isinstance(load_function("reward", name, RewardError), type)]
+    if pool.gpus_per_actor or not functions:
+        return []
+    import torch
+
+    from cdpo_ray.rewards.scorer import Scorer
+
+    size = config.generation.height or TRIED_SIZE, config.generation.width or TRIED_SIZE
+    images = torch.randint(256, (NUM_TRIED, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    words = ([*prompts.train, *prompts.heldout] * NUM_TRIED)[:NUM_TRIED]
+    found = Scorer({name: {} for name in functions})(images, words)
+    return [f"{name} of two images of random pixels: {a:.4g}, {b:.4g}" for name, (a, b) in found.items()]
+
+
+def refuse_unwritable(path: Path, key: str) -> Path:
+    """Write and delete an empty file in a folder, or in the nearest parent that exists.
+
+    Args:
+        key: config key of the path, for messages.
+
+    Returns:
+        The folder that exists.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    try:
+        existing = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+        probe = existing / f".probe-{os.getpid()}"
+        write_text(probe, "")
+        delete(probe)
+    except (OSError, StoreError) as error:
+        raise StoreError(f"`{key}` {path}: cannot be written ({error}); choose another") from None
+    return existing
+
+
+def missing_weights(config: Config) -> list[str]:
+    """Hub ids of the model and of rewards whose weights are not in this machine's cache, each with its key."""
+    model = config.model
+    found = {} if folder_of(model.path, model.revision) else {f"model.path {model.path}": (model.path, model.revision)}
+    for name, options in config.evaluation_judges.items():
+        for key in REWARD_WEIGHTS:
+            revision = options.get("revision" if key == "checkpoint" else f"{key}_revision")
+            if options.get(key) is not None:
+                found[f"rewards.{name}.{key} {options[key]}"] = (str(options[key]), revision)
+    return [key for key, (place, revision) in found.items() if not _is_on_this_machine(place, revision)]
+
+
+def _is_on_this_machine(place: str, revision: str | None) -> bool:
+    if os.path.exists(place) or not HUB_ID.match(place) or revision is None:
+        return True
+    try:
+        snapshot_download(place, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return False
+    return True
+
+
+def _problems(config: Config, prompts: PromptSplit, folders: set[str]) -> Iterator[CdpoError]:
+    keys = config.keys_that_need_bitsandbytes
+    if keys and importlib.util.find_spec("bitsandbytes") is None:
+        yield ConfigError(f'{", ".join(keys)}: bitsandbytes is not installed; pip install "cdpo_ray[lowmem]"')
+    judges = config.rewards.judges if folders & {SAMPLES, SCORES} else {}
+    judges |= config.evaluation_judges if EVALUATION in folders else {}
+    own: list[tuple[str, str, type[CdpoError]]] = [("reward", name, RewardError) for name in judges]
+    own += [("measure", config.curriculum.measure, CurriculumError)] if STAGES in folders else []
+    own += [("loss", config.training.loss.name, TrainingError)] if TRAINING in folders else []
+    for what, name, error_class in own:
+        if USER_FUNCTION.match(name):
+            try:
+                load_function(what, name, error_class)
+            except CdpoError as error:
+                yield error
+    for name in EMBEDDED_WORLD_JUDGES:
+        is_trained_on = name in config.rewards.judges and bool(folders & {SAMPLES, SCORES})
+        judged = [*prompts.train] if is_trained_on else []
+        judged += prompts.heldout if name in config.evaluation_judges and EVALUATION in folders else []
+        if other := next((prompt for prompt in judged if not _is_caption(prompt)), None):
+            yield ConfigError(
+                f"`{'rewards.names' if name in config.rewards.names else 'evaluation.judges'}`: `{name}` judges only"
+                f" prompts of the embedded world (`source: scenes`), got {printable(other)!r}; remove `{name}`"
+            )
+
+
+def _is_caption(prompt: str) -> bool:
+    try:
+        parse_caption(prompt)
+    except ValueError:
+        return False
+    return True
