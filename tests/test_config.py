@@ -526,7 +526,8 @@ def test_a_hub_id_needs_a_full_commit(revision: str | None) -> None:
     (fault,) = refused("model.path=someone/some-model", f"model.revision={revision or 'null'}")
     assert fault == (
         "model: `path` 'someone/some-model' is not a local folder, so it is read as a hub id, which needs `revision`"
-        f" (a full commit of 40 hex digits), got {revision!r}; as a folder it would be"
+        f" (a full commit of 40 hex digits), got {revision!r}; the history of the hub page's `Files and versions` lists"
+        " the commits; as a folder it would be"
         f" {Path.cwd()}/someone/some-model (relative paths start at the working folder)"
     )
 
@@ -690,7 +691,8 @@ def test_published_weights_are_a_pinned_hub_id_or_local(reward: str, key: str, k
     (tmp_path / "weights.pt").touch()
     load_config(QUICKSTART, (f"{where}.{key}={here}", f"{where}.{revision_key}=null"))
     assert refused(f"{where}.{revision_key}=main") == [
-        f"{where}: `{revision_key}` must be a commit of 40 hex digits for a hub id, got 'main'"
+        f"{where}: `{revision_key}` must be a commit of 40 hex digits for a hub id, got 'main'; the history of the hub"
+        " page's `Files and versions` lists the commits"
     ]
     assert refused(f"{where}.{key}=/nowhere/at/all") == [
         f"{where}: `{key}` must be an existing {kind} or a hub id, got '/nowhere/at/all': no {kind} /nowhere/at/all"

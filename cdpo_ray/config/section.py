@@ -14,6 +14,7 @@ from cdpo_ray.user_code import USER_FUNCTION
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 COMMIT = re.compile(r"^[0-9a-f]{40}$")
+WHERE_COMMITS_ARE = "the history of the hub page's `Files and versions` lists the commits"
 OBJECT_STORES = ("s3", "gs")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -111,7 +112,7 @@ def check_pinned(place: str, revision: str | None, *, key: str, revision_key: st
             f"`{key}` must be an existing {kind} or a hub id, got {place!r}: no {kind} {looked_for(place)}"
         )
     if revision is None or not COMMIT.match(revision):
-        raise ValueError(f"`{revision_key}` must be a commit of 40 hex digits for a hub id, got {revision!r}")
+        raise ValueError(f"`{revision_key}` must be a commit of 40 hex digits for a hub id, got {revision!r}; {WHERE_COMMITS_ARE}")
 
 
 def check_weights(path: str, revision: str | None) -> None:
@@ -130,5 +131,6 @@ def check_weights(path: str, revision: str | None) -> None:
     if revision is None or not COMMIT.match(revision):
         raise ValueError(
             f"`path` {path!r} is not a local folder, so it is read as a hub id, which needs `revision`"
-            f" (a full commit of 40 hex digits), got {revision!r}; as a folder it would be {looked_for(path)}"
+            f" (a full commit of 40 hex digits), got {revision!r}; {WHERE_COMMITS_ARE}; as a folder it would be"
+            f" {looked_for(path)}"
         )
