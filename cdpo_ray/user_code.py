@@ -21,6 +21,8 @@ from cdpo_ray.errors import CdpoError, StoreError
 USER_FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 WRITTEN_HEADER = "# Written by cdpo_ray.save_function; change the notebook, not this file.\n"
 """First line of the files of `save_function`."""
+_executed: dict[str, bytes] = {}
+"""Source of each module of the working directory that this process executed, by name."""
 
 
 def load_function(what: str, name: str, error_class: type[CdpoError]) -> Any:
@@ -79,7 +81,8 @@ def save_function(function: Callable[..., Any], file: str | Path) -> str:
         path.write_text(WRITTEN_HEADER + _module_source(function), "utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"{path.absolute()}: cannot be written: {error}; choose another file") from None
-    sys.modules.pop(module, None)  # an earlier version; measures are imported by this process
+    _delete_bytecode(path)
+    sys.modules.pop(module, None)  # an earlier version
     importlib.invalidate_caches()
     return f"{module}:{function.__name__}"
 
@@ -127,19 +130,35 @@ def attribute_errors(
 
 
 def _module(name: str) -> ModuleType:
-    """Import a module; the working directory is appended to the path, so that no other file in it hides a module."""
+    """Import a module; the working directory is appended to the path, so that no other file in it hides a module.
+
+    A file of the working directory that has changed since this process executed it is executed again: a run records the
+    SHA-256 of the file, not of what was imported earlier.
+    """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    spec = importlib.util.spec_from_file_location(name, Path(f"{name}.py").absolute())
-    if name in sys.modules or not Path(f"{name}.py").is_file() or not spec or not spec.loader:
+    own = Path(f"{name}.py").absolute()
+    spec = importlib.util.spec_from_file_location(name, own)
+    if not own.is_file() or not spec or not spec.loader or (name in sys.modules and name not in _executed):
         return importlib.import_module(name)
+    source = own.read_bytes()
+    if name in sys.modules and _executed[name] == source:
+        return sys.modules[name]
+    _delete_bytecode(own)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
+    _executed[name] = source
     return module
+
+
+def _delete_bytecode(path: Path) -> None:
+    """Delete the cached bytecode of a file; Python uses it if the file changed within a second and kept its size."""
+    with contextlib.suppress(OSError):
+        Path(importlib.util.cache_from_source(path)).unlink()
 
 
 def _is_here(entry: str) -> bool:

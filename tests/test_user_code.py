@@ -60,7 +60,7 @@ def test_another_process_imports_the_function_and_gets_the_same_values() -> None
     assert load_function("reward", name, RewardError)([[4]], []) == 2 * math.pi + 3
 
 
-def test_a_changed_function_replaces_the_file_and_its_provenance_and_the_loaded_module() -> None:
+def test_a_changed_function_replaces_the_file_its_sha256_and_the_loaded_module() -> None:
     def one(images: Any, prompts: Any) -> int:
         return 1
 
@@ -77,6 +77,14 @@ def test_a_changed_function_replaces_the_file_and_its_provenance_and_the_loaded_
     assert found[0] != found[1]
     assert "return 2" in Path("my_reward.py").read_text()
     assert load_function("reward", "my_reward:two", RewardError)([], []) == 2
+
+
+def test_a_file_that_was_changed_by_hand_is_executed_again_and_another_is_not() -> None:
+    Path("my_reward.py").write_text("numbers = [1]")
+    loaded = [load_function("reward", "my_reward:numbers", RewardError) for _ in range(2)]
+    assert loaded[0] is loaded[1]
+    Path("my_reward.py").write_text("numbers = [2]")
+    assert load_function("reward", "my_reward:numbers", RewardError) == [2]
 
 
 def test_a_value_that_other_processes_lack_is_named() -> None:
