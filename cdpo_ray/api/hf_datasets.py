@@ -1,8 +1,9 @@
 """Tables of a run -> `datasets.Dataset`."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from cdpo_ray.dataflow.images import refuse_other_images
@@ -30,11 +31,9 @@ def as_dataset(frame: pd.DataFrame, images: Sequence[str], *, where: str) -> "da
         raise StoreError('`dataset` needs the package datasets; pip install "cdpo_ray[datasets]"') from None
     dataset = datasets.Dataset.from_pandas(frame, preserve_index=False)
     for column in images:
-        kind: Any = datasets.Image()
+        has_lists = any(isinstance(value, np.ndarray) for value in frame[column])
         for row, value in enumerate(frame[column]):
-            pngs = [value] if isinstance(value, bytes) else value
-            kind = datasets.Image() if isinstance(value, bytes) else datasets.List(datasets.Image())
-            for png in pngs:
+            for png in value if has_lists else [value]:
                 refuse_other_images(png, f"{where}: `{column}` of row {row}")
-        dataset = dataset.cast_column(column, kind)
+        dataset = dataset.cast_column(column, datasets.List(datasets.Image()) if has_lists else datasets.Image())
     return dataset

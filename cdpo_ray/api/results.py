@@ -106,10 +106,11 @@ class Run:
         ``clip``; higher is better, NaN means no score. ``label``: the labels of imported images.
         """
         step = self._step(SCORES)
-        files = [name for name in self._folder.manifest(SCORES)["files"] if fnmatchcase(name, "*.parquet")]
         columns = []
-        for name in (name for name in files if "/" not in name):  # `second/` holds repeated scores
-            path, reward = path_within(step, name), name.removesuffix(".parquet")
+        for path in self._tables(SCORES, "*.parquet"):
+            if path.parent != step:  # `second/` holds repeated scores
+                continue
+            reward = path.name.removesuffix(".parquet")
             column = score_column(reward)
             check_columns(path, checked_schema(path), integers=PLACE[::2], text=PLACE[1:2], numbers=(column,))
             scores = _frame(read_table(path, [*PLACE, column])).set_index(PLACE)[column].rename(reward)
@@ -238,16 +239,22 @@ class Run:
         Raises:
             StoreError: training is not finished, or a file of it is damaged.
             ModelError: the base model cannot be loaded, or the trained weights do not fit it.
+            ValueError: ``dtype`` is not a dtype.
         """
+        import torch
+
         from cdpo_ray.models import load_model
 
         self._step(TRAINING)
         self._folder.refuse_damage(TRAINING)
         settings = self.config.model
+        name = str(dtype or settings.dtype).removeprefix("torch.")
+        if not isinstance(getattr(torch, name, None), torch.dtype):
+            raise ValueError(f"`dtype` must be a torch dtype or its name, as 'bfloat16', got {dtype!r}")
         model = load_model(
             settings.family,
             **settings.model_dump(include={"path", "revision", "quantization"}),
-            dtype=str(dtype or settings.dtype).removeprefix("torch."),
+            dtype=name,
             device=device,
         )
         model.load_tuned(self._folder.step(TRAINING))
@@ -299,9 +306,16 @@ class Run:
         return self._folder.step(folder)
 
     def _tables(self, folder: str, pattern: str) -> list[Path]:
+        """Tables of a finished step, in the order of its manifest.
+
+        Raises:
+            StoreError: as `_step`; or there is none.
+        """
         step = self._step(folder)
-        names = self._folder.manifest(folder)["files"]
-        return [path_within(step, name) for name in sorted(names) if fnmatchcase(name, pattern)]
+        names = [name for name in self._folder.manifest(folder)["files"] if fnmatchcase(name, pattern)]
+        if not names:
+            raise StoreError(f"{step}: has no table {pattern}; delete the folder to regenerate it")
+        return [path_within(step, name) for name in names]
 
     def _samples(self, columns: Sequence[str]) -> pd.DataFrame:
         frames = []
@@ -314,7 +328,12 @@ class Run:
         return pd.concat(frames).sort_values("prompt_index", ignore_index=True)
 
     def _keeps_images(self) -> bool:
-        return all("images" in checked_schema(shard).names for shard in self._tables(SAMPLES, "*.parquet"))
+        schemas = {shard: checked_schema(shard) for shard in self._tables(SAMPLES, "*.parquet")}
+        if not all("images" in schema.names for schema in schemas.values()):
+            return False
+        for shard, schema in schemas.items():
+            check_columns(shard, schema, lists=("images",))
+        return True
 
     def _comparison_path(self) -> Path:
         path = self._step(EVALUATION) / "comparison.parquet"

@@ -63,6 +63,7 @@ KINDS: dict[str, Callable[[pa.DataType], bool]] = {
     "bytes": pa.types.is_binary,
     "numbers": pa.types.is_floating,
     "booleans": pa.types.is_boolean,
+    "lists": lambda kind: pa.types.is_list(kind) and pa.types.is_binary(kind.value_type),
 }
 """Kinds of columns, see `check_columns`."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]

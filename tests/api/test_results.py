@@ -336,6 +336,15 @@ def test_tables_that_no_run_has_are_refused(copied: Path) -> None:
     pairs = pair_table(1, [0]).drop_columns("rank_gap")
     with pytest.raises(StoreError, match=r"one column `rank_gap` of integers"):
         _ = altered(copied, "3-stages/stage-1/pairs-000000.parquet", pairs).pairs
+    table = samples([0, 1], with_images=True)
+    place = table.schema.get_field_index("images")
+    with pytest.raises(StoreError, match=r"one column `images` of lists"):
+        altered(copied, "1-samples/samples-000000.parquet", table.set_column(place, "images", [[1, 2]])).images(0)
+    missing = pa.array([[None], [b""]], pa.list_(pa.binary()))
+    run = altered(copied, "1-samples/samples-000000.parquet", table.set_column(place, "images", missing))
+    for read in (lambda: run.images(0), lambda: run.dataset("samples")):
+        with pytest.raises(StoreError, match=r"is not a readable PNG \(must be bytes"):
+            read()
     field = pa.field("prompt", pa.string(), metadata={"ARROW:extension:name": "ray.data.arrow_pickled_object"})
     objects = samples([0, 1], with_images=True)
     objects = objects.set_column(2, field, objects["prompt"])
@@ -420,6 +429,8 @@ def test_the_pipeline_has_the_weights_of_full_fine_tuning_in_the_requested_dtype
     assert_draws_as(run.pipeline("cpu"), policy)
     assert run.pipeline("cpu", torch.bfloat16).unet.dtype == torch.bfloat16
     assert run.pipeline("cpu", "bfloat16").vae.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"`dtype` must be a torch dtype or its name, as 'bfloat16', got 'float17'"):
+        run.pipeline("cpu", "float17")
 
 
 def test_damaged_weights_are_refused(tiny_sd15: Path, tmp_path: Path) -> None:
