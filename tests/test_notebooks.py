@@ -25,7 +25,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         patch.setenv("PYTHONPATH", str(EXAMPLES.parent), prepend=os.pathsep)
         for name in (LOOK, ALIGN):
             notebook = nbformat.read(EXAMPLES / name, as_version=4)
-            NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(temporary)}}).execute()
+            NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(temporary)}}).execute()
             found[name] = notebook
     return temporary / "cdpo_ray_examples", found
 
@@ -47,6 +47,7 @@ def test_a_notebook_is_stored_without_outputs(path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_every_notebook_runs_and_shows_the_run_that_it_made(executed: tuple[Path, dict[str, Any]]) -> None:
     folder, notebooks = executed
     assert {path.name for path in EXAMPLES.glob("*.ipynb")} == {*notebooks}
@@ -60,6 +61,7 @@ def test_every_notebook_runs_and_shows_the_run_that_it_made(executed: tuple[Path
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_a_reward_of_a_notebook_ranks_the_images_of_another_run(executed: tuple[Path, dict[str, Any]]) -> None:
     folder, notebooks = executed
     by_clip, by_redness = (open_run(folder / "runs" / name) for name in ("clip", "redness"))
