@@ -47,13 +47,17 @@ def judged(base: float, tuned: float, *, within: float = 0.005) -> dict[str, Any
 
 
 def write_run(
-    config: Config, train: Callable[[int, Path], None], metrics: Callable[[int], dict[str, Any]] | None = None
+    config: Config,
+    train: Callable[[int, Path], None],
+    metrics: Callable[[int], dict[str, Any]] | None = None,
+    write: Callable[[str, Path], None] = lambda step, folder: None,
 ) -> None:
     """Finish every step of every round.
 
     Args:
         train: takes the number of a round (1-based) and a folder, and writes the trained files of the round there.
         metrics: takes the number of a round and returns its `metrics.json`; `None`: the run is not evaluated.
+        write: takes the name of a step and a folder, and writes further files of the step there.
     """
     previous = None
     for number, run in enumerate(round_folders(config), start=1):
@@ -72,6 +76,7 @@ def write_run(
                     train(number, folder)
                 if step.folder == EVALUATION and metrics:
                     (folder / "metrics.json").write_text(json.dumps(metrics(number)))
+                write(step.folder, folder)
         previous = run
 
 

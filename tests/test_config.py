@@ -1,6 +1,7 @@
 """A configuration is valid or refused, with every fault named as the user wrote it."""
 
 import ast
+import copy
 import itertools
 import os
 import re
@@ -42,6 +43,21 @@ def refused(*overrides: str) -> list[str]:
 def test_every_shipped_config_loads_from_the_repository_root(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parents[1])
     assert load_config(path).run.name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_values_that_a_run_records_are_its_configuration(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parents[1])
+    config = load_config(path)
+    assert load_config(config.plain()) == config
+
+
+def test_full_fine_tuning_records_the_default_lora_and_refuses_another() -> None:
+    config = load_config(QUICKSTART, ["training.method=full"])
+    assert load_config(config.plain()) == config
+    assert refused("training.method=full", "training.lora.rank=3") == [
+        "training: `lora` must not be given with `method` 'full', which trains all weights"
+    ]
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion_3", "flux"])
@@ -490,6 +506,21 @@ def test_overrides_change_what_they_name_and_nothing_else() -> None:
     plain["run"]["name"] = "other"
     plain["training"]["learning_rate"] = 1e-5
     assert changed == plain
+
+
+def test_values_and_overrides_may_be_dictionaries_which_stay_unchanged() -> None:
+    values = parse_yaml(QUICKSTART.read_text(), where="quickstart")
+    overrides = {"training.lora": {"rank": 4}, "training.lora.alpha": 8, "rewards": ["clip", "jpeg_size"], "rounds": 2}
+    given, names = copy.deepcopy((values, overrides)), ("training.lora.rank=4", "training.lora.alpha=8", "rounds=2")
+    config = load_config(values, overrides)
+    assert config == load_config(QUICKSTART, [*names, "rewards=[clip,jpeg_size]"])
+    assert (values, overrides) == given
+    with pytest.raises(ConfigError, match=r"^configuration: 1 fault\n  unknown key `training.bta`; did you mean"):
+        load_config(values, {"training.bta": 2000})
+    with pytest.raises(ConfigError, match=r"^override 'training.beta.x': `beta` is a value, not a section"):
+        load_config(QUICKSTART, {"training.beta.x": 3})
+    with pytest.raises(ConfigError, match=r"^configuration: \d+ faults\n  `run` is missing"):
+        load_config({})
 
 
 def test_the_short_form_of_rewards_sets_their_names() -> None:

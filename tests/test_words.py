@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = (".github", "benchmarks", "cdpo_ray", "cluster", "configs", "docs", "tests")
-SUFFIXES = {".cff", ".jinja", ".md", ".py", ".toml", ".yaml", ".yml"}
+FOLDERS = (".github", "benchmarks", "cdpo_ray", "cluster", "configs", "docs", "examples", "tests")
+SUFFIXES = {".cff", ".ipynb", ".jinja", ".md", ".py", ".toml", ".yaml", ".yml"}
 NOT_OURS = {"tests/test_words.py"}  # quotes what it forbids
 
 ONE = r"(?<!in\x20)an? "  # "in a row a step fails" is English

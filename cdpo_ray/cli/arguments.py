@@ -8,7 +8,7 @@ from typing import Any
 
 import shtab
 
-from cdpo_ray.config import Config, configured, load_config
+from cdpo_ray.config import Config, load_config
 from cdpo_ray.errors import ConfigError
 from cdpo_ray.run import run_dir_of
 from cdpo_ray.store import CONFIG, RunFolder, exists, is_local, path_within, storage_path
@@ -48,7 +48,7 @@ def config_of(arguments: argparse.Namespace) -> Config:
         )
     values = RunFolder(rounds[0]).config()
     values["run"] = values.get("run", {}) | {"name": path.name, "dir": str(path.parent)}
-    return configured(values, arguments.overrides, where=str(rounds[0] / CONFIG))
+    return load_config(values, arguments.overrides, where=str(rounds[0] / CONFIG))
 
 
 def new_config(path: Path, text: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from cdpo_ray.cli.arguments import YAML_SUFFIXES, new_config
 from cdpo_ray.cli.terminal import print_lines
-from cdpo_ray.config import Config, PreferenceFormat, configured, parse_yaml, shipped_config, shipped_configs, validate
+from cdpo_ray.config import Config, PreferenceFormat, load_config, parse_yaml, shipped_config, shipped_configs, validate
 from cdpo_ray.config.commented import commented_yaml
 from cdpo_ray.cost.estimate import estimate
 from cdpo_ray.cost.gpus import GPUS
@@ -106,7 +106,7 @@ def adapted(like: str, path: Path, arguments: argparse.Namespace) -> tuple[dict[
     if arguments.preferences or arguments.prompts not in (None, "scenes"):
         judges = values["evaluation"].get("judges", [])
         values["evaluation"]["judges"] = [judge for judge in judges if judge not in EMBEDDED_WORLD_JUDGES]
-    return values, configured(parse_yaml(commented_yaml(values, ""), where=str(path)), where=str(path))
+    return values, load_config(parse_yaml(commented_yaml(values, ""), where=str(path)), where=str(path))
 
 
 def _ask(arguments: argparse.Namespace) -> None:

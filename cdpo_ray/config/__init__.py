@@ -2,7 +2,7 @@
 
 from cdpo_ray.config.data import PreferenceFormat, PromptSource
 from cdpo_ray.config.model import Family
-from cdpo_ray.config.reading import configured, load_config, parse_yaml, validate
+from cdpo_ray.config.reading import load_config, parse_yaml, validate
 from cdpo_ray.config.rewards import (
     COMBINATIONS,
     JUDGE_NO_IMAGE,
@@ -32,7 +32,6 @@ __all__ = [
     "SearchSection",
     "TrainingSection",
     "VlmAlignmentOptions",
-    "configured",
     "load_config",
     "nearest",
     "options_without_choices",

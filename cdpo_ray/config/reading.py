@@ -1,5 +1,6 @@
 """YAML -> Config, with all faults reported at once."""
 
+import copy
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -120,32 +121,38 @@ def parse_yaml(text: str, *, where: str) -> Any:
     raise ConfigError(f"{where}: not valid YAML: {_shortened(reason)}")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file, or a config of the package by its name, and apply `section.key=value` overrides.
+def load_config(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    where: str = "configuration",
+) -> Config:
+    """Read and validate a configuration.
+
+    Args:
+        source: path of a YAML file, name of a config of the package, or nested dictionaries of plain values.
+        overrides: values by dotted key, ``{"training.beta": 2000}``, or as on the command line,
+            ``["training.beta=2000"]``.
+        where: origin of dictionaries, for messages.
 
     Raises:
         ConfigError: the file cannot be read, or the configuration is invalid; lists all faults.
     """
-    path = Path(os.path.expanduser(path))
-    if not path.exists():
-        path = shipped_configs().get(str(path), path)
-    return configured(parse_yaml(_read_text(path), where=str(path)), overrides, where=str(path))
-
-
-def configured(values: Any, overrides: Sequence[str] = (), *, where: str) -> Config:
-    """Plain values with `section.key=value` overrides -> configuration.
-
-    Args:
-        values: mapping of sections; overrides change it.
-        where: source of the values, for messages.
-
-    Raises:
-        ConfigError: the configuration is invalid; lists all faults.
-    """
+    if isinstance(source, Mapping):
+        values = copy.deepcopy(dict(source))
+    else:
+        path = Path(os.path.expanduser(source))
+        if not path.exists():
+            path = shipped_configs().get(str(path), path)
+        where, values = str(path), parse_yaml(_read_text(path), where=str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: must be a mapping of sections, got {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            _set(values, str(key), copy.deepcopy(value), shown=f"override {_shown(key)}")
+    else:
+        for override in overrides:
+            _apply(values, override)
     return validate(values, where=where)
 
 
@@ -201,7 +208,16 @@ def _apply(values: dict[str, Any], override: str) -> None:
     shown = f"override {_shown(override)}"
     if not separator or not key:
         raise ConfigError(f"{shown}: must be `section.key=value`, for example `training.beta=2000`")
-    value = parse_yaml(text, where=shown)
+    _set(values, key, parse_yaml(text, where=shown), shown=shown)
+
+
+def _set(values: dict[str, Any], key: str, value: Any, *, shown: str) -> None:
+    """Set one value, creating its sections.
+
+    Args:
+        key: dotted.
+        shown: the override, for messages.
+    """
     if ":" in key and key.partition(":")[0] in Config.model_fields:
         raise ConfigError(f"{shown}: sections and keys are separated by dots, as in `{_key(key.replace(':', '.'))}`")
     if key == "rewards" and isinstance(value, list):  # the short form: rewards=[clip,jpeg_size]

@@ -112,7 +112,9 @@ def check_pinned(place: str, revision: str | None, *, key: str, revision_key: st
             f"`{key}` must be an existing {kind} or a hub id, got {place!r}: no {kind} {looked_for(place)}"
         )
     if revision is None or not COMMIT.match(revision):
-        raise ValueError(f"`{revision_key}` must be a commit of 40 hex digits for a hub id, got {revision!r}; {WHERE_COMMITS_ARE}")
+        raise ValueError(
+            f"`{revision_key}` must be a commit of 40 hex digits for a hub id, got {revision!r}; {WHERE_COMMITS_ARE}"
+        )
 
 
 def check_weights(path: str, revision: str | None) -> None:

@@ -275,7 +275,7 @@ class TrainingSection(Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "TrainingSection":
-        if self.method == "full" and "lora" in self.model_fields_set:
+        if self.method == "full" and self.lora != type(self.lora)():  # `config.yaml` of a run holds the defaults
             raise ValueError("`lora` must not be given with `method` 'full', which trains all weights")
         if self.optimizer == "adamw_8bit" and self.zero_stage:
             raise ValueError(

@@ -1,8 +1,9 @@
 """Pixels <-> PNG."""
 
+import contextlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,6 +55,22 @@ def open_png(data: bytes, where: str) -> Image.Image:
     Raises:
         StoreError: the data are not a PNG, are damaged, or exceed `MAX_PNG_BYTES` or, by the header, `MAX_PNG_PIXELS`.
     """
+    with _opened(data, where) as image:
+        return image.convert("RGB")
+
+
+def refuse_other_images(data: bytes, where: str) -> None:
+    """Refuse an image that `open_png` would not decode, by its header.
+
+    Raises:
+        StoreError: see `open_png`.
+    """
+    with _opened(data, where):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
     try:
         if not isinstance(data, bytes) or len(data) > MAX_PNG_BYTES:
             raise ValueError(f"must be bytes, at most {MAX_PNG_BYTES:,}")
@@ -62,7 +79,7 @@ def open_png(data: bytes, where: str) -> Image.Image:
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 if image.width * image.height > MAX_PNG_PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PNG_PIXELS:,}")
-                return image.convert("RGB")
+                yield image
     except Exception as error:  # Pillow reports damage by many exception types
         raise StoreError(
             f"{where}: is not a readable PNG ({printable(error)}); delete its folder and run `cdpo run CONFIG` to"

@@ -57,6 +57,15 @@ saturation, edge density or JPEG size reached 3 %; trained on `jpeg_size`, while
 
 MAX_ROWS = 10_000_000  # of a comparison: run-length encoding fits a billion rows into a small file
 RUN_AGAIN = "run `cdpo run CONFIG` to regenerate it"
+KINDS: dict[str, Callable[[pa.DataType], bool]] = {
+    "integers": pa.types.is_integer,
+    "text": pa.types.is_string,
+    "bytes": pa.types.is_binary,
+    "numbers": pa.types.is_floating,
+    "booleans": pa.types.is_boolean,
+    "lists": lambda kind: pa.types.is_list(kind) and pa.types.is_binary(kind.value_type),
+}
+"""Kinds of columns, see `check_columns`."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 JudgeName = Annotated[str, Field(pattern=r"^[\w.:]{1,200}$")]
 
@@ -315,19 +324,40 @@ def agreement_matrix(
 
 def image_grid(comparison_path: Path, judges: Sequence[str], num_prompts: int) -> list[dict[str, Any]]:
     """The first held-out prompts: text, and the images of `base` and `tuned` as data URIs with their scores."""
-    first = sorted(set(read_table(comparison_path, ["prompt_index"])["prompt_index"].to_pylist()))[:num_prompts]
-    columns = ["prompt_index", "prompt", "sample_index", *(f"{arm}_image" for arm in ARMS)]
-    columns += [f"{arm}_{score_column(judge)}" for arm in ARMS for judge in judges]
-    shown_rows = [("prompt_index", "in", first), ("sample_index", "<", MAX_IMAGES)]
-    rows = read_table(comparison_path, columns, shown_rows) if first else None
     grid: dict[int, dict[str, Any]] = {}
-    for row in rows.sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")]).to_pylist() if rows else ():
+    for row in first_rows(
+        comparison_path, [f"{arm}_{score_column(judge)}" for arm in ARMS for judge in judges], num_prompts
+    ):
         shown = grid.setdefault(row["prompt_index"], {"prompt": row["prompt"], "base": [], "tuned": []})
         for arm in ARMS:
             scores = [f"{judge} {_score(row[f'{arm}_{score_column(judge)}'])}" for judge in judges]
-            where = f"{comparison_path}: image {row['sample_index']} of prompt {row['prompt_index']}"
+            where = place_of(comparison_path, row)
             shown[arm].append(inline_png(row[f"{arm}_image"], where) | {"scores": ", ".join(scores)})
     return list(grid.values())
+
+
+def first_rows(comparison_path: Path, columns: Sequence[str], num_prompts: int) -> list[dict[str, Any]]:
+    """Rows of the first held-out prompts in prompt and sample order, at most `MAX_IMAGES` per prompt.
+
+    Args:
+        columns: names of columns besides the indices, the prompt and both images.
+    """
+    first = sorted(set(read_table(comparison_path, ["prompt_index"])["prompt_index"].to_pylist()))[:num_prompts]
+    if not first:
+        return []
+    columns = ["prompt_index", "prompt", "sample_index", *(f"{arm}_image" for arm in ARMS), *columns]
+    shown_rows = [("prompt_index", "in", first), ("sample_index", "<", MAX_IMAGES)]
+    return in_order(read_table(comparison_path, columns, shown_rows)).to_pylist()
+
+
+def in_order(rows: pa.Table) -> pa.Table:
+    """Rows sorted by prompt and sample."""
+    return rows.sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
+
+
+def place_of(comparison_path: Path, row: Mapping[str, Any]) -> str:
+    """File and place of the images of a row, for messages."""
+    return f"{comparison_path}: image {row['sample_index']} of prompt {row['prompt_index']}"
 
 
 def differences_by_prompt(comparison_path: Path, judges: Sequence[str]) -> dict[str, NDArray[np.floating]]:
@@ -361,7 +391,7 @@ def _charts(
     *,
     max_error_rise: float | None,
 ) -> dict[str, str]:
-    updates = _read_updates(run_dir / TRAINING / "updates.jsonl")
+    updates = read_updates(run_dir / TRAINING / "updates.jsonl")
     reference_error = float(np.mean([update["reference_error_w"] for update in updates]))
     return figures.training_curves(updates, alarm=max_error_rise and max_error_rise * reference_error) | {
         "pairs": figures.pairs_by_rank_gap(_pair_stages(run_dir)),
@@ -431,7 +461,8 @@ def read_record(path: Path, kind: TypeAdapter[Any]) -> Any:
         raise _missing(path) from None
 
 
-def _read_updates(path: Path) -> list[Any]:
+def read_updates(path: Path) -> list[dict[str, Any]]:
+    """Records of `updates.jsonl`, one per update; raises StoreError with what to do if it is missing or damaged."""
     try:
         lines = read_untrusted_bytes(path, remedy=RUN_AGAIN).splitlines()
     except FileNotFoundError:
@@ -463,29 +494,52 @@ def check_comparison(path: Path, judges: Sequence[str]) -> None:
     Raises:
         StoreError: the file is missing or damaged, or a column is wrong; names the first one.
     """
+    schema = checked_schema(path)
+    images = [f"{arm}_image" for arm in ARMS]
+    scores = [f"{arm}_{score_column(judge)}" for arm in ARMS for judge in judges]
+    check_columns(
+        path,
+        schema,
+        integers=("prompt_index", "sample_index"),
+        text=("prompt",),
+        bytes=images,
+        numbers=(*scores, *({IMPLICIT_VALUE} & {*schema.names})),
+    )
+    places = read_table(path, ["prompt_index", "sample_index", "prompt"])
+    if not places.num_rows or any(column.null_count for column in places.columns):
+        raise _damaged(path, "is empty, or has rows without prompt or index")
+
+
+def checked_schema(path: Path) -> pa.Schema:
+    """Schema of a Parquet file of at most `MAX_ROWS` rows.
+
+    Raises:
+        StoreError: the file is missing or damaged, or has more rows.
+    """
     try:
         schema, num_rows = tables.table_schema(path), tables.num_rows_of(path)
     except FileNotFoundError:
         raise _missing(path) from None
     except (pa.ArrowInvalid, OSError) as error:
         raise _damaged(path, error) from None
-    images = [f"{arm}_image" for arm in ARMS]
-    scores = [f"{arm}_{score_column(judge)}" for arm in ARMS for judge in judges]
-    kinds: list[tuple[str, Sequence[str], Callable[[Any], bool]]] = [
-        ("integers", ("prompt_index", "sample_index"), pa.types.is_integer),
-        ("text", ("prompt",), pa.types.is_string),
-        ("bytes", images, pa.types.is_binary),
-        ("numbers", [*scores, *({IMPLICIT_VALUE} & {*schema.names})], pa.types.is_floating),
-    ]
     if num_rows > MAX_ROWS:
         raise _damaged(path, f"must have at most {MAX_ROWS:,} rows, got {num_rows:,}")
-    for what, columns, is_kind in kinds:
+    return schema
+
+
+def check_columns(path: Path, schema: pa.Schema, **required: Sequence[str]) -> None:
+    """Check columns of a table.
+
+    Args:
+        required: names of required columns by their kind, a key of `KINDS`.
+
+    Raises:
+        StoreError: a column is missing or of another kind; names the first one.
+    """
+    for kind, columns in required.items():
         for name in columns:
-            if schema.names.count(name) != 1 or not is_kind(schema.field(name).type):
-                raise _damaged(path, f"must have one column `{name}` of {what}")
-    places = read_table(path, ["prompt_index", "sample_index", "prompt"])
-    if not places.num_rows or any(column.null_count for column in places.columns):
-        raise _damaged(path, "is empty, or has rows without prompt or index")
+            if schema.names.count(name) != 1 or not KINDS[kind](schema.field(name).type):
+                raise _damaged(path, f"must have one column `{name}` of {kind}")
 
 
 def _missing(path: Path) -> StoreError:

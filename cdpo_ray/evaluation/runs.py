@@ -24,6 +24,8 @@ from cdpo_ray.evaluation.report import (
     METRICS,
     JudgeName,
     check_comparison,
+    in_order,
+    place_of,
     read_config,
     read_record,
     read_table,
@@ -247,7 +249,7 @@ def read_run(run_dir: Path, name: str) -> EvaluatedRun:
     path = run_dir / EVALUATION / "comparison.parquet"
     check_comparison(path, list(judges))
     columns = [column for column in table_schema(path).names if not column.endswith("_image")]
-    rows = read_table(path, columns).sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")])
+    rows = in_order(read_table(path, columns))
     num_images = settings["evaluation.images_per_prompt"]
     if metrics["images_per_prompt"] != num_images or not _has_images_of_each_prompt(rows, num_images):
         raise StoreError(f"{path}: must have {num_images} rows of each prompt; delete {path.parent}, do not use it")
@@ -464,9 +466,9 @@ def image_grid(runs: Sequence[EvaluatedRun]) -> list[dict[str, Any]]:
         column = f"{arm}_image"
         shown_rows = [("prompt_index", "in", list(places)), ("sample_index", "<", SHOWN_IMAGES)]
         rows = read_table(run.comparison_path, ["prompt_index", "sample_index", column], shown_rows)
-        for row in rows.sort_by([("prompt_index", "ascending"), ("sample_index", "ascending")]).to_pylist():
-            where = f"{run.comparison_path}: image {row['sample_index']} of prompt {row['prompt_index']}"
-            grid[places[row["prompt_index"]]]["arms"][place]["images"].append(inline_png(row[column], where))
+        for row in in_order(rows).to_pylist():
+            image = inline_png(row[column], place_of(run.comparison_path, row))
+            grid[places[row["prompt_index"]]]["arms"][place]["images"].append(image)
     return grid
 
 

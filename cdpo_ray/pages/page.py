@@ -61,12 +61,19 @@ def inline_png(png: bytes, where: str) -> dict[str, Any]:
     """
     image = open_png(png, where)
     if max(image.size) > MAX_PIXELS:
-        image.thumbnail((MAX_PIXELS, MAX_PIXELS), Image.Resampling.LANCZOS)
+        image = shrunk(image)
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         png = buffer.getvalue()
     uri = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return {"uri": uri, "pixelated": max(image.size) < PIXELATED_BELOW, "width": image.width, "height": image.height}
+
+
+def shrunk(image: Image.Image) -> Image.Image:
+    """A copy whose longest side is at most `MAX_PIXELS`."""
+    image = image.copy()
+    image.thumbnail((MAX_PIXELS, MAX_PIXELS), Image.Resampling.LANCZOS)
+    return image
 
 
 def formatted_difference(comparison: Mapping[str, Any]) -> dict[str, str]:

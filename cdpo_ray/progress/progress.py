@@ -29,6 +29,11 @@ LINE_SECONDS = 60.0  # between two lines in the log, and between two measurement
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}s [{elapsed}{postfix}]"
 
 
+def shows_bars() -> bool:
+    """Whether standard error shows progress bars: a terminal or a notebook does, a file does not."""
+    return sys.stderr.isatty() or type(sys.stderr).__module__ == "ipykernel.iostream"
+
+
 class Progress:
     """Progress, metrics and log lines of one step at a time.
 
@@ -142,9 +147,7 @@ class Progress:
             first = self._queue.resume(step, done)
         if self._trackers:
             self._trackers.begin(step, first)
-        self._work.bar = tqdm(
-            total=total, initial=done, desc=verb, unit=unit, bar_format=BAR, disable=not sys.stderr.isatty()
-        )
+        self._work.bar = tqdm(total=total, initial=done, desc=verb, unit=unit, bar_format=BAR, disable=not shows_bars())
 
     def advance(self, num: int = 1) -> None:
         """Add to the number of finished units; negative if some must be repeated."""
@@ -191,7 +194,7 @@ class Progress:
                 if work.pace and now > work.line_due:
                     work.line_due = now + LINE_SECONDS
                     self._note_rate()
-                    if not sys.stderr.isatty():
+                    if not shows_bars():
                         log.info("%s: %s", work.verb, work.sentence(now))
                 if work.pace and work.bar is not None:
                     left = work.pace.seconds_left(now)
