@@ -1,5 +1,6 @@
 """Table schemas: the columns of every table, with shapes and units.
 
+```text
 1-samples/samples-*.parquet    one row per prompt, in prompt order
     prompt_index      int64   position of the prompt in the training set
     prompt_id         string  16 hex digits of the prompt's BLAKE2b; safe as a name
@@ -51,6 +52,7 @@
 validation/, heldout/   of a search (`cdpo tune`): images of the base model for these prompts, as `1-samples`
 trials/<number>/trial.json, confirmation/<number>-seed-<seed>/trial.json   see `search/trials.py`; each folder is a run
 tune.json               results of the search, see `search/findings.py`
+```
 """
 
 import hashlib
