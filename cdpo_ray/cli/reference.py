@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from cdpo_ray.cli import VERBS, _parser
 
-ENVIRONMENT = {"COLUMNS": "76", "NO_COLOR": "1", "PYTHON_COLORS": "0", "FORCE_COLOR": None}
+ENVIRONMENT = {"COLUMNS": "66", "NO_COLOR": "1", "PYTHON_COLORS": "0", "FORCE_COLOR": None}
 """Variables that decide the width and the colours of help texts -> their values for the page; `None`: unset."""
 PAGE_HEAD = """\
 # Command line
