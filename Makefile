@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test nightly test-faults test-versions lint check format lock clean
+.PHONY: demo test nightly test-faults test-versions lint check docs format lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/cdpo run configs/quickstart.yaml
@@ -41,6 +41,10 @@ lint: $(INSTALLED)
 check: lint
 	$(BIN)/python -m pytest -m "not ray and not slow and not nightly" $(PARALLEL)
 
+# The site, served on this machine; tests/test_docs.py builds it strictly.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -57,4 +61,4 @@ lock: $(INSTALLED)
 	$(BIN)/uv pip compile -q --python-version 3.11 --universal --all-extras --generate-hashes --no-emit-index-url pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -52,8 +52,8 @@
 
 `5-evaluation/metrics.json`:
 
-- `judges`: per judge, comparison of base and tuned, each estimate with `mean`, `low`, `high`; with fewer than 10 prompts
-  with `mean`, `no_interval` (the reason)
+- `judges`: per judge, comparison of base and tuned; each estimate has `mean`, `low`, `high`, or with fewer than 10
+  prompts `mean`, `no_interval` (the reason)
 - `diversity`: the same for the root-mean-square pixel distance between images of a prompt, 0..1
 - `appearance`: the same per measure of appearance
 - `agreement`: per pair of judges, rank correlation within a prompt, -1..1, on the images of each model

@@ -75,8 +75,8 @@ def _module(verb: str) -> Verb:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    parsed, rest = parser.parse_known_args(arguments)
+    whole = parser()
+    parsed, rest = whole.parse_known_args(arguments)
     if not rest:
         return parsed
     # argparse ends a list of positionals at the first option: `RUN --out DIR RUN`, `CONFIG --gpu l4 key=value`.
@@ -87,21 +87,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         or any(value.startswith("-") for value in rest)
         or (positionals is overrides and not all("=" in value for value in rest))
     ):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        whole.error(f"unrecognized arguments: {' '.join(rest)}")
     positionals += rest
     return parsed
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    whole = argparse.ArgumentParser(
         prog="cdpo",
         description="Align a text-to-image model by Curriculum DPO:"
         " prompts -> samples -> scores -> stages -> adapter -> metrics -> report.",
         epilog="Any config value can be set on the command line: cdpo run configs/quickstart.yaml training.beta=100",
     )
-    parser.add_argument("--version", action="version", version=f"cdpo_ray {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print the output of Ray and its workers")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    whole.add_argument("--version", action="version", version=f"cdpo_ray {__version__}")
+    whole.add_argument("-v", "--verbose", action="store_true", help="print the output of Ray and its workers")
+    verbs = whole.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name in VERBS:
         verb = _module(name)
         verb.add_arguments(
@@ -112,4 +113,4 @@ def _parser() -> argparse.ArgumentParser:
                 formatter_class=argparse.RawDescriptionHelpFormatter,
             )
         )
-    return parser
+    return whole

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from cdpo_ray.cli import VERBS, _parser
+from cdpo_ray.cli import VERBS, parser
 
 ENVIRONMENT = {"COLUMNS": "66", "NO_COLOR": "1", "PYTHON_COLORS": "0", "FORCE_COLOR": None}
 """Variables that decide the width and the colours of help texts -> their values for the page; `None`: unset."""
@@ -24,15 +24,15 @@ after Ctrl-C, 143 after SIGTERM.
 
 def reference_page() -> str:
     """Markdown of all help texts."""
-    parser = _parser()
+    whole = parser()
     with _environment():
-        texts = {"cdpo": _help(parser), **{f"cdpo {verb}": _help(parser, verb) for verb in VERBS}}
+        texts = {"cdpo": _help(whole), **{f"cdpo {verb}": _help(whole, verb) for verb in VERBS}}
     return "\n".join([PAGE_HEAD, *(f"## {name}\n\n```text\n{text.rstrip()}\n```\n" for name, text in texts.items())])
 
 
-def _help(parser: argparse.ArgumentParser, *verb: str) -> str:
+def _help(whole: argparse.ArgumentParser, *verb: str) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
-        parser.parse_args([*verb, "--help"])
+        whole.parse_args([*verb, "--help"])
     return printed.getvalue()
 
 
