@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test nightly test-faults test-versions lint package check format lock clean
+.PHONY: demo test nightly test-faults test-versions lint package check docs format lock clean
 
 demo: $(INSTALLED)
 	$(BIN)/cdpo run configs/quickstart.yaml
@@ -47,6 +47,10 @@ package: $(INSTALLED)
 check: lint package
 	$(BIN)/python -m pytest -m "not ray and not slow and not nightly" $(PARALLEL)
 
+# The site, served on this machine; tests/test_docs.py builds it strictly.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -63,4 +67,4 @@ lock: $(INSTALLED)
 	$(BIN)/uv pip compile -q --python-version 3.11 --universal --all-extras --generate-hashes --no-emit-index-url pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf .venv runs dist
+	rm -rf .venv runs dist site

@@ -1,56 +1,70 @@
 """Table schemas: the columns of every table, with shapes and units.
 
-1-samples/samples-*.parquet    one row per prompt, in prompt order
-    prompt_index      int64   position of the prompt in the training set
-    prompt_id         string  16 hex digits of the prompt's BLAKE2b; safe as a name
-    prompt            string
-    latents           fixed-shape tensor [sample, channel, height, width], final latents of the sampler
-    prompt_embedding  fixed-shape tensor [token, channel], conditioning of the denoiser
-    pooled_embedding  fixed-shape tensor [channel], only families that have one
-    num_tokens_cut    int64   number of tokens of the prompt beyond the text encoder's maximum
-    latents_std       as latents; imported images only: the posterior's standard deviation (`latents` is its mean)
-    score_label       list<float64> per sample, higher is preferred; imported images only; NaN: no label
-    num_images_cut    int64   imported images only: number of images that were cropped to the training shape
-    images            list<binary> PNG per sample; only if `generation.keep_images`
-    score_<reward>    list<float64> per sample; only rewards that were computed during generation
-1-samples/set_aside.jsonl, 5-evaluation/set_aside.jsonl   quarantine: prompts that failed inside the model, if any
-    prompt_index, prompt, reason (imported images: unusable rows, by file and row)
-    images, num_images   of a prompt that has a row: indices of the images without a score (black), number of images
+`1-samples/samples-*.parquet`, one row per prompt, in prompt order:
 
-2-scores/<reward>.parquet      one row per sample, in prompt and sample order
-    prompt_index, prompt_id, sample_index, score_<reward> float64 (higher is better)
-2-scores/label.parquet         the same for the labels of imported images, without held-out prompts
-2-scores/second/<reward>.parquet   the same for the first `rewards.noise_prompts` prompts, scored in other batches
+- `prompt_index` int64: position of the prompt in the training set
+- `prompt_id` string: 16 hex digits of the prompt's BLAKE2b; safe as a name
+- `prompt` string
+- `latents` fixed-shape tensor [sample, channel, height, width]: final latents of the sampler
+- `prompt_embedding` fixed-shape tensor [token, channel]: conditioning of the denoiser
+- `pooled_embedding` fixed-shape tensor [channel]: only families that have one
+- `num_tokens_cut` int64: number of tokens of the prompt beyond the text encoder's maximum
+- `latents_std`, as `latents`: imported images only; the posterior's standard deviation (`latents` is its mean)
+- `score_label` list of float64 per sample: higher is preferred; imported images only; NaN: no label
+- `num_images_cut` int64: imported images only; number of images that were cropped to the training shape
+- `images` list of binary: PNG per sample; only if `generation.keep_images`
+- `score_<reward>` list of float64 per sample: only rewards that were computed during generation
 
-3-stages/stage-<k>/*.parquet   one row per drawn pair, easy to hard; training reads them in the order of `draw`
-    stage             int64   1-based
-    draw              int64   position in the stage's training order, which mixes easy and hard pairs
-    prompt_index      int64
-    chosen, rejected  int64   sample index of the better and of the worse image
-    rank_gap          int64   difference of the two ranks: large = easy
-    score_gap         float64
-    within_noise      bool    whether score_gap is within the noise of score gaps; null: the noise was not measured
-3-stages/stages.json           candidates and draws of each stage, see `curriculum/explanation.py: describe_stage`
-3-stages/prompts-<k>.parquet   candidates and draws of each prompt
+`1-samples/set_aside.jsonl`, `5-evaluation/set_aside.jsonl`, quarantine: prompts that failed inside the model, if any:
 
-5-evaluation/comparison.parquet   one row per (held-out prompt, image)
-    prompt_index, prompt_id, prompt, sample_index
-    base_image, tuned_image                 PNG bytes, generated from the same noise
-    base_score_<judge>, tuned_score_<judge> float64
-    base_<measure>, tuned_<measure> float64 appearance: saturation and edge_density 0..1, jpeg_kilobytes
-    implicit_value    float32  how much the fine-tuned model favours the base's image, in units of the training error;
-                      only if `evaluation.num_margin_draws`
-5-evaluation/metrics.json
-    judges            per judge: comparison of base and tuned, each estimate with mean, low, high; with fewer than
-                      10 prompts with mean, no_interval (the reason)
-    diversity         the same for the root-mean-square pixel distance between images of a prompt, 0..1
-    appearance        the same per measure of appearance
-    agreement         per pair of judges: rank correlation within a prompt, -1..1, on the images of each model
-    preference_accuracy  per judge: share of pairs of the base's images that the implicit value orders like the judge
+- `prompt_index`, `prompt`, `reason` (imported images: unusable rows, by file and row)
+- `images`, `num_images`: of a prompt that has a row; indices of the images without a score (black), number of images
 
-validation/, heldout/   of a search (`cdpo tune`): images of the base model for these prompts, as `1-samples`
-trials/<number>/trial.json, confirmation/<number>-seed-<seed>/trial.json   see `search/trials.py`; each folder is a run
-tune.json               results of the search, see `search/findings.py`
+`2-scores/<reward>.parquet`, one row per sample, in prompt and sample order:
+
+- `prompt_index`, `prompt_id`, `sample_index`
+- `score_<reward>` float64: higher is better
+
+`2-scores/label.parquet` is the same for the labels of imported images, without held-out prompts;
+`2-scores/second/<reward>.parquet` for the first `rewards.noise_prompts` prompts, scored in other batches.
+
+`3-stages/stage-<k>/*.parquet`, one row per drawn pair, easy to hard; training reads them in the order of `draw`:
+
+- `stage` int64: 1-based
+- `draw` int64: position in the stage's training order, which mixes easy and hard pairs
+- `prompt_index` int64
+- `chosen`, `rejected` int64: sample index of the better and of the worse image
+- `rank_gap` int64: difference of the two ranks; large is easy
+- `score_gap` float64
+- `within_noise` bool: whether `score_gap` is within the noise of score gaps; null: the noise was not measured
+
+`3-stages/stages.json` has the candidates and draws of each stage, see `curriculum/explanation.py: describe_stage`;
+`3-stages/prompts-<k>.parquet` those of each prompt.
+
+`5-evaluation/comparison.parquet`, one row per (held-out prompt, image):
+
+- `prompt_index`, `prompt_id`, `prompt`, `sample_index`
+- `base_image`, `tuned_image`: PNG bytes, generated from the same noise
+- `base_score_<judge>`, `tuned_score_<judge>` float64
+- `base_<measure>`, `tuned_<measure>` float64: appearance; `saturation` and `edge_density` 0..1, `jpeg_kilobytes`
+- `implicit_value` float32: how much the fine-tuned model favours the base's image, in units of the training error; only
+  if `evaluation.num_margin_draws`
+
+`5-evaluation/metrics.json`:
+
+- `judges`: per judge, comparison of base and tuned; each estimate has `mean`, `low`, `high`, or with fewer than 10
+  prompts `mean`, `no_interval` (the reason)
+- `diversity`: the same for the root-mean-square pixel distance between images of a prompt, 0..1
+- `appearance`: the same per measure of appearance
+- `agreement`: per pair of judges, rank correlation within a prompt, -1..1, on the images of each model
+- `preference_accuracy`: per judge, share of pairs of the base's images that the implicit value orders like the judge
+
+A search (`cdpo tune`) has more:
+
+- `validation/`, `heldout/`: images of the base model for these prompts, as `1-samples`
+- `trials/<number>/trial.json`, `confirmation/<number>-seed-<seed>/trial.json`: see `search/trials.py`; each folder is a
+  run
+- `tune.json`: results of the search, see `search/findings.py`
 """
 
 import hashlib

@@ -109,7 +109,7 @@ def reference_page() -> str:
             facts = ["section" if key.is_section else key.type.replace("|", "or"), *key.limits]
             facts += [f"one of {', '.join(map(_code, key.choices))}"] if key.choices else []
             lines += [f"- **`{key.name}`**: {'; '.join([*facts, default])}", ""]
-            lines += [*_wrapped(key.text, PAGE_WIDTH, indent="  "), ""]
+            lines += [*_wrapped(key.text, PAGE_WIDTH, indent=" " * 4), ""]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
