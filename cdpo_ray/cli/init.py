@@ -40,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--like", metavar="NAME", help=f"config of the package to start from (default: {DEFAULT_LIKE})")
     parser.add_argument("--model", metavar="FOLDER|ID@COMMIT", help="model folder in diffusers layout, or hub id")
     parser.add_argument("--prompts", metavar="FILE|SET", help=f"file of prompts, or one of {', '.join(BUILT_IN)}")
-    parser.add_argument(
-        "--heldout", metavar="FILE", help=f"held-out prompts (default: {OWN_FRACTION:.0%} of --prompts)"
-    )
+    parser.add_argument("--heldout", metavar="FILE", help="held-out prompts (default: a fifth of --prompts)")
     parser.add_argument("--reward", metavar="NAME[,NAME]", help="built-in rewards, or module:function of your own")
     parser.add_argument("--preferences", metavar="PATH", help="preference pairs to train on, in place of prompts")
     parser.add_argument("--format", choices=get_args(PreferenceFormat), help="format of --preferences (default: pairs)")
