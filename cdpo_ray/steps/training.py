@@ -1,11 +1,12 @@
 """Config -> arguments of drawing pairs and of training."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cdpo_ray.cost.estimate import training_peak
 from cdpo_ray.records import SAMPLES, SCORES, STAGES
-from cdpo_ray.steps.arguments import model_arguments, pairs_per_stage, ranking_rule, schedule
+from cdpo_ray.steps.arguments import model_arguments, pairs_per_stage, ranking_rule, sampling_of, schedule
 from cdpo_ray.steps.step import Context
 from cdpo_ray.store import StepOutput
 
@@ -34,7 +35,7 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
 def train(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.curriculum.reliability import low_reliability
     from cdpo_ray.training.health import Alarm, alarm_sentence, highest_error_rise
-    from cdpo_ray.training.job import OnlineJob, TrainingJob
+    from cdpo_ray.training.job import OnlineJob, PreviewJob, TrainingJob
     from cdpo_ray.training.trainer import train_adapter
 
     config, training, trainers = context.config, context.config.training, context.config.resources.trainers
@@ -45,6 +46,11 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
     if num_draws := config.curriculum.num_margin_draws:
         scores_dir = str(context.run.step(SCORES).resolve())
         online = OnlineJob(scores_dir, ranking_rule(config), schedule(config), pairs_per_stage(config), num_draws)
+    previews = None
+    # Trials of a search have their own measurements and would repeat the base model's images.
+    if prompts := [] if context.validation else context.prompts.heldout[: training.preview_prompts]:
+        sampling = replace(sampling_of(config, 1, config.run.seed), images_per_batch=1)  # needs the least memory
+        previews = PreviewJob(prompts, asdict(sampling))
     job = TrainingJob(
         training,
         samples_dir=str(context.run.step(SAMPLES).resolve()),
@@ -57,6 +63,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         start_dir=context.start_dir,
         online=online,
         validation=context.validation,
+        previews=previews,
         plain_peak_bytes=peak,
         gpu_share=min(1.0, trainers.gpus_per_worker),
     )
