@@ -29,6 +29,7 @@ from cdpo_ray.pages.page import (
     significant_change,
     write_page,
 )
+from cdpo_ray.pages.previews import preview_rows
 from cdpo_ray.records import (
     ARMS,
     EVALUATION,
@@ -132,6 +133,7 @@ class _NumberedUpdate(_Update):
     update: Count
     grad_norm: NotRequired[float]
     update_norm: NotRequired[float]
+    learning_rate: NotRequired[float]
 
 
 @other_keys_allowed
@@ -245,6 +247,7 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         accuracy=[_accuracy(metrics, judge) for judge in judges],
         label_accuracy={name: formatted_share(found) for name, found in metrics.get("labels", {}).items() if found},
         grid=image_grid(comparison_path, judges, config.get("evaluation", {}).get("grid_prompts", 0)),
+        previews=preview_rows(run_dir / TRAINING),
         shown_images=min(MAX_IMAGES, metrics["images_per_prompt"]),
         charts={name: Markup(svg) for name, svg in charts.items()},
         health=health,
