@@ -108,6 +108,7 @@ def run_steps(
     allow_config_change: bool = False,
     validation: ValidationJob | None = None,
     on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None,
+    on_end: Callable[[Progress], Any] = lambda progress: None,
 ) -> RunFolder:
     """Perform the steps that are not finished, round after round; Ray starts when the first of them needs it.
 
@@ -119,6 +120,7 @@ def run_steps(
         command: the command that resumes the run, which `cdpo status` prints.
         allow_config_change: resume a step that was started with other settings; its manifest records them.
         validation, on_stage: of training, see `Context`.
+        on_end: called once all steps of all rounds are finished, before the trackers close.
 
     Returns:
         Folder of the last round that was started.
@@ -165,6 +167,7 @@ def run_steps(
             if _made_by(config, run, previous):
                 warn_of_edited_config(config, run)
                 _write_config(config, run)
+        on_end(progress)
     return folders[-1]
 
 
@@ -185,18 +188,21 @@ def round_folders(config: Config) -> list[RunFolder]:
     return [RunFolder(path_within(path, f"round-{number}")) for number in range(1, config.rounds + 1)]
 
 
-def write_reports(config: Config, *, force: bool = False) -> list[Path]:
+def write_reports(
+    config: Config, *, force: bool = False, on_written: Callable[[Path], Any] = lambda path: None
+) -> list[Path]:
     """Write `report.html` of each round and return their paths.
 
     Args:
         force: also overwrite reports that are newer than the round's steps and `config.yaml`, and warn if that differs
             from the configuration; `run_steps` has done so otherwise.
+        on_written: called with the path of each report that was not up to date.
 
     Raises:
         StoreError: a step is not finished.
     """
     folders = round_folders(config)
-    paths = [_write_report(run, force=force) for run in folders]
+    paths = [_write_report(run, force=force, on_written=on_written) for run in folders]
     for run in folders if force else []:
         warn_of_edited_config(config, run)
     return paths
@@ -359,7 +365,7 @@ def _write_config(config: Config, run: RunFolder) -> None:
         write_text(path, plain)
 
 
-def _write_report(run: RunFolder, *, force: bool) -> Path:
+def _write_report(run: RunFolder, *, force: bool, on_written: Callable[[Path], Any]) -> Path:
     path = run.path / REPORT
     sources = [run.path / CONFIG, *(run.step(folder) / "manifest.json" for folder in STEP_FOLDERS)]
     if not force and path.is_file() and path.stat().st_mtime > max(source.stat().st_mtime for source in sources):
@@ -369,6 +375,7 @@ def _write_report(run: RunFolder, *, force: bool) -> Path:
 
     write_report(run.path, path)
     log.info("report: %s", path)
+    on_written(path)
     return path
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.cost.estimate import training_peak
-from cdpo_ray.records import SAMPLES, SCORES, STAGES
+from cdpo_ray.records import SAMPLES, SCORES, STAGES, preview_file
 from cdpo_ray.steps.arguments import model_arguments, pairs_per_stage, ranking_rule, sampling_of, schedule
 from cdpo_ray.steps.step import Context
-from cdpo_ray.store import StepOutput
+from cdpo_ray.store import StepOutput, exists, read_bytes
 
 
 def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
@@ -69,11 +69,18 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
     )
     num_updates = config.curriculum.num_stages * config.curriculum.updates_per_stage
 
+    def record_previews(stage: int, update: int) -> None:
+        paths = {prompt: output_dir / preview_file(stage, prompt) for prompt in previews.prompts} if previews else {}
+        if found := {prompt: read_bytes(path) for prompt, path in paths.items() if exists(path)}:
+            context.progress.record_images(found, update=update)
+
     def on_stage(summary: dict[str, Any]) -> None:
         if online:
             reliability = summary["pairs"]["margin_reliability"]
             if warning := low_reliability(summary["stage"], reliability, online.num_draws):
                 output.warnings.append(warning)
+        record_previews(0, 0)
+        record_previews(summary["stage"], summary.get("last_update", 0))
         context.on_stage(summary)
 
     state = train_adapter(
