@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from cdpo_ray.cost.estimate import training_peak
-from cdpo_ray.records import SAMPLES, SCORES, STAGES, preview_file
+from cdpo_ray.records import PREVIEWS, SAMPLES, SCORES, STAGES, preview_file
 from cdpo_ray.steps.arguments import model_arguments, pairs_per_stage, ranking_rule, sampling_of, schedule
 from cdpo_ray.steps.step import Context
-from cdpo_ray.store import StepOutput, exists, read_bytes
+from cdpo_ray.store import StepOutput, exists, files_within, read_bytes
 
 
 def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
@@ -96,6 +96,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         "updates": num_made - skipped,
         "pairs": (num_made - skipped) * training.global_batch_size,
         "updates_skipped": skipped,
+        "preview_images": sum(name.endswith(".png") for name in files_within(output_dir / PREVIEWS)),
     }
     output.details["training"] = training.model_dump(mode="json", include=set(training.HOW_NOT_WHAT))
     if config.guidance_mismatch:
