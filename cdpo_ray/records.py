@@ -60,6 +60,7 @@ import hashlib
 
 SAMPLES, SCORES, STAGES, TRAINING, EVALUATION = "1-samples", "2-scores", "3-stages", "4-training", "5-evaluation"
 COMMITS_DIR = "commits"  # folder of checkpoints in an unfinished `4-training`
+REPORT = "report.html"
 PREVIEWS = "previews"  # folder in `4-training`
 PREVIEW_PROMPTS = f"{PREVIEWS}/prompts.json"
 VALIDATION, HELDOUT = "validation", "heldout"  # of a search: images of the base model for these prompts

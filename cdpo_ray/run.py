@@ -21,7 +21,7 @@ from cdpo_ray.preferences.files import Scan, scan
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
-from cdpo_ray.records import EVALUATION, PREDICTED, SAMPLES, SCORES, STEP_FOLDERS, TRAINING
+from cdpo_ray.records import EVALUATION, PREDICTED, REPORT, SAMPLES, SCORES, STEP_FOLDERS, TRAINING
 from cdpo_ray.resources import Node, check_resources
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import (
@@ -48,7 +48,6 @@ from cdpo_ray.training.job import ValidationJob
 from cdpo_ray.user_code import USER_FUNCTION, load_function
 
 log = logging.getLogger(__name__)
-REPORT = "report.html"
 CONTENT_KEYS = (".sha256", "preferences.files")
 """Suffixes of settings that hold the SHA-256 of files, whose paths are other keys of the same section."""
 

@@ -61,7 +61,7 @@ def test_help_lists_the_verbs_in_pipeline_order(capsys: pytest.CaptureFixture[st
     generate, *others = (step.verb for step in STEPS)
     assert list(VERBS) == [
         "check", "config", "doctor", "run", generate, IMPORT.verb, *others,
-        "report", "tune", "export", "compare", "status",
+        "report", "tune", "export", "compare", "status", "watch",
     ]  # fmt: skip
 
 

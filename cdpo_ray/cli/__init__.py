@@ -25,6 +25,7 @@ VERBS = {
     "export": "cdpo_ray.cli.export",
     "compare": "cdpo_ray.cli.compare",
     "status": "cdpo_ray.cli.status",
+    "watch": "cdpo_ray.cli.watch",
 }
 """Verb -> its module, in the order of `cdpo --help`. A new verb is one file and one line here.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from cdpo_ray.cli.terminal import EXIT_PROBLEM, print_lines
 from cdpo_ray.errors import ConfigError, StoreError, printable
 from cdpo_ray.progress.status import RunStatus, StepStatus, read_status, run_rounds, run_status
-from cdpo_ray.records import EVALUATION
+from cdpo_ray.records import EVALUATION, REPORT
 from cdpo_ray.store import exists, storage_path
 
 HELP = "print the state of a run: finished steps, progress, time left, errors"
@@ -39,7 +39,7 @@ def outcome_lines(run_dir: Path) -> list[str]:
     """Path of the report of each round of a finished run, and one line per judge: base and fine-tuned model."""
     lines = []
     for run in run_rounds(run_dir, read_status(run_dir)):
-        if exists(report := run.path / "report.html"):
+        if exists(report := run.path / REPORT):
             lines.append(f"report: {printable(report, 1000)}")
         if exists(run.path / EVALUATION / "metrics.json"):
             from cdpo_ray.evaluation.report import APPEARANCE, measure_results, read_config, read_metrics

@@ -129,7 +129,9 @@ class _Update(TypedDict):
 
 
 @other_keys_allowed
-class _NumberedUpdate(_Update):
+class UpdateRecord(_Update):
+    """Keys of an update's record that pages show."""
+
     update: Count
     grad_norm: NotRequired[float]
     update_norm: NotRequired[float]
@@ -151,7 +153,7 @@ METRICS: TypeAdapter[EvaluationMetrics] = TypeAdapter(EvaluationMetrics)
 _JUDGED_METRICS: TypeAdapter[_JudgedEvaluation] = TypeAdapter(_JudgedEvaluation)
 _PLANNED_STAGES = TypeAdapter(Annotated[list[ShownStage], Field(min_length=1, max_length=1000)])
 TRAINED_STAGES = TypeAdapter(Annotated[list[_TrainedStage], Field(min_length=1, max_length=1000)])
-_UPDATE: TypeAdapter[_NumberedUpdate] = TypeAdapter(_NumberedUpdate)
+_UPDATE: TypeAdapter[UpdateRecord] = TypeAdapter(UpdateRecord)
 
 
 @dataclass(frozen=True)
@@ -364,7 +366,7 @@ def _charts(
     *,
     max_error_rise: float | None,
 ) -> dict[str, str]:
-    updates = _read_updates(run_dir / TRAINING / "updates.jsonl")
+    updates = read_updates(run_dir / TRAINING / "updates.jsonl")
     reference_error = float(np.mean([update["reference_error_w"] for update in updates]))
     return figures.training_curves(updates, alarm=max_error_rise and max_error_rise * reference_error) | {
         "pairs": figures.pairs_by_rank_gap(_pair_stages(run_dir)),
@@ -434,7 +436,8 @@ def read_record(path: Path, kind: TypeAdapter[Any]) -> Any:
         raise _missing(path) from None
 
 
-def _read_updates(path: Path) -> list[Any]:
+def read_updates(path: Path) -> list[Any]:
+    """Records of `updates.jsonl`; raises StoreError with what to do if it is missing or damaged."""
     try:
         lines = read_untrusted_bytes(path, remedy=RUN_AGAIN).splitlines()
     except FileNotFoundError:
