@@ -119,7 +119,12 @@ def test_every_step_leaves_a_manifest_that_is_true(finished: tuple[Config, RunFo
     for step in STEPS:
         assert run.is_complete(step.folder, step.settings(config), step.fingerprints(config, run))
     assert run.manifest("1-samples")["counts"]["images"] == 20
-    assert run.manifest("4-training")["counts"] == {"updates": 10, "pairs": 40, "updates_skipped": 0}
+    assert run.manifest("4-training")["counts"] == {
+        "updates": 10,
+        "pairs": 40,
+        "updates_skipped": 0,
+        "preview_images": 9,
+    }
     assert (run.path / "report.html").stat().st_size > 10_000
 
 

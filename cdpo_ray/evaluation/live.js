@@ -3,10 +3,11 @@ const SECONDS = 3;
 async function refresh() {
   try {
     const answer = await fetch("/content");
-    const parts = new DOMParser().parseFromString(await answer.text(), "text/html").body.children;
+    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const parts = [...fresh.body.children];
     const main = document.querySelector("main");
     const before = [...main.children];
-    [...parts].forEach((part, place) => {
+    parts.forEach((part, place) => {
       if (before[place] === undefined) main.append(part);
       else if (before[place].outerHTML !== part.outerHTML) before[place].replaceWith(part);
     });

@@ -1,5 +1,6 @@
 """Config -> arguments of drawing pairs and of training."""
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
     previews = None
     # Trials of a search have their own measurements and would repeat the base model's images.
     if prompts := [] if context.validation else context.prompts.heldout[: training.preview_prompts]:
-        sampling = replace(sampling_of(config, 1, config.run.seed), images_per_batch=1)  # needs the least memory
+        of_worker = math.ceil(len(prompts) / training.num_workers)
+        # ZeRO 3 needs the same launches on every worker: no batch may be halved on one of them, out of memory.
+        at_once = 1 if training.zero_stage == 3 else min(config.generation.images_per_batch, of_worker)
+        sampling = replace(sampling_of(config, 1, config.run.seed), images_per_batch=at_once)
         previews = PreviewJob(prompts, asdict(sampling))
     job = TrainingJob(
         training,

@@ -52,7 +52,7 @@ class PreviewJob:
 
     Attributes:
         prompts: at least one.
-        sampling: keyword arguments of `Sampling`, with one image per prompt and per batch.
+        sampling: keyword arguments of `Sampling`, with one image per prompt.
     """
 
     prompts: list[str]

@@ -1,6 +1,7 @@
 """Held-out prompts -> images of the base model, and of the policy after each stage, as PNG files of `4-training`."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,9 @@ class Previewer:
     """Samples one image per preview prompt; each worker writes those of its share of the prompts.
 
     An image is a function of the weights, the seed and the prompt: one that is sampled again after a restart replaces
-    an identical one. Uses no global RNG and runs the denoiser eagerly even if it is compiled, so training is the same
-    without it: another batch size would change the compiled graphs.
+    an identical one (up to rounding errors, if the number of workers has changed). Uses no global RNG and runs the
+    denoiser eagerly even if it is compiled, so training is the same without it: another batch size would change the
+    compiled graphs.
 
     Args:
         model: with VAE and text encoders; the latter are not needed afterwards.
@@ -35,14 +37,14 @@ class Previewer:
     def __init__(
         self, job: PreviewJob, model: TextToImageModel, output_dir: Path, *, worker_rank: int, num_workers: int
     ) -> None:
-        # Past the last prompt a worker samples that one again: ZeRO 3 needs the same launches everywhere.
-        last = len(job.prompts) - 1
-        rows = [min(first + worker_rank, last) for first in range(0, last + 1, num_workers)]
-        self.prompts = [job.prompts[row] for row in rows]
+        self.prompts = list(job.prompts[worker_rank::num_workers])
+        # With fewer prompts than others a worker samples the last one too: ZeRO 3 needs the same launches everywhere.
+        num_others = math.ceil(len(job.prompts) / num_workers) - len(self.prompts)
+        self.sampled = self.prompts + list(job.prompts[-1:]) * num_others
         self.sampling = Sampling(**job.sampling)
         self.output_dir = output_dir
         with _enough_memory():
-            self.conditioning, _ = model.encode_prompts(self.prompts)
+            self.conditioning, _ = model.encode_prompts(self.sampled)
         if worker_rank == 0:
             make_folder((output_dir / PREVIEW_PROMPTS).parent)
             write_json(output_dir / PREVIEW_PROMPTS, list(job.prompts))
@@ -60,11 +62,13 @@ class Previewer:
         """
         was_training = model.denoiser.training
         model.denoiser.eval()
-        with torch.compiler.set_stance("force_eager"):
-            batches = sample_batches(model, self.prompts, self.conditioning, self.sampling)
-            pixels = [batch.images.cpu().numpy() for batch in batches]
-        model.denoiser.train(was_training)
-        for prompt, image in zip(self.prompts, (image for few in pixels for image in few), strict=True):
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                batches = sample_batches(model, self.sampled, self.conditioning, self.sampling)
+                pixels = [batch.images.cpu().numpy() for batch in batches]
+        finally:
+            model.denoiser.train(was_training)
+        for prompt, image in zip(self.prompts, (image for few in pixels for image in few), strict=False):
             path = self.output_dir / preview_file(stage, prompt)
             make_folder(path.parent)
             write_bytes(path, encode_png(image))
