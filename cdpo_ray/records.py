@@ -41,6 +41,10 @@
 `3-stages/stages.json` has the candidates and draws of each stage, see `curriculum/explanation.py: describe_stage`;
 `3-stages/prompts-<k>.parquet` those of each prompt.
 
+`4-training/previews/prompts.json` has the held-out prompts that are sampled at the end of each stage, if any;
+`4-training/previews/stage-<k>/<prompt_id>.png` an image of each, from the same noise at every stage; stage 0 is the
+base model.
+
 `5-evaluation/comparison.parquet`, one row per (held-out prompt, image):
 
 - `prompt_index`, `prompt_id`, `prompt`, `sample_index`
@@ -71,6 +75,9 @@ import hashlib
 
 SAMPLES, SCORES, STAGES, TRAINING, EVALUATION = "1-samples", "2-scores", "3-stages", "4-training", "5-evaluation"
 COMMITS_DIR = "commits"  # folder of checkpoints in an unfinished `4-training`
+REPORT = "report.html"
+PREVIEWS = "previews"  # folder in `4-training`
+PREVIEW_PROMPTS = f"{PREVIEWS}/prompts.json"
 VALIDATION, HELDOUT = "validation", "heldout"  # of a search: images of the base model for these prompts
 TRIALS, CONFIRMATION, FOUND = "trials", "confirmation", "tune.json"
 TRIAL = "trial.json"
@@ -90,6 +97,11 @@ PREDICTED = "predicted"
 def prompt_id(prompt: str) -> str:
     """Identifier of a prompt: 16 hex digits of its BLAKE2b hash."""
     return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def preview_file(stage: int, prompt: str) -> str:
+    """Path within `4-training` of a prompt's image after a stage; stage 0: of the base model."""
+    return f"{PREVIEWS}/stage-{stage}/{prompt_id(prompt)}.png"
 
 
 def score_file(reward: str, *, second: bool = False) -> str:

@@ -21,7 +21,7 @@ from cdpo_ray.preflight import refuse_problems
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
-from cdpo_ray.records import EVALUATION, PREDICTED, SAMPLES, SCORES, STEP_FOLDERS, TRAINING
+from cdpo_ray.records import EVALUATION, PREDICTED, REPORT, SAMPLES, SCORES, STEP_FOLDERS, TRAINING
 from cdpo_ray.resources import Node, check_resources
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import (
@@ -47,7 +47,6 @@ from cdpo_ray.store import (
 from cdpo_ray.training.job import ValidationJob
 
 log = logging.getLogger(__name__)
-REPORT = "report.html"
 CONTENT_KEYS = (".sha256", "preferences.files")
 """Suffixes of settings that hold the SHA-256 of files, whose paths are other keys of the same section."""
 
@@ -107,6 +106,7 @@ def run_steps(
     allow_config_change: bool = False,
     validation: ValidationJob | None = None,
     on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None,
+    on_end: Callable[[Progress], Any] = lambda progress: None,
 ) -> RunFolder:
     """Perform the steps that are not finished, round after round; Ray starts when the first of them needs it.
 
@@ -118,6 +118,7 @@ def run_steps(
         command: the command that resumes the run, which `cdpo status` prints.
         allow_config_change: resume a step that was started with other settings; its manifest records them.
         validation, on_stage: of training, see `Context`.
+        on_end: called once all steps of all rounds are finished, before the trackers close.
 
     Returns:
         Folder of the last round that was started.
@@ -162,6 +163,7 @@ def run_steps(
             if _made_by(config, run, previous):
                 warn_of_edited_config(config, run)
                 _write_config(config, run)
+        on_end(progress)
     return folders[-1]
 
 
@@ -187,18 +189,21 @@ def unfinished(steps: Iterable[Step], folders: Sequence[RunFolder]) -> list[Step
     return [step for step in steps if step.grows or not all(run.has(step.folder) for run in folders)]
 
 
-def write_reports(config: Config, *, force: bool = False) -> list[Path]:
+def write_reports(
+    config: Config, *, force: bool = False, on_written: Callable[[Path], Any] = lambda path: None
+) -> list[Path]:
     """Write `report.html` of each round and return their paths.
 
     Args:
         force: also overwrite reports that are newer than the round's steps and `config.yaml`, and warn if that differs
             from the configuration; `run_steps` has done so otherwise.
+        on_written: called with the path of each report that was not up to date.
 
     Raises:
         StoreError: a step is not finished.
     """
     folders = round_folders(config)
-    paths = [_write_report(run, force=force) for run in folders]
+    paths = [_write_report(run, force=force, on_written=on_written) for run in folders]
     for run in folders if force else []:
         warn_of_edited_config(config, run)
     return paths
@@ -382,7 +387,7 @@ def _write_config(config: Config, run: RunFolder) -> None:
         write_text(path, plain)
 
 
-def _write_report(run: RunFolder, *, force: bool) -> Path:
+def _write_report(run: RunFolder, *, force: bool, on_written: Callable[[Path], Any]) -> Path:
     path = run.path / REPORT
     sources = [run.path / CONFIG, *(run.step(folder) / "manifest.json" for folder in STEP_FOLDERS)]
     if not force and path.is_file() and path.stat().st_mtime > max(source.stat().st_mtime for source in sources):
@@ -392,4 +397,5 @@ def _write_report(run: RunFolder, *, force: bool) -> Path:
 
     write_report(run.path, path)
     log.info("report: %s", path)
+    on_written(path)
     return path

@@ -98,6 +98,7 @@ CHANGES: dict[str, tuple[list[str], set[str]]] = {
     "training.updates_per_commit": (["training.updates_per_commit=5"], NOTHING),
     "training.keep_last": (["training.keep_last=1"], NOTHING),
     "training.keep_best": (["training.keep_best=true"], NOTHING),
+    "training.preview_prompts": (["training.preview_prompts=0"], NOTHING),
     "training.max_skipped_updates": (["training.max_skipped_updates=1"], NOTHING),
     "training.max_restarts": (["training.max_restarts=1"], NOTHING),
     "training.collective_timeout_seconds": (["training.collective_timeout_seconds=900"], NOTHING),

@@ -23,6 +23,7 @@ from benchmarks.testbed.measure import load_pipeline
 from cdpo_ray.cli import main
 from cdpo_ray.config import Config, validate
 from cdpo_ray.curriculum.reliability import low_reliability
+from cdpo_ray.dataflow.images import decode_png
 from cdpo_ray.dataflow.parts import write_part
 from cdpo_ray.dataflow.quarantine import Quarantine
 from cdpo_ray.errors import CurriculumError, GenerationError, StoreError, TrainingError
@@ -32,7 +33,7 @@ from cdpo_ray.generation.generator import Sampling
 from cdpo_ray.models import load_model
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.randomness.numbers import seed_of
-from cdpo_ray.records import score_file
+from cdpo_ray.records import PREVIEWS, preview_file, score_file
 from cdpo_ray.rewards.score_table import read_scores
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.run import round_folders, run_steps, write_reports
@@ -118,7 +119,12 @@ def test_every_step_leaves_a_manifest_that_is_true(finished: tuple[Config, RunFo
     for step in STEPS:
         assert run.is_complete(step.folder, step.settings(config), step.fingerprints(config, run))
     assert run.manifest("1-samples")["counts"]["images"] == 20
-    assert run.manifest("4-training")["counts"] == {"updates": 10, "pairs": 40, "updates_skipped": 0}
+    assert run.manifest("4-training")["counts"] == {
+        "updates": 10,
+        "pairs": 40,
+        "updates_skipped": 0,
+        "preview_images": 9,
+    }
     assert (run.path / "report.html").stat().st_size > 10_000
 
 
@@ -172,6 +178,30 @@ def test_updates_are_recorded_and_begin_at_ln_2(finished: tuple[Config, RunFolde
     assert updates[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert updates[0]["margin"] == 0
     assert updates[-1]["margin"] != 0
+
+
+def test_previews_lead_from_the_base_models_image_to_the_one_that_is_evaluated(
+    finished: tuple[Config, RunFolder],
+) -> None:
+    config, run = finished
+    named = {name for name in run.manifest("4-training")["files"] if name.startswith(PREVIEWS)}
+    assert len(named) == 1 + 3 * (1 + config.curriculum.num_stages)
+    rows = pq.read_table(run.step("5-evaluation") / "comparison.parquet").to_pylist()
+    for row in (row for row in rows if row["sample_index"] == 0):
+        for stage, arm in ((0, "base"), (config.curriculum.num_stages, "tuned")):
+            preview = decode_png((run.step("4-training") / preview_file(stage, row["prompt"])).read_bytes())
+            judged = decode_png(row[f"{arm}_image"])
+            assert np.abs(preview.astype(int) - judged.astype(int)).max() <= 1  # of another batch
+
+
+@pytest.mark.nightly  # in one process without Ray: tests/training/test_previews.py
+def test_the_lora_is_the_same_to_the_bit_without_previews(trained_embedded: RunFolder, embedded: Path) -> None:
+    folder = beginning_as(trained_embedded, "no-previews", "1-samples", "2-scores", "3-stages")
+    without = {"num_workers": 2, "updates_per_commit": 2, "keep_best": True, "preview_prompts": 0}
+    run_steps(embedded_config(embedded, folder.path.parent, "no-previews", **without), steps_until("train"))
+    assert largest_difference(lora(folder), lora(trained_embedded)) == 0
+    assert not (folder.step("4-training") / PREVIEWS).exists()
+    assert (trained_embedded.step("4-training") / PREVIEWS).exists()
 
 
 def test_lora_loads_into_a_stock_pipeline_and_gives_the_same_images(

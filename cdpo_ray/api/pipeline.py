@@ -7,6 +7,7 @@ from typing import Any
 from cdpo_ray.api.results import Run
 from cdpo_ray.config import Config, load_config
 from cdpo_ray.errors import ConfigError
+from cdpo_ray.progress import Progress
 from cdpo_ray.run import run_dir_of, run_steps, write_reports
 from cdpo_ray.steps import steps_of
 
@@ -38,13 +39,16 @@ def run_pipeline(
     Raises:
         CdpoError: of any kind; steps that finished before it are kept.
     """
-    config = config if isinstance(config, Config) else load_config(config)
-    known = steps_of(config)
+    loaded = config if isinstance(config, Config) else load_config(config)
+    known = steps_of(loaded)
     names = [step.verb for step in known]
     if steps is not None and (unknown := [name for name in steps if name not in names]):
         raise ConfigError(f"`steps` must be names of {', '.join(map(repr, names))}, got {unknown[0]!r}")
     chosen = [step for step in known if steps is None or step.verb in steps]
-    folder = run_steps(config, chosen, address=address, verbose=verbose)
-    if steps is None:
-        write_reports(config)
-    return Run(folder, run_dir_of(config))
+
+    def report(progress: Progress) -> None:
+        if steps is None:
+            write_reports(loaded, on_written=progress.log_page)
+
+    folder = run_steps(loaded, chosen, address=address, verbose=verbose, on_end=report)
+    return Run(folder, run_dir_of(loaded))

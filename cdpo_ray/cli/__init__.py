@@ -34,6 +34,7 @@ GROUPS = {
     },
     "runs": {
         "status": "cdpo_ray.cli.status",
+        "watch": "cdpo_ray.cli.watch",
         "compare": "cdpo_ray.cli.compare",
         "export": "cdpo_ray.cli.export",
     },

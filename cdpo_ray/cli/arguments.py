@@ -73,6 +73,14 @@ def run_dir_given(text: str) -> Path:
     return run_dir_of(load_config(text)) if path.suffix in YAML_SUFFIXES and path.is_file() else path
 
 
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add ``run``, see `run_dir_given`."""
+    run: Any = parser.add_argument(
+        "run", metavar="RUN", help="folder of a run, as runs/<name>, its URI in an object store, or its config"
+    )
+    run.complete = shtab.FILE
+
+
 def add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address",

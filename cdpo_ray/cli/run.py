@@ -1,6 +1,7 @@
 """`cdpo run`: the whole pipeline."""
 
 import argparse
+from pathlib import Path
 
 from cdpo_ray.cli.arguments import add_address, add_allow_config_change, add_config, config_of, resume_command
 from cdpo_ray.cli.terminal import print_lines
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     config = config_of(arguments)
+    reports: list[Path] = []
     run_steps(
         config,
         steps_of(config),
@@ -26,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         verbose=arguments.verbose,
         command=resume_command(arguments),
         allow_config_change=arguments.allow_config_change,
+        on_end=lambda progress: reports.extend(write_reports(config, on_written=progress.log_page)),
     )
-    print_lines(*write_reports(config))
+    print_lines(*reports)
     return 0

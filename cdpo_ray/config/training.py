@@ -129,6 +129,7 @@ class TrainingSection(Section):
             "updates_per_commit",
             "keep_last",
             "keep_best",
+            "preview_prompts",
             "max_skipped_updates",
             "max_restarts",
             "collective_timeout_seconds",
@@ -250,6 +251,11 @@ class TrainingSection(Section):
 
     keep_best: bool = False
     """Also keep the adapter of the checkpoint with the lowest mean loss in the last stage, in `4-training/best`."""
+
+    preview_prompts: Annotated[int, Field(ge=0, le=100)] = 4
+    """Number of held-out prompts whose image is sampled by the base model and at the end of each stage, always from the
+    same noise: `4-training/previews`, the report, `cdpo watch` and the trackers show them. The trained weights are
+    the same without them. 0: none; trials of a search sample none."""
 
     max_skipped_updates: Annotated[int, Field(ge=1)] = 20
     """Training fails when this many consecutive updates, or all of a stage, are skipped because loss or gradient is not

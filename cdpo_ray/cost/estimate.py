@@ -245,7 +245,7 @@ def training_peak(load: Workload, *, checkpointing: bool) -> Peak:
         zero_stage=training.zero_stage,
         num_workers=training.num_workers,
         teacher=load.teacher,
-        with_vae=load.config.search is not None,
+        with_vae=load.config.search is not None or training.preview_prompts > 0,
     )
 
 

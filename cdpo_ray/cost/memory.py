@@ -96,7 +96,7 @@ def trainer_peak(
         zero_stage: DeepSpeed ZeRO stage, 0 to 3.
         num_workers: number of training workers.
         teacher: footprint of a consistency model's teacher.
-        with_vae: whether the worker decodes images for validation, as in a search.
+        with_vae: whether the worker decodes images: previews, or the validation of a search.
     """
     share = 1 / num_workers
     trainable = footprint.lora_parameters(*lora) if lora else footprint.parameters

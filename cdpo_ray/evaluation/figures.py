@@ -24,11 +24,11 @@ def training_curves(updates: Sequence[Mapping[str, Any]], *, alarm: float | None
 
     Args:
         updates: one mapping per update, in order: `update`, `stage`, `loss`, `margin`, `implicit_accuracy`, the four
-            errors, and `grad_norm` and `update_norm` if they were recorded.
+            errors, and `grad_norm`, `update_norm` and `learning_rate` if they were recorded.
         alarm: change of the chosen's error above which an alarm is raised; drawn if the curve comes near it.
 
     Returns:
-        SVG of `error_change`, `loss`, `implicit_accuracy`, `margin`, and of the recorded norms.
+        SVG of `error_change`, `loss`, `implicit_accuracy`, `margin`, and of what else was recorded.
     """
     columns = {key: np.array([update.get(key, np.nan) for update in updates], dtype=float) for key in updates[0]}
     change = {arm: columns[f"policy_error_{arm}"] - columns[f"reference_error_{arm}"] for arm in "wl"}
@@ -52,7 +52,11 @@ def training_curves(updates: Sequence[Mapping[str, Any]], *, alarm: float | None
         "margin": curve("margin", "margin (nats)", untrained=0),
         **{
             name: curve(name, label)
-            for name, label in (("grad_norm", "gradient norm"), ("update_norm", "norm of the update"))
+            for name, label in (
+                ("grad_norm", "gradient norm"),
+                ("update_norm", "norm of the update"),
+                ("learning_rate", "learning rate"),
+            )
             if name in columns
         },
     }

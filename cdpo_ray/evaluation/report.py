@@ -29,6 +29,7 @@ from cdpo_ray.pages.page import (
     significant_change,
     write_page,
 )
+from cdpo_ray.pages.previews import preview_rows
 from cdpo_ray.records import (
     ARMS,
     EVALUATION,
@@ -137,10 +138,13 @@ class _Update(TypedDict):
 
 
 @other_keys_allowed
-class _NumberedUpdate(_Update):
+class UpdateRecord(_Update):
+    """Keys of an update's record that pages show."""
+
     update: Count
     grad_norm: NotRequired[float]
     update_norm: NotRequired[float]
+    learning_rate: NotRequired[float]
 
 
 @other_keys_allowed
@@ -158,7 +162,7 @@ METRICS: TypeAdapter[EvaluationMetrics] = TypeAdapter(EvaluationMetrics)
 _JUDGED_METRICS: TypeAdapter[_JudgedEvaluation] = TypeAdapter(_JudgedEvaluation)
 _PLANNED_STAGES = TypeAdapter(Annotated[list[ShownStage], Field(min_length=1, max_length=1000)])
 TRAINED_STAGES = TypeAdapter(Annotated[list[_TrainedStage], Field(min_length=1, max_length=1000)])
-_UPDATE: TypeAdapter[_NumberedUpdate] = TypeAdapter(_NumberedUpdate)
+_UPDATE: TypeAdapter[UpdateRecord] = TypeAdapter(UpdateRecord)
 
 
 @dataclass(frozen=True)
@@ -254,6 +258,7 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         accuracy=[_accuracy(metrics, judge) for judge in judges],
         label_accuracy={name: formatted_share(found) for name, found in metrics.get("labels", {}).items() if found},
         grid=image_grid(comparison_path, judges, config.get("evaluation", {}).get("grid_prompts", 0)),
+        previews=preview_rows(run_dir / TRAINING),
         shown_images=min(MAX_IMAGES, metrics["images_per_prompt"]),
         charts={name: Markup(svg) for name, svg in charts.items()},
         health=health,

@@ -38,6 +38,11 @@ def write_page(path: Path, template: Path, **values: Any) -> None:
     Raises:
         StoreError: the storage fails.
     """
+    write_text(path, render(template, **values))
+
+
+def render(template: Path, **values: Any) -> str:
+    """Render a template of a page or of a part of one; arguments: see `write_page`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, HERE]),
         autoescape=True,  # prompts, names and warnings are untrusted text
@@ -45,8 +50,7 @@ def write_page(path: Path, template: Path, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(template.name).render(**values).translate(CONTROL_PICTURES)
-    write_text(path, page)
+    return environment.get_template(template.name).render(**values).translate(CONTROL_PICTURES)
 
 
 def inline_png(png: bytes, where: str) -> dict[str, Any]:

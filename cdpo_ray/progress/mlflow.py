@@ -1,5 +1,6 @@
-"""Metrics -> a run of MLflow on its tracking server."""
+"""Metrics, images and reports -> a run of MLflow on its tracking server."""
 
+import io
 import logging
 import os
 import time
@@ -10,8 +11,9 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdou
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from PIL import Image
 
-from cdpo_ray.progress.trackers import Metrics, TrackedRun
+from cdpo_ray.progress.trackers import Images, Metrics, TrackedRun
 from cdpo_ray.store import flat
 
 MAX_BATCH = 100  # params per call; the API's limit
@@ -58,6 +60,17 @@ class MLflow:
         ]
         for start in range(0, len(batch), MAX_METRICS):
             self._client.log_batch(self.run_id, metrics=batch[start : start + MAX_METRICS])
+
+    def log_images(self, images: Images) -> None:
+        """The artifact `prompts.txt` names the prompt of each image: MLflow shows no captions."""
+        folder = f"{images.step}/previews"
+        self._client.log_text(self.run_id, "\n".join(images.pngs), f"{folder}/prompts.txt")
+        for number, png in enumerate(images.pngs.values(), start=1):
+            image, key = Image.open(io.BytesIO(png)), f"{images.step}/preview/{number}"
+            self._client.log_image(self.run_id, image, key=key, step=images.index, synchronous=True)
+
+    def log_page(self, name: str, page: bytes) -> None:
+        self._client.log_text(self.run_id, page.decode(), name)
 
     def close(self, state: str) -> None:
         self._client.set_terminated(self.run_id, status=STATUSES[state])

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from cdpo_ray.progress.pace import Pace, duration, rate_in_words
 from cdpo_ray.progress.status import STATUS, read_status
-from cdpo_ray.progress.trackers import Metrics, TrackedRun, Trackers
+from cdpo_ray.progress.trackers import Images, Metrics, TrackedRun, Trackers
 from cdpo_ray.records import PREDICTED
-from cdpo_ray.store import write_json
+from cdpo_ray.store import read_bytes, write_json
 
 log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 5.0  # between two writes of `status.json`
@@ -60,10 +60,11 @@ class Progress:
         num_rounds: int = 1,
     ) -> None:
         earlier = (read_status(run.dir) if run else None) or {}
+        self._run_dir = run.dir if run else None
         self._file = _StatusFile(run.dir) if run else None
         self._trackers = Trackers(run, tracking or {}, earlier.get("run_ids")) if run else None
         self._about = {"command": command, "num_rounds": num_rounds, "pid": os.getpid(), "host": platform.node()}
-        self._queue = _MetricQueue(earlier.get("recorded", {}))
+        self._queue = _TrackingQueue(earlier.get("recorded", {}))
         self._state: dict[str, Any] = {"state": "running"}
         self._step = ""  # the step's verb with its round; empty before the first
         self._work = _Work()
@@ -171,6 +172,25 @@ class Progress:
         with self._lock:
             self._queue.add_update(Metrics(self._work.step, update, dict(values)))
 
+    def record_images(self, pngs: Mapping[str, bytes], *, update: int) -> None:
+        """Record images that were sampled after a training update; skipped if recorded, as by `record`.
+
+        Args:
+            pngs: content of a PNG by prompt.
+            update: 1-based; 0: before the first update.
+        """
+        with self._lock:
+            self._queue.add_update(Images(self._work.step, update, dict(pngs)))
+
+    def log_page(self, path: Path) -> None:
+        """Send a page of the run, such as its report, to the trackers.
+
+        Args:
+            path: path of a self-contained HTML page in the run's folder.
+        """
+        if self._run_dir and self._trackers:
+            self._trackers.log_page(str(path.relative_to(self._run_dir)), read_bytes(path))
+
     def log_line(self, line: str) -> None:
         """Write a line to the log and to `status.json`."""
         log.info(line)
@@ -212,17 +232,17 @@ class Progress:
             self._queue.add(metrics)
 
     def _send(self) -> None:
-        """Send collected metrics to the trackers; `status.json` records them once they are sent."""
+        """Send collected metrics and images to the trackers; `status.json` records them once they are sent."""
         with self._lock:
-            metrics, mark_recorded = self._queue.take()
+            entries, mark_recorded = self._queue.take()
 
         def mark() -> None:
             with self._lock:
                 mark_recorded()
             self._write()
 
-        if metrics and self._trackers:
-            self._trackers.log(metrics, mark)
+        if entries and self._trackers:
+            self._trackers.log(entries, mark)
 
     def _write(self) -> None:
         if self._file is None:
@@ -312,8 +332,8 @@ class _Idle:
         return idle
 
 
-class _MetricQueue:
-    """Metrics that the trackers do not have yet.
+class _TrackingQueue:
+    """Metrics and images that the trackers do not have yet.
 
     Args:
         recorded: last update that the trackers have, by step.
@@ -322,33 +342,42 @@ class _MetricQueue:
     def __init__(self, recorded: Mapping[str, int]) -> None:
         self.recorded = dict(recorded)
         self.queued = dict(recorded)  # the same, including metrics that are not sent yet
-        self.metrics: list[Metrics] = []
+        self.entries: list[Metrics | Images] = []
 
     def resume(self, step: str, done: int) -> int:
         """First update to record of a step that has done some; a restarted step records its metrics again."""
         known = self.recorded.get(step, done) if done else 0
         if step in self.recorded:
             self.queued[step] = self.recorded[step] = known
+        if not done:
+            for counts in (self.queued, self.recorded):
+                counts.pop(_images_of(step), None)
         return known + 1
 
-    def add(self, metrics: Metrics) -> None:
-        self.metrics.append(metrics)
+    def add(self, entry: Metrics | Images) -> None:
+        self.entries.append(entry)
 
-    def add_update(self, metrics: Metrics) -> None:
-        """Add metrics of an update, unless it is recorded or queued."""
-        if metrics.index > self.queued.get(metrics.step, 0):
-            self.queued[metrics.step] = metrics.index
-            self.add(metrics)
+    def add_update(self, entry: Metrics | Images) -> None:
+        """Add metrics or images of an update, unless they are recorded or queued."""
+        key = entry.step if isinstance(entry, Metrics) else _images_of(entry.step)
+        if entry.index > self.queued.get(key, -1):
+            self.queued[key] = entry.index
+            self.add(entry)
 
-    def take(self) -> tuple[list[Metrics], Callable[[], None]]:
+    def take(self) -> tuple[list[Metrics | Images], Callable[[], None]]:
         """Everything that is queued, and a function to call once it is recorded."""
-        metrics, self.metrics = self.metrics, []
+        entries, self.entries = self.entries, []
         queued = dict(self.queued)
 
         def mark_recorded() -> None:
             self.recorded = queued
 
-        return metrics, mark_recorded
+        return entries, mark_recorded
+
+
+def _images_of(step: str) -> str:
+    """Key of the last update whose images the trackers have."""
+    return f"{step}/images"
 
 
 class _StatusFile:

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.util.metrics import Gauge
 
-from cdpo_ray.progress.trackers import Metrics, TrackedRun
+from cdpo_ray.progress.trackers import Images, Metrics, TrackedRun
 
 
 class RayMetrics:
@@ -36,5 +36,11 @@ class RayMetrics:
                 if name not in self._gauges:
                     self._gauges[name] = Gauge(name, description=f"{verb} of cdpo", tag_keys=("run",))
                 self._gauges[name].set(value, {"run": self._run})
+
+    def log_images(self, images: Images) -> None:
+        """Nothing to do: gauges are numbers."""
+
+    def log_page(self, name: str, page: bytes) -> None:
+        """Nothing to do: gauges are numbers."""
 
     def close(self, state: str) -> None: ...

@@ -4,6 +4,7 @@ import platform
 import re
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,16 +83,58 @@ _TRIAL_STATE: TypeAdapter[_TrialState] = TypeAdapter(_TrialState)
 
 
 @dataclass(frozen=True)
+class StepStatus:
+    """Status of a step.
+
+    Attributes:
+        state: `done`, `running`, `failed`, `stopped`, `started` (in an earlier process) or `pending`.
+        words: counts, durations and rates.
+        notes: warnings, and the checkpoint that a restart resumes after.
+        reached: number of finished units and of all units of the step; `None`: unknown.
+    """
+
+    folder: str
+    state: str
+    words: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    reached: tuple[int, int] | None = None
+
+    @property
+    def lines(self) -> list[str]:
+        head = f"  {self.folder:<14}{self.state:<9}{', '.join(self.words)}".rstrip()
+        return [head, *(f"{'':16}{note}" for note in self.notes)]
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """Status of a run.
 
     Attributes:
-        text: what `cdpo status` prints.
+        name: path of its folder, as text.
+        steps: steps of each round.
+        trials: one line per folder of a search's trials.
+        damage: one line per file that differs from a manifest or from `config.yaml`.
+        end: what the run's process does or how it ended, errors, and what to do next.
         is_interrupted: whether the run is neither finished nor running.
+        is_done: whether all steps are finished and undamaged.
     """
 
-    text: str
+    name: str
+    steps: Sequence[Sequence[StepStatus]]
+    trials: Sequence[str]
+    damage: Sequence[str]
+    end: Sequence[str]
     is_interrupted: bool
+    is_done: bool
+
+    @property
+    def text(self) -> str:
+        """What `cdpo status` prints into a pipe or a file."""
+        lines = [self.name]
+        for number, steps in enumerate(self.steps, start=1):
+            lines += [f"round {number}/{len(self.steps)}"] if len(self.steps) > 1 else []
+            lines += [line for step in steps for line in step.lines]
+        return "\n".join([*lines, *self.trials, "", *self.damage, *self.end])
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
@@ -119,30 +162,29 @@ def run_status(run_dir: Path, *, now: datetime | None = None) -> RunStatus:
         StoreError: the folder is not a run's, or a file in it is damaged.
     """
     status = read_status(run_dir)
-    rounds = _rounds(run_dir, status)
+    rounds = run_rounds(run_dir, status)
     if status is None and not any(run.has(folder) for run in rounds for folder in STEP_FOLDERS):
         raise StoreError(f"{run_dir}: is not a run's folder; give one, such as runs/<name>")
     status = status or {}
     now = now or datetime.now(UTC)
     alive = status.get("state") == "running" and _is_alive(status, now)
-    lines = [printable(run_dir, 1000)]
     searches = any(exists(run_dir / folder) for folder in SEARCH_FOLDERS)
+    steps, trials = [], []
     for number, run in enumerate(rounds, start=1):
-        if len(rounds) > 1:
-            lines.append(f"round {number}/{len(rounds)}")
-        for folder in SHARED_FOLDERS if searches else STEP_FOLDERS:
-            current = status if (status.get("folder"), status.get("round")) == (folder, number) else None
-            lines += _step_lines(run, folder, current, alive=alive)
+        places = [(folder, status if (status.get("folder"), status.get("round")) == (folder, number) else None)
+                  for folder in (SHARED_FOLDERS if searches else STEP_FOLDERS)]  # fmt: skip
+        steps.append([_step_status(run, folder, current, alive=alive) for folder, current in places])
     if searches:
-        lines += [_trials_line(path_within(run_dir, folder)) for folder in (TRIALS, CONFIRMATION)]
+        trials = [_trials_line(path_within(run_dir, folder)) for folder in (TRIALS, CONFIRMATION)]
         done = status.get("state") == "ended" and exists(run_dir / FOUND)
     else:
         done = all(run.has(folder) for run in rounds for folder in STEP_FOLDERS)
-    damaged = [line for run in rounds for line in _damage(run)]
-    done &= not damaged
+    damage = [line for run in rounds for line in _damage(run)]
+    done &= not damage
     next_line = f"next: {_command(run_dir, status) or 'run the original command again; it resumes the run'}"
-    lines += ["", *damaged, *_end_lines(status, now, next_line, alive=alive, done=done)]
-    return RunStatus("\n".join(lines), is_interrupted=not (alive or done))
+    end = _end_lines(status, now, next_line, alive=alive, done=done)
+    is_interrupted = not (alive or done)
+    return RunStatus(printable(run_dir, 1000), steps, trials, damage, end, is_interrupted, is_done=done)
 
 
 def _damage(run: RunFolder) -> list[str]:
@@ -179,23 +221,24 @@ def _command(run_dir: Path, status: dict[str, Any]) -> str | None:
     return shlex.join(["cdpo", verb, config, *overrides])
 
 
-def _rounds(run_dir: Path, status: dict[str, Any] | None) -> list[RunFolder]:
+def run_rounds(run_dir: Path, status: dict[str, Any] | None) -> list[RunFolder]:
+    """Folder of each round of a run: the run's own if there is one round.
+
+    Args:
+        status: see `read_status`.
+    """
     count = (status or {}).get("num_rounds") or min(sum(1 for _ in run_dir.glob("round-*")), MAX_ROUNDS) or 1
     if count == 1:
         return [RunFolder(run_dir)]
     return [RunFolder(path_within(run_dir, f"round-{number}")) for number in range(1, count + 1)]
 
 
-def _step_lines(run: RunFolder, folder: str, current: dict[str, Any] | None, *, alive: bool) -> list[str]:
-    """One line per step, followed by one per warning or by one about its newest checkpoint.
+def _step_status(run: RunFolder, folder: str, current: dict[str, Any] | None, *, alive: bool) -> StepStatus:
+    """Status of a step.
 
     Args:
         current: `status.json` if it is about this step.
     """
-
-    def line(state: str, *words: str) -> str:
-        return f"  {folder:<14}{state:<9}{', '.join(words)}".rstrip()
-
     if run.has(folder):
         manifest = run.manifest(folder)
         counts = [f"{count} {printable(name.replace('_', ' '))}" for name, count in manifest["counts"].items() if count]
@@ -203,20 +246,21 @@ def _step_lines(run: RunFolder, folder: str, current: dict[str, Any] | None, *, 
         took = duration(manifest["seconds"])
         if predicted := manifest["details"].get(PREDICTED):
             took += f" ({_estimated(predicted)})"
-        head = line("done", *counts, f"{took}, until {ended:%Y-%m-%d %H:%M} UTC")
-        return [head, *(f"{'':16}warning: {printable(warning, 1000)}" for warning in manifest["warnings"])]
+        words = [*counts, f"{took}, until {ended:%Y-%m-%d %H:%M} UTC"]
+        return StepStatus(folder, "done", words, [f"warning: {printable(text, 1000)}" for text in manifest["warnings"]])
     is_started = (run.path / f"{folder}.partial").is_dir()
-    checkpoint = _newest_checkpoint(run.path / f"{folder}.partial")
-    below = [f"{'':16}a restart resumes after {checkpoint}"] if checkpoint else []
+    checkpoint = newest_checkpoint(run.path / f"{folder}.partial")
+    notes = [f"a restart resumes after {printable(checkpoint)}"] if checkpoint else []
     if current is None:
-        return [line("started" if is_started else "pending"), *below]
+        return StepStatus(folder, "started" if is_started else "pending", notes=notes)
     unit, total, rate = printable(current.get("unit", "")), current.get("total", 0), current.get("rate")
     words = [f"{current['done']}/{total} {unit}s"] if "done" in current else []
     if alive and rate and rate > 1e-9:
         words += [rate_in_words(rate, unit), f"{duration(current.get('seconds_left') or 0)} left"]
         if predicted := current.get(PREDICTED):
             words.append(f"{_estimated(predicted)}, on course for {duration(total / rate)}")
-    return [line("running" if alive else "failed" if current["state"] == "failed" else "stopped", *words), *below]
+    state = "running" if alive else "failed" if current["state"] == "failed" else "stopped"
+    return StepStatus(folder, state, words, notes, (current["done"], total) if words and total else None)
 
 
 def _estimated(predicted: dict[str, Any]) -> str:
@@ -235,10 +279,9 @@ def _trials_line(folder: Path) -> str:
     return f"  {folder.name:<14}{states_shown}"
 
 
-def _newest_checkpoint(partial: Path) -> str | None:
-    """Name of the newest training checkpoint, such as ``update-000050``, if any."""
-    newest = max((path.parent.name for path in partial.glob(f"commits/*/{MANIFEST}")), default=None)
-    return newest and printable(newest)
+def newest_checkpoint(partial: Path) -> str | None:
+    """Name of the newest training checkpoint in an unfinished `4-training`, such as ``update-000050``, if any."""
+    return max((path.parent.name for path in partial.glob(f"commits/*/{MANIFEST}")), default=None)
 
 
 def _end_lines(status: dict[str, Any], now: datetime, next_line: str, *, alive: bool, done: bool) -> list[str]:
@@ -253,7 +296,8 @@ def _end_lines(status: dict[str, Any], now: datetime, next_line: str, *, alive: 
         return ["done"]
     if status.get("state") == "failed":
         error = status.get("error", "").splitlines()[:MAX_ERROR_LINES]
-        return [f"failed: {ago}", *(f"  {printable(line, 1000)}" for line in error), next_line]
+        lines = [f"  {printable(line, 1000)}" for line in error]
+        return [f"failed: {ago}", *lines, "correct the error first: the same command may fail again", next_line]
     if status.get("state") == "running":
         return [f"no heartbeat from {process} since {ago}", next_line]
     if status.get("state") == "stopped":

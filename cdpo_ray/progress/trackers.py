@@ -1,4 +1,4 @@
-"""Metrics -> experiment trackers; one module per tracker, registered in `TRACKERS`."""
+"""Metrics, images and reports -> experiment trackers; one module per tracker, registered in `TRACKERS`."""
 
 import importlib
 import importlib.util
@@ -54,6 +54,20 @@ class Metrics:
     values: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Images:
+    """Images of a step at one index, one per prompt.
+
+    Attributes:
+        step, index: see `Metrics`; index 0: before the first update.
+        pngs: content of a PNG by prompt.
+    """
+
+    step: str
+    index: int
+    pngs: Mapping[str, bytes]
+
+
 class Tracker(Protocol):
     """Interface of a tracker; it is disabled when it raises any exception."""
 
@@ -65,6 +79,17 @@ class Tracker(Protocol):
 
     def log(self, metrics: Sequence[Metrics]) -> None:
         """Store metrics durably: a kill after the return must not lose any."""
+
+    def log_images(self, images: Images) -> None:
+        """Store images durably."""
+
+    def log_page(self, name: str, page: bytes) -> None:
+        """Store a page.
+
+        Args:
+            name: path of the page within the run, such as `report.html`.
+            page: content of a self-contained HTML page.
+        """
 
     def close(self, state: str) -> None:
         """End the run.
@@ -100,9 +125,20 @@ class Trackers:
     def begin(self, step: str, index: int) -> None:
         self._thread.submit(self._each, lambda tracker: tracker.begin(step, index))
 
-    def log(self, metrics: Sequence[Metrics], then: Callable[[], None]) -> None:
-        """Send metrics to all trackers, then call ``then``."""
-        self._thread.submit(self._each, lambda tracker: tracker.log(metrics)).add_done_callback(lambda _: then())
+    def log(self, entries: Sequence[Metrics | Images], then: Callable[[], None]) -> None:
+        """Send metrics and images to all trackers, then call ``then``."""
+        metrics = [entry for entry in entries if isinstance(entry, Metrics)]
+        images = [entry for entry in entries if isinstance(entry, Images)]
+
+        def send(tracker: Tracker) -> None:
+            tracker.log(metrics)
+            for entry in images:
+                tracker.log_images(entry)
+
+        self._thread.submit(self._each, send).add_done_callback(lambda _: then())
+
+    def log_page(self, name: str, page: bytes) -> None:
+        self._thread.submit(self._each, lambda tracker: tracker.log_page(name, page))
 
     def close(self, state: str) -> None:
         """Wait until everything is sent, and close the trackers.

@@ -1,12 +1,14 @@
-"""Metrics -> a run of Weights & Biases, with files in ``<run>/wandb``, or ``./wandb`` if the run is in a store."""
+"""Metrics, images and reports -> a run of Weights & Biases, with files in ``<run>/wandb`` (``./wandb`` for a store)."""
 
+import io
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import wandb
+from PIL import Image
 
-from cdpo_ray.progress.trackers import Metrics, TrackedRun
+from cdpo_ray.progress.trackers import Images, Metrics, TrackedRun
 from cdpo_ray.store import is_local
 
 EXIT_CODES = {"ended": 0, "failed": 1, "stopped": 255}
@@ -44,10 +46,21 @@ class WeightsAndBiases:
 
     def log(self, metrics: Sequence[Metrics]) -> None:
         for entry in metrics:
-            if entry.step not in self._steps:
-                self.begin(entry.step, entry.index)
-            values = {f"{entry.step}/{name}": value for name, value in entry.values.items()}
-            self._run.log({**values, f"{entry.step}/at": entry.index})
+            self._log(entry, entry.values)
+
+    def log_images(self, images: Images) -> None:
+        shown = [wandb.Image(Image.open(io.BytesIO(png)), caption=prompt) for prompt, png in images.pngs.items()]
+        self._log(images, {"preview": shown})
+
+    def log_page(self, name: str, page: bytes) -> None:
+        shown = wandb.Html(page.decode(), inject=False, data_is_not_path=True)
+        self._run.log({name.removesuffix(".html"): shown})
 
     def close(self, state: str) -> None:
         self._run.finish(exit_code=EXIT_CODES[state])
+
+    def _log(self, entry: Metrics | Images, values: Mapping[str, Any]) -> None:
+        if entry.step not in self._steps:
+            self.begin(entry.step, entry.index)
+        named = {f"{entry.step}/{name}": value for name, value in values.items()}
+        self._run.log({**named, f"{entry.step}/at": entry.index})

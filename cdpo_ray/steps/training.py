@@ -1,13 +1,15 @@
 """Config -> arguments of drawing pairs and of training."""
 
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cdpo_ray.cost.estimate import training_peak
-from cdpo_ray.records import SAMPLES, SCORES, STAGES
-from cdpo_ray.steps.arguments import model_arguments, pairs_per_stage, ranking_rule, schedule
+from cdpo_ray.records import PREVIEWS, SAMPLES, SCORES, STAGES, preview_file
+from cdpo_ray.steps.arguments import model_arguments, pairs_per_stage, ranking_rule, sampling_of, schedule
 from cdpo_ray.steps.step import Context
-from cdpo_ray.store import StepOutput
+from cdpo_ray.store import StepOutput, exists, files_within, read_bytes
 
 
 def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
@@ -34,7 +36,7 @@ def pairs(context: Context, output_dir: Path, output: StepOutput) -> None:
 def train(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.curriculum.reliability import low_reliability
     from cdpo_ray.training.health import Alarm, alarm_sentence, highest_error_rise
-    from cdpo_ray.training.job import OnlineJob, TrainingJob
+    from cdpo_ray.training.job import OnlineJob, PreviewJob, TrainingJob
     from cdpo_ray.training.trainer import train_adapter
 
     config, training, trainers = context.config, context.config.training, context.config.resources.trainers
@@ -45,6 +47,14 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
     if num_draws := config.curriculum.num_margin_draws:
         scores_dir = str(context.run.step(SCORES).resolve())
         online = OnlineJob(scores_dir, ranking_rule(config), schedule(config), pairs_per_stage(config), num_draws)
+    previews = None
+    # Trials of a search have their own measurements and would repeat the base model's images.
+    if prompts := [] if context.validation else context.prompts.heldout[: training.preview_prompts]:
+        of_worker = math.ceil(len(prompts) / training.num_workers)
+        # ZeRO 3 needs the same launches on every worker: no batch may be halved on one of them, out of memory.
+        at_once = 1 if training.zero_stage == 3 else min(config.generation.images_per_batch, of_worker)
+        sampling = replace(sampling_of(config, 1, config.run.seed), images_per_batch=at_once)
+        previews = PreviewJob(prompts, asdict(sampling))
     job = TrainingJob(
         training,
         samples_dir=str(context.run.step(SAMPLES).resolve()),
@@ -57,16 +67,24 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         start_dir=context.start_dir,
         online=online,
         validation=context.validation,
+        previews=previews,
         plain_peak_bytes=peak,
         gpu_share=min(1.0, trainers.gpus_per_worker),
     )
     num_updates = config.curriculum.num_stages * config.curriculum.updates_per_stage
+
+    def record_previews(stage: int, update: int) -> None:
+        paths = {prompt: output_dir / preview_file(stage, prompt) for prompt in previews.prompts} if previews else {}
+        if found := {prompt: read_bytes(path) for prompt, path in paths.items() if exists(path)}:
+            context.progress.record_images(found, update=update)
 
     def on_stage(summary: dict[str, Any]) -> None:
         if online:
             reliability = summary["pairs"]["margin_reliability"]
             if warning := low_reliability(summary["stage"], reliability, online.num_draws):
                 output.warnings.append(warning)
+        record_previews(0, 0)
+        record_previews(summary["stage"], summary.get("last_update", 0))
         context.on_stage(summary)
 
     state = train_adapter(
@@ -82,6 +100,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         "updates": num_made - skipped,
         "pairs": (num_made - skipped) * training.global_batch_size,
         "updates_skipped": skipped,
+        "preview_images": sum(name.endswith(".png") for name in files_within(output_dir / PREVIEWS)),
     }
     output.details["training"] = training.model_dump(mode="json", include=set(training.HOW_NOT_WHAT))
     if config.guidance_mismatch:

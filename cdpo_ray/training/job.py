@@ -47,6 +47,19 @@ class ValidationJob:
 
 
 @dataclass(frozen=True)
+class PreviewJob:
+    """Held-out prompts to sample from the base model, and from the policy at the end of each stage.
+
+    Attributes:
+        prompts: at least one.
+        sampling: keyword arguments of `Sampling`, with one image per prompt.
+    """
+
+    prompts: list[str]
+    sampling: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class TrainingJob:
     """Input of every training worker.
 
@@ -62,6 +75,7 @@ class TrainingJob:
         start_dir: path of the previous round's `4-training`, to continue from; ``None``: the base model.
         online: ``None``: train on the pairs in ``stages_dir``.
         validation: ``None``: the policy is not measured during training.
+        previews: ``None``: no images are sampled during training.
         plain_peak_bytes: estimated peak memory of a worker without gradient checkpointing; ``None``: unknown.
         gpu_share: fraction of one GPU per worker, 0 to 1.
     """
@@ -77,6 +91,7 @@ class TrainingJob:
     start_dir: str | None = None
     online: OnlineJob | None = None
     validation: ValidationJob | None = None
+    previews: PreviewJob | None = None
     plain_peak_bytes: float | None = None
     gpu_share: float = 1.0
 

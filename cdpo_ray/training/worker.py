@@ -22,13 +22,14 @@ from cdpo_ray.curriculum.dataset import read_ranking_scores
 from cdpo_ray.curriculum.redrawing import redraw_stage
 from cdpo_ray.curriculum.reliability import low_reliability
 from cdpo_ray.dataflow.memory import is_out_of_memory, needed_and_free
-from cdpo_ray.errors import CdpoError, TrainingError
+from cdpo_ray.errors import CdpoError, ModelError, TrainingError
 from cdpo_ray.models import load_model
+from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.policy.implicit_rewards import sample_values
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.numbers import seed_of
-from cdpo_ray.records import COMMITS_DIR
-from cdpo_ray.store import copy_tree, is_local, storage_errors_within, storage_path, write_json
+from cdpo_ray.records import COMMITS_DIR, preview_file
+from cdpo_ray.store import copy_tree, exists, is_local, storage_errors_within, storage_path, write_json
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.commits import Commits, state_of, tensors_of
 from cdpo_ray.training.engine import limit_waiting, restore_training, save_trained, start_engine, training_tensors
@@ -36,6 +37,7 @@ from cdpo_ray.training.health import alarm_sentence
 from cdpo_ray.training.job import TrainingJob
 from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, summarize, train_stages
 from cdpo_ray.training.losses import kappa, preference_loss
+from cdpo_ray.training.previews import Previewer
 from cdpo_ray.training.validation import Validator
 from cdpo_ray.training.weight_copy import WeightCopy, averaging_share
 
@@ -82,9 +84,10 @@ class Worker:
         self.training = training = job.training
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.validator = Validator(job.validation) if job.validation else None
-        keep_vae = self.validator is not None
+        keep_vae = self.validator is not None or job.previews is not None
         model = load_model(job.family, **job.model, for_training=True, keep_vae=keep_vae)
         empty = {name: value.cpu() for name, value in model.empty_conditioning.items()}
+        self.previewer = self._start_previews(model)
         model.drop_text_encoders()
         policy = make_policy(
             model,
@@ -141,6 +144,27 @@ class Worker:
             raise TrainingError(f"{error}; last good checkpoint: {last or 'none'}") from None
         if self._is_done(state):
             self._write_trained(state, self.output_dir)
+
+    def _start_previews(self, model: TextToImageModel) -> Previewer | None:
+        """Encode the preview prompts and sample the base model, which ``model`` is until the policy is made of it."""
+        job = self.job.previews
+        if job is None:
+            return None
+        with self._previewing(stage=0):
+            previewer = Previewer(job, model, self.output_dir, worker_rank=self.rank, num_workers=self.num_workers)
+            if not all(exists(self.output_dir / preview_file(0, prompt)) for prompt in previewer.prompts):
+                previewer.write(model, stage=0)
+            return previewer
+        return None
+
+    @contextlib.contextmanager
+    def _previewing(self, *, stage: int) -> Iterator[None]:
+        """Context manager that reports previews that need too much memory: training continues without them."""
+        try:
+            yield
+        except ModelError as error:
+            line = f"stage {stage}: no preview images: {error}; `training.preview_prompts` 0 samples none"
+            self.board.post_line.remote(line)
 
     def _resumed(self) -> TrainingState:
         newest = self.commits.newest(self.board.post_line.remote)
@@ -230,11 +254,15 @@ class Worker:
         lines = []
         if state.cursor == 0:
             summary = summarize(state.records, state.stage - 1, self.training.global_batch_size)
+            summary["last_update"] = state.num_updates
             if self.description:
                 summary["pairs"] = self.description
             summary["seconds"] = round(time.monotonic() - self.started, 2)
             if state.is_stopped:
                 summary["is_stopped"] = True
+            if self.previewer:
+                with self._result(state), self._previewing(stage=summary["stage"]):
+                    self.previewer.write(self.policy.model, summary["stage"])
             if self.validator:
                 with self._result(state):
                     summary["validation"] = self.validator.measure(

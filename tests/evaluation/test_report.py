@@ -1,3 +1,4 @@
+import base64
 import io
 import json
 import re
@@ -25,7 +26,8 @@ from cdpo_ray.evaluation.report import (
     trained_on,
     write_report,
 )
-from cdpo_ray.records import EVALUATION, SAMPLES, STAGES, TRAINING
+from cdpo_ray.pages.previews import preview_rows
+from cdpo_ray.records import EVALUATION, PREVIEW_PROMPTS, SAMPLES, STAGES, TRAINING, preview_file
 from cdpo_ray.store import describe, files_within, fingerprint_of
 
 PROMPTS = [
@@ -135,6 +137,18 @@ def write_stages(folder: Path) -> None:
     (folder / TRAINING / "stages.json").write_text(json.dumps(stages))
     updates = [{"update": update, "stage": 1 + update // 4} | measured for update in range(1, 7)]
     (folder / TRAINING / "updates.jsonl").write_text("\n".join(map(json.dumps, updates)))
+
+
+def add_previews(folder: Path, *, num_stages: int = 2, size: int = 16) -> None:
+    """Images of two prompts; the first one's after stage 1 is missing."""
+    for prompt in PROMPTS[:2]:
+        for stage in range(num_stages + 1):
+            path = folder / TRAINING / preview_file(stage, prompt)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if (prompt, stage) != (PROMPTS[0], 1):
+                path.write_bytes(png(size, shade=20 * stage))
+    (folder / TRAINING / PREVIEW_PROMPTS).write_text(json.dumps(PROMPTS[:2]))
+    write_manifest(folder / TRAINING)
 
 
 def comparison() -> pa.Table:
@@ -248,6 +262,47 @@ def test_reward_hacking_is_a_rise_of_the_trained_reward_and_an_undesired_change_
     assert [sign.name for sign in signs_of_reward_hacking(results(**judges))] == fallen
 
 
+def test_page_shows_the_previews_from_the_base_model_to_the_last_stage_and_escapes_their_prompts(
+    page: str, tmp_path: Path
+) -> None:
+    run = build_run(tmp_path / "run")
+    add_previews(run)
+    (strip,) = re.findall(r"Images stage by stage.*?</section>", page_of(run), re.DOTALL)
+    shown = [
+        (alt, base64.b64decode(uri)) for uri, alt in re.findall(r'base64,([^"]+)".*?alt="([^"]*)"', strip, re.DOTALL)
+    ]
+    images = [(stage, png(shade=20 * stage)) for stage in range(3)]
+    names = {0: "base model", 1: "after stage 1", 2: "after stage 2"}
+    prompts = [PROMPTS[0], "&lt;script&gt;alert(&#39;owned&#39;)&lt;/script&gt;"]
+    expected = [(f"{names[stage]}: {prompt}", image) for prompt in prompts for stage, image in images]
+    assert shown == [expected[0], *expected[2:]]
+    assert "<script" not in strip
+    assert "Images stage by stage" not in page, "a run without previews has no such section"
+
+
+def test_of_many_stages_the_previews_of_the_first_and_last_and_evenly_spaced_ones_are_shown(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    add_previews(run, num_stages=20)
+    second = preview_rows(run / TRAINING)[1]
+    assert [image["name"].rpartition(" ")[2] for image in second.images] == ["model", "3", "7", "10", "13", "17", "20"]
+
+
+@pytest.mark.parametrize("fault", ["a link out", "not a PNG", "too many prompts"])
+def test_fault_52_previews_that_somebody_altered_are_named(tmp_path: Path, fault: str) -> None:
+    run = build_run(tmp_path / "run")
+    add_previews(run)
+    image = run / TRAINING / preview_file(0, PROMPTS[0])
+    if fault == "a link out":
+        image.unlink()
+        image.symlink_to("/etc/passwd")
+    elif fault == "not a PNG":
+        image.write_bytes(b"<svg onload=alert(1)>")
+    else:
+        (run / TRAINING / PREVIEW_PROMPTS).write_text(json.dumps(["a"] * 101))
+    with pytest.raises(StoreError, match=r"leads out of|is not a readable PNG|prompts\.json: is damaged"):
+        preview_rows(run / TRAINING)
+
+
 def test_page_warns_of_reward_hacking(tmp_path: Path) -> None:
     page = page_of(build_run(tmp_path / "run", oracle=WORSE, diversity=WORSE, appearance={"saturation": judge(MUCH)}))
     assert "Signs of reward hacking" in page
@@ -312,8 +367,8 @@ def test_the_alarm_is_drawn_if_the_chosens_error_comes_near_it_and_norms_if_they
     far, near = (figures.training_curves(updates, alarm=alarm)["error_change"] for alarm in (0.2, 0.05))
     assert "alarm" not in far and "alarm" in near
     assert set(figures.training_curves(updates)) == {"error_change", "loss", "implicit_accuracy", "margin"}
-    recorded = [update | {"grad_norm": 1.0, "update_norm": 0.01} for update in updates]
-    assert {"grad_norm", "update_norm"} <= set(figures.training_curves(recorded))
+    recorded = [update | {"grad_norm": 1.0, "update_norm": 0.01, "learning_rate": 1e-4} for update in updates]
+    assert {"grad_norm", "update_norm", "learning_rate"} <= set(figures.training_curves(recorded))
 
 
 def test_a_run_that_an_alarm_stopped_shows_the_stages_that_were_trained(tmp_path: Path) -> None:

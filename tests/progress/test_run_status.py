@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finished_runs import judged
 
 from cdpo_ray.cli import main
+from cdpo_ray.cli.status import view
 from cdpo_ray.errors import StoreError
 from cdpo_ray.progress.status import STATUS, run_status
 from cdpo_ray.records import STEP_FOLDERS
@@ -112,8 +115,42 @@ def test_a_failed_run_shows_its_error_and_its_newest_checkpoint(tmp_path: Path) 
         "failed: 2026-03-04 11:59:58 UTC, 2 s ago",
         "  TrainingError: loss is not finite;",
         "  lower it",
+        "correct the error first: the same command may fail again",
         "next: cdpo run c.yaml",
     ]
+
+
+def test_on_a_terminal_the_status_is_a_table_with_a_bar_and_no_markup_of_the_run_is_interpreted(tmp_path: Path) -> None:
+    run = tmp_path / "[red]run"
+    finish(run, *STEP_FOLDERS[:3], warnings=("[bold]3 prompts[/bold] form no pair",))
+    write_status(run, **TRAINING, rate=2.0, seconds_left=175.0, line="stage 1/4: 50 updates")
+    shown = view(run_status(run, now=NOW), [], width=100)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines()
+    assert lines[1].split() == ["step", "state", "progress"]
+    bar = (
+        next(number for number, line in enumerate(lines) if "50/400 updates, 2 updates/s, 2 min 55 s left" in line) + 1
+    )
+    assert (
+        lines[bar].strip()[:3] == "━" * 3
+        and lines[bar].count("━") + lines[bar].count("╸") + lines[bar].count("╺") == 30
+    )
+    assert any("warning: [bold]3 prompts[/bold] form no pair" in line for line in lines)
+    assert "[red]run" in lines[0] and "\x1b[" in shown
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_finished_run_shows_its_report_and_each_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    finish(run, *STEP_FOLDERS)
+    (run / "report.html").touch()
+    (run / "config.yaml").write_text("rewards: {names: [clip], rank_by: null}\n")
+    metrics = {"judges": {"clip": judged(0.5, 0.6)}, "num_prompts": 20, "images_per_prompt": 2}
+    write_json(run / "5-evaluation" / "metrics.json", metrics)
+    assert main(["status", str(run)]) == 0
+    assert capsys.readouterr().out.endswith(
+        f"\n\ndone\nreport: {run}/report.html\n"
+        "  clip 0.50 → 0.60, +0.10 [+0.09, +0.10], win rate 71 %: improved (trained on)\n"
+    )
 
 
 def test_a_run_with_all_steps_is_done_whatever_its_status_file_says(tmp_path: Path) -> None:

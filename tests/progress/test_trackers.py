@@ -1,15 +1,22 @@
 """Each tracker stores its metrics, and a failing one does not delay the run."""
 
 import contextlib
+import re
 import threading
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from cdpo_ray.config import Config, load_config
+from cdpo_ray.dataflow.images import decode_png, encode_png
 from cdpo_ray.errors import ConfigError, StoreError, TrainingError
 from cdpo_ray.progress import Progress, trackers
 from cdpo_ray.progress.trackers import TRACKERS, Metrics, TrackedRun, Trackers
@@ -20,6 +27,13 @@ OFFLINE = {"project": "pictures", "mode": "offline"}
 SETTINGS = {"training": {"beta": 200, "lora": {"rank": 8}}, "run": {"name": "demo"}}
 
 
+PROMPT, PAGE = "a *red* circle", "<!doctype html><p>the report</p>"
+
+
+def png_of(shade: int) -> bytes:
+    return encode_png(np.full((3, 4, 4), shade, np.uint8))
+
+
 def track(run_dir: Path, tracking: dict[str, dict[str, Any]], updates: range, *, done: int = 0) -> dict[str, str]:
     """Act as a training process; returns the ids of its trackers' runs."""
     run_dir.mkdir(exist_ok=True)
@@ -28,7 +42,12 @@ def track(run_dir: Path, tracking: dict[str, dict[str, Any]], updates: range, *,
         progress.begin("train", total=9, unit="update", done=done)
         for update in updates:
             progress.record({"loss": update / 2}, update=update)
+        for update in (0, 3, 6):
+            if update <= updates[-1]:
+                progress.record_images({PROMPT: png_of(update)}, update=update)
         progress.advance(updates[-1] - done)
+        (run_dir / "report.html").write_text(PAGE)
+        progress.log_page(run_dir / "report.html")
     assert progress._trackers is not None
     return progress._trackers.run_ids
 
@@ -43,8 +62,10 @@ def test_wandb_stores_values_and_settings_offline_and_no_secret(
     assert track(tmp_path, {"wandb": OFFLINE}, range(1, 7), done=3) == first
     assert len(list(tmp_path.glob(f"wandb/offline-run-*-{first['wandb']}/*.wandb"))) == 2
     kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    for text in (b"train/loss", b"pictures", b'"beta"'):
+    for text in (b"train/loss", b"pictures", b'"beta"', b"train/preview", PROMPT.encode(), PAGE.encode()):
         assert text in kept
+    shades = [np.unique(Image.open(path)) for path in tmp_path.rglob("media/images/train/preview*.png")]
+    assert sorted(int(shade) for [shade] in shades) == [0, 3, 6]
     assert b"5ec2e7" not in kept
 
 
@@ -61,6 +82,32 @@ def test_mlflow_stores_each_update_once_and_the_settings(tmp_path: Path, monkeyp
     kept = client.get_run(ids["mlflow"])
     assert (kept.info.run_name, kept.info.status) == ("demo", "FINISHED")
     assert kept.data.params == {"training.beta": "200", "training.lora.rank": "8", "run.name": "demo"}
+    artifacts = Path(urlsplit(kept.info.artifact_uri).path)
+    assert (artifacts / "report.html").read_text() == PAGE
+    assert (artifacts / "train" / "previews" / "prompts.txt").read_text() == PROMPT
+    steps = {path: int(re.search(r"step\W(\d+)\W", path.name)[1]) for path in artifacts.glob("images/*.png")}  # type: ignore[index]
+    assert sorted(steps.values()) == [0, 3, 6]
+    assert all((decode_png(path.read_bytes()) == step).all() for path, step in steps.items())
+
+
+def test_tensorboard_stores_the_images_of_each_stage_once_and_the_configuration_as_text_and_hyperparameters(
+    tmp_path: Path,
+) -> None:
+    track(tmp_path, {}, range(1, 4))
+    track(tmp_path, {}, range(1, 7), done=3)
+    of_step = EventAccumulator(str(tmp_path / "tensorboard" / "train"), size_guidance={"images": 0}).Reload()
+    shown = of_step.Images("preview/1")
+    assert [event.step for event in shown] == [0, 3, 6]
+    assert [decode_png(event.encoded_image_string).max() for event in shown] == [0, 3, 6]
+    assert of_step.SummaryMetadata("preview/1").summary_description == f"    {PROMPT}"
+    whole = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert b"    training:\n      beta: 200" in whole.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    content = whole.PluginTagToContent("hparams")
+    start = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info
+    assert start.hparams["training.beta"].number_value == 200
+    shown_metrics = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment.metric_infos
+    assert [(info.name.group, info.name.tag) for info in shown_metrics][:1] == [("train", "loss")]
+    assert "loss" in of_step.Tags()["scalars"]
 
 
 def test_a_failing_tracker_is_reported_once_and_the_others_continue(
