@@ -165,7 +165,7 @@ def test_fault_64_scripts_of_a_run_do_not_run(server: PageServer) -> None:
 
 def test_watch_prints_the_address_and_ends_at_ctrl_c(tmp_path: Path) -> None:
     run = running(tmp_path / "run")
-    command = [sys.executable, "-m", "cdpo_ray.cli", "watch", str(run)]
+    command = [sys.executable, "-m", "cdpo_ray", "watch", str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr
         url = process.stdout.readline().strip()
