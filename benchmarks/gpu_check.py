@@ -295,7 +295,7 @@ def run_whole(check: Check, dtype: str) -> Found:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, "-m", "cdpo_ray.cli", "run", str(config), f"run.dir={folder}", *settings],
+            [sys.executable, "-m", "cdpo_ray", "run", str(config), f"run.dir={folder}", *settings],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
             cwd=ROOT,
             capture_output=True,
