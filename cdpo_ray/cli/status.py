@@ -94,5 +94,5 @@ def view(status: RunStatus, outcome: list[str], *, width: int | None = None) -> 
     parts += [Text(line, overflow="ignore", no_wrap=True) for line in outcome]
     console = Console(force_terminal=True, width=width)
     with console.capture() as captured:
-        console.print(Group(*parts))
+        console.print(Group(*parts), crop=False)
     return captured.get().rstrip("\n")
