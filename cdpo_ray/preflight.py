@@ -5,11 +5,21 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from cdpo_ray.config import HUB_ID, Config
-from cdpo_ray.errors import CdpoError, ConfigError, CurriculumError, RewardError, StoreError, TrainingError, printable
+from cdpo_ray.errors import (
+    CdpoError,
+    ConfigError,
+    CurriculumError,
+    ModelError,
+    RewardError,
+    StoreError,
+    TrainingError,
+    printable,
+)
+from cdpo_ray.hub import FETCH_ERRORS, how_to_download
 from cdpo_ray.models.folder import folder_of
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, TRAINING
@@ -21,6 +31,8 @@ from cdpo_ray.user_code import USER_FUNCTION, load_function
 
 EMBEDDED_WORLD_JUDGES = ("oracle", "oracle_strict")
 """Judges that understand only prompts of the embedded world."""
+MODEL_KEY = "model.path"
+HUB_SECONDS = 10.0
 TRIED_SIZE = 64  # pixels
 NUM_TRIED = 2
 
@@ -89,14 +101,37 @@ def refuse_unwritable(path: Path, key: str) -> Path:
 
 def missing_weights(config: Config) -> list[str]:
     """Hub ids of the model and of rewards whose weights are not in this machine's cache, each with its key."""
+    return [f"{key} {place}" for key, (place, _) in _missing(config).items()]
+
+
+def refuse_unavailable_weights(config: Config, steps: Iterable[Step]) -> None:
+    """Request the hub's description of missing weights: a wrong hub id fails before workers start.
+
+    Raises:
+        ModelError, RewardError: the hub has no such repository or revision, denies access, or does not answer.
+    """
+    folders = {step.folder for step in steps}
+    for key, (place, revision) in _missing(config).items():
+        of_model = key == MODEL_KEY
+        if not folders & ({SAMPLES, TRAINING, EVALUATION} if of_model else {SAMPLES, SCORES, EVALUATION}):
+            continue
+        try:
+            HfApi().model_info(place, revision=revision, timeout=HUB_SECONDS)
+        except FETCH_ERRORS as error:
+            error_class = ModelError if of_model else RewardError
+            raise error_class(how_to_download(place, "", revision, error, key=key)) from None
+
+
+def _missing(config: Config) -> dict[str, tuple[str, str | None]]:
+    """Key -> hub id and revision of weights that are not on this machine."""
     model = config.model
-    found = {} if folder_of(model.path, model.revision) else {f"model.path {model.path}": (model.path, model.revision)}
+    found = {} if folder_of(model.path, model.revision) else {MODEL_KEY: (model.path, model.revision)}
     for name, options in config.evaluation_judges.items():
         for key in REWARD_WEIGHTS:
             revision = options.get("revision" if key == "checkpoint" else f"{key}_revision")
             if options.get(key) is not None:
-                found[f"rewards.{name}.{key} {options[key]}"] = (str(options[key]), revision)
-    return [key for key, (place, revision) in found.items() if not _is_on_this_machine(place, revision)]
+                found[f"rewards.{name}.{key}"] = (str(options[key]), revision)
+    return {key: weights for key, weights in found.items() if not _is_on_this_machine(*weights)}
 
 
 def _is_on_this_machine(place: str, revision: str | None) -> bool:

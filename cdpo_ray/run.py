@@ -17,13 +17,13 @@ from cdpo_ray.cost.gpus import DEFAULT_GPU, Gpu, gpu_of_device, visible_gpu
 from cdpo_ray.errors import ConfigError, ResourceError, StoreError, printable
 from cdpo_ray.models.folder import check_model
 from cdpo_ray.preferences.files import Scan, scan
-from cdpo_ray.preflight import refuse_problems
+from cdpo_ray.preflight import refuse_problems, refuse_unavailable_weights
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
 from cdpo_ray.records import EVALUATION, PREDICTED, REPORT, SAMPLES, SCORES, STEP_FOLDERS, TRAINING
 from cdpo_ray.resources import Node, check_resources
-from cdpo_ray.session import cluster_nodes, ray_session
+from cdpo_ray.session import cluster_address, cluster_nodes, ray_session
 from cdpo_ray.steps import (
     Context,
     Step,
@@ -145,6 +145,8 @@ def run_steps(
 
         @functools.cache
         def start_ray() -> Gpu:
+            if cluster_address(address) is None:  # nodes of a cluster have caches of their own
+                refuse_unavailable_weights(config, unfinished(steps, folders))
             stack.enter_context(ray_session(address=address, verbose=verbose))
             for line in check_cluster(config, unfinished(steps, folders)):
                 log.warning(line)

@@ -59,6 +59,16 @@ _ENVIRONMENT = {
 _QUIET = ("ray.data", "ray.train", "ray.tune", "ray._private.worker", "ray.serve")
 
 
+def cluster_address(address: str | None = None) -> str | None:
+    """Address of the cluster that `ray_session` connects to; ``None``: it starts a local Ray.
+
+    Args:
+        address: see `ray_session`.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or ("auto" if "RAY_JOB_ID" in os.environ else None)
+    return None if address == "local" else address
+
+
 @contextlib.contextmanager
 def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterator[None]:
     """Context manager that connects to Ray; a local Ray is started if there is no cluster, and stopped at the end.
@@ -77,8 +87,8 @@ def ray_session(*, address: str | None = None, verbose: bool = False) -> Iterato
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    address = address or os.environ.get("RAY_ADDRESS") or ("auto" if "RAY_JOB_ID" in os.environ else None)
-    in_cluster = address not in (None, "local")
+    address = cluster_address(address)
+    in_cluster = address is not None
     if in_cluster:
         _refuse_silence(str(address))
         os.environ.setdefault(

@@ -10,8 +10,14 @@ from finished_runs import config_of, write_run
 
 from cdpo_ray.cli import main
 from cdpo_ray.config import Config
-from cdpo_ray.errors import ConfigError, RewardError, StoreError
-from cdpo_ray.preflight import missing_weights, refuse_problems, refuse_unwritable, try_rewards
+from cdpo_ray.errors import ConfigError, ModelError, RewardError, StoreError
+from cdpo_ray.preflight import (
+    missing_weights,
+    refuse_problems,
+    refuse_unavailable_weights,
+    refuse_unwritable,
+    try_rewards,
+)
 from cdpo_ray.run import read_prompts, refuse_changes, run_steps
 from cdpo_ray.steps import STEPS
 
@@ -37,7 +43,7 @@ def problems_of(config: Config) -> None:
     refuse_problems(config, read_prompts(config), STEPS)
 
 
-def test_all_problems_are_reported_at_once_and_nothing_is_written(own_modules: Path) -> None:
+def test_fault_65_all_problems_are_reported_at_once_and_nothing_is_written(own_modules: Path) -> None:
     config = config_with(
         own_modules,
         rewards=["judges_of_mine:rednes", "clip"],
@@ -73,7 +79,7 @@ def test_all_problems_are_reported_at_once_and_nothing_is_written(own_modules: P
         ),
     ],
 )
-def test_a_judge_of_the_embedded_world_is_refused_for_other_prompts(
+def test_fault_65_a_judge_of_the_embedded_world_is_refused_for_other_prompts(
     prompts: tuple[str, str], rewards: list[str], judges: list[str], message: str, tmp_path: Path
 ) -> None:
     train, heldout = prompts
@@ -113,14 +119,14 @@ def test_own_reward_functions_are_called_on_two_images_but_classes_and_gpu_rewar
         ("failing", r"reward `judges_of_mine:failing` raised KeyError"),
     ],
 )
-def test_a_wrong_reward_is_reported_with_what_it_did(function: str, message: str, own_modules: Path) -> None:
+def test_fault_65_a_wrong_reward_is_reported_with_what_it_did(function: str, message: str, own_modules: Path) -> None:
     config = config_with(own_modules, rewards=[f"judges_of_mine:{function}"])
     with pytest.raises(RewardError, match=message):
         try_rewards(config, read_prompts(config))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="/proc exists on Linux, and root may write elsewhere")
-def test_check_refuses_a_run_dir_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fault_65_check_refuses_a_run_dir_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "quickstart", "run.dir=/proc/runs"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -139,6 +145,27 @@ def test_weights_that_would_be_downloaded_are_named(tmp_path: Path) -> None:
         "rewards.pickscore.processor laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     ]
     assert missing_weights(config_with(tmp_path)) == []
+
+
+def test_fault_25_weights_that_cannot_be_fetched_are_reported_before_ray_starts_if_a_step_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = config_with(tmp_path, rewards=["pickscore"])
+    with pytest.raises(
+        RewardError, match=r"^`rewards.pickscore.checkpoint` \S+ \(revision \w{40}\): is not on this machi"
+    ):
+        run_steps(config, STEPS)
+    assert not (tmp_path / "runs" / "tuned" / "1-samples.partial").exists()
+    refuse_unavailable_weights(config, [step for step in STEPS if step.verb in ("pairs", "train")])
+    other_model = config_of(
+        tmp_path / "runs", "org/name", model={"path": "org/name", "revision": "a" * 40, "family": "stable_diffusion"}
+    )
+    with pytest.raises(
+        ModelError, match=r"^`model.path` org/name \(revision a+\): is not on this machine and cannot be"
+    ):
+        refuse_unavailable_weights(other_model, STEPS)
+    refuse_unavailable_weights(other_model, [step for step in STEPS if step.verb in ("score", "pairs")])
 
 
 def test_other_values_than_those_of_a_finished_run_are_refused_with_the_way_to_keep_its_images(tmp_path: Path) -> None:
