@@ -7,6 +7,8 @@ Ray.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cdpo_ray.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from cdpo_ray.api.pipeline import run_pipeline
     from cdpo_ray.api.results import Run, open_run
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
     from cdpo_ray.errors import CdpoError
     from cdpo_ray.user_code import save_function
 
-__version__ = "0.2.0"
 __all__ = ["CdpoError", "Config", "Run", "load_config", "open_run", "run_pipeline", "save_function"]
 _MODULES = {
     "CdpoError": "cdpo_ray.errors",

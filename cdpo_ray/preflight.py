@@ -22,7 +22,7 @@ from cdpo_ray.errors import (
 from cdpo_ray.hub import FETCH_ERRORS, how_to_download
 from cdpo_ray.models.folder import folder_of
 from cdpo_ray.prompts.sources import PromptSplit
-from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, TRAINING
+from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.steps import Step
 from cdpo_ray.steps.arguments import REWARD_WEIGHTS
 from cdpo_ray.store import delete, write_text
@@ -40,9 +40,15 @@ NUM_TRIED = 2
 def refuse_problems(config: Config, prompts: PromptSplit, steps: Iterable[Step]) -> None:
     """Raise for everything in a configuration that would stop these steps and that its validation cannot know.
 
+    Args:
+        steps: iterated only if some step has a problem, so that an object store that does not answer is found later, by
+            the lock, which has a short timeout.
+
     Raises:
         CdpoError: of the kind that the step would raise; several problems are one `ConfigError`.
     """
+    if not any(_problems(config, prompts, {*STEP_FOLDERS})):
+        return
     problems = list(_problems(config, prompts, {step.folder for step in steps}))
     if len(problems) == 1:
         raise problems[0]

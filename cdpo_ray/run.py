@@ -4,7 +4,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -186,9 +186,9 @@ def round_folders(config: Config) -> list[RunFolder]:
     return [RunFolder(path_within(path, f"round-{number}")) for number in range(1, config.rounds + 1)]
 
 
-def unfinished(steps: Iterable[Step], folders: Sequence[RunFolder]) -> list[Step]:
-    """Steps that are not finished in every round, and those that may grow."""
-    return [step for step in steps if step.grows or not all(run.has(step.folder) for run in folders)]
+def unfinished(steps: Iterable[Step], folders: Sequence[RunFolder]) -> Iterator[Step]:
+    """Yield steps that are not finished in every round, and those that may grow; reads the run's folder as it goes."""
+    return (step for step in steps if step.grows or not all(run.has(step.folder) for run in folders))
 
 
 def write_reports(

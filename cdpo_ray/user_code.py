@@ -125,7 +125,8 @@ def attribute_errors(
         trace = error.__traceback__
         while trace and trace.tb_next:
             trace = trace.tb_next
-        where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
+        place = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
+        where = "" if isinstance(error, SyntaxError) else place  # its message has file and line
         raise error_class(f"{what} `{name}` raised {type(error).__name__}: {error}{where}") from None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ ADAPTER = "lora/pytorch_lora_weights.safetensors"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder, with all that a configuration may name."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the folders of other tests hold a package of the same name
     monkeypatch.setattr("cdpo_ray.run.check_model", lambda *_, **__: None)  # it would refuse these stand-ins
     for side, prompts in {"train": ["a cat", "a dog"], "heldout": ["a fox", "a hen"]}.items():
         Path(f"{side}.txt").write_text("\n".join(prompts))
@@ -95,6 +97,10 @@ def swap(path: Path) -> None:
     )
 
 
+def change(path: Path) -> None:
+    path.write_text("score = 2" if path.suffix == ".py" else path.read_text()[::-1])
+
+
 def add(path: Path) -> None:
     shutil.copy(path, path.with_name("another.parquet"))
 
@@ -147,7 +153,7 @@ def test_fault_47_a_later_step_alone_refuses_a_file_that_was_changed_since_an_ea
 ) -> None:
     config = made_config()
     finish(config, *STEP_FOLDERS[: STEP_FOLDERS.index(later)])
-    Path(path).write_bytes(Path(path).read_bytes().swapcase()[::-1])
+    change(Path(path))
     with pytest.raises(
         StoreError, match=rf"was made with `{key}` = \w+, the file has \w+; restore the file, or delete"
     ):
@@ -170,7 +176,7 @@ def test_fault_47_a_finished_step_is_not_done_already_for_files_of_other_content
 ) -> None:
     config = made_config()
     finish(config, *STEP_FOLDERS[: STEP_FOLDERS.index(made) + 1])
-    Path(path).write_bytes(Path(path).read_bytes().swapcase()[::-1])
+    change(Path(path))
     with pytest.raises(StoreError, match=rf"{made} was made with `[\w.:]+\.sha256` = \w+, config says \w+"):
         run_steps(config, [step_of(made)])
 

@@ -35,6 +35,7 @@ from cdpo_ray.store.manifests import (
 )
 from cdpo_ray.store.paths import MANIFEST, exists, files_within, is_local, make_folder, write_json
 from cdpo_ray.store.untrusted import damage_message, path_within, read_untrusted, read_untrusted_bytes, refuse_links_out
+from cdpo_ray.version import __version__
 
 log = logging.getLogger(__name__)
 PARTS = "parts"
@@ -42,7 +43,6 @@ PARTS = "parts"
 FAULTS_SHOWN = 5
 SETTINGS_REMEDY = "delete the folder, restore the value, or choose another `run.name`"
 VERSIONS_KEPT = (
-    "cdpo_ray",
     "torch",
     "ray",
     "deepspeed",
@@ -326,7 +326,7 @@ class RunFolder:
                 "counts": output.counts,
                 "warnings": output.warnings,
                 "details": output.details | ({"settings_changed": changes} if changes else {}),
-                "versions": {name: metadata.version(name) for name in VERSIONS_KEPT},
+                "versions": {"cdpo_ray": __version__, **{name: metadata.version(name) for name in VERSIONS_KEPT}},
                 "machine": {
                     "system": platform.platform(),
                     "python": platform.python_version(),

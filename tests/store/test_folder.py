@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cdpo_ray import __version__
 from cdpo_ray.errors import StoreError
 from cdpo_ray.store import MANIFEST, PARTS, RunFolder, files_within, link, make_folder, read_shards, write_json
 
@@ -93,6 +95,21 @@ def test_a_damaged_manifest_is_named(run: RunFolder) -> None:
     path.write_text(path.read_text()[:50])
     with pytest.raises(StoreError, match=r"1-samples/manifest\.json: is damaged .*; delete .*1-samples"):
         run.is_complete(STEP, SETTINGS, {})
+
+
+def test_a_package_that_runs_from_its_source_tree_writes_its_version(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = metadata.version
+
+    def without_this_package(name: str) -> str:
+        if name == "cdpo_ray":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(metadata, "version", without_this_package)
+    write_step(run)
+    assert run.manifest(STEP)["versions"]["cdpo_ray"] == __version__
 
 
 def test_changed_settings_are_refused_with_each_difference(run: RunFolder) -> None:
