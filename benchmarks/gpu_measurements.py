@@ -114,11 +114,18 @@ def flops_of_pair(models: Models, family: str, *, dtype: str) -> Found:
 
 
 def train(
-    models: Models, family: str, pairs: int, *, dtype: str, compiled: bool = False, checkpointing: bool = False
+    models: Models,
+    family: str,
+    pairs: int,
+    *,
+    dtype: str,
+    compiled: bool = False,
+    channels_last: bool = False,
+    checkpointing: bool = False,
 ) -> Found:
     """Updates of the package's training loop, as in a worker, including the drawing of batches."""
     counters.clear()
-    model = models.load(family, dtype=dtype, compiled=compiled, training=True)
+    model = models.load(family, dtype=dtype, compiled=compiled, channels_last=channels_last, training=True)
     feed = feed_of(model, pairs)
     policy = lora_policy(model, TARGETS[:1] if models.tiny else TARGETS)  # fewer layers to trace
     if checkpointing:
@@ -231,7 +238,9 @@ def _toggled_in_evaluation(model: TextToImageModel, trained: TextToImageModel, b
 # Generation
 
 
-def generate(models: Models, family: str, images: int, *, dtype: str, compiled: bool = False) -> Found:
+def generate(
+    models: Models, family: str, images: int, *, dtype: str, compiled: bool = False, channels_last: bool = False
+) -> Found:
     """The generator of a run's actors: one call with one prompt, until the pixels are in host memory.
 
     A run encodes PNGs in other tasks, see `host_png`.
@@ -241,7 +250,7 @@ def generate(models: Models, family: str, images: int, *, dtype: str, compiled: 
     sampling = Sampling(0, images, usual.num_denoising_steps, usual.guidance_scale, None, None, images)
     arguments = models.arguments(family, dtype=dtype, compiled=compiled)
     generator = Generator(family, arguments, sampling)
-    models.prepared(generator.model, compiled=compiled)
+    models.prepared(generator.model, compiled=compiled, channels_last=channels_last)
     rows = pa.table({"prompt": ["a red circle"]})
     found = timed(lambda: generator(rows), models, repeats=3, warm=1)
     found["images_per_second"] = images / found["seconds"]

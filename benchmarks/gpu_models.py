@@ -79,14 +79,22 @@ class Models:
             "for_training": training,
         }
 
-    def load(self, name: str, *, dtype: str, compiled: bool = False, training: bool = False) -> TextToImageModel:
+    def load(
+        self,
+        name: str,
+        *,
+        dtype: str,
+        compiled: bool = False,
+        channels_last: bool = False,
+        training: bool = False,
+    ) -> TextToImageModel:
         model = load_model(name, **self.arguments(name, dtype=dtype, compiled=compiled, training=training))
-        return self.prepared(model, compiled=compiled)
+        return self.prepared(model, compiled=compiled, channels_last=channels_last)
 
-    def prepared(self, model: TextToImageModel, *, compiled: bool) -> TextToImageModel:
-        """In a rehearsal, give the denoiser its memory layout on a GPU, and compile it without Inductor."""
-        if self.tiny:
+    def prepared(self, model: TextToImageModel, *, compiled: bool, channels_last: bool) -> TextToImageModel:
+        """Set a memory format that a run would not use; in a rehearsal, compile the denoiser without Inductor."""
+        if channels_last or (self.tiny and compiled):
             model.denoiser.to(memory_format=torch.channels_last)
-            if compiled:
-                model.denoiser.compile(backend="eager")
+        if self.tiny and compiled:
+            model.denoiser.compile(backend="eager")
         return model

@@ -152,18 +152,18 @@ class TextToImageModel(ABC):
             quantize_linears(model.denoiser, quantization, device)
         (model.denoiser if offload else pipeline).to(device)
         model.prepare(model.denoiser)
-        if pipeline.vae is not None:
-            set_memory_format(pipeline.vae, device)
-            if compile:
-                pipeline.vae.decoder.compile(dynamic=False)
+        if compile and pipeline.vae is not None:
+            use_channels_last(pipeline.vae, device)
+            pipeline.vae.decoder.compile(dynamic=False)
         return model
 
     def prepare(self, denoiser: torch.nn.Module) -> None:
-        """Set a denoiser's memory format for the device, and compile it if `compiled`; in place."""
+        """Compile a denoiser if `compiled`, in the memory format for it; in place."""
+        if not self.compiled:
+            return
         if self.denoiser_name == "unet":  # a transformer's only convolution, if any, embeds patches
-            set_memory_format(denoiser, self.device)
-        if self.compiled:
-            denoiser.compile()
+            use_channels_last(denoiser, self.device)
+        denoiser.compile()
 
     @classmethod
     def load_pipeline(cls, path: str, revision: str | None, dtype: torch.dtype, left_out: Mapping[str, None]) -> Any:
@@ -409,8 +409,12 @@ class TextToImageModel(ABC):
             self.use_tuned(True)
 
 
-def set_memory_format(net: torch.nn.Module, device: str) -> None:
-    """Store convolution weights in the fastest memory format of a device: channels last on CUDA; in place."""
+def use_channels_last(net: torch.nn.Module, device: str) -> None:
+    """Store convolution weights with the channels last on CUDA, which is faster there for compiled networks; in place.
+
+    PyTorch's own group normalization on CUDA works on contiguous activations only, so that without compilation the
+    activations would be converted before and after each convolution.
+    """
     if torch.device(device).type == "cuda":
         net.to(memory_format=torch.channels_last)
 

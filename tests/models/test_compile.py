@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from cdpo_ray.generation.generator import Sampling, sample_batches
-from cdpo_ray.models.family import TextToImageModel, set_memory_format
+from cdpo_ray.models.family import TextToImageModel, use_channels_last
 from cdpo_ray.models.lora import LORA_DIR, attach_lora, save_lora
 
 PROMPTS = ["a red circle", "a blue square", "a green cross"]
@@ -109,6 +109,15 @@ def test_launches_of_a_compiled_model_have_one_size_with_the_least_padding() -> 
 def test_convolutions_are_channels_last_on_cuda_only(tiny_sd15: Path) -> None:
     for device, expected in (("cpu", False), ("cuda", True), ("cuda:1", True)):
         net = UNet2DConditionModel.from_pretrained(tiny_sd15, subfolder="unet")
-        set_memory_format(net, device)
+        use_channels_last(net, device)
         assert net.conv_in.weight.is_contiguous(memory_format=torch.channels_last) is expected
         assert net.conv_in.weight.device.type == "cpu", "the device does not change"
+
+
+@pytest.mark.usefixtures("compiles")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_only_a_compiled_denoiser_is_channels_last(compiled: bool, tiny_sd15: Path) -> None:
+    model = load(tiny_sd15, "stable_diffusion")
+    model.device, model.compiled = "cuda", compiled
+    model.prepare(model.denoiser)
+    assert model.denoiser.conv_in.weight.is_contiguous(memory_format=torch.channels_last) is compiled
