@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         default="diffusers",
-        help="diffusers (default): LoRA for load_lora_weights; kohya: LoRA for ComfyUI and AUTOMATIC1111; merged:"
-        " folder of a whole pipeline, the only format for training.method=full",
+        help="diffusers (default): LoRA for load_lora_weights; kohya: LoRA for ComfyUI, Forge and others; peft: LoRA"
+        " with adapter_config.json; merged: folder of a whole pipeline, the only format for training.method=full",
     )
     parser.add_argument("--out", metavar="DIR", help="output folder (default: export/FORMAT in the run's folder)")
 
@@ -68,4 +68,5 @@ def export_trained(config: Config, format_name: str, output_dir: Path | None = N
     warn_of_edited_config(config, run)
     output_dir = output_dir or path_within(run_dir_of(config), f"export/{format_name}")
     export(context, format_name, output_dir)
+    log.info("export: read by %s", FORMATS[format_name].readers)
     return output_dir

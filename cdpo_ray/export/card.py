@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from cdpo_ray.config import HUB_ID
 from cdpo_ray.evaluation.report import measure_results, signs_of_reward_hacking
+from cdpo_ray.export import FORMATS
 from cdpo_ray.pages.page import reasons_without_interval
 from cdpo_ray.store import flat
 
@@ -54,7 +55,7 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
     Args:
         facts: content of the card.
         format_name: key of `cdpo_ray.export.FORMATS`.
-        denoiser_name: `unet` or `transformer`; determines which tools read a kohya file.
+        denoiser_name: `unet` or `transformer`.
     """
     settings, is_lora = facts.settings, facts.settings["training"]["method"] == "lora"
     results = measure_results(facts.metrics, settings["rewards"]) if facts.metrics else []
@@ -71,6 +72,8 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         base=Markup(_loading_base(settings["model"])),
         call=Markup(_call(settings["generation"])),
         kohya_file=Markup(f"{facts.name}.safetensors"),
+        readers=Markup(FORMATS[format_name].readers),
+        diffusers_reads_kohya=settings["model"]["family"] != "stable_diffusion_3",
         ranking=facts.ranking,
         making=_table({"generation": settings["generation"], "rewards": _reward_settings(settings["rewards"])}),
         curriculum=_table({"curriculum": settings["curriculum"]}),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cdpo_ray.errors import ExportError
 from cdpo_ray.export import FORMATS
-from cdpo_ray.export.formats import Trained
+from cdpo_ray.export.trained import Trained
 from cdpo_ray.store import copy_tree, delete, is_local, make_folder, storage_errors_within
 
 CARD = "README.md"
@@ -30,7 +30,7 @@ def write_export(format_name: str, trained: Trained, card: str, output_dir: Path
     """
     if output_dir.exists():
         raise ExportError(f"{output_dir}: exists already; delete it, or choose another folder with `--out`")
-    module, _, function = FORMATS[format_name].partition(":")
+    module, _, function = FORMATS[format_name].write.partition(":")
     write = getattr(importlib.import_module(module), function)
     make_folder(output_dir.parent)
     with storage_errors_within(output_dir), _aside(output_dir) as aside:

@@ -1,92 +1,49 @@
-"""Trained adapter or model -> files of each format."""
+"""Trained adapter or model -> files of each format; `kohya` has a module of its own."""
 
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
 
-from cdpo_ray.errors import ExportError
 from cdpo_ray.export.factors import merge, read_factors
+from cdpo_ray.export.trained import Trained
 from cdpo_ray.models import load_model, model_class
-from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, read_lora
+from cdpo_ray.models.lora import LORA_DIR, SECOND, read_lora, write_lora
 
-
-@dataclass(frozen=True)
-class Trained:
-    """Trained adapter or model of a run, and its base model.
-
-    Attributes:
-        name: name of the run.
-        training_dir: `4-training` of the run.
-        family: family of the base model.
-        model: arguments of the family's ``load`` for the base model.
-    """
-
-    name: str
-    training_dir: Path
-    family: str
-    model: Mapping[str, Any]
-
-    @property
-    def is_lora(self) -> bool:
-        return (self.training_dir / LORA_DIR).is_dir()
-
-    @property
-    def denoiser_name(self) -> str:
-        return model_class(self.family).denoiser_name
-
-    def lora_dir(self, format_name: str) -> Path:
-        """Folder of the LoRA.
-
-        Raises:
-            ExportError: the run used full fine-tuning, so there is no LoRA.
-        """
-        if not self.is_lora:
-            raise ExportError(
-                f"`--format` {format_name}: {self.training_dir} holds a full model (`training.method` full), not a"
-                " LoRA; use `--format merged`"
-            )
-        return self.training_dir / LORA_DIR
+PEFT_PREFIX = "base_model.model"
+PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
 def write_diffusers(trained: Trained, output_dir: Path) -> None:
-    """Copy the trained LoRA file, which ``pipe.load_lora_weights(folder)`` of diffusers loads, including alpha.
+    """Write the LoRA for ``pipe.load_lora_weights(folder)`` of diffusers, with alpha equal to the rank.
+
+    The second factors are scaled by ``alpha / rank`` instead, so that programs that ignore alpha apply the same weight
+    change.
 
     Raises:
         ExportError: the run used full fine-tuning.
         ModelError: the LoRA is damaged.
     """
     saved = read_lora(trained.lora_dir("diffusers"), trained.denoiser_name)
-    shutil.copyfile(saved.path, output_dir / LORA_WEIGHTS)
+    scale = saved.alpha / saved.rank
+    factors = {name: value * scale if name.endswith(SECOND) else value for name, value in saved.tensors().items()}
+    config = LoraConfig(r=saved.rank, lora_alpha=saved.rank, target_modules=list(saved.targets))
+    write_lora(model_class(trained.family).pipeline_class, trained.denoiser_name, factors, config, output_dir)
 
 
-def write_kohya(trained: Trained, output_dir: Path) -> None:
-    """Write the LoRA with the keys of kohya's scripts and one alpha per layer: ``<run>.safetensors``.
-
-    Layers have diffusers' names with dots replaced: ``lora_unet_mid_block_attentions_0_...``, which ComfyUI,
-    AUTOMATIC1111 and diffusers read for every UNet family. For transformers, ``lora_transformer_...``, only ComfyUI
-    does.
+def write_peft(trained: Trained, output_dir: Path) -> None:
+    """Write the LoRA for ``PeftModel.from_pretrained(denoiser, folder)`` of peft.
 
     Raises:
         ExportError: the run used full fine-tuning.
         ModelError: the LoRA is damaged.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for layer, factors in read_factors(trained.lora_dir("kohya"), trained.denoiser_name).items():
-        key = f"lora_{trained.denoiser_name}_{layer.replace('.', '_')}"
-        tensors[f"{key}.lora_down.weight"] = factors.down
-        tensors[f"{key}.lora_up.weight"] = factors.up
-        tensors[f"{key}.alpha"] = torch.tensor(factors.alpha)
-    save_file(tensors, kohya_path(output_dir, trained.name), metadata={"format": "pt"})
-
-
-def kohya_path(output_dir: Path, name: str) -> Path:
-    """Path of the file that `write_kohya` writes."""
-    return output_dir / f"{name}.safetensors"
+    saved = read_lora(trained.lora_dir("peft"), trained.denoiser_name)
+    config = LoraConfig(r=saved.rank, lora_alpha=saved.alpha, target_modules=list(saved.targets))
+    config.base_model_name_or_path, config.inference_mode = trained.model["path"], True
+    config.save_pretrained(output_dir)
+    tensors = {f"{PEFT_PREFIX}.{name}": value for name, value in saved.tensors().items()}
+    save_file(tensors, output_dir / PEFT_WEIGHTS, metadata={"format": "pt"})
 
 
 def write_merged(trained: Trained, output_dir: Path) -> None:

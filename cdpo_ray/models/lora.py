@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,19 @@ class SavedLora:
     alpha: float
     targets: tuple[str, ...]
 
+    @property
+    def rank(self) -> int:
+        """Inner dimension."""
+        return len(next(iter(self.factors.values()))[0])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Factors as ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight``."""
+        return {
+            f"{layer}.{end}": factor
+            for layer, pair in self.factors.items()
+            for end, factor in zip((FIRST, SECOND), pair, strict=True)
+        }
+
     def check_fits(self, denoiser: nn.Module) -> None:
         """Compare the factors with the layers of a denoiser that has no LoRA.
 
@@ -229,11 +242,7 @@ def continue_from(denoiser: ModelMixin, denoiser_name: str, lora_dir: Path) -> N
     Raises:
         ModelError: if the saved LoRA is damaged, or has other layers or another rank.
     """
-    saved = {
-        f"{layer}.{end}": value
-        for layer, pair in read_lora(lora_dir, denoiser_name).factors.items()
-        for end, value in zip((FIRST, SECOND), pair, strict=True)
-    }
+    saved = read_lora(lora_dir, denoiser_name).tensors()
     attached = get_peft_model_state_dict(denoiser)
     if {name: value.shape for name, value in attached.items()} != {name: value.shape for name, value in saved.items()}:
         raise ModelError(
@@ -256,13 +265,22 @@ def freeze_as_reference(denoiser: ModelMixin) -> None:
 
 def save_lora(pipeline_class: type, denoiser_name: str, denoiser: ModelMixin, folder: Path) -> None:
     """Write the LoRA, including alpha, to a file that ``pipe.load_lora_weights(folder)`` loads."""
-    folder.mkdir(parents=True, exist_ok=True)
     factors = {name: value.contiguous().cpu() for name, value in get_peft_model_state_dict(denoiser).items()}
+    write_lora(pipeline_class, denoiser_name, factors, denoiser.peft_config[POLICY], folder)
+
+
+def write_lora(
+    pipeline_class: type, denoiser_name: str, factors: Mapping[str, Tensor], config: LoraConfig, folder: Path
+) -> None:
+    """Write factors in the format of diffusers.
+
+    Args:
+        factors: ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight`` of each layer.
+        config: its rank, alpha and targets are written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     pipeline_class.save_lora_weights(  # type: ignore[attr-defined]
-        folder,
-        **{
-            f"{denoiser_name}_lora_layers": factors,
-            f"{denoiser_name}_lora_adapter_metadata": denoiser.peft_config[POLICY].to_dict(),
-        },
+        folder, **{f"{denoiser_name}_lora_layers": factors, f"{denoiser_name}_lora_adapter_metadata": metadata}
     )
     (folder / LORA_WEIGHTS).chmod(0o644)  # safetensors writes 0600, unreadable to others on a shared disk

@@ -75,11 +75,21 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
     from cdpo_ray.evaluation.report import read_metrics
     from cdpo_ray.export.card import RunFacts, model_card
     from cdpo_ray.export.folder import write_export
-    from cdpo_ray.export.formats import Trained
+    from cdpo_ray.export.trained import Trained
+    from cdpo_ray.models.sizes import sizes_of
 
     config, run = context.config, context.run
     name = config.run.name
-    trained = Trained(name, local_copy(run.step(TRAINING)), config.model.family, model_arguments(config))
+    training, generation, model = run.manifest(TRAINING), config.generation, config.model
+    sizes = sizes_of(model.family, model.path, generation.height, generation.width)
+    trained = Trained(
+        name,
+        local_copy(run.step(TRAINING)),
+        model.family,
+        model_arguments(config),
+        created=training["created"],
+        image_size=(sizes.width, sizes.height) if sizes else None,
+    )
     facts = RunFacts(
         name=name,
         settings=config.plain(),
@@ -88,7 +98,7 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
         num_heldout=len(context.prompts.heldout),
         ranking=config.rewards.ranking_sentence,
         curriculum=config.curriculum.sentence,
-        training=run.manifest(TRAINING),
+        training=training,
         metrics=read_metrics(run.path) if run.has(EVALUATION) else None,
     )
     write_export(format_name, trained, model_card(facts, format_name, trained.denoiser_name), output_dir)

@@ -187,7 +187,7 @@ def test_a_prompt_file_named_like_markup_is_escaped() -> None:
 
 
 def test_code_of_a_card_is_python_and_pins_the_revision() -> None:
-    for format_name in ("diffusers", "kohya", "merged"):
+    for format_name in ("diffusers", "kohya", "peft", "merged"):
         (code,) = re.findall(r"```python\n(.*?)```", card_of(format_name, model=HUB | {"dtype": "bfloat16"}), re.DOTALL)
         compile(code, "card", "exec")
         assert "dtype=torch.bfloat16" in code
@@ -195,10 +195,11 @@ def test_code_of_a_card_is_python_and_pins_the_revision() -> None:
         assert (f"from_pretrained({HUB['path']!r}, revision={HUB['revision']!r}" in code) == (format_name != "merged")
 
 
-def test_a_kohya_file_of_a_transformer_is_described_as_for_comfyui_only() -> None:
-    card = card_of("kohya", denoiser_name="transformer")
-    assert "`tuned.safetensors` goes to `models/loras` of ComfyUI. Diffusers does not read" in card
-    assert "```python" not in card
+@pytest.mark.parametrize(("family", "is_read"), [("flux", True), ("stable_diffusion_3", False)])
+def test_a_card_of_a_kohya_file_names_its_readers(family: str, is_read: bool) -> None:
+    card = card_of("kohya", denoiser_name="transformer", model={"family": family})
+    assert "`tuned.safetensors` is read by ComfyUI, Forge, AUTOMATIC1111 (UNets), InvokeAI, sd-scripts: it goes" in card
+    assert ("```python" in card) == is_read == ("Diffusers does not read these keys" not in card)
 
 
 def test_a_card_of_imported_preferences_names_their_source() -> None:

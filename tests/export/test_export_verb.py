@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from finished_runs import change, config_of, judged, policy_of, save_policy, write_run
+from safetensors.torch import load_file
 
 from cdpo_ray.cli import main
 from cdpo_ray.config import Config
@@ -26,6 +27,7 @@ from cdpo_ray.randomness.noise import noise_at
 FILES = {
     "diffusers": {"README.md", "pytorch_lora_weights.safetensors"},
     "kohya": {"README.md", "tuned.safetensors"},
+    "peft": {"README.md", "adapter_config.json", "adapter_model.safetensors"},
     "merged": {
         "README.md", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae",
     },
@@ -106,9 +108,11 @@ def test_the_last_round_is_exported_with_its_own_metrics(tiny_sd15: Path, tmp_pa
     config, _ = finished(tmp_path, tiny_sd15, rounds=2)
     assert main(["export", config, "--out", str(tmp_path / "out")]) == 0
     first, second = (
-        (tmp_path / f"runs/tuned/round-{number}/4-training/lora" / LORA_WEIGHTS).read_bytes() for number in (1, 2)
+        load_file(tmp_path / f"runs/tuned/round-{number}/4-training/lora" / LORA_WEIGHTS) for number in (1, 2)
     )
-    assert (tmp_path / "out" / LORA_WEIGHTS).read_bytes() == second != first
+    found = load_file(tmp_path / "out" / LORA_WEIGHTS)
+    layer = next(name for name in found if name.endswith("lora_B.weight"))
+    assert torch.equal(found[layer], 8 / 4 * second[layer]) and not torch.equal(first[layer], second[layer])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "Round 2 of 2;" in card
     assert "| clip | trained on | 0.50 | 0.70 | +0.20 |" in card

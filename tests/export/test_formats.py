@@ -1,6 +1,8 @@
 """Exported files, loaded by stock diffusers, against the trained policy."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +10,18 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from finished_runs import change, config_of, policy_of, save_policy
+from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from cdpo_ray.errors import ExportError
-from cdpo_ray.export.formats import Trained, kohya_path, write_diffusers, write_kohya, write_merged
+from cdpo_ray.export.formats import write_diffusers, write_merged, write_peft
+from cdpo_ray.export.kohya import architecture_of, kohya_path, write_kohya
+from cdpo_ray.export.trained import Trained
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
-from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS
+from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, read_lora
 from cdpo_ray.randomness.noise import noise_at
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -127,7 +133,9 @@ def test_a_fully_fine_tuned_denoiser_replaces_the_bases(tiny_sd15: Path, tmp_pat
     assert (made - base).abs().max() > 0.05
 
 
-@pytest.mark.parametrize(("name", "write"), [("diffusers", write_diffusers), ("kohya", write_kohya)])
+@pytest.mark.parametrize(
+    ("name", "write"), [("diffusers", write_diffusers), ("kohya", write_kohya), ("peft", write_peft)]
+)
 def test_lora_formats_refuse_a_fully_fine_tuned_model(tmp_path: Path, name: str, write: Any) -> None:
     (tmp_path / "unet").mkdir()
     trained = Trained("tuned", tmp_path, "stable_diffusion", {"path": "embedded"})
@@ -155,30 +163,85 @@ def test_kohya_keys_have_the_expected_names_and_give_the_layers_weight_change(ti
     assert len(file) == 3 * num_layers > 0
 
 
+def weight_change(down: Tensor, up: Tensor, scale: float) -> Tensor:
+    return (scale * up.double().flatten(1) @ down.double().flatten(1)).reshape(len(up), *down.shape[1:])
+
+
+@pytest.mark.parametrize("family", UNETS + TRANSFORMERS)
+def test_the_diffusers_file_has_the_weight_change_for_readers_that_ignore_alpha(
+    tiny_models: TinyModels, tmp_path: Path, family: str
+) -> None:
+    trained, policy = trained_lora(tmp_path, tiny_models(family), family, rank=2, alpha=8, targets=ATTENTION)
+    write_diffusers(trained, tmp_path)
+    saved = load_file(trained.training_dir / LORA_DIR / LORA_WEIGHTS)
+    found = load_file(tmp_path / LORA_WEIGHTS)
+    layers = {name.rpartition(".lora_")[0] for name in saved}
+    assert found.keys() == saved.keys() and len(layers) > 5
+    for layer in layers:
+        expected = weight_change(*(saved[f"{layer}.lora_{end}.weight"] for end in "AB"), 8 / 2)
+        ignored = weight_change(*(found[f"{layer}.lora_{end}.weight"] for end in "AB"), 1.0)
+        torch.testing.assert_close(ignored, expected, rtol=1e-6, atol=1e-6)
+    (tmp_path / LORA_DIR).mkdir()
+    (tmp_path / LORA_WEIGHTS).rename(tmp_path / LORA_DIR / LORA_WEIGHTS)
+    folded = read_lora(tmp_path / LORA_DIR, policy.denoiser_name)
+    assert (folded.alpha, folded.rank) == (2, 2)
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "flux"])
+def test_peft_loads_its_format(tiny_models: TinyModels, tmp_path: Path, family: str) -> None:
+    targets = ALL_KINDS if family == "stable_diffusion" else ATTENTION
+    trained, policy = trained_lora(tmp_path, tiny_models(family), family, rank=4, alpha=2, targets=targets)
+    write_peft(trained, tmp_path / "out")
+    base = getattr(DiffusionPipeline.from_pretrained(tiny_models(family)), policy.denoiser_name)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out").get_base_model()
+    layers = [name for name, layer in policy.denoiser.named_modules() if hasattr(layer, "lora_A")]
+    assert layers == [name for name, layer in loaded.named_modules() if hasattr(layer, "lora_A")]
+    for name in layers:
+        found, trained_change = (
+            net.get_submodule(name).get_delta_weight("default") for net in (loaded, policy.denoiser)
+        )
+        assert torch.equal(found, trained_change) and found.abs().max() > 0
+
+
 @pytest.mark.parametrize(
-    ("family", "layer", "key"),
+    ("family", "expected"),
     [
-        ("stable_diffusion_3", "transformer_blocks.0.attn.to_q", "lora_transformer_transformer_blocks_0_attn_to_q"),
+        ("stable_diffusion", ("stable-diffusion-v1/lora", "sd_v1", "epsilon", "512x512", "False")),
+        ("latent_consistency", ("stable-diffusion-v1/lora", "sd_v1", "epsilon", "512x512", "False")),
         (
-            "flux",
-            "single_transformer_blocks.0.attn.to_v",
-            "lora_transformer_single_transformer_blocks_0_attn_to_v",
+            "stable_diffusion_xl",
+            ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", "epsilon", "1024x1024", "False"),
         ),
+        ("stable_diffusion_3", ("stable-diffusion-3-5-medium/lora", "sd3", None, "1024x1024", "False")),
+        ("flux", ("flux-1-dev/lora", "flux1", None, "1024x1024", "False")),
+        ("flux_schnell", ("flux-1-schnell/lora", "flux1", None, "1024x1024", "False")),
     ],
 )
-def test_kohya_keys_of_a_transformer_are_those_that_comfyui_reads(
-    tiny_models: TinyModels, tmp_path: Path, family: str, layer: str, key: str
+def test_the_metadata_of_a_kohya_file_names_the_base_model(
+    tiny_models: TinyModels, tmp_path: Path, family: str, expected: tuple[str | None, ...]
 ) -> None:
-    trained, policy = trained_lora(tmp_path, tiny_models(family), family, rank=4, alpha=2, targets=ATTENTION)
-    write_kohya(trained, tmp_path)
-    file = load_file(kohya_path(tmp_path, "tuned"))
-    change_of_weight = file[f"{key}.lora_up.weight"] @ file[f"{key}.lora_down.weight"] * file[f"{key}.alpha"] / 4
-    by_peft = policy.denoiser.get_submodule(layer).get_delta_weight("default")
-    torch.testing.assert_close(change_of_weight, by_peft, rtol=1e-5, atol=1e-6)
+    name = family.removesuffix("_schnell")
+    trained, _ = trained_lora(tmp_path, tiny_models(family), name, rank=4, alpha=2, targets=ATTENTION)
+    write_kohya(replace(trained, created="2026-11-27T10:00:00+00:00"), tmp_path)
+    with safe_open(kohya_path(tmp_path, "tuned"), framework="pt") as file:
+        found = file.metadata()
+    keys = ("architecture", "prediction_type", "resolution")
+    spec, prediction, resolution = (found.get(f"modelspec.{key}") for key in keys)
+    assert (spec, found["ss_base_model_version"], prediction, resolution, found["ss_v2"]) == expected
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("4", "2.0")
+    assert found["modelspec.sai_model_spec"] == "1.0.0" and found["modelspec.date"] == "2026-11-27T10:00:00+00:00"
+    assert found["modelspec.title"] == found["ss_output_name"] == "tuned"
+    assert str(tiny_models(family).parent) not in str(found), "no local path"
 
 
-def test_the_diffusers_file_is_the_trained_one_byte_for_byte(tiny_sd15: Path, tmp_path: Path) -> None:
-    trained, _ = trained_lora(tmp_path, tiny_sd15, rank=2, alpha=8, targets=ATTENTION)
-    write_diffusers(trained, tmp_path)
-    saved = trained.training_dir / LORA_DIR / LORA_WEIGHTS
-    assert (tmp_path / LORA_WEIGHTS).read_bytes() == saved.read_bytes()
+def test_stable_diffusion_2_is_recognized_by_its_text_width_and_prediction_type(tmp_path: Path) -> None:
+    for part, config in {
+        "unet": {"cross_attention_dim": 1024},
+        "scheduler": {"prediction_type": "v_prediction"},
+    }.items():
+        (tmp_path / part).mkdir()
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        (tmp_path / part / file).write_text(json.dumps(config))
+    found = architecture_of(Trained("tuned", tmp_path, "stable_diffusion", {"path": str(tmp_path)}))
+    assert found[:2] == ("stable-diffusion-v2-768-v", "sd_v2_v")
+    assert (found.size, found.prediction_type) == (768, "v")

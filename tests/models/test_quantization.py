@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from cdpo_ray.config.training import LoraSection
 from cdpo_ray.errors import ModelError
-from cdpo_ray.export.formats import Trained, write_merged
+from cdpo_ray.export.formats import write_merged
+from cdpo_ray.export.trained import Trained
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, save_lora
