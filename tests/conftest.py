@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import signal
 import re
 import secrets
 import sys
@@ -121,6 +122,11 @@ def s3(s3_server: Path) -> Iterator[Path]:
 def starts_ray(path: Path) -> bool:
     """Whether a file has tests that start Ray."""
     return re.search(r"pytest\.mark\.ray\b", path.read_text()) is not None
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C work where a shell started pytest in the background, which ignores it, in all children too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
