@@ -4,9 +4,9 @@ import contextlib
 import fcntl
 import functools
 import os
-import signal
 import re
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
