@@ -50,6 +50,28 @@ def how_to_download(
     )
 
 
+def how_to_upload(hub_id: str, folder: str, error: Exception, *, dataset: bool = False) -> str:
+    """One line with what was not uploaded, why, and the command that uploads it; without the text of the error.
+
+    Args:
+        hub_id: id of the repository.
+        folder: folder on this machine.
+        error: one of `FETCH_ERRORS`.
+        dataset: whether the repository is a data set, not a model.
+    """
+    cause = cause_of(error)
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if status in (401, 403, 404):
+        why = f"the hub refuses ({status}); give a token that may write there (HF_TOKEN, or `hf auth login`)"
+    elif status is not None:
+        why = f"the hub answers with status {status}; try again later"
+    else:
+        why = (cause and _no_answer(cause)) or getattr(error, "strerror", None) or type(error).__name__
+    kind = "--repo-type dataset" if dataset else ""
+    upload = " ".join(filter(None, ["hf upload", kind, hub_id, folder, "."]))
+    return f"`--push` {hub_id}: {why}; the export is complete, `{upload}` uploads it"
+
+
 def cause_of(error: BaseException) -> BaseException | None:
     """The error of the hub or the network in the chain of an error's causes; ``None``: there is none."""
     causes = [each for each in _chain(error) if _answer(each) or _no_answer(each)]

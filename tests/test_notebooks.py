@@ -25,7 +25,9 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         patch.setenv("PYTHONPATH", str(EXAMPLES.parent), prepend=os.pathsep)
         for name in (LOOK, ALIGN):
             notebook = nbformat.read(EXAMPLES / name, as_version=4)
-            NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(temporary)}}).execute()
+            NotebookClient(
+                notebook, timeout=1200, startup_timeout=600, resources={"metadata": {"path": str(temporary)}}
+            ).execute()
             found[name] = notebook
     return temporary / "cdpo_ray_examples", found
 

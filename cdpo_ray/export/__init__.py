@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from cdpo_ray.records import EVALUATION, SAMPLES, STAGES, TRAINING
+
 
 class Format(NamedTuple):
     """A format of `cdpo export`.
@@ -9,16 +11,23 @@ class Format(NamedTuple):
     Attributes:
         write: ``module:function`` that writes it, imported on use.
         readers: programs that read it.
+        dataset: whether the hub calls it a data set, not a model.
+        steps: folders of the steps whose files are read, verified before; without metrics if not evaluated.
     """
 
     write: str
     readers: str
+    dataset: bool = False
+    steps: tuple[str, ...] = (TRAINING, EVALUATION)
 
 
 FORMATS = {
     "diffusers": Format("cdpo_ray.export.formats:write_diffusers", "diffusers (`pipe.load_lora_weights`)"),
     "kohya": Format("cdpo_ray.export.kohya:write_kohya", "ComfyUI, Forge, AUTOMATIC1111 (UNets), InvokeAI, sd-scripts"),
     "peft": Format("cdpo_ray.export.formats:write_peft", "peft (`PeftModel.from_pretrained`)"),
+    "pairs": Format(
+        "cdpo_ray.export.pairs:write_pairs", "datasets (`load_dataset`), other trainers", True, (SAMPLES, STAGES)
+    ),
     "merged": Format("cdpo_ray.export.formats:write_merged", "diffusers (`DiffusionPipeline.from_pretrained`)"),
 }
 """A new format is one function and one line here."""

@@ -14,7 +14,9 @@ from markupsafe import Markup
 from cdpo_ray.config import HUB_ID
 from cdpo_ray.evaluation.report import measure_results, signs_of_reward_hacking
 from cdpo_ray.export import FORMATS
+from cdpo_ray.export.pairs import stage_file
 from cdpo_ray.pages.page import reasons_without_interval
+from cdpo_ray.records import ARMS
 from cdpo_ray.store import flat
 
 ACTIVE = re.compile(r"[\\`*_\[\]|~$]")
@@ -34,6 +36,7 @@ class RunFacts:
         curriculum: description of the curriculum.
         training: manifest of `4-training`.
         metrics: content of `metrics.json`; `None`: the run was not evaluated.
+        examples: held-out prompts whose images the folder holds, see `picture_file`.
     """
 
     name: str
@@ -45,6 +48,17 @@ class RunFacts:
     curriculum: str
     training: Mapping[str, Any]
     metrics: Mapping[str, Any] | None
+    examples: Sequence[str] = ()
+
+
+def picture_file(number: int, arm: str) -> str:
+    """Path within the export of an example's image.
+
+    Args:
+        number: of the example, from 0.
+        arm: ``base`` or ``tuned``.
+    """
+    return f"images/{number}-{arm}.png"
 
 
 def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
@@ -59,16 +73,18 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
     """
     settings, is_lora = facts.settings, facts.settings["training"]["method"] == "lora"
     results = measure_results(facts.metrics, settings["rewards"]) if facts.metrics else []
-    return _template().render(
-        front_matter=Markup(front_matter(settings["model"], format_name, is_lora=is_lora)),
+    return _template("card.md.jinja").render(
+        front_matter=Markup(front_matter(settings["model"], format_name, is_lora=is_lora, examples=facts.examples)),
+        pictures=[
+            (prompt, *(Markup(f"![{arm}]({picture_file(number, arm)})") for arm in ARMS))
+            for number, prompt in enumerate(facts.examples)
+        ],
         facts=facts,
         format=format_name,
         is_lora=is_lora,
         denoiser_name=denoiser_name,
         model=settings["model"],
-        base_name="the embedded model of cdpo_ray"
-        if settings["model"]["path"] == "embedded"
-        else settings["model"]["path"],
+        base_name=_base_name(settings["model"]),
         base=Markup(_loading_base(settings["model"])),
         call=Markup(_call(settings["generation"])),
         kohya_file=Markup(f"{facts.name}.safetensors"),
@@ -84,18 +100,48 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
     )
 
 
-def front_matter(model: Mapping[str, Any], format_name: str, *, is_lora: bool) -> str:
-    """YAML metadata for the hub: kind of model, and its base model if that is on the hub."""
+def pairs_card(name: str, settings: Mapping[str, Any], num_stages: int, ranking: str, curriculum: str) -> str:
+    """The card of exported pairs in Markdown, with the front matter that the hub and `datasets` read.
+
+    Args:
+        name: name of the run.
+        settings: the whole configuration, as plain values.
+        num_stages: number of stages.
+        ranking: description of how the rewards rank images.
+        curriculum: description of the curriculum.
+    """
+    splits = [{"split": f"stage_{stage}", "path": stage_file(stage)} for stage in range(1, num_stages + 1)]
+    front = {
+        "tags": ["text-to-image", "preferences", "dpo", "curriculum-dpo", "cdpo_ray"],
+        "configs": [{"config_name": "default", "data_files": splits}],
+    }
+    return _template("pairs.md.jinja").render(
+        front_matter=Markup(yaml.safe_dump(front, sort_keys=False)),
+        name=name,
+        settings=settings,
+        base_name=_base_name(settings["model"]),
+        ranking=ranking,
+        curriculum=curriculum,
+        making=_table({"generation": settings["generation"], "rewards": _reward_settings(settings["rewards"])}),
+    )
+
+
+def front_matter(model: Mapping[str, Any], format_name: str, *, is_lora: bool, examples: Sequence[str] = ()) -> str:
+    """YAML metadata for the hub: kind of model, its base model if that is on the hub, and images of some prompts."""
     base = {
         "base_model": model["path"],
         "base_model_revision": model["revision"],
         "base_model_relation": "finetune" if format_name == "merged" else "adapter",
     }
-    about = {
+    about: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": ["text-to-image", "diffusers", *(["lora"] if is_lora else []), "dpo", "curriculum-dpo", "cdpo_ray"],
     }
+    if examples:
+        about["widget"] = [
+            {"text": prompt, "output": {"url": picture_file(number, "tuned")}} for number, prompt in enumerate(examples)
+        ]
     on_hub = HUB_ID.match(model["path"]) and not Path(model["path"]).is_dir()
     return yaml.safe_dump(base | about if on_hub else about, sort_keys=False, allow_unicode=True)
 
@@ -136,6 +182,10 @@ def _training_settings(training: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in training.items() if key != "lora"} | resolved
 
 
+def _base_name(model: Mapping[str, Any]) -> str:
+    return "the embedded model of cdpo_ray" if model["path"] == "embedded" else str(model["path"])
+
+
 def _loading_base(model: Mapping[str, Any]) -> str:
     if model["path"] == "embedded":
         return (
@@ -158,7 +208,7 @@ def _call(generation: Mapping[str, Any]) -> str:
     )
 
 
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         finalize=escaped,
@@ -168,4 +218,4 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("card.md.jinja")
+    return environment.get_template(name)

@@ -3,25 +3,28 @@
 import contextlib
 import importlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from cdpo_ray.errors import ExportError
 from cdpo_ray.export import FORMATS
-from cdpo_ray.export.trained import Trained
 from cdpo_ray.store import copy_tree, delete, is_local, make_folder, storage_errors_within
 
 CARD = "README.md"
 
 
-def write_export(format_name: str, trained: Trained, card: str, output_dir: Path) -> None:
-    """Write the trained adapter or model in a format of `FORMATS`, with its card; atomic on local disk.
+def write_export(
+    format_name: str, content: Any, card: str, output_dir: Path, pictures: Mapping[str, bytes] | None = None
+) -> None:
+    """Write trained weights or pairs in a format of `FORMATS`, with a card; atomic on local disk.
 
     Args:
         format_name: key of `FORMATS`.
-        trained: run to export.
-        card: Markdown of the model card.
+        content: argument of the format's function: `Trained`, or `DrawnPairs`.
+        card: Markdown of the card.
         output_dir: folder to create.
+        pictures: path within the folder -> content, of the images that the card shows.
 
     Raises:
         ExportError: the format cannot hold a fully fine-tuned model, or the folder exists already.
@@ -34,8 +37,11 @@ def write_export(format_name: str, trained: Trained, card: str, output_dir: Path
     write = getattr(importlib.import_module(module), function)
     make_folder(output_dir.parent)
     with storage_errors_within(output_dir), _aside(output_dir) as aside:
-        write(trained, aside)
+        write(content, aside)
         (aside / CARD).write_text(card, encoding="utf-8")
+        for name, picture in (pictures or {}).items():
+            make_folder((aside / name).parent)
+            (aside / name).write_bytes(picture)
         for path in aside.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors writes 0600, which shared disks cannot use
         if is_local(output_dir):

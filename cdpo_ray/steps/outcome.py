@@ -3,13 +3,15 @@
 import functools
 import logging
 from pathlib import Path
+from typing import Any
 
-from cdpo_ray.records import EVALUATION, SAMPLES, TRAINING
+from cdpo_ray.records import ARMS, EVALUATION, SAMPLES, STAGES, TRAINING
 from cdpo_ray.steps.arguments import model_arguments, sampling_of, warn_of_quarantine
 from cdpo_ray.steps.step import Context
 from cdpo_ray.store import StepOutput, local_copy
 
 log = logging.getLogger(__name__)
+NUM_EXAMPLES = 4  # held-out prompts with images in the card of an export
 
 
 def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
@@ -72,9 +74,29 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 
 def export(context: Context, format_name: str, output_dir: Path) -> None:
-    from cdpo_ray.evaluation.report import read_metrics
-    from cdpo_ray.export.card import RunFacts, model_card
     from cdpo_ray.export.folder import write_export
+
+    content, card, pictures = _pairs(context) if format_name == "pairs" else _weights(context, format_name)
+    write_export(format_name, content, card, output_dir, pictures)
+
+
+def _pairs(context: Context) -> tuple[Any, str, dict[str, bytes]]:
+    """Pairs of a run, and their card; no pictures."""
+    from cdpo_ray.export.card import pairs_card
+    from cdpo_ray.export.pairs import DrawnPairs
+
+    config, run = context.config, context.run
+    num_stages = config.curriculum.num_stages
+    card = pairs_card(
+        config.run.name, config.plain(), num_stages, config.rewards.ranking_sentence, config.curriculum.sentence
+    )
+    return DrawnPairs(run.step(SAMPLES), run.step(STAGES), num_stages), card, {}
+
+
+def _weights(context: Context, format_name: str) -> tuple[Any, str, dict[str, bytes]]:
+    """Trained weights of a run, their model card, and its pictures."""
+    from cdpo_ray.evaluation.report import read_metrics
+    from cdpo_ray.export.card import RunFacts, model_card, picture_file
     from cdpo_ray.export.trained import Trained
     from cdpo_ray.models.sizes import sizes_of
 
@@ -90,6 +112,7 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
         created=training["created"],
         image_size=(sizes.width, sizes.height) if sizes else None,
     )
+    examples = _examples(run.step(EVALUATION) / "comparison.parquet") if run.has(EVALUATION) else []
     facts = RunFacts(
         name=name,
         settings=config.plain(),
@@ -100,5 +123,23 @@ def export(context: Context, format_name: str, output_dir: Path) -> None:
         curriculum=config.curriculum.sentence,
         training=training,
         metrics=read_metrics(run.path) if run.has(EVALUATION) else None,
+        examples=[row["prompt"] for row in examples],
     )
-    write_export(format_name, trained, model_card(facts, format_name, trained.denoiser_name), output_dir)
+    pictures = {picture_file(number, arm): row[f"{arm}_image"] for number, row in enumerate(examples) for arm in ARMS}
+    return trained, model_card(facts, format_name, trained.denoiser_name), pictures
+
+
+def _examples(comparison_path: Path) -> list[dict[str, Any]]:
+    """Rows of the first image of some held-out prompts.
+
+    Raises:
+        StoreError: an image is not a PNG of a limited size.
+    """
+    from cdpo_ray.dataflow.images import refuse_other_images
+    from cdpo_ray.evaluation.report import first_rows, place_of
+
+    rows = [row for row in first_rows(comparison_path, [], NUM_EXAMPLES) if row["sample_index"] == 0]
+    for row in rows:
+        for arm in ARMS:
+            refuse_other_images(row[f"{arm}_image"], place_of(comparison_path, row))
+    return rows

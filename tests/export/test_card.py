@@ -1,6 +1,7 @@
 """Model card: metadata for the hub, metrics, settings, and code that runs."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def card_of(
     denoiser_name: str = "unet",
     round_: int = 1,
     model: dict[str, Any] = HUB,
+    examples: Sequence[str] = (),
     **sections: Any,
 ) -> str:
     config = config_of(Path("runs"), "embedded", model=model, **sections)
@@ -45,6 +47,7 @@ def card_of(
         config.curriculum.sentence,
         training,
         metrics,
+        examples,
     )
     return model_card(facts, format_name, denoiser_name)
 
@@ -200,6 +203,17 @@ def test_a_card_of_a_kohya_file_names_its_readers(family: str, is_read: bool) ->
     card = card_of("kohya", denoiser_name="transformer", model={"family": family})
     assert "`tuned.safetensors` is read by ComfyUI, Forge, AUTOMATIC1111 (UNets), InvokeAI, sd-scripts: it goes" in card
     assert ("```python" in card) == is_read == ("Diffusers does not read these keys" not in card)
+
+
+def test_examples_are_shown_before_and_after_and_in_the_widget_of_the_hub() -> None:
+    card = card_of(examples=["a cat", "a | b"])
+    assert front_matter_of(card)["widget"] == [
+        {"text": "a cat", "output": {"url": "images/0-tuned.png"}},
+        {"text": "a | b", "output": {"url": "images/1-tuned.png"}},
+    ]
+    assert "| a cat | ![base](images/0-base.png) | ![tuned](images/0-tuned.png) |" in card
+    assert "| a \\| b | ![base](images/1-base.png) | ![tuned](images/1-tuned.png) |" in card
+    assert "widget" not in card_of() and "from the same noise:" not in card_of()
 
 
 def test_a_card_of_imported_preferences_names_their_source() -> None:

@@ -1,6 +1,7 @@
 """`cdpo export`: a finished run -> a folder with its card, atomically and without Ray."""
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -10,19 +11,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from finished_runs import change, config_of, judged, policy_of, save_policy, write_run
+from PIL import Image
 from safetensors.torch import load_file
 
 from cdpo_ray.cli import main
 from cdpo_ray.config import Config
-from cdpo_ray.export import FORMATS
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_WEIGHTS
 from cdpo_ray.randomness.noise import noise_at
+from cdpo_ray.records import ARMS
 
 FILES = {
     "diffusers": {"README.md", "pytorch_lora_weights.safetensors"},
@@ -46,8 +50,24 @@ def finished(
         (lambda number: {"judges": {"clip": judged(0.5, 0.5 + number / 10)}, "num_prompts": 4, "images_per_prompt": 2})
         if evaluated
         else None,
+        write_comparison,
     )
     return written(config, tmp_path), policies
+
+
+def write_comparison(step: str, folder: Path) -> None:
+    """Images of two held-out prompts, in one color each."""
+    if step != "5-evaluation":
+        return
+    rows = {"prompt_index": [0, 0, 1], "sample_index": [0, 1, 0], "prompt": ["a fox", "a fox", "a hen"]}
+    images = {f"{arm}_image": [png(arm, row) for row in range(3)] for arm in ("base", "tuned")}
+    pq.write_table(pa.table(rows | images), folder / "comparison.parquet")
+
+
+def png(arm: str, row: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (row, len(arm), 0)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def written(config: Config, folder: Path) -> str:
@@ -56,7 +76,7 @@ def written(config: Config, folder: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("format_name", list(FORMATS))
+@pytest.mark.parametrize("format_name", list(FILES))
 def test_export_prints_its_folder_and_the_cards_code_generates_the_policys_images(
     tiny_sd15: Path,
     tmp_path: Path,
@@ -67,11 +87,18 @@ def test_export_prints_its_folder_and_the_cards_code_generates_the_policys_image
     assert main(["export", config, "--format", format_name]) == 0
     folder = tmp_path / "runs" / "tuned" / "export" / format_name
     assert capsys.readouterr().out == f"{folder}\n"
-    assert {path.name for path in folder.iterdir()} == FILES[format_name]
+    assert {path.name for path in folder.iterdir()} == FILES[format_name] | {"images"}
+    pictures = {
+        (number, arm): (folder / f"images/{number}-{arm}.png").read_bytes() for number in (0, 1) for arm in ARMS
+    }
+    assert pictures == {(number, arm): png(arm, 2 * number) for number, arm in pictures}, (
+        "of the first image per prompt"
+    )
     assert [path.name for path in folder.parent.iterdir()] == [format_name], "nothing is left beside"
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*.safetensors")} == {0o644}
 
     card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| a hen | ![base](images/1-base.png) | ![tuned](images/1-tuned.png) |" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     found: dict[str, Any] = {}
     with contextlib.chdir(folder):
