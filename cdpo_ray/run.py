@@ -231,9 +231,16 @@ def refuse_changes(config: Config) -> None:
 
 
 def warn_of_edited_config(config: Config, run: RunFolder) -> None:
-    """Warn of each difference between the configuration and the run's `config.yaml`, if the file exists."""
+    """Warn of each difference between the configuration and the run's `config.yaml`, if the file exists.
+
+    `run.dir` is not compared: the folder was found by it, and it is another path if the run's folder was given.
+    """
     try:
-        changed = differences(run.config(), config.plain())
+        then, now = (
+            {key: value for key, value in flat(each).items() if key != "run.dir"}
+            for each in (run.config(), config.plain())
+        )
+        changed = differences(then, now)
     except FileNotFoundError:
         return
     except (StoreError, ConfigError) as error:

@@ -11,13 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from finished_runs import config_of
 
 from cdpo_ray.config import Config
 from cdpo_ray.cost.gpus import DEFAULT_GPU
 from cdpo_ray.errors import PromptError, StoreError
 from cdpo_ray.records import EVALUATION, LABEL, SAMPLES, SCORES, STAGES, STEP_FOLDERS, TRAINING, score_file
-from cdpo_ray.run import perform_step, read_prompts, round_folders, run_steps
+from cdpo_ray.run import perform_step, read_prompts, round_folders, run_steps, warn_of_edited_config
 from cdpo_ray.steps import STEPS, Context, Step, steps_of
 from cdpo_ray.store import RunFolder
 
@@ -282,3 +283,19 @@ def test_fault_33_held_out_prompts_that_are_a_share_of_the_training_file_are_ide
     shared = Config.model_validate(shared.model_dump(mode="json", exclude_unset=True))
     settings = step_of(EVALUATION).settings(shared)
     assert settings["prompts.train.sha256"] == read_prompts(shared).sha256["train"]
+
+
+def test_fault_59_an_edited_config_is_reported_and_another_path_of_the_same_folder_is_not(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = made_config()
+    run = finish(config, SAMPLES)
+    absolute = config.model_copy(update={"run": config.run.model_copy(update={"dir": str(folder / "runs")})})
+    (run.path / "config.yaml").write_text(yaml.safe_dump(config.plain()))
+    warn_of_edited_config(absolute, run)
+    assert not caplog.messages
+    edited = config.plain() | {"training": config.plain()["training"] | {"beta": 7.0}}
+    (run.path / "config.yaml").write_text(yaml.safe_dump(edited))
+    warn_of_edited_config(absolute, run)
+    (message,) = caplog.messages
+    assert "differs from the configuration: `training.beta` = 7.0, config says" in message and "run.dir" not in message
