@@ -48,7 +48,7 @@ def write_kohya(trained: Trained, output_dir: Path) -> None:
 
     Raises:
         ExportError: the run used full fine-tuning.
-        ModelError: the LoRA is damaged.
+        ModelError: the LoRA is damaged, or has layers that the family does not have.
     """
     factors = read_factors(trained.lora_dir("kohya"), trained.denoiser_name)
     metadata = kohya_metadata(trained, next(iter(factors.values())))

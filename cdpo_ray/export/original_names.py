@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from cdpo_ray.errors import ModelError, printable
 from cdpo_ray.export.factors import Factors
 
 Layers = Mapping[str, tuple[str, ...]]
@@ -100,14 +101,20 @@ def in_original_layers(family: str, factors: Mapping[str, Factors]) -> dict[str,
     Args:
         family: name in `FAMILIES`.
         factors: by layer of diffusers' denoiser.
+
+    Raises:
+        ModelError: the family has a table, but no such layer.
     """
     if family not in ORIGINAL_LAYERS:
         return dict(factors)
     place = {part: (layer, parts) for layer, parts in ORIGINAL_LAYERS[family].items() for part in parts}
     fused: dict[str, Factors] = {}
     for name in factors:
+        template = _BLOCK.sub("{}", name)
+        if template not in place:
+            raise ModelError(f"the LoRA has the layer {printable(name)}, which no {family} model has; do not use it")
         (number,) = _BLOCK.findall(name) or ("",)
-        layer, parts = place[_BLOCK.sub("{}", name)]
+        layer, parts = place[template]
         original = layer.format(number)
         if original not in fused:
             fused[original] = _fused({part: factors.get(part.format(number)) for part in parts})

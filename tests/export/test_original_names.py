@@ -1,5 +1,6 @@
 """Layers of the authors' checkpoints, checked by diffusers' own conversion of those checkpoints."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from diffusers.loaders.single_file_utils import (
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cdpo_ray.errors import ModelError
 from cdpo_ray.export.factors import Factors
 from cdpo_ray.export.kohya import kohya_tensors
 from cdpo_ray.export.original_names import in_original_layers
@@ -92,6 +94,13 @@ def test_each_layer_has_its_weight_change_after_diffusers_conversion(family: str
     for name, layer in layers.items():
         expected = output_change(factors[name]) if name in factors else torch.zeros(len(layer.weight)).double()
         torch.testing.assert_close(converted[f"{name}.weight"], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", ["transformer_blocks.0.attn.to_x", "blocks.0.blocks.1.proj_out", "{}"])
+def test_a_layer_that_the_family_does_not_have_is_refused(layer: str) -> None:
+    factors = {layer: Factors(torch.zeros(1, 2), torch.zeros(2, 1), 1.0)}
+    with pytest.raises(ModelError, match=rf"has the layer {re.escape(layer)}, which no flux model has; do not use it"):
+        in_original_layers("flux", factors)
 
 
 def test_alpha_over_rank_stays_where_layers_are_fused() -> None:
