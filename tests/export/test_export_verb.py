@@ -200,6 +200,15 @@ def test_an_existing_folder_is_not_changed(tmp_path: Path, embedded: Path, capsy
     assert re.search(r"StoreError: .*/file: cannot be written: File exists; check", capsys.readouterr().err)
 
 
+def test_a_name_to_push_to_that_the_hub_cannot_have_is_refused_before_anything_is_written(
+    tmp_path: Path, embedded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = finished(tmp_path, "embedded")
+    assert main(["export", config, "--push", "no name\x1b"]) == 2
+    assert "ExportError: `--push` no name\\x1b: must be ORG/NAME" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "tuned" / "export").exists()
+
+
 def test_a_lora_that_was_altered_after_training_is_not_exported(
     tmp_path: Path, embedded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
