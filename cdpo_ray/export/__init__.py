@@ -26,7 +26,10 @@ FORMATS = {
     "kohya": Format("cdpo_ray.export.kohya:write_kohya", "ComfyUI, Forge, AUTOMATIC1111 (UNets), InvokeAI, sd-scripts"),
     "peft": Format("cdpo_ray.export.formats:write_peft", "peft (`PeftModel.from_pretrained`)"),
     "pairs": Format(
-        "cdpo_ray.export.pairs:write_pairs", "datasets (`load_dataset`), other trainers", True, (SAMPLES, STAGES)
+        "cdpo_ray.export.pairs:write_pairs",
+        "datasets (`load_dataset`), other trainers",
+        dataset=True,
+        steps=(SAMPLES, STAGES),
     ),
     "merged": Format("cdpo_ray.export.formats:write_merged", "diffusers (`DiffusionPipeline.from_pretrained`)"),
 }
