@@ -125,7 +125,7 @@ def starts_ray(path: Path) -> bool:
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C work where a shell started pytest in the background, which ignores it, in all children too."""
+    """Restore the handler of SIGINT: pytest and its children ignore it if a shell started them in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

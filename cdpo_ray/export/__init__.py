@@ -1,4 +1,4 @@
-"""Trained adapter or model -> files that other tools load, with a model card."""
+"""Trained adapter or model, or drawn pairs -> files that other tools load, with a card."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ class Format(NamedTuple):
         write: ``module:function`` that writes it, imported on use.
         readers: programs that read it.
         dataset: whether the hub calls it a data set, not a model.
-        steps: folders of the steps whose files are read, verified before; without metrics if not evaluated.
+        steps: folders of the steps whose files are read, after they are verified; an evaluation may be missing.
     """
 
     write: str

@@ -40,7 +40,7 @@ def write_peft(trained: Trained, output_dir: Path) -> None:
     """
     saved = read_lora(trained.lora_dir("peft"), trained.denoiser_name)
     config = LoraConfig(r=saved.rank, lora_alpha=saved.alpha, target_modules=list(saved.targets))
-    config.base_model_name_or_path, config.inference_mode = trained.model["path"], True
+    config.base_model_name_or_path, config.inference_mode = trained.base_name, True
     config.save_pretrained(output_dir)
     tensors = {f"{PEFT_PREFIX}.{name}": value for name, value in saved.tensors().items()}
     save_file(tensors, output_dir / PEFT_WEIGHTS, metadata={"format": "pt"})

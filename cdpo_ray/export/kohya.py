@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cdpo_ray.config import HUB_ID
 from cdpo_ray.export.factors import Factors, read_factors
 from cdpo_ray.export.original_names import in_original_layers
 from cdpo_ray.export.trained import Trained
@@ -83,7 +82,6 @@ def kohya_metadata(trained: Trained, factors: Factors) -> dict[str, str]:
     """
     architecture = architecture_of(trained)
     width, height = trained.image_size or (architecture.size, architecture.size)
-    path = trained.model["path"]
     found = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture.spec}/lora",
@@ -97,7 +95,7 @@ def kohya_metadata(trained: Trained, factors: Factors) -> dict[str, str]:
         "ss_network_dim": str(len(factors.down)),
         "ss_network_alpha": str(factors.alpha),
         "ss_output_name": trained.name,
-        "ss_sd_model_name": path if HUB_ID.match(path) else Path(path).name,
+        "ss_sd_model_name": trained.base_name,
         "ss_v2": str(architecture.base_version.startswith("sd_v2")),
     }
     return {"format": "pt"} | {key: value for key, value in found.items() if value}

@@ -15,25 +15,19 @@ from cdpo_ray.store import read_table, table_schema, write_tables
 
 IMAGE_SIDES = ("jpg_0", "jpg_1")
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_FEATURES = {
-    "caption": {"_type": "Value", "dtype": "string"},
-    **{side: {"_type": "Image"} for side in IMAGE_SIDES},
-    "label_0": {"_type": "Value", "dtype": "float64"},
-    "rank_gap": {"_type": "Value", "dtype": "int64"},
-    "score_gap": {"_type": "Value", "dtype": "float64"},
-    "stage": {"_type": "Value", "dtype": "int64"},
-    "num_draws": {"_type": "Value", "dtype": "int64"},
+_VALUES = {
+    "caption": "string",
+    "label_0": "float64",
+    "rank_gap": "int64",
+    "score_gap": "float64",
+    "stage": "int64",
+    "num_draws": "int64",
 }
+"""Column -> its type, of columns other than images."""
+_FEATURES = {name: {"_type": "Value", "dtype": kind} for name, kind in _VALUES.items()}
+_FEATURES |= {side: {"_type": "Image"} for side in IMAGE_SIDES}
 SCHEMA = pa.schema(
-    [
-        ("caption", pa.string()),
-        *((side, _IMAGE) for side in IMAGE_SIDES),
-        ("label_0", pa.float64()),
-        ("rank_gap", pa.int64()),
-        ("score_gap", pa.float64()),
-        ("stage", pa.int64()),
-        ("num_draws", pa.int64()),
-    ],
+    [(name, pa.type_for_alias(kind)) for name, kind in _VALUES.items()] + [(side, _IMAGE) for side in IMAGE_SIDES],
     metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
 )
 """Columns of Pick-a-Pic and more; the metadata make the Hugging Face `datasets` decode the images."""
@@ -74,7 +68,7 @@ def write_pairs(drawn: DrawnPairs, output_dir: Path) -> None:
     for stage in range(1, drawn.num_stages + 1):
         files = sorted((drawn.stages_dir / f"stage-{stage}").glob("*.parquet"))
         pairs = pd.concat([read_table(file, _PAIR).to_pandas(ignore_metadata=True) for file in files])
-        distinct = pairs.groupby(_PAIR, as_index=False).size().assign(stage=stage)
+        distinct = pairs.groupby(_PAIR, as_index=False, dropna=False).size().assign(stage=stage)
         write_tables(_stage_tables(shards, distinct), output_dir / stage_file(stage))
 
 

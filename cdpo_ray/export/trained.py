@@ -35,6 +35,12 @@ class Trained:
         return (self.training_dir / LORA_DIR).is_dir()
 
     @property
+    def base_name(self) -> str:
+        """Hub id of the base model, or the name of its folder: an export holds no path of this machine."""
+        path: str = self.model["path"]
+        return Path(path).name if Path(path).is_dir() else path
+
+    @property
     def denoiser_name(self) -> str:
         return model_class(self.family).denoiser_name
 

@@ -192,6 +192,8 @@ def test_peft_loads_its_format(tiny_models: TinyModels, tmp_path: Path, family: 
     targets = ALL_KINDS if family == "stable_diffusion" else ATTENTION
     trained, policy = trained_lora(tmp_path, tiny_models(family), family, rank=4, alpha=2, targets=targets)
     write_peft(trained, tmp_path / "out")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == tiny_models(family).name, "no local path"
     base = getattr(DiffusionPipeline.from_pretrained(tiny_models(family)), policy.denoiser_name)
     loaded = PeftModel.from_pretrained(base, tmp_path / "out").get_base_model()
     layers = [name for name, layer in policy.denoiser.named_modules() if hasattr(layer, "lora_A")]
