@@ -1,13 +1,15 @@
 """Table schemas: the columns of every table, with shapes and units.
 
+A tensor is stored as a list of its values, in row-major order, with its shape in the metadata of the field (`shape`).
+
 `1-samples/samples-*.parquet`, one row per prompt, in prompt order:
 
 - `prompt_index` int64: position of the prompt in the training set
 - `prompt_id` string: 16 hex digits of the prompt's BLAKE2b; safe as a name
 - `prompt` string
-- `latents` fixed-shape tensor [sample, channel, height, width]: final latents of the sampler
-- `prompt_embedding` fixed-shape tensor [token, channel]: conditioning of the denoiser
-- `pooled_embedding` fixed-shape tensor [channel]: only families that have one
+- `latents` tensor [sample, channel, height, width]: final latents of the sampler
+- `prompt_embedding` tensor [token, channel]: conditioning of the denoiser
+- `pooled_embedding` tensor [channel]: only families that have one
 - `num_tokens_cut` int64: number of tokens of the prompt beyond the text encoder's maximum
 - `latents_std`, as `latents`: imported images only; the posterior's standard deviation (`latents` is its mean)
 - `score_label` list of float64 per sample: higher is preferred; imported images only; NaN: no label

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -273,6 +274,18 @@ def test_generation_goes_on_with_the_parts_that_are_whole_and_makes_only_the_oth
     made = pq.read_table(run.step("1-samples") / files[1])
     assert made["num_tokens_cut"].to_pylist() == [9, 0, 0, 9, 0], "the marked were not regenerated"
     assert made.drop_columns("num_tokens_cut").equals(rows.drop_columns("num_tokens_cut"))
+
+
+def test_datasets_opens_the_samples_of_a_run(finished: tuple[Config, RunFolder], tmp_path: Path) -> None:
+    files = str(finished[1].step("1-samples") / "*.parquet")
+    opened = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+    samples = read_shards(finished[1].step("1-samples"), ["prompt", "latents", "images"])
+    assert opened["prompt"][:] == samples["prompt"].to_pylist()
+    latents = samples["latents"].combine_chunks().to_numpy_ndarray()
+    assert np.array_equal(np.array(opened["latents"][:], np.float32).reshape(latents.shape), latents)
+    images = opened.cast_column("images", datasets.List(datasets.Image()))["images"][0]
+    shown = [np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in samples["images"][0].as_py()]
+    assert all(np.array_equal(image, png) for image, png in zip(images, shown, strict=True))
 
 
 def test_evaluation_goes_on_with_the_part_that_is_whole(finished: tuple[Config, RunFolder], tiny_sd15: Path) -> None:

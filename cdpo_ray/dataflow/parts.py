@@ -28,6 +28,7 @@ from cdpo_ray.store import (
     read_bytes,
     read_table,
     table_bytes,
+    with_tensors,
     write_bytes,
     write_table,
     write_text,
@@ -154,7 +155,7 @@ def read_part(part: Path) -> pa.Table:
     content = read_bytes(part)
     if hashlib.sha256(content).hexdigest() != _part_sha256(part):
         raise StoreError(f"{part}: was altered (its SHA-256 differs); run the same command again to regenerate it")
-    return pq.read_table(pa.BufferReader(content))
+    return with_tensors(pq.read_table(pa.BufferReader(content)))
 
 
 def _part_sha256(part: Path) -> str:

@@ -13,7 +13,7 @@ from ray.data import ActorPoolStrategy, Dataset
 from cdpo_ray.config import Pool
 from cdpo_ray.dataflow.parts import Part, join_parts, shards_of, write_part
 from cdpo_ray.progress import Progress
-from cdpo_ray.store import PARTS, arrow_path, make_folder
+from cdpo_ray.store import PARTS, arrow_path, make_folder, with_tensors
 
 MIN_SHARD_BYTES = 128 * 2**20
 
@@ -47,9 +47,10 @@ def in_pool(
 def read_rows(folder: Path, columns: Sequence[str]) -> Dataset:
     """Stream the rows of all Parquet shards of a folder."""
     where = arrow_path(folder)
-    return ray.data.read_parquet(
+    rows = ray.data.read_parquet(
         where["path"], filesystem=where["filesystem"], columns=list(columns), file_extensions=["parquet"]
     )
+    return rows.map_batches(with_tensors, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
 
 
 def write_parts(rows: Dataset | None, output_dir: Path, stem: str, progress: Progress) -> Iterator[Part]:

@@ -40,6 +40,7 @@ from cdpo_ray.store.tables import (
     shard_schema,
     table_bytes,
     table_schema,
+    with_tensors,
     write_table,
     write_tables,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "table_bytes",
     "table_schema",
     "validate_untrusted",
+    "with_tensors",
     "write_bytes",
     "write_json",
     "write_table",

@@ -1,5 +1,11 @@
-"""Parquet files on local disk and in object stores."""
+"""Parquet files on local disk and in object stores.
 
+A tensor per row is stored as a fixed-size list, with the shape in the field's metadata: many programs cannot read
+Arrow's tensor type, which the functions here accept and return.
+"""
+
+import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +19,9 @@ from cdpo_ray.store.paths import is_local, new_file
 
 EXTENSION = b"ARROW:extension:name"
 """Metadata key of a field whose extension type is not registered in this process."""
+
+SHAPE = b"shape"
+"""Metadata key of a stored tensor's field: the shape of a row, as JSON."""
 
 
 def arrow_path(path: Path) -> dict[str, Any]:
@@ -40,7 +49,7 @@ def write_tables(tables: Iterable[pa.Table], path: Path) -> None:
 
 
 def _write_tables(tables: Iterable[pa.Table], handle: BinaryIO) -> None:
-    tables = iter(tables)
+    tables = map(_with_lists, tables)
     first = next(tables)
     with pq.ParquetWriter(handle, first.schema) as writer:
         writer.write_table(first)
@@ -48,6 +57,56 @@ def _write_tables(tables: Iterable[pa.Table], handle: BinaryIO) -> None:
         for table in tables:
             writer.write_table(table)
             del table  # freed before the next is made
+
+
+def _with_lists(table: pa.Table) -> pa.Table:
+    """Tensor columns as fixed-size lists; shares the memory."""
+    for index, field in enumerate(table.schema):
+        if isinstance(field.type, pa.FixedShapeTensorType):
+            listed = pa.field(field.name, field.type.storage_type, metadata={SHAPE: json.dumps(field.type.shape)})
+            column = pa.chunked_array([chunk.storage for chunk in table.column(index).chunks], listed.type)
+            table = table.set_column(index, listed, column)
+    return table
+
+
+def with_tensors(table: pa.Table) -> pa.Table:
+    """Stored tensor columns as Arrow's tensor type; shares the memory.
+
+    Raises:
+        ArrowInvalid: a shape does not fit the number of values of a row.
+    """
+    for index, (stored, field) in enumerate(zip(table.schema, schema_with_tensors(table.schema), strict=True)):
+        if field.type != stored.type:
+            chunks = [pa.ExtensionArray.from_storage(field.type, chunk) for chunk in table.column(index).chunks]
+            table = table.set_column(index, field, pa.chunked_array(chunks, field.type))
+    return table
+
+
+def schema_with_tensors(schema: pa.Schema) -> pa.Schema:
+    """Schema of `with_tensors`.
+
+    Raises:
+        ArrowInvalid: a shape does not fit the number of values of a row.
+    """
+    for index, field in enumerate(schema):
+        if pa.types.is_fixed_size_list(field.type) and SHAPE in (field.metadata or {}):
+            tensor = pa.field(field.name, pa.fixed_shape_tensor(field.type.value_type, _shape_of(field)))
+            schema = schema.set(index, tensor)
+    return schema
+
+
+def _shape_of(field: pa.Field) -> list[int]:
+    try:
+        shape = json.loads(field.metadata[SHAPE])
+    except (ValueError, RecursionError):
+        shape = None
+    is_shape = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if not is_shape or math.prod(shape) != field.type.list_size:
+        raise pa.ArrowInvalid(
+            f"column {field.name}: `shape` must be that of {field.type.list_size} values, got"
+            f" {printable(field.metadata[SHAPE])}"
+        )
+    return list(shape)
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -79,7 +138,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None, filters: Any = 
                 raise pa.ArrowInvalid(str(error)) from None
             raise
     _refuse_objects(table.schema, path)
-    return table
+    return with_tensors(table)
 
 
 def read_shards(folder: Path, columns: Sequence[str]) -> pa.Table:
@@ -107,12 +166,13 @@ def table_schema(path: Path) -> pa.Schema:
     """Schema of a Parquet file; reads no rows.
 
     Raises:
+        ArrowInvalid: a tensor column has an invalid shape.
         StoreError: a column has an extension type other than fixed-shape tensors.
     """
     with path.open("rb") as handle:
         schema = pq.read_schema(handle)
     _refuse_objects(schema, path)
-    return schema
+    return schema_with_tensors(schema)
 
 
 def _refuse_objects(schema: pa.Schema, path: Path) -> None:
