@@ -71,7 +71,7 @@ class Reader:
     """Whether rows can be read without their images."""
 
     def columns(self, path: Path, source: PreferenceSource) -> Collection[str]:
-        """Columns of the first rows; none if no row can be read.
+        """Columns of the first rows; empty if no row can be read.
 
         Raises:
             PreferenceError: the file is of another kind, or damaged.

@@ -50,14 +50,14 @@ class PreferenceSource:
                 f"`preferences.columns` must map some of {', '.join(self.layout.names)} to names in the files,"
                 f" got {', '.join(unknown)}"
             )
-        if self.difficulty != "label" and not self._columns_of_difficulty:
+        if self.difficulty != "label" and not self.difficulty_columns:
             raise PreferenceError(
                 f"`preferences.difficulty` must be another than {self.difficulty}: `preferences.format` {self.format}"
                 f" has no column of {self.difficulty}s"
             )
 
     @property
-    def _columns_of_difficulty(self) -> tuple[str, ...]:
+    def difficulty_columns(self) -> tuple[str, ...]:
         return {"label": (), "score": self.layout.scores, "rank": self.layout.ranks}[self.difficulty]
 
     def spellings(self, column: str) -> tuple[str, ...]:
@@ -82,9 +82,9 @@ class PreferenceSource:
             images: whether to read the images.
         """
         layout = self.layout
-        labels, _ = self._preference(present)
+        labels, _ = self.preference_columns(present)
         columns = [*filter(None, [layout.group]), layout.prompt, *filter(None, [layout.winner]), *labels]
-        columns += [*self._columns_of_difficulty, *(layout.images if images else ())]
+        columns += [*self.difficulty_columns, *(layout.images if images else ())]
         if layout.has_label and self.spelled(layout.has_label, present) in present:
             columns.append(layout.has_label)
         return list(dict.fromkeys(self.spelled(column, present) for column in columns))
@@ -98,7 +98,7 @@ class PreferenceSource:
         if absent := [name for name in self.wanted(present) if name not in present]:
             raise missing_columns(path, absent, present)
 
-    def _preference(self, present: Collection[str]) -> tuple[tuple[str, ...], float]:
+    def preference_columns(self, present: Collection[str]) -> tuple[tuple[str, ...], float]:
         """Columns that say which image is preferred, and the sign that makes higher values better."""
         layout = self.layout
         if layout.labels is None:
@@ -178,12 +178,12 @@ def row_of(
         elif layout.labels is None:
             labels = (1.0, *(0.0 for _ in layout.images[1:]))
         else:
-            columns, sign = source._preference(values)
+            columns, sign = source.preference_columns(values)
             labels = tuple(sign * number for number in numbers(columns))
         scores = labels
         if source.difficulty != "label":
             sign = -1.0 if source.difficulty == "rank" else 1.0
-            scores = tuple(sign * number for number in numbers(source._columns_of_difficulty))
+            scores = tuple(sign * number for number in numbers(source.difficulty_columns))
         if len(labels) < 2:
             raise ValueError(f"must have at least 2 images, got {len(labels)}")
         found = items(layout.images) if images and len(set(labels)) > 1 else {}

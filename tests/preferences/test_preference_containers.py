@@ -175,7 +175,7 @@ def rows_without_check(source: PreferenceSource) -> list[Row | Fault]:
     return [row for chunk in scan(source).chunks for row in read_rows(chunk, source)]
 
 
-def test_bad_records_of_a_text_table_are_faults_of_their_lines(tmp_path: Path) -> None:
+def test_fault_38_bad_records_of_a_text_table_are_faults_of_their_lines(tmp_path: Path) -> None:
     images = b",a.png,b.png"
     lines = [b"prompt,chosen,rejected", b"a cat" + images, b"", b"a dog,a.png", b'"caf\xe9"' + images, images]
     (tmp_path / "a.csv").write_bytes(b"\n".join([*lines, b"a cow" + images]))
@@ -286,7 +286,7 @@ def test_the_only_split_of_a_dataset_dict_is_read_and_several_are_refused(tmp_pa
 
 
 @pytest.mark.parametrize("write", [pa.ipc.new_stream, pa.ipc.new_file])
-def test_a_damaged_arrow_file_is_refused_by_name(tmp_path: Path, write: Callable[..., Any]) -> None:
+def test_fault_21_a_damaged_arrow_file_is_refused_by_name(tmp_path: Path, write: Callable[..., Any]) -> None:
     path = arrow(tmp_path / "a.arrow", write)
     whole = path.read_bytes()
     broken = {"cut": whole[: len(whole) // 2], "text": b"no Arrow", "empty": b"", "ones": whole[:8] + b"\xff" * 500}
@@ -296,7 +296,7 @@ def test_a_damaged_arrow_file_is_refused_by_name(tmp_path: Path, write: Callable
             rows_of(PreferenceSource(str(path), "pickapic"))
 
 
-def test_offsets_outside_the_buffers_of_an_arrow_file_are_refused_not_followed(tmp_path: Path) -> None:
+def test_fault_21_offsets_outside_the_buffers_of_an_arrow_file_are_refused_not_followed(tmp_path: Path) -> None:
     table = pa.table({"prompt": ["a cat", "a dog!!"], "chosen": [b"\x89x"] * 2, "rejected": [b"\x89y"] * 2})
     with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table)
@@ -330,7 +330,7 @@ def pair(archive: tarfile.TarFile, key: str, image: bytes = b"\x89PNG", **column
     add(archive, f"{key}.rejected.png", image)
 
 
-def test_names_of_tar_members_never_become_paths(tmp_path: Path) -> None:
+def test_fault_38_names_of_tar_members_never_become_paths(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(b"secret")
     path = tmp_path / "set" / "a.tar"
     path.parent.mkdir()
@@ -356,7 +356,7 @@ def test_names_of_tar_members_never_become_paths(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["secret.png", "set"] and os.listdir(path.parent) == ["a.tar"]
 
 
-def test_members_beyond_the_size_limit_and_sparse_ones_are_faults_that_are_not_read(tmp_path: Path) -> None:
+def test_fault_38_members_beyond_the_size_limit_and_sparse_ones_are_faults_that_are_not_read(tmp_path: Path) -> None:
     sparse = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.name": "c.rejected.png"}
     sparse |= {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**40)}
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
@@ -381,7 +381,7 @@ def test_members_beyond_the_size_limit_and_sparse_ones_are_faults_that_are_not_r
     assert peak < 8e6
 
 
-def test_a_tar_header_of_any_size_is_not_read_into_memory(tmp_path: Path) -> None:
+def test_fault_38_a_tar_header_of_any_size_is_not_read_into_memory(tmp_path: Path) -> None:
     header = tarfile.TarInfo("a.json")
     header.size, header.type = 2**33 - 1024, tarfile.XHDTYPE
     (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.USTAR_FORMAT))
@@ -391,7 +391,7 @@ def test_a_tar_header_of_any_size_is_not_read_into_memory(tmp_path: Path) -> Non
         scan(PreferenceSource(str(tmp_path / "a.tar"), "pairs"))
 
 
-def test_a_damaged_tar_is_refused_not_read_in_part(tmp_path: Path) -> None:
+def test_fault_21_a_damaged_tar_is_refused_not_read_in_part(tmp_path: Path) -> None:
     path = webdataset(tmp_path / "a.tar")
     whole = path.read_bytes()
     middle = 512 * (len(whole) // 1024)
