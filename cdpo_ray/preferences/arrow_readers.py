@@ -28,6 +28,9 @@ class Parquet(Reader):
     def columns(self, path: Path, source: PreferenceSource) -> Collection[str]:
         return _columns(path, _open_parquet(path).schema_arrow, source)
 
+    def seeks(self, path: Path) -> bool:
+        return True
+
     def chunks(self, path: Path, source: PreferenceSource) -> Iterator[Chunk]:
         metadata, number = _open_parquet(path).metadata, 1
         for group in range(metadata.num_row_groups):
@@ -99,6 +102,9 @@ class Arrow(Reader):
     def columns(self, path: Path, source: PreferenceSource) -> Collection[str]:
         with refusing_damage(path):
             return _columns(path, _open_arrow(path)[0], source)
+
+    def seeks(self, path: Path) -> bool:
+        return True
 
     def chunks(self, path: Path, source: PreferenceSource) -> Iterator[Chunk]:
         number = 1

@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cdpo_ray.errors import PreferenceError
 from cdpo_ray.preferences.locating import locate, reader_of
-from cdpo_ray.preferences.reader import Chunk
+from cdpo_ray.preferences.reader import Chunk, parts_of
 from cdpo_ray.preferences.rows import Fault, Numbered, PreferenceSource, Row, grouped, row_of
 from cdpo_ray.preferences.values import image_of, name_of
 from cdpo_ray.store import files_sha256
@@ -45,6 +45,12 @@ class Scan:
     unlabelled: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def add(self, chunks: Iterable[Chunk]) -> None:
+        """Append the next chunks, with their `Chunk.first_index`."""
+        for chunk in chunks:
+            last = self.chunks[-1] if self.chunks else None
+            self.chunks.append(replace(chunk, first_index=last.first_index + last.num_rows if last else 0))
 
     @property
     def counts(self) -> str:
@@ -161,14 +167,13 @@ def read_rows(chunk: Chunk, source: PreferenceSource) -> Iterator[Row | Fault]:
 
 def _scan_chunk(chunk: Chunk, source: PreferenceSource, found: Scan, *, with_images: bool) -> None:
     """Add a chunk's rows to ``found``."""
-    last = found.chunks[-1] if found.chunks else None
-    found.chunks.append(replace(chunk, first_index=last.first_index + last.num_rows if last else 0))
-    reader, folder = reader_of(Path(chunk.path)), _folder(chunk)
+    reader, folder, last = reader_of(Path(chunk.path)), _folder(chunk), 0
     images = not reader.skips_images or (
         with_images and any(reader.may_lack_images(part, source) for part in _parts(chunk, source))
     )
     for number, values in _values(chunk, source, images=images):
         found.num_rows += 1
+        last = number
         row = row_of(chunk.path, number, values, source, images=images, folder=folder)
         if with_images and isinstance(row, Row) and (missing := _missing_images(row)):
             row = missing
@@ -183,6 +188,13 @@ def _scan_chunk(chunk: Chunk, source: PreferenceSource, found: Scan, *, with_ima
         else:
             found.prompts.append(row.prompt)
             found.num_samples = max(found.num_samples, len(row.labels))
+    if reader.seeks(Path(chunk.path)):
+        found.add([chunk])
+    elif source.layout.group:
+        num_rows = max((number for number, _ in reader.rows(Path(chunk.path), source)), default=0)
+        found.add([replace(chunk, num_rows=num_rows)] if num_rows else [])
+    else:
+        found.add(parts_of(chunk, last))
 
 
 def _missing_images(row: Row) -> Fault | None:
@@ -213,8 +225,9 @@ def _chunks(path: Path, source: PreferenceSource) -> list[Chunk]:
 
 def _parts(chunk: Chunk, source: PreferenceSource) -> Iterator[Chunk]:
     """Chunks of the reader that a chunk consists of."""
-    path = Path(chunk.path)
-    yield from reader_of(path).chunks(path, source) if source.layout.group else [chunk]
+    reader, path = reader_of(Path(chunk.path)), Path(chunk.path)
+    is_whole = source.layout.group and reader.seeks(path)
+    yield from reader.chunks(path, source) if is_whole else [chunk]
 
 
 def _values(chunk: Chunk, source: PreferenceSource, *, images: bool) -> Iterator[Numbered]:

@@ -1,11 +1,12 @@
 """What a reader of preference files does; one subclass per kind of file."""
 
 import gzip
+import sys
 import zlib
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,13 @@ class Reader:
         """All rows of a file."""
         raise NotImplementedError
 
+    def seeks(self, path: Path) -> bool:
+        """Whether a chunk is read without reading over those before it."""
+        return False
+
     def chunks(self, path: Path, source: PreferenceSource) -> Iterator[Chunk]:
-        """Chunks of a file, without `Chunk.first_index`."""
-        num_rows = max((number for number, _ in self.rows(path, source)), default=0)
-        size = max(ROWS_PER_BLOCK, -(-num_rows // MAX_PARTS))
-        for start in range(0, num_rows, size):
-            yield Chunk(str(path), 0, min(size, num_rows - start), start + 1, 0)
+        """Chunks to read a whole file by, without `Chunk.first_index`; one of unknown length if it cannot seek."""
+        yield Chunk(str(path), 0, sys.maxsize, 1, 0)
 
     def records(self, chunk: Chunk, source: PreferenceSource, *, images: bool) -> Iterator[Numbered]:
         """Rows of a chunk; blank ones are left out.
@@ -113,6 +115,13 @@ class Reader:
     def warnings(self, path: Path, source: PreferenceSource) -> Iterator[str]:
         """Warnings about a file that is slow to read."""
         yield from ()
+
+
+def parts_of(whole: Chunk, num_rows: int) -> Iterator[Chunk]:
+    """Chunks, to be read in parallel, of a file that can only be read from its start."""
+    size = max(ROWS_PER_BLOCK, -(-num_rows // MAX_PARTS))
+    for start in range(0, num_rows, size):
+        yield replace(whole, num_rows=min(size, num_rows - start), first_number=start + 1)
 
 
 @contextmanager

@@ -35,6 +35,9 @@ class Tar(Reader):
         samples = islice(self._samples(path, source, lambda column: column == ALL_COLUMNS), FIRST_ROWS)
         return dict.fromkeys(name for values in samples if isinstance(values, dict) for name in values)
 
+    def seeks(self, path: Path) -> bool:
+        return True
+
     def chunks(self, path: Path, source: PreferenceSource) -> Iterator[Chunk]:
         if num_samples := sum(1 for _ in self._samples(path, source, lambda column: False)):
             yield Chunk(str(path), 0, num_samples, 1, 0)  # one: shards are small, and reading over images is slow

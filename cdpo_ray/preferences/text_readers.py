@@ -49,6 +49,9 @@ class Lines(Reader):
         with refusing_damage(path), open_bytes(path) as handle:
             yield from _json_lines(handle, 1)
 
+    def seeks(self, path: Path) -> bool:
+        return not is_compressed(path)
+
     def chunks(self, path: Path, source: PreferenceSource) -> Iterator[Chunk]:
         if is_compressed(path):
             yield from super().chunks(path, source)
@@ -209,6 +212,12 @@ class RankedFolders(Reader):
 
     def columns(self, path: Path, source: PreferenceSource) -> Collection[str]:
         return source.layout.required
+
+    def seeks(self, path: Path) -> bool:
+        return True
+
+    def chunks(self, path: Path, source: PreferenceSource) -> Iterator[Chunk]:
+        yield Chunk(str(path), 0, 1, 1, 0)
 
     def rows(self, path: Path, source: PreferenceSource) -> Iterator[Numbered]:
         yield 1, _ranked_folder(path)

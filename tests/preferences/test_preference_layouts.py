@@ -119,7 +119,8 @@ def test_images_of_one_prompt_form_one_ranking_in_any_order(
 ) -> None:
     pq.write_table(pa.Table.from_pylist(group_rows(order)), tmp_path / "a.parquet", row_group_size=rows_per_group)
     jsonl(tmp_path / "a.jsonl", group_rows(order))
-    for name in ("a.parquet", "a.jsonl"):
+    (tmp_path / "a.json").write_text(json.dumps(group_rows(order)))
+    for name in ("a.parquet", "a.jsonl", "a.json"):
         found = {row.prompt: row for row in read(tmp_path / name, "imagerewarddb") if isinstance(row, Row)}
         assert set(found) == {"prompt p", "prompt q"}
         for row in found.values():
