@@ -951,12 +951,17 @@ def test_preferences_replace_training_prompts_and_generated_images() -> None:
         ),
         (
             (*JUDGED, "preferences.format=pickapick"),
-            "`preferences.format` must be 'pickapic', 'pairs' or 'ranked_folders'",
+            "`preferences.format` must be 'pickapic', 'pairs', 'winner', 'hpdv2', ",
         ),
     ],
 )
 def test_keys_that_conflict_with_preferences_are_refused(overrides: tuple[str, ...], fault: str) -> None:
     assert any(fault in found for found in refused(*overrides))
+
+
+def test_rankings_of_more_than_two_images_may_be_ordered_by_rank_gap() -> None:
+    given = ("preferences={path: set.parquet, format: imagerewarddb, difficulty: rank}", "rewards=[preference]")
+    assert load_config(QUICKSTART, (JUDGED[0], *given)).curriculum.cuts_by_rank_gap
 
 
 def test_the_runs_own_rewards_judge_held_out_images_too() -> None:

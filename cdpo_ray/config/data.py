@@ -7,7 +7,11 @@ from pydantic import Field, model_validator
 
 from cdpo_ray.config.section import COMMIT, HUB_ID, LocalPath, Section
 
-PreferenceFormat = Literal["pickapic", "pairs", "ranked_folders"]
+PreferenceFormat = Literal[
+    "pickapic", "pairs", "winner", "hpdv2", "hpdv3", "image_list", "imagerewarddb", "ranked_folders"
+]
+RANKINGS = ("hpdv2", "image_list", "imagerewarddb", "ranked_folders")
+"""Formats whose rows may have more than two images."""
 
 
 class PromptSource(Section):
@@ -83,16 +87,21 @@ class PromptsSection(Section):
 
 
 class PreferencesSection(Section):
-    """A preference data set to train on, in place of generated images; see `preferences/formats.py` for the columns."""
+    """A preference data set to train on, in place of generated images; see `docs/guides/preferences.md`."""
 
     path: LocalPath
     """A file, a folder with all its files, or a pattern such as `data/**/train-*.parquet`; for `ranked_folders` the
-    parent folder."""
+    parent folder. Files: Parquet, Arrow (folders that `save_to_disk` of `datasets` wrote), `.jsonl`, `.json`, `.csv`,
+    `.tsv`, each text also as `.gz`, and webdataset `.tar`."""
 
     format: PreferenceFormat
-    """Layout of the files. `pickapic`: Parquet or JSONL with the columns of Pick-a-Pic. `pairs`: Parquet or JSONL with
-    `prompt`, `chosen`, `rejected`. `ranked_folders`: one folder per prompt with `prompt.txt` and images whose names
-    start with their rank, 0 the best."""
+    """Columns of the files. `pickapic`: `caption`, `jpg_0`, `jpg_1`, `label_0`, `label_1`. `pairs`: `prompt`, `chosen`,
+    `rejected`. `winner`: `prompt`, `image_a`, `image_b`, and `winner` with `a`, `b` or `tie`. `hpdv2`: `prompt`, and
+    the lists `image_path` and `human_preference` or `rank`. `hpdv3`: `prompt`, `path1` (preferred), `path2`.
+    `image_list`: `prompt`, and the lists `images` and `ratings` or `ranks`. `imagerewarddb`: one image per row with
+    `prompt_id`, `prompt`, `image`, `rank`. Labels and ratings: higher is better; ranks: lower is better.
+    `ranked_folders`: no table, but one folder per prompt with `prompt.txt` and images whose names start with their
+    rank, 0 the best."""
 
     columns: Annotated[dict[str, str], Field(default_factory=dict)]
     """Mapping from column names of the format to the names in the files, where they differ."""
@@ -116,3 +125,8 @@ class PreferencesSection(Section):
         if self.format == "ranked_folders" and (self.columns or self.difficulty != "label"):
             raise ValueError("`columns` and `difficulty` belong to tables; folders are ranked by their images' names")
         return self
+
+    @property
+    def has_pairs_only(self) -> bool:
+        """Whether every row has two images, whose rank gap is 1."""
+        return self.format not in RANKINGS

@@ -182,7 +182,9 @@ class Config(Section):
                     f"`preferences.difficulty` {self.preferences.difficulty!r} needs `rewards.rank_by` 'preference',"
                     f" got {self.rewards.ranking_reward!r}, which measures difficulty itself"
                 )
-            elif self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > 1:
+            elif (
+                self.preferences.has_pairs_only and self.curriculum.cuts_by_rank_gap and self.curriculum.num_stages > 1
+            ):
                 faults.append(
                     "`curriculum.measure` must not be 'rank_gap' for pairs, whose rank gap is always 1; choose"
                     " 'score_gap_quantile', 'score_gap' or 'margin', or `order` 'none'"

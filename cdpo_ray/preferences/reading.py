@@ -10,8 +10,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cdpo_ray.dataflow.columns import list_column, tensor_column
-from cdpo_ray.preferences.files import Chunk, Fault, PreferenceSource, Row, read_rows
+from cdpo_ray.preferences.files import read_rows
 from cdpo_ray.preferences.images import Frame, load_pixels
+from cdpo_ray.preferences.reader import Chunk
+from cdpo_ray.preferences.rows import Fault, PreferenceSource, Row
 from cdpo_ray.preferences.values import name_of
 from cdpo_ray.records import LABEL, PREFERENCE, prompt_id, score_column
 

@@ -9,7 +9,7 @@ import json
 import re
 import reprlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -79,7 +79,7 @@ def read_csv(handle: BinaryIO, column: str, delimiters: tuple[str, ...] = DELIMI
         PromptError: the header does not have the column exactly once.
     """
     header: list[str] | None = None
-    for place, record in _csv_records(handle, column, delimiters):
+    for place, record in csv_records(handle, functools.partial(_has_column, column), delimiters):
         if isinstance(record, PromptError):
             yield place, record
             if header is None:
@@ -144,15 +144,21 @@ def _decoded(handle: BinaryIO, newline: str | None = None) -> io.TextIOWrapper:
     return io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _csv_records(
-    handle: BinaryIO, column: str, delimiters: tuple[str, ...]
+def csv_records(
+    handle: BinaryIO, num_known: Callable[[list[str]], int], delimiters: Sequence[str]
 ) -> Iterator[tuple[str, list[str] | PromptError]]:
+    """Place and fields of each record of a text table, the header first; a place is a record's first line.
+
+    Args:
+        num_known: number of columns in a header that the caller knows.
+        delimiters: candidates; the one by which the header has most known columns is used, unless Excel's first line
+            names one.
+    """
     lines, num_before = _decoded(handle, newline=""), 0
     first = lines.readline()
     if named := EXCEL_SEPARATOR.match(first):
         first, num_before, delimiters = lines.readline(), 1, (named[1],)
-    usual = max(delimiters, key=first.count)  # for the error if the column is missing
-    delimiter = next((each for each in delimiters if _has_column(first, column, each)), usual)
+    delimiter = max(delimiters, key=lambda each: (num_known(_header(first, each)), first.count(each)))
     records = csv.reader(
         itertools.chain([first] if first else [], lines), delimiter=delimiter, strict=True, skipinitialspace=True
     )
@@ -168,10 +174,17 @@ def _csv_records(
         yield place, undecoded("".join(record)) or record
 
 
-def _has_column(header: str, column: str, delimiter: str) -> bool:
+def _header(line: str, delimiter: str) -> list[str]:
     try:
-        column_of(column, next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), []))
-    except (PromptError, csv.Error):
+        return [name.strip() for name in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
+    except csv.Error:
+        return []
+
+
+def _has_column(column: str, header: list[str]) -> bool:
+    try:
+        column_of(column, header)
+    except PromptError:
         return False
     return True
 

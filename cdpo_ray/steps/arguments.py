@@ -1,12 +1,14 @@
 """Config -> arguments and settings that several steps share."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from cdpo_ray.config import Config, PromptSource
 from cdpo_ray.dataflow.parts import read_quarantined
 from cdpo_ray.errors import ConfigError
-from cdpo_ray.preferences.files import PreferenceSource, fingerprint
+from cdpo_ray.preferences.files import fingerprint
+from cdpo_ray.preferences.rows import PreferenceSource
 from cdpo_ray.prompts import sources
 from cdpo_ray.records import LABEL, score_file
 from cdpo_ray.store import StepOutput, files_sha256
@@ -21,7 +23,7 @@ REWARD_WEIGHTS = ("checkpoint", "processor", "vocabulary", "captioner", "sentenc
 def preference_source(config: Config) -> PreferenceSource:
     """Location and format of the preferences."""
     assert config.preferences is not None, "called for a config with preferences only"
-    return PreferenceSource(**config.preferences.model_dump(include={"path", "format", "columns", "difficulty"}))
+    return PreferenceSource(**config.preferences.model_dump(include={field.name for field in fields(PreferenceSource)}))
 
 
 def preference_frame(config: Config) -> Any:

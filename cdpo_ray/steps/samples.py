@@ -102,8 +102,9 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
 
 
 def import_preferences(context: Context, output_dir: Path, output: StepOutput) -> None:
-    from cdpo_ray.preferences.files import Fault, scan
+    from cdpo_ray.preferences.files import scan
     from cdpo_ray.preferences.pool import import_samples
+    from cdpo_ray.preferences.rows import Fault
     from cdpo_ray.rewards.scorer import Scorer
 
     config, source = context.config, preference_source(context.config)

@@ -14,7 +14,7 @@ from cdpo_ray.dataflow.images import decode_png, encode_pixels
 from cdpo_ray.dataflow.parts import QUARANTINE, join_quarantined
 from cdpo_ray.models import load_model
 from cdpo_ray.preferences.encoder import Encoder
-from cdpo_ray.preferences.files import Fault
+from cdpo_ray.preferences.rows import Fault
 from cdpo_ray.store import make_folder
 
 NUM_ROWS = 5

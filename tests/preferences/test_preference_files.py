@@ -17,17 +17,9 @@ import pytest
 from preference_sets import encoded, judged_scenes, pickapic_rows, write_parquet
 
 from cdpo_ray.errors import PreferenceError
-from cdpo_ray.preferences.files import (
-    Chunk,
-    Fault,
-    PreferenceSource,
-    Row,
-    blocks_of,
-    fingerprint,
-    read_rows,
-    row_at,
-    scan,
-)
+from cdpo_ray.preferences.files import fingerprint, read_rows, scan
+from cdpo_ray.preferences.reader import Chunk, blocks_of, row_at
+from cdpo_ray.preferences.rows import Fault, PreferenceSource, Row
 
 
 def rows_of(source: PreferenceSource) -> list[Row | Fault]:
@@ -303,10 +295,10 @@ def test_fault_23_a_column_of_pickled_objects_is_refused_and_not_read(tmp_path: 
 @pytest.mark.parametrize(
     ("name", "format_name", "message"),
     [
-        ("nothing-*.parquet", "pairs", r"nothing-\*\.parquet: not found: /.*; give a Parquet or JSONL file"),
+        ("nothing-*.parquet", "pairs", r"nothing-\*\.parquet: not found: /.*; give a file, a folder of files"),
         ("empty", "ranked_folders", r"empty: not found: /.*; give a folder that holds one folder per prompt"),
-        ("empty", "pairs", r"empty: must hold \.parquet or \.jsonl files, got an empty folder"),
-        ("a.txt", "pairs", r"a\.txt: must end in \.parquet, \.jsonl or \.jsonl\.gz, got '\.txt'"),
+        ("empty", "pairs", r"empty: must hold files that end in \.parquet, .*, got an empty folder"),
+        ("a.txt", "pairs", r"a\.txt: must end in \.parquet, .* \(\.tar and text also with \.gz\), got '\.txt'"),
         ("a.parquet", "pairs", r"a\.parquet: cannot be read as Parquet"),
         ("empty.jsonl", "pairs", r"empty\.jsonl: must have rows, got none"),
     ],
@@ -509,7 +501,7 @@ def test_other_files_in_a_folder_are_ignored(tmp_path: Path) -> None:
     write_jsonl(pair_rows(2, tmp_path), tmp_path / "a.JSONL")
     (tmp_path / "README.md").touch()
     assert scan(PreferenceSource(str(tmp_path), "pairs")).num_rows == 2
-    with pytest.raises(PreferenceError, match=r"0-right\.png: must end in \.parquet, \.jsonl or"):
+    with pytest.raises(PreferenceError, match=r"0-right\.png: must end in \.parquet, "):
         scan(PreferenceSource(f"{tmp_path}/*", "pairs"))
 
 
@@ -519,7 +511,7 @@ def test_compressed_lines_are_read_and_a_damaged_file_is_named(tmp_path: Path) -
     (tmp_path / "a.jsonl.gz").write_bytes(packed)
     source = PreferenceSource(str(tmp_path / "a.jsonl.gz"), "pairs")
     assert [row.number for row in rows_of(source)] == list(range(1, 601))
-    assert len(scan(source).chunks) == 1
+    assert [chunk.first_number for chunk in scan(source).chunks] == [1, 257, 513]
     for content in (packed[:-20], packed[:40] + b"\xff" * 40 + packed[80:], b"no gzip"):
         (tmp_path / "a.jsonl.gz").write_bytes(content)
         with pytest.raises(PreferenceError, match=r"a\.jsonl\.gz: cannot be read: .*; download or write it again"):
@@ -550,7 +542,7 @@ def test_large_row_groups_are_reported_with_a_command_that_rewrites_them(
     path = write_parquet(pickapic_rows(600), tmp_path / "a.parquet", rows_per_group=600)
     source = PreferenceSource(str(path), "pickapic")
     assert scan(source).warnings == []
-    monkeypatch.setattr("cdpo_ray.preferences.files.MAX_ROW_GROUP_BYTES", 1000)
+    monkeypatch.setattr("cdpo_ray.preferences.arrow_readers.MAX_ROW_GROUP_BYTES", 1000)
     (warning,) = scan(source).lines()[1:]
     assert warning.startswith(f"{path}: has a row group of 600 rows and 0.0 GB, which a single task reads")
     command = shlex.split(warning.partition("write smaller ones: ")[2])

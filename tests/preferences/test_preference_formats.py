@@ -1,86 +1,63 @@
-"""Files of unsupported kinds are refused with their contents and a way to convert them."""
+"""Columns of formats, and errors for files of other kinds and formats."""
 
 import json
-import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
+from typing import get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cdpo_ray.config import PreferenceFormat
+from cdpo_ray.config.data import PreferencesSection
 from cdpo_ray.errors import PreferenceError
-from cdpo_ray.preferences.files import PreferenceSource, scan
+from cdpo_ray.preferences.files import scan
+from cdpo_ray.preferences.formats import FORMATS
+from cdpo_ray.preferences.rows import PreferenceSource
 
 PAIR = {"prompt": "a cat, asleep", "chosen": "a.png", "rejected": "b.png"}
 
 
 def refused(path: Path, format_name: str = "pairs") -> str:
+    source = PreferenceSource(str(path), format_name)
     with pytest.raises(PreferenceError) as caught:
-        scan(PreferenceSource(str(path), format_name))
+        scan(source).refuse_unusable(source, 1.0)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
     return str(caught.value)
 
 
-@pytest.mark.parametrize("ending", ["csv", "tsv"])
-def test_a_text_table_is_refused_with_a_command_that_converts_it_to_jsonl(tmp_path: Path, ending: str) -> None:
-    separator = "," if ending == "csv" else "\t"
-    (tmp_path / f"a.{ending}").write_text(
-        f'prompt{separator}chosen{separator}rejected\r\n"a cat"{separator}a.png{separator}b.png\r\n'
-    )
-    message = refused(tmp_path)
-    assert message.startswith(
-        f"{tmp_path}/a.{ending}: is a text table with columns 'prompt', 'chosen', 'rejected'; they fit"
-        " `preferences.format` pairs; convert it to JSONL: python -c "
-    )
-    command = shlex.split(message.partition("convert it to JSONL: ")[2])
-    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
-    assert scan(PreferenceSource(str(tmp_path / "a.jsonl"), "pairs")).prompts == ["a cat"]
-
-
-def test_the_suggested_command_quotes_the_file_name(tmp_path: Path) -> None:
-    name = "$(touch ran) `touch ran`'; \"{to} touch ran #.csv"
-    (tmp_path / name).write_text("prompt,chosen,rejected\na cat,a.png,b.png\n")
-    command = refused(tmp_path).partition("convert it to JSONL: ")[2]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, env=os.environ | {"PATH": path})
-    assert not (tmp_path / "ran").exists() and len(list(tmp_path.glob("*.jsonl"))) == 1
-
-
-def test_json_that_is_not_jsonl_is_refused_with_its_contents(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps([{"prompt": "a cat", "image_path": ["a", "b"]}] * 3, indent=1))
-    assert refused(tmp_path) == (
-        f"{tmp_path}/a.json: is a JSON list of objects with 'prompt', 'image_path'; `preferences.format` pairs has"
-        " prompt, chosen, rejected; write one object per line: jq -c '.[]' a.json > a.jsonl"
-    )
-    (tmp_path / "a.json").write_text(f"{json.dumps(PAIR)}\n{json.dumps(PAIR)}\n")
-    assert "a.json: must end in .jsonl if it holds one object per line" in refused(tmp_path)
+def test_files_of_other_kinds_are_refused_with_advice(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("3")
-    assert "a.json: must hold one object per line and end in .jsonl, got other JSON" in refused(tmp_path)
+    assert refused(tmp_path / "a.json").endswith(
+        "must have a row with a preference, got 1 rows: 0 with a preference, 0 tied, 0 unlabelled, 1 cannot be read"
+    )
     (tmp_path / "a.jsonl").write_text(json.dumps([PAIR] * 3))
-    assert "a.jsonl: is a JSON list of objects with 'prompt', 'chosen', 'rejected'; they fit" in refused(tmp_path)
-
-
-def test_other_folders_and_archives_are_refused_with_advice(tmp_path: Path) -> None:
-    saved = tmp_path / "saved"
-    saved.mkdir()
-    for name in ("dataset_info.json", "state.json", "data-00000-of-00001.arrow"):
-        (saved / name).write_text("{}")
-    assert f"{saved}: is a `save_to_disk` folder; convert it to Parquet: python -c " in refused(saved)
+    assert refused(tmp_path / "a.jsonl").endswith("is a JSON list, not one object per line; rename it to end in .json")
     shards = tmp_path / "shards"
     shards.mkdir()
-    (shards / "00000.tar").touch()
-    assert f"{shards}/00000.tar: is an archive; unpack it, and write a JSONL file" in refused(shards)
+    (shards / "00000.zip").touch()
+    assert f"{shards}/00000.zip: is an archive; unpack it, and give the table that names its images" in refused(shards)
+    (tmp_path / "my set.parquet.gz").touch()
+    assert refused(tmp_path / "my set.parquet.gz").endswith("decompress it: gunzip 'my set.parquet.gz'")
     images = tmp_path / "images"
     images.mkdir()
     for name in ("a.png", "b.PNG", "LICENSE"):
         (images / name).touch()
-    assert refused(images).endswith("must hold .parquet or .jsonl files, got 2 .png, 1 without extension")
+    assert refused(images).endswith("(.tar and text also with .gz), got 2 .png, 1 without extension")
     (images / "one").mkdir()
     (images / "one" / "prompt.txt").touch()
     assert refused(images).endswith("holds one folder per prompt; set `preferences.format` to ranked_folders")
+
+
+def test_a_folder_of_one_prompt_and_a_file_are_refused_as_ranked_folders(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "prompt.txt").touch()
+    (tmp_path / "a.parquet").touch()
+    message = refused(tmp_path / "one", "ranked_folders")
+    assert message == f"{tmp_path}/one: is the folder of one prompt; give the folder that holds it, {tmp_path}"
+    assert "is a file, but `preferences.format` ranked_folders needs a folder" in refused(
+        tmp_path / "a.parquet", "ranked_folders"
+    )
 
 
 @pytest.mark.parametrize("url", ["https://host/a.parquet", "s3://bucket/set", "hf://datasets/a/b"])
@@ -97,11 +74,33 @@ def test_missing_columns_are_reported_with_the_fitting_format_or_the_columns_of_
         " `preferences.format` pairs"
     )
     (tmp_path / "a.parquet").unlink()
-    rows = [{"prompt": "a cat", "chosen_file_name": "a.png", "rejected_file_name": "b.png"}, {"prompt": "a dog"}]
-    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a cat", "image_path": ["a.png", "b.png"]}))
     assert refused(tmp_path).endswith(
-        "a.jsonl: has no column 'chosen', 'rejected', got 'prompt', 'chosen_file_name', 'rejected_file_name'; give"
-        " their names in `preferences.columns`"
+        "a.jsonl: has no column 'chosen', 'rejected', got 'prompt', 'image_path'; give their names in"
+        " `preferences.columns`, or set `preferences.format` to hpdv2, which has prompt, image_path, human_preference"
     )
     (tmp_path / "a.jsonl").write_text(json.dumps({f"\x1b{number}" + "x" * 500: 1 for number in range(500)}))
-    assert "'\\x1b0xxx" in refused(tmp_path) and "... (500 in total)" in refused(tmp_path)
+    message = refused(tmp_path)
+    assert "'\\x1b0xxx" in message and "... (500 in total); give their names in `preferences.columns`" in message
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "ranked_folders"])
+def test_columns_of_each_format_are_recognised_as_its(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(dict.fromkeys(FORMATS[name].required, "x")))
+    other = "pairs" if name != "pairs" else "pickapic"
+    assert refused(tmp_path, other).endswith(f"; they fit `preferences.format` {name}")
+
+
+def test_the_config_names_the_formats_and_those_with_more_than_two_images() -> None:
+    assert get_args(PreferenceFormat) == tuple(FORMATS)
+    of_lists = [name for name, columns in FORMATS.items() if len(columns.images) == 1]
+    assert of_lists == [name for name in FORMATS if not PreferencesSection(path="x", format=name).has_pairs_only]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_difficulty_without_columns_is_refused(name: str) -> None:
+    for difficulty, columns in {"score": FORMATS[name].scores, "rank": FORMATS[name].ranks}.items():
+        source = PreferenceSource("nowhere", name, difficulty=difficulty)
+        expected = "not found" if columns else f"`preferences.format` {name} has no column of {difficulty}s"
+        with pytest.raises(PreferenceError, match=expected):
+            scan(source)

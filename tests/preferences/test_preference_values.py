@@ -9,7 +9,7 @@ import pytest
 from preference_sets import encoded, judged_scenes
 
 from cdpo_ray.errors import printable
-from cdpo_ray.preferences.values import image_of, is_false, number_of
+from cdpo_ray.preferences.values import image_of, is_false, list_of, number_of, winner_of
 
 IMAGE = next(judged_scenes(1)).right
 PNG = encoded(IMAGE)
@@ -95,3 +95,59 @@ def test_every_spelling_of_false_is_recognised() -> None:
 
 def test_control_characters_are_escaped_and_other_scripts_are_not() -> None:
     assert printable("a\x1b[31m\n猫 é") == "a\\x1b[31m\\n猫 é"
+
+
+@pytest.mark.parametrize(
+    ("value", "winner"),
+    [
+        ("a", "image_a"),
+        (" B ", "image_b"),
+        ("model_a", "image_a"),
+        ("Image B", "image_b"),
+        ("image_b", "image_b"),
+        ("tie", ""),
+        ("Tie (bothbad)", ""),
+        ("both", ""),
+        (None, None),
+        (" ", None),
+        (float("nan"), None),
+    ],
+)
+def test_a_winner_names_a_column_the_part_in_which_it_differs_or_a_tie(value: object, winner: str | None) -> None:
+    assert winner_of({"w": value}, "w", ["image_a", "image_b"]) == winner
+
+
+@pytest.mark.parametrize(
+    ("images", "values"),
+    [
+        (["image_0", "image_1"], [0, 1]),
+        (["image1", "image2"], ["1", 2.0]),
+        (["jpg_1", "jpg_2"], ["1", "image2"]),
+        (["left_image", "right_image"], ["left", "Right"]),
+        (["chosen", "rejected"], ["chosen", "rejected"]),
+    ],
+)
+def test_a_winner_is_named_as_the_columns_are(images: list[str], values: list[object]) -> None:
+    assert [winner_of({"w": value}, "w", images) for value in values] == images
+
+
+@pytest.mark.parametrize("value", ["c", "a or b", 0, 2, True, "image", "x" * 10_000])
+def test_another_winner_is_refused_with_the_choices(value: object) -> None:
+    with pytest.raises(ValueError, match=r"`w` must be one of a, b, or tie, got .{1,90}$"):
+        winner_of({"w": value}, "w", ["image_a", "image_b"])
+
+
+def test_a_list_may_be_written_as_text_and_runs_no_code() -> None:
+    for text in ("[1, 0]", "(1, 0)", " [1,0]"):
+        assert list(list_of({"n": text}, "n")) == [1, 0]
+    for value in ("[print(1)]", "1", "{}", None, 3, "[" * 50_000, "[" + "1," * 100_000 + "1]", {"a": 1}):
+        with pytest.raises(ValueError, match="`n` must be a list with one value per image, got "):
+            list_of({"n": value}, "n")
+
+
+def test_a_tilde_is_the_home_folder_if_no_file_has_such_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert image("~/a [1] **.png", tmp_path) == str(tmp_path / "home" / "a [1] **.png")
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~" / "b.png").touch()
+    assert image("~/b.png", tmp_path) == str(tmp_path / "~" / "b.png")
