@@ -79,7 +79,7 @@ def try_rewards(config: Config, prompts: PromptSplit) -> list[str]:
     size = config.generation.height or TRIED_SIZE, config.generation.width or TRIED_SIZE
     images = torch.randint(256, (NUM_TRIED, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     words = ([*prompts.train, *prompts.heldout] * NUM_TRIED)[:NUM_TRIED]
-    found = Scorer({name: {} for name in functions})(images, words)
+    found = Scorer({name: config.rewards.options(name) for name in functions})(images, words)
     return [f"{name} of two images of random pixels: {a:.4g}, {b:.4g}" for name, (a, b) in found.items()]
 
 

@@ -282,6 +282,11 @@ def test_every_reward_with_a_weight_counts_in_a_combination(rank_by: str) -> Non
             "`curriculum.min_gap_in_noise` needs `rewards.noise_prompts`, the number of prompts to score twice",
         ),
         (
+            ("rewards=[clip,'m:f']", "rewards.arguments={jpeg_size: {quality: 50}}"),
+            "`rewards.arguments` must be of your own rewards among `rewards.names` and `evaluation.judges`, which are"
+            " ['m:f'], got 'jpeg_size'",
+        ),
+        (
             ("run.samples_from=runs/other", "rounds=2"),
             "`run.samples_from` gives the images of one round, but `rounds` is 2; leave out one",
         ),

@@ -48,6 +48,10 @@ CHANGES: dict[str, tuple[list[str], set[str]]] = {
         ["rewards.names=[clip,jpeg_size]", "rewards.rank_by=jpeg_size"],
         {"score", "pairs", "evaluate"},
     ),
+    "rewards.arguments": (
+        ["rewards=[clip,'m:f']", "rewards.arguments={'m:f': {x: 1}}"],
+        {"score", "evaluate"},
+    ),
     "rewards.noise_prompts": (["rewards.noise_prompts=4"], {"score", "pairs"}),
     "rewards.placement": (["rewards.placement=pool"], NOTHING),
     "rewards.max_bad_fraction": (["rewards.max_bad_fraction=0.5"], PAIRS),

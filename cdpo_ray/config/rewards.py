@@ -365,6 +365,10 @@ class RewardsSection(Section):
     """Weight of each reward in `rank_by: weighted_sum`; 1 where none is given. 0 excludes a reward, a negative weight
     prefers low scores."""
 
+    arguments: Annotated[dict[str, dict[str, Any]], Field(default_factory=dict)]
+    """Keyword arguments of your own rewards, by `module:function`. A class is instantiated with them; a function gets
+    them in each call. A file that they name is not part of what is compared when a run continues."""
+
     noise_prompts: Annotated[int, Field(ge=0)] = 0
     """Number of prompts whose images are scored twice, the second time in other batches, to measure the rewards' own
     noise; for example 32. Required for `curriculum.min_gap_in_noise`."""
@@ -441,7 +445,7 @@ class RewardsSection(Section):
     def options(self, name: str) -> dict[str, Any]:
         """Keyword arguments of one reward's class."""
         section = self._section(name)
-        return section.model_dump() if section else {}
+        return section.model_dump() if section else dict(self.arguments.get(name, {}))
 
     def fault(self, name: str) -> str:
         """Why a reward cannot be used with its options; empty: it can."""

@@ -20,6 +20,7 @@ from cdpo_ray.config.section import Place, Section
 from cdpo_ray.config.tracking import TrackingSection
 from cdpo_ray.config.training import TimestepRange, TrainingSection
 from cdpo_ray.records import PERTURBATION, PREFERENCE
+from cdpo_ray.user_code import USER_FUNCTION
 
 
 class RunSection(Section):
@@ -197,6 +198,13 @@ class Config(Section):
     def _rewards_have_their_options(self) -> "Config":
         used = dict.fromkeys([*self.rewards.names, *self.evaluation.judges])
         faults = [fault for name in used if (fault := self.rewards.fault(name))]
+        own = [name for name in used if USER_FUNCTION.match(name)]
+        faults += [
+            f"`rewards.arguments` must be of your own rewards among `rewards.names` and `evaluation.judges`, which are"
+            f" {own}, got {name!r}"
+            for name in self.rewards.arguments
+            if name not in own
+        ]
         if faults:
             raise ValueError("; ".join(faults))
         return self

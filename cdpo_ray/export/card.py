@@ -171,7 +171,7 @@ def _table(settings: Mapping[str, Any]) -> Markup:
 
 def _reward_settings(rewards: Mapping[str, Any]) -> dict[str, Any]:
     """All settings, without those of unused built-in rewards."""
-    used = ("weights", *rewards["names"])
+    used = ("weights", "arguments", *rewards["names"])
     return {key: value for key, value in rewards.items() if not isinstance(value, Mapping) or (value and key in used)}
 
 

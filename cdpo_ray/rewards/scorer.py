@@ -1,10 +1,12 @@
 """Images and prompts -> scores of several rewards, in one process."""
 
+import functools
 import importlib
 import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,13 +19,15 @@ from cdpo_ray.config import REWARDS
 from cdpo_ray.dataflow.columns import list_column, tensor_column
 from cdpo_ray.dataflow.images import decode_pngs, is_black
 from cdpo_ray.dataflow.memory import is_out_of_memory, needed_and_free
-from cdpo_ray.errors import RewardError
+from cdpo_ray.errors import RewardError, printable
 from cdpo_ray.models import load_model
 from cdpo_ray.records import score_column
 from cdpo_ray.rewards.crashes import report_crashes
 from cdpo_ray.user_code import attribute_errors, load_function
 
 log = logging.getLogger(__name__)
+SCORE_KEYS = ("scores", "score", "rewards", "reward")
+"""Keys under which a reward may return its scores in a mapping."""
 
 
 class Reward(Protocol):
@@ -84,10 +88,8 @@ class Scorer:
 def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
     """Load a built-in reward by name, or a user's ``module:function``, also from the working directory.
 
-    A user's class is instantiated without arguments.
-
     Args:
-        options: keyword arguments of a built-in reward.
+        options: keyword arguments of the class, or of each call of a user's function.
 
     Raises:
         RewardError: if it cannot be imported or instantiated, or is not callable.
@@ -98,7 +100,10 @@ def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
             found = getattr(importlib.import_module(module_name), attribute)(**options)
         else:
             found = load_function("reward", name, RewardError)
-            found = found() if isinstance(found, type) else found
+            if isinstance(found, type):
+                found = found(**options)
+            elif options and callable(found):
+                found = functools.partial(found, **options)
     if not callable(found):
         raise RewardError(
             f"reward `{name}`: must be a function of images and prompts, or a class of such callables, got"
@@ -126,13 +131,19 @@ def as_scores(returned: Any, num_images: int) -> NDArray[np.float64] | None:
     """Convert a reward's return value to scores ``[image]``; `None`: it is not one number per image.
 
     Accepts tensors of any device and dtype, with or without gradients; arrays; lists of numbers or tensors; additional
-    dimensions of size 1; and tuples in which only the first item is scores, such as ``(scores, info)``.
+    dimensions of size 1; tuples in which only the first item is scores, such as ``(scores, info)``; and mappings with
+    one of `SCORE_KEYS`.
     """
     if returned is None:
         return None
-    if isinstance(returned, tuple) and len(returned) > 1:
-        first, *others = (as_scores(item, num_images) for item in returned)
-        if first is not None and all(other is None for other in others):
+    if isinstance(returned, Mapping):
+        keys = [key for key in SCORE_KEYS if key in returned]
+        return as_scores(returned[keys[0]], num_images) if len(keys) == 1 else None
+    if isinstance(returned, tuple) and len(returned) > 1 and not isinstance(returned[0], Real):
+        # a plain number is information, also beside the scores of a single image
+        others = [item for item in returned[1:] if not isinstance(item, Real)]
+        first = as_scores(returned[0], num_images)
+        if first is not None and all(as_scores(other, num_images) is None for other in others):
             return first
     try:
         scores = np.array(_plain(returned), dtype=np.float64)  # a copy: a reward may return the same buffer each time
@@ -150,6 +161,8 @@ def _plain(values: Any) -> Any:
 
 def _described(returned: Any) -> str:
     kind = type(returned).__name__
+    if isinstance(returned, Mapping):
+        return printable(f"a {kind} with the keys {list(returned)}, not one of {', '.join(SCORE_KEYS)}")
     if isinstance(returned, list | tuple):
         return f"a {kind} of {len(returned)} items ({', '.join(sorted({type(item).__name__ for item in returned}))})"
     return f"{kind} of shape {list(returned.shape)}, {returned.dtype}" if hasattr(returned, "dtype") else kind

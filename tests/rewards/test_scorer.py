@@ -100,6 +100,26 @@ def with_more(images, prompts):
     return mean(images, prompts), None, prompts
 
 
+def with_seconds(images, prompts):
+    return mean(images, prompts), 0.5
+
+
+def in_a_mapping(images, prompts):
+    return {"scores": mean(images, prompts), "logits": torch.zeros(len(prompts), 2)}
+
+
+def mean_and_deviation(images, prompts):
+    return torch.stack([mean(images, prompts), images.float().std(dim=(1, 2, 3))], dim=1)
+
+
+def by_aspect(images, prompts):
+    return {"quality": mean(images, prompts), "alignment": mean(images, prompts)}
+
+
+def scaled(images, prompts, factor=1.0):
+    return factor * mean(images, prompts)
+
+
 def list_of_tensors(images, prompts):
     return [image.float().mean().requires_grad_() for image in images]
 
@@ -123,8 +143,11 @@ class Module(torch.nn.Module):
 
 
 class WithArguments(Mean):
+    made = 0
+
     def __init__(self, path):
-        pass
+        self.path = path
+        WithArguments.made += 1
 
 
 class NotCalled:
@@ -197,7 +220,7 @@ def test_a_reward_that_raises_is_reported_with_error_and_line(own_module: Path) 
     "name",
     [
         "a_column", "a_row", "squeezed", "in_bfloat16", "with_gradients", "half", "with_info", "with_more",
-        "list_of_tensors", "Mean", "Module",
+        "with_seconds", "in_a_mapping", "list_of_tensors", "Mean", "Module",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("num_images", [1, 2])
@@ -213,6 +236,8 @@ def test_usual_shapes_and_types_of_scores_are_accepted(name: str, num_images: in
         ("one_number", "float"),
         ("nothing", "NoneType"),
         ("a_square", r"Tensor of shape \[2, 2\], torch\.float32"),
+        ("mean_and_deviation", r"Tensor of shape \[2, 2\], torch\.float32"),
+        ("by_aspect", r"a dict with the keys \['quality', 'alignment'\], not one of scores, score, rewards, reward"),
         ("two_scores", r"a tuple of 2 items \(Tensor\)"),
         ("words", r"a list of 2 items \(str\)"),
     ],
@@ -244,6 +269,22 @@ def test_scores_survive_a_reward_that_reuses_its_buffer() -> None:
 def test_a_reward_that_is_not_callable_is_reported(name: str, reason: str) -> None:
     with pytest.raises(RewardError, match=rf"^reward `{MODULE}:{name}`:? {reason}"):
         load_reward(f"{MODULE}:{name}", {})
+
+
+def test_arguments_reach_a_class_once_and_a_function_in_each_call() -> None:
+    mean, own = f"{MODULE}:scaled", f"{MODULE}:WithArguments"
+    scorer = Scorer({mean: {"factor": 2.0}, own: {"path": "weights"}})
+    for _ in range(2):
+        assert scorer(IMAGES, PROMPTS)[mean].tolist() == [47.0, 143.0]
+    reward = scorer.rewards[own]
+    assert (reward.path, type(reward).made) == ("weights", 1)  # type: ignore[attr-defined]
+    with pytest.raises(RewardError, match=rf"^reward `{mean}` raised TypeError: .*unexpected keyword argument 'size'"):
+        Scorer({mean: {"size": 2}})(IMAGES, PROMPTS)
+
+
+def test_the_config_gives_arguments_to_own_rewards_only() -> None:
+    section = RewardsSection(names=[f"{MODULE}:scaled", "jpeg_size"], arguments={f"{MODULE}:scaled": {"factor": 2.0}})
+    assert section.judges == {f"{MODULE}:scaled": {"factor": 2.0}, "jpeg_size": {"quality": 90}}
 
 
 def test_fault_44_a_reward_that_modifies_its_inputs_changes_nothing() -> None:
