@@ -32,7 +32,9 @@ settings.load_profile("untimed")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Family -> folder of its real architecture, narrow, with random weights; do not write into it.
 
-    Variants of a family: `flux_schnell`, `flux2_distilled`. The processes of `pytest -n` share the folders: the first that needs a model builds it.
+    Variants of a family: `flux_schnell`, `flux2_distilled`.
+
+    The processes of `pytest -n` share the folders: the first that needs a model builds it.
     """
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -101,7 +101,7 @@ class Flux2(FlowMatchingModel):
 
 
 def to_patches(latents: Tensor) -> Tensor:
-    """``[sample, channel, height, width]`` -> one position per 2x2 patch, ``[sample, channel * 4, height/2, width/2]``."""
+    """``[sample, channel, height, width]`` -> one position per 2x2 patch, of 4 times as many channels."""
     return torch.nn.functional.pixel_unshuffle(latents, 2)
 
 

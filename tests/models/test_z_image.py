@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from torch import nn
+from torch._dynamo.utils import counters
 
 from cdpo_ray.models.z_image import ZImage, unpadded
 from cdpo_ray.randomness.noise import noise_at
@@ -102,3 +104,32 @@ def test_tokens_of_the_chat_beyond_the_limit_of_512_are_counted(model: ZImage, l
     conditioning, num_cut = model.encode_prompts(["a" * length, "b"])  # one token per letter, 19 of the template
     assert num_cut == [cut, 0]
     assert conditioning["prompt_mask"][0].sum() == min(512, length + 19)
+
+
+def test_the_time_embedding_of_a_quantised_16_bit_model_is_16_bits(folder: Path) -> None:
+    """The transformer asks its first linear layer for the dtype of its input."""
+    model = ZImage.load(str(folder), device="cpu", dtype="bfloat16", quantization="int8")
+    with torch.no_grad():
+        assert model.denoiser.t_embedder(torch.tensor([3.0])).dtype == torch.bfloat16
+
+
+def test_compiled_blocks_give_the_same_latents_and_are_not_compiled_again_for_other_lengths(
+    folder: Path, model: ZImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **options: compile_module(self, **options | {"backend": "eager"})
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = ZImage.load(str(folder), device="cpu", compile=True)
+    noise = noise_at((2, *model.latent_shape(64, 48)), 0, "noise")
+    options: dict[str, Any] = {"num_denoising_steps": 2, "guidance_scale": 4.0}
+    for number, prompts in enumerate(([SHORT, LONG], [LONG, 3 * LONG], ["a" * 100, SHORT])):
+        conditioning, _ = model.encode_prompts(list(prompts))
+        expected = model.sample(conditioning, noise, **options)
+        torch.testing.assert_close(compiled.sample(conditioning, noise, **options), expected, rtol=1e-4, atol=1e-4)
+        if number == 0:
+            num_graphs = counters["stats"]["unique_graphs"]
+    assert 0 < num_graphs == counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
