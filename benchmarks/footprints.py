@@ -49,6 +49,16 @@ VAE = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "latent_channels": 4,
 }
+QWEN3_4B = transformers.Qwen3Config(
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+    architectures=["Qwen3ForCausalLM"],
+)
 VAE_16 = VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 UNET: dict[str, Any] = {"_class_name": "UNet2DConditionModel"}
 ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any]]] = {
@@ -102,6 +112,19 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any]]] = {
         [CLIP_L, CLIP_BIG_G, T5_XXL],
     ),
     "flux_dev": ({"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}, VAE_16, [CLIP_L, T5_XXL]),
+    "flux2_klein_4b": (
+        {
+            "_class_name": "Flux2Transformer2DModel",
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        {"_class_name": "AutoencoderKLFlux2"},
+        [QWEN3_4B],
+    ),
+    "z_image": ({"_class_name": "ZImageTransformer2DModel"}, VAE_16, [QWEN3_4B]),
 }
 DEFINING = (
     "block_out_channels",
@@ -117,6 +140,10 @@ DEFINING = (
     "joint_attention_dim",
     "dual_attention_layers",
     "in_channels",
+    "dim",
+    "n_layers",
+    "n_refiner_layers",
+    "cap_feat_dim",
 )
 """Keys of a denoiser's configuration that identify its architecture in a folder."""
 PUBLISHED_TERAFLOPS = {"sd15": 0.803, "sdxl": 6.76, "sd35_medium": 11.25, "flux_dev": 74.4}

@@ -30,7 +30,9 @@ settings.load_profile("untimed")
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Family (or `flux_schnell`) -> folder of its real architecture, narrow, random weights; do not write into it.
+    """Family -> folder of its real architecture, narrow, with random weights; do not write into it.
+
+    Variants of a family: `flux_schnell`, `flux2_distilled`.
 
     The processes of `pytest -n` share the folders: the first that needs a model builds it.
     """
@@ -49,6 +51,9 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
             "stable_diffusion_3": tiny_models.build_tiny_sd3,
             "flux": tiny_models.build_tiny_flux,
             "flux_schnell": functools.partial(tiny_models.build_tiny_flux, guidance_embeds=False),
+            "flux2": tiny_models.build_tiny_flux2,
+            "flux2_distilled": functools.partial(tiny_models.build_tiny_flux2, is_distilled=True),
+            "z_image": tiny_models.build_tiny_z_image,
         }
         folder = shared / f"tiny_{family}"
         with (shared / f"tiny_{family}.lock").open("w") as lock:

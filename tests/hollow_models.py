@@ -13,6 +13,8 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 SD_UNET = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768}
 CLIP_TOKENIZER = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+QWEN3_4B = {"model_type": "qwen3", "hidden_size": 2560, "num_hidden_layers": 36, "max_position_embeddings": 40_960}
+QWEN_TOKENIZER = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 131_072}
 T5_TOKENIZER = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512}
 
 Parts = dict[str, tuple[str, Mapping[str, Any]]]
@@ -90,6 +92,32 @@ MODELS: dict[str, tuple[str, Parts]] = {
             "text_encoder_2": ("T5EncoderModel", T5_XXL),
             "tokenizer": ("CLIPTokenizer", CLIP_TOKENIZER),
             "tokenizer_2": ("T5TokenizerFast", T5_TOKENIZER),
+            "scheduler": ("FlowMatchEulerDiscreteScheduler", FLOW),
+        },
+    ),
+    "flux2": (
+        "Flux2KleinPipeline",
+        {
+            "transformer": (
+                "Flux2Transformer2DModel",
+                {
+                    **{"_class_name": "Flux2Transformer2DModel", "in_channels": 128},
+                    **{"joint_attention_dim": 7680, "guidance_embeds": False},
+                },
+            ),
+            "vae": ("AutoencoderKLFlux2", {"_class_name": "AutoencoderKLFlux2", "patch_size": [2, 2]}),
+            "text_encoder": ("Qwen3ForCausalLM", QWEN3_4B),
+            "tokenizer": ("Qwen2TokenizerFast", QWEN_TOKENIZER),
+            "scheduler": ("FlowMatchEulerDiscreteScheduler", FLOW),
+        },
+    ),
+    "z_image": (
+        "ZImagePipeline",
+        {
+            "transformer": ("ZImageTransformer2DModel", {"_class_name": "ZImageTransformer2DModel", "in_channels": 16}),
+            "vae": ("AutoencoderKL", VAE | {"latent_channels": 16}),
+            "text_encoder": ("Qwen3Model", QWEN3_4B),
+            "tokenizer": ("Qwen2Tokenizer", QWEN_TOKENIZER),
             "scheduler": ("FlowMatchEulerDiscreteScheduler", FLOW),
         },
     ),

@@ -60,7 +60,7 @@ def test_full_fine_tuning_records_the_default_lora_and_refuses_another() -> None
     ]
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion_3", "flux"])
+@pytest.mark.parametrize("family", ["stable_diffusion_3", "flux", "flux2", "z_image"])
 def test_images_of_families_with_patches_are_whole_patches(family: str) -> None:
     fits = ("model.family=" + family, f"model.path={PACKAGE}", "generation.height=1040")
     assert load_config(QUICKSTART, fits).generation.height == 1040

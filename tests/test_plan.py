@@ -116,6 +116,8 @@ def test_the_disk_space_is_that_of_latents_and_images(tiny_sd15: Path) -> None:
         ("stable_diffusion_xl", 4, 8, "KB", 1e3),
         ("stable_diffusion_3", 16, 8, "KB", 1e3),
         ("flux", 16, 128, "MB", 1e6),
+        ("flux2", 8, 128, "MB", 1e6),  # 8 channels of the VAE
+        ("z_image", 16, 128, "MB", 1e6),
     ],
 )
 def test_the_size_of_latents_is_read_from_every_familys_folder(
@@ -128,7 +130,7 @@ def test_the_size_of_latents_is_read_from_every_familys_folder(
 
 def test_latent_channels_of_a_hub_model_are_those_of_its_family() -> None:
     hub = ("model.path=someone/some-model", "model.revision='0123456789abcdef0123456789abcdef01234567'")
-    for family, channels in (("stable_diffusion_xl", 4), ("stable_diffusion_3", 16), ("flux", 16)):
+    for family, channels in (("stable_diffusion_xl", 4), ("flux", 16), ("flux2", 32), ("z_image", 16)):
         sized = (*hub, f"model.family={family}", "generation.height=1024", "generation.width=512")
         assert f"latents {48 * channels * 128 * 64 * 4 / 1e6:.3g} MB" in str(make_plan(config(*sized), PROMPTS))
 

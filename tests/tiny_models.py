@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     LatentConsistencyModelPipeline,
@@ -21,6 +24,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from open_clip.tokenizer import bytes_to_unicode
 from transformers import (
@@ -28,6 +33,10 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -292,6 +301,95 @@ def build_tiny_flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
         tokenizer=tokenizer,
         text_encoder_2=tiny_t5(t5_tokenizer),
         tokenizer_2=t5_tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""Chat template of Qwen3 for one message."""
+
+
+def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
+    """A Qwen tokenizer without merges: one token per byte, special tokens of chats, and Qwen3's template."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    vocabulary = {token: number for number, token in enumerate([*bytes_to_unicode().values(), *special])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=131_072)
+    tokenizer.add_tokens(special, special_tokens=True)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def tiny_qwen3(tokenizer: Qwen2Tokenizer, *, num_layers: int, **config: Any) -> Qwen3Config:
+    """Qwen3 as published (grouped queries, tied embeddings), narrow."""
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=True,
+        **config,
+    )
+
+
+def build_tiny_flux2(folder: Path, *, is_distilled: bool = False) -> Path:
+    """FLUX.2 klein as published (joint and single blocks, batch-normalised patches, three layers of Qwen3), narrow."""
+    torch.manual_seed(0)
+    tokenizer = tiny_qwen_tokenizer()
+    vae = AutoencoderKLFlux2(block_out_channels=(32, 32, 32, 32), layers_per_block=1, latent_channels=8, sample_size=64)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=32,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 32,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(tiny_qwen3(tokenizer, num_layers=28)),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        is_distilled=is_distilled,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def build_tiny_z_image(folder: Path) -> Path:
+    """Z-Image as published (one stream, refiners, prompts of their own length), narrow."""
+    torch.manual_seed(0)
+    tokenizer = tiny_qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=(4, 6, 6),
+    )
+    with torch.no_grad():
+        for token in (transformer.x_pad_token, transformer.cap_pad_token):
+            token.normal_()
+    ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=tiny_vae(16, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=Qwen3Model(tiny_qwen3(tokenizer, num_layers=3)),
+        tokenizer=tokenizer,
         transformer=transformer,
     ).save_pretrained(folder, safe_serialization=True)
     return folder

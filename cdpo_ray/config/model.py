@@ -6,11 +6,22 @@ from pydantic import Field, model_validator
 
 from cdpo_ray.config.section import LocalPath, Section, check_weights
 
-Family = Literal["stable_diffusion", "stable_diffusion_xl", "latent_consistency", "stable_diffusion_3", "flux"]
+Family = Literal[
+    "stable_diffusion",
+    "stable_diffusion_xl",
+    "latent_consistency",
+    "stable_diffusion_3",
+    "flux",
+    "flux2",
+    "z_image",
+]
 """`cdpo_ray.models.FAMILIES` maps each to its class; a test compares the two."""
 
 CONSISTENCY = "latent_consistency"
 """The family of consistency models."""
+
+GUIDANCE_FROM_ZERO = ("z_image",)
+"""Families whose pipelines in diffusers count the guidance scale from 0, which is none."""
 
 GUIDANCE_EMBEDDED = (CONSISTENCY, "flux")
 """Guidance-conditioned families."""
@@ -18,7 +29,7 @@ GUIDANCE_EMBEDDED = (CONSISTENCY, "flux")
 CONSISTENCY_TIMESTEPS = 50
 """Number of timesteps that a latent consistency model is distilled and sampled at."""
 
-FLOW_MATCHING = ("stable_diffusion_3", "flux")
+FLOW_MATCHING = ("stable_diffusion_3", "flux", "flux2", "z_image")
 """Flow-matching families, whose denoiser takes patches of 2 x 2 latent values, 16 x 16 pixels."""
 
 
@@ -43,7 +54,7 @@ class ModelSection(Section):
 
     family: Family = "stable_diffusion"
     """Architecture and sampler. `stable_diffusion`: SD 1.5, 2.1; `stable_diffusion_xl`: SDXL; `latent_consistency`:
-    LCM; `stable_diffusion_3`: SD 3.5; `flux`: FLUX.1."""
+    LCM; `stable_diffusion_3`: SD 3.5; `flux`: FLUX.1; `flux2`: FLUX.2 klein; `z_image`: Z-Image."""
 
     path: LocalPath
     """`embedded` (the tiny model of the package), a folder in diffusers layout, or a hub id."""
@@ -86,17 +97,18 @@ class GenerationSection(Section):
     published models 50."""
 
     num_denoising_steps: Annotated[int, Field(ge=1, le=1000)]
-    """Number of denoising steps per image; time is proportional to it. 30 in the configurations of SD, SDXL, SD 3.5 and
-    FLUX; 1 to 8 are usual for `latent_consistency`, which allows at most 50."""
+    """Number of denoising steps per image; time is proportional to it. 30 in the configurations of SD, SDXL, SD 3.5,
+    FLUX and Z-Image; 1 to 8 are usual for `latent_consistency`, which allows at most 50."""
 
     guidance_scale: Annotated[float, Field(ge=1)]
     """Guidance scale of the sampler; 1: none. Above 1 a denoising step takes two forward passes, except in
-    guidance-conditioned families, where it is an input of the model (`flux`: as given, `latent_consistency`: minus
-    1)."""
+    guidance-conditioned families, where it is an input of the model (`flux`: as given, `latent_consistency`: minus 1).
+    Distilled FLUX.2 klein models have none. diffusers' Z-Image pipeline and its model card count from 0: their 4 is 5
+    here."""
 
     height: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
-    """Height of images in pixels; a multiple of 16 for `stable_diffusion_3` and `flux`. `null`: the model's own.
-    Imported images are scaled and cropped to it, so with `preferences` and a hub id it must be given."""
+    """Height of images in pixels; a multiple of 16 for flow-matching families. `null`: the model's own. Imported images
+    are scaled and cropped to it, so with `preferences` and a hub id it must be given."""
 
     width: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
     """Width of images in pixels, as `height`."""

@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 import transformers
-from diffusers import AutoencoderKL, FluxTransformer2DModel, ModelMixin, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    ModelMixin,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +28,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from cdpo_ray.cost.footprint import ATTENTION_TARGETS, BYTES_16_BIT, Footprint, LoraLayers, Method, Polynomial
+from cdpo_ray.models.flow_matching import MAX_CHAT_TOKENS
 from cdpo_ray.models.flux import max_t5_tokens
 from cdpo_ray.models.lora import attach_lora
 
@@ -27,7 +37,7 @@ SIDES = (32, 64, 96)
 NUM_SAMPLES = 2
 CLIP_TOKENS, SD3_T5_TOKENS = 77, 256
 COUNTED_RANK = 8
-NUMBERED_BLOCK = re.compile(r"^.*(?:blocks|attentions|resnets)\.\d+\.")
+NUMBERED_BLOCK = re.compile(r"^.*(?:blocks|attentions|resnets|layers|refiner)\.\d+\.")
 
 Inputs = Callable[[int, int], dict[str, Any]]
 """Number of samples and side of the latents -> keyword arguments of the denoiser, on the meta device."""
@@ -169,21 +179,22 @@ def add_lora(denoiser: ModelMixin, *, rank: int, targets: Sequence[str]) -> None
 
 def denoiser_of(config: Mapping[str, Any]) -> tuple[Callable[[], ModelMixin], Inputs, int]:
     """Constructor of the denoiser on the meta device, its inputs, and the native height and width of its latents."""
-    kind = {each.__name__: each for each in (UNet2DConditionModel, SD3Transformer2DModel, FluxTransformer2DModel)}[
-        config["_class_name"]
-    ]
+    inputs = {
+        UNet2DConditionModel: _unet_inputs,
+        SD3Transformer2DModel: _sd3_inputs,
+        FluxTransformer2DModel: _flux_inputs,
+        Flux2Transformer2DModel: _flux2_inputs,
+        ZImageTransformer2DModel: _z_image_inputs,
+    }
+    (kind,) = (each for each in inputs if each.__name__ == config["_class_name"])
 
     def make() -> ModelMixin:
         with torch.device("meta"):
             return kind.from_config(dict(config))
 
-    inputs = {
-        UNet2DConditionModel: _unet_inputs,
-        SD3Transformer2DModel: _sd3_inputs,
-        FluxTransformer2DModel: _flux_inputs,
-    }[kind]
     known = make().config
-    return make, lambda num, side: inputs(known, num, side), known.get("sample_size") or 128
+    native_side = 64 if kind is Flux2Transformer2DModel else known.get("sample_size") or 128
+    return make, lambda num, side: inputs[kind](known, num, side), native_side
 
 
 def count_training(denoiser: ModelMixin, inputs: Mapping[str, Any]) -> tuple[int, int]:
@@ -199,6 +210,8 @@ def count_training(denoiser: ModelMixin, inputs: Mapping[str, Any]) -> tuple[int
     meter = Meter(denoiser)
     with fused_attention(), meter:
         prediction = denoiser(**inputs, return_dict=False)[0]
+        if isinstance(prediction, list):  # one per sample
+            prediction = torch.stack(prediction)
         forward_flops = meter.flops
         prediction.float().pow(2).mean().backward()
     for hook in hooks:
@@ -254,13 +267,15 @@ def _outputs_per_channel(
 
 def _vae(config: Mapping[str, Any]) -> tuple[int, Polynomial, Polynomial, Polynomial]:
     """Parameters, FLOPs to decode and to encode an image, and peak activation bytes of decoding one."""
+    kind = AutoencoderKLFlux2 if config.get("_class_name") == AutoencoderKLFlux2.__name__ else AutoencoderKL
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(dict(config)).eval()
+        vae = kind.from_config(dict(config)).eval()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    patch = 2 if kind is AutoencoderKLFlux2 else 1  # VAE latents per latent position along each side
     decode, encode, peaks = {}, {}, {}
     for side in SIDES:
-        latents = torch.empty(NUM_SAMPLES, vae.config.latent_channels, side, side, device="meta")
-        pixels = torch.empty(NUM_SAMPLES, 3, factor * side, factor * side, device="meta")
+        latents = torch.empty(NUM_SAMPLES, vae.config.latent_channels, patch * side, patch * side, device="meta")
+        pixels = torch.empty(NUM_SAMPLES, 3, factor * patch * side, factor * patch * side, device="meta")
         meter = Meter(vae)
         with fused_attention(), meter, torch.no_grad():
             image = vae.decode(latents).sample
@@ -281,7 +296,8 @@ def _text(configs: list[Any]) -> tuple[int, float]:
         kind = getattr(transformers, (config.architectures or ["CLIPTextModel"])[0])
         with torch.device("meta"):
             encoder = kind(config).eval()
-            ids = torch.zeros(1, getattr(config, "max_position_embeddings", SD3_T5_TOKENS), dtype=torch.long)
+            limit = min(getattr(config, "max_position_embeddings", SD3_T5_TOKENS), MAX_CHAT_TOKENS)
+            ids = torch.zeros(1, limit, dtype=torch.long)
         parameters += _num_parameters(encoder)
         meter = Meter(encoder)
         with meter, torch.no_grad():
@@ -331,6 +347,27 @@ def _flux_inputs(config: Any, num: int, side: int) -> dict[str, Any]:
             "pooled_projections": torch.empty(num, config.pooled_projection_dim),
             "txt_ids": torch.empty(max_t5_tokens(config), 3),
             "img_ids": torch.empty(side * side // 4, 3),
+        }
+
+
+def _flux2_inputs(config: Any, num: int, side: int) -> dict[str, Any]:
+    with torch.device("meta"):
+        return {
+            "hidden_states": torch.empty(num, side * side, config.in_channels),
+            "timestep": torch.empty(num),
+            "encoder_hidden_states": torch.empty(num, MAX_CHAT_TOKENS, config.joint_attention_dim),
+            "txt_ids": torch.empty(MAX_CHAT_TOKENS, 4),
+            "img_ids": torch.empty(side * side, 4),
+        }
+
+
+def _z_image_inputs(config: Any, num: int, side: int) -> dict[str, Any]:
+    """With prompts of the largest length; most are shorter."""
+    with torch.device("meta"):
+        return {
+            "x": [torch.empty(config.in_channels, 1, side, side) for _ in range(num)],
+            "t": torch.empty(num),
+            "cap_feats": [torch.empty(MAX_CHAT_TOKENS, config.cap_feat_dim) for _ in range(num)],
         }
 
 

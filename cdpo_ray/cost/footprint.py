@@ -7,7 +7,10 @@ from typing import Any, Self
 
 Method = str
 """``lora`` or ``full``: which parameters are trained."""
-ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ATTENTION_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    "to_qkv_mlp_proj",  # FLUX.2
+)
 """LoRA targets of ``lora`` footprints; other targets save more inputs for the backward pass."""
 BYTES_16_BIT = 2
 

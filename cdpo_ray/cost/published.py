@@ -22,6 +22,10 @@ HUB_IDS = {
     "SimianLuo/LCM_Dreamshaper_v7": "lcm",
     "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",
     "black-forest-labs/FLUX.1-dev": "flux_dev",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux2_klein_4b",
+    "black-forest-labs/FLUX.2-klein-4B": "flux2_klein_4b",
+    "Tongyi-MAI/Z-Image": "z_image",
+    "Tongyi-MAI/Z-Image-Turbo": "z_image",
 }
 """Hub id -> name in the table."""
 
@@ -31,6 +35,8 @@ OF_FAMILY = {
     "latent_consistency": "lcm",
     "stable_diffusion_3": "sd35_medium",
     "flux": "flux_dev",
+    "flux2": "flux2_klein_4b",
+    "z_image": "z_image",
 }
 """Family -> name in the table, assumed for hub ids that are not in `HUB_IDS`."""
 

@@ -12,6 +12,7 @@ import yaml
 from markupsafe import Markup
 
 from cdpo_ray.config import HUB_ID
+from cdpo_ray.config.model import GUIDANCE_FROM_ZERO
 from cdpo_ray.evaluation.report import measure_results, signs_of_reward_hacking
 from cdpo_ray.export import FORMATS
 from cdpo_ray.export.pairs import stage_file
@@ -86,7 +87,7 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         model=settings["model"],
         base_name=_base_name(settings["model"]),
         base=Markup(_loading_base(settings["model"])),
-        call=Markup(_call(settings["generation"])),
+        call=Markup(_call(settings["generation"], settings["model"]["family"])),
         kohya_file=Markup(f"{facts.name}.safetensors"),
         readers=Markup(FORMATS[format_name].readers),
         diffusers_reads_kohya=settings["model"]["family"] != "stable_diffusion_3",
@@ -199,12 +200,13 @@ def _loading_base(model: Mapping[str, Any]) -> str:
     )
 
 
-def _call(generation: Mapping[str, Any]) -> str:
+def _call(generation: Mapping[str, Any], family: str) -> str:
     """Call of the pipeline with the sampling settings of the run."""
+    guidance_scale = generation["guidance_scale"] - (family in GUIDANCE_FROM_ZERO)
     sizes = "".join(f", {side}={generation[side]}" for side in ("height", "width") if generation[side])
     return (
         f'image = pipe("a prompt", num_inference_steps={generation["num_denoising_steps"]},'
-        f" guidance_scale={generation['guidance_scale']}{sizes}).images[0]"
+        f" guidance_scale={guidance_scale}{sizes}).images[0]"
     )
 
 

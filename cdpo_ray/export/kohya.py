@@ -26,7 +26,7 @@ class Architecture(NamedTuple):
         spec: of ``modelspec.architecture``, without ``/lora``.
         base_version: of ``ss_base_model_version``.
         implementation: of ``modelspec.implementation``: whose layer names the file has.
-        network: module of sd-scripts that reads the file.
+        network: module of sd-scripts or musubi-tuner that reads the file.
         size: usual image size in pixels.
         prediction_type: ``epsilon`` or ``v``; `None` for flow matching.
     """
@@ -135,12 +135,24 @@ def _flux(denoiser: Mapping[str, Any], prediction_type: str | None) -> Architect
     return Architecture(spec, "flux1", "https://github.com/black-forest-labs/flux", "networks.lora_flux", 1024)
 
 
+def _flux2(denoiser: Mapping[str, Any], prediction_type: str | None) -> Architecture:
+    size = "9b" if denoiser.get("joint_attention_dim") == 12288 else "4b"
+    source = "https://github.com/black-forest-labs/flux2"
+    return Architecture(f"Flux.2-klein-{size}", f"flux_2_klein_{size}", source, "networks.lora_flux_2", 1024)
+
+
+def _z_image(denoiser: Mapping[str, Any], prediction_type: str | None) -> Architecture:
+    return Architecture("Z-Image", "z_image", "https://github.com/Tongyi-MAI/Z-Image", "networks.lora_zimage", 1024)
+
+
 ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], str | None], Architecture]] = {
     "stable_diffusion": _stable_diffusion,
     "latent_consistency": _stable_diffusion,
     "stable_diffusion_xl": _stable_diffusion_xl,
     "stable_diffusion_3": _stable_diffusion_3,
     "flux": _flux,
+    "flux2": _flux2,  # this name and the next as musubi-tuner writes them
+    "z_image": _z_image,
 }
 """Family -> architecture, by the configuration of the denoiser and the prediction type of the scheduler."""
 

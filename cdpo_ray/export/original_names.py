@@ -17,7 +17,7 @@ from cdpo_ray.export.factors import Factors
 Layers = Mapping[str, tuple[str, ...]]
 """Layer of the authors -> the layers of diffusers whose rows it holds, in order; ``{}`` is the number of a block."""
 
-_BLOCK = re.compile(r"(?<=blocks\.)\d+(?=\.)")
+_BLOCK = re.compile(r"(?:(?<=blocks\.)|(?<=layers\.)|(?<=refiner\.))\d+(?=\.)")
 _EMBEDDED_TIME = "time_text_embed.timestep_embedder"
 _EMBEDDED_TEXT = "time_text_embed.text_embedder"
 _QKV, _ADDED_QKV = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -78,7 +78,56 @@ STABLE_DIFFUSION_3: Layers = {
     "final_layer.linear": ("proj_out",),
 }
 
-ORIGINAL_LAYERS: Mapping[str, Layers] = {"flux": FLUX, "stable_diffusion_3": STABLE_DIFFUSION_3}
+FLUX2: Layers = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "double_blocks.{}.img_attn.qkv": _each(f"{_DOUBLE}.attn", _QKV),
+    "double_blocks.{}.txt_attn.qkv": _each(f"{_DOUBLE}.attn", _ADDED_QKV),
+    "double_blocks.{}.img_attn.proj": (f"{_DOUBLE}.attn.to_out.0",),
+    "double_blocks.{}.txt_attn.proj": (f"{_DOUBLE}.attn.to_add_out",),
+    "double_blocks.{}.img_mlp.0": (f"{_DOUBLE}.ff.linear_in",),
+    "double_blocks.{}.img_mlp.2": (f"{_DOUBLE}.ff.linear_out",),
+    "double_blocks.{}.txt_mlp.0": (f"{_DOUBLE}.ff_context.linear_in",),
+    "double_blocks.{}.txt_mlp.2": (f"{_DOUBLE}.ff_context.linear_out",),
+    "single_blocks.{}.linear1": (f"{_SINGLE}.attn.to_qkv_mlp_proj",),
+    "single_blocks.{}.linear2": (f"{_SINGLE}.attn.to_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "final_layer.linear": ("proj_out",),
+}
+
+
+def _z_image_block(block: str, *, modulated: bool = True) -> dict[str, tuple[str, ...]]:
+    same = [f"feed_forward.w{number}" for number in (1, 2, 3)] + ["adaLN_modulation.0"] * modulated
+    return {
+        f"{block}.attention.qkv": _each(f"{block}.attention", _QKV),
+        f"{block}.attention.out": (f"{block}.attention.to_out.0",),
+        **{f"{block}.{name}": (f"{block}.{name}",) for name in same},
+    }
+
+
+Z_IMAGE: Layers = {
+    "x_embedder": ("all_x_embedder.2-1",),
+    "cap_embedder.1": ("cap_embedder.1",),
+    "t_embedder.mlp.0": ("t_embedder.mlp.0",),
+    "t_embedder.mlp.2": ("t_embedder.mlp.2",),
+    **_z_image_block("noise_refiner.{}"),
+    **_z_image_block("context_refiner.{}", modulated=False),
+    **_z_image_block("layers.{}"),
+    "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+    "final_layer.linear": ("all_final_layer.2-1.linear",),
+}
+
+ORIGINAL_LAYERS: Mapping[str, Layers] = {
+    "flux": FLUX,
+    "stable_diffusion_3": STABLE_DIFFUSION_3,
+    "flux2": FLUX2,
+    "z_image": Z_IMAGE,
+}
 """Family -> its table; in the other families, programs read diffusers' names."""
 
 _OUTPUTS_PER_INPUT = {"proj_mlp": 4}

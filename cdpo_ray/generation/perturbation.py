@@ -48,7 +48,7 @@ def perturbed(conditioning: Conditioning, empty: Conditioning, shares: list[floa
     """
     embedding = conditioning["prompt_embedding"]
     masks = masks[:, :, None].to(embedding.device)
-    mixed = {"prompt_embedding": torch.where(masks, empty["prompt_embedding"], embedding)}
+    mixed = {**conditioning, "prompt_embedding": torch.where(masks, empty["prompt_embedding"], embedding)}
     if "pooled_embedding" in conditioning:
         weights = torch.tensor(shares, device=embedding.device, dtype=embedding.dtype)[:, None]
         mixed["pooled_embedding"] = torch.lerp(

@@ -15,6 +15,8 @@ FAMILIES = {
     "latent_consistency": "cdpo_ray.models.latent_consistency:LatentConsistency",
     "stable_diffusion_3": "cdpo_ray.models.stable_diffusion_3:StableDiffusion3",
     "flux": "cdpo_ray.models.flux:Flux",
+    "flux2": "cdpo_ray.models.flux2:Flux2",
+    "z_image": "cdpo_ray.models.z_image:ZImage",
 }
 """Family in the config -> class, imported on first use: diffusers is heavy. A new family is one file and one entry."""
 

@@ -31,7 +31,7 @@ transformers_logging.disable_progress_bar()
 
 Conditioning = dict[str, Tensor]
 """Outputs of the text encoders, one row per prompt or per sample: ``prompt_embedding [row, token, channel]`` and, in
-some families, ``pooled_embedding [row, channel]``."""
+some families, ``pooled_embedding [row, channel]`` or ``prompt_mask [row, token]``, 1 for a token and 0 for padding."""
 
 PIPELINE_NAMES = {"prompt_embedding": "prompt_embeds", "pooled_embedding": "pooled_prompt_embeds"}
 """Conditioning -> keyword argument of the pipelines; with the prefix ``negative_``, that of the empty prompt."""
@@ -195,13 +195,19 @@ class TextToImageModel(ABC):
         except Exception as error:  # an untrusted configuration can make a constructor raise anything
             raise load_error("model.path", path, revision, error) from None
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels per latent value along each side of an image."""
+        factor: int = self.pipeline.vae_scale_factor
+        return factor
+
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Channel, height and width of one sample's latents.
 
         Args:
             height, width: image size in pixels; `None`: the model's native size.
         """
-        native, factor = self.denoiser.config.sample_size, self.pipeline.vae_scale_factor
+        native, factor = self.denoiser.config.sample_size, self.pixels_per_latent
         return (
             self.denoiser.config.in_channels,
             height // factor if height else native,
@@ -257,22 +263,36 @@ class TextToImageModel(ABC):
             num_denoising_steps: number of sampler steps.
             guidance_scale: classifier-free guidance; 1: none. Source: arXiv:2207.12598.
         """
-        factor = self.pipeline.vae_scale_factor
+        return self.run_pipeline(
+            conditioning, noise, num_denoising_steps=num_denoising_steps, guidance_scale=guidance_scale
+        )
+
+    def run_pipeline(
+        self, conditioning: Conditioning, noise: Tensor, *, num_denoising_steps: int, guidance_scale: float, **more: Any
+    ) -> Tensor:
+        """Latents that the pipeline returns.
+
+        Args:
+            conditioning, noise, num_denoising_steps, guidance_scale: as for `sample`.
+            more: further arguments of the pipeline.
+        """
+        factor = self.pixels_per_latent
         latents: Tensor = self.pipeline(
             **self.pipeline_arguments(conditioning, guidance_scale),
-            latents=self.pipeline_latents(noise.to(self.device, self.dtype)),
+            latents=self.pipeline_latents(noise.to(self.device)),
             height=noise.shape[-2] * factor,
             width=noise.shape[-1] * factor,
             num_inference_steps=num_denoising_steps,
             guidance_scale=guidance_scale,
             generator=self.sampler_generators(noise),
             output_type="latent",
+            **more,
         ).images
         return latents
 
     def pipeline_latents(self, noise: Tensor) -> Tensor:
-        """Noise in the layout that the pipeline takes."""
-        return noise
+        """Noise in the layout and dtype that the pipeline takes."""
+        return noise.to(self.dtype)
 
     def sampler_generators(self, noise: Tensor) -> list[torch.Generator] | None:
         """One generator per sample for the noise that the sampler adds; `None`: the sampler is deterministic."""
@@ -293,10 +313,10 @@ class TextToImageModel(ABC):
         An image with non-finite latents or pixels becomes all black, and so has no score; see `is_black`.
         """
         vae = self.pipeline.vae
-        scaled = latents.to(self.device, vae.dtype) / vae.config.scaling_factor
         with self.on_device("vae"):
-            pixels = vae.decode(scaled + (vae.config.get("shift_factor") or 0)).sample
-        finite = scaled.flatten(1).isfinite().all(dim=1) & pixels.flatten(1).isfinite().all(dim=1)
+            given = self.decoder_latents(latents.to(self.device, vae.dtype))
+            pixels = vae.decode(given).sample
+        finite = given.flatten(1).isfinite().all(dim=1) & pixels.flatten(1).isfinite().all(dim=1)
         pixels.masked_fill_(~finite[:, None, None, None], -1)
         return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
@@ -309,8 +329,17 @@ class TextToImageModel(ABC):
         vae = self.pipeline.vae
         with self.on_device("vae"):
             posterior = vae.encode((images.to(self.device).float() / 127.5 - 1).to(vae.dtype)).latent_dist
-        factor = vae.config.scaling_factor
-        return (posterior.mean - (vae.config.get("shift_factor") or 0)) * factor, posterior.std * factor
+            return self.denoiser_latents(posterior.mean, posterior.std)
+
+    def decoder_latents(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE's decoder takes them."""
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + (config.get("shift_factor") or 0)
+
+    def denoiser_latents(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's latents, scaled as the denoiser takes them."""
+        config = self.pipeline.vae.config
+        return (mean - (config.get("shift_factor") or 0)) * config.scaling_factor, std * config.scaling_factor
 
     def restrict_timesteps(self, rule: TimestepRule) -> None:
         """Restrict the timesteps that `draw_times` draws.

@@ -1,11 +1,17 @@
 """Base class of the flow-matching families: straight paths from data to noise, with their velocity as the target."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, TextToImageModel, Times
 from cdpo_ray.models.layouts import NUM_TIMESTEPS
 from cdpo_ray.models.noising import flow_interpolant, flow_velocity
+from cdpo_ray.models.stable_diffusion import tokens_cut
+
+MAX_CHAT_TOKENS = 512
+"""Number of tokens per prompt of the families whose text encoder reads a chat, the default of their pipelines."""
 
 
 class FlowMatchingModel(TextToImageModel):
@@ -22,3 +28,21 @@ class FlowMatchingModel(TextToImageModel):
     ) -> DenoisingTask:
         noisy_latents = flow_interpolant(latents, noise, times["timestep"] / NUM_TIMESTEPS)
         return DenoisingTask(noisy_latents.to(self.dtype), times, conditioning, flow_velocity(latents, noise))
+
+
+def chat_tokens_cut(tokenizer: Any, prompts: list[str], *, enable_thinking: bool) -> list[int]:
+    """Number of tokens beyond `MAX_CHAT_TOKENS` of each prompt as a chat, template included.
+
+    Args:
+        enable_thinking: argument of the template, as in the family's pipeline.
+    """
+    chats = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=enable_thinking,
+        )
+        for prompt in prompts
+    ]
+    return tokens_cut(tokenizer, chats, MAX_CHAT_TOKENS)

@@ -53,7 +53,7 @@ class Flux(FlowMatchingModel):
         return super().pipeline_arguments(conditioning, guidance_scale=1)
 
     def pipeline_latents(self, noise: Tensor) -> Tensor:
-        return pack(noise)
+        return pack(super().pipeline_latents(noise))
 
     def draw_times(self, generator: torch.Generator) -> Times:
         times = super().draw_times(generator)

@@ -15,8 +15,12 @@ Faults = Iterator[str]
 
 INDEX = "model_index"
 NUM_TIMESTEPS = 1000
+PIPELINE_TOKENS = 512
+"""The pipelines of text encoders with this limit or a higher one cut prompts themselves, whatever the tokenizer's."""
 UNET, VAE = "UNet2DConditionModel", "AutoencoderKL"
+FLUX2_VAE = "AutoencoderKLFlux2"
 CLIP, CLIP_PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
+QWEN3, QWEN3_LM = "Qwen3Model", "Qwen3ForCausalLM"
 DISCRETE_SCHEDULERS = (
     *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler"),
     *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
@@ -33,9 +37,17 @@ DEFAULTS: dict[str, Config] = {
         **{"joint_attention_dim": 4096, "pooled_projection_dim": 2048},
     },
     "FluxTransformer2DModel": {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768},
+    "Flux2Transformer2DModel": {"in_channels": 128, "joint_attention_dim": 15360, "guidance_embeds": True},
+    "ZImageTransformer2DModel": {"in_channels": 16, "cap_feat_dim": 2560, "siglip_feat_dim": None},
+    FLUX2_VAE: {
+        **{"latent_channels": 32, "block_out_channels": [128, 256, 512, 512]},
+        **{"patch_size": [2, 2], "batch_norm_eps": 1e-4},
+    },
     CLIP: {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77},
     CLIP_PROJECTED: {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77},
     T5: {"d_model": 512},
+    QWEN3: {"hidden_size": 4096, "num_hidden_layers": 32},
+    QWEN3_LM: {"hidden_size": 4096, "num_hidden_layers": 32},
 }
 """Class -> defaults of diffusers and transformers for keys that a configuration lacks."""
 
@@ -212,15 +224,26 @@ def _scheduler_faults(configs: Configs, formulations: tuple[str, ...]) -> Faults
 
 
 def _vae_faults(configs: Configs) -> Faults:
+    if configs.get("vae", {}).get("_class_name") == FLUX2_VAE:
+        yield from _flux2_vae_faults(configs)
+        return
     for key in ("latents_mean", "latents_std"):
         yield from _expect(configs, "vae", key, None, "latents are scaled by `scaling_factor` only")
     for key, kind in _VAE_KINDS.items():
         yield from _expect_kind(configs, "vae", key, kind)
 
 
+def _flux2_vae_faults(configs: Configs) -> Faults:
+    for key in ("latent_channels", "block_out_channels"):
+        yield from _expect_kind(configs, "vae", key, _VAE_KINDS[key])
+    yield from _expect(configs, "vae", "patch_size", [2, 2], "latents are stored as 2x2 patches")
+    yield from _expect_kind(configs, "vae", "batch_norm_eps", _VAE_KINDS["scaling_factor"])
+
+
 def _tokenizer_faults(configs: Configs) -> Faults:
     for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
-        if isinstance(limit := configs.get(encoder, {}).get("max_position_embeddings"), int):
+        limit = configs.get(encoder, {}).get("max_position_embeddings")
+        if isinstance(limit, int) and limit < PIPELINE_TOKENS:
             kind = (
                 f"at most {limit}, the limit of {encoder}",
                 lambda value, limit=limit: _is_whole(value) and value <= limit,
@@ -244,19 +267,23 @@ def _channel_faults(configs: Configs, denoiser: str, *, per_channel: int = 1) ->
         yield from _expect(configs, denoiser, "out_channels", channels * per_channel, why)
 
 
-def _width_faults(configs: Configs, denoiser: str, key: str, widths: Mapping[str, str], *, plus: int = 0) -> Faults:
+def _width_faults(
+    configs: Configs, denoiser: str, key: str, widths: Mapping[str, str], *, times: int = 1, plus: int = 0
+) -> Faults:
     """Compare the width of one of the denoiser's inputs with the text encoders' widths.
 
     Args:
         key: key of the input's width in the denoiser's configuration.
         widths: text encoder -> key of its width.
+        times: number of layers of the text encoders whose outputs are the input.
         plus: other features of the input.
     """
     found: list[Any] = [configs.get(part, {}).get(each) for part, each in widths.items()]
     if denoiser in configs and all(map(_is_whole, found)):
-        width, per_block = sum(found) + plus, configs[denoiser].get(key)
+        width, per_block = times * sum(found) + plus, configs[denoiser].get(key)
         if not (isinstance(per_block, list) and per_block and all(each == width for each in per_block)):
-            yield from _expect(configs, denoiser, key, width, f"the width of {' + '.join(widths)}")
+            layers = f"{times} layers of " if times > 1 else ""
+            yield from _expect(configs, denoiser, key, width, f"the width of {layers}{' + '.join(widths)}")
 
 
 def _size_faults(configs: Configs, denoiser: str) -> Faults:
@@ -317,12 +344,31 @@ def _flux_faults(configs: Configs) -> Faults:
     yield from _width_faults(configs, "transformer", "pooled_projection_dim", {"text_encoder": "hidden_size"})
 
 
+def _flux2_faults(configs: Configs) -> Faults:
+    yield from _channel_faults(configs, "transformer", per_channel=4)
+    width = {"text_encoder": "hidden_size"}
+    yield from _width_faults(configs, "transformer", "joint_attention_dim", width, times=3)
+    why = "FLUX.2 klein is not guidance-conditioned"
+    yield from _expect(configs, "transformer", "guidance_embeds", False, why)
+    kind = (
+        "at least 27: the prompt's embedding is taken after layers 9, 18 and 27",
+        lambda value: _is_whole(value) and value >= 27,
+    )
+    yield from _expect_kind(configs, "text_encoder", "num_hidden_layers", kind)
+
+
+def _z_image_faults(configs: Configs) -> Faults:
+    yield from _channel_faults(configs, "transformer")
+    yield from _width_faults(configs, "transformer", "cap_feat_dim", {"text_encoder": "hidden_size"})
+    yield from _expect(configs, "transformer", "siglip_feat_dim", None, "the prompt is the only input")
+
+
 def _net(kind: str) -> Component:
     return Component("diffusers", (kind,), weights="diffusion_pytorch_model")
 
 
-def _text_encoder(kind: str, *, optional: bool = False) -> Component:
-    return Component("transformers", (kind,), weights="model", optional=optional)
+def _text_encoder(*kinds: str, optional: bool = False) -> Component:
+    return Component("transformers", kinds, weights="model", optional=optional)
 
 
 def _tokenizer(name: str, *vocabulary: str) -> Component:
@@ -331,6 +377,7 @@ def _tokenizer(name: str, *vocabulary: str) -> Component:
 
 _CLIP_TOKENIZER = _tokenizer("CLIPTokenizer", "vocab.json", "merges.txt")
 _T5_TOKENIZER = _tokenizer("T5Tokenizer", "spiece.model")
+_QWEN_TOKENIZER = _tokenizer("Qwen2Tokenizer", "vocab.json", "merges.txt")
 _SCHEDULER = Component("diffusers")
 _SD_PARTS = {
     "unet": _net(UNET),
@@ -388,6 +435,30 @@ LAYOUTS = {
         },
         ("flow matching",),
         _flux_faults,
+    ),
+    "flux2": Layout(
+        ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
+        {
+            "transformer": _net("Flux2Transformer2DModel"),
+            "vae": _net(FLUX2_VAE),
+            "text_encoder": _text_encoder(QWEN3_LM),
+            "tokenizer": _QWEN_TOKENIZER,
+            "scheduler": _SCHEDULER,
+        },
+        ("flow matching",),
+        _flux2_faults,
+    ),
+    "z_image": Layout(
+        ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+        {
+            "transformer": _net("ZImageTransformer2DModel"),
+            "vae": _net(VAE),
+            "text_encoder": _text_encoder(QWEN3, QWEN3_LM),
+            "tokenizer": _QWEN_TOKENIZER,
+            "scheduler": _SCHEDULER,
+        },
+        ("flow matching",),
+        _z_image_faults,
     ),
 }
 """Family in the config -> its layout."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cdpo_ray.models.lora import POLICY
 
-AFTER_MIDDLE = ("up_blocks", "conv_out")
+AFTER_BLOCKS = ("up_blocks", "conv_out", "all_final_layer")
 
 
 class LoraGrowth:
@@ -65,7 +65,7 @@ def second_factors(denoiser: ModelMixin) -> list[list[nn.Parameter]]:
     for name, parameter in denoiser.named_parameters():
         if f".lora_B.{POLICY}." in name:
             blocks.setdefault(_block_of(name), []).append(parameter)
-    in_order = sorted(blocks, key=lambda name: name.startswith(AFTER_MIDDLE))  # UNets register their middle last
+    in_order = sorted(blocks, key=lambda name: name.startswith(AFTER_BLOCKS))  # some models register them before others
     return [blocks[name] for name in in_order]
 
 

@@ -51,6 +51,7 @@ class Int8Linear(nn.Linear):
 
     def __init__(self, layer: nn.Linear, device: str) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.compute_dtype = layer.weight.dtype  # models of diffusers convert fp32 inputs to it, as for bitsandbytes
         weight = layer.weight.detach().to(device).float()
         scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / INT8_MAX
         self.weight = nn.Parameter((weight / scale).round().to(torch.int8), requires_grad=False)

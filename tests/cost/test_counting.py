@@ -96,6 +96,8 @@ def _num_parameters(folder: Path) -> int:
         ("latent_consistency", (2, 4, 8, 8)),
         ("flux", (2, 16, 64)),  # patches of 2 x 2 latent values
         ("flux_schnell", (2, 16, 64)),
+        ("flux2", (2, 64, 32)),
+        ("z_image", (2, 16, 1, 8, 8)),  # one frame
     ],
 )
 def test_a_denoiser_gets_the_inputs_of_its_configuration(
@@ -108,6 +110,8 @@ def test_a_denoiser_gets_the_inputs_of_its_configuration(
     meter = Meter(denoiser := make())
     with fused_attention(), meter, torch.no_grad():
         (prediction,) = denoiser(**inputs(2, 8), return_dict=False)
+    if isinstance(prediction, list):
+        prediction = torch.stack(prediction)
     assert prediction.shape == shape and meter.flops > 0
 
 

@@ -30,10 +30,22 @@ def test_a_backward_pass_of_a_lora_has_the_known_flops(name: str, teraflops: flo
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("sd15", 859_520_964), ("sd21", 865_910_724), ("sdxl", 2_567_463_684), ("flux_dev", 11_901_408_320)],
+    [
+        ("sd15", 859_520_964),
+        ("sd21", 865_910_724),
+        ("sdxl", 2_567_463_684),
+        ("flux_dev", 11_901_408_320),
+        ("flux2_klein_4b", (7_751_105_712 - 16_560) // 2),  # the published 16-bit file, without its header
+    ],
 )
 def test_a_denoiser_has_its_published_number_of_parameters(name: str, parameters: int) -> None:
     assert published_footprint(name).parameters == parameters
+
+
+def test_models_have_as_many_billions_of_parameters_as_they_are_published_with() -> None:
+    z_image, klein = published_footprint("z_image"), published_footprint("flux2_klein_4b")
+    assert z_image.parameters / 1e9 == pytest.approx(6.15, abs=0.005)
+    assert 2 * klein.text_parameters / 1e9 == pytest.approx(4.97 + 3.08, abs=0.01), "both files of the text encoder"
 
 
 def test_a_vae_has_the_known_flops() -> None:

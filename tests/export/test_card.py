@@ -198,11 +198,16 @@ def test_code_of_a_card_is_python_and_pins_the_revision() -> None:
         assert (f"from_pretrained({HUB['path']!r}, revision={HUB['revision']!r}" in code) == (format_name != "merged")
 
 
-@pytest.mark.parametrize(("family", "is_read"), [("flux", True), ("stable_diffusion_3", False)])
+@pytest.mark.parametrize(("family", "is_read"), [("flux", True), ("z_image", True), ("stable_diffusion_3", False)])
 def test_a_card_of_a_kohya_file_names_its_readers(family: str, is_read: bool) -> None:
     card = card_of("kohya", denoiser_name="transformer", model={"family": family})
     assert "`tuned.safetensors` is read by ComfyUI, Forge, AUTOMATIC1111 (UNets), InvokeAI, sd-scripts: it goes" in card
     assert ("```python" in card) == is_read == ("Diffusers does not read these keys" not in card)
+
+
+def test_the_call_in_a_card_has_the_guidance_as_the_pipeline_counts_it() -> None:
+    for family, expected in (("stable_diffusion", 3.0), ("z_image", 2.0)):
+        assert f"guidance_scale={expected})" in card_of(denoiser_name="transformer", model={"family": family})
 
 
 def test_examples_are_shown_before_and_after_and_in_the_widget_of_the_hub() -> None:

@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,10 +40,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, Tensor]]
         lambda: SD3Transformer2DModel(num_layers=3, dual_attention_layers=(0, 1), qk_norm="rms_norm"),
         convert_sd3_transformer_checkpoint_to_diffusers,
     ),
+    "flux2": (
+        lambda: Flux2Transformer2DModel(
+            num_layers=2, num_single_layers=2, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
+        ),
+        convert_flux2_transformer_checkpoint_to_diffusers,
+    ),
+    "z_image": (lambda: ZImageTransformer2DModel(n_layers=2), convert_z_image_transformer_checkpoint_to_diffusers),
 }
 """Family -> its published widths with few blocks, and the conversion."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-TARGETS = [("",), ATTENTION, ("to_v",), ("to_q", "proj_mlp"), ("add_k_proj", "norm1_context.linear")]
+TARGETS = [("",), ATTENTION, ("to_v",), ("to_q", "proj_mlp"), ("to_k", "add_k_proj", "norm1_context.linear")]
 """Endings of the layers with a LoRA; the empty one is every layer."""
 
 
@@ -111,10 +128,18 @@ def test_alpha_over_rank_stays_where_layers_are_fused() -> None:
 
 
 @pytest.mark.parametrize("targets", [("",), ATTENTION], ids=["all", "attention"])
-def test_diffusers_reads_a_kohya_file_of_flux(targets: Sequence[str], tmp_path: Path) -> None:
-    factors = random_factors({name: layer for name, layer in layers_of("flux").items() if "blocks." in name}, targets)
-    save_file(kohya_tensors("flux", factors), tmp_path / "lora.safetensors")
-    read = FluxPipeline.lora_state_dict(tmp_path, weight_name="lora.safetensors")
+@pytest.mark.parametrize(
+    ("family", "pipeline"), [("flux", FluxPipeline), ("flux2", Flux2KleinPipeline), ("z_image", ZImagePipeline)]
+)
+def test_diffusers_reads_the_blocks_of_a_kohya_file(
+    family: str, pipeline: Any, targets: Sequence[str], tmp_path: Path
+) -> None:
+    in_blocks = {
+        name: layer for name, layer in layers_of(family).items() if re.search(r"(blocks|layers|refiner)\.", name)
+    }
+    factors = random_factors(in_blocks, targets)
+    save_file(kohya_tensors(family, factors), tmp_path / "lora.safetensors")
+    read = pipeline.lora_state_dict(tmp_path, weight_name="lora.safetensors")
     names = {key.removeprefix("transformer.").rpartition(".lora_")[0] for key in read}
     assert factors.keys() <= names
     for name in names:

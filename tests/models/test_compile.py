@@ -66,7 +66,7 @@ def write_tuned(model: TextToImageModel, folder: Path, *, lora: bool) -> None:
 
 @pytest.mark.nightly  # Dynamo takes a minute per UNet
 @pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("family", [*UNETS, "stable_diffusion_3", "flux"])
+@pytest.mark.parametrize("family", [*UNETS, "stable_diffusion_3", "flux", "flux2"])
 def test_base_and_tuned_model_are_compiled_once_each_whatever_the_last_batch(
     family: str, lora: bool, tiny_models: TinyModels, compiles: Callable[[], int], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, Flux2KleinPipeline, FluxPipeline
 from torch import Tensor, nn
 
 from cdpo_ray.config import Family
@@ -19,10 +19,12 @@ from cdpo_ray.models.family import DenoisingTask, TextToImageModel
 from cdpo_ray.models.lora import attach_lora, save_lora
 from cdpo_ray.randomness.noise import generator_at, noise_at
 
-NAMES = ("stable_diffusion_xl", "stable_diffusion_3", "flux", "flux_schnell")
+NAMES = ("stable_diffusion_xl", "stable_diffusion_3", "flux", "flux_schnell", "flux2", "z_image")
 PROMPTS = ["a red circle in the middle", "a blue square on the left and a green cross on the right"]
 HEIGHT, WIDTH = 64, 48
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ATTENTION += ("to_qkv_mlp_proj",)
+FLOW = ("stable_diffusion_3", "flux", "flux_schnell", "flux2", "z_image")
 
 TinyModels = Callable[[str], Path]
 
@@ -44,17 +46,40 @@ def stock(tiny_models: TinyModels, name: str, dtype: torch.dtype = torch.float32
 
 
 def stock_call(pipeline: Any, noise: Tensor, **options: Any) -> Any:
-    if "Flux" in type(pipeline).__name__:
+    kind = type(pipeline).__name__
+    if kind == "ZImagePipeline":
+        options["guidance_scale"] -= 1
+    if kind == "FluxPipeline":
         noise = pipeline._pack_latents(noise, *noise.shape)
         if not pipeline.transformer.config.guidance_embeds:
             options["max_sequence_length"] = 256  # FLUX.1-schnell's; the pipeline's default is FLUX.1-dev's
-    made = pipeline(PROMPTS, latents=noise, height=HEIGHT, width=WIDTH, **{"num_inference_steps": 3} | options)
+    made = pipeline(
+        prompt=list(PROMPTS), latents=noise, height=HEIGHT, width=WIDTH, **{"num_inference_steps": 3} | options
+    )
     return made.images
 
 
-def image(latents: Tensor, height: int, width: int) -> Tensor:
-    """Latents ``[sample, channel, height, width]``, unpacked if the pipeline packs them."""
+def stored(pipeline: Any, latents: Any, height: int, width: int) -> Tensor:
+    """Latents of the pipeline, or of its denoiser, as the family stores them: ``[sample, channel, height, width]``."""
+    if isinstance(latents, list):  # Z-Image: one frame per sample
+        return torch.stack(latents).squeeze(2)
+    if isinstance(pipeline, Flux2KleinPipeline):
+        if latents.ndim == 3:
+            return latents.transpose(1, 2).unflatten(2, (height, width))
+        norm = (
+            pipeline.vae.bn
+        )  # the pipeline returns them scaled for the VAE; in evaluation, its batch norm inverts that
+        return norm.eval()(pipeline._patchify_latents(latents))
     return latents if latents.ndim == 4 else FluxPipeline._unpack_latents(latents, 8 * height, 8 * width, 8)
+
+
+def output_of(name: str, velocity: Tensor) -> tuple[Any]:
+    """Output of a family's denoiser that means this velocity."""
+    if name == "z_image":
+        return (list(-velocity[:, :, None]),)
+    if name == "flux2":
+        return (Flux2KleinPipeline._pack_latents(velocity),)
+    return (velocity if name == "stable_diffusion_3" else FluxPipeline._pack_latents(velocity, *velocity.shape),)
 
 
 def first_noise(model: TextToImageModel) -> Tensor:
@@ -79,7 +104,7 @@ def test_images_equal_the_stock_pipelines(tiny_models: TinyModels, name: str, gu
     assert abs(ours[0].astype(int) - ours[1].astype(int)).max() > 10
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_xl", "stable_diffusion_3", "flux"])
+@pytest.mark.parametrize("name", ["stable_diffusion_xl", "stable_diffusion_3", "flux", "flux2", "z_image"])
 def test_guidance_changes_the_latents(tiny_models: TinyModels, name: str) -> None:
     model = load(tiny_models, name)
     assert not torch.allclose(sample(model, 5.0), sample(model, 1.0), atol=1e-4)
@@ -104,11 +129,12 @@ def test_predictions_equal_those_of_the_denoiser_in_the_stock_pipeline(tiny_mode
         times = {"timestep": pipeline.scheduler.timesteps[number].expand(2)}
         if given.get("guidance") is not None:
             times["guidance"] = given["guidance"]
-        noisy_latents = image(given["hidden_states"], height, width)
+        noisy_latents = stored(pipeline, given["hidden_states"], height, width)
         task = DenoisingTask(noisy_latents, times, conditioning, torch.zeros_like(noisy_latents))
         with torch.no_grad():
             prediction = model.predict(model.denoiser, task)
-        torch.testing.assert_close(prediction, image(output, height, width), rtol=1e-4, atol=1e-5)
+        expected = stored(pipeline, output, height, width) * (-1 if name == "z_image" else 1)
+        torch.testing.assert_close(prediction, expected, rtol=1e-4, atol=1e-5)
         assert prediction.abs().max() > 0.01
 
 
@@ -132,7 +158,7 @@ def test_a_changed_lora_makes_the_same_latents_in_the_stock_pipeline_and_can_be_
     pipeline.load_lora_weights(tmp_path / "lora")
     options = {"guidance_scale": 3.0, "num_inference_steps": num_steps, "output_type": "latent"}
     theirs = stock_call(pipeline, first_noise(model), **options)
-    torch.testing.assert_close(image(theirs, *trained.shape[-2:]), trained, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stored(pipeline, theirs, *trained.shape[-2:]), trained, rtol=1e-4, atol=1e-4)
     assert (trained - untrained).abs().max() > 0.01
     fresh = load(tiny_models, name)
     fresh.load_tuned(tmp_path)
@@ -145,12 +171,13 @@ def test_a_changed_lora_makes_the_same_latents_in_the_stock_pipeline_and_can_be_
 def test_encoding_a_prompt_does_not_depend_on_the_others(tiny_models: TinyModels, name: str) -> None:
     model = load(tiny_models, name)
     together, _ = model.encode_prompts(PROMPTS)
-    assert set(together) == {"prompt_embedding", "pooled_embedding"}
+    others = {"flux2": set(), "z_image": {"prompt_mask"}}
+    assert set(together) == {"prompt_embedding"} | others.get(name, {"pooled_embedding"})
     for row, prompt in enumerate(PROMPTS):
         single, _ = model.encode_prompts([prompt])
         for key, value in together.items():
             torch.testing.assert_close(value[row], single[key][0], rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(single["pooled_embedding"][0], together["pooled_embedding"][1 - row])
+        assert not any(torch.allclose(single[key][0], together[key][1 - row]) for key in together)
 
 
 @each_family
@@ -169,7 +196,26 @@ def test_the_embedded_world_has_no_model_of_these_families(name: str) -> None:
         load_model(name.removesuffix("_schnell"), path="embedded", device="cpu")
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion_3", "flux"])
+@pytest.mark.parametrize("name", FLOW)
+@torch.no_grad()
+def test_a_denoiser_that_returns_the_velocity_has_no_error_and_is_sampled_to_the_clean_latents(
+    tiny_models: TinyModels, name: str
+) -> None:
+    """The target of training and the pipeline's own loop have one convention of time and sign."""
+    model = load(tiny_models, name)
+    clean, noise = noise_at((2, *model.latent_shape(HEIGHT, WIDTH)), 0, "clean"), first_noise(model)
+    model.denoiser.register_forward_hook(lambda *_: output_of(name, noise - clean))
+    conditioning, _ = model.encode_prompts(PROMPTS)
+    times = {"timestep": torch.tensor([3.0, 700.0])}
+    if name == "flux":
+        times["guidance"] = torch.full((2,), 3.5)
+    task = model.denoising_task(model.denoiser, clean, conditioning, times, noise)
+    torch.testing.assert_close(model.errors(model.denoiser, task), torch.zeros(2), rtol=0, atol=1e-12)
+    sampled = model.sample(conditioning, noise, num_denoising_steps=3, guidance_scale=1.0)
+    torch.testing.assert_close(sampled, clean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion_3", "flux", "flux2", "z_image"])
 def test_flow_timesteps_are_logit_normal(tiny_models: TinyModels, family: str) -> None:
     model = load(tiny_models, family, for_training=True)
     drawn = [model.draw_times(generator_at(0, "draw", number)) for number in range(2000)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, StableDiffusionPipeline
+from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, ZImageTransformer2DModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -191,6 +191,15 @@ def test_numbered_modules_and_single_layers_outside_them_are_blocks_of_a_transfo
     net.add_adapter(LoraConfig(r=2, target_modules=["x_embedder", "to_q", "to_out.0", "proj_out"]))
     # x_embedder; to_q and to_out of two blocks; to_q and proj_out of the single block; the transformer's proj_out
     assert [len(block) for block in second_factors(net)] == [1, 2, 2, 2, 1]
+
+
+def test_the_final_layer_of_a_single_stream_transformer_is_its_last_block() -> None:
+    net = ZImageTransformer2DModel(
+        dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=8, axes_dims=(4, 6, 6)
+    )
+    net.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0", "w1", "linear"]))
+    # noise and context refiner, two layers, the final layer, which the model registers first
+    assert [len(block) for block in second_factors(net)] == [3, 3, 3, 3, 1]
 
 
 def test_the_lora_of_a_convolution_grows(tiny_sd15: Path) -> None:

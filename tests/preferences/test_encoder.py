@@ -61,7 +61,7 @@ def test_stored_latents_decode_to_the_image(embedded: Path) -> None:
     assert -10 * np.log10(error) > 30  # dB; another scaling or order of images gives less than 15
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion_3", "flux"])
+@pytest.mark.parametrize("family", ["stable_diffusion_3", "flux", "z_image"])
 def test_decoding_inverts_the_shift_of_a_latent_space(tiny_models: object, family: str) -> None:
     model = load_model(family, path=str(tiny_models(family)), device="cpu")  # type: ignore[operator]
     images = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)

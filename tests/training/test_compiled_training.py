@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import loss_of_pairs
 
-FAMILIES = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux")
+FAMILIES = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "flux2")
 QUICK = [("stable_diffusion_3", True), ("flux", True)]
 """Others take longer: tracing a UNet takes more than half a minute."""
 

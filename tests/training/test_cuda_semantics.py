@@ -192,7 +192,7 @@ def test_frozen_weights_keep_channels_last_and_trained_ones_are_contiguous(
     training.engine.destroy()
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl", "latent_consistency", "flux"])
+@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl", "latent_consistency", "flux", "flux2"])
 def test_an_update_waits_for_the_device_once(models: TinyModels, family: str) -> None:
     teacher_dir = models("stable_diffusion")
     training = Training(models(family), family, LORA, teacher_dir=teacher_dir, safeguard=0.9)
