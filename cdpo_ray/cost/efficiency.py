@@ -39,6 +39,8 @@ COMPILE_SECONDS = {
     "stable_diffusion_xl": 120.0,
     "stable_diffusion_3": 60.0,
     "flux": 90.0,
+    "qwen_image": 120.0,
+    "sana": 60.0,
 }
 GRAPHS = {"generate": 1, "train": 3, "evaluate": 2}
 """Number of graphs that each step compiles: forward passes of base and tuned model in training and evaluation, and the

@@ -22,6 +22,8 @@ HUB_IDS = {
     "SimianLuo/LCM_Dreamshaper_v7": "lcm",
     "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",
     "black-forest-labs/FLUX.1-dev": "flux_dev",
+    "Qwen/Qwen-Image": "qwen_image",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana_1600m",
 }
 """Hub id -> name in the table."""
 
@@ -31,6 +33,8 @@ OF_FAMILY = {
     "latent_consistency": "lcm",
     "stable_diffusion_3": "sd35_medium",
     "flux": "flux_dev",
+    "qwen_image": "qwen_image",
+    "sana": "sana_1600m",
 }
 """Family -> name in the table, assumed for hub ids that are not in `HUB_IDS`."""
 

@@ -22,6 +22,12 @@ from cdpo_ray.store import flat
 ACTIVE = re.compile(r"[\\`*_\[\]|~$]")
 """Active characters of Markdown within a line; those of HTML are escaped separately."""
 
+GUIDANCE_CALLS = {
+    "qwen_image": "true_cfg_scale={}, negative_prompt=' '",
+    "sana": "guidance_scale={}, use_resolution_binning=False",
+}
+"""Family -> arguments of its pipeline for guidance, and for the exact image size."""
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -86,7 +92,7 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         model=settings["model"],
         base_name=_base_name(settings["model"]),
         base=Markup(_loading_base(settings["model"])),
-        call=Markup(_call(settings["generation"])),
+        call=Markup(_call(settings["model"]["family"], settings["generation"])),
         kohya_file=Markup(f"{facts.name}.safetensors"),
         readers=Markup(FORMATS[format_name].readers),
         diffusers_reads_kohya=settings["model"]["family"] != "stable_diffusion_3",
@@ -199,12 +205,13 @@ def _loading_base(model: Mapping[str, Any]) -> str:
     )
 
 
-def _call(generation: Mapping[str, Any]) -> str:
+def _call(family: str, generation: Mapping[str, Any]) -> str:
     """Call of the pipeline with the sampling settings of the run."""
+    guidance = GUIDANCE_CALLS.get(family, "guidance_scale={}").format(generation["guidance_scale"])
     sizes = "".join(f", {side}={generation[side]}" for side in ("height", "width") if generation[side])
     return (
         f'image = pipe("a prompt", num_inference_steps={generation["num_denoising_steps"]},'
-        f" guidance_scale={generation['guidance_scale']}{sizes}).images[0]"
+        f" {guidance}{sizes}).images[0]"
     )
 
 

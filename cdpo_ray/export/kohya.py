@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cdpo_ray.errors import ExportError
 from cdpo_ray.export.factors import Factors, read_factors
 from cdpo_ray.export.original_names import in_original_layers
 from cdpo_ray.export.trained import Trained
@@ -26,7 +27,7 @@ class Architecture(NamedTuple):
         spec: of ``modelspec.architecture``, without ``/lora``.
         base_version: of ``ss_base_model_version``.
         implementation: of ``modelspec.implementation``: whose layer names the file has.
-        network: module of sd-scripts that reads the file.
+        network: module of sd-scripts or musubi-tuner that reads the file.
         size: usual image size in pixels.
         prediction_type: ``epsilon`` or ``v``; `None` for flow matching.
     """
@@ -42,13 +43,18 @@ class Architecture(NamedTuple):
 def write_kohya(trained: Trained, output_dir: Path) -> None:
     """Write the LoRA with the keys of sd-scripts, one alpha per layer, and its metadata: ``<run>.safetensors``.
 
-    Layers of UNets have diffusers' names, those of transformers the names of the authors' checkpoints, see
-    `original_names`; dots are underscores.
+    Layers have the names of the authors' checkpoints, see `original_names`, or diffusers' where these are the same;
+    dots are underscores.
 
     Raises:
-        ExportError: the run used full fine-tuning.
+        ExportError: the run used full fine-tuning, or no program reads such a file of the family.
         ModelError: the LoRA is damaged, or has layers that the family does not have.
     """
+    if trained.family not in ARCHITECTURES:
+        raise ExportError(
+            f"`--format` kohya: no program is known to read such a file of the family {trained.family!r}; use"
+            " `--format diffusers` or `--format peft`"
+        )
     factors = read_factors(trained.lora_dir("kohya"), trained.denoiser_name)
     metadata = kohya_metadata(trained, next(iter(factors.values())))
     save_file(kohya_tensors(trained.family, factors), kohya_path(output_dir, trained.name), metadata=metadata)
@@ -135,14 +141,20 @@ def _flux(denoiser: Mapping[str, Any], prediction_type: str | None) -> Architect
     return Architecture(spec, "flux1", "https://github.com/black-forest-labs/flux", "networks.lora_flux", 1024)
 
 
+def _qwen_image(denoiser: Mapping[str, Any], prediction_type: str | None) -> Architecture:
+    source = "https://github.com/QwenLM/Qwen-Image"
+    return Architecture("Qwen-Image", "qwen_image", source, "networks.lora_qwen_image", 1328)
+
+
 ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], str | None], Architecture]] = {
     "stable_diffusion": _stable_diffusion,
     "latent_consistency": _stable_diffusion,
     "stable_diffusion_xl": _stable_diffusion_xl,
     "stable_diffusion_3": _stable_diffusion_3,
     "flux": _flux,
+    "qwen_image": _qwen_image,
 }
-"""Family -> architecture, by the configuration of the denoiser and the prediction type of the scheduler."""
+"""Family -> architecture, if a program is known to read the file, by the configuration of the denoiser and the prediction type of the scheduler."""
 
 
 def _read_config(folder: Path | None, part: str) -> dict[str, Any]:

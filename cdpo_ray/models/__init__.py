@@ -15,6 +15,8 @@ FAMILIES = {
     "latent_consistency": "cdpo_ray.models.latent_consistency:LatentConsistency",
     "stable_diffusion_3": "cdpo_ray.models.stable_diffusion_3:StableDiffusion3",
     "flux": "cdpo_ray.models.flux:Flux",
+    "qwen_image": "cdpo_ray.models.qwen_image:QwenImage",
+    "sana": "cdpo_ray.models.sana:Sana",
 }
 """Family in the config -> class, imported on first use: diffusers is heavy. A new family is one file and one entry."""
 

@@ -17,6 +17,9 @@ INDEX = "model_index"
 NUM_TIMESTEPS = 1000
 UNET, VAE = "UNet2DConditionModel", "AutoencoderKL"
 CLIP, CLIP_PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
+QWEN_VAE, QWEN_TEXT = "AutoencoderKLQwenImage", "Qwen2_5_VLForConditionalGeneration"
+SANA_VAE, GEMMA = "AutoencoderDC", "Gemma2Model"
+FLOW_EULER, DPM_SOLVER = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"
 DISCRETE_SCHEDULERS = (
     *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler"),
     *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
@@ -33,6 +36,15 @@ DEFAULTS: dict[str, Config] = {
         **{"joint_attention_dim": 4096, "pooled_projection_dim": 2048},
     },
     "FluxTransformer2DModel": {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768},
+    "QwenImageTransformer2DModel": {
+        **{"patch_size": 2, "in_channels": 64, "out_channels": 16},
+        **{"joint_attention_dim": 3584},
+    },
+    QWEN_VAE: {"z_dim": 16, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]},
+    QWEN_TEXT: {"hidden_size": 8192},
+    "SanaTransformer2DModel": {"in_channels": 32, "out_channels": 32, "caption_channels": 2304, "sample_size": 32},
+    SANA_VAE: {"latent_channels": 32, "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024]},
+    GEMMA: {"hidden_size": 2304},
     CLIP: {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77},
     CLIP_PROJECTED: {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77},
     T5: {"d_model": 512},
@@ -82,8 +94,9 @@ class Layout:
     def faults(self, configs: Configs) -> Faults:
         """Configuration values that do not fit the family or each other."""
         yield from _scheduler_faults(configs, self.formulations)
-        yield from _vae_faults(configs)
-        yield from _tokenizer_faults(configs)
+        if self.parts["vae"].classes == (VAE,):
+            yield from _vae_faults(configs)
+        yield from _tokenizer_faults(configs, self.parts)
         yield from self.denoiser_faults(configs)
 
 
@@ -165,6 +178,15 @@ _VAE_KINDS = {
 }
 
 
+_OFF = ("false: other models have it, such as distilled and editing ones", lambda value: not value)
+_LEVELS = ("3 levels", lambda value: isinstance(value, list) and len(value) == 3)
+_SIX_LEVELS = ("6 levels, for 32 pixels per latent value", lambda value: isinstance(value, list) and len(value) == 6)
+_NOISELESS = (
+    "dpmsolver++ or dpmsolver, which add no noise",
+    lambda value: value in (None, "dpmsolver++", "dpmsolver"),
+)
+
+
 def _formulation(name: str, scheduler: Config) -> str:
     """Kind of model that a scheduler samples, by its class and configuration."""
     if name.startswith("FlowMatch") and name.endswith("Scheduler"):
@@ -218,8 +240,10 @@ def _vae_faults(configs: Configs) -> Faults:
         yield from _expect_kind(configs, "vae", key, kind)
 
 
-def _tokenizer_faults(configs: Configs) -> Faults:
+def _tokenizer_faults(configs: Configs, parts: Mapping[str, Component]) -> Faults:
     for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        if encoder not in parts or parts[encoder].classes[0] not in (CLIP, CLIP_PROJECTED):
+            continue  # without learned positions; the pipeline cuts prompts at its own limit
         if isinstance(limit := configs.get(encoder, {}).get("max_position_embeddings"), int):
             kind = (
                 f"at most {limit}, the limit of {encoder}",
@@ -317,6 +341,38 @@ def _flux_faults(configs: Configs) -> Faults:
     yield from _width_faults(configs, "transformer", "pooled_projection_dim", {"text_encoder": "hidden_size"})
 
 
+def _qwen_image_faults(configs: Configs) -> Faults:
+    channels = configs.get("vae", {}).get("z_dim")
+    if _is_whole(channels):
+        why = f"the VAE has {channels} channels"
+        yield from _expect(configs, "transformer", "in_channels", 4 * channels, why)
+        yield from _expect(configs, "transformer", "out_channels", channels, why)
+        for key in ("latents_mean", "latents_std"):
+            kind = (
+                f"{channels} numbers, one per channel",
+                lambda value: value is None or _is_list(value, range(channels, channels + 1), _is_number),
+            )
+            yield from _expect_kind(configs, "vae", key, kind)
+    yield from _expect_kind(configs, "vae", "temperal_downsample", _LEVELS)
+    yield from _expect(configs, "transformer", "patch_size", 2, "latents are packed into patches of 2 x 2")
+    yield from _width_faults(configs, "transformer", "joint_attention_dim", {"text_encoder": "hidden_size"})
+    for key in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+        yield from _expect_kind(configs, "transformer", key, _OFF)
+
+
+def _sana_faults(configs: Configs) -> Faults:
+    yield from _channel_faults(configs, "transformer")
+    yield from _size_faults(configs, "transformer")
+    yield from _width_faults(configs, "transformer", "caption_channels", {"text_encoder": "hidden_size"})
+    yield from _expect_kind(configs, "transformer", "guidance_embeds", _OFF)
+    yield from _expect_kind(configs, "vae", "scaling_factor", _VAE_KINDS["scaling_factor"])
+    yield from _expect_kind(configs, "vae", "encoder_block_out_channels", _SIX_LEVELS)
+    if configs.get("scheduler", {}).get("_class_name") == DPM_SOLVER:
+        yield from _expect(configs, "scheduler", "prediction_type", "flow_prediction", "the model predicts velocities")
+        yield from _expect(configs, "scheduler", "use_flow_sigmas", True, "the model is trained by flow matching")
+        yield from _expect_kind(configs, "scheduler", "algorithm_type", _NOISELESS)
+
+
 def _net(kind: str) -> Component:
     return Component("diffusers", (kind,), weights="diffusion_pytorch_model")
 
@@ -331,6 +387,8 @@ def _tokenizer(name: str, *vocabulary: str) -> Component:
 
 _CLIP_TOKENIZER = _tokenizer("CLIPTokenizer", "vocab.json", "merges.txt")
 _T5_TOKENIZER = _tokenizer("T5Tokenizer", "spiece.model")
+_QWEN_TOKENIZER = _tokenizer("Qwen2Tokenizer", "vocab.json", "merges.txt")
+_GEMMA_TOKENIZER = _tokenizer("GemmaTokenizer", "tokenizer.model")
 _SCHEDULER = Component("diffusers")
 _SD_PARTS = {
     "unet": _net(UNET),
@@ -388,6 +446,30 @@ LAYOUTS = {
         },
         ("flow matching",),
         _flux_faults,
+    ),
+    "qwen_image": Layout(
+        ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
+        {
+            "transformer": _net("QwenImageTransformer2DModel"),
+            "vae": _net(QWEN_VAE),
+            "text_encoder": _text_encoder(QWEN_TEXT),
+            "tokenizer": _QWEN_TOKENIZER,
+            "scheduler": Component("diffusers", (FLOW_EULER,)),
+        },
+        ("flow matching",),
+        _qwen_image_faults,
+    ),
+    "sana": Layout(
+        ("SanaPipeline", "SanaPAGPipeline"),
+        {
+            "transformer": _net("SanaTransformer2DModel"),
+            "vae": _net(SANA_VAE),
+            "text_encoder": _text_encoder(GEMMA),
+            "tokenizer": _GEMMA_TOKENIZER,
+            "scheduler": Component("diffusers", (DPM_SOLVER, FLOW_EULER)),
+        },
+        ("flow matching",),
+        _sana_faults,
     ),
 }
 """Family in the config -> its layout."""
