@@ -13,6 +13,32 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 SD_UNET = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768}
 CLIP_TOKENIZER = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
+QWEN_TOKENIZER = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 131072}
+QWEN_TEXT = {"model_type": "qwen2_5_vl", "hidden_size": 3584, "max_position_embeddings": 128000}
+GEMMA_TOKENIZER = {"tokenizer_class": "GemmaTokenizer", "model_max_length": 10**30}
+GEMMA = {"model_type": "gemma2", "hidden_size": 2304, "max_position_embeddings": 8192}
+QWEN_VAE = {
+    "_class_name": "AutoencoderKLQwenImage",
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [0.1] * 16,
+    "latents_std": [2.0] * 16,
+}
+SANA_VAE = {
+    "_class_name": "AutoencoderDC",
+    "latent_channels": 32,
+    "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "scaling_factor": 0.41407,
+}
+DPM_FLOW = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+    "num_train_timesteps": 1000,
+    "lambda_min_clipped": float("-inf"),  # written as -Infinity, as in the published file
+}
 T5_TOKENIZER = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512}
 
 Parts = dict[str, tuple[str, Mapping[str, Any]]]
@@ -91,6 +117,35 @@ MODELS: dict[str, tuple[str, Parts]] = {
             "tokenizer": ("CLIPTokenizer", CLIP_TOKENIZER),
             "tokenizer_2": ("T5TokenizerFast", T5_TOKENIZER),
             "scheduler": ("FlowMatchEulerDiscreteScheduler", FLOW),
+        },
+    ),
+    "qwen_image": (
+        "QwenImagePipeline",
+        {
+            "transformer": (
+                "QwenImageTransformer2DModel",
+                {
+                    **{"_class_name": "QwenImageTransformer2DModel", "in_channels": 64, "out_channels": 16},
+                    **{"joint_attention_dim": 3584, "guidance_embeds": False},
+                },
+            ),
+            "vae": ("AutoencoderKLQwenImage", QWEN_VAE),
+            "text_encoder": ("Qwen2_5_VLForConditionalGeneration", QWEN_TEXT),
+            "tokenizer": ("Qwen2Tokenizer", QWEN_TOKENIZER),
+            "scheduler": ("FlowMatchEulerDiscreteScheduler", FLOW),
+        },
+    ),
+    "sana": (
+        "SanaPipeline",
+        {
+            "transformer": (
+                "SanaTransformer2DModel",
+                {"_class_name": "SanaTransformer2DModel", "sample_size": 32, "caption_channels": 2304},
+            ),
+            "vae": ("AutoencoderDC", SANA_VAE),
+            "text_encoder": ("Gemma2Model", GEMMA),
+            "tokenizer": ("GemmaTokenizerFast", GEMMA_TOKENIZER),
+            "scheduler": ("DPMSolverMultistepScheduler", DPM_FLOW),
         },
     ),
 }

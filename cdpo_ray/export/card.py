@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from cdpo_ray.config import HUB_ID
 from cdpo_ray.evaluation.report import measure_results, signs_of_reward_hacking
-from cdpo_ray.export import FORMATS
+from cdpo_ray.export import readers_of
 from cdpo_ray.export.pairs import stage_file
 from cdpo_ray.pages.page import reasons_without_interval
 from cdpo_ray.records import ARMS
@@ -94,7 +94,7 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         base=Markup(_loading_base(settings["model"])),
         call=Markup(_call(settings["model"]["family"], settings["generation"])),
         kohya_file=Markup(f"{facts.name}.safetensors"),
-        readers=Markup(FORMATS[format_name].readers),
+        readers=Markup(readers_of(format_name, settings["model"]["family"])),
         diffusers_reads_kohya=settings["model"]["family"] != "stable_diffusion_3",
         ranking=facts.ranking,
         making=_table({"generation": settings["generation"], "rewards": _reward_settings(settings["rewards"])}),

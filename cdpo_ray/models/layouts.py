@@ -1,6 +1,7 @@
 """Family -> required contents of its model folders; does not import torch."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -179,12 +180,16 @@ _VAE_KINDS = {
 
 
 _OFF = ("false: other models have it, such as distilled and editing ones", lambda value: not value)
-_LEVELS = ("3 levels", lambda value: isinstance(value, list) and len(value) == 3)
-_SIX_LEVELS = ("6 levels, for 32 pixels per latent value", lambda value: isinstance(value, list) and len(value) == 6)
 _NOISELESS = (
     "dpmsolver++ or dpmsolver, which add no noise",
     lambda value: value in (None, "dpmsolver++", "dpmsolver"),
 )
+
+
+def _levels(count: int, factor: int) -> tuple[str, Callable[[Any], bool]]:
+    """Kind of a list with one entry per level of a VAE that has ``factor`` pixels per latent value."""
+    what = f"{count} levels, for {factor} pixels per latent value"
+    return what, lambda value: isinstance(value, list) and len(value) == count
 
 
 def _formulation(name: str, scheduler: Config) -> str:
@@ -347,13 +352,15 @@ def _qwen_image_faults(configs: Configs) -> Faults:
         why = f"the VAE has {channels} channels"
         yield from _expect(configs, "transformer", "in_channels", 4 * channels, why)
         yield from _expect(configs, "transformer", "out_channels", channels, why)
-        for key in ("latents_mean", "latents_std"):
+        for key, what, low in (("latents_mean", "numbers", -math.inf), ("latents_std", "positive numbers", 0)):
             kind = (
-                f"{channels} numbers, one per channel",
-                lambda value: value is None or _is_list(value, range(channels, channels + 1), _is_number),
+                f"{channels} {what}",
+                lambda value, low=low: value is None
+                or _is_list(value, range(channels, channels + 1), lambda each: _is_number(each) and each > low),
             )
             yield from _expect_kind(configs, "vae", key, kind)
-    yield from _expect_kind(configs, "vae", "temperal_downsample", _LEVELS)
+    yield from _expect_kind(configs, "vae", "dim_mult", _levels(4, 8))
+    yield from _expect_kind(configs, "vae", "temperal_downsample", _levels(3, 8))
     yield from _expect(configs, "transformer", "patch_size", 2, "latents are packed into patches of 2 x 2")
     yield from _width_faults(configs, "transformer", "joint_attention_dim", {"text_encoder": "hidden_size"})
     for key in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
@@ -366,7 +373,7 @@ def _sana_faults(configs: Configs) -> Faults:
     yield from _width_faults(configs, "transformer", "caption_channels", {"text_encoder": "hidden_size"})
     yield from _expect_kind(configs, "transformer", "guidance_embeds", _OFF)
     yield from _expect_kind(configs, "vae", "scaling_factor", _VAE_KINDS["scaling_factor"])
-    yield from _expect_kind(configs, "vae", "encoder_block_out_channels", _SIX_LEVELS)
+    yield from _expect_kind(configs, "vae", "encoder_block_out_channels", _levels(6, 32))
     if configs.get("scheduler", {}).get("_class_name") == DPM_SOLVER:
         yield from _expect(configs, "scheduler", "prediction_type", "flow_prediction", "the model predicts velocities")
         yield from _expect(configs, "scheduler", "use_flow_sigmas", True, "the model is trained by flow matching")

@@ -96,6 +96,8 @@ def _num_parameters(folder: Path) -> int:
         ("latent_consistency", (2, 4, 8, 8)),
         ("flux", (2, 16, 64)),  # patches of 2 x 2 latent values
         ("flux_schnell", (2, 16, 64)),
+        ("qwen_image", (2, 16, 64)),
+        ("sana", (2, 32, 8, 8)),
     ],
 )
 def test_a_denoiser_gets_the_inputs_of_its_configuration(

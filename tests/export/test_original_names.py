@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
@@ -50,7 +56,7 @@ class Checkpoint(dict[str, Tensor]):
 
 def layers_of(family: str) -> dict[str, nn.Module]:
     with torch.device("meta"):
-        net = CASES[family][0]()
+        net = QwenImageTransformer2DModel(num_layers=2) if family == "qwen_image" else CASES[family][0]()
     return {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
 
@@ -111,10 +117,14 @@ def test_alpha_over_rank_stays_where_layers_are_fused() -> None:
 
 
 @pytest.mark.parametrize("targets", [("",), ATTENTION], ids=["all", "attention"])
-def test_diffusers_reads_a_kohya_file_of_flux(targets: Sequence[str], tmp_path: Path) -> None:
-    factors = random_factors({name: layer for name, layer in layers_of("flux").items() if "blocks." in name}, targets)
-    save_file(kohya_tensors("flux", factors), tmp_path / "lora.safetensors")
-    read = FluxPipeline.lora_state_dict(tmp_path, weight_name="lora.safetensors")
+@pytest.mark.parametrize(("family", "pipeline"), [("flux", FluxPipeline), ("qwen_image", QwenImagePipeline)])
+def test_diffusers_reads_a_kohya_file(family: str, pipeline: Any, targets: Sequence[str], tmp_path: Path) -> None:
+    layers = layers_of(family)
+    if family == "flux":
+        layers = {name: layer for name, layer in layers.items() if "blocks." in name}
+    factors = random_factors(layers, targets)
+    save_file(kohya_tensors(family, factors), tmp_path / "lora.safetensors")
+    read = pipeline.lora_state_dict(tmp_path, weight_name="lora.safetensors")
     names = {key.removeprefix("transformer.").rpartition(".lora_")[0] for key in read}
     assert factors.keys() <= names
     for name in names:

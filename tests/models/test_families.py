@@ -188,6 +188,34 @@ def test_flow_timesteps_are_logit_normal(tiny_models: TinyModels, family: str) -
     assert ("guidance" in drawn[0]) == (family == "flux")
 
 
+@pytest.mark.parametrize("family", ["stable_diffusion_3", "flux", "qwen_image", "sana"])
+def test_the_stock_sampler_takes_the_noise_back_to_the_latents_along_the_target(
+    tiny_models: TinyModels, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A denoiser that returns the training target; the pipeline's noisy latents must be those of training."""
+    model = load(tiny_models, family)
+    conditioning, _ = model.encode_prompts(PROMPTS)
+    noise, shape = first_noise(model), model.latent_shape(HEIGHT, WIDTH)
+    latents = noise_at((2, *shape), 0, "clean")
+    given: list[Tensor] = []
+
+    def velocity(*positional: Tensor, **named: Any) -> tuple[Tensor]:
+        given.append(positional[0] if positional else named["hidden_states"])
+        times = {"timestep": torch.full((2,), 500.0)}
+        target = model.denoising_task(model.denoiser, latents, conditioning, times, noise).target
+        return (target if given[-1].ndim == 4 else FluxPipeline._pack_latents(target, *target.shape),)
+
+    monkeypatch.setattr(model.denoiser, "forward", velocity)
+    sampled = model.sample(conditioning, noise, num_denoising_steps=4, guidance_scale=1.0)
+    tolerance = 5e-3 if family == "sana" else 1e-5  # DPM-Solver starts at timestep 999, and rounds to whole ones
+    torch.testing.assert_close(sampled, latents, rtol=0, atol=tolerance)
+    assert len(given) == 4
+    for noisy, timestep in zip(given, model.pipeline.scheduler.timesteps, strict=True):
+        times = {"timestep": timestep.float().expand(2)}
+        task = model.denoising_task(model.denoiser, latents, conditioning, times, noise)
+        torch.testing.assert_close(image(noisy, *shape[1:]), task.noisy_latents, rtol=0, atol=tolerance)
+
+
 def test_v_and_epsilon_predictions_of_one_model_have_errors_of_a_known_ratio(tiny_models: TinyModels) -> None:
     """v_hat = (eps_hat - sqrt(1 - abar) x_t) / sqrt(abar), so the v error is the eps error over abar."""
     model = load(tiny_models, "stable_diffusion", for_training=True)

@@ -7,7 +7,7 @@ from tiny_policies import TinyModels, load
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.randomness.noise import noise_at
 
-FAMILIES = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux")
+FAMILIES = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "qwen_image", "sana")
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
