@@ -60,6 +60,34 @@ QWEN3_4B = transformers.Qwen3Config(
     architectures=["Qwen3ForCausalLM"],
 )
 VAE_16 = VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+QWEN_VL = transformers.Qwen2_5_VLConfig(  # 7B
+    text_config={
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
+    },
+    vision_config={"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
+    architectures=["Qwen2_5_VLForConditionalGeneration"],
+    tie_word_embeddings=False,
+)
+GEMMA_2B = transformers.Gemma2Config(architectures=["Gemma2Model"])
+DC_AE: dict[str, Any] = {
+    "_class_name": "AutoencoderDC",
+    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+    "decoder_layers_per_block": [3, 3, 3, 3, 3, 3],
+    "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+    "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+}
 UNET: dict[str, Any] = {"_class_name": "UNet2DConditionModel"}
 ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any]]] = {
     "sd15": (UNET | {"cross_attention_dim": 768, "sample_size": 64}, VAE, [CLIP_L]),
@@ -111,6 +139,12 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, Any], list[Any]]] = {
         VAE_16,
         [CLIP_L, CLIP_BIG_G, T5_XXL],
     ),
+    "qwen_image": (
+        {"_class_name": "QwenImageTransformer2DModel"},
+        {"_class_name": "AutoencoderKLQwenImage"},
+        [QWEN_VL],
+    ),
+    "sana_1600m": ({"_class_name": "SanaTransformer2DModel"}, DC_AE, [GEMMA_2B]),
     "flux_dev": ({"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}, VAE_16, [CLIP_L, T5_XXL]),
     "flux2_klein_4b": (
         {

@@ -10,7 +10,6 @@ A tensor is stored as a list of its values, in row-major order, with its shape i
 - `latents` tensor [sample, channel, height, width]: final latents of the sampler
 - `prompt_embedding` tensor [token, channel]: conditioning of the denoiser
 - `pooled_embedding` tensor [channel]: only families that have one
-- `prompt_mask` tensor [token]: 1 for a token, 0 for padding; only families that need it
 - `num_tokens_cut` int64: number of tokens of the prompt beyond the text encoder's maximum
 - `latents_std`, as `latents`: imported images only; the posterior's standard deviation (`latents` is its mean)
 - `score_label` list of float64 per sample: higher is preferred; imported images only; NaN: no label
@@ -90,7 +89,7 @@ LABEL = "label"  # labels of preferred images, stored as scores of a reward but 
 PERTURBATION = "perturbation"  # reward that judges no image: how little of its prompt was perturbed
 ARMS = ("base", "tuned")
 IMPLICIT_VALUE = "implicit_value"
-CONDITIONING = ("prompt_embedding", "pooled_embedding", "prompt_mask")
+CONDITIONING = ("prompt_embedding", "pooled_embedding")
 PIXEL_COLUMNS = {"pixels": "images"} | {f"{arm}_pixels": f"{arm}_image" for arm in ARMS}
 """Column of raw pixels, uint8 ``[sample, 3, height, width]`` per row -> the column of PNGs that is written instead."""
 PREDICTED = "predicted"

@@ -50,6 +50,8 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
             "latent_consistency": tiny_models.build_tiny_lcm,
             "stable_diffusion_3": tiny_models.build_tiny_sd3,
             "flux": tiny_models.build_tiny_flux,
+            "qwen_image": tiny_models.build_tiny_qwen_image,
+            "sana": tiny_models.build_tiny_sana,
             "flux_schnell": functools.partial(tiny_models.build_tiny_flux, guidance_embeds=False),
             "flux2": tiny_models.build_tiny_flux2,
             "flux2_distilled": functools.partial(tiny_models.build_tiny_flux2, is_distilled=True),

@@ -15,6 +15,31 @@ SD_UNET = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_atte
 CLIP_TOKENIZER = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
 QWEN3_4B = {"model_type": "qwen3", "hidden_size": 2560, "num_hidden_layers": 36, "max_position_embeddings": 40_960}
 QWEN_TOKENIZER = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 131_072}
+QWEN_TEXT = {"model_type": "qwen2_5_vl", "hidden_size": 3584, "max_position_embeddings": 128000}
+GEMMA_TOKENIZER = {"tokenizer_class": "GemmaTokenizer", "model_max_length": 10**30}
+GEMMA = {"model_type": "gemma2", "hidden_size": 2304, "max_position_embeddings": 8192}
+QWEN_VAE = {
+    "_class_name": "AutoencoderKLQwenImage",
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [0.1] * 16,
+    "latents_std": [2.0] * 16,
+}
+SANA_VAE = {
+    "_class_name": "AutoencoderDC",
+    "latent_channels": 32,
+    "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "scaling_factor": 0.41407,
+}
+DPM_FLOW = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+    "num_train_timesteps": 1000,
+    "lambda_min_clipped": float("-inf"),  # written as -Infinity, as in the published file
+}
 T5_TOKENIZER = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512}
 
 Parts = dict[str, tuple[str, Mapping[str, Any]]]
@@ -119,6 +144,35 @@ MODELS: dict[str, tuple[str, Parts]] = {
             "text_encoder": ("Qwen3Model", QWEN3_4B),
             "tokenizer": ("Qwen2Tokenizer", QWEN_TOKENIZER),
             "scheduler": ("FlowMatchEulerDiscreteScheduler", FLOW),
+        },
+    ),
+    "qwen_image": (
+        "QwenImagePipeline",
+        {
+            "transformer": (
+                "QwenImageTransformer2DModel",
+                {
+                    **{"_class_name": "QwenImageTransformer2DModel", "in_channels": 64, "out_channels": 16},
+                    **{"joint_attention_dim": 3584, "guidance_embeds": False},
+                },
+            ),
+            "vae": ("AutoencoderKLQwenImage", QWEN_VAE),
+            "text_encoder": ("Qwen2_5_VLForConditionalGeneration", QWEN_TEXT),
+            "tokenizer": ("Qwen2Tokenizer", QWEN_TOKENIZER),
+            "scheduler": ("FlowMatchEulerDiscreteScheduler", FLOW),
+        },
+    ),
+    "sana": (
+        "SanaPipeline",
+        {
+            "transformer": (
+                "SanaTransformer2DModel",
+                {"_class_name": "SanaTransformer2DModel", "sample_size": 32, "caption_channels": 2304},
+            ),
+            "vae": ("AutoencoderDC", SANA_VAE),
+            "text_encoder": ("Gemma2Model", GEMMA),
+            "tokenizer": ("GemmaTokenizerFast", GEMMA_TOKENIZER),
+            "scheduler": ("DPMSolverMultistepScheduler", DPM_FLOW),
         },
     ),
 }

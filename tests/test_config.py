@@ -60,12 +60,22 @@ def test_full_fine_tuning_records_the_default_lora_and_refuses_another() -> None
     ]
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion_3", "flux", "flux2", "z_image"])
-def test_images_of_families_with_patches_are_whole_patches(family: str) -> None:
-    fits = ("model.family=" + family, f"model.path={PACKAGE}", "generation.height=1040")
-    assert load_config(QUICKSTART, fits).generation.height == 1040
-    assert refused(*fits, "generation.width=1032") == [
-        f"`generation.width` must be a multiple of 16 for the family '{family}', got 1032"
+@pytest.mark.parametrize(
+    ("family", "multiple"),
+    [
+        ("stable_diffusion_3", 16),
+        ("flux", 16),
+        ("flux2", 16),
+        ("z_image", 16),
+        ("qwen_image", 16),
+        ("sana", 32),
+    ],
+)
+def test_images_of_families_with_patches_are_whole_patches(family: str, multiple: int) -> None:
+    fits = ("model.family=" + family, f"model.path={PACKAGE}", f"generation.height={1024 + multiple}")
+    assert load_config(QUICKSTART, fits).generation.height == 1024 + multiple
+    assert refused(*fits, f"generation.width={1024 + multiple // 2}") == [
+        f"`generation.width` must be a multiple of {multiple} for the family '{family}', got {1024 + multiple // 2}"
     ]
     assert load_config(QUICKSTART, ("generation.width=1032",)).generation.width == 1032
 

@@ -111,28 +111,31 @@ def test_the_disk_space_is_that_of_latents_and_images(tiny_sd15: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "channels", "side", "unit", "size"),
+    ("family", "channels", "side", "factor", "unit", "size"),
     [
-        ("stable_diffusion_xl", 4, 8, "KB", 1e3),
-        ("stable_diffusion_3", 16, 8, "KB", 1e3),
-        ("flux", 16, 128, "MB", 1e6),
-        ("flux2", 8, 128, "MB", 1e6),  # 8 channels of the VAE
-        ("z_image", 16, 128, "MB", 1e6),
+        ("stable_diffusion_xl", 4, 8, 8, "KB", 1e3),
+        ("stable_diffusion_3", 16, 8, 8, "KB", 1e3),
+        ("flux", 16, 128, 8, "MB", 1e6),
+        ("flux2", 32, 64, 16, "MB", 1e6),
+        ("z_image", 16, 128, 8, "MB", 1e6),
+        ("qwen_image", 16, 128, 8, "MB", 1e6),
+        ("sana", 32, 2, 32, "KB", 1e3),
     ],
 )
 def test_the_size_of_latents_is_read_from_every_familys_folder(
-    tiny_models: Callable[[str], Path], family: str, channels: int, side: int, unit: str, size: float
+    tiny_models: Callable[[str], Path], family: str, channels: int, side: int, factor: int, unit: str, size: float
 ) -> None:
     plan = str(make_plan(config(f"model.family={family}", f"model.path={tiny_models(family)}"), PROMPTS))
-    latents, images = 48 * channels * side * side * 4, 48 * (8 * side) ** 2 * 1.6
+    latents, images = 48 * channels * side * side * 4, 48 * (factor * side) ** 2 * 1.6
     assert f"latents {latents / size:.3g} {unit}, images up to {images / size:.3g} {unit}" in plan
 
 
 def test_latent_channels_of_a_hub_model_are_those_of_its_family() -> None:
     hub = ("model.path=someone/some-model", "model.revision='0123456789abcdef0123456789abcdef01234567'")
-    for family, channels in (("stable_diffusion_xl", 4), ("flux", 16), ("flux2", 32), ("z_image", 16)):
+    per_pixel = {"stable_diffusion_xl": 4 / 64, "flux": 16 / 64, "flux2": 32 / 64, "z_image": 16 / 64}
+    for family, values in (*per_pixel.items(), ("qwen_image", 16 / 64), ("sana", 1 / 32)):
         sized = (*hub, f"model.family={family}", "generation.height=1024", "generation.width=512")
-        assert f"latents {48 * channels * 128 * 64 * 4 / 1e6:.3g} MB" in str(make_plan(config(*sized), PROMPTS))
+        assert f"latents {48 * values * 1024 * 512 * 4 / 1e6:.3g} MB" in str(make_plan(config(*sized), PROMPTS))
 
 
 def test_disk_space_of_a_model_that_is_not_on_this_machine_needs_an_image_size() -> None:

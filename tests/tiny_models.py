@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -19,6 +22,10 @@ from diffusers import (
     FluxTransformer2DModel,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -33,6 +40,11 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -41,6 +53,8 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from cdpo_ray.models.sana import INSTRUCTION
 
 BuildUnet = Callable[..., UNet2DConditionModel]
 SDXL_UNET: dict[str, Any] = {
@@ -391,6 +405,120 @@ def build_tiny_z_image(folder: Path) -> Path:
         text_encoder=Qwen3Model(tiny_qwen3(tokenizer, num_layers=3)),
         tokenizer=tokenizer,
         transformer=transformer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def tiny_qwen_image_tokenizer() -> Qwen2Tokenizer:
+    """One token per byte, and one per word of the pipeline's template, so that its first part has 34 tokens."""
+    vocabulary = {letter: number for number, letter in enumerate(bytes_to_unicode().values())}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    words = "Describe image by detailing color shape size texture quantity text spatial relationships of objects and"
+    tokenizer.add_tokens(
+        ["system", "user", "assistant", " the", " background", *(f" {word}" for word in words.split())]
+    )
+    tokenizer.add_tokens(["Describe", "<|im_start|>", "<|im_end|>"])
+    return tokenizer
+
+
+def build_tiny_qwen_image(folder: Path) -> Path:
+    """Qwen-Image as published (joint blocks, packed latents of a video VAE, Qwen2.5-VL, dynamic shift), narrow."""
+    torch.manual_seed(0)
+    tokenizer = tiny_qwen_image_tokenizer()
+    text = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [0],
+        },
+    )
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=64,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+    QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+        vae=AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(text),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def tiny_gemma_tokenizer() -> GemmaTokenizer:
+    """One token per byte, and one before them; the lines of the pipeline's instruction are one token each."""
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True)
+    tokenizer.add_tokens(INSTRUCTION)
+    return tokenizer
+
+
+def build_tiny_sana(folder: Path) -> Path:
+    """SANA as published (linear attention, convolutions, 32x autoencoder, Gemma 2, DPM-Solver++), narrow."""
+    torch.manual_seed(0)
+    tokenizer = tiny_gemma_tokenizer()
+    text = Gemma2Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=len(tokenizer),
+    )
+    transformer = SanaTransformer2DModel(
+        in_channels=32,
+        out_channels=32,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=32,
+        sample_size=2,
+    )
+    blocks = {
+        "block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+        "block_out_channels": (8, 8, 8, 16, 16, 32),
+    }
+    blocks |= {"layers_per_block": (1,) * 6, "qkv_multiscales": ((),) * 3 + ((5,),) * 3}
+    vae = AutoencoderDC(
+        latent_channels=32,
+        attention_head_dim=8,
+        **{f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in blocks.items()},
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+    )
+    SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Gemma2Model(text),
+        vae=vae,
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     ).save_pretrained(folder, safe_serialization=True)
     return folder
 

@@ -8,7 +8,7 @@ from cdpo_ray.cli.arguments import add_config, config_of
 from cdpo_ray.cli.terminal import print_lines
 from cdpo_ray.config import HUB_ID, Config
 from cdpo_ray.errors import ExportError, printable
-from cdpo_ray.export import FORMATS
+from cdpo_ray.export import FORMATS, readers_of
 from cdpo_ray.records import EVALUATION
 from cdpo_ray.run import read_prompts, round_folders, run_dir_of, warn_of_edited_config
 from cdpo_ray.steps import Context, export, steps_of
@@ -89,5 +89,5 @@ def export_run(config: Config, format_name: str, output_dir: Path | None = None)
     warn_of_edited_config(config, run)
     output_dir = output_dir or path_within(run_dir_of(config), f"export/{format_name}")
     export(context, format_name, output_dir)
-    log.info("export: read by %s", FORMATS[format_name].readers)
+    log.info("export: read by %s", readers_of(format_name, config.model.family))
     return output_dir

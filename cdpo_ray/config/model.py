@@ -14,6 +14,8 @@ Family = Literal[
     "flux",
     "flux2",
     "z_image",
+    "qwen_image",
+    "sana",
 ]
 """`cdpo_ray.models.FAMILIES` maps each to its class; a test compares the two."""
 
@@ -29,8 +31,9 @@ GUIDANCE_EMBEDDED = (CONSISTENCY, "flux")
 CONSISTENCY_TIMESTEPS = 50
 """Number of timesteps that a latent consistency model is distilled and sampled at."""
 
-FLOW_MATCHING = ("stable_diffusion_3", "flux", "flux2", "z_image")
-"""Flow-matching families, whose denoiser takes patches of 2 x 2 latent values, 16 x 16 pixels."""
+FLOW_MATCHING = {"stable_diffusion_3": 16, "flux": 16, "flux2": 16, "z_image": 16, "qwen_image": 16, "sana": 32}
+"""Flow-matching families -> pixels per side of what one position of the denoiser stands for: patches of 2 x 2 latent
+values, or in `sana` one."""
 
 
 class TeacherSection(Section):
@@ -54,7 +57,8 @@ class ModelSection(Section):
 
     family: Family = "stable_diffusion"
     """Architecture and sampler. `stable_diffusion`: SD 1.5, 2.1; `stable_diffusion_xl`: SDXL; `latent_consistency`:
-    LCM; `stable_diffusion_3`: SD 3.5; `flux`: FLUX.1; `flux2`: FLUX.2 klein; `z_image`: Z-Image."""
+    LCM; `stable_diffusion_3`: SD 3.5; `flux`: FLUX.1; `flux2`: FLUX.2 klein; `z_image`: Z-Image; `qwen_image`:
+    Qwen-Image; `sana`: SANA 1.0, 1.5."""
 
     path: LocalPath
     """`embedded` (the tiny model of the package), a folder in diffusers layout, or a hub id."""
@@ -107,8 +111,8 @@ class GenerationSection(Section):
     here."""
 
     height: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
-    """Height of images in pixels; a multiple of 16 for flow-matching families. `null`: the model's own. Imported images
-    are scaled and cropped to it, so with `preferences` and a hub id it must be given."""
+    """Height of images in pixels; a multiple of 16 for flow-matching families, of 32 for `sana`. `null`: the model's
+    own. Imported images are scaled and cropped to it, so with `preferences` and a hub id it must be given."""
 
     width: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
     """Width of images in pixels, as `height`."""

@@ -258,9 +258,11 @@ class Config(Section):
     def _image_is_whole_patches(self) -> "Config":
         for side in ("height", "width"):
             size = getattr(self.generation, side)
-            if self.model.family in FLOW_MATCHING and size is not None and size % 16:
+            multiple = FLOW_MATCHING.get(self.model.family, 1)
+            if size is not None and size % multiple:
                 raise ValueError(
-                    f"`generation.{side}` must be a multiple of 16 for the family {self.model.family!r}, got {size}"
+                    f"`generation.{side}` must be a multiple of {multiple} for the family {self.model.family!r}, got"
+                    f" {size}"
                 )
         return self
 

@@ -12,11 +12,15 @@ from typing import Any
 import torch
 import transformers
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     ModelMixin,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -35,7 +39,10 @@ from cdpo_ray.models.lora import attach_lora
 SIDES = (32, 64, 96)
 """Heights and widths of the counted latents; three, because attention's FLOPs are quadratic in positions."""
 NUM_SAMPLES = 2
-CLIP_TOKENS, SD3_T5_TOKENS = 77, 256
+CLIP_TOKENS, SD3_T5_TOKENS, QWEN_IMAGE_TOKENS, SANA_TOKENS = 77, 256, 512, 300
+ENCODED_TOKENS = {"Qwen2_5_VLForConditionalGeneration": 34 + QWEN_IMAGE_TOKENS, "Gemma2Model": 200 + SANA_TOKENS}
+"""Architecture of a text encoder -> tokens per prompt, including those of a template, where the limit of the model is
+higher."""
 COUNTED_RANK = 8
 NUMBERED_BLOCK = re.compile(r"^.*(?:blocks|attentions|resnets|layers|refiner)\.\d+\.")
 
@@ -80,7 +87,9 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func._overloadpacket):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.flops += _convolution_backward_flops(*args)
+        elif count := flop_registry.get(func._overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=outputs)
         for value in tree_iter(outputs):
             if isinstance(value, Tensor):
@@ -98,6 +107,13 @@ class Meter(TorchDispatchMode):
 
     def _forget(self, address: int) -> None:
         self.bytes -= self._sizes.pop(address)
+
+
+def _convolution_backward_flops(grad_output: Tensor, input: Tensor, weight: Tensor, *others: Any) -> int:
+    """FLOPs of the gradients, each as many as the forward pass; `flop_registry` ignores the groups of the weight's."""
+    transposed, output_mask = others[4], others[7]
+    positions = input.numel() // input.shape[1] if transposed else grad_output.numel() // grad_output.shape[1]
+    return 2 * positions * weight.numel() * sum(output_mask[:2])
 
 
 def count_folder(model_dir: Path) -> Footprint:
@@ -179,14 +195,7 @@ def add_lora(denoiser: ModelMixin, *, rank: int, targets: Sequence[str]) -> None
 
 def denoiser_of(config: Mapping[str, Any]) -> tuple[Callable[[], ModelMixin], Inputs, int]:
     """Constructor of the denoiser on the meta device, its inputs, and the native height and width of its latents."""
-    inputs = {
-        UNet2DConditionModel: _unet_inputs,
-        SD3Transformer2DModel: _sd3_inputs,
-        FluxTransformer2DModel: _flux_inputs,
-        Flux2Transformer2DModel: _flux2_inputs,
-        ZImageTransformer2DModel: _z_image_inputs,
-    }
-    (kind,) = (each for each in inputs if each.__name__ == config["_class_name"])
+    (kind,) = (each for each in DENOISERS if each.__name__ == config["_class_name"])
 
     def make() -> ModelMixin:
         with torch.device("meta"):
@@ -194,7 +203,7 @@ def denoiser_of(config: Mapping[str, Any]) -> tuple[Callable[[], ModelMixin], In
 
     known = make().config
     native_side = 64 if kind is Flux2Transformer2DModel else known.get("sample_size") or 128
-    return make, lambda num, side: inputs[kind](known, num, side), native_side
+    return make, lambda num, side: DENOISERS[kind](known, num, side), native_side
 
 
 def count_training(denoiser: ModelMixin, inputs: Mapping[str, Any]) -> tuple[int, int]:
@@ -267,15 +276,18 @@ def _outputs_per_channel(
 
 def _vae(config: Mapping[str, Any]) -> tuple[int, Polynomial, Polynomial, Polynomial]:
     """Parameters, FLOPs to decode and to encode an image, and peak activation bytes of decoding one."""
-    kind = AutoencoderKLFlux2 if config.get("_class_name") == AutoencoderKLFlux2.__name__ else AutoencoderKL
+    kind = {each.__name__: each for each in VAES}[config.get("_class_name", "AutoencoderKL")]
     with torch.device("meta"):
         vae = kind.from_config(dict(config)).eval()
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    channels_key, levels_key = VAES[kind]
+    factor = 2 ** (len(vae.config[levels_key]) - 1)
+    frames = (1,) if kind is AutoencoderKLQwenImage else ()
     patch = 2 if kind is AutoencoderKLFlux2 else 1  # VAE latents per latent position along each side
     decode, encode, peaks = {}, {}, {}
     for side in SIDES:
-        latents = torch.empty(NUM_SAMPLES, vae.config.latent_channels, patch * side, patch * side, device="meta")
-        pixels = torch.empty(NUM_SAMPLES, 3, factor * patch * side, factor * patch * side, device="meta")
+        size = patch * side
+        latents = torch.empty(NUM_SAMPLES, vae.config[channels_key], *frames, size, size, device="meta")
+        pixels = torch.empty(NUM_SAMPLES, 3, *frames, factor * size, factor * size, device="meta")
         meter = Meter(vae)
         with fused_attention(), meter, torch.no_grad():
             image = vae.decode(latents).sample
@@ -293,11 +305,12 @@ def _text(configs: list[Any]) -> tuple[int, float]:
     """Parameters of all text encoders, and FLOPs to encode one prompt."""
     parameters, flops = 0, 0.0
     for config in configs:
-        kind = getattr(transformers, (config.architectures or ["CLIPTextModel"])[0])
+        name = (config.architectures or ["CLIPTextModel"])[0]
+        limit = min(getattr(config, "max_position_embeddings", SD3_T5_TOKENS), MAX_CHAT_TOKENS)
+        num_tokens = ENCODED_TOKENS.get(name, limit)
         with torch.device("meta"):
-            encoder = kind(config).eval()
-            limit = min(getattr(config, "max_position_embeddings", SD3_T5_TOKENS), MAX_CHAT_TOKENS)
-            ids = torch.zeros(1, limit, dtype=torch.long)
+            encoder = getattr(transformers, name)(config).eval()
+            ids = torch.zeros(1, num_tokens, dtype=torch.long)
         parameters += _num_parameters(encoder)
         meter = Meter(encoder)
         with meter, torch.no_grad():
@@ -369,6 +382,46 @@ def _z_image_inputs(config: Any, num: int, side: int) -> dict[str, Any]:
             "t": torch.empty(num),
             "cap_feats": [torch.empty(MAX_CHAT_TOKENS, config.cap_feat_dim) for _ in range(num)],
         }
+
+
+def _qwen_image_inputs(config: Any, num: int, side: int) -> dict[str, Any]:
+    with torch.device("meta"):
+        return {
+            "hidden_states": torch.empty(num, side * side // 4, config.in_channels),
+            "timestep": torch.empty(num),
+            "encoder_hidden_states": torch.empty(num, QWEN_IMAGE_TOKENS, config.joint_attention_dim),
+            "encoder_hidden_states_mask": torch.empty(num, QWEN_IMAGE_TOKENS, dtype=torch.bool),
+            "img_shapes": [[(1, side // 2, side // 2)]] * num,
+        }
+
+
+def _sana_inputs(config: Any, num: int, side: int) -> dict[str, Any]:
+    with torch.device("meta"):
+        return {
+            "hidden_states": torch.empty(num, config.in_channels, side, side),
+            "timestep": torch.empty(num),
+            "encoder_hidden_states": torch.empty(num, SANA_TOKENS, config.caption_channels),
+            "encoder_attention_mask": torch.empty(num, SANA_TOKENS, dtype=torch.bool),
+        }
+
+
+DENOISERS: dict[type[ModelMixin], Callable[[Any, int, int], dict[str, Any]]] = {
+    UNet2DConditionModel: _unet_inputs,
+    SD3Transformer2DModel: _sd3_inputs,
+    FluxTransformer2DModel: _flux_inputs,
+    Flux2Transformer2DModel: _flux2_inputs,
+    ZImageTransformer2DModel: _z_image_inputs,
+    QwenImageTransformer2DModel: _qwen_image_inputs,
+    SanaTransformer2DModel: _sana_inputs,
+}
+"""Class of a denoiser -> its inputs by configuration, number of samples and side of the latents."""
+VAES: dict[type[ModelMixin], tuple[str, str]] = {
+    AutoencoderKL: ("latent_channels", "block_out_channels"),
+    AutoencoderKLFlux2: ("latent_channels", "block_out_channels"),
+    AutoencoderKLQwenImage: ("z_dim", "dim_mult"),
+    AutoencoderDC: ("latent_channels", "encoder_block_out_channels"),
+}
+"""Class of a VAE -> keys of its number of latent channels and of its levels."""
 
 
 def _per_sample(of_batch: Mapping[int, float]) -> Polynomial:

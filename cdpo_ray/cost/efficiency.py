@@ -41,6 +41,8 @@ COMPILE_SECONDS = {
     "flux": 90.0,
     "flux2": 90.0,
     "z_image": 30.0,  # one graph of a block, not of the denoiser
+    "qwen_image": 120.0,
+    "sana": 60.0,
 }
 GRAPHS = {"generate": 1, "train": 3, "evaluate": 2}
 """Number of graphs that each step compiles: forward passes of base and tuned model in training and evaluation, and the

@@ -26,6 +26,8 @@ HUB_IDS = {
     "black-forest-labs/FLUX.2-klein-4B": "flux2_klein_4b",
     "Tongyi-MAI/Z-Image": "z_image",
     "Tongyi-MAI/Z-Image-Turbo": "z_image",
+    "Qwen/Qwen-Image": "qwen_image",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana_1600m",
 }
 """Hub id -> name in the table."""
 
@@ -37,6 +39,8 @@ OF_FAMILY = {
     "flux": "flux_dev",
     "flux2": "flux2_klein_4b",
     "z_image": "z_image",
+    "qwen_image": "qwen_image",
+    "sana": "sana_1600m",
 }
 """Family -> name in the table, assumed for hub ids that are not in `HUB_IDS`."""
 

@@ -34,3 +34,12 @@ FORMATS = {
     "merged": Format("cdpo_ray.export.formats:write_merged", "diffusers (`DiffusionPipeline.from_pretrained`)"),
 }
 """A new format is one function and one line here."""
+
+KOHYA_READERS = {"qwen_image": "ComfyUI, musubi-tuner, diffusers"}
+"""Family -> programs that read its `kohya` file, where they are not those of the format."""
+
+
+def readers_of(format_name: str, family: str) -> str:
+    """Programs that read a format of a family's model."""
+    readers = FORMATS[format_name].readers
+    return KOHYA_READERS.get(family, readers) if format_name == "kohya" else readers

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from cdpo_ray.config import HUB_ID
 from cdpo_ray.config.model import GUIDANCE_FROM_ZERO
 from cdpo_ray.evaluation.report import measure_results, signs_of_reward_hacking
-from cdpo_ray.export import FORMATS
+from cdpo_ray.export import readers_of
 from cdpo_ray.export.pairs import stage_file
 from cdpo_ray.pages.page import reasons_without_interval
 from cdpo_ray.records import ARMS
@@ -22,6 +22,12 @@ from cdpo_ray.store import flat
 
 ACTIVE = re.compile(r"[\\`*_\[\]|~$]")
 """Active characters of Markdown within a line; those of HTML are escaped separately."""
+
+GUIDANCE_CALLS = {
+    "qwen_image": "true_cfg_scale={}, negative_prompt=' '",
+    "sana": "guidance_scale={}, use_resolution_binning=False",
+}
+"""Family -> arguments of its pipeline for guidance, and for the exact image size."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,9 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         model=settings["model"],
         base_name=_base_name(settings["model"]),
         base=Markup(_loading_base(settings["model"])),
-        call=Markup(_call(settings["generation"], settings["model"]["family"])),
+        call=Markup(_call(settings["model"]["family"], settings["generation"])),
         kohya_file=Markup(f"{facts.name}.safetensors"),
-        readers=Markup(FORMATS[format_name].readers),
+        readers=Markup(readers_of(format_name, settings["model"]["family"])),
         diffusers_reads_kohya=settings["model"]["family"] != "stable_diffusion_3",
         ranking=facts.ranking,
         making=_table({"generation": settings["generation"], "rewards": _reward_settings(settings["rewards"])}),
@@ -200,13 +206,14 @@ def _loading_base(model: Mapping[str, Any]) -> str:
     )
 
 
-def _call(generation: Mapping[str, Any], family: str) -> str:
+def _call(family: str, generation: Mapping[str, Any]) -> str:
     """Call of the pipeline with the sampling settings of the run."""
-    guidance_scale = generation["guidance_scale"] - (family in GUIDANCE_FROM_ZERO)
+    scale = generation["guidance_scale"] - (family in GUIDANCE_FROM_ZERO)
+    guidance = GUIDANCE_CALLS.get(family, "guidance_scale={}").format(scale)
     sizes = "".join(f", {side}={generation[side]}" for side in ("height", "width") if generation[side])
     return (
         f'image = pipe("a prompt", num_inference_steps={generation["num_denoising_steps"]},'
-        f" guidance_scale={guidance_scale}{sizes}).images[0]"
+        f" {guidance}{sizes}).images[0]"
     )
 
 

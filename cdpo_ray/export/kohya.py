@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cdpo_ray.errors import ExportError
 from cdpo_ray.export.factors import Factors, read_factors
 from cdpo_ray.export.original_names import in_original_layers
 from cdpo_ray.export.trained import Trained
@@ -42,13 +43,18 @@ class Architecture(NamedTuple):
 def write_kohya(trained: Trained, output_dir: Path) -> None:
     """Write the LoRA with the keys of sd-scripts, one alpha per layer, and its metadata: ``<run>.safetensors``.
 
-    Layers of UNets have diffusers' names, those of transformers the names of the authors' checkpoints, see
-    `original_names`; dots are underscores.
+    Layers have the names of the authors' checkpoints, see `original_names`, or diffusers' where these are the same;
+    dots are underscores.
 
     Raises:
-        ExportError: the run used full fine-tuning.
+        ExportError: the run used full fine-tuning, or no program reads such a file of the family.
         ModelError: the LoRA is damaged, or has layers that the family does not have.
     """
+    if trained.family not in ARCHITECTURES:
+        raise ExportError(
+            f"`--format` kohya: no program is known to read such a file of the family {trained.family!r}; use"
+            " `--format diffusers` or `--format peft`"
+        )
     factors = read_factors(trained.lora_dir("kohya"), trained.denoiser_name)
     metadata = kohya_metadata(trained, next(iter(factors.values())))
     save_file(kohya_tensors(trained.family, factors), kohya_path(output_dir, trained.name), metadata=metadata)
@@ -145,6 +151,11 @@ def _z_image(denoiser: Mapping[str, Any], prediction_type: str | None) -> Archit
     return Architecture("Z-Image", "z_image", "https://github.com/Tongyi-MAI/Z-Image", "networks.lora_zimage", 1024)
 
 
+def _qwen_image(denoiser: Mapping[str, Any], prediction_type: str | None) -> Architecture:
+    source = "https://github.com/QwenLM/Qwen-Image"
+    return Architecture("Qwen-Image", "qwen_image", source, "networks.lora_qwen_image", 1328)
+
+
 ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], str | None], Architecture]] = {
     "stable_diffusion": _stable_diffusion,
     "latent_consistency": _stable_diffusion,
@@ -153,8 +164,10 @@ ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], str | None], Architectu
     "flux": _flux,
     "flux2": _flux2,  # this name and the next as musubi-tuner writes them
     "z_image": _z_image,
+    "qwen_image": _qwen_image,
 }
-"""Family -> architecture, by the configuration of the denoiser and the prediction type of the scheduler."""
+"""Family -> architecture, by the configuration of the denoiser and the prediction type of the scheduler; families whose
+file a program is known to read."""
 
 
 def _read_config(folder: Path | None, part: str) -> dict[str, Any]:

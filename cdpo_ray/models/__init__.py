@@ -17,6 +17,8 @@ FAMILIES = {
     "flux": "cdpo_ray.models.flux:Flux",
     "flux2": "cdpo_ray.models.flux2:Flux2",
     "z_image": "cdpo_ray.models.z_image:ZImage",
+    "qwen_image": "cdpo_ray.models.qwen_image:QwenImage",
+    "sana": "cdpo_ray.models.sana:Sana",
 }
 """Family in the config -> class, imported on first use: diffusers is heavy. A new family is one file and one entry."""
 

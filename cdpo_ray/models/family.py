@@ -31,7 +31,8 @@ transformers_logging.disable_progress_bar()
 
 Conditioning = dict[str, Tensor]
 """Outputs of the text encoders, one row per prompt or per sample: ``prompt_embedding [row, token, channel]`` and, in
-some families, ``pooled_embedding [row, channel]`` or ``prompt_mask [row, token]``, 1 for a token and 0 for padding."""
+some families, ``pooled_embedding [row, channel]``. The number of tokens is the family's, so that a row does not depend
+on the other prompts; where the denoiser masks padding, its embeddings are zero."""
 
 PIPELINE_NAMES = {"prompt_embedding": "prompt_embeds", "pooled_embedding": "pooled_prompt_embeds"}
 """Conditioning -> keyword argument of the pipelines; with the prefix ``negative_``, that of the empty prompt."""
@@ -161,7 +162,7 @@ class TextToImageModel(ABC):
         """Compile a denoiser if `compiled`, in the memory format for it; in place."""
         if not self.compiled:
             return
-        if self.denoiser_name == "unet":  # a transformer's only convolution, if any, embeds patches
+        if self.denoiser_name == "unet":  # transformers keep channels last between their convolutions, if any
             use_channels_last(denoiser, self.device)
         denoiser.compile()
 
@@ -278,12 +279,11 @@ class TextToImageModel(ABC):
         """
         factor = self.pixels_per_latent
         latents: Tensor = self.pipeline(
-            **self.pipeline_arguments(conditioning, guidance_scale),
+            **{"guidance_scale": guidance_scale} | self.pipeline_arguments(conditioning, guidance_scale),
             latents=self.pipeline_latents(noise.to(self.device)),
             height=noise.shape[-2] * factor,
             width=noise.shape[-1] * factor,
             num_inference_steps=num_denoising_steps,
-            guidance_scale=guidance_scale,
             generator=self.sampler_generators(noise),
             output_type="latent",
             **more,
@@ -312,11 +312,11 @@ class TextToImageModel(ABC):
 
         An image with non-finite latents or pixels becomes all black, and so has no score; see `is_black`.
         """
-        vae = self.pipeline.vae
+        shift, factor = self.vae_scaling()
+        scaled = latents.to(self.device, self.pipeline.vae.dtype) / factor
         with self.on_device("vae"):
-            given = self.decoder_latents(latents.to(self.device, vae.dtype))
-            pixels = vae.decode(given).sample
-        finite = given.flatten(1).isfinite().all(dim=1) & pixels.flatten(1).isfinite().all(dim=1)
+            pixels = self.vae_decode(scaled + shift)
+        finite = scaled.flatten(1).isfinite().all(dim=1) & pixels.flatten(1).isfinite().all(dim=1)
         pixels.masked_fill_(~finite[:, None, None, None], -1)
         return ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
@@ -326,20 +326,26 @@ class TextToImageModel(ABC):
 
         The inverse of `decode`; a training draw is ``mean + std * noise``.
         """
-        vae = self.pipeline.vae
+        shift, factor = self.vae_scaling()
         with self.on_device("vae"):
-            posterior = vae.encode((images.to(self.device).float() / 127.5 - 1).to(vae.dtype)).latent_dist
-            return self.denoiser_latents(posterior.mean, posterior.std)
+            mean, std = self.vae_encode((images.to(self.device).float() / 127.5 - 1).to(self.pipeline.vae.dtype))
+        return (mean - shift) * factor, std * factor
 
-    def decoder_latents(self, latents: Tensor) -> Tensor:
-        """Latents as the VAE's decoder takes them."""
+    def vae_scaling(self) -> tuple[Any, Any]:
+        """Shift and factor from the VAE's latents to the denoiser's, ``(latents - shift) * factor``: numbers, or
+        tensors ``[channel, 1, 1]``."""
         config = self.pipeline.vae.config
-        return latents / config.scaling_factor + (config.get("shift_factor") or 0)
+        return config.get("shift_factor") or 0, config.scaling_factor
 
-    def denoiser_latents(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the VAE's latents, scaled as the denoiser takes them."""
-        config = self.pipeline.vae.config
-        return (mean - (config.get("shift_factor") or 0)) * config.scaling_factor, std * config.scaling_factor
+    def vae_decode(self, latents: Tensor) -> Tensor:
+        """Images of the VAE's latents, from -1 to 1."""
+        pixels: Tensor = self.pipeline.vae.decode(latents).sample
+        return pixels
+
+    def vae_encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's latents of images from -1 to 1."""
+        posterior = self.pipeline.vae.encode(pixels).latent_dist
+        return posterior.mean, posterior.std
 
     def restrict_timesteps(self, rule: TimestepRule) -> None:
         """Restrict the timesteps that `draw_times` draws.
@@ -445,7 +451,9 @@ def use_channels_last(net: torch.nn.Module, device: str) -> None:
     activations would be converted before and after each convolution.
     """
     if torch.device(device).type == "cuda":
-        net.to(memory_format=torch.channels_last)
+        for layer in net.modules():
+            if isinstance(layer, torch.nn.Conv2d):  # a 3-D convolution, as in video VAEs, has no such format
+                layer.to(memory_format=torch.channels_last)
 
 
 def uniform_between(bounds: tuple[float, float], generator: torch.Generator) -> Tensor:

@@ -8,26 +8,18 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from cdpo_ray.models.family import Conditioning, DenoisingTask, Net, Times, uniform_between
-from cdpo_ray.models.flow_matching import FlowMatchingModel
+from cdpo_ray.models.flow_matching import PatchedFlowMatchingModel, pack, unpack
 from cdpo_ray.models.layouts import NUM_TIMESTEPS
 from cdpo_ray.models.stable_diffusion import tokens_cut
 
 
-class Flux(FlowMatchingModel):
-    """Latents are stored as ``[sample, 16, height, width]``, and packed into patches for the transformer only.
-
-    FLUX.1-dev is guidance-conditioned; FLUX.1-schnell is not. Neither needs the empty prompt.
-    """
+class Flux(PatchedFlowMatchingModel):
+    """FLUX.1-dev is guidance-conditioned; FLUX.1-schnell is not. Neither needs the empty prompt."""
 
     family = "flux"
     pipeline_class = FluxPipeline
     text_encoders = ("text_encoder", "text_encoder_2")
     guidance_range = (3.5, 3.5)
-
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        native, factor = self.pipeline.default_sample_size, self.pipeline.vae_scale_factor
-        channels = self.denoiser.config.in_channels // 4
-        return channels, height // factor if height else native, width // factor if width else native
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> tuple[Conditioning, list[int]]:
@@ -40,20 +32,8 @@ class Flux(FlowMatchingModel):
             self.pipeline.tokenizer_2, prompts, limit
         )
 
-    @torch.no_grad()
-    def sample(
-        self, conditioning: Conditioning, noise: Tensor, *, num_denoising_steps: int, guidance_scale: float
-    ) -> Tensor:
-        packed = super().sample(
-            conditioning, noise, num_denoising_steps=num_denoising_steps, guidance_scale=guidance_scale
-        )
-        return unpack(packed, *noise.shape[-2:])
-
     def pipeline_arguments(self, conditioning: Conditioning, guidance_scale: float) -> dict[str, Any]:
         return super().pipeline_arguments(conditioning, guidance_scale=1)
-
-    def pipeline_latents(self, noise: Tensor) -> Tensor:
-        return pack(super().pipeline_latents(noise))
 
     def draw_times(self, generator: torch.Generator) -> Times:
         times = super().draw_times(generator)
@@ -88,24 +68,6 @@ def max_t5_tokens(config: Any) -> int:
     Source: the models' published inference code.
     """
     return 512 if config.guidance_embeds else 256
-
-
-def pack(latents: Tensor) -> Tensor:
-    """``[sample, channel, height, width]`` -> one row per 2x2 patch, ``[sample, height/2 * width/2, channel * 4]``."""
-    sample, channel, height, width = latents.shape
-    patches = latents.reshape(sample, channel, height // 2, 2, width // 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(sample, height // 2 * (width // 2), channel * 4)
-
-
-def unpack(patches: Tensor, height: int, width: int) -> Tensor:
-    """Inverse of `pack`.
-
-    Args:
-        height, width: of the latents.
-    """
-    sample, _, packed = patches.shape
-    latents = patches.reshape(sample, height // 2, width // 2, packed // 4, 2, 2)
-    return latents.permute(0, 3, 1, 4, 2, 5).reshape(sample, packed // 4, height, width)
 
 
 @functools.lru_cache(maxsize=8)  # a copy from host memory in every forward pass would synchronise with the GPU

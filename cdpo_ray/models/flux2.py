@@ -68,15 +68,19 @@ class Flux2(FlowMatchingModel):
             guidance_scale=guidance_scale,
             callback_on_step_end=keep,
         )
-        return unpack(packed[0], *noise.shape[-2:])
+        return from_rows(packed[0], *noise.shape[-2:])
 
-    def decoder_latents(self, latents: Tensor) -> Tensor:
+    def vae_scaling(self) -> tuple[Any, Any]:
+        return 0, 1  # the patches are normalised instead
+
+    def vae_decode(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
-        return from_patches(latents * std + mean)
+        return super().vae_decode(from_patches(latents * std + mean))
 
-    def denoiser_latents(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        patch_mean, patch_std = self._statistics(mean)
-        return (to_patches(mean) - patch_mean) / patch_std, to_patches(std) / patch_std
+    def vae_encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        latents_mean, latents_std = map(to_patches, super().vae_encode(pixels))
+        mean, std = self._statistics(latents_mean)
+        return (latents_mean - mean) / std, latents_std / std
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel of the patches, ``[1, channel, 1, 1]``, as in the pipeline."""
@@ -89,7 +93,7 @@ class Flux2(FlowMatchingModel):
         height, width = task.noisy_latents.shape[-2:]
         embeddings = task.conditioning["prompt_embedding"]
         prediction: Tensor = denoiser(
-            hidden_states=pack(task.noisy_latents),
+            hidden_states=to_rows(task.noisy_latents),
             timestep=task.times["timestep"].to(self.dtype) / NUM_TIMESTEPS,  # rounded as in the pipeline
             guidance=None,
             encoder_hidden_states=embeddings,
@@ -97,7 +101,7 @@ class Flux2(FlowMatchingModel):
             img_ids=grid_ids((1, height, width, 1), embeddings.device),
             return_dict=False,
         )[0]
-        return unpack(prediction, height, width)
+        return from_rows(prediction, height, width)
 
 
 def to_patches(latents: Tensor) -> Tensor:
@@ -110,13 +114,13 @@ def from_patches(patches: Tensor) -> Tensor:
     return torch.nn.functional.pixel_shuffle(patches, 2)
 
 
-def pack(latents: Tensor) -> Tensor:
+def to_rows(latents: Tensor) -> Tensor:
     """``[sample, channel, height, width]`` -> one row per position, ``[sample, height * width, channel]``."""
     return latents.flatten(2).transpose(1, 2)
 
 
-def unpack(rows: Tensor, height: int, width: int) -> Tensor:
-    """Inverse of `pack`."""
+def from_rows(rows: Tensor, height: int, width: int) -> Tensor:
+    """Inverse of `to_rows`."""
     return rows.transpose(1, 2).unflatten(2, (height, width))
 
 

@@ -1,6 +1,7 @@
 """Family -> required contents of its model folders; does not import torch."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +16,13 @@ Faults = Iterator[str]
 
 INDEX = "model_index"
 NUM_TIMESTEPS = 1000
-PIPELINE_TOKENS = 512
-"""The pipelines of text encoders with this limit or a higher one cut prompts themselves, whatever the tokenizer's."""
 UNET, VAE = "UNet2DConditionModel", "AutoencoderKL"
 FLUX2_VAE = "AutoencoderKLFlux2"
 CLIP, CLIP_PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
 QWEN3, QWEN3_LM = "Qwen3Model", "Qwen3ForCausalLM"
+QWEN_VAE, QWEN_TEXT = "AutoencoderKLQwenImage", "Qwen2_5_VLForConditionalGeneration"
+SANA_VAE, GEMMA = "AutoencoderDC", "Gemma2Model"
+FLOW_EULER, DPM_SOLVER = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"
 DISCRETE_SCHEDULERS = (
     *("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler"),
     *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
@@ -43,6 +45,15 @@ DEFAULTS: dict[str, Config] = {
         **{"latent_channels": 32, "block_out_channels": [128, 256, 512, 512]},
         **{"patch_size": [2, 2], "batch_norm_eps": 1e-4},
     },
+    "QwenImageTransformer2DModel": {
+        **{"patch_size": 2, "in_channels": 64, "out_channels": 16},
+        **{"joint_attention_dim": 3584},
+    },
+    QWEN_VAE: {"z_dim": 16, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]},
+    QWEN_TEXT: {"hidden_size": 8192},
+    "SanaTransformer2DModel": {"in_channels": 32, "out_channels": 32, "caption_channels": 2304, "sample_size": 32},
+    SANA_VAE: {"latent_channels": 32, "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024]},
+    GEMMA: {"hidden_size": 2304},
     CLIP: {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77},
     CLIP_PROJECTED: {"hidden_size": 512, "projection_dim": 512, "max_position_embeddings": 77},
     T5: {"d_model": 512},
@@ -94,8 +105,9 @@ class Layout:
     def faults(self, configs: Configs) -> Faults:
         """Configuration values that do not fit the family or each other."""
         yield from _scheduler_faults(configs, self.formulations)
-        yield from _vae_faults(configs)
-        yield from _tokenizer_faults(configs)
+        if self.parts["vae"].classes == (VAE,):
+            yield from _vae_faults(configs)
+        yield from _tokenizer_faults(configs, self.parts)
         yield from self.denoiser_faults(configs)
 
 
@@ -177,6 +189,19 @@ _VAE_KINDS = {
 }
 
 
+_OFF = ("false: other models have it, such as distilled and editing ones", lambda value: not value)
+_NOISELESS = (
+    "dpmsolver++ or dpmsolver, which add no noise",
+    lambda value: value in (None, "dpmsolver++", "dpmsolver"),
+)
+
+
+def _levels(count: int, factor: int) -> tuple[str, Callable[[Any], bool]]:
+    """Kind of a list with one entry per level of a VAE that has ``factor`` pixels per latent value."""
+    what = f"{count} levels, for {factor} pixels per latent value"
+    return what, lambda value: isinstance(value, list) and len(value) == count
+
+
 def _formulation(name: str, scheduler: Config) -> str:
     """Kind of model that a scheduler samples, by its class and configuration."""
     if name.startswith("FlowMatch") and name.endswith("Scheduler"):
@@ -224,9 +249,6 @@ def _scheduler_faults(configs: Configs, formulations: tuple[str, ...]) -> Faults
 
 
 def _vae_faults(configs: Configs) -> Faults:
-    if configs.get("vae", {}).get("_class_name") == FLUX2_VAE:
-        yield from _flux2_vae_faults(configs)
-        return
     for key in ("latents_mean", "latents_std"):
         yield from _expect(configs, "vae", key, None, "latents are scaled by `scaling_factor` only")
     for key, kind in _VAE_KINDS.items():
@@ -240,10 +262,11 @@ def _flux2_vae_faults(configs: Configs) -> Faults:
     yield from _expect_kind(configs, "vae", "batch_norm_eps", _VAE_KINDS["scaling_factor"])
 
 
-def _tokenizer_faults(configs: Configs) -> Faults:
+def _tokenizer_faults(configs: Configs, parts: Mapping[str, Component]) -> Faults:
     for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
-        limit = configs.get(encoder, {}).get("max_position_embeddings")
-        if isinstance(limit, int) and limit < PIPELINE_TOKENS:
+        if encoder not in parts or parts[encoder].classes[0] not in (CLIP, CLIP_PROJECTED):
+            continue  # without learned positions; the pipeline cuts prompts at its own limit
+        if isinstance(limit := configs.get(encoder, {}).get("max_position_embeddings"), int):
             kind = (
                 f"at most {limit}, the limit of {encoder}",
                 lambda value, limit=limit: _is_whole(value) and value <= limit,
@@ -345,6 +368,7 @@ def _flux_faults(configs: Configs) -> Faults:
 
 
 def _flux2_faults(configs: Configs) -> Faults:
+    yield from _flux2_vae_faults(configs)
     yield from _channel_faults(configs, "transformer", per_channel=4)
     width = {"text_encoder": "hidden_size"}
     yield from _width_faults(configs, "transformer", "joint_attention_dim", width, times=3)
@@ -363,6 +387,42 @@ def _z_image_faults(configs: Configs) -> Faults:
     yield from _expect(configs, "transformer", "siglip_feat_dim", None, "the prompt is the only input")
 
 
+def _qwen_image_faults(configs: Configs) -> Faults:
+    channels: Any = configs.get("vae", {}).get("z_dim")
+    if _is_whole(channels):
+        why = f"the VAE has {channels} channels"
+        yield from _expect(configs, "transformer", "in_channels", 4 * channels, why)
+        yield from _expect(configs, "transformer", "out_channels", channels, why)
+        for key, what, low in (("latents_mean", "numbers", -math.inf), ("latents_std", "positive numbers", 0)):
+            kind = (
+                f"{channels} {what}",
+                lambda value, low=low: (
+                    value is None
+                    or _is_list(value, range(channels, channels + 1), lambda each: _is_number(each) and each > low)
+                ),
+            )
+            yield from _expect_kind(configs, "vae", key, kind)
+    yield from _expect_kind(configs, "vae", "dim_mult", _levels(4, 8))
+    yield from _expect_kind(configs, "vae", "temperal_downsample", _levels(3, 8))
+    yield from _expect(configs, "transformer", "patch_size", 2, "latents are packed into patches of 2 x 2")
+    yield from _width_faults(configs, "transformer", "joint_attention_dim", {"text_encoder": "hidden_size"})
+    for key in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+        yield from _expect_kind(configs, "transformer", key, _OFF)
+
+
+def _sana_faults(configs: Configs) -> Faults:
+    yield from _channel_faults(configs, "transformer")
+    yield from _size_faults(configs, "transformer")
+    yield from _width_faults(configs, "transformer", "caption_channels", {"text_encoder": "hidden_size"})
+    yield from _expect_kind(configs, "transformer", "guidance_embeds", _OFF)
+    yield from _expect_kind(configs, "vae", "scaling_factor", _VAE_KINDS["scaling_factor"])
+    yield from _expect_kind(configs, "vae", "encoder_block_out_channels", _levels(6, 32))
+    if configs.get("scheduler", {}).get("_class_name") == DPM_SOLVER:
+        yield from _expect(configs, "scheduler", "prediction_type", "flow_prediction", "the model predicts velocities")
+        yield from _expect(configs, "scheduler", "use_flow_sigmas", True, "the model is trained by flow matching")
+        yield from _expect_kind(configs, "scheduler", "algorithm_type", _NOISELESS)
+
+
 def _net(kind: str) -> Component:
     return Component("diffusers", (kind,), weights="diffusion_pytorch_model")
 
@@ -378,6 +438,7 @@ def _tokenizer(name: str, *vocabulary: str) -> Component:
 _CLIP_TOKENIZER = _tokenizer("CLIPTokenizer", "vocab.json", "merges.txt")
 _T5_TOKENIZER = _tokenizer("T5Tokenizer", "spiece.model")
 _QWEN_TOKENIZER = _tokenizer("Qwen2Tokenizer", "vocab.json", "merges.txt")
+_GEMMA_TOKENIZER = _tokenizer("GemmaTokenizer", "tokenizer.model")
 _SCHEDULER = Component("diffusers")
 _SD_PARTS = {
     "unet": _net(UNET),
@@ -459,6 +520,30 @@ LAYOUTS = {
         },
         ("flow matching",),
         _z_image_faults,
+    ),
+    "qwen_image": Layout(
+        ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
+        {
+            "transformer": _net("QwenImageTransformer2DModel"),
+            "vae": _net(QWEN_VAE),
+            "text_encoder": _text_encoder(QWEN_TEXT),
+            "tokenizer": _QWEN_TOKENIZER,
+            "scheduler": Component("diffusers", (FLOW_EULER,)),
+        },
+        ("flow matching",),
+        _qwen_image_faults,
+    ),
+    "sana": Layout(
+        ("SanaPipeline", "SanaPAGPipeline"),
+        {
+            "transformer": _net("SanaTransformer2DModel"),
+            "vae": _net(SANA_VAE),
+            "text_encoder": _text_encoder(GEMMA),
+            "tokenizer": _GEMMA_TOKENIZER,
+            "scheduler": Component("diffusers", (DPM_SOLVER, FLOW_EULER)),
+        },
+        ("flow matching",),
+        _sana_faults,
     ),
 }
 """Family in the config -> its layout."""

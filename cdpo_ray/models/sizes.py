@@ -7,8 +7,11 @@ from pathlib import Path
 from cdpo_ray.testbed import PIPELINE_DIR
 
 BYTES_OF = {"float32": 4, "bfloat16": 2, "float16": 2}
-HUB_LATENT_CHANNELS = {"stable_diffusion_3": 16, "flux": 16, "flux2": 32, "z_image": 16}
-"""Channels of the VAEs of published models; 4 in all other families."""
+HUB_LATENTS = {
+    **{"stable_diffusion_3": (16, 8), "flux": (16, 8), "flux2": (128, 16)},
+    **{"z_image": (16, 8), "qwen_image": (16, 8), "sana": (32, 32)},
+}
+"""Family -> latent channels, and pixels per latent value, of its published models; (4, 8) in all other families."""
 PATCH_SIDES = {"flux2": 2}
 """Side of the patches of VAE latents that a family's latents consist of; 1 in all other families."""
 
@@ -48,14 +51,12 @@ def sizes_of(family: str, path: str, height: int | None, width: int | None) -> S
         `None` for a hub id without an image size.
     """
     folder = PIPELINE_DIR if path == "embedded" else Path(path)
-    patch = PATCH_SIDES.get(family, 1)
     if not folder.is_dir():
-        channels = HUB_LATENT_CHANNELS.get(family, 4) * patch**2
-        return Sizes(height, width, channels, 8 * patch) if height and width else None
+        return Sizes(height, width, *HUB_LATENTS.get(family, (4, 8))) if height and width else None
     vae = json.loads((folder / "vae" / "config.json").read_text())
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    (levels,) = (vae[key] for key in ("block_out_channels", "encoder_block_out_channels", "dim_mult") if key in vae)
+    factor = 2 ** (len(levels) - 1)
     (denoiser,) = (folder / name / "config.json" for name in ("unet", "transformer") if (folder / name).is_dir())
-    native = (
-        json.loads(denoiser.read_text()).get("sample_size", 128) * factor
-    )  # FLUX and Z-Image: 128 in their pipelines
-    return Sizes(height or native, width or native, vae["latent_channels"] * patch**2, factor * patch)
+    native = json.loads(denoiser.read_text()).get("sample_size", 128) * factor  # without the key, pipelines use 128
+    channels, patch = vae["z_dim"] if "z_dim" in vae else vae["latent_channels"], PATCH_SIDES.get(family, 1)
+    return Sizes(height or native, width or native, channels * patch**2, factor * patch)

@@ -7,7 +7,7 @@ from diffusers import ZImagePipeline
 from torch import Tensor
 
 from cdpo_ray.models.family import Conditioning, DenoisingTask, Net
-from cdpo_ray.models.flow_matching import MAX_CHAT_TOKENS, FlowMatchingModel, chat_tokens_cut
+from cdpo_ray.models.flow_matching import MAX_CHAT_TOKENS, FlowMatchingModel, chat_tokens_cut, real_tokens
 from cdpo_ray.models.layouts import NUM_TIMESTEPS
 
 NATIVE_PIXELS = 1024
@@ -38,13 +38,9 @@ class ZImage(FlowMatchingModel):
                 max_sequence_length=MAX_CHAT_TOKENS,
             )
         padded = embeddings[0].new_zeros(len(prompts), MAX_CHAT_TOKENS, embeddings[0].shape[-1])
-        mask = padded.new_zeros(padded.shape[:2])
         for row, embedding in enumerate(embeddings):
             padded[row, : len(embedding)] = embedding
-            mask[row, : len(embedding)] = 1
-        return {"prompt_embedding": padded, "prompt_mask": mask}, chat_tokens_cut(
-            self.pipeline.tokenizer, prompts, enable_thinking=True
-        )
+        return {"prompt_embedding": padded}, chat_tokens_cut(self.pipeline.tokenizer, prompts, enable_thinking=True)
 
     @torch.no_grad()
     def sample(
@@ -84,5 +80,6 @@ class ZImage(FlowMatchingModel):
 
 def unpadded(conditioning: Conditioning) -> list[Tensor]:
     """Embeddings of each prompt without padding, ``[token, channel]`` each; waits for the device once."""
-    lengths = conditioning["prompt_mask"].sum(dim=1, dtype=torch.int64).tolist()
-    return [row[:length] for row, length in zip(conditioning["prompt_embedding"], lengths, strict=True)]
+    padded = conditioning["prompt_embedding"]
+    lengths = real_tokens(padded).sum(dim=1).tolist()
+    return [row[:length] for row, length in zip(padded, lengths, strict=True)]

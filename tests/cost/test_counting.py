@@ -98,6 +98,8 @@ def _num_parameters(folder: Path) -> int:
         ("flux_schnell", (2, 16, 64)),
         ("flux2", (2, 64, 32)),
         ("z_image", (2, 16, 1, 8, 8)),  # one frame
+        ("qwen_image", (2, 16, 64)),
+        ("sana", (2, 32, 8, 8)),
     ],
 )
 def test_a_denoiser_gets_the_inputs_of_its_configuration(

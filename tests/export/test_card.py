@@ -210,6 +210,14 @@ def test_the_call_in_a_card_has_the_guidance_as_the_pipeline_counts_it() -> None
         assert f"guidance_scale={expected})" in card_of(denoiser_name="transformer", model={"family": family})
 
 
+def test_a_card_of_qwen_image_names_the_readers_of_its_kohya_file_and_its_own_arguments() -> None:
+    card = card_of("kohya", denoiser_name="transformer", model={"family": "qwen_image"})
+    assert "`tuned.safetensors` is read by ComfyUI, musubi-tuner, diffusers: it goes" in card
+    assert "true_cfg_scale=3.0, negative_prompt=' '" in card and " guidance_scale" not in card
+    sana = card_of(denoiser_name="transformer", model={"family": "sana"})
+    assert "guidance_scale=3.0, use_resolution_binning=False" in sana
+
+
 def test_examples_are_shown_before_and_after_and_in_the_widget_of_the_hub() -> None:
     card = card_of(examples=["a cat", "a | b"])
     assert front_matter_of(card)["widget"] == [

@@ -30,7 +30,7 @@ ALL_KINDS += ("downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
 LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
 CONVOLUTION = "up_blocks.1.resnets.0.conv1"
 UNETS = ("stable_diffusion", "stable_diffusion_xl", "latent_consistency")
-TRANSFORMERS = ("stable_diffusion_3", "flux", "flux2", "z_image")
+TRANSFORMERS = ("stable_diffusion_3", "flux", "flux2", "z_image", "qwen_image", "sana")
 
 TinyModels = Callable[[str], Path]
 
@@ -65,7 +65,7 @@ def assert_samples_as(policy: TextToImageModel, pipeline: Any, *, atol: float = 
 @pytest.mark.parametrize(
     ("write", "family", "alpha"),
     [(write_diffusers, family, 2.0) for family in UNETS + TRANSFORMERS]
-    + [(write_kohya, family, 2.0) for family in (*UNETS, "flux2", "z_image")]
+    + [(write_kohya, family, 2.0) for family in (*UNETS, "flux2", "z_image", "qwen_image")]
     + [(write, "stable_diffusion", 8.0) for write in (write_diffusers, write_kohya)],
 )
 def test_a_lora_file_loads_into_the_stock_pipeline_and_samples_like_the_policy_for_any_alpha(
@@ -163,6 +163,12 @@ def test_kohya_keys_have_the_expected_names_and_give_the_layers_weight_change(ti
     assert len(file) == 3 * num_layers > 0
 
 
+def test_a_kohya_file_of_a_family_that_no_program_reads_is_refused(tiny_models: TinyModels, tmp_path: Path) -> None:
+    trained, _ = trained_lora(tmp_path, tiny_models("sana"), "sana", rank=4, alpha=2, targets=ATTENTION)
+    with pytest.raises(ExportError, match=r"kohya: no program is known to read .* 'sana'; use `--format diffusers`"):
+        write_kohya(trained, tmp_path)
+
+
 def weight_change(down: Tensor, up: Tensor, scale: float) -> Tensor:
     return (scale * up.double().flatten(1) @ down.double().flatten(1)).reshape(len(up), *down.shape[1:])
 
@@ -187,7 +193,7 @@ def test_the_diffusers_file_has_the_weight_change_for_readers_that_ignore_alpha(
     assert (folded.alpha, folded.rank) == (2, 2)
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion", "flux", "flux2", "z_image"])
+@pytest.mark.parametrize("family", ["stable_diffusion", "flux", "flux2", "z_image", "qwen_image", "sana"])
 def test_peft_loads_its_format(tiny_models: TinyModels, tmp_path: Path, family: str) -> None:
     targets = ALL_KINDS if family == "stable_diffusion" else ATTENTION
     trained, policy = trained_lora(tmp_path, tiny_models(family), family, rank=4, alpha=2, targets=targets)
@@ -219,6 +225,7 @@ def test_peft_loads_its_format(tiny_models: TinyModels, tmp_path: Path, family: 
         ("flux_schnell", ("flux-1-schnell/lora", "flux1", None, "1024x1024", "False")),
         ("flux2", ("Flux.2-klein-4b/lora", "flux_2_klein_4b", None, "1024x1024", "False")),
         ("z_image", ("Z-Image/lora", "z_image", None, "1024x1024", "False")),
+        ("qwen_image", ("Qwen-Image/lora", "qwen_image", None, "1328x1328", "False")),
     ],
 )
 def test_the_metadata_of_a_kohya_file_names_the_base_model(

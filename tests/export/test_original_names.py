@@ -12,6 +12,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
@@ -67,7 +69,7 @@ class Checkpoint(dict[str, Tensor]):
 
 def layers_of(family: str) -> dict[str, nn.Module]:
     with torch.device("meta"):
-        net = CASES[family][0]()
+        net = QwenImageTransformer2DModel(num_layers=2) if family == "qwen_image" else CASES[family][0]()
     return {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
 
 
@@ -129,7 +131,13 @@ def test_alpha_over_rank_stays_where_layers_are_fused() -> None:
 
 @pytest.mark.parametrize("targets", [("",), ATTENTION], ids=["all", "attention"])
 @pytest.mark.parametrize(
-    ("family", "pipeline"), [("flux", FluxPipeline), ("flux2", Flux2KleinPipeline), ("z_image", ZImagePipeline)]
+    ("family", "pipeline"),
+    [
+        ("flux", FluxPipeline),
+        ("flux2", Flux2KleinPipeline),
+        ("z_image", ZImagePipeline),
+        ("qwen_image", QwenImagePipeline),
+    ],
 )
 def test_diffusers_reads_the_blocks_of_a_kohya_file(
     family: str, pipeline: Any, targets: Sequence[str], tmp_path: Path

@@ -7,7 +7,10 @@ from tiny_policies import TinyModels, load
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.randomness.noise import noise_at
 
-FAMILIES = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "flux2", "z_image")
+FAMILIES = (
+    *("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"),
+    *("flux2", "z_image", "qwen_image", "sana"),
+)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 

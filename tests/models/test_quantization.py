@@ -34,7 +34,7 @@ NF4_LEVELS = [
 ]  # fmt: skip
 """arXiv:2305.14314, appendix E."""
 WEIGHTS_DTYPE = {"int8": torch.int8, "nf4": torch.uint8}
-FAMILIES = ("stable_diffusion_xl", "flux", "flux2", "z_image")
+FAMILIES = ("stable_diffusion_xl", "flux", "flux2", "z_image", "qwen_image", "sana")
 each_storage = pytest.mark.parametrize("storage", ["int8", "nf4"])
 each_family = pytest.mark.parametrize("family", FAMILIES)
 

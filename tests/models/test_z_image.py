@@ -52,7 +52,6 @@ def test_the_embedding_of_a_prompt_is_the_pipelines_followed_by_zeros(model: ZIm
         assert torch.equal(conditioning["prompt_embedding"][row, : len(expected)], expected)
         assert not conditioning["prompt_embedding"][row, len(expected) :].any()
         assert torch.equal(unpadded(conditioning)[row], expected)
-        assert conditioning["prompt_mask"][row].tolist() == [1] * len(expected) + [0] * (512 - len(expected))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
@@ -66,7 +65,7 @@ def test_latents_do_not_depend_on_the_length_of_other_prompts(model: ZImage, gui
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_encoded_images_have_the_scale_of_the_pipelines_image_to_image_and_decoding_inverts_it(model: ZImage) -> None:
+def test_encoded_images_have_the_scale_of_the_pipelines_image_to_image(model: ZImage) -> None:
     images = torch.randint(0, 256, (2, 3, 64, 48), dtype=torch.uint8)
     mean, _ = model.encode(images)
     vae = model.pipeline.vae
@@ -74,7 +73,6 @@ def test_encoded_images_have_the_scale_of_the_pipelines_image_to_image_and_decod
         posterior = vae.encode(images.float() / 127.5 - 1).latent_dist
     # diffusers.pipelines.z_image.pipeline_z_image_img2img, in `prepare_latents`
     torch.testing.assert_close(mean, (posterior.mode() - vae.config.shift_factor) * vae.config.scaling_factor)
-    torch.testing.assert_close(model.decoder_latents(mean), posterior.mean, rtol=1e-5, atol=1e-5)
 
 
 def test_errors_equal_those_of_the_velocity_in_float64(folder: Path) -> None:
@@ -103,7 +101,7 @@ def test_the_default_image_size_is_the_pipelines(model: ZImage) -> None:
 def test_tokens_of_the_chat_beyond_the_limit_of_512_are_counted(model: ZImage, length: int, cut: int) -> None:
     conditioning, num_cut = model.encode_prompts(["a" * length, "b"])  # one token per letter, 19 of the template
     assert num_cut == [cut, 0]
-    assert conditioning["prompt_mask"][0].sum() == min(512, length + 19)
+    assert len(unpadded(conditioning)[0]) == min(512, length + 19)
 
 
 def test_the_time_embedding_of_a_quantised_16_bit_model_is_16_bits(folder: Path) -> None:

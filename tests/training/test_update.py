@@ -24,7 +24,10 @@ LN2 = torch.tensor(math.log(2)).item()
 
 each_family = pytest.mark.parametrize(
     "family",
-    ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "flux_schnell", "flux2", "z_image"],
+    [
+        *("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "flux_schnell"),
+        *("flux2", "z_image", "qwen_image", "sana"),
+    ],
 )
 
 
