@@ -425,15 +425,21 @@ def test_a_scan_of_a_tar_does_not_read_complete_images(tmp_path: Path) -> None:
     assert peak < 2e6
     with tarfile.open(tmp_path / "a.tar", "a") as archive:
         add(archive, "5.json", b'{"prompt": "a cat"}')
-        add(archive, "6.json", b'{"prompt": ')
+        pair(archive, "6")
         add(archive, "6.json", b"{}")
         add(archive, "7.prompt.txt", b"caf\xe9")
+        add(archive, "8.chosen.png", b"\x89PNG")
+        add(archive, "8.json", b'{"prompt": "a cow", "chosen": "original.png"}')
+        add(archive, "8.rejected.png", b"\x89PNG")
+        add(archive, "9.json", b'{"prompt": ')
     found = scan(source, with_images=True)
     assert [fault.reason for fault in found.faults] == [
         "`chosen` must be an image's bytes or its path, got NoneType",
         "has the member `json` twice",
         "is not UTF-8 (byte 0xe9)",
+        "`prompt` must be a non-empty string, got None",
     ]
+    assert found.prompts[-1] == "a cow"
 
 
 def test_of_several_kinds_in_a_folder_one_is_read_and_the_others_are_named(tmp_path: Path) -> None:
