@@ -178,14 +178,19 @@ def rows_without_check(source: PreferenceSource) -> list[Row | Fault]:
 def test_fault_38_bad_records_of_a_text_table_are_faults_of_their_lines(tmp_path: Path) -> None:
     images = b",a.png,b.png"
     lines = [b"prompt,chosen,rejected", b"a cat" + images, b"", b"a dog,a.png", b'"caf\xe9"' + images, images]
-    (tmp_path / "a.csv").write_bytes(b"\n".join([*lines, b"a cow" + images]))
+    lines += [b",,", b"a cow" + images, b"a hen;a.png;b.png", b""]
+    (tmp_path / "a.csv").write_bytes(b"\n".join(lines))
     found = scan(PreferenceSource(str(tmp_path / "a.csv"), "pairs"))
     assert [(fault.number, fault.reason.split(";")[0]) for fault in found.faults] == [
         (4, "must have 3 fields as the header, got 2"),
         (5, "is not UTF-8 (byte 0xe9)"),
         (6, "`prompt` must be a non-empty string, got ''"),
+        (9, "must have 3 fields as the header, got 1"),
     ]
     assert found.prompts == ["a cat", "a cow"]
+    (tmp_path / "a.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\n")
+    with pytest.raises(PreferenceError, match=r"a\.csv: has column 'chosen' twice; rename or remove one"):
+        scan(PreferenceSource(str(tmp_path / "a.csv"), "pairs"))
 
 
 def test_lists_in_text_tables_may_be_json_or_python(tmp_path: Path) -> None:
