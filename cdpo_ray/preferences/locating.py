@@ -98,8 +98,8 @@ def _ranked_folders(text: str) -> list[Path]:
     found = sorted(Path(path) for path in glob.glob(f"{glob.escape(text)}/*/"))
     if not found and path.is_dir() and (files := sorted(os.listdir(path))):
         raise PreferenceError(
-            f"{path}: holds no folders, got {', '.join(files[:3])}; `preferences.format` ranked_folders needs one folder"
-            " per prompt, a table another format"
+            f"{path}: holds no folders, got {', '.join(files[:3])}; `preferences.format` ranked_folders needs one"
+            " folder per prompt, a table another format"
         )
     return found
 

@@ -175,9 +175,11 @@ class Delimited(Reader):
 
     def columns(self, path: Path, source: PreferenceSource) -> Collection[str]:
         with refusing_damage(path), open_bytes(path) as handle:
-            _, header = next(self._lines(handle, source), (0, list[str]()))
-        if isinstance(header, ValueError):
+            _, header = next(self._lines(handle, source), (0, None))
+        if header is None or isinstance(header, ValueError):
             return []
+        if not header:
+            raise PreferenceError(f"{path}: must name its columns in its first line, which is empty")
         if twice := [name for name in source.wanted(header) if header.count(name) > 1]:
             raise PreferenceError(f"{path}: has column {', '.join(map(shown, twice))} twice; rename or remove one")
         return header

@@ -189,6 +189,9 @@ def test_fault_38_bad_records_of_a_text_table_are_faults_of_their_lines(tmp_path
     ]
     assert found.prompts == ["a cat", "a cow"]
     (tmp_path / "a.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\n")
+    (tmp_path / "b.csv").write_text("\nprompt,chosen,rejected\na,b,c\n")
+    with pytest.raises(PreferenceError, match=r"b\.csv: must name its columns in its first line, which is empty"):
+        scan(PreferenceSource(str(tmp_path / "b.csv"), "pairs"))
     with pytest.raises(PreferenceError, match=r"a\.csv: has column 'chosen' twice; rename or remove one"):
         scan(PreferenceSource(str(tmp_path / "a.csv"), "pairs"))
 
