@@ -95,7 +95,13 @@ def _ranked_folders(text: str) -> list[Path]:
             f"{path}: is a file, but `preferences.format` ranked_folders needs a folder that holds one folder per"
             " prompt; set the format of the file"
         )
-    return sorted(Path(path) for path in glob.glob(f"{glob.escape(text)}/*/"))
+    found = sorted(Path(path) for path in glob.glob(f"{glob.escape(text)}/*/"))
+    if not found and path.is_dir() and (files := sorted(os.listdir(path))):
+        raise PreferenceError(
+            f"{path}: holds no folders, got {', '.join(files[:3])}; `preferences.format` ranked_folders needs one"
+            " folder per prompt, a table another format"
+        )
+    return found
 
 
 def _tables(text: str, warnings: list[str]) -> list[Path]:

@@ -64,7 +64,7 @@ class Tar(Reader):
         Args:
             reads: whether to read the members of a column.
         """
-        key, values = None, dict[str, Any]()
+        key, values, fields = None, dict[str, Any](), set[str]()
         fault: ValueError | None = None
         with refusing_damage(path), open_bytes(path) as file:
             for member, content in _members(file, source.max_image_bytes):
@@ -74,20 +74,20 @@ class Tar(Reader):
                 if name[1] != key:
                     if key is not None:
                         yield fault or _with_list(values, source)
-                    key, values, fault = name[1], {}, None
+                    key, values, fields, fault = name[1], {}, set(), None
                 column, _, extension = name[2].rpartition(".")
                 column = column or extension
-                if column in values:
+                if name[2] in fields:
                     fault = ValueError(f"has the member `{name[2]}` twice")
-                values[column] = None
-                if reads(column):
-                    try:
-                        del values[column]
-                        values |= _columns(column, extension.lower(), content(), source)
-                    except UnicodeDecodeError as error:
-                        fault = not_utf8(error)
-                    except (ValueError, RecursionError) as error:
-                        values[column] = ValueError(f"`{name[2]}` {error}")
+                fields.add(name[2])
+                try:
+                    found = _columns(column, extension.lower(), content(), source) if reads(column) else {column: None}
+                except UnicodeDecodeError as error:
+                    fault, found = not_utf8(error), {}
+                except (ValueError, RecursionError) as error:
+                    found = {column: ValueError(f"`{name[2]}` {error}")}
+                # A member of a column is used rather than what the object with all columns says of it.
+                values = found | values if column == ALL_COLUMNS else values | found
             if key is not None:
                 yield fault or _with_list(values, source)
 

@@ -20,6 +20,7 @@ from cdpo_ray.preferences.reader import (
     refusing_damage,
 )
 from cdpo_ray.preferences.rows import Numbered, PreferenceSource
+from cdpo_ray.preferences.values import shown
 from cdpo_ray.prompts.files import csv_records
 from cdpo_ray.store import refuse_special_file
 
@@ -174,8 +175,14 @@ class Delimited(Reader):
 
     def columns(self, path: Path, source: PreferenceSource) -> Collection[str]:
         with refusing_damage(path), open_bytes(path) as handle:
-            _, header = next(self._lines(handle, source), (0, []))
-        return [] if isinstance(header, ValueError) else header
+            _, header = next(self._lines(handle, source), (0, None))
+        if header is None or isinstance(header, ValueError):
+            return []
+        if not header:
+            raise PreferenceError(f"{path}: must name its columns in its first line, which is empty")
+        if twice := [name for name in source.wanted(header) if header.count(name) > 1]:
+            raise PreferenceError(f"{path}: has column {', '.join(map(shown, twice))} twice; rename or remove one")
+        return header
 
     def rows(self, path: Path, source: PreferenceSource) -> Iterator[Numbered]:
         with refusing_damage(path), open_bytes(path) as handle:
@@ -186,9 +193,11 @@ class Delimited(Reader):
             for number, fields in lines:
                 if isinstance(fields, ValueError):
                     yield number, fields
+                elif not any(fields):  # Excel writes empty rows as delimiters
+                    continue
                 elif len(fields) == len(header):
                     yield number, dict(zip(header, fields, strict=True))
-                elif fields:
+                else:
                     reason = f"must have {len(header)} fields as the header, got {len(fields)}; quote text that holds"
                     yield number, ValueError(f"{reason} the delimiter")
 

@@ -20,6 +20,7 @@ MIN_BASE64 = 40
 """Number of characters of the smallest image in base64; a shorter string is a path."""
 MAX_PATH_SHOWN = 300
 MAX_LIST_CHARACTERS = 100_000
+TRUTHS = {"true": 1.0, "false": 0.0}
 TIES = {"tie", "tied", "draw", "equal", "both", "bothbad", "neither"}
 
 _shortened = reprlib.Repr()
@@ -53,14 +54,14 @@ def prompt_of(values: Mapping[str, Any], name: str) -> str:
 
 
 def number_of(values: Mapping[str, Any], name: str) -> float:
-    """Number of a column, which may be a string.
+    """Number of a column, which may be a string; true is 1, false 0.
 
     Raises:
         ValueError: if it is not a finite number.
     """
     value = values.get(name)
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(TRUTHS.get(str(value).strip().lower(), value))  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):

@@ -178,14 +178,22 @@ def rows_without_check(source: PreferenceSource) -> list[Row | Fault]:
 def test_fault_38_bad_records_of_a_text_table_are_faults_of_their_lines(tmp_path: Path) -> None:
     images = b",a.png,b.png"
     lines = [b"prompt,chosen,rejected", b"a cat" + images, b"", b"a dog,a.png", b'"caf\xe9"' + images, images]
-    (tmp_path / "a.csv").write_bytes(b"\n".join([*lines, b"a cow" + images]))
+    lines += [b",,", b"a cow" + images, b"a hen;a.png;b.png", b""]
+    (tmp_path / "a.csv").write_bytes(b"\n".join(lines))
     found = scan(PreferenceSource(str(tmp_path / "a.csv"), "pairs"))
     assert [(fault.number, fault.reason.split(";")[0]) for fault in found.faults] == [
         (4, "must have 3 fields as the header, got 2"),
         (5, "is not UTF-8 (byte 0xe9)"),
         (6, "`prompt` must be a non-empty string, got ''"),
+        (9, "must have 3 fields as the header, got 1"),
     ]
     assert found.prompts == ["a cat", "a cow"]
+    (tmp_path / "a.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\n")
+    (tmp_path / "b.csv").write_text("\nprompt,chosen,rejected\na,b,c\n")
+    with pytest.raises(PreferenceError, match=r"b\.csv: must name its columns in its first line, which is empty"):
+        scan(PreferenceSource(str(tmp_path / "b.csv"), "pairs"))
+    with pytest.raises(PreferenceError, match=r"a\.csv: has column 'chosen' twice; rename or remove one"):
+        scan(PreferenceSource(str(tmp_path / "a.csv"), "pairs"))
 
 
 def test_lists_in_text_tables_may_be_json_or_python(tmp_path: Path) -> None:
@@ -425,15 +433,21 @@ def test_a_scan_of_a_tar_does_not_read_complete_images(tmp_path: Path) -> None:
     assert peak < 2e6
     with tarfile.open(tmp_path / "a.tar", "a") as archive:
         add(archive, "5.json", b'{"prompt": "a cat"}')
-        add(archive, "6.json", b'{"prompt": ')
+        pair(archive, "6")
         add(archive, "6.json", b"{}")
         add(archive, "7.prompt.txt", b"caf\xe9")
+        add(archive, "8.chosen.png", b"\x89PNG")
+        add(archive, "8.json", b'{"prompt": "a cow", "chosen": "original.png"}')
+        add(archive, "8.rejected.png", b"\x89PNG")
+        add(archive, "9.json", b'{"prompt": ')
     found = scan(source, with_images=True)
     assert [fault.reason for fault in found.faults] == [
         "`chosen` must be an image's bytes or its path, got NoneType",
         "has the member `json` twice",
         "is not UTF-8 (byte 0xe9)",
+        "`prompt` must be a non-empty string, got None",
     ]
+    assert found.prompts[-1] == "a cow"
 
 
 def test_of_several_kinds_in_a_folder_one_is_read_and_the_others_are_named(tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ def test_a_folder_of_one_prompt_and_a_file_are_refused_as_ranked_folders(tmp_pat
     (tmp_path / "a.parquet").touch()
     message = refused(tmp_path / "one", "ranked_folders")
     assert message == f"{tmp_path}/one: is the folder of one prompt; give the folder that holds it, {tmp_path}"
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "a.csv").touch()
+    assert "tables: holds no folders, got a.csv; " in refused(tmp_path / "tables", "ranked_folders")
     assert "is a file, but `preferences.format` ranked_folders needs a folder" in refused(
         tmp_path / "a.parquet", "ranked_folders"
     )

@@ -82,7 +82,7 @@ def test_a_value_that_is_not_an_image_is_refused_with_the_reason(value: Any, rea
 
 
 def test_numbers_may_be_strings_and_are_finite() -> None:
-    assert [number_of({"n": value}, "n") for value in (1, True, 0.5, "1", " 2.5 ")] == [1, 1, 0.5, 1, 2.5]
+    assert [number_of({"n": value}, "n") for value in (1, True, "False", 0.5, "1", " 2.5 ")] == [1, 1, 0, 0.5, 1, 2.5]
     for value in (None, "left", "nan", float("inf"), [1], "1" * 400, 10**400):
         with pytest.raises(ValueError, match="`n` must be a number, got "):
             number_of({"n": value}, "n")
