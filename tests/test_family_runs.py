@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
 from PIL import Image
 
 from cdpo_ray.config import Config, validate
+from cdpo_ray.config.model import GUIDANCE_FROM_ZERO
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.run import run_steps
 from cdpo_ray.steps import STEPS
@@ -20,7 +21,14 @@ from cdpo_ray.store import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
-LATENT_CHANNELS = {"stable_diffusion_xl": 4, "latent_consistency": 4, "stable_diffusion_3": 16, "flux": 16}
+LATENT_SHAPES = {
+    "stable_diffusion_xl": (4, 8, 8),
+    "latent_consistency": (4, 8, 8),
+    "stable_diffusion_3": (16, 8, 8),
+    "flux": (16, 8, 8),
+    "flux2": (32, 4, 4),
+    "z_image": (16, 8, 8),
+}
 STEPS_OF = {"latent_consistency": 1}  # with more, a consistency model adds noise of its own
 GUIDANCE = 2.0
 
@@ -59,7 +67,7 @@ def make_config(family: str, model: dict[str, Any], folder: Path) -> Config:
     "family",
     [
         family if family == "stable_diffusion_3" else pytest.param(family, marks=pytest.mark.nightly)
-        for family in LATENT_CHANNELS
+        for family in LATENT_SHAPES
     ],
 )
 def test_the_lora_of_a_family_makes_the_judged_images_in_the_stock_pipeline(
@@ -76,18 +84,19 @@ def test_the_lora_of_a_family_makes_the_judged_images_in_the_stock_pipeline(
     rows = pq.read_table(run.step("5-evaluation") / "comparison.parquet").to_pylist()
     implicit = [row["implicit_value"] for row in rows]
     assert np.isfinite(implicit).all() and len(set(implicit)) == len(rows)
-    shape = (LATENT_CHANNELS[family], 8, 8)
-    noise = torch.stack([noise_at(shape, 3, "image", row["prompt"], row["sample_index"]) for row in rows])
+    noise = torch.stack(
+        [noise_at(LATENT_SHAPES[family], 3, "image", row["prompt"], row["sample_index"]) for row in rows]
+    )
     latents = FluxPipeline._pack_latents(noise, *noise.shape) if family == "flux" else noise
 
     def made() -> np.ndarray:
         images = stock(
-            [row["prompt"] for row in rows],
+            prompt=[row["prompt"] for row in rows],
             latents=latents.clone(),
             height=64,
             width=64,
             num_inference_steps=config.generation.num_denoising_steps,
-            guidance_scale=GUIDANCE,
+            guidance_scale=GUIDANCE - (family in GUIDANCE_FROM_ZERO),
             output_type="np",
         ).images
         return (images * 255).round().astype(int)
