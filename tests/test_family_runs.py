@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
 from PIL import Image
 
 from cdpo_ray.config import Config, validate
+from cdpo_ray.config.model import GUIDANCE_FROM_ZERO
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.run import run_steps
 from cdpo_ray.steps import STEPS
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_
 
 LATENT_SHAPES = {
     **{"stable_diffusion_xl": (4, 8, 8), "latent_consistency": (4, 8, 8), "stable_diffusion_3": (16, 8, 8)},
-    **{"flux": (16, 8, 8), "qwen_image": (16, 8, 8), "sana": (32, 2, 2)},
+    **{"flux": (16, 8, 8), "flux2": (32, 4, 4), "z_image": (16, 8, 8), "qwen_image": (16, 8, 8), "sana": (32, 2, 2)},
 }
 STEPS_OF = {"latent_consistency": 1}  # with more, a consistency model adds noise of its own
 GUIDANCE = 2.0
@@ -85,11 +86,11 @@ def test_the_lora_of_a_family_makes_the_judged_images_in_the_stock_pipeline(
     options: dict[str, Any] = {
         "qwen_image": {"true_cfg_scale": GUIDANCE, "negative_prompt": [" "] * len(rows)},
         "sana": {"guidance_scale": GUIDANCE, "use_resolution_binning": False},
-    }.get(family, {"guidance_scale": GUIDANCE})
+    }.get(family, {"guidance_scale": GUIDANCE - (family in GUIDANCE_FROM_ZERO)})
 
     def made() -> np.ndarray:
         images = stock(
-            [row["prompt"] for row in rows],
+            prompt=[row["prompt"] for row in rows],
             latents=latents.clone(),
             height=64,
             width=64,

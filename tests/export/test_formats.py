@@ -24,7 +24,7 @@ from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, read_lora
 from cdpo_ray.randomness.noise import noise_at
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
 ALL_KINDS = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut")
 ALL_KINDS += ("downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
 LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
