@@ -154,7 +154,8 @@ ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], str | None], Architectu
     "flux": _flux,
     "qwen_image": _qwen_image,
 }
-"""Family -> architecture, if a program is known to read the file, by the configuration of the denoiser and the prediction type of the scheduler."""
+"""Family -> architecture, by the configuration of the denoiser and the prediction type of the scheduler; only families
+whose file a program is known to read."""
 
 
 def _read_config(folder: Path | None, part: str) -> dict[str, Any]:

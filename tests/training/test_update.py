@@ -23,7 +23,8 @@ LN2 = torch.tensor(math.log(2)).item()
 
 
 each_family = pytest.mark.parametrize(
-    "family", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "flux_schnell", "qwen_image", "sana"]
+    "family",
+    ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "flux_schnell", "qwen_image", "sana"],
 )
 
 
