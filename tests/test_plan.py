@@ -133,7 +133,8 @@ def test_the_size_of_latents_is_read_from_every_familys_folder(
 def test_latent_channels_of_a_hub_model_are_those_of_its_family() -> None:
     hub = ("model.path=someone/some-model", "model.revision='0123456789abcdef0123456789abcdef01234567'")
     per_pixel = {"stable_diffusion_xl": 4 / 64, "flux": 16 / 64, "flux2": 32 / 64, "z_image": 16 / 64}
-    for family, values in (*per_pixel.items(), ("qwen_image", 16 / 64), ("sana", 1 / 32)):
+    per_pixel |= {"qwen_image": 16 / 64, "sana": 32 / 1024}
+    for family, values in per_pixel.items():
         sized = (*hub, f"model.family={family}", "generation.height=1024", "generation.width=512")
         assert f"latents {48 * values * 1024 * 512 * 4 / 1e6:.3g} MB" in str(make_plan(config(*sized), PROMPTS))
 

@@ -410,14 +410,12 @@ def build_tiny_z_image(folder: Path) -> Path:
 
 
 def tiny_qwen_image_tokenizer() -> Qwen2Tokenizer:
-    """One token per byte, and one per word of the pipeline's template, so that its first part has 34 tokens."""
+    """One token per byte, and one per word of the pipeline's template, whose first part then has 34, as published."""
     vocabulary = {letter: number for number, letter in enumerate(bytes_to_unicode().values())}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
     words = "Describe image by detailing color shape size texture quantity text spatial relationships of objects and"
-    tokenizer.add_tokens(
-        ["system", "user", "assistant", " the", " background", *(f" {word}" for word in words.split())]
-    )
-    tokenizer.add_tokens(["Describe", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([*(f" {word}" for word in words.split()), " the", " background", "Describe"])
+    tokenizer.add_tokens(["system", "user", "assistant", "<|im_start|>", "<|im_end|>"])
     return tokenizer
 
 
@@ -455,11 +453,15 @@ def build_tiny_qwen_image(folder: Path) -> Path:
         joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
     )
+    vae = AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)
+    with torch.no_grad():  # else the pixels would hardly depend on the prompt and on a LoRA
+        transformer.proj_out.weight *= 4
+        vae.decoder.conv_out.weight *= 4
     QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
-        vae=AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1),
+        vae=vae,
         text_encoder=Qwen2_5_VLForConditionalGeneration(text),
         tokenizer=tokenizer,
         transformer=transformer,
@@ -504,8 +506,9 @@ def build_tiny_sana(folder: Path) -> Path:
     blocks = {
         "block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
         "block_out_channels": (8, 8, 8, 16, 16, 32),
+        "layers_per_block": (1,) * 6,
+        "qkv_multiscales": ((),) * 3 + ((5,),) * 3,
     }
-    blocks |= {"layers_per_block": (1,) * 6, "qkv_multiscales": ((),) * 3 + ((5,),) * 3}
     vae = AutoencoderDC(
         latent_channels=32,
         attention_head_dim=8,

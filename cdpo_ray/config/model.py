@@ -101,8 +101,8 @@ class GenerationSection(Section):
     published models 50."""
 
     num_denoising_steps: Annotated[int, Field(ge=1, le=1000)]
-    """Number of denoising steps per image; time is proportional to it. 30 in the configurations of SD, SDXL, SD 3.5,
-    FLUX and Z-Image; 1 to 8 are usual for `latent_consistency`, which allows at most 50."""
+    """Number of denoising steps per image; time is proportional to it. 30 in the configurations of SD, SDXL and most
+    flow-matching models, 20 in that of SANA; 1 to 8 are usual for `latent_consistency`, which allows at most 50."""
 
     guidance_scale: Annotated[float, Field(ge=1)]
     """Guidance scale of the sampler; 1: none. Above 1 a denoising step takes two forward passes, except in

@@ -306,11 +306,10 @@ def _text(configs: list[Any]) -> tuple[int, float]:
     parameters, flops = 0, 0.0
     for config in configs:
         name = (config.architectures or ["CLIPTextModel"])[0]
-        limit = min(getattr(config, "max_position_embeddings", SD3_T5_TOKENS), MAX_CHAT_TOKENS)
-        num_tokens = ENCODED_TOKENS.get(name, limit)
+        limit: int = min(getattr(config, "max_position_embeddings", SD3_T5_TOKENS), MAX_CHAT_TOKENS)
         with torch.device("meta"):
             encoder = getattr(transformers, name)(config).eval()
-            ids = torch.zeros(1, num_tokens, dtype=torch.long)
+            ids = torch.zeros(1, ENCODED_TOKENS.get(name, limit), dtype=torch.long)
         parameters += _num_parameters(encoder)
         meter = Meter(encoder)
         with meter, torch.no_grad():

@@ -166,8 +166,8 @@ ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any], str | None], Architectu
     "z_image": _z_image,
     "qwen_image": _qwen_image,
 }
-"""Family -> architecture, by the configuration of the denoiser and the prediction type of the scheduler; families whose
-file a program is known to read."""
+"""Family -> architecture, by the configuration of the denoiser and the prediction type of the scheduler; only families
+whose file a program is known to read."""
 
 
 def _read_config(folder: Path | None, part: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Family -> required contents of its model folders; does not import torch."""
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,7 +48,10 @@ DEFAULTS: dict[str, Config] = {
         **{"patch_size": 2, "in_channels": 64, "out_channels": 16},
         **{"joint_attention_dim": 3584},
     },
-    QWEN_VAE: {"z_dim": 16, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]},
+    QWEN_VAE: {
+        **{"z_dim": 16, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]},
+        **{"latents_mean": [0] * 16, "latents_std": [1] * 16},  # diffusers has other numbers, as many
+    },
     QWEN_TEXT: {"hidden_size": 8192},
     "SanaTransformer2DModel": {"in_channels": 32, "out_channels": 32, "caption_channels": 2304, "sample_size": 32},
     SANA_VAE: {"latent_channels": 32, "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024]},
@@ -393,15 +395,14 @@ def _qwen_image_faults(configs: Configs) -> Faults:
         why = f"the VAE has {channels} channels"
         yield from _expect(configs, "transformer", "in_channels", 4 * channels, why)
         yield from _expect(configs, "transformer", "out_channels", channels, why)
-        for key, what, low in (("latents_mean", "numbers", -math.inf), ("latents_std", "positive numbers", 0)):
-            kind = (
-                f"{channels} {what}",
-                lambda value, low=low: (
-                    value is None
-                    or _is_list(value, range(channels, channels + 1), lambda each: _is_number(each) and each > low)
-                ),
-            )
-            yield from _expect_kind(configs, "vae", key, kind)
+        one_each = range(channels, channels + 1)
+        numbers = (f"{channels} numbers", lambda value: _is_list(value, one_each, _is_number))
+        positive = (
+            f"{channels} positive numbers",
+            lambda value: _is_list(value, one_each, lambda each: _is_number(each) and each > 0),
+        )
+        yield from _expect_kind(configs, "vae", "latents_mean", numbers)
+        yield from _expect_kind(configs, "vae", "latents_std", positive)
     yield from _expect_kind(configs, "vae", "dim_mult", _levels(4, 8))
     yield from _expect_kind(configs, "vae", "temperal_downsample", _levels(3, 8))
     yield from _expect(configs, "transformer", "patch_size", 2, "latents are packed into patches of 2 x 2")

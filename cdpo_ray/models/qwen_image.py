@@ -32,9 +32,8 @@ class QwenImage(PatchedFlowMatchingModel):
             embeddings, _ = self.pipeline.encode_prompt(prompts, device=self.device, max_sequence_length=MAX_TOKENS)
         in_template = [self.pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
         limit = self.pipeline.prompt_template_encode_start_idx + MAX_TOKENS
-        return {"prompt_embedding": F.pad(embeddings, (0, 0, 0, MAX_TOKENS - embeddings.shape[1]))}, tokens_cut(
-            self.pipeline.tokenizer, in_template, limit
-        )
+        padded = F.pad(embeddings, (0, 0, 0, MAX_TOKENS - embeddings.shape[1]))
+        return {"prompt_embedding": padded}, tokens_cut(self.pipeline.tokenizer, in_template, limit)
 
     @functools.cached_property
     def empty_conditioning(self) -> Conditioning:
