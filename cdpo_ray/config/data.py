@@ -96,12 +96,10 @@ class PreferencesSection(Section):
 
     format: PreferenceFormat
     """Columns of the files. `pickapic`: `caption`, `jpg_0`, `jpg_1`, `label_0`, `label_1`. `pairs`: `prompt`, `chosen`,
-    `rejected`. `winner`: `prompt`, `image_a`, `image_b`, and `winner` with `a`, `b` or `tie`. `hpdv2`: `prompt`, and
-    the lists `image_path` and `human_preference` or `rank`. `hpdv3`: `prompt`, `path1` (preferred), `path2`.
-    `image_list`: `prompt`, and the lists `images` and `ratings` or `ranks`. `imagerewarddb`: one image per row with
-    `prompt_id`, `prompt`, `image`, `rank`. Labels and ratings: higher is better; ranks: lower is better.
-    `ranked_folders`: no table, but one folder per prompt with `prompt.txt` and images whose names start with their
-    rank, 0 the best."""
+    `rejected`. `winner`: `prompt`, `image_a`, `image_b`, `winner`. `hpdv2`: lists `image_path` and `human_preference`.
+    `hpdv3`: `path1` (preferred), `path2`. `image_list`: lists `images` and `ratings` or `ranks`. `imagerewarddb`: one
+    image per row, with `prompt_id`, `rank`. `ranked_folders`: a folder per prompt, with `prompt.txt` and images whose
+    names start with their rank, 0 the best. Higher labels and ratings, and lower ranks, are better."""
 
     columns: Annotated[dict[str, str], Field(default_factory=dict)]
     """Mapping from column names of the format to the names in the files, where they differ."""
