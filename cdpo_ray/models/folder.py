@@ -152,11 +152,16 @@ def check_folder(family: str, folder: Path, *, partial: bool = False, key: str =
 
 
 def fitting_families(folder: Path, *, partial: bool = False) -> list[str]:
-    """Families whose layout a model folder has.
+    """Families whose layout a model folder has, or whose weights a single file has.
 
     Args:
         partial: whether missing files are allowed.
     """
+    if folder.is_file():
+        try:
+            return [architecture_of(read_shapes(folder)).family]
+        except ValueError:
+            return []
     return [family for family, layout in LAYOUTS.items() if not _faults(layout, folder, partial)]
 
 

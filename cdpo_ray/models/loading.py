@@ -18,7 +18,7 @@ from safetensors import safe_open
 from cdpo_ray.config.section import HUB_ID
 from cdpo_ray.errors import ModelError
 from cdpo_ray.hub import cause_of, how_to_download
-from cdpo_ray.models.folder import weights_variant
+from cdpo_ray.models.folder import folder_of, weights_variant
 from cdpo_ray.models.layouts import unquoted
 from cdpo_ray.models.single_file import NOT_WEIGHTS, OPEN_CLIP, UNET_PREFIX, VAE_PREFIX
 from cdpo_ray.testbed import PIPELINE_DIR
@@ -73,13 +73,13 @@ def fetch_config(path: str, revision: str | None = None) -> Path:
     Raises:
         ModelError: if they are not on this machine and the download fails.
     """
-    if path == "embedded":
-        return PIPELINE_DIR
-    if Path(path).is_dir():
-        return Path(path)
+    if path == "embedded" or Path(path).is_dir():
+        return PIPELINE_DIR if path == "embedded" else Path(path)
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=[*CONFIG_FILES]))
     except Exception as error:
+        if cached := folder_of(path, revision):  # the hub's list may hold files that no part needs
+            return cached
         files = " ".join(f"--include '{pattern}'" for pattern in CONFIG_FILES)
         raise ModelError(how_to_download(path, files, revision, error, key="model.config.path")) from None
 
