@@ -231,7 +231,7 @@ def _disk(config: Config, num_images: int) -> str:
 
 def _sizes(config: Config) -> Sizes | None:
     generation = config.generation
-    return sizes_of(config.model.family, config.model.path, generation.height, generation.width)
+    return sizes_of(config.model.family, config.model.layout.path, generation.height, generation.width)
 
 
 def _bytes(number: float) -> str:

@@ -118,7 +118,7 @@ def refuse_unavailable_weights(config: Config, steps: Iterable[Step]) -> None:
     """
     folders = {step.folder for step in steps}
     for key, (place, revision) in _missing(config).items():
-        of_model = key == MODEL_KEY
+        of_model = key.startswith("model.")
         if not folders & ({SAMPLES, TRAINING, EVALUATION} if of_model else {SAMPLES, SCORES, EVALUATION}):
             continue
         try:
@@ -130,8 +130,8 @@ def refuse_unavailable_weights(config: Config, steps: Iterable[Step]) -> None:
 
 def _missing(config: Config) -> dict[str, tuple[str, str | None]]:
     """Key -> hub id and revision of weights that are not on this machine."""
-    model = config.model
-    found = {} if folder_of(model.path, model.revision) else {MODEL_KEY: (model.path, model.revision)}
+    layout, key = config.model.layout, "model.config.path" if config.model.config else MODEL_KEY
+    found = {} if folder_of(layout.path, layout.revision) else {key: (layout.path, layout.revision)}
     for name, options in config.evaluation_judges.items():
         for key in REWARD_WEIGHTS:
             revision = options.get("revision" if key == "checkpoint" else f"{key}_revision")

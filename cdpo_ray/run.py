@@ -88,12 +88,13 @@ def scan_preferences(config: Config, *, with_images: bool = False) -> Scan:
 
 
 def check_model_of(config: Config) -> None:
-    """Check that the model's files on this machine are of its family; loads no weights.
+    """Check that the model's files on this machine are of its family; loads no weights, logs what a file states.
 
     Raises:
         ModelError: they are of another family.
     """
-    check_model(config.model.family, **model_arguments(config))
+    if stated := check_model(config.model.family, **model_arguments(config)):
+        log.info("model: %s states: %s", config.model.path, ", ".join(f"{key} {each}" for key, each in stated.items()))
 
 
 def run_steps(

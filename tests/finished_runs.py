@@ -92,7 +92,7 @@ def policy_of(config: Config, *, seed: int = 1) -> TextToImageModel:
     """The base model with a LoRA of random weights."""
     lora = config.training.lora
     model = load_model(
-        config.model.family, path=config.model.path, revision=None, dtype=config.model.dtype, device="cpu"
+        config.model.family, **config.model.model_dump(include={"path", "config", "dtype"}), device="cpu"
     )
     change(
         attach_lora(model.denoiser, rank=lora.rank, alpha=lora.alpha or lora.rank, targets=lora.targets, seed=0), seed

@@ -628,12 +628,39 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path: Path, mon
     assert preferences is not None and preferences.path == f"{tmp_path}/a b/*.parquet"
 
 
-def test_fault_37_a_single_file_checkpoint_is_refused_with_how_to_convert_it(tmp_path: Path) -> None:
-    (tmp_path / "v1-5.safetensors").touch()
-    with pytest.raises(
-        ConfigError, match=r"`path` must be a folder in diffusers layout, got the file .*from_single_file"
-    ):
-        load_config(QUICKSTART, [f"model.path={tmp_path}/v1-5.safetensors"])
+def test_a_single_file_is_completed_by_the_pinned_configuration_of_its_family(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    for family, name in (("stable_diffusion", "sd15"), ("stable_diffusion_xl", "sdxl")):
+        model = load_config(QUICKSTART, [f"model.path={path}", f"model.family={family}"]).model
+        published = load_config(QUICKSTART.with_name(f"{name}.yaml")).model
+        assert model.config is not None
+        assert model.config.model_dump() == {"path": published.path, "revision": published.revision}
+        assert model.layout is model.config and published.layout is published
+        assert validate({**load_config(QUICKSTART).plain(), "model": model.model_dump()}, where="x").model == model
+    own = load_config(QUICKSTART, [f"model.path={path}", "model.config={path: embedded}"]).model
+    assert own.layout.path == "embedded"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.path={0}.ckpt"], r"`path` must be .* or a \.safetensors file, .* pickled checkpoints"),
+        (["model.path={0}.safetensors", "model.family=flux"], r"single files are loaded for stable_diffusion and"),
+        (["model.config={{path: embedded}}"], r"`config` completes a single file, got no file"),
+        (["model.path=models/none.safetensors"], r"no file /.*models/none\.safetensors \(relative paths start at"),
+        (["model.path={0}.safetensors", "model.config={{path: {0}.safetensors}}"], r"got the file"),
+        (["model.path={0}.safetensors", "model.config={{path: a/b}}"], r"needs `revision`"),
+    ],
+    ids=range(6),
+)
+def test_fault_37_single_files_that_are_not_loaded_are_refused(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    for suffix in (".ckpt", ".safetensors"):
+        (tmp_path / f"model{suffix}").touch()
+    with pytest.raises(ConfigError, match=message):
+        load_config(QUICKSTART, [override.format(tmp_path / "model") for override in overrides])
 
 
 def test_a_clip_checkpoint_must_be_a_folder_or_a_pinned_hub_id(tmp_path: Path) -> None:

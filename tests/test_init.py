@@ -99,7 +99,10 @@ def test_a_gpu_selects_the_variant_that_fits_it(folder: Path, capsys: pytest.Cap
     [
         (["mine.txt"], "ConfigError: mine.txt: must end in .yaml or .yml\n"),
         (["mine.yaml", "--like", "sdx"], "ConfigError: sdx: is not a config of the package; did you mean sdxl?\n"),
-        (["mine.yaml", "--model", "org/name"], "ConfigError: --model org/name: is not a folder; for a hub id, --like"),
+        (
+            ["mine.yaml", "--model", "org/name"],
+            "ConfigError: --model org/name: is neither a folder nor a file; for a",
+        ),
         (["mine.yaml", "--reward", "clipp"], "ConfigError: mine.yaml: 1 fault\n  `rewards.names.0` must be one of"),
         (["no/such/mine.yaml"], "ConfigError: no/such/mine.yaml: cannot be written: No such file or directory; "),
     ],

@@ -133,7 +133,7 @@ NOT_OF_THIS_RUN = {
     "prompts.train.fraction": "not allowed for training prompts",
     "preferences": "replaces `generate` by `import`; test_import_run.py",
     **dict.fromkeys(
-        ["model.family", "model.path", "model.revision", "model.teacher", "model.quantization"],
+        ["model.family", "model.path", "model.revision", "model.config", "model.teacher", "model.quantization"],
         "needs another model; recorded with `model`, whole",
     ),
     "rewards.weights": "needs a combination of rewards; test_rescoring.py",

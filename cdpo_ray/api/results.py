@@ -253,7 +253,7 @@ class Run:
             raise ValueError(f"`dtype` must be a torch dtype or its name, as 'bfloat16', got {dtype!r}")
         model = load_model(
             settings.family,
-            **settings.model_dump(include={"path", "revision", "quantization"}),
+            **settings.model_dump(include={"path", "revision", "config", "quantization"}),
             dtype=name,
             device=device,
         )

@@ -38,7 +38,7 @@ OWN_FRACTION = 0.2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help=f"config to write (default: {DEFAULT_FILE})")
     parser.add_argument("--like", metavar="NAME", help=f"config of the package to start from (default: {DEFAULT_LIKE})")
-    parser.add_argument("--model", metavar="FOLDER|ID@COMMIT", help="model folder in diffusers layout, or hub id")
+    parser.add_argument("--model", metavar="PATH|ID@COMMIT", help="model folder, single file, or hub id")
     parser.add_argument("--prompts", metavar="FILE|SET", help=f"file of prompts, or one of {', '.join(BUILT_IN)}")
     parser.add_argument("--heldout", metavar="FILE", help="held-out prompts (default: a fifth of --prompts)")
     parser.add_argument("--reward", metavar="NAME[,NAME]", help="built-in rewards, or module:function of your own")
@@ -127,11 +127,13 @@ def _answer(question: str, default: str) -> str:
 
 def _like_of(arguments: argparse.Namespace) -> str:
     """Config to start from if none is given: by the family of the model, or the default."""
-    if arguments.model and Path(arguments.model).is_dir():
+    if arguments.model and Path(arguments.model).exists():
         families = fitting_families(Path(arguments.model))
         return next(filter(None, map(_config_of_family, families)), DEFAULT_LIKE)
     if arguments.model:
-        raise ConfigError(f"--model {arguments.model}: is not a folder; for a hub id, --like gives the family, as sd15")
+        raise ConfigError(
+            f"--model {arguments.model}: is neither a folder nor a file; for a hub id, --like gives the family, as sd15"
+        )
     return "pickapic" if arguments.preferences else DEFAULT_LIKE
 
 

@@ -1,10 +1,10 @@
 """The base model, and sampling."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cdpo_ray.config.section import LocalPath, Section, check_weights
+from cdpo_ray.config.section import LocalPath, Section, check_is_safetensors, check_weights, is_single_file
 
 Family = Literal[
     "stable_diffusion",
@@ -36,9 +36,21 @@ FLOW_MATCHING = {"stable_diffusion_3": 16, "flux": 16, "flux2": 16, "z_image": 1
 values, or in `sana` one."""
 
 
-class TeacherSection(Section):
-    """The diffusion model that a consistency model was distilled from. Required for `training.consistency_target:
-    teacher`, except with `path: embedded`; not allowed otherwise."""
+SINGLE_FILE_CONFIGS = {
+    "stable_diffusion": {
+        "path": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "revision": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+    },
+    "stable_diffusion_xl": {
+        "path": "stabilityai/stable-diffusion-xl-base-1.0",
+        "revision": "462165984030d82259a11f4367a4eed129e94a7b",
+    },
+}
+"""Family whose single-file checkpoints are loaded -> default of `model.config`."""
+
+
+class ModelSource(Section):
+    """A model in diffusers layout."""
 
     path: LocalPath
     """`embedded`, a folder in diffusers layout, or a hub id."""
@@ -47,9 +59,20 @@ class TeacherSection(Section):
     """Full commit (40 hex digits) of a hub id."""
 
     @model_validator(mode="after")
-    def _can_be_found(self) -> "TeacherSection":
+    def _can_be_found(self) -> Self:
         check_weights(self.path, self.revision)
         return self
+
+
+class TeacherSection(ModelSource):
+    """The diffusion model that a consistency model was distilled from. Required for `training.consistency_target:
+    teacher`, except with `path: embedded`; not allowed otherwise."""
+
+
+class ConfigSource(ModelSource):
+    """The model in diffusers layout whose configurations and tokenizers complete a single file, which has none. Its
+    weights are neither read nor downloaded. Default: Stable Diffusion 1.5 or SDXL, as published; a Stable Diffusion 2
+    file has no default."""
 
 
 class ModelSection(Section):
@@ -61,10 +84,13 @@ class ModelSection(Section):
     Qwen-Image; `sana`: SANA 1.0, 1.5."""
 
     path: LocalPath
-    """`embedded` (the tiny model of the package), a folder in diffusers layout, or a hub id."""
+    """`embedded` (the tiny model of the package), a folder in diffusers layout, a hub id, or, for `stable_diffusion`
+    and `stable_diffusion_xl`, a single `.safetensors` file with the original names of the weights."""
 
     revision: str | None = None
     """Full commit (40 hex digits) of a hub id, so that the weights cannot change; required for one."""
+
+    config: ConfigSource | None = None
 
     teacher: TeacherSection | None = None
 
@@ -84,10 +110,33 @@ class ModelSection(Section):
     offload: bool = False
     """Keep text encoders and VAE in host memory while they are not in use, for small GPUs."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_a_single_file(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("config") or not is_single_file(values.get("path")):
+            return values
+        default = SINGLE_FILE_CONFIGS.get(values.get("family", cls.model_fields["family"].default))
+        return values | {"config": default} if default else values
+
     @model_validator(mode="after")
-    def _can_be_found(self) -> "ModelSection":
-        check_weights(self.path, self.revision)
+    def _can_be_found(self) -> Self:
+        if not is_single_file(self.path):
+            check_weights(self.path, self.revision)
+            if self.config:
+                raise ValueError("`config` completes a single file, got no file as `path`; leave it out")
+            return self
+        check_is_safetensors(self.path)
+        if self.family not in SINGLE_FILE_CONFIGS:
+            raise ValueError(
+                f"`path` must be a folder in diffusers layout or a hub id for the family {self.family!r}, got the file"
+                f" {self.path!r}; single files are loaded for {' and '.join(SINGLE_FILE_CONFIGS)}"
+            )
         return self
+
+    @property
+    def layout(self) -> ModelSource | Self:
+        """Path and revision of the model in diffusers layout that holds the configurations and tokenizers."""
+        return self.config or self
 
 
 class GenerationSection(Section):

@@ -117,15 +117,28 @@ def check_pinned(place: str, revision: str | None, *, key: str, revision_key: st
         )
 
 
+def is_single_file(path: Any) -> bool:
+    """Whether a model's path is a file, which holds all of its weights."""
+    return isinstance(path, str) and os.path.isfile(os.path.expanduser(path))
+
+
+def check_is_safetensors(path: str) -> None:
+    """Check for the ending of safetensors; pickled checkpoints can run code."""
+    if not path.endswith(".safetensors"):
+        raise ValueError(
+            f"`path` must be a folder in diffusers layout or a .safetensors file, got the file {path!r}; pickled"
+            " checkpoints (.ckpt, .pt) can run code and are not read: get or make the .safetensors version"
+        )
+
+
 def check_weights(path: str, revision: str | None) -> None:
     """Check for `embedded`, an existing folder, or a hub id with a commit."""
     if path == "embedded" or os.path.isdir(path):
         return
     if os.path.isfile(path):
-        raise ValueError(
-            f"`path` must be a folder in diffusers layout, got the file {path!r}; load a single-file checkpoint with"
-            " `from_single_file` of diffusers, and give the folder that its `save_pretrained` writes"
-        )
+        raise ValueError(f"`path` must be a folder in diffusers layout, or a hub id, got the file {path!r}")
+    if path.endswith((".safetensors", ".ckpt")):
+        raise ValueError(f"`path` {path!r}: no file {looked_for(path)}")
     if not HUB_ID.match(path) or path.startswith(("./", "../")):
         raise ValueError(
             f"`path` must be 'embedded', an existing folder or a hub id, got {path!r}: no folder {looked_for(path)}"

@@ -59,7 +59,7 @@ class Workload:
     def positions(self) -> int:
         """Latent positions of a sample."""
         generation, model = self.config.generation, self.config.model
-        sizes = sizes_of(model.family, model.path, generation.height, generation.width)
+        sizes = sizes_of(model.family, model.layout.path, generation.height, generation.width)
         return sizes.num_latent_values // sizes.latent_channels if sizes else self.footprint.native_positions
 
     @property

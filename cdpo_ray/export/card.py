@@ -16,6 +16,8 @@ from cdpo_ray.config.model import GUIDANCE_FROM_ZERO
 from cdpo_ray.evaluation.report import measure_results, signs_of_reward_hacking
 from cdpo_ray.export import readers_of
 from cdpo_ray.export.pairs import stage_file
+from cdpo_ray.models import model_class
+from cdpo_ray.models.single_file import stated_by
 from cdpo_ray.pages.page import reasons_without_interval
 from cdpo_ray.records import ARMS
 from cdpo_ray.store import flat
@@ -149,7 +151,7 @@ def front_matter(model: Mapping[str, Any], format_name: str, *, is_lora: bool, e
         about["widget"] = [
             {"text": prompt, "output": {"url": picture_file(number, "tuned")}} for number, prompt in enumerate(examples)
         ]
-    on_hub = HUB_ID.match(model["path"]) and not Path(model["path"]).is_dir()
+    on_hub = HUB_ID.match(model["path"]) and not Path(model["path"]).exists()
     return yaml.safe_dump(base | about if on_hub else about, sort_keys=False, allow_unicode=True)
 
 
@@ -198,6 +200,15 @@ def _loading_base(model: Mapping[str, Any]) -> str:
         return (
             "from cdpo_ray.models import load_model\n\n"
             f'pipe = load_model({model["family"]!r}, path="embedded").pipeline'
+        )
+    if config := model["config"]:
+        name, stated = model_class(model["family"]).pipeline_class.__name__, stated_by(Path(model["path"]))
+        values = "".join(f", {key}={value!r}" for key, value in stated.items())
+        scheduler = f"\npipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{values})" if stated else ""
+        return (
+            f"import torch\nfrom diffusers import {'DDIMScheduler, ' if stated else ''}{name}\n\n"
+            f"pipe = {name}.from_single_file({model['path']!r}, config={config['path']!r},"
+            f" dtype=torch.{model['dtype']}){scheduler}"
         )
     revision = f", revision={model['revision']!r}" if model["revision"] else ""
     return (

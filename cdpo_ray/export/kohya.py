@@ -15,6 +15,7 @@ from cdpo_ray.export.original_names import in_original_layers
 from cdpo_ray.export.trained import Trained
 from cdpo_ray.models.folder import folder_of
 from cdpo_ray.models.layouts import config_path
+from cdpo_ray.models.single_file import stated_by
 
 PREFIX = "lora_unet_"
 """Of every key, for UNets and transformers."""
@@ -109,10 +110,10 @@ def kohya_metadata(trained: Trained, factors: Factors) -> dict[str, str]:
 
 def architecture_of(trained: Trained) -> Architecture:
     """Architecture of the base model, by its family and, if its folder is on this machine, its configurations."""
-    folder = folder_of(trained.model["path"], trained.model.get("revision"))
-    return ARCHITECTURES[trained.family](
-        _read_config(folder, trained.denoiser_name), _read_config(folder, "scheduler").get("prediction_type")
-    )
+    model, config = trained.model, trained.model.get("config")
+    folder = folder_of(**config or {"path": model["path"], "revision": model.get("revision")})
+    scheduler = _read_config(folder, "scheduler") | (stated_by(Path(model["path"])) if config else {})
+    return ARCHITECTURES[trained.family](_read_config(folder, trained.denoiser_name), scheduler.get("prediction_type"))
 
 
 def _stable_diffusion(denoiser: Mapping[str, Any], prediction_type: str | None) -> Architecture:

@@ -36,9 +36,9 @@ class Trained:
 
     @property
     def base_name(self) -> str:
-        """Hub id of the base model, or the name of its folder: an export holds no path of this machine."""
+        """Hub id of the base model, or the name of its folder or file: an export holds no path of this machine."""
         path: str = self.model["path"]
-        return Path(path).name if Path(path).is_dir() else path
+        return Path(path).name if Path(path).exists() else path
 
     @property
     def denoiser_name(self) -> str:

@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from cdpo_ray.errors import ModelError
-from cdpo_ray.models.folder import check_folder, named_parts, other_parts
-from cdpo_ray.models.loading import fetch, load_error, load_part
+from cdpo_ray.models.folder import check_folder, check_single_file, named_parts, other_parts
+from cdpo_ray.models.loading import fetch, fetch_config, load_converted, load_error, load_part
 from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, Adapters, read_lora
 from cdpo_ray.models.noising import squared_error
 from cdpo_ray.models.quantization import quantize_linears
+from cdpo_ray.models.single_file import architecture_of, read_shapes
 from cdpo_ray.models.timesteps import TimestepRule
 from cdpo_ray.store import local_copy
 
@@ -108,6 +109,7 @@ class TextToImageModel(ABC):
         path: str,
         *,
         revision: str | None = None,
+        config: Mapping[str, Any] | None = None,
         dtype: str = "float32",
         device: str | None = None,
         compile: bool = False,
@@ -118,11 +120,13 @@ class TextToImageModel(ABC):
         guidance_range: tuple[float, float] | None = None,
         timesteps: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Load from ``embedded``, a folder in diffusers layout, or a hub id at a revision; safetensors only.
+        """Load from ``embedded``, a folder in diffusers layout, a hub id at a revision, or a file; safetensors only.
 
         Args:
-            path: ``embedded``, path of a folder, or hub id.
+            path: ``embedded``, path of a folder, hub id, or path of a single-file checkpoint.
             revision: revision of the hub id; `None`: the hub's default branch.
+            config: ``path`` and ``revision`` of the model in diffusers layout whose configurations and tokenizers
+                complete a single-file checkpoint; `None` for all others.
             dtype: name of the torch dtype of all parts.
             device: ``cuda`` if available, else ``cpu``, by default.
             compile: compile the denoiser and the VAE's decoder in place; pays off in long runs on a GPU.
@@ -142,7 +146,10 @@ class TextToImageModel(ABC):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         torch_dtype: torch.dtype = getattr(torch, dtype)
         left_out = {"vae": None} if for_training and not keep_vae else {}
-        pipeline = cls.load_pipeline(path, revision, torch_dtype, left_out)
+        if config:
+            pipeline = cls.load_single_file(Path(path), config, torch_dtype, left_out)
+        else:
+            pipeline = cls.load_pipeline(path, revision, torch_dtype, left_out)
         model = cls(pipeline, dtype=torch_dtype, device=device)
         model.compiled, model.offload = compile, offload
         model.guidance_range = guidance_range or cls.guidance_range
@@ -173,28 +180,65 @@ class TextToImageModel(ABC):
         Raises:
             ModelError: if nothing loadable is found, or the model belongs to another family.
         """
-        options = {**cls.load_options, **left_out}
-        model_dir = cls.embedded_dir if path == "embedded" else fetch(cls.pipeline_class, path, revision, options)
+        model_dir = cls.embedded_dir
+        if path != "embedded":
+            model_dir = fetch(cls.pipeline_class, path, revision, {**cls.load_options, **left_out})
         if model_dir is None:
             raise ModelError(
                 f"`model.path` embedded: the embedded world has no model for {cls.pipeline_class.__name__};"
                 " use the family `stable_diffusion` or `latent_consistency`, or give a folder or a hub id"
             )
         check_folder(cls.family, model_dir, partial=not Path(path).is_dir())
-        options |= dict.fromkeys(other_parts(cls.family, model_dir))
         try:
-            nets = {
-                name: load_part(
-                    getattr(importlib.import_module(part.library), part.classes[0]), model_dir / name, dtype
-                )
-                for name, part in named_parts(cls.family, model_dir).items()
-                if part.weights and name not in left_out
-            }
-            return cls.pipeline_class.from_pretrained(
-                str(model_dir), dtype=dtype, use_safetensors=True, **nets, **options
-            )
+            return cls._assemble(model_dir, dtype, left_out, load_part)
         except Exception as error:  # an untrusted configuration can make a constructor raise anything
             raise load_error("model.path", path, revision, error) from None
+
+    @classmethod
+    def load_single_file(
+        cls, path: Path, config: Mapping[str, Any], dtype: torch.dtype, left_out: Mapping[str, None]
+    ) -> Any:
+        """Load the diffusers pipeline from a single-file checkpoint, without the parts ``left_out``.
+
+        Args:
+            config: ``path`` and ``revision`` of the model with the configurations and tokenizers.
+
+        Raises:
+            ModelError: if it cannot be loaded, or belongs to another family.
+        """
+        config_dir = fetch_config(**config)
+        scheduler = check_single_file(cls.family, path, config_dir)
+        prefixes = architecture_of(read_shapes(path)).prefixes
+
+        def load(kind: Any, part_dir: Path, dtype: torch.dtype) -> Any:
+            return load_converted(kind, part_dir, path, prefixes[part_dir.name], dtype)
+
+        try:
+            pipeline = cls._assemble(config_dir, dtype, left_out, load)
+        except Exception as error:
+            raise load_error("model.path", str(path), None, error) from None
+        pipeline.scheduler.register_to_config(**scheduler)
+        pipeline.register_to_config(_name_or_path=str(path))
+        return pipeline
+
+    @classmethod
+    def _assemble(
+        cls, model_dir: Path, dtype: torch.dtype, left_out: Mapping[str, None], load: Callable[..., Any]
+    ) -> Any:
+        """Load the pipeline of a checked folder.
+
+        Args:
+            load: called with class, folder and dtype of each part with weights.
+        """
+        nets = {
+            name: load(getattr(importlib.import_module(part.library), part.classes[0]), model_dir / name, dtype)
+            for name, part in named_parts(cls.family, model_dir).items()
+            if part.weights and name not in left_out
+        }
+        others = dict.fromkeys(other_parts(cls.family, model_dir))
+        return cls.pipeline_class.from_pretrained(
+            str(model_dir), dtype=dtype, use_safetensors=True, **nets, **{**cls.load_options, **left_out, **others}
+        )
 
     @property
     def pixels_per_latent(self) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -22,31 +23,46 @@ from cdpo_ray.models.layouts import (
     shown,
     unquoted,
 )
+from cdpo_ray.models.single_file import architecture_of, file_faults, read_shapes, stated_by
 from cdpo_ray.testbed import PIPELINE_DIR
 
 # A model folder is untrusted: no name in its files leads out of the folder, and no code in it runs.
 MAX_JSON_BYTES = 2**24
 LIBRARIES = ("diffusers", "transformers")
+FOLDER_ADVICE = "give a folder in diffusers layout with safetensors weights"
 
 
 def check_model(
-    family: str, path: str, revision: str | None = None, teacher: Mapping[str, Any] | None = None, **_: Any
-) -> None:
+    family: str,
+    path: str,
+    revision: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    teacher: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> dict[str, Any]:
     """Compare a model and its teacher with the family; files that are not on this machine are not compared.
 
     Args:
         family: name in `LAYOUTS`.
-        path, revision: ``embedded``, a folder, or a hub id at a revision.
+        path, revision: ``embedded``, a folder, a hub id at a revision, or a single file.
+        config: ``path`` and ``revision`` of the model whose configurations complete a single file.
         teacher: ``path`` and ``revision`` of a consistency model's teacher.
+
+    Returns:
+        Values for the scheduler's configuration that a single file states, see `stated_by`.
 
     Raises:
         ModelError: if they differ; lists all differences.
     """
-    folder = folder_of(path, revision)
-    if folder and path != "embedded":
+    folder = folder_of(**config or {"path": path, "revision": revision})
+    stated: dict[str, Any] = {}
+    if config:
+        stated = check_single_file(family, Path(path), folder, partial=not Path(config["path"]).is_dir())
+    elif folder and path != "embedded":
         check_folder(family, folder, partial=not Path(path).is_dir())
     if teacher and teacher["path"] != "embedded" and (teacher_dir := folder_of(**teacher)):
         check_teacher(teacher_dir, student=folder, partial=not Path(teacher["path"]).is_dir())
+    return stated
 
 
 def folder_of(path: str, revision: str | None = None) -> Path | None:
@@ -62,50 +78,90 @@ def folder_of(path: str, revision: str | None = None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def check_folder(family: str, folder: Path, *, partial: bool = False) -> None:
+def check_single_file(family: str, path: Path, config_dir: Path | None, *, partial: bool = False) -> dict[str, Any]:
+    """Compare a single-file checkpoint with a family, and with the configurations that complete it.
+
+    Args:
+        family: name in `LAYOUTS`.
+        config_dir: folder of the configurations; `None`: not on this machine.
+        partial: whether missing files are allowed in it.
+
+    Returns:
+        Values for the scheduler's configuration that the file states, see `stated_by`.
+
+    Raises:
+        ModelError: if they differ; lists all differences.
+    """
+    where = f"`model.path` {path}"
+    try:
+        shapes = read_shapes(path)
+        architecture = architecture_of(shapes)
+    except ValueError as error:
+        advice = "give a file with all parts of a Stable Diffusion or SDXL model, or a folder in diffusers layout"
+        raise ModelError(f"{where}: {error}; {advice}") from None
+    if architecture.family != family:
+        raise ModelError(
+            f"{where}: does not fit `model.family` {family}: it holds {architecture.name}; it fits `model.family`"
+            f" {architecture.family}"
+        )
+    values = stated_by(path)
+    if config_dir is None:
+        return values
+    check_folder(family, config_dir, partial=partial, key="model.config.path")
+    layout = LAYOUTS[family]
+    configs = dict(_read(layout, config_dir, (INDEX, *layout.parts), partial)[0])
+    if "scheduler" in configs:
+        configs["scheduler"] = {**configs["scheduler"], **values}
+    if faults := [*file_faults(architecture, shapes, configs), *layout.faults(configs)]:
+        advice = f"give as `model.config` the {architecture.name} model that it was made from, in diffusers layout"
+        raise _refusal(f"{where}: does not fit", faults, advice)
+    return values
+
+
+def check_folder(family: str, folder: Path, *, partial: bool = False, key: str = "model.path") -> None:
     """Compare a model folder with a family.
 
     Args:
         family: name in `LAYOUTS`.
         partial: whether missing files are allowed.
+        key: config key to name in errors; `model.config.path`: weights are not read and may be missing.
 
     Raises:
         ModelError: if they differ; lists all differences, and the family that the folder fits.
     """
     if code := _own_code(folder):
         raise ModelError(
-            f"`model.path` {folder}: model_index.json requires custom code, {code}, which is not run; give a folder"
+            f"`{key}` {folder}: model_index.json requires custom code, {code}, which is not run; give a folder"
             " whose parts are classes of diffusers and transformers"
         )
     if not (folder / config_path(INDEX)).exists():
         single = sorted(path.name for path in folder.glob("*.safetensors"))
-        advice = (
-            f"one-file checkpoints ({unquoted(single[0])}) are not supported: load it with diffusers'"
-            " `from_single_file`, and give the folder that `save_pretrained` writes"
-            if single
-            else "give a folder in diffusers layout with safetensors weights"
-        )
-        raise ModelError(f"`model.path` {folder}: has no {config_path(INDEX)}; {advice}")
+        advice = f"give a file of it: {folder}/{unquoted(single[0])}" if single else FOLDER_ADVICE
+        raise ModelError(f"`{key}` {folder}: has no {config_path(INDEX)}; {advice}")
     if faults := _faults(LAYOUTS[family], folder, partial):
         fits = fitting_families(folder, partial=partial)
         advice = f"it fits `model.family` {one_of(fits)}" if fits else "give another model, or correct its files"
-        raise _refusal(f"`model.path` {folder}: does not fit `model.family` {family}", faults, advice)
+        raise _refusal(f"`{key}` {folder}: does not fit `model.family` {family}", faults, advice)
     faults = [
         fault
         for name, part in named_parts(family, folder).items()
-        for fault in _file_faults(folder / name, part, partial)
+        for fault in _file_faults(folder / name, part if key == "model.path" else replace(part, weights=None), partial)
     ]
     if faults:
-        advice = "give a folder in diffusers layout with safetensors weights"
-        raise _refusal(f"`model.path` {folder}: cannot be loaded", faults, advice)
+        raise _refusal(f"`{key}` {folder}: cannot be loaded", faults, FOLDER_ADVICE)
 
 
 def fitting_families(folder: Path, *, partial: bool = False) -> list[str]:
-    """Families whose layout a model folder has.
+    """Families whose layout a model folder has, or whose weights a single file has.
 
     Args:
         partial: whether missing files are allowed.
     """
+    if folder.is_file():
+        try:
+            return [architecture_of(read_shapes(folder)).family]
+        except ValueError:
+            return []
     return [family for family, layout in LAYOUTS.items() if not _faults(layout, folder, partial)]
 
 

@@ -14,7 +14,11 @@ from cdpo_ray.testbed import PIPELINE_DIR
 
 
 class StableDiffusion(TextToImageModel):
-    """DDIM sampling; epsilon or v prediction, as the model's scheduler configures."""
+    """DDIM sampling; epsilon or v prediction, noise schedule and timesteps as the model's scheduler configures.
+
+    DDIM without added noise is Euler's method in other coordinates, so few-step models that are published with Euler's
+    scheduler (SD-Turbo) are sampled as published.
+    """
 
     family = "stable_diffusion"
     pipeline_class = StableDiffusionPipeline
@@ -24,8 +28,13 @@ class StableDiffusion(TextToImageModel):
 
     def __init__(self, pipeline: Any, *, dtype: torch.dtype, device: str) -> None:
         super().__init__(pipeline, dtype=dtype, device=device)
+        config = pipeline.scheduler.config
         # the configuration of another scheduler class may lack `clip_sample`; latents are unbounded
-        pipeline.scheduler = self.scheduler_class.from_config(pipeline.scheduler.config, clip_sample=False)
+        changes = {"clip_sample": False}
+        if config.get("timestep_spacing") == "trailing":
+            # the last step is a long one; to the first timestep it would leave noise of 3 %, Euler's ends without noise
+            changes["set_alpha_to_one"] = True
+        pipeline.scheduler = self.scheduler_class.from_config(config, **changes)
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.to(device)
         self.prediction_type = pipeline.scheduler.config.prediction_type
 

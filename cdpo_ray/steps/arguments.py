@@ -14,7 +14,8 @@ from cdpo_ray.records import LABEL, score_file
 from cdpo_ray.store import StepOutput, files_sha256
 from cdpo_ray.user_code import USER_FUNCTION, source_files
 
-MODEL_ENDINGS = (".json", ".txt", ".jinja", ".model", ".safetensors")
+CONFIG_ENDINGS = (".json", ".txt", ".jinja", ".model")
+MODEL_ENDINGS = (*CONFIG_ENDINGS, ".safetensors")
 """Suffixes of the files loaded from a model's folder; pickles and code are never loaded."""
 REWARD_WEIGHTS = ("checkpoint", "processor", "vocabulary", "captioner", "sentence_encoder")
 """Reward options whose value is a file, a folder or a hub id."""
@@ -37,7 +38,7 @@ def preference_frame(config: Config) -> Any:
 
     generation, preferences = config.generation, config.preferences
     assert preferences is not None, "called for a config with preferences only"
-    sizes = sizes_of(config.model.family, config.model.path, generation.height, generation.width)
+    sizes = sizes_of(config.model.family, config.model.layout.path, generation.height, generation.width)
     if sizes is None:
         raise ConfigError("`generation.height` and `generation.width` must be given to import images for a hub model")
     return Frame(sizes.height, sizes.width, preferences.max_image_bytes, preferences.max_image_pixels)
@@ -137,14 +138,18 @@ def preferences_sha256(config: Config) -> dict[str, str]:
 
 
 def model_sha256(config: Config) -> dict[str, str]:
-    """SHA-256 of the local model folders, as settings; a hub model is identified by its revision.
+    """SHA-256 of the local model folders and files, as settings; a hub model is identified by its revision.
 
     Raises:
         StoreError: a file changed while it was read.
     """
-    teacher = config.model.teacher
-    places = {"model": config.model.path} | ({"model.teacher": teacher.path} if teacher else {})
+    model = config.model
+    places = {"model": model.path} | ({"model.teacher": model.teacher.path} if model.teacher else {})
     found = {f"{key}.sha256": _weights_sha256(where, key=f"{key}.path") for key, where in places.items()}
+    if model.config:
+        found["model.config.sha256"] = _weights_sha256(
+            model.config.path, key="model.config.path", endings=CONFIG_ENDINGS
+        )
     return {key: sha256 for key, sha256 in found.items() if sha256}
 
 
@@ -188,7 +193,7 @@ def judge_settings(config: Config) -> dict[str, Any]:
     return {f"rewards.{name}": options for name, options in judges.items()} | contents
 
 
-def _weights_sha256(where: str | None, *, key: str) -> str | None:
+def _weights_sha256(where: str | None, *, key: str, endings: tuple[str, ...] = MODEL_ENDINGS) -> str | None:
     """SHA-256 of local weights; ``None``: not given, shipped with the package, or a hub id."""
     if where is None or where == "embedded":
         return None
@@ -200,7 +205,7 @@ def _weights_sha256(where: str | None, *, key: str) -> str | None:
         files = {
             name: file
             for name, file in within.items()
-            if file.suffix in MODEL_ENDINGS and not any(part.startswith(".") for part in Path(name).parts)
+            if file.suffix in endings and not any(part.startswith(".") for part in Path(name).parts)
         }
     else:
         return None

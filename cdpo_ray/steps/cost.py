@@ -22,7 +22,7 @@ def workload_of(config: Config, prompts: PromptSplit, gpu: Gpu) -> tuple[Workloa
         ModelError: the footprint of a folder's model cannot be counted.
     """
     model = config.model
-    known = _footprint(model.family, model.path)
+    known = _footprint(model.family, model.layout.path)
     teacher = None
     if config.training.consistency_target == "teacher":
         teacher = _footprint("stable_diffusion", model.teacher.path if model.teacher else "embedded").footprint

@@ -103,7 +103,7 @@ def _weights(context: Context, format_name: str) -> tuple[Any, str, dict[str, by
     config, run = context.config, context.run
     name = config.run.name
     training, generation, model = run.manifest(TRAINING), config.generation, config.model
-    sizes = sizes_of(model.family, model.path, generation.height, generation.width)
+    sizes = sizes_of(model.family, model.layout.path, generation.height, generation.width)
     trained = Trained(
         name,
         local_copy(run.step(TRAINING)),

@@ -55,7 +55,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     rewards, judges = {name: judged_with(config, name) for name in config.rewards.names}, config.rewards.judges
     sampling = sampling_of(config, config.generation.images_per_prompt, context.seed)
     sampling = replace(sampling, max_masked_fraction=config.rewards.max_masked_fraction)
-    if sizes := sizes_of(config.model.family, config.model.path, sampling.height, sampling.width):
+    if sizes := sizes_of(config.model.family, config.model.layout.path, sampling.height, sampling.width):
         num_images = len(context.prompts.train) * sampling.images_per_prompt
         refuse_full_disk(output_dir, num_images * sizes.latent_bytes(config.model.dtype))  # sizes of PNGs are unknown
     fused = config.rewards.placement == "fused" or not judges

@@ -69,7 +69,7 @@ class Context:
     def predicted(self, verb: str) -> dict[str, Any] | None:
         """Estimate, see `records.PREDICTED`; ``None``: the step runs on CPUs, or the model's footprint is unknown."""
         model = self.config.model
-        if verb not in VERBS or not self._runs_on_gpu(verb) or not known_footprint(model.family, model.path):
+        if verb not in VERBS or not self._runs_on_gpu(verb) or not known_footprint(model.family, model.layout.path):
             return None
         found = self.workload and estimate(self.workload).step(verb)
         return {"gpu": self.gpu.name, "seconds": round(found.wall_seconds)} if found else None

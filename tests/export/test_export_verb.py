@@ -17,7 +17,9 @@ import pytest
 import torch
 import yaml
 from finished_runs import change, config_of, judged, policy_of, save_policy, write_run
+from original_names import original_weights, write_single_file
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cdpo_ray.cli import main
@@ -39,10 +41,11 @@ FILES = {
 
 
 def finished(
-    tmp_path: Path, model_dir: Path | str, *, evaluated: bool = True, rounds: int = 1
+    tmp_path: Path, model_dir: Path | str, *, evaluated: bool = True, rounds: int = 1, **sections: Any
 ) -> tuple[str, list[TextToImageModel]]:
     """A run whose rounds have different adapters and CLIP means (0.6, ...); returns the config path and policies."""
-    config = config_of(tmp_path / "runs", model_dir, training={"lora": {"rank": 4, "alpha": 8}}, rounds=rounds)
+    training = {"lora": {"rank": 4, "alpha": 8}}
+    config = config_of(tmp_path / "runs", model_dir, training=training, rounds=rounds, **sections)
     policies = [policy_of(config, seed=number) for number in range(1, rounds + 1)]
     write_run(
         config,
@@ -129,6 +132,39 @@ def test_the_cards_code_loads_the_embedded_model(tmp_path: Path, embedded: Path)
         exec(code, found)
     assert found["image"].size == (32, 32)
     assert found["pipe"].get_list_adapters() == {"unet": ["default_0"]}
+
+
+@pytest.mark.parametrize("format_name", ["diffusers", "merged"])
+def test_the_cards_code_of_a_run_on_a_single_file_samples_as_the_file_states(
+    format_name: str, tiny_sd15: Path, tmp_path: Path
+) -> None:
+    weights = original_weights(tiny_sd15, "sd1") | {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
+    path = write_single_file(weights, tmp_path / "v-model.safetensors")
+    config, (policy,) = finished(tmp_path, path, evaluated=False, model={"config": {"path": str(tiny_sd15)}})
+    assert main(["export", config, "--format", format_name]) == 0
+    folder = tmp_path / "runs" / "tuned" / "export" / format_name
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    found: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        exec(code, found)
+    noise = noise_at((1, 4, 8, 8), 0, "noise")
+    sampler = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "latent"}
+    made = found["pipe"]("a cat", latents=noise, **sampler).images
+    torch.testing.assert_close(made, sampled(policy, noise), rtol=1e-4, atol=1e-4)
+    assert "base_model:" not in card, "the hub knows no file of this machine"
+
+
+def test_the_kohya_export_of_a_run_on_a_single_file_names_it_and_its_prediction(
+    tiny_sd15: Path, tmp_path: Path
+) -> None:
+    weights = original_weights(tiny_sd15, "sd1") | {"v_pred": torch.empty(0)}
+    path = write_single_file(weights, tmp_path / "v-model.safetensors")
+    config, _ = finished(tmp_path, path, evaluated=False, model={"config": {"path": str(tiny_sd15)}})
+    assert main(["export", config, "--format", "kohya"]) == 0
+    with safe_open(tmp_path / "runs" / "tuned" / "export" / "kohya" / "tuned.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_sd_model_name"], metadata["modelspec.prediction_type"]) == ("v-model.safetensors", "v")
 
 
 def test_the_last_round_is_exported_with_its_own_metrics(tiny_sd15: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Every weight of a module comes from its folder, and failed downloads are reported with their cause."""
 
+import contextlib
+import hashlib
 import http.server
 import json
 import shutil
@@ -12,6 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import constants, hf_api
+from original_names import original_weights, write_single_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
@@ -258,6 +261,95 @@ def test_fault_39_offline_mode_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"cannot be fetched \(HF_HUB_OFFLINE is set\); download it with `hf download"):
         fetch(StableDiffusionPipeline, "some/gone", COMMIT, {})
+
+
+@pytest.fixture
+def serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], list[str]]]:
+    """Function that makes a folder the hub's model `some/tiny`; returns the list of the files that are requested."""
+    with contextlib.ExitStack() as stack:
+
+        def serve(folder: Path) -> list[str]:
+            requested: list[str] = []
+            files = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+            class Handler(http.server.BaseHTTPRequestHandler):
+                def do_GET(self) -> None:
+                    file = self.path.partition(f"/resolve/{COMMIT}/")[2]
+                    content: bytes | str = b""
+                    if file in files:
+                        content = (folder / file).read_bytes()
+                        requested.append(file)
+                    elif "/tree/" in self.path:
+                        content = json.dumps([{"type": "file", "path": name, "size": 1, "oid": ""} for name in files])
+                    elif "/api/models/some/tiny" in self.path:
+                        siblings = [{"rfilename": name} for name in files]
+                        content = json.dumps({"id": "some/tiny", "sha": COMMIT, "siblings": siblings})
+                    content = content if isinstance(content, bytes) else content.encode()
+                    self.send_response(200 if content else 404)
+                    self.send_header("X-Repo-Commit", COMMIT)
+                    self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+                    self.send_header("Content-Length", str(len(content)))
+                    self.end_headers()
+                    if self.command == "GET":
+                        self.wfile.write(content)
+
+                do_HEAD = do_GET
+
+                def log_message(self, *_: object) -> None:
+                    pass
+
+            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            address = f"http://127.0.0.1:{server.server_port}"
+            monkeypatch.setattr(constants, "ENDPOINT", address)
+            monkeypatch.setattr(
+                constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+            )
+            monkeypatch.setattr(hf_api.api, "endpoint", address)
+            monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+            return requested
+
+        yield serve
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_hub_model_whose_only_weights_are_a_variant_is_downloaded_and_loaded(
+    sharded: bool, tiny_sd15: Path, tmp_path: Path, serving: Callable[[Path], list[str]]
+) -> None:
+    folder = Path(shutil.copytree(tiny_sd15, tmp_path / "hub"))
+    for part in KINDS:
+        path = weights_path(folder / part)
+        if sharded:
+            split(folder / part, ".fp16")
+        else:
+            path.rename(path.with_suffix(".fp16.safetensors"))
+    requested = serving(folder)
+    model = load_model("stable_diffusion", path="some/tiny", revision=COMMIT, device="cpu")
+    assert_same(model.denoiser, UNet2DConditionModel, tiny_sd15 / "unet")
+    assert sum(name.endswith(".safetensors") for name in requested) >= (6 if sharded else 3)
+
+
+def test_a_single_file_is_completed_by_the_hubs_configurations_and_no_weights_are_downloaded(
+    tiny_sd15: Path, tmp_path: Path, serving: Callable[[Path], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_single_file(original_weights(tiny_sd15, "sd1"), tmp_path / "model.safetensors")
+    model = {"path": str(path), "config": {"path": "some/tiny", "revision": COMMIT}, "device": "cpu"}
+    requested = serving(tiny_sd15)
+    assert_same(load_model("stable_diffusion", **model).denoiser, UNet2DConditionModel, tiny_sd15 / "unet")
+    assert "unet/config.json" in requested and not any(name.endswith(".safetensors") for name in requested)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert_same(load_model("stable_diffusion", **model).denoiser, UNet2DConditionModel, tiny_sd15 / "unet")
+    (snapshot,) = (tmp_path / "cache").glob("models--some--tiny/snapshots/*")
+    (snapshot / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"^`model\.config\.path` .*tokenizer/ must hold tokenizer\.json"):
+        load_model("stable_diffusion", **model)
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(
+        ModelError,
+        match=r"^`model\.config\.path` some/tiny .*HF_HUB_OFFLINE.* `hf download some/tiny --include '\*\.json'",
+    ):
+        load_model("stable_diffusion", **model)
 
 
 @pytest.mark.usefixtures("of_hub")
