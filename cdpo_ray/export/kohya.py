@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cdpo_ray.errors import ExportError
 from cdpo_ray.export.factors import Factors, read_factors
 from cdpo_ray.export.original_names import in_original_layers
 from cdpo_ray.export.trained import Trained
@@ -46,10 +47,15 @@ def write_kohya(trained: Trained, output_dir: Path) -> None:
     `original_names`; dots are underscores.
 
     Raises:
-        ExportError: the run used full fine-tuning.
+        ExportError: the run used full fine-tuning, or the LoRA is a DoRA.
         ModelError: the LoRA is damaged, or has layers that the family does not have.
     """
     factors = read_factors(trained.lora_dir("kohya"), trained.denoiser_name)
+    if any(found.magnitudes is not None for found in factors.values()):
+        raise ExportError(
+            "`--format` kohya: the LoRA is a DoRA (`training.lora.use_dora`), whose `dora_scale` programs apply in"
+            " different ways, or not at all; use `--format` diffusers, peft or merged"
+        )
     metadata = kohya_metadata(trained, next(iter(factors.values())))
     save_file(kohya_tensors(trained.family, factors), kohya_path(output_dir, trained.name), metadata=metadata)
 
