@@ -94,9 +94,7 @@ def policy_of(config: Config, *, seed: int = 1) -> TextToImageModel:
     model = load_model(
         config.model.family, **config.model.model_dump(include={"path", "config", "dtype"}), device="cpu"
     )
-    change(
-        attach_lora(model.denoiser, rank=lora.rank, alpha=lora.alpha or lora.rank, targets=lora.targets, seed=0), seed
-    )
+    change(attach_lora(model.denoiser, **lora.layers, seed=0), seed)
     return model
 
 

@@ -1228,6 +1228,19 @@ def test_validation_prompts_have_one_source_and_leave_something_to_train_on(
             " `model.quantization`",
         ),
         (
+            {"model.quantization": "int8", "training.lora": {"use_dora": True}},
+            "`training.lora.use_dora` must not be given with `model.quantization`, because it would learn the norms of"
+            " the rounded weights; leave out one",
+        ),
+        (
+            {"training.lora": {"use_dora": True}, "training.zero_stage": 3},
+            "`lora.use_dora` needs `zero_stage` 0 to 2, because it reads whole weights between layers, got 3",
+        ),
+        (
+            {"training.lora": {"use_rslora": True}},
+            "`use_rslora` needs `alpha`: the scale is alpha / sqrt(rank); 8 at rank 64 gives 1",
+        ),
+        (
             {"training.optimizer": "adamw_8bit", "training.zero_stage": 2},
             "`optimizer` 'adamw_8bit' needs `zero_stage` 0, because its 8-bit moments cannot be sharded, got 2; leave"
             " out one of them",

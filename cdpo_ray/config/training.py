@@ -26,6 +26,15 @@ class LoraSection(Section):
     alpha: Annotated[float, Field(gt=0)] | None = None
     """The LoRA's output is scaled by `alpha / rank`. `null`: `rank`, so that the scale is 1, as published."""
 
+    use_rslora: bool = False
+    """Scale the LoRA's output by `alpha / sqrt(rank)` (rsLoRA, arXiv:2312.03732), which keeps the size of updates when
+    the rank changes; for large ranks. Needs `alpha`."""
+
+    use_dora: bool = False
+    """Also learn the norm of each row of the adapted weights (DoRA, arXiv:2402.09353), which takes more time and memory
+    per update. `weight_decay` shrinks these norms, too. Neither with `model.quantization` nor with `zero_stage: 3`;
+    `cdpo export --format kohya` refuses it."""
+
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names, or ends of names, of the linear and convolution layers that get a LoRA. The default is all attention
     layers, as published for Stable Diffusion; `configs/lcm.yaml` and `configs/flux.yaml` have those of other
@@ -38,6 +47,18 @@ class LoraSection(Section):
                 f"`initial_rank` must be at most `rank` = {self.rank}, which it grows to, got {self.initial_rank}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _scale_is_known(self) -> "LoraSection":
+        if self.use_rslora and self.alpha is None:
+            raise ValueError("`use_rslora` needs `alpha`: the scale is alpha / sqrt(rank); 8 at rank 64 gives 1")
+        return self
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """Keyword arguments of `cdpo_ray.models.lora.attach_lora`."""
+        keys = {"rank", "targets", "use_rslora", "use_dora"}
+        return self.model_dump(include=keys) | {"alpha": self.alpha or float(self.rank)}
 
     @property
     def growth(self) -> dict[str, Any]:
@@ -287,6 +308,10 @@ class TrainingSection(Section):
             raise ValueError(
                 f"`optimizer` 'adamw_8bit' needs `zero_stage` 0, because its 8-bit moments cannot be sharded, got"
                 f" {self.zero_stage}; leave out one of them"
+            )
+        if self.method == "lora" and self.lora.use_dora and self.zero_stage == 3:
+            raise ValueError(
+                "`lora.use_dora` needs `zero_stage` 0 to 2, because it reads whole weights between layers, got 3"
             )
         if self.guidance_range and self.guidance_range[0] > self.guidance_range[1]:
             raise ValueError(f"`guidance_range` must be [low, high], got {list(self.guidance_range)}")

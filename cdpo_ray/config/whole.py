@@ -311,6 +311,11 @@ class Config(Section):
                 "`training.zero_stage` 3 shards the base model, which quantised weights do not support; use 0 to 2"
                 " with `model.quantization`"
             )
+        if self.model.quantization and self.training.lora.use_dora:
+            raise ValueError(
+                "`training.lora.use_dora` must not be given with `model.quantization`, because it would learn the norms"
+                " of the rounded weights; leave out one"
+            )
         if self.training.reference == "last_round" and self.rounds == 1:
             raise ValueError("`training.reference` 'last_round' needs `rounds` > 1")
         if self.training.lora.grows and self.curriculum.num_stages == 1:

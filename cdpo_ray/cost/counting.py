@@ -34,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 from cdpo_ray.cost.footprint import ATTENTION_TARGETS, BYTES_16_BIT, Footprint, LoraLayers, Method, Polynomial
 from cdpo_ray.models.flow_matching import MAX_CHAT_TOKENS
 from cdpo_ray.models.flux import max_t5_tokens
-from cdpo_ray.models.lora import attach_lora
+from cdpo_ray.models.lora import Adapters, attach_lora
 
 SIDES = (32, 64, 96)
 """Heights and widths of the counted latents; three, because attention's FLOPs are quadratic in positions."""
@@ -186,11 +186,13 @@ def count(config: Mapping[str, Any], vae_config: Mapping[str, Any], text_configs
     )
 
 
-def add_lora(denoiser: ModelMixin, *, rank: int, targets: Sequence[str]) -> None:
+def add_lora(denoiser: ModelMixin, *, rank: int, targets: Sequence[str], use_dora: bool = False) -> None:
     """Attach a 16-bit LoRA on the meta device."""
     with torch.device("meta"):
-        for parameter in attach_lora(denoiser, rank=rank, alpha=rank, targets=targets, seed=0):
+        for parameter in attach_lora(denoiser, rank=rank, alpha=rank, targets=targets, seed=0, use_dora=use_dora):
             parameter.data = parameter.data.to(torch.bfloat16)
+    if use_dora:
+        Adapters(denoiser)
 
 
 def denoiser_of(config: Mapping[str, Any]) -> tuple[Callable[[], ModelMixin], Inputs, int]:

@@ -78,6 +78,11 @@ class Workload:
         training = self.config.training
         return (training.lora.rank, training.lora.targets) if training.method == "lora" else None
 
+    @property
+    def can_be_quantized(self) -> bool:
+        """Whether `model.quantization` is another option."""
+        return bool(self.lora) and not self.config.training.lora.use_dora and self.config.model.quantization is None
+
     def seconds(self, work: Work, flops: float, *, compiled: bool = False) -> float:
         """Time of some work on one whole GPU."""
         peak = self.gpu.fp32_teraflops if self.config.model.dtype == "float32" else self.gpu.bf16_teraflops
@@ -246,6 +251,7 @@ def training_peak(load: Workload, *, checkpointing: bool) -> Peak:
         num_workers=training.num_workers,
         teacher=load.teacher,
         with_vae=load.config.search is not None or training.preview_prompts > 0,
+        use_dora=training.lora.use_dora,
     )
 
 
@@ -421,7 +427,7 @@ def _change(**sections: dict[str, Any]) -> Change:
 
 def _training_changes(load: Workload) -> tuple[list[Change], list[Change]]:
     """Changes that save memory, fastest first; and smaller batches, largest first."""
-    training, model = load.config.training, load.config.model
+    training = load.config.training
     sizes = [
         _change(training={"batch_size_per_worker": size})
         for size in range(training.pairs_per_launch - 1, 0, -1)
@@ -431,7 +437,7 @@ def _training_changes(load: Workload) -> tuple[list[Change], list[Change]]:
     kinds = [UNCHANGED]
     if lean:
         kinds.append(_change(training=lean))
-    if training.method == "lora" and model.quantization is None:
+    if load.can_be_quantized:
         kinds += [_quantized(kind, lean) for kind in ("int8", "nf4")]
     if training.method == "full":
         if training.num_workers > 1:
@@ -447,7 +453,7 @@ def _sampling_changes(load: Workload) -> tuple[list[Change], list[Change]]:
     kinds = [UNCHANGED]
     if not model.offload:
         kinds.append(_change(model={"offload": True}))
-    if model.quantization is None and load.lora:
+    if load.can_be_quantized:
         kinds += [_quantized(kind, {}) for kind in ("int8", "nf4")]
     sizes = [_change(generation={"images_per_batch": size}) for size in range(images - 1, 0, -1)]
     return kinds, [UNCHANGED, *sizes]

@@ -17,11 +17,22 @@ class Factors:
         down: ``[rank, input]``; convolution: ``[rank, input, height, width]``.
         up: ``[output, rank]``; convolution: ``[output, rank, 1, 1]``.
         alpha: scale of the weight change, before division by the rank.
+        magnitudes: norms of the rows of the changed weight; `None`: not a DoRA.
     """
 
     down: Tensor
     up: Tensor
     alpha: float
+    magnitudes: Tensor | None = None
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The layer's weight with the LoRA, fp32. Source of magnitudes: arXiv:2402.09353."""
+        changed = weight.float() + self.weight_change()
+        if self.magnitudes is None:
+            return changed
+        rows = changed.flatten(1)
+        factor = self.magnitudes.float().reshape(-1, 1) / rows.norm(dim=1, keepdim=True)
+        return (factor * rows).reshape(weight.shape)
 
     def weight_change(self) -> Tensor:
         """``alpha / rank * up @ down``, fp32, in the shape of the layer's weight. Source: arXiv:2106.09685."""
@@ -41,13 +52,16 @@ def read_factors(lora_dir: Path, denoiser_name: str) -> dict[str, Factors]:
         ModelError: the file is damaged, see `read_lora`.
     """
     saved = read_lora(lora_dir, denoiser_name)
-    return {layer: Factors(down, up, saved.alpha) for layer, (down, up) in saved.factors.items()}
+    return {
+        layer: Factors(down, up, saved.scale * saved.rank, saved.magnitudes.get(layer))
+        for layer, (down, up) in saved.factors.items()
+    }
 
 
 @torch.no_grad()
 def merge(denoiser: torch.nn.Module, factors: dict[str, Factors]) -> None:
-    """Add each layer's weight change in place, computed in fp32 and rounded once to the weight's dtype."""
+    """Change each layer's weight in place, computed in fp32 and rounded once to the weight's dtype."""
     for layer, found in factors.items():
         weight = denoiser.get_submodule(layer).weight
         assert isinstance(weight, Tensor)
-        weight.copy_(weight.float() + found.weight_change())
+        weight.copy_(found.merged(weight))

@@ -17,17 +17,17 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 def write_diffusers(trained: Trained, output_dir: Path) -> None:
     """Write the LoRA for ``pipe.load_lora_weights(folder)`` of diffusers, with alpha equal to the rank.
 
-    The second factors are scaled by ``alpha / rank`` instead, so that programs that ignore alpha apply the same weight
-    change.
+    The second factors are scaled instead, so that programs that ignore alpha apply the same weight change.
 
     Raises:
         ExportError: the run used full fine-tuning.
         ModelError: the LoRA is damaged.
     """
     saved = read_lora(trained.lora_dir("diffusers"), trained.denoiser_name)
-    scale = saved.alpha / saved.rank
-    factors = {name: value * scale if name.endswith(SECOND) else value for name, value in saved.tensors().items()}
-    config = LoraConfig(r=saved.rank, lora_alpha=saved.rank, target_modules=list(saved.targets))
+    factors = {name: value * saved.scale if name.endswith(SECOND) else value for name, value in saved.tensors().items()}
+    config = LoraConfig(
+        r=saved.rank, lora_alpha=saved.rank, target_modules=list(saved.targets), use_dora=bool(saved.magnitudes)
+    )
     write_lora(model_class(trained.family).pipeline_class, trained.denoiser_name, factors, config, output_dir)
 
 
@@ -39,7 +39,13 @@ def write_peft(trained: Trained, output_dir: Path) -> None:
         ModelError: the LoRA is damaged.
     """
     saved = read_lora(trained.lora_dir("peft"), trained.denoiser_name)
-    config = LoraConfig(r=saved.rank, lora_alpha=saved.alpha, target_modules=list(saved.targets))
+    config = LoraConfig(
+        r=saved.rank,
+        lora_alpha=saved.alpha,
+        target_modules=list(saved.targets),
+        use_rslora=saved.use_rslora,
+        use_dora=bool(saved.magnitudes),
+    )
     config.base_model_name_or_path, config.inference_mode = trained.base_name, True
     config.save_pretrained(output_dir)
     tensors = {f"{PEFT_PREFIX}.{name}": value for name, value in saved.tensors().items()}

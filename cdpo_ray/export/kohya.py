@@ -48,7 +48,7 @@ def write_kohya(trained: Trained, output_dir: Path) -> None:
     dots are underscores.
 
     Raises:
-        ExportError: the run used full fine-tuning, or no program reads such a file of the family.
+        ExportError: the run used full fine-tuning, the LoRA is a DoRA, or no program reads such a file of the family.
         ModelError: the LoRA is damaged, or has layers that the family does not have.
     """
     if trained.family not in ARCHITECTURES:
@@ -57,6 +57,11 @@ def write_kohya(trained: Trained, output_dir: Path) -> None:
             " `--format diffusers` or `--format peft`"
         )
     factors = read_factors(trained.lora_dir("kohya"), trained.denoiser_name)
+    if any(found.magnitudes is not None for found in factors.values()):
+        raise ExportError(
+            "`--format` kohya: the LoRA is a DoRA (`training.lora.use_dora`), whose `dora_scale` programs apply in"
+            " different ways, or not at all; use `--format` diffusers, peft or merged"
+        )
     metadata = kohya_metadata(trained, next(iter(factors.values())))
     save_file(kohya_tensors(trained.family, factors), kohya_path(output_dir, trained.name), metadata=metadata)
 

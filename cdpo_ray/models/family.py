@@ -452,10 +452,12 @@ class TextToImageModel(ABC):
         """
         training_dir = local_copy(training_dir)
         if (training_dir / LORA_DIR).is_dir():
-            read_lora(training_dir / LORA_DIR, self.denoiser_name).check_fits(self.denoiser)
+            saved = read_lora(training_dir / LORA_DIR, self.denoiser_name)
+            saved.check_fits(self.denoiser)
             self.pipeline.load_lora_weights(
                 str(training_dir / LORA_DIR), weight_name=LORA_WEIGHTS, use_safetensors=True
             )
+            saved.restore_magnitudes(self.denoiser)
             self._adapters = Adapters(self.denoiser)
             return
         try:

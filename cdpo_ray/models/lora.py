@@ -4,15 +4,17 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -27,6 +29,9 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 FIRST, SECOND = "lora_A.weight", "lora_B.weight"
 """Suffixes of the names of a layer's factors."""
+
+MAGNITUDE = "lora_magnitude_vector"
+"""Suffix of the name of a layer's magnitudes (DoRA)."""
 
 POLICY, REFERENCE = "default", "reference"
 """Names of the trained adapter and of the earlier round's, if that round is the reference."""
@@ -43,6 +48,52 @@ class _InputDtypeConv2d(nn.Conv2d):
         return F.conv2d(input, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
 
+class _Magnitudes(DoraLinearLayer):  # type: ignore[misc]
+    """DoRA of a linear or convolution layer that computes the norms of its rows in fp32, and keeps no matrix.
+
+    PEFT computes them in the dtype of the base weights. In 16 bits their rounding changes the scale of each row by up
+    to 1/512, more than training does, and PEFT's norms need a matrix of the size of the weight.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lora_A: nn.Module,
+        lora_B: nn.Module,
+        scaling: float,
+        base_layer: nn.Module,
+        base_result: Tensor,
+        adapter_name: str = "",
+    ) -> Tensor:
+        weight: Any = base_layer.weight
+        shape = (-1,) + (1,) * (weight.ndim - 2)
+        with torch.no_grad():
+            norms = row_norms(weight, lora_A.weight, lora_B.weight, scaling)  # type: ignore[arg-type]
+        growth = (self.weight.flatten() / norms - 1).to(x.dtype).reshape(shape)  # 0 at first
+        change = lora_B(lora_A(x)) * scaling
+        bias: Any = base_layer.bias
+        unbiased = base_result if bias is None else base_result - bias.reshape(shape)
+        result: Tensor = growth * (unbiased + change) + change
+        return result
+
+
+def row_norms(weight: Tensor, first: Tensor, second: Tensor, scale: float) -> Tensor:
+    """Norms of the rows of ``weight + scale * second @ first``, without that matrix: ``[output]``, at least fp32.
+
+    Args:
+        weight: ``[output, input, ...]``.
+        first, second: factors, ``[rank, input, ...]`` and ``[output, rank, ...]``.
+        scale: of the product.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    weight, first, second = weight.flatten(1), first.to(dtype).flatten(1), second.to(dtype).flatten(1)
+    own = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+    crossed = ((weight @ first.T.to(weight.dtype)) * second).sum(dim=1)
+    change = ((second @ (first @ first.T)) * second).sum(dim=1)
+    return (own + 2 * scale * crossed + scale**2 * change).clamp(min=torch.finfo(dtype).tiny).sqrt()
+
+
 _INPUT_DTYPE = {nn.Linear: _InputDtypeLinear, nn.Conv2d: _InputDtypeConv2d}
 
 
@@ -52,7 +103,7 @@ class Adapters:
     PEFT and diffusers would visit every module of the denoiser and every parameter of its layers at each switch.
 
     The factors compute in the dtype of their input. Their weights and gradients stay fp32, so a 16-bit denoiser needs
-    neither autocast nor a second copy of the weights.
+    neither autocast nor a second copy of the weights. Magnitudes of a DoRA do too.
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -61,6 +112,8 @@ class Adapters:
             layer.cast_input_dtype_enabled = False
             for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
                 factor.__class__ = _INPUT_DTYPE.get(type(factor), type(factor))
+            for magnitudes in layer.lora_magnitude_vector.values():
+                magnitudes.__class__ = _Magnitudes
 
     def enable(self, on: bool) -> None:
         """Add the output of the active adapter, or not."""
@@ -92,7 +145,14 @@ class Adapters:
 
 
 def attach_lora(
-    denoiser: ModelMixin, *, rank: int, alpha: float, targets: Sequence[str], seed: int
+    denoiser: ModelMixin,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    seed: int,
+    use_rslora: bool = False,
+    use_dora: bool = False,
 ) -> list[nn.Parameter]:
     """Freeze the denoiser and add a LoRA with zero initial output.
 
@@ -101,21 +161,36 @@ def attach_lora(
         alpha: scale of the update, which is ``alpha / rank``.
         targets: names, or suffixes of names, of the linear and convolution layers to adapt.
         seed: of the first factor; the second starts at zero.
+        use_rslora: the scale is ``alpha / sqrt(rank)``.
+        use_dora: also learn the norm of each row of the weight.
 
     Returns:
         Trainable parameters, always fp32.
 
-    Source: arXiv:2106.09685.
+    Source: arXiv:2106.09685; rsLoRA: arXiv:2312.03732; DoRA: arXiv:2402.09353.
     """
     denoiser.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         denoiser.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+            LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                target_modules=list(targets),
+                init_lora_weights="gaussian",
+                use_rslora=use_rslora,
+                use_dora=use_dora,
+            )
         )
     trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.data = parameter.data.float()
+    for layer in denoiser.modules():
+        if use_dora and isinstance(layer, BaseTunerLayer):
+            magnitudes = layer.lora_magnitude_vector[POLICY].weight
+            # PEFT's are rounded to the dtype of the base weights
+            norms = row_norms(layer.weight, layer.lora_A[POLICY].weight, layer.lora_B[POLICY].weight, 0.0)
+            magnitudes.data = norms.detach().reshape(magnitudes.shape)
     return trainable
 
 
@@ -126,27 +201,38 @@ class SavedLora:
     Attributes:
         path: of the file.
         factors: layer of the denoiser -> first ``[rank, input, ...]`` and second factor ``[output, rank, ...]``.
-        alpha: the update is scaled by ``alpha / rank``.
+        alpha: the update is scaled by ``alpha / rank``, with rsLoRA by ``alpha / sqrt(rank)``.
         targets: names, or suffixes of names, of the adapted layers.
+        use_rslora: see ``alpha``.
+        magnitudes: layer -> norms of the rows of its weight, ``[output]``, of a convolution ``[1, output, 1, 1]``;
+            empty: not a DoRA.
     """
 
     path: Path
     factors: dict[str, tuple[Tensor, Tensor]]
     alpha: float
     targets: tuple[str, ...]
+    use_rslora: bool = False
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
         """Inner dimension."""
         return len(next(iter(self.factors.values()))[0])
 
+    @property
+    def scale(self) -> float:
+        """Scale of the update."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
     def tensors(self) -> dict[str, Tensor]:
-        """Factors as ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight``."""
-        return {
+        """All tensors as `read_lora` reads them, without the denoiser's name."""
+        factors = {
             f"{layer}.{end}": factor
             for layer, pair in self.factors.items()
             for end, factor in zip((FIRST, SECOND), pair, strict=True)
         }
+        return factors | {f"{layer}.{MAGNITUDE}": values for layer, values in self.magnitudes.items()}
 
     def check_fits(self, denoiser: nn.Module) -> None:
         """Compare the factors with the layers of a denoiser that has no LoRA.
@@ -168,8 +254,16 @@ class SavedLora:
             )
         for name, (first, second) in self.factors.items():
             inner, outer = _sizes(layers[name])
-            if first.shape[1:] != inner or (second.shape[0], *second.shape[2:]) != outer:
+            norms = (1, *outer) if len(outer) > 1 else outer
+            fits = name not in self.magnitudes or tuple(self.magnitudes[name].shape) == norms
+            if first.shape[1:] != inner or (second.shape[0], *second.shape[2:]) != outer or not fits:
                 raise _damaged(self.path, f"factors of {name} have shapes that do not fit the layer")
+
+    def restore_magnitudes(self, denoiser: nn.Module) -> None:
+        """Set the magnitudes in fp32 in a denoiser that loaded this LoRA; diffusers rounds them to its dtype."""
+        for name, values in self.magnitudes.items():
+            for loaded in cast(LoraLayer, denoiser.get_submodule(name)).lora_magnitude_vector.values():
+                loaded.weight.data = values.to(loaded.weight.device, torch.float32)
 
 
 def _sizes(layer: nn.Linear | nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -187,8 +281,8 @@ def read_lora(lora_dir: Path, denoiser_name: str) -> SavedLora:
         denoiser_name: ``unet`` or ``transformer``, the prefix of every tensor's name.
 
     Raises:
-        ModelError: if the file is missing or damaged, or holds anything but pairs of factors, non-finite values or no
-            alpha.
+        ModelError: if the file is missing or damaged, or holds anything but pairs of factors (and the magnitudes of a
+            DoRA), non-finite values or no alpha.
     """
     path = path_within(lora_dir.parent, f"{lora_dir.name}/{LORA_WEIGHTS}")
     if not path.is_file():
@@ -198,11 +292,16 @@ def read_lora(lora_dir: Path, denoiser_name: str) -> SavedLora:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
         alpha, targets = _alpha_and_targets(metadata, denoiser_name)
+        use_rslora, use_dora = (metadata.get(f"{denoiser_name}.{key}", False) for key in ("use_rslora", "use_dora"))
+        if not isinstance(use_rslora, bool) or not isinstance(use_dora, bool):
+            raise ValueError(f"metadata `{denoiser_name}.use_rslora` and `use_dora` must be true or false")
     except (SafetensorError, OSError, ValueError, RecursionError, AttributeError) as error:
         raise _damaged(path, f"cannot be read: {printable(error)}") from None
-    names = {name.removesuffix(f".{FIRST}").removesuffix(f".{SECOND}") for name in tensors}
-    if not tensors or {f"{name}.{end}" for name in names for end in (FIRST, SECOND)} != {*tensors}:
-        raise _damaged(path, f"must hold two factors per layer and nothing else, got {len(tensors)} tensors")
+    ends = (FIRST, SECOND, MAGNITUDE) if use_dora else (FIRST, SECOND)
+    names = {name.removesuffix(f".{end}") for name in tensors for end in ends if name.endswith(f".{end}")}
+    if not tensors or {f"{name}.{end}" for name in names for end in ends} != {*tensors}:
+        parts = "two factors and magnitudes" if use_dora else "two factors"
+        raise _damaged(path, f"must hold {parts} per layer and nothing else, got {len(tensors)} tensors")
     if other := [name for name in names if not name.startswith(f"{denoiser_name}.")]:
         raise _damaged(path, f"holds {printable(min(other))}, which does not belong to the {denoiser_name}")
     if bad := [name for name, value in tensors.items() if not value.is_floating_point() or not value.isfinite().all()]:
@@ -214,7 +313,8 @@ def read_lora(lora_dir: Path, denoiser_name: str) -> SavedLora:
     ranks = {(first.shape[:1], second.shape[1:2]) for first, second in factors.values()}
     if len(ranks) != 1 or len({*next(iter(ranks))}) != 1:
         raise _damaged(path, "factors must have one rank, got several")
-    return SavedLora(path, factors, alpha, targets)
+    magnitudes = {layer: tensors[f"{denoiser_name}.{layer}.{MAGNITUDE}"] for layer in factors if use_dora}
+    return SavedLora(path, factors, alpha, targets, use_rslora, magnitudes)
 
 
 def _alpha_and_targets(metadata: dict[str, Any], denoiser_name: str) -> tuple[float, tuple[str, ...]]:
@@ -275,8 +375,9 @@ def write_lora(
     """Write factors in the format of diffusers.
 
     Args:
-        factors: ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight`` of each layer.
-        config: its rank, alpha and targets are written.
+        factors: ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight`` of each layer; of a DoRA also
+            ``<layer>.lora_magnitude_vector``.
+        config: its rank, alpha, targets and variant are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}

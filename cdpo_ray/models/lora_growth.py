@@ -4,10 +4,11 @@ import math
 from fractions import Fraction
 from functools import partial
 
+import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from cdpo_ray.models.lora import POLICY
+from cdpo_ray.models.lora import MAGNITUDE, POLICY
 
 AFTER_BLOCKS = ("up_blocks", "conv_out", "all_final_layer")
 
@@ -17,8 +18,9 @@ class LoraGrowth:
 
     Only columns of second factors are masked. They start at zero and stay zero, add nothing to the output, and leave
     their rows of the first factors without gradient: the trained part is a LoRA of smaller rank, in fewer layers, with
-    the same ``alpha / rank``. Raising the capacity changes neither the output nor any tensor's shape, so optimizer,
-    checkpoints and compiled models are not affected; Adam's moments of a new column are zero, as if padded.
+    the same scale. Raising the capacity changes neither the output nor any tensor's shape, so optimizer,
+    checkpoints and compiled models are not affected; Adam's moments of a new column are zero, as if padded. Magnitudes
+    of a DoRA are trained in the blocks that are.
 
     Masked rows of first factors decay by ``learning_rate * weight_decay`` per update, as all rows do: at most 1e-8 with
     the published 1e-4 each, which fp32 rounds to zero.
@@ -31,13 +33,12 @@ class LoraGrowth:
     """
 
     def __init__(self, denoiser: ModelMixin, *, from_output: bool = False) -> None:
-        blocks = second_factors(denoiser)
-        if from_output:
-            blocks.reverse()
+        blocks, magnitudes = by_block(denoiser, "lora_B"), by_block(denoiser, MAGNITUDE)
         self.ranks = [0] * len(blocks)
-        for number, factors in enumerate(blocks):
-            for factor in factors:
-                factor.register_hook(partial(self._mask, number))
+        for parts, mask in ((blocks, self._mask), (magnitudes, self._mask_whole)):
+            for number, parameters in enumerate(reversed(parts) if from_output else parts):
+                for parameter in parameters:
+                    parameter.register_hook(partial(mask, number))
 
     def set_capacity(self, rank: int, block_share: Fraction) -> None:
         """Train the first ``rank`` columns of the first ``block_share`` of the blocks.
@@ -54,22 +55,28 @@ class LoraGrowth:
         masked[:, self.ranks[block] :] = 0
         return masked
 
+    def _mask_whole(self, block: int, gradient: Tensor) -> Tensor:
+        return gradient if self.ranks[block] else torch.zeros_like(gradient)
 
-def second_factors(denoiser: ModelMixin) -> list[list[nn.Parameter]]:
-    """Second factors of the LoRA's layers, ``[out, rank, ...]`` each, by block, in order from input to output.
+
+def by_block(denoiser: ModelMixin, part: str) -> list[list[nn.Parameter]]:
+    """Parameters of the LoRA's layers by block, in order from input to output.
 
     A block is an element of a numbered list of modules (``down_blocks.0``, ``transformer_blocks.11``); a layer outside
     such lists is its own block.
+
+    Args:
+        part: ``lora_B``: the second factors, ``[out, rank, ...]`` each; `MAGNITUDE`: those of a DoRA.
     """
     blocks: dict[str, list[nn.Parameter]] = {}
     for name, parameter in denoiser.named_parameters():
-        if f".lora_B.{POLICY}." in name:
+        if f".{part}.{POLICY}." in name:
             blocks.setdefault(_block_of(name), []).append(parameter)
     in_order = sorted(blocks, key=lambda name: name.startswith(AFTER_BLOCKS))  # some models register them before others
     return [blocks[name] for name in in_order]
 
 
 def _block_of(name: str) -> str:
-    parts = name.split(".lora_B.")[0].split(".")
+    parts = name.split(".lora_")[0].split(".")
     numbers = (index for index, part in enumerate(parts) if part.isdigit())
     return ".".join(parts[: next(numbers, len(parts)) + 1])

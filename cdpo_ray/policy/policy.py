@@ -80,8 +80,7 @@ def _lora_policy(
     seed: int,
 ) -> Policy:
     denoiser = model.denoiser
-    alpha = lora.alpha or lora.rank
-    trainable = attach_lora(denoiser, rank=lora.rank, alpha=alpha, targets=lora.targets, seed=seed)
+    trainable = attach_lora(denoiser, **lora.layers, seed=seed)
     if start_dir:
         continue_from(denoiser, model.denoiser_name, start_dir / LORA_DIR)
         if reference_is_start:

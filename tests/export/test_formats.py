@@ -89,6 +89,58 @@ def test_the_stock_pipeline_reads_kohya_keys_of_every_kind_of_layer(tiny_sd15: P
     assert_samples_as(policy, pipeline)
 
 
+def merged_by_peft(denoiser: Any) -> dict[str, Tensor]:
+    """Weights of the adapted layers, with the LoRA merged by PEFT."""
+    layers = {name: layer for name, layer in denoiser.named_modules() if hasattr(layer, "lora_A")}
+    for layer in layers.values():
+        layer.merge()
+    return {name: layer.get_base_layer().weight.detach() for name, layer in layers.items()}
+
+
+RSLORA, DORA = {"use_rslora": True}, {"use_dora": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        *((name, RSLORA) for name in ("diffusers", "kohya", "peft", "merged")),
+        *((name, RSLORA | DORA) for name in ("diffusers", "peft", "merged")),
+    ],
+)
+def test_a_variant_has_the_policys_weights_in_every_format(
+    tiny_sd15: Path, tmp_path: Path, name: str, variant: dict[str, bool]
+) -> None:
+    targets = ("to_q", "to_out.0", "ff.net.2", "conv1", "downsamplers.0.conv", "proj_in")
+    trained, policy = trained_lora(tmp_path, tiny_sd15, rank=4, alpha=3, targets=targets, **variant)
+    output = tmp_path / "out"
+    output.mkdir()
+    {"diffusers": write_diffusers, "kohya": write_kohya, "peft": write_peft, "merged": write_merged}[name](
+        trained, output
+    )
+    base = DiffusionPipeline.from_pretrained(tiny_sd15)
+    if name == "merged":
+        found = dict(DiffusionPipeline.from_pretrained(output).unet.named_parameters())
+        weights = {key.removesuffix(".weight"): value for key, value in found.items() if key.endswith(".weight")}
+    elif name == "peft":
+        weights = merged_by_peft(PeftModel.from_pretrained(base.unet, output).get_base_model())
+    else:
+        (file,) = output.iterdir()
+        base.load_lora_weights(output, weight_name=file.name)
+        weights = merged_by_peft(base.unet)
+    before = dict(DiffusionPipeline.from_pretrained(tiny_sd15).unet.named_parameters())
+    expected = merged_by_peft(policy.denoiser)
+    assert {value.ndim for value in expected.values()} == {2, 4}
+    for layer, value in expected.items():
+        torch.testing.assert_close(weights[layer], value, rtol=1e-6, atol=1e-6)
+        assert (value - before[f"{layer}.weight"]).abs().max() > 1e-2
+
+
+def test_a_dora_has_no_kohya_format(tiny_sd15: Path, tmp_path: Path) -> None:
+    trained, _ = trained_lora(tmp_path, tiny_sd15, rank=2, targets=("to_q",), **DORA)
+    with pytest.raises(ExportError, match=r"^`--format` kohya: the LoRA is a DoRA .*; use `--format` diffusers, peft"):
+        write_kohya(trained, tmp_path)
+
+
 @pytest.mark.parametrize("family", UNETS + TRANSFORMERS)
 def test_merged_weights_sample_like_the_policy_and_contain_no_lora(
     tiny_models: TinyModels, tmp_path: Path, family: str

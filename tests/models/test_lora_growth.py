@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from cdpo_ray.models.lora import attach_lora, save_lora
-from cdpo_ray.models.lora_growth import LoraGrowth, second_factors
+from cdpo_ray.models.lora_growth import LoraGrowth, by_block
 from cdpo_ray.models.stable_diffusion import StableDiffusion
 from cdpo_ray.randomness.noise import noise_at
 
@@ -190,7 +190,7 @@ def test_numbered_modules_and_single_layers_outside_them_are_blocks_of_a_transfo
     )
     net.add_adapter(LoraConfig(r=2, target_modules=["x_embedder", "to_q", "to_out.0", "proj_out"]))
     # x_embedder; to_q and to_out of two blocks; to_q and proj_out of the single block; the transformer's proj_out
-    assert [len(block) for block in second_factors(net)] == [1, 2, 2, 2, 1]
+    assert [len(block) for block in by_block(net, "lora_B")] == [1, 2, 2, 2, 1]
 
 
 def test_the_final_layer_of_a_single_stream_transformer_is_its_last_block() -> None:
@@ -204,7 +204,7 @@ def test_the_final_layer_of_a_single_stream_transformer_is_its_last_block() -> N
 
 def test_the_lora_of_a_convolution_grows(tiny_sd15: Path) -> None:
     model, trainable = fresh(tiny_sd15, 3, targets=("conv1", "conv_out"))
-    assert len(second_factors(model.denoiser)[-1]) == 1, "conv_out comes after the last block"
+    assert len(by_block(model.denoiser, "lora_B")[-1]) == 1, "conv_out comes after the last block"
     growth = LoraGrowth(model.denoiser)
     growth.set_capacity(2, WHOLE)
     train(model, optimizer_of(trainable), 2)

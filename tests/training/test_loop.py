@@ -33,6 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_worker")]
 
 LORA = LoraSection(rank=2, targets=("to_q",))
 GROWING = LoraSection(rank=2, initial_rank=1, unfreeze="from_input", targets=("to_v",))
+DORA = GROWING.model_copy(update={"use_dora": True, "use_rslora": True, "alpha": 2.0})
 
 ANY_RISE = 1e-9
 
@@ -114,7 +115,7 @@ class Training:
 
 
 @pytest.mark.parametrize("stop_after", [2, 3, 4], ids=["in a stage", "at its end", "in the next"])
-@pytest.mark.parametrize("lora", [LORA, GROWING], ids=["constant", "growing"])
+@pytest.mark.parametrize("lora", [LORA, GROWING, DORA], ids=["constant", "growing", "growing DoRA"])
 def test_resumed_training_ends_with_identical_weights_moments_and_records(
     tiny_sd15: Path, lora: LoraSection, stop_after: int
 ) -> None:
@@ -142,8 +143,10 @@ def test_checkpoints_are_due_every_updates_per_commit_updates_and_after_each_sta
     assert [len(state.records) for state in training.committed] == [2, 3, 4, 6]
 
 
-def test_a_growing_lora_trains_the_rank_and_blocks_of_each_stage(tiny_sd15: Path) -> None:
-    training = Training(tiny_sd15, GROWING)
+@pytest.mark.parametrize("lora", [GROWING, DORA], ids=["LoRA", "DoRA"])
+def test_a_growing_lora_trains_the_rank_and_blocks_of_each_stage(tiny_sd15: Path, lora: LoraSection) -> None:
+    training = Training(tiny_sd15, lora)
+    before = training.weights()
     state = training.train(TrainingState(), stop_after=3)
     first = training.weights()
     training.train(state)
@@ -152,6 +155,12 @@ def test_a_growing_lora_trains_the_rank_and_blocks_of_each_stage(tiny_sd15: Path
         assert first[name][:, 1:].abs().max() == 0
         assert (first[name].abs().max() > 0) == ("up_blocks" not in name)
         assert second[name].abs().amax(dim=0).min() > 0
+    magnitudes = [name for name in first if "magnitude" in name]
+    assert len(magnitudes) == (lora.use_dora and len(first) // 3)
+    for name in magnitudes:
+        moved = [float((then[name] - now[name]).abs().max()) for then, now in ((before, first), (first, second))]
+        assert (moved[0] < 1e-6) == ("up_blocks" in name), "weight decay moves all, by less"
+        assert moved[1] > 1e-5
 
 
 def test_every_stage_is_trained_and_every_update_recorded(tiny_sd15: Path) -> None:
