@@ -199,7 +199,7 @@ def test_the_final_layer_of_a_single_stream_transformer_is_its_last_block() -> N
     )
     net.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0", "w1", "linear"]))
     # noise and context refiner, two layers, the final layer, which the model registers first
-    assert [len(block) for block in second_factors(net)] == [3, 3, 3, 3, 1]
+    assert [len(block) for block in by_block(net, "lora_B")] == [3, 3, 3, 3, 1]
 
 
 def test_the_lora_of_a_convolution_grows(tiny_sd15: Path) -> None:
