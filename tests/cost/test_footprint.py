@@ -50,7 +50,7 @@ def test_suffixes_of_names_match_at_dots() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd35_medium", "flux_dev", "lcm"])
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sd35_medium", "flux_dev", "qwen_image", "sana_1600m", "lcm"])
 def test_a_footprint_grows_with_the_image_and_shrinks_with_checkpointing(name: str) -> None:
     footprint = published_footprint(name)
     lora = (8, ATTENTION_TARGETS)

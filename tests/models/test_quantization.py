@@ -139,7 +139,7 @@ def test_only_the_denoisers_linear_layers_are_quantised(tiny_models: TinyModels,
         assert {p.dtype for p in getattr(model.pipeline, name).parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(("storage", "largest_change"), [("int8", 0.01), ("nf4", 0.15)])
+@pytest.mark.parametrize(("storage", "largest_change"), [("int8", 0.01), ("nf4", 0.2)])
 @each_family
 def test_rounding_changes_the_output_slightly(
     tiny_models: TinyModels, family: str, storage: str, largest_change: float
@@ -154,6 +154,8 @@ CASES = [
     ("stable_diffusion_xl", "nf4", "bfloat16", 0, "adamw_8bit"),
     ("flux", "int8", "float32", 2, "adamw"),
     ("flux", "nf4", "bfloat16", 0, "adamw"),
+    ("qwen_image", "int8", "float32", 2, "adamw"),
+    ("sana", "nf4", "bfloat16", 0, "adamw"),
 ]
 """Family, storage, dtype, ZeRO stage, optimizer."""
 
