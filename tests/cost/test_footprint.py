@@ -51,7 +51,8 @@ def test_suffixes_of_names_match_at_dots() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["sd15", "sd21", "sdxl", "sd35_medium", "flux_dev", "lcm", "flux2_klein_4b", "z_image"]
+    "name",
+    ["sd15", "sd21", "sdxl", "sd35_medium", "flux_dev", "lcm", "flux2_klein_4b", "z_image", "qwen_image", "sana_1600m"],
 )
 def test_a_footprint_grows_with_the_image_and_shrinks_with_checkpointing(name: str) -> None:
     footprint = published_footprint(name)

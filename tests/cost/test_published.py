@@ -36,6 +36,7 @@ def test_a_backward_pass_of_a_lora_has_the_known_flops(name: str, teraflops: flo
         ("sdxl", 2_567_463_684),
         ("flux_dev", 11_901_408_320),
         ("flux2_klein_4b", (7_751_105_712 - 16_560) // 2),  # the published 16-bit file, without its header
+        ("qwen_image", 40_860_802_176 // 2),  # bytes of the published bf16 weights
     ],
 )
 def test_a_denoiser_has_its_published_number_of_parameters(name: str, parameters: int) -> None:

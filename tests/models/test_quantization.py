@@ -154,6 +154,8 @@ CASES = [
     ("stable_diffusion_xl", "nf4", "bfloat16", 0, "adamw_8bit"),
     ("flux", "int8", "float32", 2, "adamw"),
     ("flux", "nf4", "bfloat16", 0, "adamw"),
+    ("qwen_image", "int8", "float32", 2, "adamw"),
+    ("sana", "nf4", "bfloat16", 0, "adamw"),
 ]
 """Family, storage, dtype, ZeRO stage, optimizer."""
 

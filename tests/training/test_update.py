@@ -53,9 +53,13 @@ def test_at_the_start_the_margin_is_zero_and_the_loss_ln_2_exactly(
     assert (metrics["margin"], metrics["implicit_accuracy"], loss.item(), metrics["loss"]) == (0.0, 0.0, LN2, LN2)
     assert metrics["policy_error_w"] == metrics["reference_error_w"] != metrics["policy_error_l"]
     loss.backward()
-    gradients = [parameter.grad for parameter in policy.trainable]
-    assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
-    assert any(gradient.abs().max() > 0 for gradient in gradients if gradient is not None)
+    named = {name: parameter.grad for name, parameter in model.denoiser.named_parameters() if parameter.requires_grad}
+    unused = {name for name, gradient in named.items() if gradient is None}
+    assert all("transformer_blocks.1.attn.to_add_out" in name for name in unused), "text that the last block outputs"
+    assert bool(unused) == (family == "qwen_image") and len(named) == len(policy.trainable)
+    gradients = [gradient for gradient in named.values() if gradient is not None]
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    assert any(gradient.abs().max() > 0 for gradient in gradients)
     learning = {id(parameter) for parameter in policy.trainable}
     assert all(parameter.grad is None for parameter in model.denoiser.parameters() if id(parameter) not in learning)
 
