@@ -74,7 +74,7 @@ class ZImage(FlowMatchingModel):
 
     def predict(self, denoiser: Net, task: DenoisingTask) -> Tensor:
         outputs = denoiser(
-            list(task.noisy_latents.unsqueeze(2)),  # a frame each
+            list(task.noisy_latents.unsqueeze(2)),  # one frame per sample
             (NUM_TIMESTEPS - task.times["timestep"]) / NUM_TIMESTEPS,
             unpadded(task.conditioning),
             return_dict=False,
