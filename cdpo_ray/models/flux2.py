@@ -48,7 +48,7 @@ class Flux2(FlowMatchingModel):
         """See `TextToImageModel.sample`; the last latents before the pipeline scales them for the VAE.
 
         Raises:
-            ModelError: if guidance is set for a distilled model, which would ignore it.
+            ModelError: if the model is distilled, which would ignore guidance, and the scale is above 1.
         """
         if guidance_scale > 1 and self.pipeline.config.is_distilled:
             raise ModelError(
