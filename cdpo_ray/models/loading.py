@@ -49,7 +49,8 @@ def fetch(
     if Path(path).is_dir():
         return Path(path)
     if not HUB_ID.match(path):
-        raise load_error(key, path, revision, FileNotFoundError("no such folder"))
+        what = "a single file needs `config`" if Path(path).is_file() else "no such folder"
+        raise load_error(key, path, revision, FileNotFoundError(what))
     options = {"revision": revision, "use_safetensors": True, **left_out}
     try:
         try:

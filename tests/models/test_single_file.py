@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 
 from cdpo_ray.errors import ModelError
 from cdpo_ray.models import load_model
-from cdpo_ray.models.folder import check_single_file
+from cdpo_ray.models.folder import check_single_file, fitting_families
 from cdpo_ray.randomness.noise import noise_at
 
 FAMILIES = {"sd1": "stable_diffusion", "sd2": "stable_diffusion", "sdxl": "stable_diffusion_xl"}
@@ -136,6 +136,17 @@ def test_fault_37_missing_unexpected_and_unused_weights_of_a_file_are_named(
     path = write(change(originals[kind]))
     with pytest.raises(ModelError, match=rf"^`model\.path` {path}.*{message}"):
         load(kind, path, folders[kind])
+
+
+def test_a_file_without_configurations_is_refused(originals: dict[str, Weights], write: Write) -> None:
+    with pytest.raises(ModelError, match="a single file needs `config`"):
+        load_model("stable_diffusion", path=str(write(originals["sd1"])), device="cpu")
+
+
+def test_the_families_that_a_file_fits_are_found_by_its_names(originals: dict[str, Weights], write: Write) -> None:
+    for kind, weights in originals.items():
+        assert fitting_families(write(weights)) == [FAMILIES[kind]]
+    assert fitting_families(write({"x": torch.zeros(1)})) == []
 
 
 def test_fault_37_a_file_of_another_family_or_architecture_is_refused(
