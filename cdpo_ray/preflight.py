@@ -24,7 +24,7 @@ from cdpo_ray.models.folder import folder_of
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.steps import Step
-from cdpo_ray.steps.arguments import REWARD_WEIGHTS
+from cdpo_ray.steps.arguments import REWARD_WEIGHTS, model_arguments
 from cdpo_ray.store import delete, write_text
 from cdpo_ray.testbed.scenes import parse_caption
 from cdpo_ray.user_code import USER_FUNCTION, load_function
@@ -154,6 +154,13 @@ def _problems(config: Config, prompts: PromptSplit, folders: set[str]) -> Iterat
     keys = config.keys_that_need_bitsandbytes
     if keys and importlib.util.find_spec("bitsandbytes") is None:
         yield ConfigError(f'{", ".join(keys)}: bitsandbytes is not installed; pip install "cdpo_ray[lowmem]"')
+    if config.training.start_from and TRAINING in folders:
+        from cdpo_ray.models.lora_start import check_start
+
+        try:
+            check_start(config.training.start_from, config.model.family, model_arguments(config), config.training.lora)
+        except ModelError as error:
+            yield error
     judges = config.rewards.judges if folders & {SAMPLES, SCORES} else {}
     judges |= config.evaluation_judges if EVALUATION in folders else {}
     own: list[tuple[str, str, type[CdpoError]]] = [("reward", name, RewardError) for name in judges]

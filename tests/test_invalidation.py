@@ -145,6 +145,7 @@ NOT_OF_THIS_RUN = {
         ["curriculum.window", "curriculum.num_margin_draws", "curriculum.min_gap_in_noise"],
         "allowed with other values of other keys only; recorded with `curriculum`, whole",
     ),
+    "training.start_from": "needs a file; see below",
     "training.method": "its other value does not allow `training.lora`, which this configuration gives",
     "training.guidance_range": "for guidance-conditioned families",
     "training.consistency_target": "for consistency models",
@@ -227,3 +228,16 @@ def test_the_bound_of_an_alarm_that_stops_training_decides_its_outcome() -> None
     before = settings(stops)["train"]
     for change in ("training.health.max_error_rise=0.1", "training.health.window=10"):
         assert differences(before, settings(stops, change)["train"])
+
+
+def test_another_lora_to_start_from_and_other_content_of_it_invalidate_training_alone(
+    tmp_path: Path, before: dict[str, dict[str, Any]]
+) -> None:
+    path = tmp_path / "given.safetensors"
+    made = []
+    for content in (b"one", b"other"):
+        path.write_bytes(content)
+        made.append(settings(f"training.start_from={path}", "training.reference=start"))
+    for then, now in ((before, made[0]), made):
+        assert {verb for verb in now if differences(then[verb], now[verb])} == TRAINING
+    assert "`training.start_from.sha256` = " in differences(made[0]["train"], made[1]["train"])

@@ -20,7 +20,8 @@ REFUSED = {
     "training.seed": "is not part of a schedule: `search.confirm_seeds` trains the best again with other seeds",
     "training.loss.name": "is given as `training.loss`",
     "training.loss.options": "are those of your own function; give other functions as choices of `training.loss`",
-    "training.reference": "needs `rounds` > 1, but a search has one round",
+    "training.reference": "needs `rounds` > 1, but a search has one round, or `start_from`",
+    "training.start_from": "is the start of every trial",
     "curriculum.preset": "sets other keys: give those",
 }
 """Keys that a search must not vary, and why."""

@@ -1,11 +1,12 @@
 """Training of a LoRA, or of all weights of the denoiser."""
 
+import os
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from cdpo_ray.config.losses import DpoLoss, Loss
-from cdpo_ray.config.section import Section
+from cdpo_ray.config.section import LocalPath, Section, looked_for
 
 
 class LoraSection(Section):
@@ -186,9 +187,14 @@ class TrainingSection(Section):
     chosen's error rises; values near 0 rarely have an effect, and values near 1 train on the chosen images alone. In
     the embedded world (`docs/log.md`) 0.5 cut the rise to a quarter, and 0.9 lost the gain with it. `null`: off."""
 
-    reference: Literal["base", "last_round"] = "base"
-    """Frozen reference of later rounds: the base model, or the model that the round started from (needs `rounds` >
-    1)."""
+    reference: Literal["base", "start", "last_round"] = "base"
+    """Frozen reference: the base model; `start`: the LoRA of `start_from`, in every round; `last_round`: the model that
+    the round started from (needs `rounds` > 1)."""
+
+    start_from: LocalPath | None = None
+    """LoRA to start training from: a safetensors file in the format of diffusers or of kohya (sd-scripts), or a folder
+    with one. `lora` must have its rank and layers; its scale may differ. All nodes must see it. The images of the first
+    round are still those of the base model. `null`: start from the base model."""
 
     guidance_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
     """Bounds [low, high] of the guidance that a guidance-conditioned family (`latent_consistency`, `flux`) is trained
@@ -309,6 +315,15 @@ class TrainingSection(Section):
                 f"`optimizer` 'adamw_8bit' needs `zero_stage` 0, because its 8-bit moments cannot be sharded, got"
                 f" {self.zero_stage}; leave out one of them"
             )
+        if self.reference == "start" and not self.start_from:
+            raise ValueError("`reference` 'start' needs `start_from`, a LoRA")
+        if self.start_from and (self.method == "full" or self.lora.grows):
+            raise ValueError(
+                "`start_from` is a whole LoRA, so it must not be given with `method` 'full', `lora.initial_rank` or"
+                " `lora.unfreeze`"
+            )
+        if self.start_from and not os.path.exists(self.start_from):
+            raise ValueError(f"`start_from` must be an existing file or folder: no {looked_for(self.start_from)}")
         if self.method == "lora" and self.lora.use_dora and self.zero_stage == 3:
             raise ValueError(
                 "`lora.use_dora` needs `zero_stage` 0 to 2, because it reads whole weights between layers, got 3"

@@ -94,6 +94,7 @@ def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
         denoiser_name=denoiser_name,
         model=settings["model"],
         base_name=_base_name(settings["model"]),
+        start_name=_start_name(settings["training"]),
         base=Markup(_loading_base(settings["model"])),
         call=Markup(_call(settings["model"]["family"], settings["generation"])),
         kohya_file=Markup(f"{facts.name}.safetensors"),
@@ -188,7 +189,14 @@ def _training_settings(training: Mapping[str, Any]) -> dict[str, Any]:
     """All settings, with the LoRA's alpha resolved; without `lora` for full fine-tuning."""
     lora = training["lora"]
     resolved = {"lora": lora | {"alpha": lora["alpha"] or lora["rank"]}} if training["method"] == "lora" else {}
-    return {key: value for key, value in training.items() if key != "lora"} | resolved
+    named = {"start_from": _start_name(training)}
+    return {key: value for key, value in training.items() if key != "lora"} | named | resolved
+
+
+def _start_name(training: Mapping[str, Any]) -> str | None:
+    """Name of the file that training started from: an export holds no path of this machine."""
+    start = training.get("start_from")
+    return Path(start).name if start else None
 
 
 def _base_name(model: Mapping[str, Any]) -> str:

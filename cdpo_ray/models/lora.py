@@ -291,7 +291,7 @@ def read_lora(lora_dir: Path, denoiser_name: str) -> SavedLora:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-        alpha, targets = _alpha_and_targets(metadata, denoiser_name)
+        alpha, targets = alpha_and_targets(metadata, denoiser_name)
         use_rslora, use_dora = (metadata.get(f"{denoiser_name}.{key}", False) for key in ("use_rslora", "use_dora"))
         if not isinstance(use_rslora, bool) or not isinstance(use_dora, bool):
             raise ValueError(f"metadata `{denoiser_name}.use_rslora` and `use_dora` must be true or false")
@@ -317,7 +317,12 @@ def read_lora(lora_dir: Path, denoiser_name: str) -> SavedLora:
     return SavedLora(path, factors, alpha, targets, use_rslora, magnitudes)
 
 
-def _alpha_and_targets(metadata: dict[str, Any], denoiser_name: str) -> tuple[float, tuple[str, ...]]:
+def alpha_and_targets(metadata: Mapping[str, Any], denoiser_name: str) -> tuple[float, tuple[str, ...]]:
+    """Alpha and targets in the untrusted metadata of diffusers' format.
+
+    Raises:
+        ValueError: alpha is missing or not a number > 0, or targets are not a list of names.
+    """
     key = f"{denoiser_name}.lora_alpha"
     alpha, targets = metadata.get(key), metadata.get(f"{denoiser_name}.target_modules", [])
     if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:

@@ -15,12 +15,14 @@ from cdpo_ray.curriculum.capacity import stage_capacities
 from cdpo_ray.models.family import Net, TextToImageModel
 from cdpo_ray.models.lora import (
     LORA_DIR,
+    REFERENCE,
     Adapters,
     attach_lora,
     continue_from,
     freeze_as_reference,
 )
 from cdpo_ray.models.lora_growth import LoraGrowth
+from cdpo_ray.models.lora_start import read_start, start_at
 
 Reference = Callable[[Net], AbstractContextManager[Net]]
 """Policy's net -> context manager that yields the reference's: for a LoRA the same net, its adapter switched off."""
@@ -49,8 +51,9 @@ def make_policy(
     lora: LoraSection | None,
     *,
     num_stages: int = 1,
+    start_from: str | None = None,
     start_dir: Path | None = None,
-    reference_is_start: bool = False,
+    reference: str = "base",
     seed: int = 0,
 ) -> Policy:
     """Make the model's denoiser trainable, in place.
@@ -58,43 +61,52 @@ def make_policy(
     Args:
         lora: LoRA to train; ``None``: full fine-tuning, whose reference is a frozen copy of the net.
         num_stages: number of stages over which a growing LoRA grows; with ``start_dir`` it is fully grown at once.
+        start_from: path of a LoRA to start from in the first round, see `read_start`.
         start_dir: path of an earlier round's `4-training`, to continue from; ``None``: the base model.
-        reference_is_start: whether the reference is the initial policy, in place of the base model.
+        reference: `training.reference`: ``base``, ``start`` or ``last_round``, the initial policy.
         seed: seed of the LoRA's first factor.
 
     Raises:
-        ModelError: the LoRA in ``start_dir`` has other layers or another rank.
+        ModelError: the LoRA in ``start_dir`` or ``start_from`` has other layers or another rank, or cannot be used.
         ValueError: the LoRA grows, but there is only one stage.
     """
     if lora:
-        return _lora_policy(model, lora, num_stages, start_dir, reference_is_start, seed)
-    return _full_policy(model, start_dir, reference_is_start)
+        return _lora_policy(model, lora, num_stages, start_from, start_dir, reference, seed)
+    return _full_policy(model, start_dir, reference)
 
 
 def _lora_policy(
     model: TextToImageModel,
     lora: LoraSection,
     num_stages: int,
+    start_from: str | None,
     start_dir: Path | None,
-    reference_is_start: bool,
+    reference: str,
     seed: int,
 ) -> Policy:
     denoiser = model.denoiser
     trainable = attach_lora(denoiser, **lora.layers, seed=seed)
+    if start_from:
+        start_at(
+            denoiser,
+            read_start(start_from, model.pipeline_class, model.denoiser_name, type(denoiser), denoiser.config, lora),
+        )
+    if reference == "start":
+        freeze_as_reference(denoiser)
     if start_dir:
         continue_from(denoiser, model.denoiser_name, start_dir / LORA_DIR)
-        if reference_is_start:
-            freeze_as_reference(denoiser)
+    if reference == "last_round" and (start_dir or start_from):
+        freeze_as_reference(denoiser)
     adapters = Adapters(denoiser)
-    frozen = adapters.reference_on if start_dir and reference_is_start else adapters.off
+    frozen = adapters.reference_on if REFERENCE in denoiser.peft_config else adapters.off
 
     @contextlib.contextmanager
-    def reference(policy: Net) -> Iterator[Net]:
+    def frozen_net(policy: Net) -> Iterator[Net]:
         with frozen():
             yield policy
 
     if start_dir or not lora.grows:
-        return Policy(model, denoiser, reference, trainable)
+        return Policy(model, denoiser, frozen_net, trainable)
     capacities = stage_capacities(lora.rank, num_stages, **lora.growth)
     growth = LoraGrowth(denoiser, from_output=lora.unfreeze == "from_output")
 
@@ -102,10 +114,10 @@ def _lora_policy(
         capacity = capacities[stage - 1]
         growth.set_capacity(capacity.rank, capacity.block_share)
 
-    return Policy(model, denoiser, reference, trainable, begin_stage)
+    return Policy(model, denoiser, frozen_net, trainable, begin_stage)
 
 
-def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_start: bool) -> Policy:
+def _full_policy(model: TextToImageModel, start_dir: Path | None, reference: str) -> Policy:
     base = model.denoiser
     if start_dir:
         model.load_tuned(start_dir)
@@ -113,7 +125,7 @@ def _full_policy(model: TextToImageModel, start_dir: Path | None, reference_is_s
     for net in (base, model.denoiser):  # DeepSpeed's layout; one layout for both, so the same kernels
         net.to(memory_format=torch.contiguous_format)
     frozen = base
-    if reference_is_start or not start_dir:
+    if reference == "last_round" or not start_dir:
         frozen = copy.deepcopy(model.denoiser)
         if model.compiled:
             frozen.compile()  # a copy of a compiled module is not compiled

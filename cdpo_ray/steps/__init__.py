@@ -19,6 +19,7 @@ from cdpo_ray.steps.arguments import (
     prompts_sha256,
     sections_of,
     seed_setting,
+    start_sha256,
     user_code_sha256,
 )
 from cdpo_ray.steps.outcome import evaluate, export
@@ -110,6 +111,7 @@ STEPS = (
             | model_sha256(config)
             | {"training": config.training.outcome}
             | user_code_sha256("training.loss.sha256", config.training.loss.name)
+            | start_sha256(config)
             | seed_setting(config)
         ),
         (SAMPLES, SCORES, STAGES),

@@ -153,6 +153,16 @@ def model_sha256(config: Config) -> dict[str, str]:
     return {key: sha256 for key, sha256 in found.items() if sha256}
 
 
+def start_sha256(config: Config) -> dict[str, str]:
+    """SHA-256 of the LoRA that training starts from, as a setting; empty: it starts from the base model.
+
+    Raises:
+        StoreError: a file changed while it was read.
+    """
+    found = _weights_sha256(config.training.start_from, key="training.start_from")
+    return {"training.start_from.sha256": found} if found else {}
+
+
 def reward_sha256(config: Config, name: str) -> dict[str, str]:
     """SHA-256 of a reward's local files, by option; of a user-defined reward, of its module or package.
 

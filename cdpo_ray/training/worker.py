@@ -94,7 +94,8 @@ class Worker:
             job.lora,
             num_stages=job.num_stages,
             start_dir=storage_path(job.start_dir) if job.start_dir else None,
-            reference_is_start=training.reference == "last_round",
+            start_from=training.start_from,
+            reference=training.reference,
             seed=seed_of(job.seed, "lora"),
         )
         if use_checkpointing(training.gradient_checkpointing, job.plain_peak_bytes, _gpu_bytes(job.gpu_share)):

@@ -36,6 +36,7 @@ def card_of(
         "counts": {"updates": 15, "pairs": 30},
         "seed": 3,
         "created": "2026-01-01T00:00:00+00:00",
+        "settings": {"training.start_from.sha256": "0123abcd"},
     }
     facts = RunFacts(
         "tuned",
@@ -237,3 +238,10 @@ def test_a_card_of_imported_preferences_names_their_source() -> None:
     )
     source = "Labelled images of 6 prompts (data/judged.parquet, pickapic), none generated for training"
     assert f"{source}; 4 prompts were held out." in card
+
+
+def test_the_lora_that_training_started_from_is_named_without_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "style.safetensors").write_bytes(b"")
+    card = card_of(training={"start_from": str(tmp_path / "style.safetensors")})
+    assert "Training started from the LoRA style.safetensors, SHA-256 0123abcd." in card
+    assert str(tmp_path) not in card and "started from the LoRA" not in card_of()

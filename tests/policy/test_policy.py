@@ -93,18 +93,18 @@ def test_a_lora_starts_as_the_base_which_is_its_reference(tiny_sd15: Path) -> No
     assert not torch.allclose(predict(model), base, atol=1e-3)
 
 
-@pytest.mark.parametrize("reference_is_start", [False, True])
+@pytest.mark.parametrize("reference", ["base", "last_round"])
 def test_a_later_round_continues_the_adapter_with_base_or_start_as_reference(
-    tiny_sd15: Path, first_round: Path, reference_is_start: bool
+    tiny_sd15: Path, first_round: Path, reference: str
 ) -> None:
     base = predict(load(tiny_sd15))
     tuned = load(tiny_sd15)
     tuned.load_tuned(first_round)
     start = predict(tuned)
     model = load(tiny_sd15)
-    policy = make_policy(model, LORA, start_dir=first_round, reference_is_start=reference_is_start, seed=5)
+    policy = make_policy(model, LORA, start_dir=first_round, reference=reference, seed=5)
     torch.testing.assert_close(predict(model), start, rtol=1e-5, atol=1e-5)
-    expected = start if reference_is_start else base
+    expected = start if reference == "last_round" else base
     torch.testing.assert_close(reference_prediction(model, policy), expected, rtol=1e-5, atol=1e-5)
     move(policy.trainable, seed=2)
     torch.testing.assert_close(reference_prediction(model, policy), expected, rtol=1e-5, atol=1e-5)
@@ -115,7 +115,7 @@ def test_with_its_start_as_reference_the_margin_is_zero_and_gradients_reach_the_
     tiny_sd15: Path, first_round: Path
 ) -> None:
     model = load(tiny_sd15)
-    policy = make_policy(model, LORA, start_dir=first_round, reference_is_start=True, seed=0)
+    policy = make_policy(model, LORA, start_dir=first_round, reference="last_round", seed=0)
     loss, metrics = metrics_of(model, policy)
     assert metrics["margin"] == 0
     assert loss.item() == pytest.approx(0.6931472, abs=1e-7)
@@ -134,7 +134,7 @@ def test_only_the_trained_adapter_is_saved_when_the_reference_is_an_adapter_too(
     tiny_sd15: Path, first_round: Path, tmp_path: Path
 ) -> None:
     model = load(tiny_sd15)
-    policy = make_policy(model, LORA, start_dir=first_round, reference_is_start=True, seed=0)
+    policy = make_policy(model, LORA, start_dir=first_round, reference="last_round", seed=0)
     move(policy.trainable, seed=3)
     save_lora(model.pipeline_class, "unet", model.denoiser, tmp_path / "lora")
     fresh = load(tiny_sd15)
@@ -172,17 +172,17 @@ def test_a_frozen_copy_is_compiled_if_its_policy_is(tiny_sd15: Path, monkeypatch
             assert [net in compiled for net in (model.denoiser, frozen)] == [compiles, compiles]
 
 
-@pytest.mark.parametrize("reference_is_start", [False, True])
+@pytest.mark.parametrize("reference", ["base", "last_round"])
 def test_a_later_full_round_continues_the_net_with_base_or_start_as_reference(
-    tiny_sd15: Path, first_full_round: Path, reference_is_start: bool
+    tiny_sd15: Path, first_full_round: Path, reference: str
 ) -> None:
     base = predict(load(tiny_sd15))
     model = load(tiny_sd15)
-    policy = make_policy(model, None, start_dir=first_full_round, reference_is_start=reference_is_start, seed=0)
+    policy = make_policy(model, None, start_dir=first_full_round, reference=reference, seed=0)
     start = predict(model)
     assert not torch.allclose(start, base, atol=1e-3)
     move(policy.trainable, seed=2, by=0.01)
-    assert torch.equal(reference_prediction(model, policy), start if reference_is_start else base)
+    assert torch.equal(reference_prediction(model, policy), start if reference == "last_round" else base)
     assert all(parameter.requires_grad for parameter in model.denoiser.parameters())
 
 
@@ -227,3 +227,30 @@ def test_a_lora_grows_in_the_first_round_and_is_fully_grown_in_later_ones(tiny_s
     }
     later = second_factor_gradients(tiny_sd15, tmp_path / "1", tmp_path / "2")
     assert all(gradient.abs().amax(dim=0).min() > 0 for gradient in later.values())
+
+
+@pytest.mark.parametrize("reference", ["base", "start", "last_round"])
+def test_a_given_lora_is_the_start_and_with_it_as_reference_the_margin_is_zero(
+    tiny_sd15: Path, first_round: Path, reference: str
+) -> None:
+    model = load(tiny_sd15)
+    base = predict(model)
+    policy = make_policy(model, LORA, start_from=str(first_round / "lora"), reference=reference)
+    start = predict(model)
+    assert (start - base).abs().max() > 1e-2
+    assert torch.equal(reference_prediction(model, policy), base if reference == "base" else start)
+    _, metrics = metrics_of(model, policy)
+    assert (metrics["margin"] == 0) == (reference != "base")
+
+
+def test_the_given_lora_stays_the_reference_of_later_rounds(tiny_sd15: Path, first_round: Path, tmp_path: Path) -> None:
+    model = load(tiny_sd15)
+    policy = make_policy(model, LORA, start_from=str(first_round / "lora"), reference="start")
+    start = predict(model)
+    move(policy.trainable, seed=4)
+    save_lora(model.pipeline_class, "unet", model.denoiser, tmp_path / "lora")
+    end = predict(model)
+    later = load(tiny_sd15)
+    policy = make_policy(later, LORA, start_from=str(first_round / "lora"), start_dir=tmp_path, reference="start")
+    assert torch.equal(predict(later), end)
+    assert torch.equal(reference_prediction(later, policy), start)
