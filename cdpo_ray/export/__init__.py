@@ -35,7 +35,7 @@ FORMATS = {
 }
 """A new format is one function and one line here."""
 
-KOHYA_READERS = {"qwen_image": "ComfyUI, musubi-tuner, diffusers"}
+KOHYA_READERS = {"flux2": "diffusers", "z_image": "diffusers", "qwen_image": "ComfyUI, musubi-tuner, diffusers"}
 """Family -> programs that read its `kohya` file, where they are not those of the format."""
 
 
