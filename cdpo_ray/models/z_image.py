@@ -79,7 +79,11 @@ class ZImage(FlowMatchingModel):
 
 
 def unpadded(conditioning: Conditioning) -> list[Tensor]:
-    """Embeddings of each prompt without padding, ``[token, channel]`` each; waits for the device once."""
+    """Embeddings of each prompt up to its last token, ``[token, channel]`` each; waits for the device once.
+
+    A perturbed prompt may have zeros between its tokens, which keep their positions.
+    """
     padded = conditioning["prompt_embedding"]
-    lengths = real_tokens(padded).sum(dim=1).tolist()
+    positions = torch.arange(1, padded.shape[1] + 1, device=padded.device)
+    lengths = (real_tokens(padded) * positions).amax(dim=1).tolist()
     return [row[:length] for row, length in zip(padded, lengths, strict=True)]

@@ -11,6 +11,7 @@ from diffusers import ZImagePipeline
 from torch import nn
 from torch._dynamo.utils import counters
 
+from cdpo_ray.generation.perturbation import perturbed
 from cdpo_ray.models.z_image import ZImage, unpadded
 from cdpo_ray.randomness.noise import noise_at
 
@@ -52,6 +53,17 @@ def test_the_embedding_of_a_prompt_is_the_pipelines_followed_by_zeros(model: ZIm
         assert torch.equal(conditioning["prompt_embedding"][row, : len(expected)], expected)
         assert not conditioning["prompt_embedding"][row, len(expected) :].any()
         assert torch.equal(unpadded(conditioning)[row], expected)
+
+
+def test_the_tokens_of_a_perturbed_prompt_keep_their_positions(model: ZImage) -> None:
+    conditioning, _ = model.encode_prompts([LONG])
+    masks = torch.zeros(1, 512, dtype=torch.bool)
+    length = len(unpadded(conditioning)[0])
+    masks[:, length - 3] = True  # beyond the empty prompt's last token, so that zeros replace it
+    (found,) = unpadded(perturbed(conditioning, model.empty_conditioning, [1 / 512], masks))
+    expected = conditioning["prompt_embedding"][0, :length].clone()
+    expected[length - 3] = 0
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
