@@ -21,7 +21,7 @@ NEVER_CALLED = {
     "np.load",
 }
 FROM_THE_HUB = ("hf_hub_download", "snapshot_download")
-WITHOUT_WEIGHTS = ("Tokenizer", "Processor", "Scheduler", "Config")
+WITHOUT_WEIGHTS = ("Tokenizer", "Processor", "Scheduler", "Config", "config_class")
 
 
 def faults(source: str) -> Iterator[str]:

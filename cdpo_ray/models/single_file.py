@@ -111,7 +111,8 @@ def stated_by(path: Path) -> dict[str, Any]:
     shapes = read_shapes(path)
     values: dict[str, Any] = {"prediction_type": "v_prediction"} if PREDICTS_V in shapes else {}
     if ZERO_SNR in shapes:
-        values |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        # with trailing timesteps, sampling ends without noise; see `StableDiffusion`
+        values |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "set_alpha_to_one": True}
     return values
 
 

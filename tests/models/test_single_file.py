@@ -217,7 +217,8 @@ def test_a_file_that_states_v_prediction_and_zero_terminal_snr_is_sampled_by_the
 ) -> None:
     flags = {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}
     path = write(originals["sdxl"] | flags)
-    expected = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "set_alpha_to_one": True}
+    expected = {"prediction_type": "v_prediction", **zero_snr}
     assert check_single_file("stable_diffusion_xl", path, folders["sdxl"]) == expected
     model = load("sdxl", path, folders["sdxl"])
     assert model.prediction_type == "v_prediction" and isinstance(model.pipeline.scheduler, DDIMScheduler)
