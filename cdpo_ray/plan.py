@@ -168,7 +168,8 @@ def _search(config: Config, search: SearchSection, num_prompts: int) -> list[str
 
 def _method(config: Config) -> str:
     training = config.training
-    method = f"LoRA of rank {training.lora.rank}" if training.method == "lora" else "full fine-tuning"
+    start = f" from {training.start_from}" if training.start_from else ""
+    method = f"LoRA of rank {training.lora.rank}{start}" if training.method == "lora" else "full fine-tuning"
     references = {"base": "base model", "start": "`training.start_from`", "last_round": "previous round"}
     reference = references[training.reference]
     return f"{method}; loss {training.loss.sentence}; reference: {reference}"

@@ -162,12 +162,14 @@ def test_the_number_of_latent_values_is_that_of_the_embedded_model() -> None:
     assert "kappa 0.390625 (N = 256)" in str(make_plan(config(), PROMPTS))  # 100 / (4 x 8 x 8)
 
 
-def test_method_loss_and_reference_are_printed() -> None:
+def test_method_loss_and_reference_are_printed(tmp_path: Path) -> None:
     assert "LoRA of rank 8; loss dpo; reference: base model\n" in str(make_plan(config(), PROMPTS))
     changed = config("rounds=2", "training.reference=last_round", "training.loss={name: ipo, sft_weight: 0.1}")
     plan = str(make_plan(changed, PROMPTS))
     assert "LoRA of rank 8; loss ipo (sft_weight 0.1); reference: previous round\n" in plan
     assert numbers(line_of(plan, "rounds")) == [2]
+    started = str(make_plan(config(f"training.start_from={tmp_path}", "training.reference=start"), PROMPTS))
+    assert f"LoRA of rank 8 from {tmp_path}; loss dpo; reference: `training.start_from`\n" in started
 
 
 @pytest.mark.parametrize(
