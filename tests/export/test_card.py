@@ -202,7 +202,8 @@ def test_code_of_a_card_is_python_and_pins_the_revision() -> None:
 @pytest.mark.parametrize(("family", "is_read"), [("flux", True), ("z_image", True), ("stable_diffusion_3", False)])
 def test_a_card_of_a_kohya_file_names_its_readers(family: str, is_read: bool) -> None:
     card = card_of("kohya", denoiser_name="transformer", model={"family": family})
-    assert "`tuned.safetensors` is read by ComfyUI, Forge, AUTOMATIC1111 (UNets), InvokeAI, sd-scripts: it goes" in card
+    readers = "diffusers" if family == "z_image" else "ComfyUI, Forge, AUTOMATIC1111 (UNets), InvokeAI, sd-scripts"
+    assert f"`tuned.safetensors` is read by {readers}: it goes" in card
     assert ("```python" in card) == is_read == ("Diffusers does not read these keys" not in card)
 
 
