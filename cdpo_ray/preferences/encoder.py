@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cdpo_ray.dataflow.columns import list_column, storable, tensor_column
 from cdpo_ray.models import load_model
-from cdpo_ray.preferences.reading import MIN_IMAGES
+from cdpo_ray.preferences.pixels import MIN_IMAGES
 from cdpo_ray.preferences.rows import Fault
 from cdpo_ray.records import LABEL, PREFERENCE, score_column
 

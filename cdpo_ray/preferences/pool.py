@@ -16,8 +16,8 @@ from cdpo_ray.dataflow.parts import QUARANTINE, join_quarantined
 from cdpo_ray.dataflow.streams import in_pool, write_shards
 from cdpo_ray.preferences.encoder import Encoder
 from cdpo_ray.preferences.images import Frame
+from cdpo_ray.preferences.pixels import faults_of, read_chunks
 from cdpo_ray.preferences.reader import Chunk, blocks_of, row_at
-from cdpo_ray.preferences.reading import faults_of, read_chunks
 from cdpo_ray.preferences.rows import PreferenceSource
 from cdpo_ray.progress import Progress
 from cdpo_ray.store import make_folder

@@ -14,7 +14,7 @@ from preference_sets import encoded, judged_scenes
 from cdpo_ray.errors import PreferenceError
 from cdpo_ray.preferences.files import fingerprint, read_rows, scan
 from cdpo_ray.preferences.images import Frame
-from cdpo_ray.preferences.reading import faults_of, read_chunks
+from cdpo_ray.preferences.pixels import faults_of, read_chunks
 from cdpo_ray.preferences.rows import Fault, PreferenceSource, Row
 
 BYTES = [f"\x89image {number}".encode("latin1") for number in range(9)]

@@ -11,7 +11,7 @@ from preference_sets import encoded, judged_scenes, pickapic_rows, write_parquet
 
 from cdpo_ray.preferences.files import scan
 from cdpo_ray.preferences.images import Frame
-from cdpo_ray.preferences.reading import faults_of, read_chunks
+from cdpo_ray.preferences.pixels import faults_of, read_chunks
 from cdpo_ray.preferences.rows import PreferenceSource
 
 FRAME = Frame(32, 32, max_bytes=100_000, max_pixels=1_000_000)
