@@ -56,9 +56,13 @@ def server(server_and_bucket: tuple[S3Server, Path], bucket: Path) -> S3Server:
 def connect(
     bucket: Path, monkeypatch: pytest.MonkeyPatch, *, max_attempts: int = 1, read_timeout_seconds: float = 60
 ) -> None:
-    """botocore and s3fs retry a request independently of each other; both get the same limit here."""
+    """botocore and s3fs retry a request independently of each other; both get the same limit here.
+
+    s3fs gives up a connection after 5 seconds, which a busy machine can need, and a single attempt is not retried.
+    """
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", str(max_attempts))
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", max_attempts)
+    monkeypatch.setattr(s3fs.S3FileSystem, "connect_timeout", 60)
     monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", read_timeout_seconds)
     bucket.fs.connect(refresh=True)
 
