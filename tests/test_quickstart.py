@@ -11,7 +11,7 @@ from cdpo_ray.run import run_steps, write_reports
 from cdpo_ray.steps import STEPS
 from cdpo_ray.store import RunFolder
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400), pytest.mark.usefixtures("local_ray")]
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
