@@ -17,6 +17,7 @@ from cdpo_ray.config import PromptSource
 from cdpo_ray.errors import PromptError
 from cdpo_ray.prompts.animals import animal_photo_prompts, animal_prompts
 from cdpo_ray.prompts.files import read_file
+from cdpo_ray.prompts.rows import Columns, Row
 from cdpo_ray.prompts.sources import (
     BUILT_IN,
     PromptList,
@@ -180,7 +181,7 @@ def test_fault_19_a_file_without_prompts_is_refused_by_name(tmp_path: Path, cont
 def test_a_missing_file_or_a_folder_is_refused_by_name(tmp_path: Path) -> None:
     message = (
         r"`prompts\.heldout\.source` .*nowhere\.txt: No such file .*; give a file of prompts, one of animals,"
-        r" animal_photos, scenes, or a hub data set with its `file` and `revision`"
+        r" animal_photos, scenes, drawbench, .*, pickapic_test, or a hub data set with its `file` and `revision`"
     )
     with pytest.raises(PromptError, match=message):
         read(tmp_path / "nowhere.txt", "heldout")
@@ -319,10 +320,10 @@ def test_fault_33_a_file_that_is_changed_while_it_is_read_is_refused(
 ) -> None:
     path = write(tmp_path / "t.txt", ["a cat"])
 
-    def read_and_change(path: Path, column: str) -> list[str]:
-        prompts = read_file(path, column)
+    def read_and_change(path: Path, columns: Columns) -> list[Row]:
+        rows = read_file(path, columns)
         write(path, ["a dog"])
-        return prompts
+        return rows
 
     monkeypatch.setattr("cdpo_ray.prompts.sources.read_file", read_and_change)
     with pytest.raises(PromptError, match=r"`prompts.train.source` .*t\.txt: changed while it was being read"):
