@@ -48,7 +48,7 @@ from cdpo_ray.store.untrusted import Count, Seconds, other_keys_allowed, read_un
 STEPS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 DIVERSITY, APPEARANCE = "diversity", "appearance"
 MAX_IMAGES = 6  # per prompt and model; more would be too small to compare
-MAX_CATEGORIES = 40  # shown; a column that says something else of every prompt is no classification
+MAX_CATEGORIES = 40  # shown; more would make the page long
 LARGE_CHANGE = 0.05
 """A change of appearance is a sign of hacking if its whole interval exceeds this share of the base's mean.
 

@@ -70,7 +70,9 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         "prompts_set_aside": len(context.prompts.heldout) - num_prompts,
     }
     warn_of_quarantine(output, output_dir)
-    whole = {key: value for key, value in metrics.items() if key != "categories"}  # small ones are no fault
+    whole = {
+        key: value for key, value in metrics.items() if key != "categories"
+    }  # a small category does not need a warning
     if reasons := reasons_without_interval(whole):
         output.warnings.append(f"no interval and no verdict: {'; '.join(reasons)}; add held-out prompts")
 

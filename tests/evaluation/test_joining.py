@@ -90,3 +90,13 @@ def test_memory_does_not_grow_with_the_number_of_parts(tmp_path: Path) -> None:
             peaks[num_parts] = process.submit(peak_of_joining, parts, tmp_path / f"{num_parts}.parquet").result()
     all_images = 30 * PROMPTS_PER_PART * NUM_IMAGES * 2 * IMAGE_BYTES
     assert peaks[30] < 1.3 * peaks[3] and peaks[30] < all_images / 3, peaks
+
+
+def test_categories_are_added_to_the_rows_of_prompts_and_of_images(tmp_path: Path) -> None:
+    parts, path = write(tmp_path, 2, 50), tmp_path / "comparison.parquet"
+    rows = join_comparison(parts, path, {"prompt 0": "one", "prompt 3": "two", "other": "three"})
+    assert rows["category"].to_pylist() == ["one", None, None, "two"]
+    categories = pq.read_table(path, columns=["category"])["category"].to_pylist()
+    assert categories == [each for each in ("one", None, None, "two") for _ in range(NUM_IMAGES)]
+    assert "category" not in join_comparison(parts, path, {}).column_names
+    assert "category" not in pq.read_schema(path).names
