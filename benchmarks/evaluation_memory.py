@@ -35,7 +35,9 @@ def write_parts(folder: Path, num_prompts: int, images_per_prompt: int, image_by
 def peak_of_joining(folder: Path) -> int:
     """Increase of the peak resident memory by joining, in bytes."""
     before = peak_resident_bytes()
-    join_comparison(find_parts(folder, "comparison")[0], folder / "comparison.parquet", row_group_bytes=ROW_GROUP_BYTES)
+    join_comparison(
+        find_parts(folder, "comparison")[0], folder / "comparison.parquet", {}, row_group_bytes=ROW_GROUP_BYTES
+    )
     return peak_resident_bytes() - before
 
 

@@ -98,6 +98,7 @@ class ThroughRay:
         evaluate_adapter(
             prompts,
             output_dir,
+            categories={},
             training_dir=training_dir,
             family=FAMILY,
             model=MODEL,

@@ -1,5 +1,6 @@
 """Config -> what a run will make and need, before it starts; imports neither torch nor ray."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), sc
         f"  prompts      {len(prompts.train):,} for training, {len(prompts.heldout):,} held out{validated}"
         f" (of {prompts.num_read:,}; dropped: {prompts.num_doubled:,} duplicate, {prompts.num_empty:,} empty,"
         f" {prompts.num_beyond_count:,} beyond `count`)",
+        *_categories(prompts),
         *(f"               {line}" for line in literal_syntax([*prompts.train, *prompts.heldout, *prompts.validation])),
         samples,
         f"  rewards      {', '.join(config.rewards.names)} ({config.rewards.placement}); ranked by"
@@ -193,6 +195,18 @@ def _draws(config: Config) -> str:
 
 def _counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _categories(prompts: PromptSplit) -> list[str]:
+    sizes = Counter(prompts.categories.values())
+    if not sizes:
+        return []
+    line = f"               held-out prompts of {len(sizes):,} {'category' if len(sizes) == 1 else 'categories'}"
+    if num_small := sum(size < MIN_PROMPTS for size in sizes.values()):
+        line += f", {num_small:,} with fewer than {MIN_PROMPTS} prompts, which is too few for an interval"
+    if prompts.num_recategorized:
+        line += f"; {prompts.num_recategorized:,} duplicates had another category, which is dropped"
+    return [line]
 
 
 def _few_heldout(num_prompts: int) -> list[str]:

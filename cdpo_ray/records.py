@@ -50,6 +50,7 @@ base model.
 `5-evaluation/comparison.parquet`, one row per (held-out prompt, image):
 
 - `prompt_index`, `prompt_id`, `prompt`, `sample_index`
+- `category` string: of the prompt, or null; only if some held-out prompts have one
 - `base_image`, `tuned_image`: PNG bytes, generated from the same noise
 - `base_score_<judge>`, `tuned_score_<judge>` float64
 - `base_<measure>`, `tuned_<measure>` float64: appearance; `saturation` and `edge_density` 0..1, `jpeg_kilobytes`
@@ -64,6 +65,8 @@ base model.
 - `appearance`: the same per measure of appearance
 - `agreement`: per pair of judges, rank correlation within a prompt, -1..1, on the images of each model
 - `preference_accuracy`: per judge, share of pairs of the base's images that the implicit value orders like the judge
+- `categories`: only if some held-out prompts have one; a list of `category`, `num_prompts`, and `judges`: per judge,
+  the comparison on its prompts (null: no finite score), with intervals corrected for the number of categories
 
 A search (`cdpo tune`) has more:
 
@@ -89,6 +92,7 @@ LABEL = "label"  # labels of preferred images, stored as scores of a reward but 
 PERTURBATION = "perturbation"  # reward that judges no image: how little of its prompt was perturbed
 ARMS = ("base", "tuned")
 IMPLICIT_VALUE = "implicit_value"
+CATEGORY = "category"
 CONDITIONING = ("prompt_embedding", "pooled_embedding")
 PIXEL_COLUMNS = {"pixels": "images"} | {f"{arm}_pixels": f"{arm}_image" for arm in ARMS}
 """Column of raw pixels, uint8 ``[sample, 3, height, width]`` per row -> the column of PNGs that is written instead."""

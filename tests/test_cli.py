@@ -245,9 +245,12 @@ def test_check_prints_hours_memory_and_verdict_of_every_shipped_config(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = []
-    if path.stem == "pickapic":
+    if path.stem in ("pickapic", "paper_d3"):
         write_parquet(pickapic_rows(40), tmp_path / "rows.parquet")
         overrides = [f"preferences.path={tmp_path}/rows.parquet", "prompts.heldout={fraction: 0.2}"]
+    if path.stem == "paper_d2":
+        (tmp_path / "p.csv").write_text("Prompts,Category\n" + "".join(f"thing {n},Things\n" for n in range(40)))
+        overrides = [f"prompts.train.path={tmp_path}/p.csv"]
     assert main(["check", str(path), *overrides]) == 0
     lines = capsys.readouterr().out.splitlines()
     cost = lines[next(place for place, line in enumerate(lines) if line.startswith("  cost ")) :]

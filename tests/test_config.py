@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 import cdpo_ray
 from cdpo_ray.config import COMBINATIONS, REWARDS, Config, load_config, parse_yaml, validate
+from cdpo_ray.config.benchmarks import BENCHMARKS
 from cdpo_ray.config.curriculum import DRAWN_BY, MEASURE_NAMES
 from cdpo_ray.config.losses import LOSS_VARIANTS
 from cdpo_ray.config.rewards import RewardsSection
@@ -863,6 +864,43 @@ def test_a_pinned_hub_data_set_is_accepted_and_no_other_source_has_a_revision() 
     assert refused(f"prompts.train={{source: prompts.csv, {pinned}}}") == [
         "prompts.train: `file` and `revision` belong to a hub data set, but `source` is not a hub id: 'prompts.csv'"
     ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            "source: geneval2",
+            "`revision` must be a commit of 40 hex digits of the data set Jialuo21/GenEval2, got None; the history of"
+            " the hub page's `Files and versions` lists the commits, or set `path` to a copy of geneval2_data.jsonl"
+            " (https://github.com/facebookresearch/GenEval2)",
+        ),
+        ("source: parti, file: a.tsv", "`parti` takes either `path` or `revision`, and no `file`"),
+        (
+            f"source: parti, path: a.tsv, revision: {'0f' * 20}",
+            "`parti` takes either `path` or `revision`, and no `file`",
+        ),
+        (
+            "source: prompts.csv, path: a.csv",
+            "`path` is for benchmarks (drawbench, parti, hpdv2, geneval2, pickapic_test); the path of any other file is"
+            " `source`, which is 'prompts.csv'",
+        ),
+    ],
+)
+def test_a_benchmark_is_pinned_or_a_local_copy(keys: str, message: str) -> None:
+    assert refused(f"prompts.heldout={{{keys}}}") == [f"prompts.heldout: {message}"]
+
+
+def test_a_benchmark_brings_its_commit_and_columns_which_the_settings_record() -> None:
+    pinned = BENCHMARKS["drawbench"]
+    heldout = load_config(QUICKSTART, ["prompts.heldout={source: drawbench, count: 9}"]).prompts.heldout
+    assert (heldout.revision, heldout.column, heldout.category_column) == (pinned.revision, "Prompts", "Category")
+    chosen = f"{{source: geneval2, revision: {'0f' * 20}, category_column: skill}}"
+    heldout = load_config(QUICKSTART, [f"prompts.heldout={chosen}"]).prompts.heldout
+    assert (heldout.revision, heldout.column, heldout.category_column) == ("0f" * 20, "prompt", "skill")
+    local = load_config(QUICKSTART, ["prompts.heldout={source: parti, path: a.tsv}"]).prompts.heldout
+    assert (local.revision, local.path) == (None, "a.tsv")
+    assert load_config(QUICKSTART).prompts.heldout.category_column is None
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-flag", "a b"])

@@ -129,7 +129,11 @@ CHANGES: dict[str, tuple[list[str], set[str]]] = {
 }
 NOT_OF_THIS_RUN = {
     **dict.fromkeys(
-        [f"prompts.{side}.{key}" for side in ("train", "heldout") for key in ("file", "revision", "column")],
+        [
+            f"prompts.{side}.{key}"
+            for side in ("train", "heldout")
+            for key in ("path", "file", "revision", "column", "category_column")
+        ],
         "of prompts in a file or on the hub; recorded with `prompts`, whole",
     ),
     "prompts.train.fraction": "not allowed for training prompts",

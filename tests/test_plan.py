@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -96,6 +97,17 @@ def test_images_updates_and_launches_match_counts_by_hand() -> None:
     assert workers * launches * pairs == batch
     assert numbers(line_of(plan, "evaluation")) == [2 * 4 * 4, 4]
     assert "kappa = beta/2 = 125 " in plan
+
+
+def test_categories_and_those_that_are_too_small_for_an_interval_are_counted() -> None:
+    sizes = {"Colors": 10, "Rare": 9, "Text": 1}
+    categories = {f"{name} {n}": name for name, size in sizes.items() for n in range(size)}
+    prompts = replace(PROMPTS, heldout=[*categories, "h0"], categories=categories, num_recategorized=3)
+    assert (
+        "held-out prompts of 3 categories, 2 with fewer than 10 prompts, which is too few for an interval; 3 duplicates"
+        " had another category, which is dropped\n"
+    ) in str(make_plan(config(), prompts))
+    assert "categor" not in str(make_plan(config(), PROMPTS))
 
 
 def test_the_disk_space_is_that_of_latents_and_images(tiny_sd15: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from cdpo_ray.cli.arguments import YAML_SUFFIXES, new_config
 from cdpo_ray.cli.terminal import print_lines
 from cdpo_ray.config import Config, PreferenceFormat, load_config, parse_yaml, shipped_config, shipped_configs, validate
+from cdpo_ray.config.benchmarks import BENCHMARKS
 from cdpo_ray.config.commented import commented_yaml
 from cdpo_ray.cost.estimate import estimate
 from cdpo_ray.cost.gpus import GPUS
@@ -33,14 +34,18 @@ LOW_MEMORY = "_24gb"
 """Suffix of the variant of a config for GPUs with little memory."""
 OWN_FRACTION = 0.2
 """Share of the user's own prompts that is held out."""
+SETS = (*BUILT_IN, *BENCHMARKS)
+"""Names of prompts that need no file."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help=f"config to write (default: {DEFAULT_FILE})")
     parser.add_argument("--like", metavar="NAME", help=f"config of the package to start from (default: {DEFAULT_LIKE})")
     parser.add_argument("--model", metavar="PATH|ID@COMMIT", help="model folder, single file, or hub id")
-    parser.add_argument("--prompts", metavar="FILE|SET", help=f"file of prompts, or one of {', '.join(BUILT_IN)}")
-    parser.add_argument("--heldout", metavar="FILE", help="held-out prompts (default: a fifth of --prompts)")
+    parser.add_argument("--prompts", metavar="FILE|SET", help=f"file of prompts, or one of {', '.join(SETS)}")
+    parser.add_argument(
+        "--heldout", metavar="FILE|SET", help="held-out prompts, as --prompts (default: a fifth of --prompts)"
+    )
     parser.add_argument("--reward", metavar="NAME[,NAME]", help="built-in rewards, or module:function of your own")
     parser.add_argument("--preferences", metavar="PATH", help="preference pairs to train on, in place of prompts")
     parser.add_argument("--format", choices=get_args(PreferenceFormat), help="format of --preferences (default: pairs)")
@@ -114,7 +119,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     names = ", ".join(name for name in shipped_configs() if not name.startswith("tune"))
     arguments.like = _answer(f"start from ({names})", DEFAULT_LIKE)
     arguments.model = _answer("your own model: folder, or hub id@commit", "as in the config")
-    arguments.prompts = _answer(f"prompts: a file, or {', '.join(BUILT_IN)}", "as in the config")
+    arguments.prompts = _answer(f"prompts: a file, or {', '.join(SETS)}", "as in the config")
     arguments.reward = _answer("reward, such as clip or my_module:my_function", "as in the config")
     for name in ("model", "prompts", "reward"):
         if getattr(arguments, name) == "as in the config":

@@ -1,11 +1,12 @@
 """Training data: prompts whose images are generated, or a preference data set."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cdpo_ray.config.section import COMMIT, HUB_ID, LocalPath, Section
+from cdpo_ray.config.benchmarks import BENCHMARKS
+from cdpo_ray.config.section import COMMIT, HUB_ID, WHERE_COMMITS_ARE, LocalPath, Section
 
 PreferenceFormat = Literal[
     "pickapic", "pairs", "winner", "hpdv2", "hpdv3", "image_list", "imagerewarddb", "ranked_folders"
@@ -15,21 +16,30 @@ RANKINGS = ("hpdv2", "image_list", "imagerewarddb", "ranked_folders")
 
 
 class PromptSource(Section):
-    """Where prompts come from: a built-in set, a file, or a `file` of a hub data set at a `revision`."""
+    """Where prompts come from: a built-in set, a benchmark, a file, or a `file` of a hub data set at a `revision`."""
 
     source: LocalPath | None = None
-    """Built-in set, path of a file, or hub id of a data set. Built-in: `scenes` (of the embedded world), `animals` (the
-    paper's 45 animals x 3 activities), `animal_photos` ("a photo of a ..."). Files: `.txt` (one prompt per line),
-    `.csv`, `.tsv`, `.json`, `.jsonl`, `.parquet`."""
+    """Built-in set, benchmark, path of a file, or hub id of a data set. Built-in: `scenes` (of the embedded world),
+    `animals` (the paper's 45 animals x 3 activities), `animal_photos` ("a photo of a ..."). Benchmarks, which are
+    downloaded from the hub: `drawbench`, `parti`, `hpdv2`, `geneval2`, `pickapic_test`. Files: `.txt` (one prompt per
+    line), `.csv`, `.tsv`, `.json`, `.jsonl`, `.parquet`."""
+
+    path: LocalPath | None = None
+    """Local copy of a benchmark's file, in place of the hub's; for `hpdv2` the folder that holds its four files."""
 
     file: str | None = None
     """Path of the file within the hub data set."""
 
     revision: str | None = None
-    """Full commit (40 hex digits) of the hub data set, so that its prompts cannot change."""
+    """Full commit (40 hex digits) of the hub data set, so that its prompts cannot change. A benchmark has a default, if
+    its commit is known."""
 
     column: str = "prompt"
-    """Column of a table that holds the prompts."""
+    """Column of a table that holds the prompts; a benchmark has a default of its own."""
+
+    category_column: str | None = None
+    """Column of a table that holds the prompts' categories, by which the report breaks down the results; `null`: the
+    benchmark's, or `category`, if the file has it."""
 
     count: Annotated[int, Field(ge=1)] | None = None
     """Number of prompts, taken from the start; `null`: all, or 128 of `scenes`."""
@@ -38,8 +48,34 @@ class PromptSource(Section):
     """Share of the training source, in place of `source`; for `heldout` and `validation`. A hash of the prompt's words
     decides, so a prompt stays on its side when the file grows."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _benchmark_has_defaults(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("source") not in BENCHMARKS:
+            return given
+        benchmark = BENCHMARKS[given["source"]]
+        defaults = {"column": benchmark.column, "category_column": benchmark.category_column}
+        if given.get("path") is None:
+            defaults["revision"] = benchmark.revision
+        return given | {key: value for key, value in defaults.items() if given.get(key) is None}
+
     @model_validator(mode="after")
     def _hub_file_is_pinned(self) -> "PromptSource":
+        if benchmark := BENCHMARKS.get(self.source or ""):
+            if self.file is not None or (self.path is not None and self.revision is not None):
+                raise ValueError(f"`{self.source}` takes either `path` or `revision`, and no `file`")
+            if self.path is None and (self.revision is None or not COMMIT.match(self.revision)):
+                copy = f", or set `path` to a copy of {Path(benchmark.files[0]).name}"
+                raise ValueError(
+                    f"`revision` must be a commit of 40 hex digits of the data set {benchmark.hub_id}, got"
+                    f" {self.revision!r}; {WHERE_COMMITS_ARE}{copy}{benchmark.original and f' ({benchmark.original})'}"
+                )
+            return self
+        if self.path is not None:
+            raise ValueError(
+                f"`path` is for benchmarks ({', '.join(BENCHMARKS)}); the path of any other file is `source`, which is"
+                f" {self.source!r}"
+            )
         if self.file is None and self.revision is None:
             return self
         if self.source is None or not HUB_ID.match(self.source):

@@ -10,12 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from cdpo_ray.errors import printable
 from cdpo_ray.pages.chart_style import BLUE, GREY, INK, STYLE, VERMILLION
-from cdpo_ray.pages.page import error_bars, has_interval
+from cdpo_ray.pages.page import direction, error_bars, has_interval
 from cdpo_ray.pages.svg import blank_figure, inline_svg
 
 Values = NDArray[np.floating]
 
+MAX_NAME_CHARS = 28  # of a category on an axis
 MAX_POINTS = 2_000  # longer raw curves are thinned: more points are not visible and make the page large
 
 
@@ -137,6 +139,32 @@ def difference_histograms(differences: Mapping[str, Values]) -> str:
             axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
             axes.grid(visible=False, axis="x")
         return inline_svg(figure, "Histogram of the score difference of each prompt, for each judge")
+
+
+def differences_by_category(categories: Sequence[Mapping[str, Any]], judge: str) -> str:
+    """Mean score difference of each category by one judge, with its interval, if any; the first category on top.
+
+    Args:
+        categories: `categories` of `metrics.json`, at least one.
+    """
+    names = [f"{printable(each['category'])[:MAX_NAME_CHARS]} ({each['num_prompts']})" for each in categories]
+    with mpl.rc_context(STYLE):
+        figure = blank_figure(0.6 + 0.19 * len(categories))
+        axes = figure.subplots()
+        for height, each in enumerate(categories):
+            if found := each["judges"].get(judge):
+                estimate = found["difference"]
+                colour = {1: BLUE, -1: VERMILLION}.get(direction(estimate) or 0, GREY)
+                reach = error_bars(estimate)
+                axes.errorbar(estimate["mean"], height, xerr=reach, fmt="o", color=colour, capsize=2, markersize=4)
+        axes.axvline(0, color=INK, lw=0.8)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.margins(x=0.1)
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("fine-tuned − base: mean score difference")
+        return inline_svg(figure, f"Mean score difference of each category of prompts by {judge}")
 
 
 def smooth_within_stages(values: Values, stages: Values) -> Values:

@@ -1,6 +1,6 @@
 """Parts of an evaluation -> `comparison.parquet` and the rows from which the metrics are computed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,19 +8,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cdpo_ray.dataflow.parts import Part, read_part, shards_of
-from cdpo_ray.records import PIXEL_COLUMNS
+from cdpo_ray.records import CATEGORY, PIXEL_COLUMNS
 from cdpo_ray.store import read_table, table_schema, write_tables
 
 ROW_GROUP_BYTES = 64 * 2**20
 
 
-def join_comparison(parts: Sequence[Part], path: Path, *, row_group_bytes: int = ROW_GROUP_BYTES) -> pa.Table:
+def join_comparison(
+    parts: Sequence[Part], path: Path, categories: Mapping[str, str], *, row_group_bytes: int = ROW_GROUP_BYTES
+) -> pa.Table:
     """Write parts with one row per prompt atomically as one file with one row per image, in the order of the parts.
 
     Memory holds one row group, not the images of all parts.
 
     Args:
         parts: at least one, in prompt order; not deleted.
+        categories: by prompt; empty: no prompt has one, and there is no column of categories.
         row_group_bytes: a row group ends with the part that makes it reach this size.
 
     Returns:
@@ -30,22 +33,27 @@ def join_comparison(parts: Sequence[Part], path: Path, *, row_group_bytes: int =
         StoreError: a part was altered since it was written.
     """
 
+    def with_categories(rows: pa.Table) -> pa.Table:
+        if not categories:
+            return rows
+        found = [categories.get(prompt) for prompt in rows["prompt"].to_pylist()]
+        return rows.append_column(CATEGORY, pa.array(found, pa.string()))
+
     def row_groups() -> Iterator[pa.Table]:
         for group in shards_of(parts, row_group_bytes):
-            yield row_per_image(pa.concat_tables(read_part(part.path) for part in group))
+            yield row_per_image(with_categories(pa.concat_tables(read_part(part.path) for part in group)))
 
     write_tables(row_groups(), path)
     names = [name for name in table_schema(parts[0].path).names if name not in PIXEL_COLUMNS.values()]
-    return pa.concat_tables(read_table(part.path, names) for part in parts)
+    return with_categories(pa.concat_tables(read_table(part.path, names) for part in parts))
 
 
 def row_per_image(rows: pa.Table) -> pa.Table:
     """Rows of prompts, whose list columns have one value per image -> one row per image."""
     lists = [name for name in rows.column_names if pa.types.is_list(rows.schema.field(name).type)]
     num_images = len(rows[lists[0]][0])
-    repeated = rows.select(["prompt_index", "prompt_id", "prompt"]).take(
-        np.repeat(np.arange(rows.num_rows), num_images)
-    )
+    columns = ["prompt_index", "prompt_id", "prompt", *({CATEGORY} & {*rows.column_names})]
+    repeated = rows.select(columns).take(np.repeat(np.arange(rows.num_rows), num_images))
     repeated = repeated.append_column("sample_index", pa.array(np.tile(np.arange(num_images), rows.num_rows)))
     for name in lists:  # chunk by chunk: more than 2 GiB of images in one chunk overflow Arrow's offsets
         repeated = repeated.append_column(name, pc.list_flatten(rows[name]))

@@ -1,6 +1,7 @@
 """Rows of compared images -> content of `metrics.json`."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -9,8 +10,16 @@ import numpy as np
 import pyarrow as pa
 
 from cdpo_ray.evaluation.appearance import APPEARANCE
-from cdpo_ray.evaluation.statistics import Scores, bootstrap_mean, compare_scores, pair_agreement, rank_correlation
-from cdpo_ray.records import ARMS, IMPLICIT_VALUE, score_column
+from cdpo_ray.evaluation.statistics import (
+    Comparison,
+    Scores,
+    bootstrap_mean,
+    compare_by_category,
+    compare_scores,
+    pair_agreement,
+    rank_correlation,
+)
+from cdpo_ray.records import ARMS, CATEGORY, IMPLICIT_VALUE, score_column
 
 
 def measure(rows: pa.Table, judges: Sequence[str], *, num_resamples: int, seed: int) -> dict[str, Any]:
@@ -50,7 +59,34 @@ def measure(rows: pa.Table, judges: Sequence[str], *, num_resamples: int, seed: 
             judge: preference_accuracy(values, arms["base"], num_resamples=num_resamples, seed=seed)
             for judge, arms in scores.items()
         }
+    if CATEGORY in rows.column_names:
+        measured["categories"] = by_category(scores, rows[CATEGORY].to_pylist(), num_resamples=num_resamples, seed=seed)
     return measured
+
+
+def by_category(
+    scores: Mapping[str, Mapping[str, Scores]], categories: Sequence[str | None], *, num_resamples: int, seed: int
+) -> list[dict[str, Any]]:
+    """Comparison by each judge on the prompts of each category, in order of first appearance; see `metrics.json`.
+
+    Args:
+        scores: by judge, ``[prompt, image]`` scores of `base` and of `tuned`.
+        categories: ``[prompt]``; ``None``: the prompt has no category.
+        num_resamples, seed: number of draws and seed of the bootstrap over prompts.
+    """
+    found = {
+        judge: compare_by_category(arms["base"], arms["tuned"], categories, num_resamples=num_resamples, seed=seed)
+        for judge, arms in scores.items()
+    }
+
+    def plain(comparison: Comparison | None) -> dict[str, Any] | None:
+        return comparison.to_dict() if comparison else None
+
+    return [
+        {"category": category, "num_prompts": number}
+        | {"judges": {judge: plain(comparisons[category]) for judge, comparisons in found.items()}}
+        for category, number in Counter(each for each in categories if each is not None).items()
+    ]
 
 
 def preference_accuracy(values: Scores, scores: Scores, *, num_resamples: int, seed: int) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ def evaluate_adapter(
     prompts: Sequence[str],
     output_dir: Path,
     *,
+    categories: Mapping[str, str],
     training_dir: Path,
     family: str,
     model: Mapping[str, Any],
@@ -47,6 +48,7 @@ def evaluate_adapter(
     `set_aside.jsonl`.
 
     Args:
+        categories: by prompt, of those that have one.
         max_bad_fraction: maximum share of prompts in quarantine.
         labelled: images with human preferences, if given; those of held-out prompts are used.
 
@@ -80,7 +82,7 @@ def evaluate_adapter(
         add_appearance, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, max_retries=3
     )
     parts = sorted([*parts, *write_parts(compared, output_dir, "evaluate", progress)])
-    table = join_comparison(parts, output_dir / "comparison.parquet")
+    table = join_comparison(parts, output_dir / "comparison.parquet", categories)
     metrics = measure(table, judges, num_resamples=num_resamples, seed=seed)
     metrics |= {"num_prompts": table.num_rows, "images_per_prompt": sampling.images_per_prompt}
     if labelled and num_margin_draws:

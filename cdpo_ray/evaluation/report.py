@@ -32,6 +32,7 @@ from cdpo_ray.pages.page import (
 from cdpo_ray.pages.previews import preview_rows
 from cdpo_ray.records import (
     ARMS,
+    CATEGORY,
     EVALUATION,
     IMPLICIT_VALUE,
     PREFERENCE,
@@ -47,6 +48,7 @@ from cdpo_ray.store.untrusted import Count, Seconds, other_keys_allowed, read_un
 STEPS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 DIVERSITY, APPEARANCE = "diversity", "appearance"
 MAX_IMAGES = 6  # per prompt and model; more would be too small to compare
+MAX_CATEGORIES = 40  # shown; more would make the page long
 LARGE_CHANGE = 0.05
 """A change of appearance is a sign of hacking if its whole interval exceeds this share of the base's mean.
 
@@ -103,6 +105,12 @@ class _Agreement(TypedDict):
     tuned: Finite | None
 
 
+class _Category(TypedDict):
+    category: str
+    num_prompts: Count
+    judges: dict[JudgeName, _Comparison | None]
+
+
 @other_keys_allowed
 class EvaluationMetrics(TypedDict):
     """Keys of `metrics.json` that comparing runs needs."""
@@ -121,6 +129,7 @@ class _JudgedEvaluation(EvaluationMetrics):
     agreement: NotRequired[list[_Agreement]]
     preference_accuracy: NotRequired[dict[str, _Estimate | None]]
     labels: NotRequired[dict[str, _Estimate | None]]
+    categories: NotRequired[list[_Category]]
 
 
 @other_keys_allowed
@@ -251,7 +260,9 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         metrics=metrics,
         judged=[result for result in results if result.role != APPEARANCE],
         appearance=[result for result in results if result.role == APPEARANCE],
-        no_interval=reasons_without_interval(metrics),
+        no_interval=reasons_without_interval({**metrics, "categories": []}),
+        categories=category_rows(metrics.get("categories", []), judges),
+        num_categories=len(metrics.get("categories", [])),
         hacking=signs_of_reward_hacking(results),
         trained_on=trained_on(config),
         agreement=agreement_matrix(metrics.get("agreement", []), judges),
@@ -327,6 +338,34 @@ def agreement_matrix(
     return [[found.get(frozenset([row, column])) for column in judges] for row in judges]
 
 
+def category_rows(categories: Sequence[Mapping[str, Any]], judges: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a table by category, at most the `MAX_CATEGORIES` largest, with one cell per judge as text.
+
+    Args:
+        categories: `categories` of `metrics.json`.
+        judges: names in the order of the cells.
+    """
+
+    def cell(comparison: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if comparison is None:
+            return None
+        win_rate, _ = formatted_share(comparison["win_rate"])
+        change = significant_change(comparison)
+        return formatted_difference(comparison) | {"win_rate": win_rate, "change": change}
+
+    return [
+        {"category": found["category"], "num_prompts": found["num_prompts"]}
+        | {"cells": [cell(found["judges"].get(judge)) for judge in judges]}
+        for found in largest_categories(categories)
+    ]
+
+
+def largest_categories(categories: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The `MAX_CATEGORIES` categories with most prompts, in their order."""
+    by_size = sorted(range(len(categories)), key=lambda place: -categories[place]["num_prompts"])
+    return [categories[place] for place in sorted(by_size[:MAX_CATEGORIES])]
+
+
 def image_grid(comparison_path: Path, judges: Sequence[str], num_prompts: int) -> list[dict[str, Any]]:
     """The first held-out prompts: text, and the images of `base` and `tuned` as data URIs with their scores."""
     grid: dict[int, dict[str, Any]] = {}
@@ -397,11 +436,13 @@ def _charts(
     max_error_rise: float | None,
 ) -> dict[str, str]:
     updates = read_updates(run_dir / TRAINING / "updates.jsonl")
+    categories = largest_categories(metrics.get("categories", []))
     reference_error = float(np.mean([update["reference_error_w"] for update in updates]))
     return figures.training_curves(updates, alarm=max_error_rise and max_error_rise * reference_error) | {
         "pairs": figures.pairs_by_rank_gap(_pair_stages(run_dir)),
         "gains": figures.gains({judge: metrics["judges"][judge] for judge in judges}),
         "differences": figures.difference_histograms(differences_by_prompt(comparison_path, judges)),
+        **{f"category {judge}": figures.differences_by_category(categories, judge) for judge in judges if categories},
     }
 
 
@@ -506,7 +547,7 @@ def check_comparison(path: Path, judges: Sequence[str]) -> None:
         path,
         schema,
         integers=("prompt_index", "sample_index"),
-        text=("prompt",),
+        text=("prompt", *({CATEGORY} & {*schema.names})),
         bytes=images,
         numbers=(*scores, *({IMPLICIT_VALUE} & {*schema.names})),
     )

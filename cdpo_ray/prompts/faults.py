@@ -35,16 +35,19 @@ class FileFaults:
         raise PromptError("\n".join([f"{self.path}: {summary}", *self.shown]))
 
 
-def missing_column(column: str, columns: Iterable[str]) -> PromptError:
-    """Error about a column that a file does not have."""
+def missing_column(column: str, columns: Iterable[str], key: str = "column") -> PromptError:
+    """Error about a column that a file does not have; ``key``: configuration key that names it."""
     names = list(columns)
     shown = ", ".join(f"`{reprlib.repr(name)[1:-1]}`" for name in names[:NUM_SHOWN])
     shown += ", ..." * (len(names) > NUM_SHOWN)
-    return PromptError(f"has no column `{column}`, got {shown or 'no columns'}; set `column` to one of them")
+    return PromptError(f"has no column `{column}`, got {shown or 'no columns'}; set `{key}` to one of them")
 
 
-def column_of(column: str, columns: Sequence[str]) -> str:
+def column_of(column: str, columns: Sequence[str], key: str = "column") -> str:
     """Name of a column as the file spells it: an exact match, or the only one that differs in case and spaces only.
+
+    Args:
+        key: configuration key that names the column.
 
     Raises:
         PromptError: no column matches, or several do.
@@ -53,9 +56,9 @@ def column_of(column: str, columns: Sequence[str]) -> str:
         name for name in columns if name.strip().casefold() == column.strip().casefold()
     ]
     if not matches:
-        raise missing_column(column, columns)
+        raise missing_column(column, columns, key)
     if len(matches) > 1:
-        raise PromptError(f"has column `{column}` twice; remove one, or set `column` to another")
+        raise PromptError(f"has column `{column}` twice; remove one, or set `{key}` to another")
     return matches[0]
 
 

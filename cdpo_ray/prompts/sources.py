@@ -3,20 +3,23 @@
 import hashlib
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
 from cdpo_ray.config import PromptSource
+from cdpo_ray.config.benchmarks import BENCHMARKS
 from cdpo_ray.config.section import looked_for
 from cdpo_ray.errors import PromptError
 from cdpo_ray.hub import FETCH_ERRORS, how_to_download
 from cdpo_ray.prompts.animals import animal_photo_prompts, animal_prompts
 from cdpo_ray.prompts.faults import NUM_SHOWN
 from cdpo_ray.prompts.files import read_file
+from cdpo_ray.prompts.rows import Columns, Row
 from cdpo_ray.store import refuse_special_file
 from cdpo_ray.testbed.scenes import scene_prompts, scene_prompts_apart
 
@@ -32,9 +35,11 @@ class PromptSplit:
         train: prompts to train on.
         heldout: prompts to evaluate on.
         validation: prompts to judge the trials of a search by.
+        categories: category of each held-out prompt that has one.
         num_read: number of prompts that the sources hold, including duplicate and empty ones.
         num_doubled: number of prompts left out as exact duplicates of earlier ones.
         num_empty: number of prompts left out because they are empty or white space.
+        num_recategorized: number of the duplicates whose category, which is dropped, differs from the first's.
         sha256: SHA-256 of the file by side; without sources that are built in or pinned.
     """
 
@@ -44,6 +49,8 @@ class PromptSplit:
     num_doubled: int = 0
     num_empty: int = 0
     validation: list[str] = field(default_factory=list)
+    categories: Mapping[str, str] = field(default_factory=dict)
+    num_recategorized: int = 0
     sha256: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -55,12 +62,17 @@ class PromptSplit:
 
 @dataclass(frozen=True)
 class PromptList:
-    """Distinct prompts of one source, and the numbers of those left out; see `PromptSplit`."""
+    """Distinct prompts of one source, the categories that they have, and the numbers of those left out.
+
+    See `PromptSplit`.
+    """
 
     prompts: list[str]
     num_read: int
     num_doubled: int = 0
     num_empty: int = 0
+    categories: Mapping[str, str] = field(default_factory=dict)
+    num_recategorized: int = 0
     sha256: str | None = field(default=None, compare=False)
 
 
@@ -81,7 +93,7 @@ def split_prompts(
     if isinstance(train, PromptSource):
         found, train_count = read_prompts(train, "train", seed), train.count
     else:
-        found, train_count = _without_doubles(train), None
+        found, train_count = _without_doubles([Row(prompt) for prompt in train]), None
     lists, sides, taken, start = {"train": found}, {"train": found.prompts}, set[str](), 0.0
     for side, source in {"heldout": heldout, "validation": validation}.items():
         if source is None:
@@ -107,6 +119,7 @@ def split_prompts(
                 f"`prompts.{side}`: needs {counts[side] or 'at least 1'} prompts, got {len(prompts)};"
                 " add prompts, or lower `count`"
             )
+    known = lists.get("heldout", found).categories
     return PromptSplit(
         sides["train"],
         sides["heldout"],
@@ -114,6 +127,8 @@ def split_prompts(
         sum(each.num_doubled for each in lists.values()),
         sum(each.num_empty for each in lists.values()),
         sides.get("validation", []),
+        {prompt: known[prompt] for prompt in sides["heldout"] if prompt in known},
+        sum(each.num_recategorized for each in lists.values()),
         {side: each.sha256 for side, each in lists.items() if each.sha256},
     )
 
@@ -162,69 +177,106 @@ def read_prompts(source: PromptSource, side: str, seed: int, apart_from: Sequenc
             raise PromptError(f"`prompts.{side}.source` scenes: {error}") from None
         return PromptList(scenes, len(scenes))
     built_in = PROMPT_SETS.get(source.source)
-    given, sha256 = (built_in(), None) if built_in else _read_file(source, side)
-    prompts = [prompt.strip() for prompt in given]
-    found = _without_doubles([prompt for prompt in prompts if prompt])
+    given, sha256 = ([Row(prompt) for prompt in built_in()], None) if built_in else _read_files(source, side)
+    rows = [Row(prompt.strip(), category) for prompt, category in given]
+    found = _without_doubles([row for row in rows if row.prompt])
     if not found.prompts:
         raise PromptError(f"`prompts.{side}.source` {source.source}: has no prompts; write one prompt per line")
-    return PromptList(
-        found.prompts[: source.count], len(prompts), found.num_doubled, len(prompts) - found.num_read, sha256
+    return replace(
+        found,
+        prompts=found.prompts[: source.count],
+        num_read=len(rows),
+        num_empty=len(rows) - found.num_read,
+        sha256=sha256,
     )
 
 
-def _without_doubles(prompts: Sequence[str]) -> PromptList:
-    distinct = list(dict.fromkeys(prompts))
-    return PromptList(distinct, len(prompts), len(prompts) - len(distinct))
+def _without_doubles(rows: Sequence[Row]) -> PromptList:
+    """The first row of each prompt decides its category."""
+    first: dict[str, str] = {}
+    for prompt, category in rows:
+        first.setdefault(prompt, category)
+    num_recategorized = sum(category not in ("", first[prompt]) for prompt, category in rows)
+    return PromptList(
+        [*first],
+        len(rows),
+        len(rows) - len(first),
+        categories={prompt: category for prompt, category in first.items() if category},
+        num_recategorized=num_recategorized,
+    )
 
 
 def content_sha256(source: PromptSource, side: str) -> str | None:
-    """SHA-256 of a local file; ``None``: the name or the revision identifies the content.
+    """SHA-256 of a local file, or of all files of a benchmark; ``None``: the name or the revision identifies them.
 
     Raises:
-        PromptError: the file cannot be read.
+        PromptError: a file cannot be read.
     """
-    if source.source is None or source.source in BUILT_IN or source.file is not None:
+    if source.source is None or source.source in BUILT_IN or source.revision is not None:
         return None
-    path = Path(source.source)
-    try:
-        refuse_special_file(path)
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError as error:
-        raise _cannot_be_read(side, source.source, path, error) from None
-
-
-def _read_file(source: PromptSource, side: str) -> tuple[list[str], str | None]:
-    """Prompts of a file, unchanged, and its `content_sha256`."""
-    key, name = f"prompts.{side}.source", str(source.source)
-    path = Path(name)
-    if source.file is not None:
+    digest = hashlib.sha256()
+    for path in _files(source, side):
         try:
-            path = Path(hf_hub_download(name, source.file, repo_type="dataset", revision=source.revision))
-        except FETCH_ERRORS as error:
-            raise PromptError(
-                how_to_download(name, source.file, source.revision, error, key=key, dataset=True)
-            ) from None
+            refuse_special_file(path)
+            with path.open("rb") as handle:
+                while block := handle.read(2**20):
+                    digest.update(block)
+        except OSError as error:
+            raise _cannot_be_read(side, source, path, error) from None
+    return digest.hexdigest()
+
+
+def _read_files(source: PromptSource, side: str) -> tuple[list[Row], str | None]:
+    """Prompts of a source's files, unchanged, and its `content_sha256`."""
     sha256 = content_sha256(source, side)
-    try:
-        prompts = read_file(path, source.column)
-    except OSError as error:
-        raise _cannot_be_read(side, name, path, error) from None
+    paths, rows = _files(source, side), list[Row]()
+    for path in paths:
+        try:
+            found = read_file(path, Columns(source.column, source.category_column))
+        except OSError as error:
+            raise _cannot_be_read(side, source, path, error) from None
+        rows += found if len(paths) == 1 else [Row(row.prompt, path.stem) for row in found]
     if content_sha256(source, side) != sha256:
-        raise PromptError(f"`{key}` {name}: changed while it was being read; run the same command again")
-    return prompts, sha256
+        raise PromptError(
+            f"`prompts.{side}.source` {source.source}: changed while it was being read; run the same command again"
+        )
+    return rows, sha256
 
 
-def _cannot_be_read(side: str, name: str, path: Path, error: OSError) -> PromptError:
+def _files(source: PromptSource, side: str) -> list[Path]:
+    """Files that hold the prompts of a source; those on the hub are downloaded, unless they are in its cache.
+
+    Raises:
+        PromptError: a file cannot be downloaded.
+    """
+    name = str(source.source)
+    benchmark = BENCHMARKS.get(name)
+    if source.revision is None:
+        place = Path(source.path or name)
+        return [place / Path(file).name for file in benchmark.files] if benchmark and benchmark.files[1:] else [place]
+    hub_id, files = (benchmark.hub_id, benchmark.files) if benchmark else (name, (str(source.file),))
+    found = []
+    for file in files:
+        try:
+            found.append(Path(hf_hub_download(hub_id, file, repo_type="dataset", revision=source.revision)))
+        except FETCH_ERRORS as error:
+            key, file = f"prompts.{side}.source", shlex.quote(file)
+            raise PromptError(how_to_download(hub_id, file, source.revision, error, key=key, dataset=True)) from None
+    return found
+
+
+def _cannot_be_read(side: str, source: PromptSource, path: Path, error: OSError) -> PromptError:
+    key, name = ("path", str(path)) if source.path else ("source", str(source.source))
     reason = f"{error.strerror}: {looked_for(str(path))}"
     if os.path.isdir(path):
         files = sorted(file.name for file in path.iterdir() if file.is_file())
         reason = f"is a folder; name one of its files: {', '.join(files[:NUM_SHOWN]) or 'it holds none'}"
     elif "://" in name:
         reason = "is a URL; download the file first"
+    names = ", ".join((*BUILT_IN, *BENCHMARKS))
     return PromptError(
-        f"`prompts.{side}.source` {name}: {reason}; give a file of prompts, one of {', '.join(BUILT_IN)}, or a hub data"
-        " set with its `file` and `revision`"
+        f"`prompts.{side}.{key}` {name}: {reason}; give a file of prompts, one of {names}, or a hub data set with its"
+        " `file` and `revision`"
     )
 
 

@@ -31,6 +31,7 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
     metrics = evaluate_adapter(
         context.prompts.heldout,
         output_dir,
+        categories=context.prompts.categories,
         training_dir=context.run.step(TRAINING).resolve(),
         family=config.model.family,
         model=model_arguments(config, compiles=context.compiles("evaluate")),
@@ -69,7 +70,10 @@ def evaluate(context: Context, output_dir: Path, output: StepOutput) -> None:
         "prompts_set_aside": len(context.prompts.heldout) - num_prompts,
     }
     warn_of_quarantine(output, output_dir)
-    if reasons := reasons_without_interval(metrics):
+    whole = {
+        key: value for key, value in metrics.items() if key != "categories"
+    }  # a small category does not need a warning
+    if reasons := reasons_without_interval(whole):
         output.warnings.append(f"no interval and no verdict: {'; '.join(reasons)}; add held-out prompts")
 
 

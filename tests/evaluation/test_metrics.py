@@ -62,3 +62,16 @@ def test_preference_accuracy_uses_the_base_images_and_excludes_prompts_without_o
         "high": 1.0,
         "num_prompts": 10,
     }
+
+
+def test_each_category_is_compared_on_its_own_prompts() -> None:
+    assert "categories" not in measured()
+    found = measured(category=["a", None, "a"])["categories"]
+    assert [(each["category"], each["num_prompts"]) for each in found] == [("a", 2)]
+    assert found[0]["judges"]["up"]["base"] == {
+        "mean": 1.0,
+        "no_interval": "an interval needs at least 10 prompts, got 2",
+    }
+    assert found[0]["judges"]["down"]["win_rate"]["mean"] == 0
+    lost = measured(category=["a", "b", "a"], base_score_up=[[0.0] * 3, [float("nan")] * 3, [0.0] * 3])["categories"]
+    assert lost[1]["judges"]["up"] is None and lost[1]["judges"]["down"] is not None

@@ -17,6 +17,7 @@ from PIL import Image
 from cdpo_ray.errors import StoreError
 from cdpo_ray.evaluation import figures
 from cdpo_ray.evaluation.report import (
+    MAX_CATEGORIES,
     STEPS,
     MeasureResult,
     differences_by_prompt,
@@ -307,6 +308,36 @@ def test_page_warns_of_reward_hacking(tmp_path: Path) -> None:
     page = page_of(build_run(tmp_path / "run", oracle=WORSE, diversity=WORSE, appearance={"saturation": judge(MUCH)}))
     assert "Signs of reward hacking" in page
     assert "while\noracle got worse, diversity fell by 4.1 %, saturation rose by 12.3 %." in page
+
+
+def category(name: str, num_prompts: int, **judges: dict | None) -> dict[str, Any]:
+    return {"category": name, "num_prompts": num_prompts, "judges": judges}
+
+
+def test_page_breaks_the_judges_down_by_category(tmp_path: Path) -> None:
+    found = [
+        category("<b>$Colors$</b>", 25, clip=judge(BETTER), oracle=judge(WORSE)),
+        category("Rare", 5, clip=judge(FEW), oracle=None),
+    ]
+    page = page_of(build_run(tmp_path / "run", categories=found))
+    section = re.search(r"<h2>By category</h2>.*?</section>", page, re.DOTALL)
+    assert section and "corrected for the number of categories" in section[0]
+    rows = re.findall(r"<tr>(<td dir.*?)</tr>", section[0], re.DOTALL)
+    text = [re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", row)).strip() for row in rows]
+    assert text == [
+        "&lt;b&gt;$Colors$&lt;/b&gt; 25 +0.033 [+0.028, +0.038] win rate 71 % −0.033 [−0.038, −0.028] win rate 71 %",
+        "Rare 5 +0.033 [no interval] win rate 71 % no score",
+    ]
+    assert section[0].count("<svg") == 2 and "got 5" not in page, "the run is not to blame for a small category"
+    assert "By category" not in page_of(build_run(tmp_path / "without"))
+
+
+def test_page_shows_the_largest_of_many_categories_in_their_order(tmp_path: Path) -> None:
+    found = [category(f"name {n}", 11 + (n % 60), clip=judge(BETTER), oracle=judge(BETTER)) for n in range(100)]
+    page = page_of(build_run(tmp_path / "run", categories=found))
+    assert f"Shown are the {MAX_CATEGORIES} largest of 100 categories" in re.sub(r"\s+", " ", page)
+    shown = [int(number) for number in re.findall(r'<td dir="auto">name (\d+)', page)]
+    assert len(shown) == MAX_CATEGORIES and shown == sorted(shown) and {59, 58} <= {*shown}
 
 
 def test_page_of_few_prompts_says_why_there_is_no_interval_and_gives_no_verdict(tmp_path: Path) -> None:

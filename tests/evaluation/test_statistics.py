@@ -9,6 +9,7 @@ from cdpo_ray.evaluation.statistics import (
     Interval,
     NoInterval,
     bootstrap_mean,
+    compare_by_category,
     compare_scores,
     mean_over_runs,
     pair_agreement,
@@ -207,6 +208,48 @@ def test_pairing_makes_a_small_constant_gain_significant() -> None:
     assert found.difference.low == pytest.approx(0.1)
     assert found.base.high - found.base.low > 1
     assert found.win_rate.mean == 1
+
+
+def test_categories_are_compared_apart_with_confidence_divided_by_their_number() -> None:
+    rng = np.random.default_rng(0)
+    base, tuned = rng.normal(size=(2, 45, 2))
+    names = ["few"] * 5 + ["b", "a"] * 15 + [None] * 10
+    found = compare_by_category(base, tuned, names, num_resamples=200, seed=3)
+    assert list(found) == ["few", "b", "a"]
+    for name, confidence in {"a": 0.975, "b": 0.975}.items():
+        inside = [place for place, each in enumerate(names) if each == name]
+        alone = functools.partial(compare_scores, base[inside], tuned[inside], num_resamples=200, seed=3)
+        assert found[name] == alone(confidence=confidence) != alone(), "two categories have an interval"
+    assert found["few"] is not None and found["few"].difference.mean == pytest.approx((tuned - base)[:5].mean())
+    assert getattr(found["few"].difference, "no_interval", "").endswith("got 5")
+
+
+def test_a_category_without_scores_is_none_and_does_not_widen_the_other_intervals() -> None:
+    base, tuned = np.zeros((24, 1)), np.random.default_rng(0).normal(size=(24, 1))
+    base[12:] = np.nan
+    found = compare_by_category(base, tuned, ["a"] * 12 + ["b"] * 12, num_resamples=200, seed=0)
+    assert found["b"] is None
+    assert found["a"] == compare_scores(base[:12], tuned[:12], num_resamples=200, seed=0)
+
+
+@pytest.mark.parametrize(("corrected", "low", "high"), [(True, 0.1, 0.3), (False, 0.45, 0.75)])
+def test_the_correction_lowers_the_rate_of_any_false_verdict_of_ten_small_categories(
+    corrected: bool, low: float, high: float
+) -> None:
+    """Nominal: 5 %; `docs/log.md` has the figures of more trials."""
+    rng, num_false = np.random.default_rng(1), 0
+    names = [name for name in range(10) for _ in range(10 + 3 * name)]
+    for _ in range(100):
+        base, tuned = np.zeros((len(names), 1)), rng.normal(size=(len(names), 1))
+        if corrected:
+            found = compare_by_category(base, tuned, list(map(str, names)), num_resamples=300, seed=0)
+            differences = [each.difference for each in found.values() if each]
+        else:
+            differences = [
+                bootstrap_mean(tuned[np.equal(names, name), 0], num_resamples=300, seed=0) for name in range(10)
+            ]
+        num_false += any(isinstance(each, Interval) and each.low * each.high > 0 for each in differences)
+    assert low <= num_false / 100 <= high
 
 
 def test_different_shapes_and_judges_without_scores_are_refused() -> None:

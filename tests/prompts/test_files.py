@@ -16,8 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdpo_ray.errors import PromptError
-from cdpo_ray.prompts.files import FORMATS, read_csv, read_file
+from cdpo_ray.prompts import files
+from cdpo_ray.prompts.files import FORMATS, read_csv
 from cdpo_ray.prompts.parquet import ROWS_AT_ONCE
+from cdpo_ray.prompts.rows import Columns, Row
+
+
+def read_file(path: Path, column: str) -> list[str]:
+    return [row.prompt for row in files.read_file(path, Columns(column))]
+
+
+def categories_in(path: Path, category: str | None = None) -> list[str]:
+    return [row.category for row in files.read_file(path, Columns("prompt", category))]
 
 
 def saved(path: Path, content: bytes | str) -> Path:
@@ -138,9 +148,9 @@ def test_output_of_a_csv_writer_is_read_back_with_the_first_line_of_each_record(
     for prompt in prompts:
         starts.append(str(len(re.findall(r"\r\n|\r|\n", written.getvalue())) + 1))
         writer.writerow([1, prompt])
-    found = list(read_csv(io.BytesIO(written.getvalue().encode()), "prompt"))
+    found = list(read_csv(io.BytesIO(written.getvalue().encode()), Columns("prompt")))
     assert [place for place, _ in found] == starts
-    assert [str(prompt).strip() for _, prompt in found] == [prompt.strip() for prompt in prompts]
+    assert [row.prompt.strip() for _, row in found if isinstance(row, Row)] == [prompt.strip() for prompt in prompts]
 
 
 def test_fault_21_a_faulty_csv_record_is_named_by_its_first_line(tmp_path: Path) -> None:
@@ -350,3 +360,76 @@ def test_every_format_reads_an_empty_file_of_its_kind_as_no_prompts(tmp_path: Pa
         assert read_file(saved(tmp_path / f"p{ending}", content), "prompt") == []
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "p.parquet")
     assert read_file(tmp_path / "p.parquet", "prompt") == []
+
+
+TABLES = {
+    "p.csv": "Prompt,Category,level\na cat, Animals ,3\na dog,,10\n",
+    "p.tsv": "prompt\tcategory\tlevel\na cat\tAnimals\t3\na dog\t\t10\n",
+    "p.jsonl": '{"prompt": "a cat", "category": "Animals", "level": 3}\n{"prompt": "a dog", "level": 10}\n',
+    "p.json": '[{"prompt": "a cat", "category": "Animals", "level": 3}, {"prompt": "a dog", "level": 10}]',
+}
+
+
+@pytest.mark.parametrize("name", [*TABLES, "p.parquet"])
+def test_a_column_of_categories_is_read_beside_the_prompts(tmp_path: Path, name: str) -> None:
+    if name == "p.parquet":
+        columns = {"prompt": ["a cat", "a dog"], "category": ["Animals", None], "level": [3, 10]}
+        pq.write_table(pa.table(columns), tmp_path / name)
+    else:
+        saved(tmp_path / name, TABLES[name])
+    assert categories_in(tmp_path / name) == ["Animals", ""], "`category` is read without being named"
+    has_types = not name.endswith("sv")
+    assert categories_in(tmp_path / name, "level") == (["level 3", "level 10"] if has_types else ["3", "10"])
+
+
+def test_lists_and_plain_text_have_no_categories(tmp_path: Path) -> None:
+    assert categories_in(saved(tmp_path / "p.json", '["a cat"]')) == [""]
+    assert categories_in(saved(tmp_path / "p.txt", "a cat\n")) == [""]
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl", "p.parquet"])
+def test_fault_21_a_missing_column_of_categories_is_refused_if_it_is_named(tmp_path: Path, name: str) -> None:
+    if name == "p.parquet":
+        pq.write_table(pa.table({"prompt": ["a cat"]}), tmp_path / name)
+    else:
+        saved(tmp_path / name, {"p.csv": "prompt\na cat\n", "p.jsonl": '{"prompt": "a cat"}'}[name])
+    assert categories_in(tmp_path / name) == [""]
+    with pytest.raises(PromptError, match="has no column `kind`, got `prompt`; set `category_column` to one of them"):
+        categories_in(tmp_path / name, "kind")
+
+
+def test_fault_21_categories_that_are_neither_text_nor_whole_numbers_are_refused_if_they_are_named(
+    tmp_path: Path,
+) -> None:
+    path = saved(tmp_path / "p.jsonl", '{"prompt": "a cat", "category": ["x"]}\n{"prompt": "a dog", "category": true}')
+    assert categories_in(path) == ["", ""]
+    with pytest.raises(PromptError, match=r"2 faults\n.*jsonl:1: `category` must be text, got \['x'\]\n.*got True"):
+        categories_in(path, "category")
+    pq.write_table(pa.table({"prompt": ["a cat"], "category": [["x"]]}), tmp_path / "p.parquet")
+    assert categories_in(tmp_path / "p.parquet") == [""]
+    with pytest.raises(PromptError, match="`category` must be a column of text or whole numbers, got list"):
+        categories_in(tmp_path / "p.parquet", "category")
+
+
+def test_fault_21_a_category_that_is_not_utf8_is_named_with_its_row(tmp_path: Path) -> None:
+    words = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"prompt": ["a cat"], "category": words}), tmp_path / "p.parquet")
+    with pytest.raises(PromptError, match=r"row 1: is not UTF-8 \(byte 0xe9\)"):
+        categories_in(tmp_path / "p.parquet")
+    with pytest.raises(PromptError, match="`category` holds half of a surrogate pair"):
+        categories_in(saved(tmp_path / "p.jsonl", '{"prompt": "a cat", "category": "\\ud83d"}'))
+
+
+def test_quotes_in_a_tsv_file_without_quoting_are_part_of_the_text(tmp_path: Path) -> None:
+    lines = [
+        "prompt\tcategory",
+        '"STOP" painted on a wall\tSigns',
+        'a sign with "STOP"\t"Street" signs',
+        '"a cat"\tAnimals',
+    ]
+    path = saved(tmp_path / "p.tsv", "\r\n".join(lines))
+    assert read_file(path, "prompt") == ['"STOP" painted on a wall', 'a sign with "STOP"', "a cat"]
+    assert categories_in(path) == ["Signs", '"Street" signs', "Animals"]
+    comma = saved(tmp_path / "p.csv", "prompt,category\n" + '"STOP" painted on a wall,Signs\n')
+    with pytest.raises(PromptError, match="is not CSV"):
+        read_file(comma, "prompt")

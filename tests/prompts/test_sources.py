@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from cdpo_ray.config import PromptSource
+from cdpo_ray.config.benchmarks import BENCHMARKS
 from cdpo_ray.errors import PromptError
 from cdpo_ray.prompts.animals import animal_photo_prompts, animal_prompts
 from cdpo_ray.prompts.files import read_file
+from cdpo_ray.prompts.rows import Columns, Row
 from cdpo_ray.prompts.sources import (
     BUILT_IN,
     PromptList,
@@ -180,7 +182,7 @@ def test_fault_19_a_file_without_prompts_is_refused_by_name(tmp_path: Path, cont
 def test_a_missing_file_or_a_folder_is_refused_by_name(tmp_path: Path) -> None:
     message = (
         r"`prompts\.heldout\.source` .*nowhere\.txt: No such file .*; give a file of prompts, one of animals,"
-        r" animal_photos, scenes, or a hub data set with its `file` and `revision`"
+        r" animal_photos, scenes, drawbench, .*, pickapic_test, or a hub data set with its `file` and `revision`"
     )
     with pytest.raises(PromptError, match=message):
         read(tmp_path / "nowhere.txt", "heldout")
@@ -319,10 +321,10 @@ def test_fault_33_a_file_that_is_changed_while_it_is_read_is_refused(
 ) -> None:
     path = write(tmp_path / "t.txt", ["a cat"])
 
-    def read_and_change(path: Path, column: str) -> list[str]:
-        prompts = read_file(path, column)
+    def read_and_change(path: Path, columns: Columns) -> list[Row]:
+        rows = read_file(path, columns)
         write(path, ["a dog"])
-        return prompts
+        return rows
 
     monkeypatch.setattr("cdpo_ray.prompts.sources.read_file", read_and_change)
     with pytest.raises(PromptError, match=r"`prompts.train.source` .*t\.txt: changed while it was being read"):
@@ -425,3 +427,85 @@ def test_held_out_scenes_that_leave_no_validation_scene_are_refused(tmp_path: Pa
         split("scenes", "scenes", "scenes", heldout_count=1000, validation_count=8)
     foreign = write(tmp_path / "h.txt", ["a pink circle in the middle", "a horse"])
     assert len(split("scenes", foreign, "scenes", validation_count=8).validation) == 8
+
+
+BENCHMARK_FILES = {
+    "drawbench": ("p.csv", "Prompts,Category\nA red colored car.,Colors\n"),
+    "parti": ("p.tsv", "Prompt\tCategory\tChallenge\tNote\nA red colored car.\tVehicles\tBasic\t\n"),
+    "geneval2": ("p.jsonl", '{"prompt": "A red colored car.", "atom_count": 3, "skills": ["object"]}\n'),
+    "pickapic_test": ("p.jsonl", '{"caption": "A red colored car.", "image_0_url": "u"}\n'),
+}
+"""Of each benchmark of one file, the columns of the published file."""
+CATEGORY_OF_A_CAR = {"drawbench": "Colors", "parti": "Vehicles", "geneval2": "atom_count 3"}
+
+
+@pytest.mark.parametrize("name", BENCHMARK_FILES)
+def test_a_copy_of_a_benchmarks_file_is_read_with_its_categories(tmp_path: Path, name: str) -> None:
+    file, content = BENCHMARK_FILES[name]
+    (tmp_path / file).write_text(content)
+    source = PromptSource(source=name, path=str(tmp_path / file))
+    found = read_prompts(source, "heldout", 0)
+    assert found.prompts == ["A red colored car."]
+    assert found.categories.get("A red colored car.") == CATEGORY_OF_A_CAR.get(name)
+    assert found.sha256 == content_sha256(source, "heldout") == hashlib.sha256(content.encode()).hexdigest()
+
+
+def test_another_column_of_a_benchmark_may_be_its_categories(tmp_path: Path) -> None:
+    file, content = BENCHMARK_FILES["parti"]
+    (tmp_path / file).write_text(content)
+    source = PromptSource(source="parti", path=str(tmp_path / file), category_column="Challenge")
+    found = read_prompts(source, "train", 0)
+    assert found.categories == {"A red colored car.": "Basic"}
+
+
+def test_the_styles_of_hpdv2_are_its_categories_and_the_first_of_two_counts(tmp_path: Path) -> None:
+    for style, prompts in {"anime": ["a", "b"], "concept-art": ["c", "a"], "paintings": ["d"], "photo": ["e"]}.items():
+        (tmp_path / f"{style}.json").write_text(json.dumps(prompts))
+    source = PromptSource(source="hpdv2", path=str(tmp_path))
+    found = read_prompts(source, "train", 0)
+    styles = {"a": "anime", "b": "anime", "c": "concept-art", "d": "paintings", "e": "photo"}
+    assert found == PromptList([*"abcde"], 6, num_doubled=1, categories=styles, num_recategorized=1)
+    before = found.sha256
+    (tmp_path / "photo.json").write_text('["f"]')
+    assert content_sha256(source, "train") not in (before, None)
+    (tmp_path / "photo.json").unlink()
+    with pytest.raises(PromptError, match=rf"`prompts\.train\.path` {tmp_path}/photo\.json: No such file"):
+        read_prompts(source, "train", 0)
+
+
+@pytest.mark.parametrize("name", [name for name, benchmark in BENCHMARKS.items() if benchmark.revision])
+def test_a_benchmark_is_downloaded_at_its_pinned_commit(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refused(hub_id: str, file: str, *, repo_type: str, revision: str) -> str:
+        asked.append((hub_id, file, repo_type, revision))
+        raise OSError
+
+    monkeypatch.setattr("cdpo_ray.prompts.sources.hf_hub_download", refused)
+    benchmark, source = BENCHMARKS[name], PromptSource(source=name)
+    assert content_sha256(source, "train") is None and source.revision == benchmark.revision
+    with pytest.raises(
+        PromptError, match=rf"hf download --repo-type dataset {benchmark.hub_id} .* --revision [0-9a-f]+`"
+    ):
+        read_prompts(source, "train", 0)
+    assert asked == [(benchmark.hub_id, benchmark.files[0], "dataset", benchmark.revision)]
+
+
+def test_a_name_with_spaces_is_quoted_in_the_download_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("cdpo_ray.prompts.sources.hf_hub_download", lambda *_, **__: Path("/nowhere").read_text())
+    with pytest.raises(PromptError, match=r"sayakpaul/drawbench 'DrawBench Prompts - Sheet1\.csv' --revision"):
+        read("drawbench")
+
+
+def test_categories_of_held_out_prompts_are_known_by_prompt(tmp_path: Path) -> None:
+    lines = ["prompt,category", *(f"prompt {n},{'even' if n % 2 == 0 else ''}" for n in range(60)), "prompt 0,odd"]
+    (tmp_path / "p.csv").write_text("\n".join(lines))
+    found = split(tmp_path / "p.csv", heldout_fraction=0.4)
+    assert found.categories == {prompt: "even" for prompt in found.heldout if int(prompt.split()[1]) % 2 == 0}
+    assert found.categories and found.num_recategorized == 1
+    apart = split(write(tmp_path / "t.txt", ["x"]), tmp_path / "p.csv", heldout_count=3)
+    assert apart.categories == {"prompt 0": "even", "prompt 2": "even"}
+    assert not split(tmp_path / "p.csv", write(tmp_path / "h.txt", ["x"])).categories
