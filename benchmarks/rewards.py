@@ -2,8 +2,8 @@
 
 The naive route is a hand-written loop: one PIL image at a time, preprocessed on the main thread by PIL or by
 transformers' image processor, its prompt encoded every time. Both routes share one model. Published models have their
-real architecture and random weights; images are scenes of the embedded world for its own judges, coloured squares at
-`--pixels` for the others.
+real architecture and random weights; images are scenes of the embedded world for its own judges, written words for
+`ocr`, and coloured squares for the others, both at `--pixels`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as vision
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rates import CLOCKS, machine, print_rates, rates_in_turns
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -32,6 +32,7 @@ from cdpo_ray.rewards.aesthetic import AestheticReward, ratings
 from cdpo_ray.rewards.clip import ClipReward
 from cdpo_ray.rewards.hpsv2 import HpsV2Reward
 from cdpo_ray.rewards.jpeg_size import JpegSizeReward
+from cdpo_ray.rewards.ocr import OcrReward, similarity, words_of
 from cdpo_ray.rewards.oracle import OracleReward
 from cdpo_ray.rewards.pickscore import PickScoreReward
 from cdpo_ray.rewards.scorer import Reward
@@ -81,7 +82,8 @@ class Judge:
 
 def clip(scratch: Path) -> Judge:
     reward = ClipReward()
-    transform = open_clip.image_transform(reward.image_size, is_train=False, mean=reward.mean, std=reward.std)
+    settings = reward.preprocessing
+    transform = open_clip.image_transform(reward.image_size, False, mean=settings["mean"], std=settings["std"])
 
     def by_hand(image: Image.Image, prompt: str) -> float:
         features = reward.model.encode_image(transform(image)[None].to(reward.device), normalize=True)
@@ -165,9 +167,22 @@ def hpsv2(scratch: Path) -> Judge:
     return Judge(reward, by_hand)
 
 
+def ocr(scratch: Path) -> Judge:
+    from rapidocr import RapidOCR
+
+    engine = RapidOCR(params={"Global.log_level": "error"})  # all cores, and a net that finds upside-down text
+
+    def by_hand(image: Image.Image, prompt: str) -> float:
+        words = words_of(" ".join(engine(image).txts or ()))
+        return similarity("".join(words_of(prompt.split('"')[1])), words)
+
+    return Judge(OcrReward(), by_hand)
+
+
 JUDGES = {
     "clip": clip,
     "jpeg_size": jpeg_size,
+    "ocr": ocr,
     "oracle": oracle,
     "aesthetic": aesthetic,
     "pickscore": pickscore,
@@ -192,8 +207,18 @@ def pictures(name: str, num_prompts: int, images_per_prompt: int, pixels: int) -
     if name in OF_THE_EMBEDDED_WORLD:
         scenes = [parse_caption(prompt) if place % 2 else sample_scene(rng) for place, prompt in enumerate(prompts)]
         return torch.from_numpy(np.stack([render(scene, rng) for scene in scenes])), prompts
+    if name == "ocr":
+        texts = [" ".join(prompt.split()[:2]) for prompt in prompts]
+        return torch.cat([written(text, pixels) for text in texts]), [f'a sign that says "{text}"' for text in texts]
     coarse = torch.from_numpy(rng.integers(0, 256, (count, 3, 8, 8), dtype=np.uint8))
     return F.interpolate(coarse, (pixels, pixels)), prompts
+
+
+def written(text: str, pixels: int) -> Tensor:
+    """Image of a text, ``[1, 3, pixels, pixels]``."""
+    image = Image.new("RGB", (pixels, pixels), "white")
+    ImageDraw.Draw(image).text((0, pixels // 3), text, fill="black", font=ImageFont.load_default(pixels // 12))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
 
 def ours(judge: Judge, images: Tensor, prompts: Sequence[str], images_per_batch: int) -> np.ndarray:

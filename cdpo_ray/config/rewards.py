@@ -17,6 +17,7 @@ REWARDS = {
     "imagereward": "cdpo_ray.rewards.imagereward:ImageReward",
     "pickscore": "cdpo_ray.rewards.pickscore:PickScoreReward",
     "aesthetic": "cdpo_ray.rewards.aesthetic:AestheticReward",
+    "ocr": "cdpo_ray.rewards.ocr:OcrReward",
     "vlm_alignment": "cdpo_ray.rewards.vlm_alignment:VlmAlignmentReward",
     "jpeg_size": "cdpo_ray.rewards.jpeg_size:JpegSizeReward",
     "oracle": "cdpo_ray.rewards.oracle:OracleReward",
@@ -353,7 +354,7 @@ class RewardsSection(Section):
     """Judges that score training images, and how their scores rank the images of a prompt."""
 
     names: Annotated[tuple[ScoreName, ...], Field(min_length=1)]
-    """Rewards to compute: built-in (`clip`, `hpsv2`, `imagereward`, `pickscore`, `aesthetic`, `vlm_alignment`,
+    """Rewards to compute: built-in (`clip`, `hpsv2`, `imagereward`, `pickscore`, `aesthetic`, `ocr`, `vlm_alignment`,
     `jpeg_size`, `oracle`, `oracle_strict`), `module:function` of your own, `perturbation`, or `preference` (labels of
     imported data). Others can be added to a finished run."""
 

@@ -26,7 +26,7 @@ REWARD_COSTS = {
     "aesthetic": CLIP_MODELS["ViT-L-14"],
     "imagereward": JudgeCost(135e9, 478_000_000),  # BLIP: ViT-L/16 at 224 pixels, and BERT with cross-attention to it
 }
-ON_CPU = ("jpeg_size", "oracle", "oracle_strict")
+ON_CPU = ("jpeg_size", "ocr", "oracle", "oracle_strict")
 
 
 def judges_cost(judges: Mapping[str, Mapping[str, Any]]) -> tuple[JudgeCost, list[str]]:
