@@ -14,6 +14,7 @@ from cdpo_ray.records import PERTURBATION, PREFERENCE
 REWARDS = {
     "clip": "cdpo_ray.rewards.clip:ClipReward",
     "hpsv2": "cdpo_ray.rewards.hpsv2:HpsV2Reward",
+    "hpsv3": "cdpo_ray.rewards.hpsv3:HpsV3Reward",
     "imagereward": "cdpo_ray.rewards.imagereward:ImageReward",
     "pickscore": "cdpo_ray.rewards.pickscore:PickScoreReward",
     "aesthetic": "cdpo_ray.rewards.aesthetic:AestheticReward",
@@ -121,6 +122,30 @@ class HpsV2Options(RewardOptions):
     @model_validator(mode="after")
     def _is_pinned(self) -> "HpsV2Options":
         check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="file")
+        return self
+
+
+class HpsV3Options(RewardOptions):
+    """Reward `hpsv3`: HPSv3, Qwen2-VL-7B with a head that scores. The defaults are the released weights."""
+
+    checkpoint: LocalPath = "MizzenAI/HPSv3"
+    """File of weights, HPSv3.safetensors, or a hub id."""
+
+    revision: str | None = "4f81e3e09edd82fe3c5f636444c721b592a735ca"
+    """Full commit (40 hex digits) of a hub id."""
+
+    processor: LocalPath = "Qwen/Qwen2-VL-7B-Instruct"
+    """Folder or hub id of the model's configuration, tokenizer and image settings; weights are not read from it."""
+
+    processor_revision: str | None = "eed13092ef92e448dd6875b2a00151bd3f7db0ac"
+    """Full commit (40 hex digits) of the processor's hub id."""
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "HpsV3Options":
+        check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="file")
+        check_pinned(
+            self.processor, self.processor_revision, key="processor", revision_key="processor_revision", kind="folder"
+        )
         return self
 
 
@@ -354,9 +379,9 @@ class RewardsSection(Section):
     """Judges that score training images, and how their scores rank the images of a prompt."""
 
     names: Annotated[tuple[ScoreName, ...], Field(min_length=1)]
-    """Rewards to compute: built-in (`clip`, `hpsv2`, `imagereward`, `pickscore`, `aesthetic`, `ocr`, `vlm_alignment`,
-    `jpeg_size`, `oracle`, `oracle_strict`), `module:function` of your own, `perturbation`, or `preference` (labels of
-    imported data). Others can be added to a finished run."""
+    """Rewards to compute: built-in (`clip`, `hpsv2`, `hpsv3`, `imagereward`, `pickscore`, `aesthetic`,
+    `ocr`, `vlm_alignment`, `jpeg_size`, `oracle`, `oracle_strict`), `module:function` of your own, `perturbation`, or
+    `preference` (labels of imported data). Others can be added to a finished run."""
 
     rank_by: RankingName | None = None
     """What ranks images: one of `names`, or a combination. `weighted_sum`: of scores standardised within the prompt;
@@ -383,6 +408,7 @@ class RewardsSection(Section):
 
     clip: ClipOptions = ClipOptions()
     hpsv2: HpsV2Options = HpsV2Options()
+    hpsv3: HpsV3Options = HpsV3Options()
     imagereward: ImageRewardOptions = ImageRewardOptions()
     pickscore: PickScoreOptions = PickScoreOptions()
     aesthetic: AestheticOptions = AestheticOptions()

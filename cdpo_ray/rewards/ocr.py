@@ -48,7 +48,7 @@ class OcrReward:
         num_threads = min(torch.get_num_threads(), os.cpu_count() or 1)
         cv2.setNumThreads(num_threads)
         folder = Path(rapidocr.__file__).parent / "models"
-        self.read = rapidocr.RapidOCR(
+        self.read: Any = rapidocr.RapidOCR(
             params={
                 "Global.log_level": "error",  # an image without text is a warning there
                 "Global.use_cls": False,  # upside-down text is not the requested text
