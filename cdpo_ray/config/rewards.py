@@ -17,6 +17,7 @@ REWARDS = {
     "hpsv3": "cdpo_ray.rewards.hpsv3:HpsV3Reward",
     "imagereward": "cdpo_ray.rewards.imagereward:ImageReward",
     "pickscore": "cdpo_ray.rewards.pickscore:PickScoreReward",
+    "unifiedreward": "cdpo_ray.rewards.unifiedreward:UnifiedReward",
     "aesthetic": "cdpo_ray.rewards.aesthetic:AestheticReward",
     "ocr": "cdpo_ray.rewards.ocr:OcrReward",
     "vlm_alignment": "cdpo_ray.rewards.vlm_alignment:VlmAlignmentReward",
@@ -170,6 +171,24 @@ class PickScoreOptions(RewardOptions):
         check_pinned(
             self.processor, self.processor_revision, key="processor", revision_key="processor_revision", kind="folder"
         )
+        return self
+
+
+class UnifiedRewardOptions(RewardOptions):
+    """Reward `unifiedreward`: UnifiedReward 2.0, a vision-language model that writes ratings from 1 to 5."""
+
+    checkpoint: LocalPath = "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b"
+    """Folder in transformers layout, or a hub id."""
+
+    revision: str | None = "4175e6b78d62f639282797d05ccea35d3be823cf"
+    """Full commit (40 hex digits) of a hub id."""
+
+    axis: Literal["mean", "alignment", "coherence", "style"] = "mean"
+    """Rating that is the score: one of three, or their mean."""
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "UnifiedRewardOptions":
+        check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="folder")
         return self
 
 
@@ -379,7 +398,7 @@ class RewardsSection(Section):
     """Judges that score training images, and how their scores rank the images of a prompt."""
 
     names: Annotated[tuple[ScoreName, ...], Field(min_length=1)]
-    """Rewards to compute: built-in (`clip`, `hpsv2`, `hpsv3`, `imagereward`, `pickscore`, `aesthetic`,
+    """Rewards to compute: built-in (`clip`, `hpsv2`, `hpsv3`, `imagereward`, `pickscore`, `unifiedreward`, `aesthetic`,
     `ocr`, `vlm_alignment`, `jpeg_size`, `oracle`, `oracle_strict`), `module:function` of your own, `perturbation`, or
     `preference` (labels of imported data). Others can be added to a finished run."""
 
@@ -411,6 +430,7 @@ class RewardsSection(Section):
     hpsv3: HpsV3Options = HpsV3Options()
     imagereward: ImageRewardOptions = ImageRewardOptions()
     pickscore: PickScoreOptions = PickScoreOptions()
+    unifiedreward: UnifiedRewardOptions = UnifiedRewardOptions()
     aesthetic: AestheticOptions = AestheticOptions()
     vlm_alignment: VlmAlignmentOptions = VlmAlignmentOptions()
     jpeg_size: JpegSizeOptions = JpegSizeOptions()

@@ -173,7 +173,10 @@ def _load(path: Path, config: Any) -> tuple[Any, nn.Sequential]:
     except RuntimeError as error:
         raise RewardError(f"{where}: {str(error).splitlines()[-1].strip()}") from None
     found = {name: weights[original] for original, name in names.items()}
-    return Qwen2VLModel.from_pretrained(None, config=config, state_dict=found, dtype=embedded.dtype), head
+    model = Qwen2VLModel.from_pretrained(  # reads no file
+        None, config=config, state_dict=found, dtype=embedded.dtype, use_safetensors=True, revision=None
+    )
+    return model, head
 
 
 def _refuse_other_names(where: str, weights: Mapping[str, Tensor], names: set[str], *, unused: set[str]) -> None:

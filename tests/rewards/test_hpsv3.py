@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from reward_models import pil, smooth_images
 from safetensors.torch import load_file, save_file
-from tiny_qwen import build_qwen2_vl, qwen_tokenizer
+from tiny_qwen import build_hpsv3, qwen_tokenizer
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
 
@@ -26,19 +26,8 @@ class Released:
 
     def __init__(self, folder: Path) -> None:
         self.processor, self.checkpoint = folder / "processor", folder / "HPSv3.safetensors"
-        model = build_qwen2_vl(self.processor, vocab_size=300)  # as published, more than the tokenizer has
-        model.resize_token_embeddings(len(qwen_tokenizer()) + 1)
-        self.model: Any = model
-        self.head = {
-            f"{number}.{kind}": torch.randn(shape) / shape[-1] ** 0.5
-            for number, sizes in {0: (1024, 32), 3: (16, 1024), 5: (2, 16)}.items()
-            for kind, shape in {"weight": sizes, "bias": sizes[:1]}.items()
-        }
-        weights = {
-            name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): weight.contiguous()
-            for name, weight in model.state_dict().items()
-        }
-        save_file(weights | {f"rm_head.{name}": weight for name, weight in self.head.items()}, self.checkpoint)
+        self.model: Any
+        self.model, self.head = build_hpsv3(folder)
 
     def reward(self, checkpoint: Path | None = None) -> HpsV3Reward:
         return HpsV3Reward(str(checkpoint or self.checkpoint), None, str(self.processor), None)
