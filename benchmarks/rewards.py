@@ -2,8 +2,9 @@
 
 The naive route is a hand-written loop: one PIL image at a time, preprocessed on the main thread by PIL or by
 transformers' image processor, its prompt encoded every time. Both routes share one model. Published models have their
-real architecture and random weights; images are scenes of the embedded world for its own judges, coloured squares at
-`--pixels` for the others.
+real architecture and random weights; those of `TINY` are 32 channels wide, and need `tests` in PYTHONPATH. Images are
+scenes of the embedded world for its own judges, written words for `ocr`, and coloured squares for the others, both at
+`--pixels`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as vision
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rates import CLOCKS, machine, print_rates, rates_in_turns
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -31,10 +32,16 @@ from cdpo_ray.rewards import weights
 from cdpo_ray.rewards.aesthetic import AestheticReward, ratings
 from cdpo_ray.rewards.clip import ClipReward
 from cdpo_ray.rewards.hpsv2 import HpsV2Reward
+from cdpo_ray.rewards.hpsv3 import INSTRUCTION as hpsv3_instruction
+from cdpo_ray.rewards.hpsv3 import HpsV3Reward
 from cdpo_ray.rewards.jpeg_size import JpegSizeReward
+from cdpo_ray.rewards.ocr import OcrReward, similarity, words_of
 from cdpo_ray.rewards.oracle import OracleReward
 from cdpo_ray.rewards.pickscore import PickScoreReward
 from cdpo_ray.rewards.scorer import Reward
+from cdpo_ray.rewards.unifiedreward import INSTRUCTION as unifiedreward_instruction
+from cdpo_ray.rewards.unifiedreward import UnifiedReward
+from cdpo_ray.rewards.unifiedreward import ratings as written_ratings
 from cdpo_ray.testbed.oracle import judge
 from cdpo_ray.testbed.scenes import parse_caption, render, sample_scene, scene_prompts
 
@@ -81,7 +88,8 @@ class Judge:
 
 def clip(scratch: Path) -> Judge:
     reward = ClipReward()
-    transform = open_clip.image_transform(reward.image_size, is_train=False, mean=reward.mean, std=reward.std)
+    settings = reward.preprocessing
+    transform = open_clip.image_transform(reward.image_size, False, mean=settings["mean"], std=settings["std"])
 
     def by_hand(image: Image.Image, prompt: str) -> float:
         features = reward.model.encode_image(transform(image)[None].to(reward.device), normalize=True)
@@ -165,16 +173,74 @@ def hpsv2(scratch: Path) -> Judge:
     return Judge(reward, by_hand)
 
 
+def hpsv3(scratch: Path) -> Judge:
+    from tiny_qwen import build_hpsv3
+
+    build_hpsv3(scratch)
+    reward = HpsV3Reward(str(scratch / "HPSv3.safetensors"), None, str(scratch / "processor"), None)
+
+    def by_hand(image: Image.Image, prompt: str) -> float:
+        chat = chat_of(reward.processor, hpsv3_instruction.format(prompt=prompt))
+        resized = image.resize((448, 448), Image.Resampling.BICUBIC)
+        inputs = reward.processor(text=[chat], images=[resized], return_tensors="pt").to(reward.device)
+        tokens = inputs["input_ids"][0]
+        positions = torch.arange(len(tokens), device=reward.device).expand(3, 1, -1)
+        states = reward.model(**inputs, position_ids=positions).last_hidden_state[0, tokens == reward.reward_token]
+        return reward.head(states[-1].float())[0].item()
+
+    return Judge(reward, by_hand)
+
+
+def unifiedreward(scratch: Path) -> Judge:
+    from tiny_qwen import build_qwen3_vl
+
+    build_qwen3_vl(scratch, ["Alignment Score (1-5): 3\n", "Coherence Score (1-5): 2\n", "Style Score (1-5): 4"])
+    reward = UnifiedReward(str(scratch), None, "mean")
+    processor, model = reward.write.processor, reward.write.model
+
+    def by_hand(image: Image.Image, prompt: str) -> float:
+        chat = chat_of(processor, unifiedreward_instruction.format(prompt=prompt))
+        inputs = processor(text=[chat], images=[image], return_tensors="pt").to(model.device)
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=160)[0, inputs["input_ids"].shape[1] :]
+        rated = written_ratings(processor.tokenizer.decode(tokens, skip_special_tokens=True))
+        return sum(rated.values()) / 3 if rated else float("nan")
+
+    return Judge(reward, by_hand)
+
+
+def chat_of(processor: Any, text: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+
+
+def ocr(scratch: Path) -> Judge:
+    from rapidocr import RapidOCR
+
+    engine = RapidOCR(params={"Global.log_level": "error"})  # all cores, and a net that finds upside-down text
+
+    def by_hand(image: Image.Image, prompt: str) -> float:
+        words = words_of(" ".join(engine(image).txts or ()))
+        return similarity("".join(words_of(prompt.split('"')[1])), words)
+
+    return Judge(OcrReward(), by_hand)
+
+
 JUDGES = {
     "clip": clip,
     "jpeg_size": jpeg_size,
+    "ocr": ocr,
     "oracle": oracle,
     "aesthetic": aesthetic,
     "pickscore": pickscore,
     "hpsv2": hpsv2,
+    "hpsv3": hpsv3,
+    "unifiedreward": unifiedreward,
 }
 OF_THE_EMBEDDED_WORLD = ("clip", "oracle")
 HEAVY = ("pickscore", "hpsv2")  # 4 GB of weights, and twice that while they are built
+TINY = ("hpsv3", "unifiedreward")  # their real classes, but 32 channels wide: 16 GB otherwise
 
 
 def saved(content: Any, path: Path) -> tuple[str, str]:
@@ -192,8 +258,18 @@ def pictures(name: str, num_prompts: int, images_per_prompt: int, pixels: int) -
     if name in OF_THE_EMBEDDED_WORLD:
         scenes = [parse_caption(prompt) if place % 2 else sample_scene(rng) for place, prompt in enumerate(prompts)]
         return torch.from_numpy(np.stack([render(scene, rng) for scene in scenes])), prompts
+    if name == "ocr":
+        texts = [" ".join(prompt.split()[:2]) for prompt in prompts]
+        return torch.cat([written(text, pixels) for text in texts]), [f'a sign that says "{text}"' for text in texts]
     coarse = torch.from_numpy(rng.integers(0, 256, (count, 3, 8, 8), dtype=np.uint8))
     return F.interpolate(coarse, (pixels, pixels)), prompts
+
+
+def written(text: str, pixels: int) -> Tensor:
+    """Image of a text, ``[1, 3, pixels, pixels]``."""
+    image = Image.new("RGB", (pixels, pixels), "white")
+    ImageDraw.Draw(image).text((0, pixels // 3), text, fill="black", font=ImageFont.load_default(pixels // 12))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
 
 def ours(judge: Judge, images: Tensor, prompts: Sequence[str], images_per_batch: int) -> np.ndarray:
@@ -210,7 +286,7 @@ def naive(judge: Judge, images: Tensor, prompts: Sequence[str]) -> np.ndarray:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    light = [name for name in JUDGES if name not in HEAVY]
+    light = [name for name in JUDGES if name not in HEAVY + TINY]
     parser.add_argument("--rewards", nargs="+", choices=JUDGES, default=light)
     parser.add_argument("--pixels", type=int, default=512, help="side of an image that is not a scene")
     parser.add_argument("--prompts", type=int, default=2)

@@ -11,7 +11,7 @@ from cdpo_ray.evaluation.statistics import MIN_PROMPTS, MIN_RUNS
 from cdpo_ray.models.sizes import Sizes, sizes_of
 from cdpo_ray.preferences.files import Scan
 from cdpo_ray.prompts.sources import PromptSplit
-from cdpo_ray.prompts.syntax import literal_syntax
+from cdpo_ray.prompts.syntax import literal_syntax, quoted_texts
 from cdpo_ray.store import storage_path
 
 MANY_REPEATS = 20
@@ -61,6 +61,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), sc
         samples,
         f"  rewards      {', '.join(config.rewards.names)} ({config.rewards.placement}); ranked by"
         f" {config.rewards.ranking_sentence}{noise}",
+        *_unquoted(config, prompts),
         f"  curriculum   {curriculum.num_stages} stages of {curriculum.updates_per_stage} updates;"
         f" {curriculum.sentence}",
     ]
@@ -215,6 +216,18 @@ def _few_heldout(num_prompts: int) -> list[str]:
     return [
         f"               warning: with fewer than {MIN_PROMPTS} held-out prompts, the report has no intervals and no"
         " verdict"
+    ]
+
+
+def _unquoted(config: Config, prompts: PromptSplit) -> list[str]:
+    judged = {"training": prompts.train if "ocr" in config.rewards.judges else ()}
+    judged["held-out"] = prompts.heldout if "ocr" in config.evaluation_judges else ()
+    without = {side: sum(not quoted_texts(prompt) for prompt in asked) for side, asked in judged.items()}
+    return [
+        f"               warning: `ocr` gives no score to images of {number:,} of {len(judged[side]):,} {side} prompts,"
+        " which have no text in quotes"
+        for side, number in without.items()
+        if number
     ]
 
 

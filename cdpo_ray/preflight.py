@@ -22,6 +22,7 @@ from cdpo_ray.errors import (
 from cdpo_ray.hub import FETCH_ERRORS, how_to_download
 from cdpo_ray.models.folder import folder_of
 from cdpo_ray.prompts.sources import PromptSplit
+from cdpo_ray.prompts.syntax import quoted_texts
 from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.steps import Step
 from cdpo_ray.steps.arguments import REWARD_WEIGHTS, model_arguments
@@ -173,13 +174,43 @@ def _problems(config: Config, prompts: PromptSplit, folders: set[str]) -> Iterat
             except CdpoError as error:
                 yield error
     for name in EMBEDDED_WORLD_JUDGES:
-        is_trained_on = name in config.rewards.judges and bool(folders & {SAMPLES, SCORES})
-        judged = [*prompts.train] if is_trained_on else []
-        judged += prompts.heldout if name in config.evaluation_judges and EVALUATION in folders else []
+        judged = [prompt for asked in _judged(name, config, prompts, folders).values() for prompt in asked]
         if other := next((prompt for prompt in judged if not _is_caption(prompt)), None):
             yield ConfigError(
                 f"`{'rewards.names' if name in config.rewards.names else 'evaluation.judges'}`: `{name}` judges only"
                 f" prompts of the embedded world (`source: scenes`), got {printable(other)!r}; remove `{name}`"
+            )
+    yield from _problems_of_ocr(config, prompts, folders)
+
+
+def _judged(name: str, config: Config, prompts: PromptSplit, folders: set[str]) -> dict[str, list[str]]:
+    """Prompts by side whose images a judge scores in the steps of these folders."""
+    trained_on = name in config.rewards.judges and folders & {SAMPLES, SCORES}
+    evaluated = name in config.evaluation_judges and EVALUATION in folders
+    found = {"training": prompts.train if trained_on else [], "held-out": prompts.heldout if evaluated else []}
+    return {side: judged for side, judged in found.items() if judged}
+
+
+def _problems_of_ocr(config: Config, prompts: PromptSplit, folders: set[str]) -> Iterator[CdpoError]:
+    from cdpo_ray.rewards.ocr import missing_packages
+
+    judged = _judged("ocr", config, prompts, folders)
+    key = "rewards.names" if "ocr" in config.rewards.names else "evaluation.judges"
+    if judged and (missing := missing_packages()):
+        yield ConfigError(f"`{key}`: `ocr` {missing}")
+    for side, asked in judged.items():
+        without = [prompt for prompt in asked if not quoted_texts(prompt)]
+        limit, ranks = config.rewards.max_bad_fraction, "ocr" in config.rewards.ranking_weights and STAGES in folders
+        if len(without) == len(asked):
+            yield ConfigError(
+                f"`{key}`: `ocr` scores only images whose prompt has the text to render in quotes, and none of the"
+                f" {len(asked)} {side} prompts has; quote it, as in 'a sign that says \"OPEN\"', or remove `ocr`"
+            )
+        elif side == "training" and ranks and len(without) > limit * len(asked):
+            yield ConfigError(
+                f"`rewards.names`: `ocr` ranks, but gives no score to images of {len(without)} of {len(asked)} training"
+                f" prompts, which have no text in quotes, the first {printable(without[0])!r}: more than"
+                f" `rewards.max_bad_fraction` = {limit}; remove these prompts, or raise it, as they form no pairs"
             )
 
 

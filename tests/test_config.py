@@ -595,7 +595,7 @@ def test_a_model_folder_that_is_missing_is_named(path: str) -> None:
 
 def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("clip.pt", "head.pth", "vocab.txt", "ImageReward.pt", "prompts.txt"):
+    for name in ("clip.pt", "HPSv3.safetensors", "head.pth", "vocab.txt", "ImageReward.pt", "prompts.txt"):
         (tmp_path / name).touch()
     given = {
         "run.dir": "runs",
@@ -604,6 +604,9 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path: Path, mon
         "model.path": ".",
         "rewards.clip.checkpoint": ".",
         "rewards.hpsv2.checkpoint": "clip.pt",
+        "rewards.hpsv3.checkpoint": "HPSv3.safetensors",
+        "rewards.hpsv3.processor": ".",
+        "rewards.unifiedreward.checkpoint": ".",
         "rewards.pickscore.checkpoint": ".",
         "rewards.pickscore.processor": ".",
         "rewards.aesthetic.head": "head.pth",
@@ -751,6 +754,9 @@ def test_fault_62_an_endpoint_is_a_plain_url_and_a_secret_in_it_is_not_shown(url
     ("reward", "key", "kind"),
     [
         ("hpsv2", "checkpoint", "file"),
+        ("hpsv3", "checkpoint", "file"),
+        ("hpsv3", "processor", "folder"),
+        ("unifiedreward", "checkpoint", "folder"),
         ("pickscore", "checkpoint", "folder"),
         ("pickscore", "processor", "folder"),
         ("aesthetic", "checkpoint", "folder"),

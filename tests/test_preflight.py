@@ -11,6 +11,7 @@ from finished_runs import config_of, write_run
 from cdpo_ray.cli import main
 from cdpo_ray.config import Config
 from cdpo_ray.errors import ConfigError, ModelError, RewardError, StoreError
+from cdpo_ray.plan import make_plan
 from cdpo_ray.preflight import (
     missing_weights,
     refuse_problems,
@@ -98,6 +99,61 @@ def test_fault_65_a_judge_of_the_embedded_world_is_refused_for_other_prompts(
 
 def test_the_oracle_is_no_problem_for_prompts_of_its_world(tmp_path: Path) -> None:
     problems_of(config_with(tmp_path, rewards=["oracle"], evaluation={"judges": ["oracle_strict"]}))
+
+
+def quoting(folder: Path, num_quoting: int, **rewards: object) -> Config:
+    """A config with ten prompts to train on, some of which quote text, and two held-out prompts, one of which does."""
+    prompts = [f'a sign "{number}"' if number < num_quoting else f"a dog's bowl {number}" for number in range(10)]
+    (folder / "train.txt").write_text("\n".join(prompts))
+    (folder / "heldout.txt").write_text('a door with "OPEN"\na door\n')
+    files = {side: {"source": str(folder / f"{side}.txt")} for side in ("train", "heldout")}
+    return config_of(
+        folder / "runs",
+        "embedded",
+        rewards={"names": ["ocr"]} | rewards,
+        prompts=files,
+        evaluation={"judges": ["clip"]},
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_quoting", "message"),
+    [
+        (0, r"^`rewards.names`: `ocr` scores only images whose prompt .* none of the 10 training prompts has"),
+        (
+            7,
+            r"^`rewards.names`: `ocr` ranks, .* of 3 of 10 training prompts, .* \"a dog's bowl 7\": more than `rewards",
+        ),
+    ],
+)
+def test_fault_65_ocr_is_refused_if_too_few_prompts_quote_the_text_to_render(
+    num_quoting: int, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        problems_of(quoting(tmp_path, num_quoting))
+
+
+@pytest.mark.parametrize("rewards", [{"names": ["clip", "ocr"]}, {"max_bad_fraction": 0.2}])
+def test_prompts_without_quoted_text_are_a_warning_where_they_cannot_stop_the_run(
+    rewards: dict[str, object], tmp_path: Path
+) -> None:
+    config = quoting(tmp_path, 9, **rewards)
+    problems_of(config)
+    lines = [line.strip() for line in make_plan(config, read_prompts(config)).lines if "`ocr`" in line]
+    assert lines == [
+        "warning: `ocr` gives no score to images of 1 of 10 training prompts, which have no text in quotes",
+        "warning: `ocr` gives no score to images of 1 of 2 held-out prompts, which have no text in quotes",
+    ]
+
+
+def test_fault_65_ocr_without_its_packages_is_refused_with_the_command_that_installs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r'^`rewards.names`: `ocr` needs rapidocr and onnxruntime: pip install "cdpo_ray\[ocr\]"$'
+    ):
+        problems_of(quoting(tmp_path, 10))
 
 
 def test_own_reward_functions_are_called_on_two_images_but_classes_and_gpu_rewards_are_not(own_modules: Path) -> None:

@@ -14,9 +14,12 @@ from cdpo_ray.records import PERTURBATION, PREFERENCE
 REWARDS = {
     "clip": "cdpo_ray.rewards.clip:ClipReward",
     "hpsv2": "cdpo_ray.rewards.hpsv2:HpsV2Reward",
+    "hpsv3": "cdpo_ray.rewards.hpsv3:HpsV3Reward",
     "imagereward": "cdpo_ray.rewards.imagereward:ImageReward",
     "pickscore": "cdpo_ray.rewards.pickscore:PickScoreReward",
+    "unifiedreward": "cdpo_ray.rewards.unifiedreward:UnifiedReward",
     "aesthetic": "cdpo_ray.rewards.aesthetic:AestheticReward",
+    "ocr": "cdpo_ray.rewards.ocr:OcrReward",
     "vlm_alignment": "cdpo_ray.rewards.vlm_alignment:VlmAlignmentReward",
     "jpeg_size": "cdpo_ray.rewards.jpeg_size:JpegSizeReward",
     "oracle": "cdpo_ray.rewards.oracle:OracleReward",
@@ -123,6 +126,30 @@ class HpsV2Options(RewardOptions):
         return self
 
 
+class HpsV3Options(RewardOptions):
+    """Reward `hpsv3`: HPSv3, Qwen2-VL-7B with a head that scores. The defaults are the released weights."""
+
+    checkpoint: LocalPath = "MizzenAI/HPSv3"
+    """File of weights, HPSv3.safetensors, or a hub id."""
+
+    revision: str | None = "4f81e3e09edd82fe3c5f636444c721b592a735ca"
+    """Full commit (40 hex digits) of a hub id."""
+
+    processor: LocalPath = "Qwen/Qwen2-VL-7B-Instruct"
+    """Folder or hub id of the model's configuration, tokenizer and image settings; weights are not read from it."""
+
+    processor_revision: str | None = "eed13092ef92e448dd6875b2a00151bd3f7db0ac"
+    """Full commit (40 hex digits) of the processor's hub id."""
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "HpsV3Options":
+        check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="file")
+        check_pinned(
+            self.processor, self.processor_revision, key="processor", revision_key="processor_revision", kind="folder"
+        )
+        return self
+
+
 class PickScoreOptions(RewardOptions):
     """Reward `pickscore`: PickScore v1. The defaults are the released weights."""
 
@@ -144,6 +171,24 @@ class PickScoreOptions(RewardOptions):
         check_pinned(
             self.processor, self.processor_revision, key="processor", revision_key="processor_revision", kind="folder"
         )
+        return self
+
+
+class UnifiedRewardOptions(RewardOptions):
+    """Reward `unifiedreward`: UnifiedReward 2.0, a vision-language model that writes ratings from 1 to 5."""
+
+    checkpoint: LocalPath = "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b"
+    """Folder in transformers layout, or a hub id."""
+
+    revision: str | None = "4175e6b78d62f639282797d05ccea35d3be823cf"
+    """Full commit (40 hex digits) of a hub id."""
+
+    axis: Literal["mean", "alignment", "coherence", "style"] = "mean"
+    """Rating that is the score: one of three, or their mean."""
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "UnifiedRewardOptions":
+        check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="folder")
         return self
 
 
@@ -353,9 +398,9 @@ class RewardsSection(Section):
     """Judges that score training images, and how their scores rank the images of a prompt."""
 
     names: Annotated[tuple[ScoreName, ...], Field(min_length=1)]
-    """Rewards to compute: built-in (`clip`, `hpsv2`, `imagereward`, `pickscore`, `aesthetic`, `vlm_alignment`,
-    `jpeg_size`, `oracle`, `oracle_strict`), `module:function` of your own, `perturbation`, or `preference` (labels of
-    imported data). Others can be added to a finished run."""
+    """Rewards to compute: built-in (`clip`, `hpsv2`, `hpsv3`, `imagereward`, `pickscore`, `unifiedreward`, `aesthetic`,
+    `ocr`, `vlm_alignment`, `jpeg_size`, `oracle`, `oracle_strict`), `module:function` of your own, `perturbation`, or
+    `preference` (labels of imported data). Others can be added to a finished run."""
 
     rank_by: RankingName | None = None
     """What ranks images: one of `names`, or a combination. `weighted_sum`: of scores standardised within the prompt;
@@ -382,8 +427,10 @@ class RewardsSection(Section):
 
     clip: ClipOptions = ClipOptions()
     hpsv2: HpsV2Options = HpsV2Options()
+    hpsv3: HpsV3Options = HpsV3Options()
     imagereward: ImageRewardOptions = ImageRewardOptions()
     pickscore: PickScoreOptions = PickScoreOptions()
+    unifiedreward: UnifiedRewardOptions = UnifiedRewardOptions()
     aesthetic: AestheticOptions = AestheticOptions()
     vlm_alignment: VlmAlignmentOptions = VlmAlignmentOptions()
     jpeg_size: JpegSizeOptions = JpegSizeOptions()

@@ -24,9 +24,11 @@ REWARD_COSTS = {
     "hpsv2": CLIP_MODELS["ViT-H-14"],
     "pickscore": CLIP_MODELS["ViT-H-14"],
     "aesthetic": CLIP_MODELS["ViT-L-14"],
+    # Qwen2-VL-7B without its output layer: 1024 patches; 840 tokens, of which 256 are the image's, 20 the prompt's
+    "hpsv3": JudgeCost(12.7e12, 7_748_610_610),
     "imagereward": JudgeCost(135e9, 478_000_000),  # BLIP: ViT-L/16 at 224 pixels, and BERT with cross-attention to it
 }
-ON_CPU = ("jpeg_size", "oracle", "oracle_strict")
+ON_CPU = ("jpeg_size", "ocr", "oracle", "oracle_strict")
 
 
 def judges_cost(judges: Mapping[str, Mapping[str, Any]]) -> tuple[JudgeCost, list[str]]:

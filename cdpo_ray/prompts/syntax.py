@@ -1,4 +1,4 @@
-"""Detection of other programs' prompt syntax, which is not interpreted here."""
+"""Text that a prompt asks for in quotes, and other programs' prompt syntax, which is not interpreted here."""
 
 import re
 from collections.abc import Iterable
@@ -15,6 +15,14 @@ SYNTAX = {
 }
 """Syntax of AUTOMATIC1111, ComfyUI, Midjourney and dynamic prompts, with an example of each."""
 
+DOUBLE_QUOTED = re.compile(
+    r"""(?<!\d)"(?P<straight>[^"]{1,300})\"|“(?P<curly>[^”]{1,300})”|„(?P<low>[^“”]{1,300})[“”]"""
+    r"""|«(?P<angled>[^»]{1,300})»|「(?P<corner>[^」]{1,300})」|『(?P<white>[^』]{1,300})』"""
+)
+"""Text in quotes of any language; a straight quote after a digit means inches."""
+SINGLE_QUOTED = re.compile(r"(?<!\w)['‘](?!\d\ds\b|n['’])(?P<text>\S|\S.{0,298}?\S)['’](?!\w)")
+"""Text in single quotes, without the apostrophes of dog's, dogs', '90s and 'n'."""
+
 
 def literal_syntax(prompts: Iterable[str]) -> list[str]:
     """One line for each kind of `SYNTAX` that the prompts contain, with the number of prompts."""
@@ -27,3 +35,10 @@ def literal_syntax(prompts: Iterable[str]) -> list[str]:
         for what, number in counts.items()
         if number
     ]
+
+
+def quoted_texts(prompt: str) -> list[str]:
+    """Texts in quotes, in order, with a letter or digit; single quotes count only in prompts without double quotes."""
+    found = [match[match.lastgroup or 0] for match in DOUBLE_QUOTED.finditer(prompt)]
+    found = found or [match["text"] for match in SINGLE_QUOTED.finditer(prompt)]
+    return [text for text in found if any(map(str.isalnum, text))]

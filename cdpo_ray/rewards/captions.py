@@ -48,7 +48,7 @@ class LocalCaptioner:
         RewardError: if the folder cannot be loaded.
     """
 
-    def __init__(self, folder: Path, *, instruction: str, max_tokens: int, key: str) -> None:
+    def __init__(self, folder: Path, *, instruction: str = "", max_tokens: int, key: str) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.processor: Any = from_folder(AutoProcessor, folder, key=key)
         model: Any = model_from_folder(AutoModelForImageTextToText, folder, key=key, dtype="auto")
@@ -57,9 +57,12 @@ class LocalCaptioner:
         self.instruction, self.max_tokens = instruction, max_tokens
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> list[Caption]:
+    def __call__(self, images: Tensor, instructions: Sequence[str] | None = None) -> list[Caption]:
+        """Captions of uint8 ``[image, 3, height, width]``, each by its own instruction if some are given."""
         pictures = [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
-        inputs = self._inputs(pictures).to(self.device, self.model.dtype)
+        inputs = self._inputs(pictures, instructions or [self.instruction] * len(pictures)).to(
+            self.device, self.model.dtype
+        )
         tokens = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_tokens)
         if "input_ids" in inputs and not self.model.config.is_encoder_decoder:
             tokens = tokens[:, inputs["input_ids"].shape[1] :]  # the output repeats the input
@@ -68,16 +71,21 @@ class LocalCaptioner:
             for decoded in self.processor.batch_decode(tokens, skip_special_tokens=True)
         ]
 
-    def _inputs(self, pictures: Sequence[Image.Image]) -> Any:
+    def _inputs(self, pictures: Sequence[Image.Image], instructions: Sequence[str]) -> Any:
         if self.processor.chat_template is None:
             return self.processor(images=list(pictures), return_tensors="pt")
-        content = [{"type": "image"}, {"type": "text", "text": self.instruction}]
-        chat: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        has_bos = bool(self.processor.tokenizer.bos_token) and chat.startswith(self.processor.tokenizer.bos_token)
+        chats = [
+            self.processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            for instruction in instructions
+        ]
+        bos = self.processor.tokenizer.bos_token
+        has_bos = bool(bos) and chats[0].startswith(bos)
         return self.processor(
-            text=[chat] * len(pictures),
+            text=chats,
             images=[[picture] for picture in pictures],
             add_special_tokens=not has_bos,  # no second start token
             padding=True,
