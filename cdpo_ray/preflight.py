@@ -14,6 +14,7 @@ from cdpo_ray.errors import (
     ConfigError,
     CurriculumError,
     ModelError,
+    PromptError,
     RewardError,
     StoreError,
     TrainingError,
@@ -21,6 +22,7 @@ from cdpo_ray.errors import (
 )
 from cdpo_ray.hub import FETCH_ERRORS, how_to_download
 from cdpo_ray.models.folder import folder_of
+from cdpo_ray.prompts.questions import read_questions
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, STEP_FOLDERS, TRAINING
 from cdpo_ray.steps import Step
@@ -172,6 +174,11 @@ def _problems(config: Config, prompts: PromptSplit, folders: set[str]) -> Iterat
                 load_function(what, name, error_class)
             except CdpoError as error:
                 yield error
+    if "vqa" in judges:
+        try:
+            _refuse_no_questions(config, prompts, folders)
+        except (ConfigError, PromptError) as error:
+            yield error
     for name in EMBEDDED_WORLD_JUDGES:
         is_trained_on = name in config.rewards.judges and bool(folders & {SAMPLES, SCORES})
         judged = [*prompts.train] if is_trained_on else []
@@ -180,6 +187,22 @@ def _problems(config: Config, prompts: PromptSplit, folders: set[str]) -> Iterat
             yield ConfigError(
                 f"`{'rewards.names' if name in config.rewards.names else 'evaluation.judges'}`: `{name}` judges only"
                 f" prompts of the embedded world (`source: scenes`), got {printable(other)!r}; remove `{name}`"
+            )
+
+
+def _refuse_no_questions(config: Config, prompts: PromptSplit, folders: set[str]) -> None:
+    """Raise PromptError if the questions of `vqa` cannot be read, and ConfigError if no prompt of a split has any."""
+    path = str(config.rewards.vqa.questions)
+    questions = read_questions(Path(path))
+    splits = {
+        "training": prompts.train if "vqa" in config.rewards.names and folders & {SAMPLES, SCORES} else [],
+        "held-out": prompts.heldout if EVALUATION in folders else [],
+    }
+    for split, texts in splits.items():
+        if texts and not any(text in questions for text in texts):
+            raise ConfigError(
+                f"`rewards.vqa.questions` {path}: has questions for none of {len(texts):,} {split} prompts, the first:"
+                f" {printable(texts[0])!r}; `cdpo questions` writes them"
             )
 
 
