@@ -23,10 +23,26 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as vision
 from PIL import Image
 from rates import CLOCKS, machine, print_rates, rates_in_turns
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
+from cdpo_ray.config import VlmJudgeOptions
 from cdpo_ray.rewards import weights
 from cdpo_ray.rewards.aesthetic import AestheticReward, ratings
 from cdpo_ray.rewards.clip import ClipReward
@@ -35,9 +51,11 @@ from cdpo_ray.rewards.jpeg_size import JpegSizeReward
 from cdpo_ray.rewards.oracle import OracleReward
 from cdpo_ray.rewards.pickscore import PickScoreReward
 from cdpo_ray.rewards.scorer import Reward
+from cdpo_ray.rewards.vlm_judge import VlmJudgeReward
 from cdpo_ray.testbed.oracle import judge
 from cdpo_ray.testbed.scenes import parse_caption, render, sample_scene, scene_prompts
 
+CAPTIONS = scene_prompts("train", 8, seed=0)
 HEAD_WIDTHS = {"0": 1024, "2": 128, "4": 64, "6": 16, "7": 1}
 CLIP_L = {
     "projection_dim": 768,
@@ -165,6 +183,44 @@ def hpsv2(scratch: Path) -> Judge:
     return Judge(reward, by_hand)
 
 
+def vlm_judge(scratch: Path) -> Judge:
+    """A small LLaVA with random weights; its tokens are words."""
+    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "yes", "no", *sorted(set(" ".join(CAPTIONS).split()))]
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special, additional_special_tokens=["<image>"])
+    processor = LlavaProcessor(
+        CLIPImageProcessor(),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for part in messages[0]['content'] %}"
+        "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}",
+    )
+    narrow = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**narrow, num_hidden_layers=4, image_size=224, patch_size=14),
+        text_config=LlamaConfig(
+            **narrow, vocab_size=len(words), num_hidden_layers=4, bos_token_id=2, eos_token_id=3, pad_token_id=0
+        ),
+        image_token_index=words.index("<image>"),
+    )
+    processor.save_pretrained(scratch / "vlm")
+    LlavaForConditionalGeneration(config).save_pretrained(scratch / "vlm")
+    options = VlmJudgeOptions(mode="yes_no", checkpoint=str(scratch / "vlm")).model_dump()
+    reward = VlmJudgeReward(**options)
+    net = LlavaForConditionalGeneration.from_pretrained(scratch / "vlm").eval()
+
+    def by_hand(image: Image.Image, prompt: str) -> float:
+        text = f'<image> Does this figure show "{prompt}"? Please answer yes or no.'
+        inputs = processor(text=text, images=image, return_tensors="pt")
+        return net(**inputs).logits[0, -1].softmax(-1)[words.index("yes")].item()
+
+    return Judge(reward, by_hand)
+
+
 JUDGES = {
     "clip": clip,
     "jpeg_size": jpeg_size,
@@ -172,6 +228,7 @@ JUDGES = {
     "aesthetic": aesthetic,
     "pickscore": pickscore,
     "hpsv2": hpsv2,
+    "vlm_judge": vlm_judge,
 }
 OF_THE_EMBEDDED_WORLD = ("clip", "oracle")
 HEAVY = ("pickscore", "hpsv2")  # 4 GB of weights, and twice that while they are built

@@ -14,7 +14,7 @@ EXAMPLE = "cdpo questions my.yaml rewards.vqa.questions=questions.jsonl"
 DESCRIPTION = """\
 Ask the model behind rewards.vqa.endpoint to write questions about the images of each
 prompt, with their right answers, and append them to rewards.vqa.questions. Read the
-file before you use it: a run takes its questions as they are."""
+file before you use it: a run does not check its questions."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = config.rewards.vqa
     if not options.questions or not options.endpoint:
         missing = "questions" if not options.questions else "endpoint"
-        raise ConfigError(f"`rewards.vqa.{missing}` is missing; give the file to write and the server that is asked")
+        raise ConfigError(f"`rewards.vqa.{missing}` is missing; give the file to write and the server that writes it")
     path = Path(options.questions)
     known = read_questions(path) if path.exists() else {}
     split = read_prompts(config, scan_preferences(config) if config.preferences else None)

@@ -346,7 +346,7 @@ class VlmJudgeOptions(VisionLanguageOptions):
     NEEDS: ClassVar[str] = "`rewards.vlm_judge.checkpoint` or `rewards.vlm_judge.endpoint`"
 
     mode: Literal["rating", "yes_no", "pairwise"] = "rating"
-    """What the model is asked. `rating`: a number on `scale`. `yes_no`: whether the image shows the prompt; the score
+    """Question to the model. `rating`: a number on `scale`. `yes_no`: whether the image shows the prompt; the score
     is the probability of "yes" (VQAScore, arXiv:2404.01291). `pairwise`: which of two images of a prompt is better, in
     both orders; the scores are Bradley-Terry strengths in logits, whose mean is 0 for each prompt. They rank training
     images; an evaluation cannot use them, because they compare images of one model only."""

@@ -21,7 +21,7 @@ class VqaQuestion(NamedTuple):
 
     Attributes:
         answer: the right answer.
-        kind: what is asked about, such as one of `KINDS`; empty: not stated.
+        kind: subject of the question, such as one of `KINDS`; empty: not stated.
     """
 
     question: str
@@ -96,7 +96,10 @@ def parsed_questions(text: str) -> tuple[VqaQuestion, ...]:
 
 def questions_line(prompt: str, questions: Sequence[VqaQuestion]) -> str:
     """A prompt's questions as a line of the file, with its end."""
-    row = {"prompt": prompt, "questions": [each._asdict() for each in questions]}
+    row = {
+        "prompt": prompt,
+        "questions": [{"question": each.question, "answer": each.answer, "kind": each.kind} for each in questions],
+    }
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 

@@ -19,7 +19,7 @@ class Question(NamedTuple):
     """A question about some of the images of a call.
 
     Attributes:
-        text: what is asked.
+        text: the question itself.
         images: numbers of the images, in the order in which the model sees them.
         choices: answers whose probabilities are wanted; empty: the answer is a text.
     """
@@ -86,7 +86,7 @@ def chosen(answer: Answer, min_mass: float) -> tuple[tuple[float, ...], str]:
 
 
 def json_value(answer: Answer, key: str, kind: type, *, low: float = -math.inf, high: float = math.inf) -> Any:
-    """Value of a key in an answer that was asked for as a JSON object; text around the object is ignored.
+    """Value of a key in an answer that must be a JSON object; text around the object is ignored.
 
     Args:
         kind: `float` for a number from ``low`` to ``high``, `str` for a short text.

@@ -41,7 +41,9 @@ class VisionLanguageModel:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.processor: Any = from_folder(AutoProcessor, folder, key=key)
         if self.processor.chat_template is None and not captions_only:
-            raise RewardError(f"`{key}` {folder}: has no chat template, so it cannot be asked; give a chat model")
+            raise RewardError(
+                f"`{key}` {folder}: has no chat template, so it cannot answer questions; give a chat model"
+            )
         model: Any = model_from_folder(AutoModelForImageTextToText, folder, key=key, dtype="auto")
         self.model = model.eval().to(self.device)
         self.processor.tokenizer.padding_side = "left"  # new tokens are appended on the right

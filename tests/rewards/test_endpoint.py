@@ -273,29 +273,33 @@ def test_a_fault_is_not_kept() -> None:
         assert answers(server.url, smooth_images(1)) == [Answer("a cat")]
 
 
+def digest_of(number: int) -> str:
+    return f"{number:064x}"
+
+
 def test_concurrent_writers_lose_no_answer_and_broken_lines_are_ignored() -> None:
     writers = [KeptAnswers() for _ in range(4)]
     with ThreadPoolExecutor(8) as threads:
         for number in range(400):
-            threads.submit(writers[number % 4].add, f"{number}", Answer("é" * number, "", (0.1, number)))
+            threads.submit(writers[number % 4].add, digest_of(number), Answer("é" * number, "", (0.1, number)))
     with (kept_answers.KEPT_DIR / "answers.jsonl").open("ab") as file:
-        file.write(b'["torn", "a\n[1]\nnull\n' + b"[" * 100_000 + b'\n["x", "y", ["z"]]\n')
-    KeptAnswers().add("after", Answer("last"))
+        file.write(b'["torn", "a\n[1]\nnull\n' + b"[" * 100_000 + b'\n["%b", "y", ["z"]]\n' % (b"x" * 64))
+    KeptAnswers().add(digest_of(500), Answer("last"))
     found = KeptAnswers()
-    assert [found.get(str(number)) for number in range(400)] == [
+    assert [found.get(digest_of(number)) for number in range(400)] == [
         Answer("é" * number, "", (0.1, number)) for number in range(400)
     ]
-    assert found.get("after") == Answer("last") and found.get("x") is None
+    assert found.get(digest_of(500)) == Answer("last") and found.get("x" * 64) is None
 
 
 def test_kept_answers_are_bounded_and_the_newer_half_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_answers, "MAX_BYTES", 1000)
     for number in range(100):
-        KeptAnswers().add(str(number), Answer("a" * 50))
+        KeptAnswers().add(digest_of(number), Answer("a" * 50))
     found = KeptAnswers()
-    assert [found.get(str(number)) is not None for number in range(100)].index(True) < 90
-    assert all(found.get(str(number)) for number in range(90, 100)) and found.get("0") is None
-    assert sum(path.stat().st_size for path in kept_answers.KEPT_DIR.iterdir()) < 2300
+    assert [found.get(digest_of(number)) is not None for number in range(100)].index(True) < 95
+    assert all(found.get(digest_of(number)) for number in range(95, 100)) and found.get(digest_of(0)) is None
+    assert sum(path.stat().st_size for path in kept_answers.KEPT_DIR.iterdir()) < 2500
 
 
 def test_answers_are_given_also_if_they_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,9 +112,9 @@ def test_two_images_are_seen_in_the_order_of_the_question(chat_dir: Path) -> Non
 
 def test_batched_answers_equal_single_ones(chat_dir: Path) -> None:
     images, model = smooth_images(3), VisionLanguageModel(chat_dir, max_tokens=8, key="k")
-    for asked in (QUESTIONS, [question._replace(choices=()) for question in QUESTIONS]):
-        together = model(images, asked)
-        alone = [answer for question in asked for answer in model(images, [question])]
+    for batch in (QUESTIONS, [question._replace(choices=()) for question in QUESTIONS]):
+        together = model(images, batch)
+        alone = [answer for question in batch for answer in model(images, [question])]
         assert [answer.text for answer in together] == [answer.text for answer in alone]
         for one, other in zip(together, alone, strict=True):
             assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
@@ -149,6 +149,6 @@ def test_a_choice_without_a_token_is_refused_with_a_remedy(chat_dir: Path) -> No
         model(smooth_images(1), [Question("a cat", (0,), (("grey",),))])
 
 
-def test_a_captioning_model_cannot_be_asked(tmp_path: Path) -> None:
-    with pytest.raises(RewardError, match=r"`k` .*/blip: has no chat template, so it cannot be asked"):
+def test_a_captioning_model_cannot_answer_questions(tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match=r"`k` .*/blip: has no chat template, so it cannot answer questions"):
         VisionLanguageModel(build_blip(tmp_path / "blip"), max_tokens=8, key="k")
