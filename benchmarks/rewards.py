@@ -24,10 +24,26 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as vision
 from PIL import Image, ImageDraw, ImageFont
 from rates import CLOCKS, machine, print_rates, rates_in_turns
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
+from cdpo_ray.config import VlmJudgeOptions
 from cdpo_ray.rewards import weights
 from cdpo_ray.rewards.aesthetic import AestheticReward, ratings
 from cdpo_ray.rewards.clip import ClipReward
@@ -42,9 +58,11 @@ from cdpo_ray.rewards.scorer import Reward
 from cdpo_ray.rewards.unifiedreward import INSTRUCTION as unifiedreward_instruction
 from cdpo_ray.rewards.unifiedreward import UnifiedReward
 from cdpo_ray.rewards.unifiedreward import ratings as written_ratings
+from cdpo_ray.rewards.vlm_judge import VlmJudgeReward
 from cdpo_ray.testbed.oracle import judge
 from cdpo_ray.testbed.scenes import parse_caption, render, sample_scene, scene_prompts
 
+CAPTIONS = scene_prompts("train", 8, seed=0)
 HEAD_WIDTHS = {"0": 1024, "2": 128, "4": 64, "6": 16, "7": 1}
 CLIP_L = {
     "projection_dim": 768,
@@ -196,7 +214,7 @@ def unifiedreward(scratch: Path) -> Judge:
 
     build_qwen3_vl(scratch, ["Alignment Score (1-5): 3\n", "Coherence Score (1-5): 2\n", "Style Score (1-5): 4"])
     reward = UnifiedReward(str(scratch), None, "mean")
-    processor, model = reward.write.processor, reward.write.model
+    processor, model = reward.ask.processor, reward.ask.model
 
     def by_hand(image: Image.Image, prompt: str) -> float:
         chat = chat_of(processor, unifiedreward_instruction.format(prompt=prompt))
@@ -227,6 +245,44 @@ def ocr(scratch: Path) -> Judge:
     return Judge(OcrReward(), by_hand)
 
 
+def vlm_judge(scratch: Path) -> Judge:
+    """A small LLaVA with random weights; its tokens are words."""
+    words = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "yes", "no", *sorted(set(" ".join(CAPTIONS).split()))]
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special, additional_special_tokens=["<image>"])
+    processor = LlavaProcessor(
+        CLIPImageProcessor(),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for part in messages[0]['content'] %}"
+        "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}",
+    )
+    narrow = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**narrow, num_hidden_layers=4, image_size=224, patch_size=14),
+        text_config=LlamaConfig(
+            **narrow, vocab_size=len(words), num_hidden_layers=4, bos_token_id=2, eos_token_id=3, pad_token_id=0
+        ),
+        image_token_index=words.index("<image>"),
+    )
+    processor.save_pretrained(scratch / "vlm")
+    LlavaForConditionalGeneration(config).save_pretrained(scratch / "vlm")
+    options = VlmJudgeOptions(mode="yes_no", checkpoint=str(scratch / "vlm")).model_dump()
+    reward = VlmJudgeReward(**options)
+    net = LlavaForConditionalGeneration.from_pretrained(scratch / "vlm").eval()
+
+    def by_hand(image: Image.Image, prompt: str) -> float:
+        text = f'<image> Does this figure show "{prompt}"? Please answer yes or no.'
+        inputs = processor(text=text, images=image, return_tensors="pt")
+        return net(**inputs).logits[0, -1].softmax(-1)[words.index("yes")].item()
+
+    return Judge(reward, by_hand)
+
+
 JUDGES = {
     "clip": clip,
     "jpeg_size": jpeg_size,
@@ -237,6 +293,7 @@ JUDGES = {
     "hpsv2": hpsv2,
     "hpsv3": hpsv3,
     "unifiedreward": unifiedreward,
+    "vlm_judge": vlm_judge,
 }
 OF_THE_EMBEDDED_WORLD = ("clip", "oracle")
 HEAVY = ("pickscore", "hpsv2")  # 4 GB of weights, and twice that while they are built

@@ -1,15 +1,19 @@
 """Config -> what a run will make and need, before it starts; imports neither torch nor ray."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from cdpo_ray.config import Config, SearchSection
+from cdpo_ray.cost.judges import num_model_questions
 from cdpo_ray.curriculum.capacity import stage_capacities
 from cdpo_ray.curriculum.stages import ORDERED, admitted_gaps, admitted_levels, count_pairs
 from cdpo_ray.evaluation.statistics import MIN_PROMPTS, MIN_RUNS
 from cdpo_ray.models.sizes import Sizes, sizes_of
 from cdpo_ray.preferences.files import Scan
+from cdpo_ray.prompts.questions import read_questions
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.prompts.syntax import literal_syntax, quoted_texts
 from cdpo_ray.store import storage_path
@@ -62,6 +66,7 @@ def make_plan(config: Config, prompts: PromptSplit, cost: Sequence[str] = (), sc
         f"  rewards      {', '.join(config.rewards.names)} ({config.rewards.placement}); ranked by"
         f" {config.rewards.ranking_sentence}{noise}",
         *_unquoted(config, prompts),
+        *_model_questions(config, prompts),
         f"  curriculum   {curriculum.num_stages} stages of {curriculum.updates_per_stage} updates;"
         f" {curriculum.sentence}",
     ]
@@ -166,6 +171,44 @@ def _search(config: Config, search: SearchSection, num_prompts: int) -> list[str
         + ("" if search.confirm_seeds >= MIN_RUNS else f"; no verdict, which needs at least {MIN_RUNS} seeds")
         if confirmed
         else "  confirmation off, because `search.confirm_seeds` is 0",
+    ]
+
+
+def _model_questions(config: Config, prompts: PromptSplit) -> list[str]:
+    """Questions that each vision-language judge asks, which an endpoint is paid for."""
+    generated = config.generation.images_per_prompt
+    asked_about = [
+        ("training images", config.rewards.judges if not config.preferences else {}, prompts.train, generated),
+        ("the noise", config.rewards.judges, prompts.train[: config.rewards.noise_prompts], generated),
+        ("evaluation", config.evaluation_judges, [*prompts.heldout] * 2, config.evaluation.images_per_prompt),
+    ]
+    lines = []
+    for name, options in (config.rewards.judges | config.evaluation_judges).items():
+        counts = {
+            what: num_model_questions(name, options, asked, num_images)
+            for what, judges, asked, num_images in asked_about
+            if name in judges
+        }
+        if total := sum(counts.values()):
+            endpoint = options.get("endpoint")
+            where = (
+                f" to {endpoint['url']}, except for answers that are known" if endpoint else ", answered in the scorer"
+            )
+            parts = ", ".join(f"{count:,} for {what}" for what, count in counts.items() if count)
+            lines.append(f"  questions    {name}: {total:,} ({parts}){where}")
+        if name == "vqa":
+            lines += _without_questions(options, [*prompts.train, *prompts.heldout])
+    return lines
+
+
+def _without_questions(options: Mapping[str, Any], prompts: Sequence[str]) -> list[str]:
+    known = read_questions(Path(options["questions"]))
+    num_without = sum(prompt not in known for prompt in prompts)
+    if not num_without:
+        return []
+    return [
+        f"               warning: {num_without:,} of {len(prompts):,} prompts have no questions in"
+        f" {options['questions']}; their images have no score"
     ]
 
 

@@ -14,6 +14,7 @@ from cdpo_ray.errors import (
     ConfigError,
     CurriculumError,
     ModelError,
+    PromptError,
     RewardError,
     StoreError,
     TrainingError,
@@ -21,6 +22,7 @@ from cdpo_ray.errors import (
 )
 from cdpo_ray.hub import FETCH_ERRORS, how_to_download
 from cdpo_ray.models.folder import folder_of
+from cdpo_ray.prompts.questions import read_questions
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.prompts.syntax import quoted_texts
 from cdpo_ray.records import EVALUATION, SAMPLES, SCORES, STAGES, STEP_FOLDERS, TRAINING
@@ -173,6 +175,11 @@ def _problems(config: Config, prompts: PromptSplit, folders: set[str]) -> Iterat
                 load_function(what, name, error_class)
             except CdpoError as error:
                 yield error
+    if "vqa" in judges:
+        try:
+            _refuse_no_questions(config, prompts, folders)
+        except (ConfigError, PromptError) as error:
+            yield error
     for name in EMBEDDED_WORLD_JUDGES:
         judged = [prompt for asked in _judged(name, config, prompts, folders).values() for prompt in asked]
         if other := next((prompt for prompt in judged if not _is_caption(prompt)), None):
@@ -211,6 +218,22 @@ def _problems_of_ocr(config: Config, prompts: PromptSplit, folders: set[str]) ->
                 f"`rewards.names`: `ocr` ranks, but gives no score to images of {len(without)} of {len(asked)} training"
                 f" prompts, which have no text in quotes, the first {printable(without[0])!r}: more than"
                 f" `rewards.max_bad_fraction` = {limit}; remove these prompts, or raise it, as they form no pairs"
+            )
+
+
+def _refuse_no_questions(config: Config, prompts: PromptSplit, folders: set[str]) -> None:
+    """Raise PromptError if the questions of `vqa` cannot be read, and ConfigError if no prompt of a split has any."""
+    path = str(config.rewards.vqa.questions)
+    questions = read_questions(Path(path))
+    splits = {
+        "training": prompts.train if "vqa" in config.rewards.names and folders & {SAMPLES, SCORES} else [],
+        "held-out": prompts.heldout if EVALUATION in folders else [],
+    }
+    for split, texts in splits.items():
+        if texts and not any(text in questions for text in texts):
+            raise ConfigError(
+                f"`rewards.vqa.questions` {path}: has questions for none of {len(texts):,} {split} prompts, the first:"
+                f" {printable(texts[0])!r}; `cdpo questions` writes them"
             )
 
 

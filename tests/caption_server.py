@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,9 +11,17 @@ from typing import Any, Self
 Answer = tuple[int, dict[str, str], bytes]
 
 
-def saying(caption: object) -> Answer:
+def saying(caption: object, **usage: int) -> Answer:
     """Answer with a chat completion."""
-    body = {"choices": [{"message": {"role": "assistant", "content": caption}}]}
+    body = {"choices": [{"message": {"role": "assistant", "content": caption}}], "usage": usage}
+    return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
+
+
+def choosing(probabilities: dict[str, float]) -> Answer:
+    """Answer with the probabilities of the first token."""
+    top = [{"token": token, "logprob": math.log(share) if share else -9999} for token, share in probabilities.items()]
+    message = {"role": "assistant", "content": next(iter(probabilities), "")}
+    body = {"choices": [{"message": message, "logprobs": {"content": [{"top_logprobs": top}]}}]}
     return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from caption_server import CaptionServer, saying
 from finished_runs import config_of, write_run
 from hollow_models import build_hollow, change
 from preference_sets import pickapic_rows, write_parquet
@@ -17,6 +18,7 @@ from preference_sets import pickapic_rows, write_parquet
 from cdpo_ray.cli import GROUPS, VERBS, main, parser
 from cdpo_ray.cli.arguments import config_of as config_of_command
 from cdpo_ray.config import load_config
+from cdpo_ray.prompts.questions import read_questions
 from cdpo_ray.steps import IMPORT, STEPS
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -312,3 +314,27 @@ def test_the_package_runs_as_a_module() -> None:
     )
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr == f"ConfigError: {QUICKSTART}: 1 fault\n  `training.beta` must be > 0, got -1\n"
+
+
+def test_questions_are_written_once_for_each_prompt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cdpo_ray.rewards import kept_answers
+
+    monkeypatch.setattr(kept_answers, "KEPT_DIR", tmp_path / "answers")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert main(["questions", str(QUICKSTART)]) == 2
+    assert "`rewards.vqa.questions` is missing" in capsys.readouterr().err
+    path = tmp_path / "q.jsonl"
+    with CaptionServer(lambda _: saying('{"questions": [{"question": "Cats?", "answer": "yes"}]}')) as server:
+        endpoint = f"{{url: '{server.url}', model: m, num_concurrent_requests: 1}}"
+        prompts = ["prompts.train.count=12", "prompts.heldout.count=10"]
+        command = ["questions", str(QUICKSTART), *prompts, f"rewards.vqa={{questions: {path}, endpoint: {endpoint}}}"]
+        assert main(command) == 0
+        assert len(server.requests) == 22 and len(read_questions(path)) == 22
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+        assert main(command) == 0 and len(read_questions(path)) == 22
+        assert len(server.requests) == 22, "the answer was kept"
+    printed = capsys.readouterr().out.split("\n")
+    assert printed[0].startswith(f"{path}: questions of 22 prompts written, 0 prompts had some; 22 requests with")
+    assert printed[1].startswith(f"{path}: questions of 1 prompts written, 21 prompts had some; 0 requests with")

@@ -614,6 +614,9 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path: Path, mon
         "rewards.imagereward.checkpoint": "ImageReward.pt",
         "rewards.imagereward.vocabulary": "vocab.txt",
         "rewards.vlm_alignment.captioner": ".",
+        "rewards.vlm_judge.checkpoint": ".",
+        "rewards.vqa.checkpoint": ".",
+        "rewards.vqa.questions": "questions.jsonl",
         "rewards.vlm_alignment.sentence_encoder": ".",
         "tracking.mlflow.tracking_uri": "mlruns",
     }
@@ -719,6 +722,73 @@ def test_vlm_alignment_needs_a_captioner_only_where_it_is_used() -> None:
 def test_the_models_of_vlm_alignment_are_local_or_pinned(options: str, fault: str) -> None:
     (found,) = refused(f"rewards.vlm_alignment={{{options}}}")
     assert found.startswith(f"rewards.vlm_alignment: {fault}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (
+            ["rewards=[vlm_judge]"],
+            "`rewards.vlm_judge` must have a `checkpoint` (a folder or a hub id), or an `endpoint`",
+        ),
+        (["rewards=[vqa]"], "`rewards.vqa` must have a `checkpoint` (a folder or a hub id), or an `endpoint`"),
+        (
+            ["rewards=[vqa]", "rewards.vqa.checkpoint=."],
+            "`rewards.vqa.questions` is missing: a JSONL file of questions; `cdpo questions` writes one",
+        ),
+        (
+            ["rewards.vqa={checkpoint: ., endpoint: {url: 'http://a/v1', model: m}}"],
+            "rewards.vqa: `checkpoint` and `endpoint` must not be given together; leave out one",
+        ),
+        (
+            ["rewards.vlm_judge={checkpoint: some/one, revision: main}"],
+            "rewards.vlm_judge: `revision` must be a commit of 40 hex digits for a hub id, got 'main'",
+        ),
+        (
+            ["rewards.vlm_judge={mode: yes_no, scale: [0, 9]}"],
+            "rewards.vlm_judge: `scale` belongs to `mode` 'rating', got 'yes_no'; leave it out",
+        ),
+        (
+            ["rewards.vlm_judge.opponents=4"],
+            "rewards.vlm_judge: `opponents` belongs to `mode` 'pairwise', got 'rating'; leave it out",
+        ),
+        (
+            ["rewards.vlm_judge.scale=[5, 1]"],
+            "rewards.vlm_judge: `scale` must be the lowest and the highest rating, got [5, 1]",
+        ),
+        (
+            ["rewards.vlm_judge.question=Is it good?"],
+            "rewards.vlm_judge: `question` must contain {prompt}, which stands for the prompt",
+        ),
+        (
+            ["evaluation.judges=[vlm_judge]", "rewards.vlm_judge={checkpoint: ., mode: pairwise}"],
+            "`evaluation.judges` must not have 'vlm_judge' with `mode: pairwise`, whose scores compare the images of"
+            " one model with each other, not those of two models; name another judge",
+        ),
+    ],
+)
+def test_a_vision_language_judge_needs_a_pinned_model_and_options_of_its_mode(overrides: list[str], fault: str) -> None:
+    (found,) = refused(*overrides)
+    assert found.startswith(fault)
+
+
+def test_a_pairwise_judge_ranks_but_does_not_evaluate_and_is_not_asked_while_images_are_generated() -> None:
+    config = load_config(
+        QUICKSTART, ["rewards=[vlm_judge,clip]", "rewards.vlm_judge={checkpoint: ., mode: pairwise, opponents: 4}"]
+    )
+    assert config.rewards.ranking_reward == "vlm_judge" and list(config.rewards.judges) == ["vlm_judge", "clip"]
+    assert list(config.rewards.judges_of_one_image) == ["clip"]
+    assert "vlm_judge" not in config.evaluation_judges
+    rated = load_config(QUICKSTART, ["rewards=[vlm_judge]", "rewards.vlm_judge.checkpoint=."])
+    assert "vlm_judge" in rated.evaluation_judges and list(rated.rewards.judges_of_one_image) == ["vlm_judge"]
+
+
+def test_a_second_scoring_asks_an_endpoint_again() -> None:
+    endpoint = "{url: 'http://localhost:8000/v1', model: a-vlm}"
+    config = load_config(QUICKSTART, [f"rewards.vlm_judge.endpoint={endpoint}"])
+    first, second = (config.rewards.options("vlm_judge", again=again) for again in (False, True))
+    assert "reuse" not in first["endpoint"] and second["endpoint"].pop("reuse") is False and first == second
+    assert config.rewards.options("clip", again=True) == config.rewards.options("clip")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Every configuration key: which finished steps another value invalidates."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,17 @@ def test_another_lora_to_start_from_and_other_content_of_it_invalidate_training_
     for then, now in ((before, made[0]), made):
         assert {verb for verb in now if differences(then[verb], now[verb])} == TRAINING
     assert "`training.start_from.sha256` = " in differences(made[0]["train"], made[1]["train"])
+
+
+def test_other_questions_in_the_file_invalidate_their_scores(tmp_path: Path) -> None:
+    path, made = tmp_path / "q.jsonl", []
+    for content in ("one", "other"):
+        path.write_text(content)
+        made.append(settings("rewards=[clip,vqa]", f"rewards.vqa={{questions: {path}, checkpoint: {tmp_path}}}"))
+    assert {verb for verb in made[0] if differences(made[0][verb], made[1][verb])} == CLIP
+    assert "rewards.vqa.questions.sha256" in differences(made[0]["evaluate"], made[1]["evaluate"])
+
+
+def test_settings_of_a_vision_language_judge_are_the_same_after_they_were_stored() -> None:
+    now = settings("rewards=[vlm_judge]", "rewards.vlm_judge={checkpoint: ., scale: [0, 9]}")
+    assert json.loads(json.dumps(now)) == now

@@ -342,3 +342,31 @@ def test_trials_stop_after_stages_at_powers_of_the_reduction_factor(
     stop_early: dict[str, float], num_stages: int, stages: list[int]
 ) -> None:
     assert StopEarly(**stop_early).stages(num_stages) == stages
+
+
+ENDPOINT = "endpoint: {url: 'http://localhost:8000/v1', model: m}"
+
+
+@pytest.mark.parametrize(
+    ("options", "per_prompt"),
+    [("mode: rating", 8), ("mode: pairwise", 8 * 7), ("mode: pairwise, opponents: 4", 8 * 4), ("mode: yes_no", 8)],
+)
+def test_the_questions_of_a_vision_language_judge_are_counted(options: str, per_prompt: int) -> None:
+    judged = ["rewards=[vlm_judge]", f"rewards.vlm_judge={{{options}, {ENDPOINT}}}", "rewards.noise_prompts=2"]
+    line = line_of(str(make_plan(config(*judged), PROMPTS)), "questions")
+    counts = [6 * per_prompt, 2 * per_prompt] + ([] if "pairwise" in options else [2 * 4 * 4])
+    assert numbers(line.partition(" to http")[0]) == [sum(counts), *counts]
+    assert line.endswith("to http://localhost:8000/v1, except for answers that are known")
+    assert "questions" not in str(make_plan(config(), PROMPTS))
+
+
+def test_questions_of_a_file_are_counted_and_prompts_without_any_are_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    asked = [{"question": "Cats?", "answer": "yes"}]
+    rows = [{"prompt": "t0", "questions": asked * 3}, {"prompt": "h1", "questions": asked}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    plan = str(make_plan(config("rewards=[vqa]", f"rewards.vqa={{questions: {path}, checkpoint: .}}"), PROMPTS))
+    assert numbers(line_of(plan, "questions")) == [3 * 8 + 2 * 4, 3 * 8, 2 * 4]
+    assert line_of(plan, "warning: 8 of 10 prompts") == (
+        f"               warning: 8 of 10 prompts have no questions in {path}; their images have no score"
+    )

@@ -10,7 +10,7 @@ from finished_runs import config_of, write_run
 
 from cdpo_ray.cli import main
 from cdpo_ray.config import Config
-from cdpo_ray.errors import ConfigError, ModelError, RewardError, StoreError
+from cdpo_ray.errors import ConfigError, ModelError, PromptError, RewardError, StoreError
 from cdpo_ray.plan import make_plan
 from cdpo_ray.preflight import (
     missing_weights,
@@ -19,6 +19,7 @@ from cdpo_ray.preflight import (
     refuse_unwritable,
     try_rewards,
 )
+from cdpo_ray.prompts.questions import VqaQuestion, questions_line
 from cdpo_ray.run import read_prompts, refuse_changes, run_steps
 from cdpo_ray.steps import STEPS
 
@@ -245,3 +246,22 @@ def test_an_attempt_that_was_started_with_other_values_is_refused_before_ray_sta
     training.rename(training.with_name("4-training.partial"))
     with pytest.raises(StoreError, match=r"4-training\.partial was started with other inputs; delete it to start over"):
         refuse_changes(config)
+
+
+def test_questions_that_cannot_be_read_or_are_for_no_prompt_are_refused_before_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    vqa = {"questions": str(path), "checkpoint": str(tmp_path)}
+    config = config_of(tmp_path / "runs", "embedded", rewards={"names": ["clip", "vqa"], "vqa": vqa})
+    with pytest.raises(PromptError, match=rf"^{path}: cannot be read: No such file"):
+        problems_of(config)
+    split = read_prompts(config)
+    lines = {prompt: questions_line(prompt, [VqaQuestion("Cats?", "yes")]) for prompt in (*split.train, *split.heldout)}
+    path.write_text(lines[split.train[0]])
+    message = rf"^`rewards.vqa.questions` {path}: has questions for none of {len(split.heldout)} held-out prompts, the"
+    with pytest.raises(ConfigError, match=message):
+        problems_of(config)
+    path.write_text(lines[split.train[0]] + lines[split.heldout[-1]])
+    problems_of(config)
+    path.write_text("{}\n[]")
+    with pytest.raises(PromptError, match=r": 2 faults\n"):
+        problems_of(config)

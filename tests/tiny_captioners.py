@@ -1,11 +1,13 @@
 """Folders of tiny vision-language models and sentence encoders with random weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
+from torch import Tensor
 from transformers import (
     BertConfig,
     BertModel,
@@ -25,7 +27,10 @@ from transformers import (
 
 BERT_MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = ("a", "the", "cat", "dog", "bird", "plays", "chess", "rides", "bike", "red", "blue", "one", "two", "of", "and")
+CHOICES = ("Yes", "no", "yes", "YES", "1", "2")
+"""Words that `build_llava` may have beside `WORDS`, which has "two"."""
 SIZE, PATCH = 32, 8
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def bert_tokenizer() -> BertTokenizer:
@@ -84,13 +89,19 @@ def build_blip(folder: Path) -> Path:
     return folder
 
 
-def build_llava(folder: Path) -> Path:
-    """Build a LLaVA, a chat model."""
+LLAVA_MARKS = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "USER", "ASSISTANT")
+
+
+def build_llava(folder: Path, more_words: Sequence[str] = ()) -> Path:
+    """Build a LLaVA, a chat model whose tokens are words between spaces.
+
+    Args:
+        more_words: tokens after `LLAVA_MARKS` and `WORDS`; with any, punctuation belongs to the words.
+    """
     torch.manual_seed(2)
-    marks = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "USER", "ASSISTANT")
-    words = WordLevel({word: number for number, word in enumerate((*marks, *WORDS))}, unk_token="<unk>")
-    backend = Tokenizer(words)
-    backend.pre_tokenizer = Whitespace()
+    vocabulary = {word: number for number, word in enumerate((*LLAVA_MARKS, *WORDS, *more_words))}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit() if more_words else Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -119,7 +130,7 @@ def build_llava(folder: Path) -> Path:
             intermediate_size=48,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=64,
+            max_position_embeddings=128,
             bos_token_id=2,
             eos_token_id=3,
             pad_token_id=0,
@@ -138,3 +149,26 @@ def build_llava(folder: Path) -> Path:
         chat_template=template,
     ).save_pretrained(folder)
     return folder
+
+
+def smooth_images(count: int) -> Tensor:
+    coarse = torch.rand(count, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    return (torch.nn.functional.interpolate(coarse, (32, 32)) * 255).to(torch.uint8)
+
+
+def prepared(image: Tensor) -> Tensor:
+    return ((image / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])[None]
+
+
+def token_of(word: str) -> int:
+    """Number of a word in the vocabulary of a LLaVA with `CHOICES`."""
+    return [*LLAVA_MARKS, *WORDS, *CHOICES].index(word)
+
+
+@torch.no_grad()
+def first_token_softmax(folder: Path, images: list[Tensor], words: str) -> Tensor:
+    """Probabilities ``[token]`` after a question, by one plain forward pass in float64."""
+    net = LlavaForConditionalGeneration.from_pretrained(folder).double().eval()
+    prompt = ["USER", *["<image>"] * (16 * len(images)), *words.split(), "ASSISTANT"]
+    pixels = torch.cat([prepared(image) for image in images]).double()
+    return net(torch.tensor([[token_of(word) for word in prompt]]), pixel_values=pixels).logits[0, -1].softmax(-1)

@@ -17,6 +17,7 @@ GROUPS = {
         "init": "cdpo_ray.cli.init",
         "configs": "cdpo_ray.cli.configs",
         "config": "cdpo_ray.cli.config",
+        "questions": "cdpo_ray.cli.questions",
         "check": "cdpo_ray.cli.check",
         "doctor": "cdpo_ray.cli.doctor",
         "completion": "cdpo_ray.cli.completion",

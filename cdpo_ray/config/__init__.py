@@ -9,6 +9,8 @@ from cdpo_ray.config.rewards import (
     REWARDS,
     RewardsSection,
     VlmAlignmentOptions,
+    VlmJudgeOptions,
+    VqaOptions,
     options_without_choices,
     ranking_weights,
 )
@@ -32,6 +34,8 @@ __all__ = [
     "SearchSection",
     "TrainingSection",
     "VlmAlignmentOptions",
+    "VlmJudgeOptions",
+    "VqaOptions",
     "load_config",
     "nearest",
     "options_without_choices",

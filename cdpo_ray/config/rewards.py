@@ -21,6 +21,8 @@ REWARDS = {
     "aesthetic": "cdpo_ray.rewards.aesthetic:AestheticReward",
     "ocr": "cdpo_ray.rewards.ocr:OcrReward",
     "vlm_alignment": "cdpo_ray.rewards.vlm_alignment:VlmAlignmentReward",
+    "vlm_judge": "cdpo_ray.rewards.vlm_judge:VlmJudgeReward",
+    "vqa": "cdpo_ray.rewards.vqa:VqaReward",
     "jpeg_size": "cdpo_ray.rewards.jpeg_size:JpegSizeReward",
     "oracle": "cdpo_ray.rewards.oracle:OracleReward",
     "oracle_strict": "cdpo_ray.rewards.oracle:StrictOracleReward",
@@ -75,6 +77,11 @@ class RewardOptions(Section):
     def fault(self) -> str:
         """Why the reward cannot be used with these options; empty: it can."""
         return ""
+
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether a score compares an image with the others of its prompt, and so not the images of two models."""
+        return False
 
 
 class ClipOptions(RewardOptions):
@@ -276,7 +283,8 @@ def _plain_url(url: str) -> str:
 
 
 class EndpointSection(Section):
-    """OpenAI-compatible server that captions images, in place of a local `captioner`."""
+    """OpenAI-compatible server that answers questions about images, in place of a local model. Answers are kept in
+    `$HF_HOME/cdpo_ray/answers`, so that the same question about the same image is not paid for twice."""
 
     url: Annotated[str, AfterValidator(_plain_url)]
     """Base URL up to and including `/v1`, without credentials."""
@@ -292,8 +300,8 @@ class EndpointSection(Section):
     """Maximum duration of one attempt, from the request to the end of the answer."""
 
     max_retries: Annotated[int, Field(ge=0, le=20)] = 4
-    """Maximum number of retries per image, with exponential backoff, after a timeout or a passing error (429, 500, 502,
-    503, 504). An image without a caption has no score."""
+    """Maximum number of retries per question, with exponential backoff, after a timeout or a passing error (429, 500,
+    502, 503, 504). An image without an answer has no score."""
 
     num_concurrent_requests: Annotated[int, Field(ge=1, le=64)] = 4
     """Number of requests that one scorer has open at the same time."""
@@ -344,6 +352,101 @@ class VlmAlignmentOptions(RewardOptions):
         for key, (place, revision) in models.items():
             check_pinned(place, revision, key=key, revision_key=f"{key}_revision", kind="folder")
         return self
+
+
+class VisionLanguageOptions(RewardOptions):
+    """A vision-language model that answers questions about images: `checkpoint` or `endpoint`."""
+
+    NAME: ClassVar[str]
+    """Name of the reward."""
+
+    checkpoint: LocalPath | None = None
+    """Folder or hub id of a vision-language chat model of transformers, which runs in the scorer."""
+
+    revision: str | None = None
+    """Full commit (40 hex digits) of a hub id."""
+
+    endpoint: EndpointSection | None = None
+
+    @property
+    def fault(self) -> str:
+        if self.checkpoint or self.endpoint:
+            return ""
+        return f"`rewards.{self.NAME}` must have a `checkpoint` (a folder or a hub id), or an `endpoint`"
+
+    @model_validator(mode="after")
+    def _is_pinned(self) -> "VisionLanguageOptions":
+        if self.checkpoint and self.endpoint:
+            raise ValueError("`checkpoint` and `endpoint` must not be given together; leave out one")
+        if self.checkpoint:
+            check_pinned(self.checkpoint, self.revision, key="checkpoint", revision_key="revision", kind="folder")
+        return self
+
+
+class VlmJudgeOptions(VisionLanguageOptions):
+    """Reward `vlm_judge`: a vision-language model rates images, or chooses between two. It needs `checkpoint` or
+    `endpoint`."""
+
+    NAME: ClassVar[str] = "vlm_judge"
+    NEEDS: ClassVar[str] = "`rewards.vlm_judge.checkpoint` or `rewards.vlm_judge.endpoint`"
+
+    mode: Literal["rating", "yes_no", "pairwise"] = "rating"
+    """Question to the model. `rating`: a number on `scale`. `yes_no`: whether the image shows the prompt; the score
+    is the probability of "yes" (VQAScore, arXiv:2404.01291). `pairwise`: which of two images of a prompt is better, in
+    both orders; the scores are Bradley-Terry strengths in logits, whose mean is 0 for each prompt. They rank training
+    images; an evaluation cannot use them, because they compare images of one model only."""
+
+    read: Literal["probabilities", "json"] = "probabilities"
+    """How an answer is read. `probabilities`: from the probabilities of its first token, as the expected rating or the
+    probability of a choice. `json`: from the text of a JSON object, for servers that give no `logprobs`; scores have
+    few values then, and equal scores form no pairs."""
+
+    question: Annotated[str, Field(min_length=1)] | None = None
+    """Question, in which `{prompt}` stands for the prompt. `null`: the question of the mode, see the guide."""
+
+    scale: tuple[Annotated[int, Field(ge=0, le=9)], Annotated[int, Field(ge=0, le=9)]] = (1, 5)
+    """Lowest and highest rating of `mode: rating`. One digit, because a number of two digits may be two tokens."""
+
+    opponents: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    """Number of other images of the prompt that `mode: pairwise` compares each image with. `null`: all, which takes
+    N (N - 1) questions for N images; a number k takes N k."""
+
+    @property
+    def whole_prompts(self) -> bool:
+        return self.mode == "pairwise"
+
+    @model_validator(mode="after")
+    def _options_fit_the_mode(self) -> "VlmJudgeOptions":
+        for key, mode in (("scale", "rating"), ("opponents", "pairwise")):
+            if self.mode != mode and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"`{key}` belongs to `mode` {mode!r}, got {self.mode!r}; leave it out")
+        if self.scale[0] >= self.scale[1]:
+            raise ValueError(f"`scale` must be the lowest and the highest rating, got {list(self.scale)}")
+        if self.question is not None and "{prompt}" not in self.question:
+            raise ValueError("`question` must contain {prompt}, which stands for the prompt")
+        return self
+
+
+class VqaOptions(VisionLanguageOptions):
+    """Reward `vqa`: share of questions about an image that a vision-language model answers right. It needs `questions`,
+    and `checkpoint` or `endpoint`."""
+
+    NAME: ClassVar[str] = "vqa"
+    NEEDS: ClassVar[str] = "`rewards.vqa.questions`"
+
+    questions: LocalPath | None = None
+    """JSONL file of each prompt's questions with their right answers, also in the layout of GenEval2. `cdpo questions`
+    lets the endpoint's model write it."""
+
+    read: Literal["json", "probabilities"] = "json"
+    """How an answer is read. `json`: as text, and compared with the right one. `probabilities`: the probability that it
+    begins with the right one, so that the score is the expected share (Soft-TIFA, arXiv:2512.16853). Right answers must
+    then be yes, no, a number from 0 to 9, or a word that is one token."""
+
+    @property
+    def fault(self) -> str:
+        missing = "`rewards.vqa.questions` is missing: a JSONL file of questions; `cdpo questions` writes one"
+        return super().fault or ("" if self.questions else missing)
 
 
 class JpegSizeOptions(RewardOptions):
@@ -399,8 +502,8 @@ class RewardsSection(Section):
 
     names: Annotated[tuple[ScoreName, ...], Field(min_length=1)]
     """Rewards to compute: built-in (`clip`, `hpsv2`, `hpsv3`, `imagereward`, `pickscore`, `unifiedreward`, `aesthetic`,
-    `ocr`, `vlm_alignment`, `jpeg_size`, `oracle`, `oracle_strict`), `module:function` of your own, `perturbation`, or
-    `preference` (labels of imported data). Others can be added to a finished run."""
+    `ocr`, `vlm_alignment`, `vlm_judge`, `vqa`, `jpeg_size`, `oracle`, `oracle_strict`), `module:function` of your own,
+    `perturbation`, or `preference` (labels of imported data). Others can be added to a finished run."""
 
     rank_by: RankingName | None = None
     """What ranks images: one of `names`, or a combination. `weighted_sum`: of scores standardised within the prompt;
@@ -433,6 +536,8 @@ class RewardsSection(Section):
     unifiedreward: UnifiedRewardOptions = UnifiedRewardOptions()
     aesthetic: AestheticOptions = AestheticOptions()
     vlm_alignment: VlmAlignmentOptions = VlmAlignmentOptions()
+    vlm_judge: VlmJudgeOptions = VlmJudgeOptions()
+    vqa: VqaOptions = VqaOptions()
     jpeg_size: JpegSizeOptions = JpegSizeOptions()
     perturbation: PerturbationOptions = PerturbationOptions()
 
@@ -489,10 +594,27 @@ class RewardsSection(Section):
         """Rewards that look at images, each with the keyword arguments of its class."""
         return {name: self.options(name) for name in self.names if name not in JUDGE_NO_IMAGE}
 
-    def options(self, name: str) -> dict[str, Any]:
-        """Keyword arguments of one reward's class."""
+    @property
+    def judges_of_one_image(self) -> dict[str, dict[str, Any]]:
+        """`judges` whose score of an image does not depend on the other images of its prompt."""
+        return {name: options for name, options in self.judges.items() if not self.needs_whole_prompts(name)}
+
+    def needs_whole_prompts(self, name: str) -> bool:
+        """See `RewardOptions.whole_prompts`."""
         section = self._section(name)
-        return section.model_dump() if section else dict(self.arguments.get(name, {}))
+        return isinstance(section, RewardOptions) and section.whole_prompts
+
+    def options(self, name: str, *, again: bool = False) -> dict[str, Any]:
+        """Keyword arguments of one reward's class.
+
+        Args:
+            again: for a second scoring, which measures noise: kept answers of an endpoint must not be used.
+        """
+        section = self._section(name)
+        found = section.model_dump(mode="json") if section else dict(self.arguments.get(name, {}))
+        if again and section and found.get("endpoint"):
+            found["endpoint"] |= {"reuse": False}
+        return found
 
     def fault(self, name: str) -> str:
         """Why a reward cannot be used with its options; empty: it can."""

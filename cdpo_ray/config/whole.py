@@ -205,6 +205,12 @@ class Config(Section):
             for name in self.rewards.arguments
             if name not in own
         ]
+        faults += [
+            f"`evaluation.judges` must not have {name!r} with `mode: pairwise`, whose scores compare the images of one"
+            " model with each other, not those of two models; name another judge"
+            for name in self.evaluation.judges
+            if self.rewards.needs_whole_prompts(name)
+        ]
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -387,12 +393,17 @@ class Config(Section):
     def search_judge(self) -> str | None:
         """Judge of a search; by default the first ranking reward that looks at images."""
         given = self.search.judge if self.search else None
-        return given or next((name for name in self.rewards.ranking_weights if name in self.rewards.judges), None)
+        judges = self.rewards.judges_of_one_image
+        return given or next((name for name in self.rewards.ranking_weights if name in judges), None)
 
     @property
     def evaluation_judges(self) -> dict[str, dict[str, Any]]:
-        """Judges of held-out images, the run's own rewards first, each with the keyword arguments of its class."""
-        return self.rewards.judges | {name: self.rewards.options(name) for name in self.evaluation.judges}
+        """Judges of held-out images, the run's own rewards first, each with the keyword arguments of its class.
+
+        A reward that compares the images of a prompt is left out: the mean of its scores is 0 for every model.
+        """
+        own = self.rewards.judges_of_one_image
+        return own | {name: self.rewards.options(name) for name in self.evaluation.judges}
 
     @property
     def sampled_guidance(self) -> float:

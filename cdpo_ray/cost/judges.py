@@ -1,7 +1,10 @@
 """Reward -> cost of scoring an image; does not import torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from cdpo_ray.prompts.questions import read_questions
 
 
 class JudgeCost(NamedTuple):
@@ -46,3 +49,22 @@ def judges_cost(judges: Mapping[str, Mapping[str, Any]]) -> tuple[JudgeCost, lis
         elif name not in ON_CPU and not options.get("endpoint"):
             unknown.append(name)
     return JudgeCost(sum(cost.flops for cost in known), sum(cost.parameters for cost in known)), unknown
+
+
+def num_model_questions(name: str, options: Mapping[str, Any], prompts: Sequence[str], images_per_prompt: int) -> int:
+    """Number of questions that a vision-language judge asks about the images of some prompts; 0 for other judges.
+
+    Args:
+        name, options: as in `RewardsSection.judges`.
+
+    Raises:
+        PromptError: the file of `vqa` cannot be read.
+    """
+    num_images = len(prompts) * images_per_prompt
+    if name == "vlm_judge" and options["mode"] == "pairwise":
+        others = images_per_prompt - 1
+        return num_images * min(options["opponents"] or others, others)
+    if name == "vqa":
+        questions = read_questions(Path(options["questions"]))
+        return sum(len(questions.get(prompt, ())) for prompt in prompts) * images_per_prompt
+    return num_images if name in ("vlm_alignment", "vlm_judge") else 0

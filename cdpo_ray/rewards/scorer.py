@@ -31,7 +31,12 @@ SCORE_KEYS = ("scores", "score", "rewards", "reward")
 
 
 class Reward(Protocol):
-    """Scores ``[image]`` of uint8 ``[image, 3, height, width]``, with one prompt each; higher is better."""
+    """Scores ``[image]`` of uint8 ``[image, 3, height, width]``, with one prompt each; higher is better.
+
+    A built-in reward that compares the images of a prompt has the attribute ``whole_prompts``, which is true;
+    `PixelScorer` then never splits the images of a prompt into several calls. Its options say so too
+    (`RewardOptions.whole_prompts`), so that it is not called where images arrive one by one.
+    """
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Any: ...
 
@@ -47,19 +52,27 @@ class Scorer:
         self.rewards = {name: load_reward(name, options) for name, options in rewards.items()}
         self.max_images = dict.fromkeys(self.rewards, sys.maxsize)
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
+    ) -> dict[str, NDArray[np.float64]]:
         """Scores ``[image]`` per reward; NaN for all-black images.
 
         Args:
             images: uint8 ``[image, 3, height, width]``.
             prompts: one per image.
+            names: rewards to compute; `None`: all.
 
         Raises:
             RewardError: if a reward raises, ends its process, runs out of memory with one image, or does not return one
                 number per image.
         """
         black = is_black(images)
-        return {name: np.where(black, np.nan, self._scores(name, images, prompts)) for name in self.rewards}
+        wanted = self.rewards if names is None else names
+        return {name: np.where(black, np.nan, self._scores(name, images, prompts)) for name in wanted}
+
+    def compares(self, name: str) -> bool:
+        """Whether a reward needs all images of a prompt in one call."""
+        return bool(getattr(self.rewards[name], "whole_prompts", False))
 
     def _scores(self, name: str, images: Tensor, prompts: Sequence[str]) -> NDArray[np.float64]:
         """Scores ``[image]``; out of memory, the batch size is halved for all later calls."""
@@ -75,9 +88,9 @@ class Scorer:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if size == 1:
+                if size == 1 or self.compares(name):
                     raise RewardError(
-                        f"reward `{name}`: out of memory with one image:"
+                        f"reward `{name}`: out of memory with {'one image' if size == 1 else 'the images of a prompt'}:"
                         f" {needed_and_free(error, images.device.type)}; choose a smaller image, or give the actors"
                         " that run it a larger device"
                     ) from None
@@ -197,9 +210,13 @@ class PixelScorer:
         images = torch.from_numpy(pixels.reshape(-1, *pixels.shape[2:]))
         prompts = [prompt for prompt in rows["prompt"].to_pylist() for _ in range(num_samples)]
         scores = {name: np.empty(len(prompts)) for name in self.scores.rewards}
-        for batch in batches_of(len(prompts), self.images_per_batch, mixed=self.mixed):
-            for name, values in self.scores(images[batch], prompts[batch]).items():
-                scores[name][batch] = values
+        for together in {1, num_samples}:
+            names = [name for name in scores if together == (num_samples if self.scores.compares(name) else 1)]
+            batches = batches_of(len(prompts), self.images_per_batch, mixed=self.mixed, together=together)
+            for batch in batches if names else ():
+                found = self.scores(images[batch], [prompts[image] for image in batch], names)
+                for name, values in found.items():
+                    scores[name][batch] = values
         if not self.keep_pixels:
             rows = rows.drop_columns("pixels")
         for name, values in scores.items():
@@ -207,18 +224,25 @@ class PixelScorer:
         return rows
 
 
-def batches_of(num_images: int, images_per_batch: int, *, mixed: bool) -> list[slice]:
+def batches_of(num_images: int, images_per_batch: int, *, mixed: bool, together: int = 1) -> list[NDArray[np.intp]]:
     """Split the images of a call into batches of at most ``images_per_batch``, in order.
 
     Args:
         mixed: use twice as many batches (but pairs at least, if possible) of images that are not neighbours. A score
             that depends on the rest of its batch then differs.
+        together: number of neighbours, all images of a prompt, that are never separated, even if they are more than
+            ``images_per_batch``; ``mixed`` batches have them in reverse order.
+
+    Returns:
+        Numbers of each batch's images.
     """
-    num_batches = math.ceil(num_images / images_per_batch)
+    groups = np.arange(num_images).reshape(-1, together)
+    num_groups, per_batch = len(groups), max(1, images_per_batch // together)
+    num_batches = math.ceil(num_groups / per_batch)
     if mixed:
-        num_batches = max(num_batches, min(2 * num_batches, math.ceil(num_images / 2)))
-        return [slice(first, None, num_batches) for first in range(num_batches)]
-    return [slice(first, first + images_per_batch) for first in range(0, num_images, images_per_batch)]
+        num_batches = max(num_batches, min(2 * num_batches, math.ceil(num_groups / 2)))
+        return [groups[first::num_batches, ::-1].ravel() for first in range(num_batches)]
+    return [groups[first : first + per_batch].ravel() for first in range(0, num_groups, per_batch)]
 
 
 class PixelReader:

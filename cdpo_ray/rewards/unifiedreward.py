@@ -1,6 +1,5 @@
 """Images -> ratings that UnifiedReward, a vision-language model, writes as text."""
 
-import logging
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -9,11 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdpo_ray.errors import RewardError, printable
-from cdpo_ray.rewards.captions import LocalCaptioner
+from cdpo_ray.errors import printable
+from cdpo_ray.rewards.answers import Answer, Question, warn_of_invalid
+from cdpo_ray.rewards.vision_language import VisionLanguageModel
 from cdpo_ray.rewards.weights import hub_folder
-
-log = logging.getLogger(__name__)
 
 KEY = "rewards.unifiedreward.checkpoint"
 AXES = ("alignment", "coherence", "style")
@@ -51,21 +49,15 @@ class UnifiedReward:
     def __init__(
         self, checkpoint: str, revision: str | None, axis: Literal["mean", "alignment", "coherence", "style"]
     ) -> None:
-        folder = hub_folder(checkpoint, revision, key=KEY)
-        self.write = LocalCaptioner(folder, max_tokens=MAX_TOKENS, key=KEY)
-        if self.write.processor.chat_template is None:
-            raise RewardError(f"`{KEY}` {folder}: has no chat template; give a chat model, such as UnifiedReward 2.0")
+        self.ask = VisionLanguageModel(hub_folder(checkpoint, revision, key=KEY), max_tokens=MAX_TOKENS, key=KEY)
         self.axes = AXES if axis == "mean" else (axis,)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray[Any]:
-        written = self.write(images, [INSTRUCTION.format(prompt=prompt) for prompt in prompts])
-        found = [ratings(text.text) for text in written]
-        invalid = [text.text for text, rated in zip(written, found, strict=True) if rated is None]
-        if invalid:
-            log.warning(
-                "reward `unifiedreward`: %d of %d answers are not three ratings from 1 to 5, and their images have no"
-                " score; the first: %s", len(invalid), len(prompts), printable(repr(invalid[0][:200])),
-            )  # fmt: skip
+        texts = [INSTRUCTION.format(prompt=prompt) for prompt in prompts]
+        answers = self.ask(images, [Question(text, (number,)) for number, text in enumerate(texts)])
+        found = [ratings(answer.text) for answer in answers]
+        faults = ["" if rated else _fault(answer) for answer, rated in zip(answers, found, strict=True)]
+        warn_of_invalid("unifiedreward", faults, "an image without three ratings from 1 to 5 has no score")
         return np.array([np.mean([rated[axis] for axis in self.axes]) if rated else np.nan for rated in found])
 
 
@@ -75,3 +67,7 @@ def ratings(text: str) -> dict[str, float] | None:
     found = {axis.lower(): float(number) for axis, number in lines}
     is_valid = len(lines) == len(AXES) and sorted(found) == sorted(AXES)
     return found if is_valid and all(1 <= number <= 5 for number in found.values()) else None
+
+
+def _fault(answer: Answer) -> str:
+    return answer.fault or f"the model wrote {printable(repr(answer.text), 200)}"

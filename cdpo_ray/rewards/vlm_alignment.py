@@ -1,7 +1,6 @@
 """Images -> similarity of their captions to the prompts."""
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from cdpo_ray.errors import RewardError
-from cdpo_ray.rewards.captions import Caption, EndpointCaptioner, LocalCaptioner
+from cdpo_ray.rewards.answers import Question, refuse_faults, warn_of_invalid
 from cdpo_ray.rewards.precision import net_precision
+from cdpo_ray.rewards.vision_language import model_to_ask
 from cdpo_ray.rewards.weights import from_folder, hub_folder, model_from_folder
 
-log = logging.getLogger(__name__)
-
-CAPTIONER_KEY = "rewards.vlm_alignment.captioner"
+NAME = "vlm_alignment"
 ENCODER_KEY = "rewards.vlm_alignment.sentence_encoder"
 
 
@@ -34,7 +32,7 @@ class VlmAlignmentReward:
         sentence_encoder_revision: commit of the hub id.
         captioner: folder or hub id of a vision-language model that runs in this process; `None`: ``endpoint`` is used.
         captioner_revision: commit of the captioner's hub id.
-        endpoint: keyword arguments of `EndpointCaptioner`.
+        endpoint: keyword arguments of `Endpoint`.
         instruction: prompt of the captioner.
         max_caption_tokens: maximum number of tokens of a caption.
 
@@ -54,15 +52,16 @@ class VlmAlignmentReward:
         max_caption_tokens: int,
     ) -> None:
         self.encode = SentenceEncoder(hub_folder(sentence_encoder, sentence_encoder_revision, key=ENCODER_KEY))
-        self.caption: LocalCaptioner | EndpointCaptioner
-        if endpoint is not None:
-            self.caption = EndpointCaptioner(**endpoint, instruction=instruction, max_tokens=max_caption_tokens)
-        else:
-            assert captioner is not None, "the config requires a captioner or an endpoint"
-            folder = hub_folder(captioner, captioner_revision, key=CAPTIONER_KEY)
-            self.caption = LocalCaptioner(
-                folder, instruction=instruction, max_tokens=max_caption_tokens, key=CAPTIONER_KEY
-            )
+        self.instruction = instruction
+        self.ask = model_to_ask(
+            NAME,
+            checkpoint=captioner,
+            revision=captioner_revision,
+            endpoint=endpoint,
+            max_tokens=max_caption_tokens,
+            checkpoint_key="captioner",
+            captions_only=True,
+        )
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> NDArray[Any]:
         """Scores ``[image]`` of uint8 ``[image, 3, height, width]``, with one prompt each.
@@ -70,8 +69,9 @@ class VlmAlignmentReward:
         Raises:
             RewardError: if no image could be captioned.
         """
-        captions = self.caption(images)
-        _report_faults(captions)
+        captions = self.ask(images, [Question(self.instruction, (number,)) for number in range(len(prompts))])
+        refuse_faults(NAME, captions)
+        warn_of_invalid(NAME, [caption.fault for caption in captions], "an image without a caption has no score")
         similarity = (self.encode([caption.text for caption in captions]) * self.encode(prompts)).sum(-1)
         return np.where([bool(caption.fault) for caption in captions], np.nan, similarity.double().cpu().numpy())
 
@@ -107,14 +107,3 @@ class SentenceEncoder:
             states = self.model(**tokens).last_hidden_state
         mask = tokens.attention_mask[..., None]
         return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-
-
-def _report_faults(captions: Sequence[Caption]) -> None:
-    faults = [caption.fault for caption in captions if caption.fault]
-    if len(faults) == len(captions):
-        raise RewardError(f"reward `vlm_alignment`: none of {len(captions)} images could be captioned: {faults[0]}")
-    if faults:
-        log.warning(
-            "reward `vlm_alignment`: %d of %d images have no caption and so no score: %s",
-            len(faults), len(captions), faults[0],
-        )  # fmt: skip

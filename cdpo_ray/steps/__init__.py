@@ -168,7 +168,7 @@ def demands_of(step: Step, config: Config) -> list[Demand]:
         num = config.training.num_workers
         return [Demand("training.num_workers", "worker", num, num, trainers.cpus_per_worker, trainers.gpus_per_worker)]
     if step.folder in (SAMPLES, EVALUATION, VALIDATION, HELDOUT):
-        both = step.folder == SAMPLES and config.rewards.placement == "pool" and config.rewards.judges
+        both = step.folder == SAMPLES and config.rewards.placement == "pool" and config.rewards.judges_of_one_image
         pools = [generators, scorers] if both else [generators]
     elif step.folder == SCORES:
         pools = [scorers]

@@ -17,7 +17,7 @@ from cdpo_ray.user_code import USER_FUNCTION, source_files
 CONFIG_ENDINGS = (".json", ".txt", ".jinja", ".model")
 MODEL_ENDINGS = (*CONFIG_ENDINGS, ".safetensors")
 """Suffixes of the files loaded from a model's folder; pickles and code are never loaded."""
-REWARD_WEIGHTS = ("checkpoint", "processor", "vocabulary", "captioner", "sentence_encoder")
+REWARD_WEIGHTS = ("checkpoint", "processor", "vocabulary", "captioner", "sentence_encoder", "questions")
 """Reward options whose value is a file, a folder or a hub id."""
 
 

@@ -52,7 +52,10 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
     from cdpo_ray.rewards.scorer import Scorer
 
     config = context.config
-    rewards, judges = {name: judged_with(config, name) for name in config.rewards.names}, config.rewards.judges
+    judges = config.rewards.judges_of_one_image  # the step `score` computes the others
+    rewards = {
+        name: judged_with(config, name) for name in config.rewards.names if not config.rewards.needs_whole_prompts(name)
+    }
     sampling = sampling_of(config, config.generation.images_per_prompt, context.seed)
     sampling = replace(sampling, max_masked_fraction=config.rewards.max_masked_fraction)
     if sizes := sizes_of(config.model.family, config.model.layout.path, sampling.height, sampling.width):
@@ -112,7 +115,7 @@ def import_preferences(context: Context, output_dir: Path, output: StepOutput) -
     assert preferences is not None, "called for a config with preferences only"
     found = scan(source)
     found.refuse_unusable(source, preferences.max_bad_fraction)
-    judges = config.rewards.judges
+    judges = config.rewards.judges_of_one_image  # the step `score` computes the others
     context.progress.begin("import", total=found.num_rows, unit="row")
     quarantined = import_samples(
         found.chunks,

@@ -55,7 +55,7 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
 
             scored = rescore(
                 samples_dir,
-                rewards={name: rewards.options(name) for name in names},
+                rewards={name: rewards.options(name, again=second) for name in names},
                 scorers=config.resources.scorers,
                 images_per_batch=config.generation.images_per_batch,
                 images_per_prompt=num_samples,

@@ -172,6 +172,22 @@ def of_none(images, prompts):
     raise MemoryError("no room")
 
 
+class Whole:
+    """Brightness beyond the mean of the prompt's images in the call."""
+
+    whole_prompts = True
+
+    def __call__(self, images, prompts):
+        values = mean(images, prompts).double().numpy()
+        prompts = np.array(prompts)
+        return [value - values[prompts == prompt].mean() for value, prompt in zip(values, prompts)]
+
+
+class Heavy(Whole):
+    def __call__(self, images, prompts):
+        raise MemoryError("no room")
+
+
 def normalized(images, prompts):
     values = mean(images, prompts)
     return (values - values.mean()) / (values.std() + 1e-6)
@@ -321,12 +337,40 @@ def test_fault_45_mixed_batches_reveal_a_score_that_depends_on_the_batch(
 @pytest.mark.parametrize("images_per_batch", [1, 2, 3, 16, 200])
 def test_batches_hold_each_image_once_and_respect_the_limit(num_images: int, images_per_batch: int) -> None:
     for mixed in (False, True):
-        batches = [range(num_images)[one] for one in batches_of(num_images, images_per_batch, mixed=mixed)]
+        batches = [one.tolist() for one in batches_of(num_images, images_per_batch, mixed=mixed)]
         assert sorted(number for batch in batches for number in batch) == list(range(num_images))
         assert all(0 < len(batch) <= images_per_batch for batch in batches)
     if num_images > 2 and images_per_batch > 1:
         assert all(1 not in np.diff(batch) for batch in batches), "no two neighbours"
         assert all(len(batch) > 1 for batch in batches[:-1])
+
+
+@pytest.mark.parametrize("images_per_batch", [1, 3, 4, 5, 8, 100])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_reward_that_compares_images_gets_whole_prompts_also_if_another_is_scored_in_smaller_batches(
+    images_per_batch: int, mixed: bool
+) -> None:
+    rows = rows_of(5, 4)
+    rows = rows.set_column(0, "prompt", pa.array([f"prompt {number}" for number in range(5)]))
+    rewards = {f"{MODULE}:Whole": {}, f"{MODULE}:mean": {}}
+    scored = PixelScorer(rewards, images_per_batch, mixed=mixed)(rows)
+    whole = np.array(scored[f"score_{MODULE}:Whole"].to_pylist())
+    pixels = rows["pixels"].combine_chunks().to_numpy_ndarray().astype(float)
+    means = pixels.mean(axis=(2, 3, 4))
+    np.testing.assert_allclose(whole, means - means.mean(axis=1, keepdims=True), atol=1e-4)
+    np.testing.assert_allclose(np.array(scored[f"score_{MODULE}:mean"].to_pylist()), means, rtol=1e-6)
+
+
+def test_mixed_batches_of_whole_prompts_have_their_images_in_reverse_order() -> None:
+    found = batches_of(12, 8, mixed=True, together=4)
+    assert [batch.tolist() for batch in found] == [[3, 2, 1, 0, 11, 10, 9, 8], [7, 6, 5, 4]]
+    found = batches_of(12, 8, mixed=False, together=4)
+    assert [batch.tolist() for batch in found] == [list(range(8)), list(range(8, 12))]
+
+
+def test_a_reward_that_compares_images_is_not_called_with_fewer_when_memory_runs_out() -> None:
+    with pytest.raises(RewardError, match=rf"reward `{MODULE}:Heavy`: out of memory with the images of a prompt: "):
+        PixelScorer({f"{MODULE}:Heavy": {}}, 8)(rows_of(1, 4))
 
 
 def test_fault_36_a_black_image_has_no_score() -> None:

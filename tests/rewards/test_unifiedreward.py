@@ -13,6 +13,7 @@ from tiny_qwen import build_qwen3_vl
 from transformers import AutoProcessor
 
 from cdpo_ray.errors import RewardError
+from cdpo_ray.rewards.answers import Question
 from cdpo_ray.rewards.unifiedreward import INSTRUCTION, UnifiedReward, ratings
 
 ANSWER = ("Alignment Score (1-5): 3.5\n", "Coherence Score (1-5): 2\n", "Style Score (1-5): 4.694700002670288")
@@ -61,7 +62,7 @@ def test_a_batch_is_answered_as_each_image_alone_by_plain_greedy_decoding(
     model, images, prompts = build_qwen3_vl(tmp_path), smooth_images(2, 64, 96), ["a cat", "two dogs, and more words"]
     processor = AutoProcessor.from_pretrained(tmp_path)
     reward = UnifiedReward(str(tmp_path), None, "mean")
-    reward.write.max_tokens = 4
+    reward.ask.max_tokens = 4
     expected = []
     for image, prompt in zip(images, prompts, strict=True):
         chat = (
@@ -77,19 +78,18 @@ def test_a_batch_is_answered_as_each_image_alone_by_plain_greedy_decoding(
             for key, value in (("input_ids", written[-1]), ("attention_mask", 1), ("mm_token_type_ids", 0)):
                 inputs[key] = torch.cat([inputs[key], torch.tensor([[value]])], dim=1)
         expected.append(processor.tokenizer.decode(written, skip_special_tokens=True).strip())
-    assert [
-        answer.text for answer in reward.write(images, [INSTRUCTION.format(prompt=each) for each in prompts])
-    ] == expected
+    questions = [Question(INSTRUCTION.format(prompt=prompt), (number,)) for number, prompt in enumerate(prompts)]
+    assert [answer.text for answer in reward.ask(images, questions)] == expected
     with caplog.at_level(logging.WARNING):
         assert np.isnan(reward(images, prompts)).all()
     (record,) = (record for record in caplog.records if "unifiedreward" in record.getMessage())
-    assert record.getMessage().startswith("reward `unifiedreward`: 2 of 2 answers are not three ratings from 1 to 5,")
+    assert record.getMessage().startswith("reward `unifiedreward`: 2 of 2 answers are missing or invalid; an image w")
 
 
 def test_a_model_without_chat_template_is_refused(tmp_path: Path) -> None:
     build_blip(tmp_path)
     with pytest.raises(
-        RewardError, match=r"^`rewards.unifiedreward.checkpoint` .*: has no chat template; give a chat mod"
+        RewardError, match=r"^`rewards.unifiedreward.checkpoint` .*: has no chat template, so it cannot"
     ):
         UnifiedReward(str(tmp_path), None, "mean")
 

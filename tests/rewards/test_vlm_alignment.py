@@ -17,8 +17,10 @@ from transformers import BertModel
 
 from cdpo_ray.config import VlmAlignmentOptions
 from cdpo_ray.errors import RewardError
-from cdpo_ray.rewards.captions import LocalCaptioner
+from cdpo_ray.rewards import kept_answers
+from cdpo_ray.rewards.answers import Question
 from cdpo_ray.rewards.scorer import Scorer
+from cdpo_ray.rewards.vision_language import VisionLanguageModel
 from cdpo_ray.rewards.vlm_alignment import SentenceEncoder
 
 SENTENCES = ["a cat plays chess", "the red bird", "", "two dogs and one blue bike of the unknown", "a cat plays chess"]
@@ -35,7 +37,8 @@ def blip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_answers, "KEPT_DIR", tmp_path / "answers")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
@@ -87,7 +90,7 @@ def test_an_encoder_that_lacks_weights_is_refused_unless_they_are_unused(tmp_pat
 def test_the_score_is_the_cosine_of_caption_and_prompt(encoder_dir: Path, blip_dir: Path) -> None:
     images = torch.randint(0, 256, (3, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = torch.nn.functional.interpolate(images.float(), (32, 32)).to(torch.uint8)
-    captions = LocalCaptioner(blip_dir, instruction="", max_tokens=6, key="k")(images)
+    captions = captioner(blip_dir, max_tokens=6)(images, [Question("", (number,)) for number in range(3)])
     prompts = ["a cat", captions[1].text, "the blue bike"]
     vectors = one_by_one(encoder_dir, [*(caption.text for caption in captions), *prompts])
     expected = torch.nn.functional.cosine_similarity(vectors[:3], vectors[3:])
@@ -108,7 +111,8 @@ def test_an_image_without_a_caption_scores_nan_with_one_warning_and_others_are_s
     encoder_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     answers: list[Answer] = [saying("a cat"), failing(500), saying(""), saying("the red bird")]
-    images, prompts = torch.ones(4, 3, 8, 8, dtype=torch.uint8), ["a cat", "a cat", "a cat", "a dog"]
+    images = torch.arange(1, 5, dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 3, 8, 8)
+    prompts = ["a cat", "a cat", "a cat", "a dog"]
     with CaptionServer(lambda _: answers.pop(0)) as server:
         scorer = served(server, encoder_dir)
         with caplog.at_level(logging.WARNING, logger="cdpo_ray"):
@@ -116,17 +120,15 @@ def test_an_image_without_a_caption_scores_nan_with_one_warning_and_others_are_s
     red_bird, dog = one_by_one(encoder_dir, ["the red bird", "a dog"])
     np.testing.assert_allclose(found, [1, np.nan, np.nan, red_bird @ dog], rtol=0, atol=2e-6)
     assert [record.getMessage() for record in caplog.records] == [
-        "reward `vlm_alignment`: 2 of 4 images have no caption and so no score:"
-        f" {server.url}/chat/completions answered with status 500"
+        "reward `vlm_alignment`: 2 of 4 answers are missing or invalid; an image without a caption has no score;"
+        f" the first: {server.url}/chat/completions answered with status 500"
     ]
 
 
 def test_a_batch_without_any_caption_raises_the_reason(encoder_dir: Path) -> None:
     with CaptionServer(lambda _: failing(401)) as server:
         scorer = served(server, encoder_dir)
-        with pytest.raises(
-            RewardError, match=r"none of 2 images could be captioned: http://.* answered with status 401$"
-        ):
+        with pytest.raises(RewardError, match=r"none of 2 questions was answered: http://.* answered with status 401$"):
             scorer(torch.ones(2, 3, 8, 8, dtype=torch.uint8), ["a cat", "a dog"])
 
 
@@ -157,8 +159,9 @@ def test_a_folder_with_only_pickled_weights_is_refused_and_does_not_run(tmp_path
     assert not (tmp_path / "ran").exists()
 
 
-def captioner(folder: Path) -> LocalCaptioner:
-    return LocalCaptioner(folder, instruction="", max_tokens=4, key="rewards.vlm_alignment.captioner")
+def captioner(folder: Path, max_tokens: int = 4) -> VisionLanguageModel:
+    key = "rewards.vlm_alignment.captioner"
+    return VisionLanguageModel(folder, max_tokens=max_tokens, key=key, captions_only=True)
 
 
 @pytest.mark.parametrize(("build", "load"), [(build_sentence_encoder, SentenceEncoder), (build_blip, captioner)])
