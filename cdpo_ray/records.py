@@ -65,6 +65,9 @@ base model.
 - `agreement`: per pair of judges, rank correlation within a prompt, -1..1, on the images of each model
 - `preference_accuracy`: per judge, share of pairs of the base's images that the implicit value orders like the judge
 
+`votes/heldout/<voter>.jsonl`, `votes/samples/<voter>.jsonl`, one line per vote of a person (`cdpo rate`), beside the
+steps: see `evaluation/votes.py: Vote`.
+
 A search (`cdpo tune`) has more:
 
 - `validation/`, `heldout/`: images of the base model for these prompts, as `1-samples`
@@ -78,6 +81,7 @@ import hashlib
 SAMPLES, SCORES, STAGES, TRAINING, EVALUATION = "1-samples", "2-scores", "3-stages", "4-training", "5-evaluation"
 COMMITS_DIR = "commits"  # folder of checkpoints in an unfinished `4-training`
 REPORT = "report.html"
+VOTES = "votes"  # folder of people's votes, beside the steps
 PREVIEWS = "previews"  # folder in `4-training`
 PREVIEW_PROMPTS = f"{PREVIEWS}/prompts.json"
 VALIDATION, HELDOUT = "validation", "heldout"  # of a search: images of the base model for these prompts
@@ -86,6 +90,7 @@ TRIAL = "trial.json"
 STEP_FOLDERS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 PREFERENCE = "preference"  # reward that judges no image: human labels, or ranks or scores of the preference data
 LABEL = "label"  # labels of preferred images, stored as scores of a reward but not used for ranking
+PEOPLE = "people"  # judge whose scores are votes, see `evaluation/people.py`
 PERTURBATION = "perturbation"  # reward that judges no image: how little of its prompt was perturbed
 ARMS = ("base", "tuned")
 IMPLICIT_VALUE = "implicit_value"
