@@ -1,17 +1,17 @@
 """A finished run with distinct images, and people who rate them, for tests."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from test_report import build_run, write_manifest
+from finished_runs import judged
 
 from cdpo_ray.dataflow.columns import tensor_column
 from cdpo_ray.dataflow.images import encode_png
 from cdpo_ray.evaluation.votes import RatedImages, Vote, digest_of
 from cdpo_ray.records import EVALUATION, SAMPLES
-from cdpo_ray.store import write_table
+from cdpo_ray.store import RunFolder, write_table
 
 NUM_PROMPTS, NUM_IMAGES, NUM_SAMPLES = 12, 2, 5
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -22,8 +22,10 @@ def image(*place: int) -> bytes:
 
 
 def rated_run(folder: Path, *, keep_images: bool = True) -> Path:
-    """By `oracle` the fine-tuned model is better on even prompts, by `clip` on all, except that the first are equal."""
-    run = build_run(folder)
+    """Write samples and an evaluation into a run's folder.
+
+    By `oracle` the fine-tuned model is better on even prompts, by `clip` on all but the first, which is equal.
+    """
     rows = [
         {
             "prompt_index": prompt,
@@ -40,17 +42,20 @@ def rated_run(folder: Path, *, keep_images: bool = True) -> Path:
         for prompt in range(NUM_PROMPTS)
         for sample in range(NUM_IMAGES)
     ]
-    pq.write_table(pa.Table.from_pylist(rows[::-1]), run / EVALUATION / "comparison.parquet")
-    write_manifest(run / EVALUATION)
+    metrics = {"num_prompts": NUM_PROMPTS, "images_per_prompt": NUM_IMAGES}
+    metrics |= {"judges": {"clip": judged(0.8, 0.9), "oracle": judged(0.8, 0.8)}}
     latents = np.zeros((NUM_PROMPTS * NUM_SAMPLES, 1, 2, 2), np.float32)
     samples = pa.table({"prompt_index": range(NUM_PROMPTS), "prompt": [f"train {n}" for n in range(NUM_PROMPTS)]})
     samples = samples.append_column("latents", tensor_column(latents, NUM_SAMPLES))
     if keep_images:
         images = [[image(2, prompt, sample) for sample in range(NUM_SAMPLES)] for prompt in range(NUM_PROMPTS)]
         samples = samples.append_column("images", pa.array(images, pa.list_(pa.binary())))
-    write_table(samples, run / SAMPLES / "samples.parquet")
-    write_manifest(run / SAMPLES)
-    return run
+    with RunFolder(folder).writing(SAMPLES, {}, {}, seed=7, resumable=False) as (output_dir, _):
+        write_table(samples, output_dir / "samples.parquet")
+    with RunFolder(folder).writing(EVALUATION, {}, {}, seed=7, resumable=False) as (output_dir, _):
+        write_table(pa.Table.from_pylist(rows[::-1]), output_dir / "comparison.parquet")
+        (output_dir / "metrics.json").write_text(json.dumps(metrics))
+    return folder
 
 
 def vote_on(images: RatedImages, number: int, better: str, *, voter: str = "ana") -> Vote:

@@ -33,8 +33,12 @@ async function show(state) {
   }
   pair = state.pair;
   part("pair").classList.remove("waiting");
-  for (const choice of ["left", "right", "tie"]) part(`choose-${choice}`).disabled = pair === "";
-  part("undo").disabled = state.rated === 0;
+  enable(pair !== "", state.rated > 0);
+}
+
+function enable(canChoose, canUndo) {
+  for (const choice of ["left", "right", "tie"]) part(`choose-${choice}`).disabled = !canChoose;
+  part("undo").disabled = !canUndo;
 }
 
 async function load(image, id) {
@@ -48,6 +52,7 @@ function choose(choice) {
   if (shown === null || (shown === "" && choice !== "undo")) return;
   pair = null;
   part("pair").classList.add("waiting");
+  enable(false, false);
   const body = JSON.stringify({ pair: shown, choice });
   request("vote", { method: "POST", headers: { "Content-Type": "application/json" }, body });
 }

@@ -1,6 +1,7 @@
 """The judge `people`, against closed forms and counts over single votes."""
 
 import math
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from rated_runs import rated_run, vote_on
+from test_report import build_run
 
 from cdpo_ray.errors import StoreError
 from cdpo_ray.evaluation.people import Votes, lines_of, measure_people, people_of
 from cdpo_ray.evaluation.report import write_report
 from cdpo_ray.evaluation.votes import rated_images, votes_path, write_votes
-from cdpo_ray.records import HELDOUT
+from cdpo_ray.records import EVALUATION, HELDOUT, SAMPLES
 from cdpo_ray.store import RunFolder
 
 
@@ -63,7 +65,9 @@ def test_scores_of_several_voters_are_shares_of_votes_and_agreement_counts_equal
             votes = [vote for vote in tuned[:, prompt, image] if not math.isnan(vote)]
             if votes:
                 here[0].append(sum((vote + 1) / 2 for vote in votes) / len(votes))
-            decided = [(voter, tuned[voter, prompt, image]) for voter in range(4) if abs(tuned[voter, prompt, image]) == 1]
+            decided = [
+                (voter, tuned[voter, prompt, image]) for voter in range(4) if abs(tuned[voter, prompt, image]) == 1
+            ]
             for voter, vote in decided:
                 others = [other == vote for number, other in decided if number != voter]
                 here[1] += [sum(others) / len(others)] if others else []
@@ -105,7 +109,11 @@ def test_ties_alone_give_a_win_rate_of_one_half_and_no_agreement() -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    return RunFolder(rated_run(tmp_path / "run"))
+    """A finished run with other samples and another evaluation."""
+    folder = build_run(tmp_path / "run")
+    for step in (SAMPLES, EVALUATION):
+        shutil.rmtree(folder / step)
+    return RunFolder(rated_run(folder))
 
 
 def rate(run: RunFolder, better: str, *, voter: str = "ana", number: int = 12) -> Path:

@@ -63,7 +63,7 @@ def test_samples_are_matched_at_random_and_each_is_in_one_pair_of_its_prompt(run
 
 def test_samples_without_images_cannot_be_rated(tmp_path: Path) -> None:
     run = RunFolder(rated_run(tmp_path / "run", keep_images=False), foreign=True)
-    with pytest.raises(StoreError, match="holds latents but no images; `generation.keep_images: true` keeps them"):
+    with pytest.raises(StoreError, match=r"holds latents but no images; `generation.keep_images: true` keeps them"):
         rated_images(run, SAMPLED)
 
 
