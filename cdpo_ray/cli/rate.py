@@ -52,7 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
     from cdpo_ray.evaluation.rating import RatingSession
     from cdpo_ray.evaluation.votes import SAMPLED, rated_images, votes_path
 
-    voter = voter_named(arguments.voter)
     run = RunFolder(open_run(run_dir_given(arguments.run)).path, foreign=True)
     votes_dir = output_path(arguments.out, "--out") if arguments.out else path_within(run.path, VOTES)
     images = rated_images(run, SAMPLED if arguments.samples else HELDOUT)
@@ -61,8 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         print_lines(export_votes(images, votes_dir, _parquet_path(arguments.export)))
         return 0
+    voter = voter_named(arguments.voter)
     path = votes_path(votes_dir, images.kind, voter)
-    session = RatingSession(images, path, voter=voter, run_name=run.path.absolute().name)
+    session = RatingSession(images, path, voter=voter, run_name=run.path.resolve().name)
     serve(session.answer, arguments.port, accept=session.accept, token=secrets.token_urlsafe(24))
     print_lines(f"{session.line}: {path}")
     if not arguments.samples and (people := people_of(run, votes_dir)):

@@ -18,11 +18,12 @@ from headless_browser import Browser, box_of
 from rated_runs import HOSTILE, NUM_IMAGES, NUM_PROMPTS, rated_run, vote_on
 
 from cdpo_ray.cli import main
+from cdpo_ray.evaluation.people import people_of
 from cdpo_ray.evaluation.rating import RatingSession
 from cdpo_ray.evaluation.votes import SAMPLED, Vote, digest_of, rated_images, read_votes, votes_path, write_votes
 from cdpo_ray.pages.server import MAX_BODY_BYTES, PageServer
-from cdpo_ray.records import HELDOUT
-from cdpo_ray.store import RunFolder
+from cdpo_ray.records import HELDOUT, VOTES
+from cdpo_ray.store import RunFolder, copy_tree
 
 TOKEN = "t0ken"
 NUM_PAIRS = NUM_PROMPTS * NUM_IMAGES
@@ -172,6 +173,17 @@ def test_two_sessions_of_one_voter_do_not_overwrite_each_other(run: Path, tmp_pa
     state = choose(other, "right")
     assert "was changed by another session; end the other one" in state["fault"] and state["rated"] == 0
     assert [vote["choice"] for vote in read_votes(one.path)] == ["left"]
+
+
+def test_a_run_in_an_object_store_is_rated_and_its_votes_are_saved_there(run: Path, s3: Path) -> None:
+    copy_tree(run, s3 / "run")
+    session = session_of(s3 / "run", s3 / "run" / VOTES)
+    for choice in ("left", "tie", "undo", "right"):
+        choose(session, choice)
+    again = session_of(s3 / "run", s3 / "run" / VOTES)
+    assert [vote["choice"] for vote in read_votes(again.path)] == ["left", "right"] and shown(again)["rated"] == 2
+    people = people_of(RunFolder(s3 / "run", foreign=True), s3 / "run" / VOTES)
+    assert people is not None and people["num_votes"] == 2
 
 
 # --- the server
