@@ -68,6 +68,9 @@ base model.
 - `categories`: only if some held-out prompts have one; a list of `category`, `num_prompts`, and `judges`: per judge,
   the comparison on its prompts (null: no finite score), with intervals corrected for the number of categories
 
+`votes/heldout/<voter>.jsonl`, `votes/samples/<voter>.jsonl`, one line per vote of a person (`cdpo rate`), beside the
+steps: see `evaluation/votes.py: Vote`.
+
 A search (`cdpo tune`) has more:
 
 - `validation/`, `heldout/`: images of the base model for these prompts, as `1-samples`
@@ -81,6 +84,7 @@ import hashlib
 SAMPLES, SCORES, STAGES, TRAINING, EVALUATION = "1-samples", "2-scores", "3-stages", "4-training", "5-evaluation"
 COMMITS_DIR = "commits"  # folder of checkpoints in an unfinished `4-training`
 REPORT = "report.html"
+VOTES = "votes"  # folder of people's votes, beside the steps
 PREVIEWS = "previews"  # folder in `4-training`
 PREVIEW_PROMPTS = f"{PREVIEWS}/prompts.json"
 VALIDATION, HELDOUT = "validation", "heldout"  # of a search: images of the base model for these prompts
@@ -89,6 +93,7 @@ TRIAL = "trial.json"
 STEP_FOLDERS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 PREFERENCE = "preference"  # reward that judges no image: human labels, or ranks or scores of the preference data
 LABEL = "label"  # labels of preferred images, stored as scores of a reward but not used for ranking
+PEOPLE = "people"  # judge whose scores are votes, see `evaluation/people.py`
 PERTURBATION = "perturbation"  # reward that judges no image: how little of its prompt was perturbed
 ARMS = ("base", "tuned")
 IMPLICIT_VALUE = "implicit_value"

@@ -21,7 +21,7 @@ from cdpo_ray.preflight import refuse_problems, refuse_unavailable_weights
 from cdpo_ray.progress import Progress
 from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
-from cdpo_ray.records import EVALUATION, PREDICTED, REPORT, SAMPLES, SCORES, STEP_FOLDERS, TRAINING
+from cdpo_ray.records import EVALUATION, HELDOUT, PREDICTED, REPORT, SAMPLES, SCORES, STEP_FOLDERS, TRAINING, VOTES
 from cdpo_ray.resources import Node, check_resources
 from cdpo_ray.session import cluster_address, cluster_nodes, ray_session
 from cdpo_ray.steps import (
@@ -398,14 +398,16 @@ def _write_config(config: Config, run: RunFolder) -> None:
 
 
 def _write_report(run: RunFolder, *, force: bool, on_written: Callable[[Path], Any]) -> Path:
-    path = run.path / REPORT
+    path, votes_dir = run.path / REPORT, path_within(run.path, VOTES)
     sources = [run.path / CONFIG, *(run.step(folder) / "manifest.json" for folder in STEP_FOLDERS)]
+    sources += (votes_dir / HELDOUT).glob("*.jsonl") if exists(votes_dir / HELDOUT) else []
     if not force and path.is_file() and path.stat().st_mtime > max(source.stat().st_mtime for source in sources):
         log.info("report: done already")
         return path
+    from cdpo_ray.evaluation.people import people_of
     from cdpo_ray.evaluation.report import write_report
 
-    write_report(run.path, path)
+    write_report(run.path, path, people=people_of(run, votes_dir))
     log.info("report: %s", path)
     on_written(path)
     return path

@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from cdpo_ray.api.grid import before_after_grid
 from cdpo_ray.config import Config, validate
-from cdpo_ray.dataflow.images import open_png
+from cdpo_ray.dataflow.images import NO_IMAGES, open_png
 from cdpo_ray.errors import StoreError
 from cdpo_ray.evaluation.report import (
     check_columns,
@@ -178,10 +178,7 @@ class Run:
             ValueError: there is no such prompt.
         """
         if not self._keeps_images():
-            raise StoreError(
-                f"{self.path / SAMPLES}: holds latents but no images; `generation.keep_images: true` keeps them, in a"
-                " run with another `run.name`"
-            )
+            raise StoreError(f"{self.path / SAMPLES}: {NO_IMAGES}")
         for shard in self._tables(SAMPLES, "*.parquet"):
             for pngs in read_table(shard, ["images"], [("prompt_index", "=", prompt_index)])["images"].to_pylist():
                 where = [f"{shard}: image {number} of prompt {prompt_index}" for number in range(len(pngs))]

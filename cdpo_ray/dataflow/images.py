@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PNGS = pa.list_(pa.binary())
 MAX_PNG_BYTES, MAX_PNG_PIXELS = 2**28, 2**26
 """Limits of an image that a run stored; the latter is 8192 x 8192 pixels."""
+NO_IMAGES = "holds latents but no images; `generation.keep_images: true` keeps them, in a run with another `run.name`"
+"""Message about samples whose run did not keep its images."""
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:

@@ -35,6 +35,7 @@ from cdpo_ray.records import (
     CATEGORY,
     EVALUATION,
     IMPLICIT_VALUE,
+    PEOPLE,
     PREFERENCE,
     SAMPLES,
     SCORES,
@@ -230,12 +231,13 @@ class MeasureResult:
         )
 
 
-def write_report(run_dir: Path, output_path: Path) -> None:
+def write_report(run_dir: Path, output_path: Path, *, people: Mapping[str, Any] | None = None) -> None:
     """Write the page of a finished run atomically; it needs no other file and no network.
 
     Args:
         run_dir: run folder, `runs/<name>`, with its configuration and all five steps.
         output_path: path of the HTML file; replaced if it exists.
+        people: see `people.measure_people`; `None`: nobody has rated the images.
 
     Raises:
         StoreError: a file of the run is missing or differs from its manifest, or `config.yaml` was edited.
@@ -246,8 +248,10 @@ def write_report(run_dir: Path, output_path: Path) -> None:
     manifests = {step: run.manifest(step) for step in STEPS}
     config = read_config(run)
     metrics = read_metrics(run_dir)
-    results = measure_results(metrics, config["rewards"])
-    judges = [result.name for result in results if result.role != APPEARANCE]
+    voted = {PEOPLE: people["comparison"]} if people else {}
+    results = measure_results(metrics | {"judges": metrics["judges"] | voted}, config["rewards"])
+    judged = [result for result in results if result.role != APPEARANCE]
+    judges = [result.name for result in judged if result.name not in voted]
     comparison_path = run_dir / EVALUATION / "comparison.parquet"
     check_comparison(comparison_path, judges)
     health = manifests[TRAINING]["details"].get("health", {})
@@ -258,15 +262,16 @@ def write_report(run_dir: Path, output_path: Path) -> None:
         name=run_dir.resolve().name,
         created=manifests[EVALUATION]["created"],
         metrics=metrics,
-        judged=[result for result in results if result.role != APPEARANCE],
+        judged=judged,
+        people=people and votes_as_text(people),
         appearance=[result for result in results if result.role == APPEARANCE],
-        no_interval=reasons_without_interval({**metrics, "categories": []}),
+        no_interval=reasons_without_interval([{**metrics, "categories": []}, people]),
         categories=category_rows(metrics.get("categories", []), judges),
         num_categories=len(metrics.get("categories", [])),
         hacking=signs_of_reward_hacking(results),
         trained_on=trained_on(config),
         agreement=agreement_matrix(metrics.get("agreement", []), judges),
-        accuracy=[_accuracy(metrics, judge) for judge in judges],
+        accuracy=[_accuracy(metrics, result.name) for result in judged],
         label_accuracy={name: formatted_share(found) for name, found in metrics.get("labels", {}).items() if found},
         grid=image_grid(comparison_path, judges, config.get("evaluation", {}).get("grid_prompts", 0)),
         previews=preview_rows(run_dir / TRAINING),
@@ -458,6 +463,24 @@ def _result(name: str, role: str, comparison: Mapping[str, Any]) -> MeasureResul
         num_missing=comparison["num_missing"],
         relative=relative,
     )
+
+
+def votes_as_text(people: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of `people.measure_people` with its shares as text."""
+
+    def share(estimate: Mapping[str, Any] | None) -> str:
+        return " ".join(formatted_share(estimate)) if estimate else "–"
+
+    return dict(people) | {
+        "win_rate": share(people["comparison"]["win_rate"]),
+        "left": share(people["left"]),
+        "between_voters": share(people["between_voters"]),
+        "agreement": {judge: share(estimate) for judge, estimate in people["agreement"].items()},
+        "voters": {
+            voter: found | {name: share(found[name]) for name in ("win_rate", "left", "agreement")}
+            for voter, found in people["voters"].items()
+        },
+    }
 
 
 def _accuracy(metrics: Mapping[str, Any], judge: str) -> tuple[str, str] | None:

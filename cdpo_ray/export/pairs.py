@@ -1,7 +1,7 @@
 """Drawn pairs and their images -> one Parquet file per stage, which other trainers read."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,28 +9,38 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from cdpo_ray.dataflow.images import refuse_other_images
+from cdpo_ray.dataflow.images import NO_IMAGES, refuse_other_images
 from cdpo_ray.errors import ExportError
 from cdpo_ray.store import read_table, table_schema, write_tables
 
 IMAGE_SIDES = ("jpg_0", "jpg_1")
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_VALUES = {
-    "caption": "string",
-    "label_0": "float64",
-    "rank_gap": "int64",
-    "score_gap": "float64",
-    "stage": "int64",
-    "num_draws": "int64",
-}
-"""Column -> its type, of columns other than images."""
-_FEATURES = {name: {"_type": "Value", "dtype": kind} for name, kind in _VALUES.items()}
-_FEATURES |= {side: {"_type": "Image"} for side in IMAGE_SIDES}
-SCHEMA = pa.schema(
-    [(name, pa.type_for_alias(kind)) for name, kind in _VALUES.items()] + [(side, _IMAGE) for side in IMAGE_SIDES],
-    metadata={"huggingface": json.dumps({"info": {"features": _FEATURES}})},
+
+
+def pair_schema(values: Mapping[str, str]) -> pa.Schema:
+    """Columns of Pick-a-Pic and more; the metadata make the Hugging Face `datasets` decode the images.
+
+    Args:
+        values: column -> its type, of columns other than images.
+    """
+    features = {name: {"_type": "Value", "dtype": kind} for name, kind in values.items()}
+    features |= {side: {"_type": "Image"} for side in IMAGE_SIDES}
+    return pa.schema(
+        [(name, pa.type_for_alias(kind)) for name, kind in values.items()] + [(side, _IMAGE) for side in IMAGE_SIDES],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+
+
+SCHEMA = pair_schema(
+    {
+        "caption": "string",
+        "label_0": "float64",
+        "rank_gap": "int64",
+        "score_gap": "float64",
+        "stage": "int64",
+        "num_draws": "int64",
+    }
 )
-"""Columns of Pick-a-Pic and more; the metadata make the Hugging Face `datasets` decode the images."""
 _PAIR = ["prompt_index", "chosen", "rejected", "rank_gap", "score_gap"]
 
 
@@ -61,10 +71,7 @@ def write_pairs(drawn: DrawnPairs, output_dir: Path) -> None:
     shards = sorted(drawn.samples_dir.glob("*.parquet"))
     for shard in shards:
         if "images" not in table_schema(shard).names:
-            raise ExportError(
-                f"{shard}: holds latents but no images; `generation.keep_images: true` keeps them, in a run with"
-                " another `run.name`"
-            )
+            raise ExportError(f"{shard}: {NO_IMAGES}")
     for stage in range(1, drawn.num_stages + 1):
         files = sorted((drawn.stages_dir / f"stage-{stage}").glob("*.parquet"))
         pairs = pd.concat([read_table(file, _PAIR).to_pandas(ignore_metadata=True) for file in files])
