@@ -36,6 +36,7 @@ GROUPS = {
         "status": "cdpo_ray.cli.status",
         "watch": "cdpo_ray.cli.watch",
         "compare": "cdpo_ray.cli.compare",
+        "judge": "cdpo_ray.cli.judge",
         "export": "cdpo_ray.cli.export",
     },
 }
