@@ -81,7 +81,7 @@ class ThroughRay:
             keep_images=True,
             generators=Pool(),
             make_scores=MAKE_REWARD,
-            score_in_pool=None,
+            then=None,
             max_bad_fraction=0.0,
             progress=Progress(),
         )

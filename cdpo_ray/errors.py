@@ -49,6 +49,10 @@ class TrainingError(CdpoError):
     """Training cannot start or continue."""
 
 
+class EvaluationError(CdpoError):
+    """A candidate cannot be tried beside the others."""
+
+
 class SearchError(CdpoError):
     """Trials of a search cannot be compared: the first, the paper's, failed, or none was judged."""
 

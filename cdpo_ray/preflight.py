@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -50,9 +50,12 @@ def refuse_problems(config: Config, prompts: PromptSplit, steps: Iterable[Step])
     Raises:
         CdpoError: of the kind that the step would raise; several problems are one `ConfigError`.
     """
-    if not any(_problems(config, prompts, {*STEP_FOLDERS})):
-        return
-    problems = list(_problems(config, prompts, {step.folder for step in steps}))
+    if any(problems_of(config, prompts, {*STEP_FOLDERS})):
+        raise_all([*problems_of(config, prompts, {step.folder for step in steps})])
+
+
+def raise_all(problems: Sequence[CdpoError]) -> None:
+    """Raise a problem as it is, and several as one `ConfigError`."""
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -153,7 +156,8 @@ def _is_on_this_machine(place: str, revision: str | None) -> bool:
     return True
 
 
-def _problems(config: Config, prompts: PromptSplit, folders: set[str]) -> Iterator[CdpoError]:
+def problems_of(config: Config, prompts: PromptSplit, folders: set[str]) -> Iterator[CdpoError]:
+    """Problems of the steps with these folders that the validation of the configuration cannot know."""
     keys = config.keys_that_need_bitsandbytes
     if keys and importlib.util.find_spec("bitsandbytes") is None:
         yield ConfigError(f'{", ".join(keys)}: bitsandbytes is not installed; pip install "cdpo_ray[lowmem]"')

@@ -77,6 +77,15 @@ A search (`cdpo tune`) has more:
 - `trials/<number>/trial.json`, `confirmation/<number>-seed-<seed>/trial.json`: see `search/trials.py`; each folder is a
   run
 - `tune.json`: results of the search, see `search/findings.py`
+
+`cdpo judge` adds `candidates/<name>/`, each like a run whose prompts are the held-out ones:
+
+- `4-training/` of an adapter: the LoRA, as training writes it
+- `1-samples/samples-*.parquet`: `prompt_index`, `prompt_id`, `prompt` and `images`; lists of `saturation`,
+  `edge_density` and `jpeg_kilobytes` per image; `diversity`; `num_tokens_cut`
+- `2-scores/<judge>.parquet`
+
+and `judge.json`: results, as `compare.json` of `cdpo compare`
 """
 
 import hashlib
@@ -90,6 +99,7 @@ PREVIEW_PROMPTS = f"{PREVIEWS}/prompts.json"
 VALIDATION, HELDOUT = "validation", "heldout"  # of a search: images of the base model for these prompts
 TRIALS, CONFIRMATION, FOUND = "trials", "confirmation", "tune.json"
 TRIAL = "trial.json"
+CANDIDATES, JUDGED = "candidates", "judge.json"
 STEP_FOLDERS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 PREFERENCE = "preference"  # reward that judges no image: human labels, or ranks or scores of the preference data
 LABEL = "label"  # labels of preferred images, stored as scores of a reward but not used for ranking

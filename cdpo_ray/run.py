@@ -309,7 +309,7 @@ def perform_step(
     with (
         context.progress.step(
             step.verb,
-            step.folder,
+            f"{context.place}{step.folder}",
             round=context.round,
             predicted=predicted,
             waiting_for=_workers_of(step, context.config),

@@ -120,6 +120,7 @@ CHANGES: dict[str, tuple[list[str], set[str]]] = {
         ["prompts.validation={source: scenes, count: 5}", "search={num_trials: 2, space: {training.beta: [100, 200]}}"],
         NOTHING,
     ),
+    "judge": (["judge.candidates={mine: {run: runs/mine}}"], NOTHING),
     **{
         f"resources.{key}": ([f"resources.{key}={value}"], NOTHING)
         for role in ("generators", "scorers")

@@ -37,6 +37,7 @@ GROUPS = {
         "status": "cdpo_ray.cli.status",
         "watch": "cdpo_ray.cli.watch",
         "compare": "cdpo_ray.cli.compare",
+        "judge": "cdpo_ray.cli.judge",
         "rate": "cdpo_ray.cli.rate",
         "export": "cdpo_ray.cli.export",
     },

@@ -6,6 +6,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from cdpo_ray.config.curriculum import RELEASED_MIN_SCORE_GAP, RELEASED_MIN_SCORE_GAPS, CurriculumSection
 from cdpo_ray.config.data import PreferencesSection, PromptsSection
+from cdpo_ray.config.judge import JudgeSection
 from cdpo_ray.config.model import (
     CONSISTENCY,
     CONSISTENCY_TIMESTEPS,
@@ -140,6 +141,8 @@ class Config(Section):
     tracking: TrackingSection = TrackingSection()
 
     search: SearchSection | None = None
+
+    judge: JudgeSection | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -347,6 +350,28 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _candidates_fit_the_rest(self) -> "Config":
+        judge = self.judge
+        if judge is None:
+            return self
+        faults, judges = [], [*self.evaluation_judges]
+        for name, candidate in judge.candidates.items():
+            faults += [
+                f"`judge.candidates.{name}.trained_on` must be of {judges}, the judges of the evaluation, got {other!r}"
+                for other in candidate.trained_on
+                if other not in judges
+            ]
+            try:
+                self.model_of(name)
+            except ValidationError as error:
+                for fault in error.errors():
+                    reason = fault["msg"].removeprefix("Value error, ")
+                    faults.append(f"`judge.candidates.{name}.model`: {reason}")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @model_validator(mode="after")
     def _search_fits_the_rest(self) -> "Config":
         search = self.search
         if search is None:
@@ -388,6 +413,18 @@ class Config(Section):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def model_of(self, candidate: str) -> ModelSection:
+        """The model that samples a candidate of `judge`: its own, or the base model.
+
+        Raises:
+            ValidationError: its own is not one of the family.
+        """
+        section = self.judge.candidates.get(candidate) if self.judge else None
+        if section is None or section.model is None:
+            return self.model
+        own = section.model.model_dump(exclude_none=True)
+        return ModelSection.model_validate(self.model.model_dump(exclude={"path", "revision", "config"}) | own)
 
     @property
     def search_judge(self) -> str | None:

@@ -5,23 +5,24 @@ import pyarrow as pa
 from cdpo_ray.dataflow.columns import list_column
 from cdpo_ray.dataflow.images import pairwise_rms_distance
 from cdpo_ray.evaluation.appearance import APPEARANCE
-from cdpo_ray.records import ARMS
+from cdpo_ray.records import PIXEL_COLUMNS
 
 
 def add_appearance(rows: pa.Table) -> pa.Table:
-    """Add the appearance and diversity of each model's images to the rows of `Comparer`.
+    """Add the appearance and diversity of images to rows with columns of pixels.
 
-    After the other columns of each model: one list column per measure of `APPEARANCE`, and `diversity`, which is
-    ``None`` if a prompt has one image.
+    After the other columns of each model, or at the end for a column `pixels`: one list column per measure of
+    `APPEARANCE`, and `diversity`, which is ``None`` if a prompt has one image.
     """
-    for arm in ARMS:
-        per_prompt = rows[f"{arm}_pixels"].combine_chunks().to_numpy_ndarray()
+    for pixels in [name for name in rows.column_names if name in PIXEL_COLUMNS]:
+        model = pixels.removesuffix("pixels")  # `base_`, `tuned_` or nothing
+        per_prompt = rows[pixels].combine_chunks().to_numpy_ndarray()
         num_images = per_prompt.shape[1]
         images = per_prompt.reshape(-1, *per_prompt.shape[2:])
         added = {name: list_column(measure(images), num_images, pa.float64()) for name, measure in APPEARANCE.items()}
         diversity = [pairwise_rms_distance(images) if num_images > 1 else None for images in per_prompt]
         added["diversity"] = pa.array(diversity, pa.float64())
-        position = 1 + max(index for index, name in enumerate(rows.column_names) if name.startswith(f"{arm}_"))
+        position = 1 + max(index for index, name in enumerate(rows.column_names) if name.startswith(model))
         for offset, (name, values) in enumerate(added.items()):
-            rows = rows.add_column(position + offset, f"{arm}_{name}", values)
+            rows = rows.add_column(position + offset, f"{model}{name}", values)
     return rows

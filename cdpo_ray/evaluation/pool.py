@@ -1,11 +1,12 @@
 """Ray Data: held-out prompts -> pool of model actors -> the table that the report reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
+from ray.data import Dataset
 
 from cdpo_ray.config import Pool
 from cdpo_ray.dataflow.parts import find_parts, join_quarantined
@@ -78,9 +79,7 @@ def evaluate_adapter(
         num_margin_draws=num_margin_draws,
         quarantine=quarantine,
     )
-    compared = compared and compared.map_batches(
-        add_appearance, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, max_retries=3
-    )
+    compared = compared and _mapped(compared, add_appearance)
     parts = sorted([*parts, *write_parts(compared, output_dir, "evaluate", progress)])
     table = join_comparison(parts, output_dir / "comparison.parquet", categories)
     metrics = measure(table, judges, num_resamples=num_resamples, seed=seed)
@@ -99,6 +98,20 @@ def evaluate_adapter(
     write_json(output_dir / "metrics.json", metrics)
     join_quarantined(output_dir)
     return metrics
+
+
+def with_appearance(rows: Dataset) -> Dataset:
+    """Rows of samples with pixels -> rows for `cdpo judge`: with appearance, without what only training reads."""
+    return _mapped(rows, _appearance_only)
+
+
+def _appearance_only(rows: pa.Table) -> pa.Table:
+    unused = [name for name in ("latents", *CONDITIONING) if name in rows.column_names]
+    return add_appearance(rows.drop_columns(unused))
+
+
+def _mapped(rows: Dataset, function: Callable[[pa.Table], pa.Table]) -> Dataset:
+    return rows.map_batches(function, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, max_retries=3)
 
 
 def _valued(labelled: LabelledSamples, generators: Pool, **arguments: Any) -> pa.Table:

@@ -48,6 +48,8 @@ from cdpo_ray.store.untrusted import Count, Seconds, other_keys_allowed, read_un
 
 STEPS = (SAMPLES, SCORES, STAGES, TRAINING, EVALUATION)
 DIVERSITY, APPEARANCE = "diversity", "appearance"
+TRAINED_ON, SCORED, HELD_OUT, UNKNOWN = "trained on", "scored, did not rank", "held out", "reward unknown"
+"""Roles of judges, in the order of the tables."""
 MAX_IMAGES = 6  # per prompt and model; more would be too small to compare
 MAX_CATEGORIES = 40  # shown; more would make the page long
 LARGE_CHANGE = 0.05
@@ -182,7 +184,8 @@ class MeasureResult:
     Attributes:
         name: name of the judge, `diversity`, or name of a measure of appearance.
         role: `trained on`: ranked the pairs; `scored, did not rank`: scored the training images without ranking them;
-            `held out`: not used in training; `appearance`: not a judge, neither direction is better.
+            `held out`: not used in training; `reward unknown`: may be any of these; `appearance`: not a judge, neither
+            direction is better.
         change: -1, 0 or 1: lower, no significant change, higher; significant if the 95 % interval excludes 0. `None`:
             there is no interval.
         values: base, tuned, difference, interval (of the difference), win_rate and win_rate_interval, as text.
@@ -296,17 +299,17 @@ def trained_on(config: Mapping[str, Any]) -> str:
     return ranking
 
 
-def measure_results(metrics: Mapping[str, Any], rewards: Mapping[str, Any]) -> list[MeasureResult]:
+def measure_results(metrics: Mapping[str, Any], rewards: Mapping[str, Any] | None) -> list[MeasureResult]:
     """Metrics -> one result per judge, those trained on first, then diversity and the measures of appearance.
 
     Args:
         metrics: content of `metrics.json`.
-        rewards: `names`, `rank_by` and `weights` of the configuration.
+        rewards: `names`, `rank_by` and `weights` of the configuration; `None`: unknown.
     """
-    roles = dict.fromkeys(rewards["names"], "scored, did not rank")
-    roles |= dict.fromkeys(ranking_weights(rewards), "trained on")
-    order = ["trained on", "scored, did not rank", "held out"]
-    judged = [_result(name, roles.get(name, "held out"), judge) for name, judge in metrics["judges"].items()]
+    roles = dict.fromkeys(rewards["names"], SCORED) if rewards else {}
+    roles |= dict.fromkeys(ranking_weights(rewards), TRAINED_ON) if rewards else {}
+    order, otherwise = [TRAINED_ON, SCORED, HELD_OUT, UNKNOWN], HELD_OUT if rewards else UNKNOWN
+    judged = [_result(name, roles.get(name, otherwise), judge) for name, judge in metrics["judges"].items()]
     judged.sort(key=lambda result: order.index(result.role))
     diversity = {DIVERSITY: metrics[DIVERSITY]} if DIVERSITY in metrics else {}
     appearance = diversity | metrics.get(APPEARANCE, {})
@@ -318,13 +321,14 @@ def signs_of_reward_hacking(results: Sequence[MeasureResult]) -> list[MeasureRes
 
     Signs are a significant fall of another judge or of diversity, and a large change of appearance in either direction:
     see `LARGE_CHANGE`. A better model also varies less, so lower diversity alone is not a sign if a held-out judge
-    rose.
+    rose. If the reward is unknown, any judge that rose may be it, and a second one that rose counts as held out.
     """
-    rose = {result.role for result in results if result.change == 1}
-    if "trained on" not in rose:
+    rose = [result.role for result in results if result.change == 1]
+    if TRAINED_ON not in rose and UNKNOWN not in rose:
         return []
-    signs = [result for result in results if result.role != "trained on" and result.change and _is_sign(result)]
-    return [] if [result.name for result in signs] == [DIVERSITY] and "held out" in rose else signs
+    signs = [result for result in results if result.role != TRAINED_ON and result.change and _is_sign(result)]
+    confirmed = HELD_OUT in rose or rose.count(UNKNOWN) > 1
+    return [] if [result.name for result in signs] == [DIVERSITY] and confirmed else signs
 
 
 def agreement_matrix(

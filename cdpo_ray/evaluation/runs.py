@@ -1,8 +1,8 @@
 """Evaluated runs -> one comparison of their models: `compare.json` and `compare.html`; generates no images."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from cdpo_ray.config import REWARDS, options_without_choices
+from cdpo_ray.config import REWARDS, options_without_choices, ranking_weights
 from cdpo_ray.dataflow.images import decode_pngs
 from cdpo_ray.errors import RewardError, StoreError, printable
 from cdpo_ray.evaluation.appearance import APPEARANCE
@@ -23,12 +23,15 @@ from cdpo_ray.evaluation.report import (
     DIVERSITY,
     METRICS,
     JudgeName,
+    MeasureResult,
     check_comparison,
     in_order,
+    measure_results,
     place_of,
     read_config,
     read_record,
     read_table,
+    signs_of_reward_hacking,
     trained_on,
 )
 from cdpo_ray.evaluation.statistics import Scores, compare_scores
@@ -92,19 +95,23 @@ class EvaluatedRun:
 
     Attributes:
         name: display name, distinct among the compared runs.
-        trained_on: reward that ranked the pairs; see `report.trained_on`.
+        trained_on: reward that ranked the pairs; see `report.trained_on`. Empty: unknown.
+        rewards: `names`, `rank_by` and `weights` of the configuration; `None`: unknown.
         settings: flat settings of the evaluation.
         judges: by name, the keyword arguments of the judge's class.
         rows: one row per image, in prompt and sample order.
+        is_paired: its images are from the same noise as those of the others.
     """
 
     name: str
     path: Path
     trained_on: str
+    rewards: Mapping[str, Any] | None
     settings: dict[str, Any]
     judges: dict[str, dict[str, Any]]
     metrics: dict[str, Any]
     rows: pa.Table
+    is_paired: bool = True
 
     @property
     def comparison_path(self) -> Path:
@@ -122,6 +129,14 @@ class EvaluatedRun:
 
     def scores(self, arm: str, judge: str) -> Scores:
         return self.values(f"{arm}_{score_column(judge)}")
+
+    def images(self, arm: str, prompts: Sequence[int], num_images: int) -> Iterator[tuple[int, bytes, str]]:
+        """Yield index of the prompt, PNG and place of the first images of some prompts, in order."""
+        column = f"{arm}_image"
+        shown_rows = [("prompt_index", "in", list(prompts)), ("sample_index", "<", num_images)]
+        rows = read_table(self.comparison_path, ["prompt_index", "sample_index", column], shown_rows)
+        for row in in_order(rows).to_pylist():
+            yield row["prompt_index"], row[column], place_of(self.comparison_path, row)
 
 
 def compare_runs(
@@ -160,11 +175,29 @@ def compare_runs(
         found = measure_runs(runs, judges) | {"scored_now": scored_now, "left_out": left_out}
     except ValueError as error:  # a judge without finite scores
         raise StoreError(f"compare: {error}") from None
-    make_folder(output_dir)
-    write_json(output_dir / "compare.json", found)
-    template = Path(__file__).with_name("compare.html.jinja")
-    write_page(output_dir / "compare.html", template, grid=image_grid(runs), **page_values(found))
+    write_comparison(found, runs, output_dir, "compare", kind="run")
     return found
+
+
+def write_comparison(
+    found: Mapping[str, Any], runs: Sequence[EvaluatedRun], output_dir: Path, name: str, *, kind: str
+) -> None:
+    """Write `<name>.json` and `<name>.html`.
+
+    Args:
+        found: content of the JSON file.
+        kind: what a row of the page's tables is, in one word.
+    """
+    make_folder(output_dir)
+    write_json(output_dir / f"{name}.json", found)
+    write_page(
+        output_dir / f"{name}.html",
+        Path(__file__).with_name("compare.html.jinja"),
+        kind=kind,
+        own={run.name: ranking_weights(run.rewards) if run.rewards else () for run in runs},
+        grid=image_grid(runs, found["arms"][-1]),
+        **page_values(found),
+    )
 
 
 def options_of_missing(
@@ -253,7 +286,8 @@ def read_run(run_dir: Path, name: str) -> EvaluatedRun:
     num_images = settings["evaluation.images_per_prompt"]
     if metrics["images_per_prompt"] != num_images or not _has_images_of_each_prompt(rows, num_images):
         raise StoreError(f"{path}: must have {num_images} rows of each prompt; delete {path.parent}, do not use it")
-    return EvaluatedRun(name, run_dir, trained_on(read_config(run)), settings, judges, metrics, rows)
+    config = read_config(run)
+    return EvaluatedRun(name, run_dir, trained_on(config), config["rewards"], settings, judges, metrics, rows)
 
 
 def _settings_of(run: RunFolder) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -340,15 +374,26 @@ def with_scores(run: EvaluatedRun, judges: Mapping[str, Mapping[str, Any]]) -> E
     return replace(run, rows=rows)
 
 
-def measure_runs(runs: Sequence[EvaluatedRun], judges: Sequence[str]) -> dict[str, Any]:
+def measure_runs(
+    runs: Sequence[EvaluatedRun], judges: Sequence[str], reference: str = BASE, *, reference_is_paired: bool = True
+) -> dict[str, Any]:
     """The numbers of `compare.json`, with intervals by bootstrap over prompts with the first run's settings.
 
+    Images are paired with those from the same noise. If either side's are from another noise, differences are paired by
+    prompt alone, and each image is compared with every one of the same prompt.
+
+    Args:
+        reference: name of the base images.
+        reference_is_paired: whether they are from the same noise as the others.
+
     Returns:
-        `arms`: names of the runs, then the base model (with the first run's images).
-        `scores`: by run and judge, a `Comparison` with the base model on images from the same noise.
-        `win_rates`: by judge, ``[arm][arm]``, how often the row's image scores higher than the column's from the same
-        noise; a tie counts one half; `None` on the diagonal.
+        `runs`: `name`, `path`, `trained_on` (empty: unknown) and `same_noise` of each.
+        `arms`: names of the runs, then the reference (with the first run's images).
+        `scores`: by run and judge, a `Comparison` with the reference.
+        `win_rates`: by judge, ``[arm][arm]``, how often the row's image scores higher than the column's; a tie counts
+        one half; `None` on the diagonal.
         `appearance`: by run and measure, including diversity, a `Comparison` from the run's evaluation.
+        `signs_of_reward_hacking`: by run that has any, see `report.signs_of_reward_hacking`, in words.
         `preference_accuracy`: by run and judge, see `metrics.preference_accuracy`.
 
     Raises:
@@ -357,32 +402,51 @@ def measure_runs(runs: Sequence[EvaluatedRun], judges: Sequence[str]) -> dict[st
     seed = runs[0].settings["run.seed"]
     num_resamples = runs[0].settings["evaluation.num_bootstrap_resamples"]
 
-    def win_rate(row: Scores, column: Scores) -> dict[str, Any]:
-        return asdict(compare_scores(column, row, num_resamples=num_resamples, seed=seed).win_rate)
+    def compared(base: Scores, tuned: Scores, *, is_paired: bool) -> dict[str, Any]:
+        if not is_paired:  # every image of a prompt with every other
+            base, tuned = np.repeat(base, tuned.shape[1], axis=1), np.tile(tuned, base.shape[1])
+        return compare_scores(base, tuned, num_resamples=num_resamples, seed=seed).to_dict()
+
+    paired = [*(run.is_paired for run in runs), reference_is_paired]
 
     scores: dict[str, dict[str, Any]] = {run.name: {} for run in runs}
     win_rates: dict[str, list[list[Any]]] = {}
     for judge in judges:
         arms = [*(run.scores("tuned", judge) for run in runs), runs[0].scores("base", judge)]
         win_rates[judge] = [
-            [None if row == column else win_rate(arms[row], arms[column]) for column in range(len(arms))]
+            [
+                None
+                if row == column
+                else compared(arms[column], arms[row], is_paired=paired[row] and paired[column])["win_rate"]
+                for column in range(len(arms))
+            ]
             for row in range(len(arms))
         ]
         for run, tuned in zip(runs, arms, strict=False):
-            compared = compare_scores(run.scores("base", judge), tuned, num_resamples=num_resamples, seed=seed)
-            scores[run.name][judge] = compared.to_dict()
+            is_paired = run.is_paired and reference_is_paired
+            scores[run.name][judge] = compared(run.scores("base", judge), tuned, is_paired=is_paired)
+    looks = {
+        run.name: {name: run.metrics[name] for name in (DIVERSITY,) if name in run.metrics}
+        | run.metrics.get("appearance", {})
+        for run in runs
+    }
     return {
-        "runs": [{"name": run.name, "path": str(run.path), "trained_on": run.trained_on} for run in runs],
-        "arms": [*(run.name for run in runs), BASE],
+        "runs": [
+            {"name": run.name, "path": str(run.path), "trained_on": run.trained_on, "same_noise": run.is_paired}
+            for run in runs
+        ],
+        "arms": [*(run.name for run in runs), reference],
         "judges": list(judges),
         "num_prompts": len(runs[0].prompts),
+        "num_left_out": 0,
         "images_per_prompt": runs[0].metrics["images_per_prompt"],
         "scores": scores,
         "win_rates": win_rates,
-        "appearance": {
-            run.name: {name: run.metrics[name] for name in (DIVERSITY,) if name in run.metrics}
-            | run.metrics.get("appearance", {})
+        "appearance": looks,
+        "signs_of_reward_hacking": {
+            run.name: [f"{sign.name} {sign.verdict}" for sign in signs]
             for run in runs
+            if (signs := _signs(run, scores[run.name], looks[run.name]))
         },
         "preference_accuracy": {
             run.name: {
@@ -395,6 +459,10 @@ def measure_runs(runs: Sequence[EvaluatedRun], judges: Sequence[str]) -> dict[st
             if IMPLICIT_VALUE in run.rows.column_names
         },
     }
+
+
+def _signs(run: EvaluatedRun, judges: Mapping[str, Any], looks: Mapping[str, Any]) -> list[MeasureResult]:
+    return signs_of_reward_hacking(measure_results({"judges": judges, "appearance": looks}, run.rewards))
 
 
 def page_values(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -446,7 +514,7 @@ def table_of(found: Mapping[str, Any]) -> str:
     """
     score_rows = page_values(found)["score_rows"]
     header = ["run", "trained on", *found["judges"]]
-    rows = [[BASE, "", *(cell["base"] for cell in score_rows[0])]]
+    rows = [[found["arms"][-1], "", *(cell["base"] for cell in score_rows[0])]]
     for run, cells in zip(found["runs"], score_rows, strict=True):
         shown = [f"{cell['tuned']} ({cell['difference']} {cell['interval']})" for cell in cells]
         rows.append([run["name"], run["trained_on"], *shown])
@@ -454,21 +522,17 @@ def table_of(found: Mapping[str, Any]) -> str:
     return f"{table}\nno interval and no verdict: {'; '.join(reasons)}; add held-out prompts" if reasons else table
 
 
-def image_grid(runs: Sequence[EvaluatedRun]) -> list[dict[str, Any]]:
+def image_grid(runs: Sequence[EvaluatedRun], reference: str = BASE) -> list[dict[str, Any]]:
     """The first held-out prompts: text, and one entry per arm with its images from the same noise."""
     grid: list[dict[str, Any]] = [
-        {"prompt": prompt, "arms": [{"name": name, "images": []} for name in (BASE, *(run.name for run in runs))]}
+        {"prompt": prompt, "arms": [{"name": name, "images": []} for name in (reference, *(run.name for run in runs))]}
         for prompt in runs[0].prompts[:SHOWN_PROMPTS]
     ]
     first = runs[0].rows["prompt_index"].unique().to_pylist()[:SHOWN_PROMPTS]  # prompts in quarantine have no row
     places = {prompt_index: place for place, prompt_index in enumerate(first)}
     for place, (run, arm) in enumerate([(runs[0], "base"), *((run, "tuned") for run in runs)]):
-        column = f"{arm}_image"
-        shown_rows = [("prompt_index", "in", list(places)), ("sample_index", "<", SHOWN_IMAGES)]
-        rows = read_table(run.comparison_path, ["prompt_index", "sample_index", column], shown_rows)
-        for row in in_order(rows).to_pylist():
-            image = inline_png(row[column], place_of(run.comparison_path, row))
-            grid[places[row["prompt_index"]]]["arms"][place]["images"].append(image)
+        for prompt_index, png, where in run.images(arm, [*places], SHOWN_IMAGES):
+            grid[places[prompt_index]]["arms"][place]["images"].append(inline_png(png, where))
     return grid
 
 

@@ -51,7 +51,7 @@ def generate_samples(
     keep_images: bool,
     generators: Pool,
     make_scores: MakeScores | None,
-    score_in_pool: Callable[[Dataset], Dataset] | None,
+    then: Callable[[Dataset], Dataset] | None,
     max_bad_fraction: float,
     progress: Progress,
 ) -> Counter[int]:
@@ -66,7 +66,8 @@ def generate_samples(
         keep_images: write each image as PNG.
         generators: size of the pool.
         make_scores: builds the judges inside each generator (fused).
-        score_in_pool: adds a separate pool of judges after the generators; drops the pixels unless ``keep_images``.
+        then: adds stages after the generators, such as a separate pool of judges; drops the pixels unless
+            ``keep_images``.
         max_bad_fraction: maximum share of quarantined prompts.
 
     Returns:
@@ -92,11 +93,11 @@ def generate_samples(
         sampling=sampling,
         tuned_dir=tuned_dir,
         make_scores=make_scores,
-        keep_pixels=keep_images or score_in_pool is not None,
+        keep_pixels=keep_images or then is not None,
         quarantine=quarantine,
     )
-    if rows and score_in_pool is not None:
-        rows = score_in_pool(rows)
+    if rows and then is not None:
+        rows = then(rows)
     made_with = write_shards(rows, output_dir, "samples", progress, parts)
     join_quarantined(output_dir)
     return made_with

@@ -1,10 +1,10 @@
-"""LoRA file of another program -> factors that training starts from."""
+"""LoRA file of another program -> factors that training starts from, or a LoRA as `save_lora` writes it."""
 
 import inspect
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,18 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cdpo_ray.config.training import LoraSection
-from cdpo_ray.errors import ModelError, printable
+from cdpo_ray.errors import ModelError, StoreError, printable
 from cdpo_ray.models import model_class
 from cdpo_ray.models.folder import folder_of
-from cdpo_ray.models.lora import LORA_WEIGHTS, POLICY, alpha_and_targets, row_norms
+from cdpo_ray.models.loading import fetch_config
+from cdpo_ray.models.lora import FIRST, LORA_WEIGHTS, POLICY, SECOND, alpha_and_targets, row_norms, write_lora
+from cdpo_ray.store.untrusted import read_untrusted_bytes
 
 KEY = "`training.start_from`"
 ADAPTER = "start"
@@ -33,6 +36,9 @@ FACTORS = (
 )
 """Ends of the names of both factors, in the formats that have alphas."""
 SHOWN_TARGETS = 12
+PEFT_PREFIX, PEFT_CONFIG = "base_model.model.", "adapter_config.json"
+"""Beginning of the names in a file of peft, and the file beside it that has the scale."""
+SCALE_KEYS = ("lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern")
 
 GivenLora = dict[str, tuple[Tensor, Tensor]]
 """Layer of the denoiser -> first and second factor, fp32; the weight change is their product."""
@@ -53,29 +59,78 @@ def check_start(path: str, family: str, model: Mapping[str, Any], lora: LoraSect
         read_start(path, kind.pipeline_class, kind.denoiser_name, denoiser_class, values, lora)
 
 
+def convert_lora(path: str, family: str, model: str, revision: str | None, folder: Path, *, key: str) -> None:
+    """Write the LoRA of a file as `save_lora` does, so that `TextToImageModel.load_tuned` loads it.
+
+    Layers of a lower rank than others are padded with zeros, which change nothing.
+
+    Args:
+        path: as in `read_start`; of any rank and layers.
+        model, revision: ``embedded``, a folder, or a hub id, which holds the denoiser's configuration.
+        folder: folder to write to.
+        key: config key of ``path``, for errors.
+
+    Raises:
+        ModelError: the file cannot be read, or does not belong to the model.
+    """
+    kind = model_class(family)
+    model_dir = kind.embedded_dir if model == "embedded" else fetch_config(model, revision)
+    assert model_dir is not None, "the model was checked"
+    values = json.loads((model_dir / kind.denoiser_name / "config.json").read_text())
+    denoiser_class = getattr(diffusers, values["_class_name"])
+    given = read_start(path, kind.pipeline_class, kind.denoiser_name, denoiser_class, values, None, key=key)
+    rank = max(len(first) for first, _ in given.values())
+    factors = {}
+    for name, (first, second) in given.items():
+        missing = rank - len(first)
+        factors[f"{name}.{FIRST}"] = torch.cat([first, first.new_zeros(missing, *first.shape[1:])])
+        padding = second.new_zeros(len(second), missing, *second.shape[2:])
+        factors[f"{name}.{SECOND}"] = torch.cat([second, padding], dim=1)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[*given])
+    write_lora(kind.pipeline_class, kind.denoiser_name, factors, config, folder)
+
+
 def read_start(
     path: str,
     pipeline_class: type[DiffusionPipeline],
     denoiser_name: str,
     denoiser_class: Any,
     denoiser_config: Mapping[str, Any],
-    lora: LoraSection,
+    lora: LoraSection | None,
+    *,
+    key: str = KEY,
 ) -> GivenLora:
     """Read a LoRA in any format that diffusers reads, by its own loader, into a denoiser without weights.
 
     Args:
-        path: file, or folder with one LoRA; untrusted, safetensors only.
+        path: file, or folder with one LoRA; untrusted, safetensors only. Of a folder of peft, the scale is read too.
         denoiser_name: ``unet`` or ``transformer``.
-        lora: LoRA to train, which must have the same rank and layers.
+        lora: LoRA to train, which must have the same rank and layers; `None`: any.
+        key: config key of ``path``, for errors.
 
     Raises:
         ModelError: the file cannot be read, is a DoRA, belongs to another model or to text encoders, or has another
             rank or other layers than ``lora``.
     """
+    try:
+        return _read(path, pipeline_class, denoiser_name, denoiser_class, denoiser_config, lora)
+    except ModelError as error:
+        raise ModelError(f"{key} {error}") from None
+
+
+def _read(
+    path: str,
+    pipeline_class: type[DiffusionPipeline],
+    denoiser_name: str,
+    denoiser_class: Any,
+    denoiser_config: Mapping[str, Any],
+    lora: LoraSection | None,
+) -> GivenLora:
     file = _file(path)
-    tensors, metadata = _content(file)
+    tensors, metadata = _content(file, denoiser_name)
     if any("dora_scale" in name or "magnitude" in name for name in tensors):
-        raise _refused(file, "is a DoRA, which cannot be continued", "merge it into the base model")
+        what = "continued" if lora else "used here"
+        raise _refused(file, f"is a DoRA, which cannot be {what}", "merge it into the base model")
     skeleton = _without_weights(denoiser_class, denoiser_config)
     try:
         converted: Any = pipeline_class.lora_state_dict(
@@ -92,7 +147,7 @@ def read_start(
                 file, f"also changes {printable(min(others))}, which is not trained", "merge it into the base model"
             )
         load(own, **arguments)
-        scale = _scale(metadata, denoiser_name, lora.rank)
+        scale = _scale(metadata, denoiser_name)
     except ModelError:
         raise
     except Exception as error:  # an untrusted file can make a converter raise anything
@@ -106,9 +161,10 @@ def read_start(
     num_given = sum(bool(FIRST_FACTORS.search(name)) for name in own)
     if not factors or num_given != len(factors):
         raise _refused(file, f"{num_given} layers, of which {len(factors)} are the {denoiser_name}'s", "use another")
-    _refuse_other_layers(file, factors, skeleton, lora)
+    if lora:
+        _refuse_other_layers(file, factors, skeleton, lora)
     return {
-        name: (first.float(), second.float() * (found[name].scaling[ADAPTER] if scale is None else scale))
+        name: (first.float(), second.float() * (scale(len(first)) if scale else found[name].scaling[ADAPTER]))
         for name, (first, second) in factors.items()
     }
 
@@ -163,12 +219,18 @@ def _file(path: str) -> Path:
     return found[0]
 
 
-def _content(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _content(file: Path, denoiser_name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a file, both as diffusers would write them if peft did."""
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
             metadata = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        if all(name.startswith(PEFT_PREFIX) for name in tensors):
+            tensors = {f"{denoiser_name}.{name.removeprefix(PEFT_PREFIX)}": value for name, value in tensors.items()}
+            if (beside := file.with_name(PEFT_CONFIG)).is_file():
+                values = json.loads(read_untrusted_bytes(beside, remedy="write it again"))
+                metadata = {f"{denoiser_name}.{name}": values.get(name) for name in SCALE_KEYS}
+    except (SafetensorError, OSError, ValueError, RecursionError, AttributeError, StoreError) as error:
         raise _refused(file, f"cannot be read: {printable(error)}", "give a LoRA in safetensors") from None
     if bad := [name for name, value in tensors.items() if not value.is_floating_point() or not value.isfinite().all()]:
         raise _refused(
@@ -177,14 +239,15 @@ def _content(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata if isinstance(metadata, dict) else {}
 
 
-def _scale(metadata: Mapping[str, Any], denoiser_name: str, rank: int) -> float | None:
-    """Scale in the metadata of diffusers' format; `None`: the file has none, or one per layer."""
+def _scale(metadata: Mapping[str, Any], denoiser_name: str) -> Callable[[int], float] | None:
+    """Scale of a rank by the metadata of diffusers' format; `None`: the file has none, or one per layer."""
     if f"{denoiser_name}.lora_alpha" not in metadata:
         return None
     if any(metadata.get(f"{denoiser_name}.{key}") for key in ("alpha_pattern", "rank_pattern")):
         raise ValueError("layers of several scales or ranks are not supported")
     alpha, _ = alpha_and_targets(metadata, denoiser_name)
-    return alpha / (math.sqrt(rank) if metadata.get(f"{denoiser_name}.use_rslora") is True else rank)
+    use_rslora = metadata.get(f"{denoiser_name}.use_rslora") is True
+    return lambda rank: alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 def _refuse_other_layers(
@@ -222,4 +285,4 @@ def _ends(targets: Sequence[str]) -> tuple[str, ...]:
 
 
 def _refused(path: Path, what: str, advice: str) -> ModelError:
-    return ModelError(f"{KEY} {path}: {what}; {advice}")
+    return ModelError(f"{path}: {what}; {advice}")

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,9 +49,7 @@ class Frame:
 
 
 def load_pixels(image: bytes | str, frame: Frame) -> tuple[NDArray[np.uint8], bool]:
-    """Decode an image, turn it upright, convert it to RGB on white, scale it to cover the frame, and crop the centre.
-
-    The limits are compared with the file's size and header before decoding. Animations yield their first picture.
+    """Decode an image as `open_upright` does, scale it to cover the frame, and crop the centre.
 
     Args:
         image: bytes or path of a file.
@@ -62,23 +60,15 @@ def load_pixels(image: bytes | str, frame: Frame) -> tuple[NDArray[np.uint8], bo
     Raises:
         ValueError: with the reason why the image is unusable.
     """
-    data = _without_metadata(_bytes(image, frame.max_bytes))
-    with _refusing_damage(frame):
-        opened = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    width, height = opened.size
-    if width * height > frame.max_pixels:
-        raise ValueError(f"has {width} x {height} pixels, more than {frame.max_pixels:,}")
-    if frame.width > MAX_ENLARGEMENT * width or frame.height > MAX_ENLARGEMENT * height:
-        raise ValueError(
-            f"has {width} x {height} pixels; {frame.width} x {frame.height} would enlarge it more than"
-            f" {MAX_ENLARGEMENT} times"
-        )
-    with _refusing_damage(frame):
-        opened.load()
-        turn = _turn(opened)
-    grey = _eight_bits(opened) if opened.mode == "F" or opened.mode.startswith("I") else opened
-    with _refusing_damage(frame):
-        upright = _rgb(grey if turn is None else grey.transpose(turn))
+
+    def check(width: int, height: int) -> None:
+        if frame.width > MAX_ENLARGEMENT * width or frame.height > MAX_ENLARGEMENT * height:
+            raise ValueError(
+                f"has {width} x {height} pixels; {frame.width} x {frame.height} would enlarge it more than"
+                f" {MAX_ENLARGEMENT} times"
+            )
+
+    upright = open_upright(image, max_bytes=frame.max_bytes, max_pixels=frame.max_pixels, check_size=check)
     fitted = ImageOps.fit(upright, (frame.width, frame.height), Image.Resampling.BICUBIC)
     if not fitted.getbbox():
         raise ValueError("is all black, as after a safety checker")
@@ -86,8 +76,43 @@ def load_pixels(image: bytes | str, frame: Frame) -> tuple[NDArray[np.uint8], bo
     return np.asarray(fitted).transpose(2, 0, 1), is_cut
 
 
+def open_upright(
+    image: bytes | str,
+    *,
+    max_bytes: int,
+    max_pixels: int,
+    check_size: Callable[[int, int], None] = lambda width, height: None,
+) -> Image.Image:
+    """Decode an untrusted image, turn it upright, and convert it to RGB on white.
+
+    The limits are compared with the file's size and header before decoding. Animations yield their first picture.
+
+    Args:
+        image: bytes or path of a file.
+        max_bytes: maximum size of the file.
+        max_pixels: maximum number of pixels according to the header.
+        check_size: called with width and height by the header; may raise a `ValueError`.
+
+    Raises:
+        ValueError: with the reason why the image is unusable.
+    """
+    data = _without_metadata(_bytes(image, max_bytes))
+    with _refusing_damage(max_pixels):
+        opened = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    width, height = opened.size
+    if width * height > max_pixels:
+        raise ValueError(f"has {width} x {height} pixels, more than {max_pixels:,}")
+    check_size(width, height)
+    with _refusing_damage(max_pixels):
+        opened.load()
+        turn = _turn(opened)
+    grey = _eight_bits(opened) if opened.mode == "F" or opened.mode.startswith("I") else opened
+    with _refusing_damage(max_pixels):
+        return _rgb(grey if turn is None else grey.transpose(turn))
+
+
 @contextlib.contextmanager
-def _refusing_damage(frame: Frame) -> Iterator[None]:
+def _refusing_damage(max_pixels: int) -> Iterator[None]:
     """Turn every error of Pillow about a file into a `ValueError` with the reason."""
     try:
         with warnings.catch_warnings():
@@ -100,7 +125,7 @@ def _refusing_damage(frame: Frame) -> Iterator[None]:
     except UnidentifiedImageError:
         raise ValueError(f"must be one of {', '.join(IMAGE_FORMATS)}") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"has more pixels than {frame.max_pixels:,}: {error}") from None
+        raise ValueError(f"has more pixels than {max_pixels:,}: {error}") from None
     except Exception as error:
         raise ValueError(f"is damaged: {str(error) or type(error).__name__}") from None
 

@@ -5,7 +5,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -16,13 +16,16 @@ from typing_extensions import TypedDict
 from cdpo_ray.errors import ConfigError, StoreError, printable
 from cdpo_ray.progress.pace import duration, rate_in_words
 from cdpo_ray.records import (
+    CANDIDATES,
     CONFIRMATION,
     FOUND,
     HELDOUT,
+    JUDGED,
     PREDICTED,
     SAMPLES,
     SCORES,
     STEP_FOLDERS,
+    TRAINING,
     TRIAL,
     TRIALS,
     VALIDATION,
@@ -38,6 +41,8 @@ SEARCH_FOLDERS = (VALIDATION, HELDOUT, f"{VALIDATION}.partial", TRIALS)
 HEARTBEAT_TIMEOUT_SECONDS = 60.0  # without a heartbeat, after which a process counts as dead
 READ_UP_TO = 2**20  # bytes; of larger files only presence and size are compared with the manifest
 MAX_ROUNDS = 1000
+ENDINGS = ("", ".partial")
+"""Ends of the names of a step's folder, finished and unfinished."""
 MAX_ERROR_LINES = 20
 SHOWN_OVERRIDE = re.compile(
     r"(rounds|run\.(name|dir|seed)|(generation|curriculum|training|resources)\.[a-z_.]+)=[\w./+,:{}\[\] -]+"
@@ -112,7 +117,7 @@ class RunStatus:
     Attributes:
         name: path of its folder, as text.
         steps: steps of each round.
-        trials: one line per folder of a search's trials.
+        trials: one line per folder of a search's trials, and per step of a candidate of `cdpo judge`.
         damage: one line per file that differs from a manifest or from `config.yaml`.
         end: what the run's process does or how it ended, errors, and what to do next.
         is_interrupted: whether the run is neither finished nor running.
@@ -169,16 +174,23 @@ def run_status(run_dir: Path, *, now: datetime | None = None) -> RunStatus:
     now = now or datetime.now(UTC)
     alive = status.get("state") == "running" and _is_alive(status, now)
     searches = any(exists(run_dir / folder) for folder in SEARCH_FOLDERS)
+    judges = exists(run_dir / CANDIDATES)
+    begun = (run.path / f"{folder}{end}" for run in rounds for folder in STEP_FOLDERS for end in ENDINGS)
+    is_run = not judges or any(map(exists, begun))
+    folders = SHARED_FOLDERS if searches else STEP_FOLDERS if is_run else ()
     steps, trials = [], []
     for number, run in enumerate(rounds, start=1):
         places = [(folder, status if (status.get("folder"), status.get("round")) == (folder, number) else None)
-                  for folder in (SHARED_FOLDERS if searches else STEP_FOLDERS)]  # fmt: skip
+                  for folder in folders]  # fmt: skip
         steps.append([_step_status(run, folder, current, alive=alive) for folder, current in places])
     if searches:
         trials = [_trials_line(path_within(run_dir, folder)) for folder in (TRIALS, CONFIRMATION)]
         done = status.get("state") == "ended" and exists(run_dir / FOUND)
     else:
-        done = all(run.has(folder) for run in rounds for folder in STEP_FOLDERS)
+        done = all(run.has(folder) for run in rounds for folder in folders)
+    if judges:
+        trials += [line for step in _candidate_steps(run_dir, status, alive=alive) for line in step.lines]
+        done &= exists(run_dir / JUDGED)
     damage = [line for run in rounds for line in _damage(run)]
     done &= not damage
     next_line = f"next: {_command(run_dir, status) or 'run the original command again; it resumes the run'}"
@@ -216,7 +228,7 @@ def _command(run_dir: Path, status: dict[str, Any]) -> str | None:
     is_config = config.endswith((".yaml", ".yml")) and config.isprintable() and not config.startswith("-")
     is_in_run_dir = is_local(run_dir) and Path(config).resolve().is_relative_to(run_dir.resolve())
     harmless = all(map(SHOWN_OVERRIDE.fullmatch, overrides))
-    if program != "cdpo" or verb not in ("run", "tune") or not is_config or is_in_run_dir or not harmless:
+    if program != "cdpo" or verb not in ("run", "tune", "judge") or not is_config or is_in_run_dir or not harmless:
         return None
     return shlex.join(["cdpo", verb, config, *overrides])
 
@@ -261,6 +273,19 @@ def _step_status(run: RunFolder, folder: str, current: dict[str, Any] | None, *,
             words.append(f"{_estimated(predicted)}, on course for {duration(total / rate)}")
     state = "running" if alive else "failed" if current["state"] == "failed" else "stopped"
     return StepStatus(folder, state, words, notes, (current["done"], total) if words and total else None)
+
+
+def _candidate_steps(run_dir: Path, status: dict[str, Any], *, alive: bool) -> list[StepStatus]:
+    """Status of the steps of each candidate of `cdpo judge`."""
+    found = []
+    for path in sorted((run_dir / CANDIDATES).glob("*/")):
+        run = RunFolder(path)
+        is_adapter = any(exists(path / f"{TRAINING}{end}") for end in ENDINGS)
+        for folder in (TRAINING, SAMPLES, SCORES) if is_adapter else (SAMPLES, SCORES):
+            place = f"{CANDIDATES}/{path.name}/{folder}"
+            current = status if status.get("folder") == place else None
+            found.append(replace(_step_status(run, folder, current, alive=alive), folder=f"{printable(place)} "))
+    return found
 
 
 def _estimated(predicted: dict[str, Any]) -> str:

@@ -145,9 +145,9 @@ def model_sha256(config: Config) -> dict[str, str]:
     """
     model = config.model
     places = {"model": model.path} | ({"model.teacher": model.teacher.path} if model.teacher else {})
-    found = {f"{key}.sha256": _weights_sha256(where, key=f"{key}.path") for key, where in places.items()}
+    found = {f"{key}.sha256": weights_sha256(where, key=f"{key}.path") for key, where in places.items()}
     if model.config:
-        found["model.config.sha256"] = _weights_sha256(
+        found["model.config.sha256"] = weights_sha256(
             model.config.path, key="model.config.path", endings=CONFIG_ENDINGS
         )
     return {key: sha256 for key, sha256 in found.items() if sha256}
@@ -159,7 +159,7 @@ def start_sha256(config: Config) -> dict[str, str]:
     Raises:
         StoreError: a file changed while it was read.
     """
-    found = _weights_sha256(config.training.start_from, key="training.start_from")
+    found = weights_sha256(config.training.start_from, key="training.start_from")
     return {"training.start_from.sha256": found} if found else {}
 
 
@@ -176,7 +176,7 @@ def reward_sha256(config: Config, name: str) -> dict[str, str]:
     options = config.rewards.options(name)
     pinned = ("checkpoint",) if options.get("sha256") else ()
     found = {
-        f"{key}.sha256": _weights_sha256(options[key], key=f"rewards.{name}.{key}")
+        f"{key}.sha256": weights_sha256(options[key], key=f"rewards.{name}.{key}")
         for key in REWARD_WEIGHTS
         if key in options and key not in pinned
     }
@@ -203,8 +203,12 @@ def judge_settings(config: Config) -> dict[str, Any]:
     return {f"rewards.{name}": options for name, options in judges.items()} | contents
 
 
-def _weights_sha256(where: str | None, *, key: str, endings: tuple[str, ...] = MODEL_ENDINGS) -> str | None:
-    """SHA-256 of local weights; ``None``: not given, shipped with the package, or a hub id."""
+def weights_sha256(where: str | None, *, key: str, endings: tuple[str, ...] | None = MODEL_ENDINGS) -> str | None:
+    """SHA-256 of local weights; ``None``: not given, shipped with the package, or a hub id.
+
+    Args:
+        endings: of the files of a folder that are read; ``None``: any.
+    """
     if where is None or where == "embedded":
         return None
     path = Path(where)
@@ -215,7 +219,8 @@ def _weights_sha256(where: str | None, *, key: str, endings: tuple[str, ...] = M
         files = {
             name: file
             for name, file in within.items()
-            if file.suffix in endings and not any(part.startswith(".") for part in Path(name).parts)
+            if (endings is None or file.suffix in endings)
+            and not any(part.startswith(".") for part in Path(name).parts)
         }
     else:
         return None

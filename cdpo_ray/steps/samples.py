@@ -72,7 +72,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
         keep_images=config.generation.keep_images,
         generators=config.resources.generators,
         make_scores=functools.partial(Scorer, judges) if fused else None,
-        score_in_pool=None
+        then=None
         if fused
         else functools.partial(
             score_pixels,
@@ -180,7 +180,7 @@ def sample_to_compare(context: Context, output_dir: Path, output: StepOutput, *,
         keep_images=True,
         generators=config.resources.generators,
         make_scores=functools.partial(Scorer, config.evaluation_judges),
-        score_in_pool=None,
+        then=None,
         max_bad_fraction=config.generation.max_bad_fraction,
         progress=context.progress,
     )

@@ -31,7 +31,9 @@ def score(context: Context, output_dir: Path, output: StepOutput) -> None:
     rewards, settings, parts = config.rewards, score_settings(config), _score_parts(config)
     with_images = context.run.manifest(SAMPLES)["details"].get("rewards", {})
     other_dir, there = _scores_elsewhere(context)
-    num_samples = shard_schema(samples_dir).field("latents").type.shape[0]
+    num_samples = config.generation.images_per_prompt
+    if config.preferences:
+        num_samples = shard_schema(samples_dir).field("latents").type.shape[0]
     missing: dict[bool, list[str]] = {False: [], True: []}
     for part in output.parts:
         reward, second = parts[part]
@@ -130,4 +132,4 @@ def _describe_scores(reward: str, second: bool, context: Context, output_dir: Pa
     output.counts["scores"] += scores.size
     output.counts[f"not_finite_{reward}"] = num_bad
     if num_bad:
-        output.warnings.append(f"{num_bad} of {scores.size} scores of `{reward}` are not finite; they form no pairs")
+        output.warnings.append(f"{num_bad} of {scores.size} scores of `{reward}` are not finite and are not used")

@@ -35,6 +35,8 @@ class Context:
         validation: how to measure the policy at the end of each stage; ``None``: not measured.
         on_stage: called with the summary of each stage that has ended.
         gpu: GPU that costs are estimated for.
+        place: path of the round's folder within that of the command, as text with a slash; empty: they are the same, or
+            the progress counts rounds.
     """
 
     config: Config
@@ -46,6 +48,7 @@ class Context:
     validation: ValidationJob | None = None
     on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None
     gpu: Gpu = DEFAULT_GPU
+    place: str = ""
 
     @functools.cached_property
     def workload(self) -> Workload | None:

@@ -263,6 +263,26 @@ def test_reward_hacking_is_a_rise_of_the_trained_reward_and_an_undesired_change_
     assert [sign.name for sign in signs_of_reward_hacking(results(**judges))] == fallen
 
 
+@pytest.mark.parametrize(
+    ("judges", "signs"),
+    [
+        ({"clip": BETTER, "oracle": WORSE}, ["oracle"]),
+        ({"clip": BETTER, "diversity": WORSE}, ["diversity"]),
+        ({"clip": BETTER, "oracle": BETTER, "diversity": WORSE}, []),
+        ({"clip": BETTER, "oracle": BETTER, "edge_density": MUCH}, ["edge_density"]),
+        ({"clip": UNCLEAR, "oracle": WORSE, "edge_density": MUCH}, []),
+    ],
+)
+def test_if_the_reward_is_unknown_any_judge_that_rose_may_be_it(
+    judges: dict[str, dict[str, float]], signs: list[str]
+) -> None:
+    found = results(**judges)
+    metrics = {"judges": {name: judge(judges[name]) for name in judges if name in ("clip", "oracle")}}
+    metrics |= {"appearance": {name: judge(judges[name]) for name in judges if name not in metrics["judges"]}}
+    assert len(found) == len(measure_results(metrics, None))
+    assert [sign.name for sign in signs_of_reward_hacking(measure_results(metrics, None))] == signs
+
+
 def test_page_shows_the_previews_from_the_base_model_to_the_last_stage_and_escapes_their_prompts(
     page: str, tmp_path: Path
 ) -> None:

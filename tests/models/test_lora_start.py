@@ -14,13 +14,13 @@ from torch import Tensor
 
 from cdpo_ray.config.training import LoraSection
 from cdpo_ray.errors import ModelError
-from cdpo_ray.export.formats import write_diffusers
+from cdpo_ray.export.formats import write_diffusers, write_peft
 from cdpo_ray.export.kohya import write_kohya
 from cdpo_ray.export.trained import Trained
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, LORA_WEIGHTS, attach_lora, save_lora
-from cdpo_ray.models.lora_start import check_start
+from cdpo_ray.models.lora_start import check_start, convert_lora
 from cdpo_ray.policy.policy import make_policy
 
 TinyModels = Callable[[str], Path]
@@ -39,7 +39,7 @@ def given(folder: Path, model_dir: Path, family: str, writer: str, targets: tupl
     save_lora(model.pipeline_class, model.denoiser_name, model.denoiser, folder / "4-training" / LORA_DIR)
     trained = Trained("given", folder / "4-training", family, {"path": str(model_dir)})
     (folder / "given").mkdir()
-    {"diffusers": write_diffusers, "kohya": write_kohya}[writer](trained, folder / "given")
+    {"diffusers": write_diffusers, "kohya": write_kohya, "peft": write_peft}[writer](trained, folder / "given")
     return changes(model)
 
 
@@ -53,6 +53,7 @@ def changes(model: TextToImageModel) -> dict[str, Tensor]:
     [
         ("stable_diffusion", "diffusers", WITH_CONVOLUTIONS),
         ("stable_diffusion", "kohya", WITH_CONVOLUTIONS),
+        ("stable_diffusion", "peft", WITH_CONVOLUTIONS),
         ("stable_diffusion_xl", "diffusers", ATTENTION),
         ("stable_diffusion_xl", "kohya", ATTENTION),
         ("flux", "diffusers", ATTENTION),
@@ -96,6 +97,58 @@ def test_the_scale_in_the_metadata_of_a_run_s_own_lora_is_used(tiny_sd15: Path, 
         layer: Any = model.denoiser.get_submodule(name)
         rows = (layer.get_base_layer().weight + value).norm(dim=1)
         torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight, rows, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("writer", ["diffusers", "kohya", "peft"])
+def test_a_lora_of_any_format_becomes_a_run_s_own_with_the_same_weight_change(
+    writer: str, tiny_sd15: Path, tmp_path: Path
+) -> None:
+    expected = given(tmp_path, tiny_sd15, "stable_diffusion", writer, WITH_CONVOLUTIONS)
+    convert(tmp_path / "given", tiny_sd15, tmp_path / "own")
+    model = load(tiny_sd15, "stable_diffusion")
+    model.load_tuned(tmp_path / "own")
+    found = {name: layer for name, layer in model.denoiser.named_modules() if hasattr(layer, "lora_A")}
+    assert found.keys() == expected.keys()
+    for name, layer in found.items():
+        (adapter,) = layer.lora_A
+        assert torch.allclose(layer.get_delta_weight(adapter), expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_layers_of_several_ranks_keep_their_weight_change(tiny_sd15: Path, tmp_path: Path) -> None:
+    expected = given(tmp_path, tiny_sd15, "stable_diffusion", "kohya", ATTENTION)
+    (file,) = (tmp_path / "given").glob("*.safetensors")
+    tensors = load_file(file)
+    thin = next(name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha"))
+    for end, rows in ((".lora_down.weight", slice(None)), (".lora_up.weight", (slice(None), slice(2)))):
+        kept = tensors[thin + end][:2] if end == ".lora_down.weight" else tensors[thin + end][rows]
+        tensors[thin + end] = kept.contiguous()
+    tensors[f"{thin}.alpha"] = tensors[f"{thin}.alpha"] / 2  # the scale stays
+    save_file(tensors, file)
+    convert(file, tiny_sd15, tmp_path / "own")
+    model = load(tiny_sd15, "stable_diffusion")
+    model.load_tuned(tmp_path / "own")
+    found = {name: layer for name, layer in model.denoiser.named_modules() if hasattr(layer, "lora_A")}
+    (name,) = (name for name in found if f"lora_unet_{name.replace('.', '_')}" == thin)
+    (adapter,) = found[name].lora_A
+    scale = float(tensors[f"{thin}.alpha"]) / 2
+    product = tensors[f"{thin}.lora_up.weight"] @ tensors[f"{thin}.lora_down.weight"] * scale
+    assert torch.allclose(found[name].get_delta_weight(adapter), product, rtol=1e-4, atol=1e-6)
+    others = [other for other in found if other != name]
+    assert others and all(
+        torch.allclose(found[other].get_delta_weight(adapter), expected[other], rtol=1e-4, atol=1e-6)
+        for other in others
+    )
+
+
+def convert(path: Path, model_dir: Path, folder: Path) -> None:
+    key = "`judge.candidates.mine.adapter`"
+    convert_lora(str(path), "stable_diffusion", str(model_dir), None, folder / LORA_DIR, key=key)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_its_key(tiny_models: TinyModels, tmp_path: Path) -> None:
+    given(tmp_path, tiny_models("stable_diffusion_xl"), "stable_diffusion_xl", "kohya", ATTENTION)
+    with pytest.raises(ModelError, match=r"^`judge\.candidates\.mine\.adapter` .*given.*; "):
+        convert(tmp_path / "given", tiny_models("stable_diffusion"), tmp_path / "own")
 
 
 @pytest.fixture(scope="module")
