@@ -14,6 +14,7 @@ from cdpo_ray.dataflow.images import MAX_PNG_BYTES, MAX_PNG_PIXELS
 from cdpo_ray.errors import EvaluationError, PromptError, StoreError, printable
 from cdpo_ray.preferences.images import open_upright
 from cdpo_ray.prompts.files import read_file
+from cdpo_ray.prompts.rows import Columns
 from cdpo_ray.records import prompt_id
 from cdpo_ray.store import path_within
 
@@ -64,7 +65,7 @@ def find_images(folder: Path, prompts: Sequence[str], images_per_prompt: int, *,
     found: dict[str, list[Path]] = {prompt: [] for prompt in prompts}
     try:
         path = path_within(folder, present[0])
-        names, given = ([text.strip() for text in read_file(path, column)] for column in (FILE, PROMPT))
+        names, given = ([row.prompt.strip() for row in read_file(path, Columns(column))] for column in (FILE, PROMPT))
         for name, prompt in zip(names, given, strict=True):
             if prompt in found:
                 found[prompt].append(path_within(folder, name))
