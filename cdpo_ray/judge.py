@@ -82,6 +82,7 @@ def judge_candidates(
             config.judge.reference,
             run_dir,
             judges=[*config.evaluation_judges],
+            categories=prompts.categories,
             num_resamples=config.evaluation.num_bootstrap_resamples,
             seed=config.run.seed,
         )

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from cdpo_ray.errors import EvaluationError
 from cdpo_ray.evaluation.appearance import APPEARANCE
-from cdpo_ray.evaluation.joining import row_per_image
+from cdpo_ray.evaluation.joining import row_per_image, with_categories
 from cdpo_ray.evaluation.metrics import measure
 from cdpo_ray.evaluation.report import DIVERSITY
 from cdpo_ray.evaluation.runs import EvaluatedRun, measure_runs, write_comparison
@@ -70,6 +70,7 @@ def compare_candidates(
     output_dir: Path,
     *,
     judges: Sequence[str],
+    categories: Mapping[str, str],
     num_resamples: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def compare_candidates(
     Args:
         reference: name of the candidate that the others are compared with.
         output_dir: folder of `judge.json` and `judge.html`.
+        categories: by prompt, of those that have one.
         num_resamples, seed: number of draws and seed of the bootstrap over prompts.
 
     Returns:
@@ -99,7 +101,7 @@ def compare_candidates(
     beside = []
     try:
         for name, candidate in by_name.items():
-            both = _side_by_side(rows[reference], rows[name])
+            both = with_categories(_side_by_side(rows[reference], rows[name]), categories)
             num_images = len(both[f"base_{next(iter(APPEARANCE))}"][0])
             metrics = measure(both, [], num_resamples=num_resamples, seed=seed) | {"images_per_prompt": num_images}
             beside.append(

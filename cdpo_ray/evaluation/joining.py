@@ -33,19 +33,25 @@ def join_comparison(
         StoreError: a part was altered since it was written.
     """
 
-    def with_categories(rows: pa.Table) -> pa.Table:
-        if not categories:
-            return rows
-        found = [categories.get(prompt) for prompt in rows["prompt"].to_pylist()]
-        return rows.append_column(CATEGORY, pa.array(found, pa.string()))
-
     def row_groups() -> Iterator[pa.Table]:
         for group in shards_of(parts, row_group_bytes):
-            yield row_per_image(with_categories(pa.concat_tables(read_part(part.path) for part in group)))
+            yield row_per_image(with_categories(pa.concat_tables(read_part(part.path) for part in group), categories))
 
     write_tables(row_groups(), path)
     names = [name for name in table_schema(parts[0].path).names if name not in PIXEL_COLUMNS.values()]
-    return with_categories(pa.concat_tables(read_table(part.path, names) for part in parts))
+    return with_categories(pa.concat_tables(read_table(part.path, names) for part in parts), categories)
+
+
+def with_categories(rows: pa.Table, categories: Mapping[str, str]) -> pa.Table:
+    """Rows of prompts with a column of their categories, null for a prompt that has none; unchanged if no prompt has one.
+
+    Args:
+        categories: by prompt.
+    """
+    if not categories:
+        return rows
+    found = [categories.get(prompt) for prompt in rows["prompt"].to_pylist()]
+    return rows.append_column(CATEGORY, pa.array(found, pa.string()))
 
 
 def row_per_image(rows: pa.Table) -> pa.Table:

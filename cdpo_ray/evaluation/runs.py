@@ -18,12 +18,13 @@ from cdpo_ray.config import REWARDS, options_without_choices, ranking_weights
 from cdpo_ray.dataflow.images import decode_pngs
 from cdpo_ray.errors import RewardError, StoreError, printable
 from cdpo_ray.evaluation.appearance import APPEARANCE
-from cdpo_ray.evaluation.metrics import preference_accuracy
+from cdpo_ray.evaluation.metrics import by_category, preference_accuracy
 from cdpo_ray.evaluation.report import (
     DIVERSITY,
     METRICS,
     JudgeName,
     MeasureResult,
+    category_rows,
     check_comparison,
     in_order,
     measure_results,
@@ -46,7 +47,7 @@ from cdpo_ray.pages.page import (
     significant_change,
     write_page,
 )
-from cdpo_ray.records import ARMS, EVALUATION, IMPLICIT_VALUE, TRAINING, score_column
+from cdpo_ray.records import ARMS, CATEGORY, EVALUATION, IMPLICIT_VALUE, TRAINING, score_column
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.store import MANIFEST, RunFolder, differences, flat, is_local, make_folder, table_schema, write_json
 from cdpo_ray.store.untrusted import Count, damage_message, other_keys_allowed
@@ -390,6 +391,7 @@ def measure_runs(
         `runs`: `name`, `path`, `trained_on` (empty: unknown) and `same_noise` of each.
         `arms`: names of the runs, then the reference (with the first run's images).
         `scores`: by run and judge, a `Comparison` with the reference.
+        `categories`: by run whose prompts have categories, see `metrics.by_category`.
         `win_rates`: by judge, ``[arm][arm]``, how often the row's image scores higher than the column's; a tie counts
         one half; `None` on the diagonal.
         `appearance`: by run and measure, including diversity, a `Comparison` from the run's evaluation.
@@ -402,29 +404,41 @@ def measure_runs(
     seed = runs[0].settings["run.seed"]
     num_resamples = runs[0].settings["evaluation.num_bootstrap_resamples"]
 
-    def compared(base: Scores, tuned: Scores, *, is_paired: bool) -> dict[str, Any]:
-        if not is_paired:  # every image of a prompt with every other
-            base, tuned = np.repeat(base, tuned.shape[1], axis=1), np.tile(tuned, base.shape[1])
+    def matched(base: Scores, tuned: Scores, *, is_paired: bool) -> tuple[Scores, Scores]:
+        """Images that are compared with each other; without pairs, every one of a prompt with every other."""
+        if is_paired:
+            return base, tuned
+        return np.repeat(base, tuned.shape[1], axis=1), np.tile(tuned, base.shape[1])
+
+    def compared(base: Scores, tuned: Scores) -> dict[str, Any]:
         return compare_scores(base, tuned, num_resamples=num_resamples, seed=seed).to_dict()
+
+    def beside_reference(run: EvaluatedRun, judge: str) -> dict[str, Scores]:
+        is_paired = run.is_paired and reference_is_paired
+        return dict(zip(ARMS, matched(run.scores("base", judge), run.scores("tuned", judge), is_paired=is_paired)))
 
     paired = [*(run.is_paired for run in runs), reference_is_paired]
 
-    scores: dict[str, dict[str, Any]] = {run.name: {} for run in runs}
+    scores: dict[str, dict[str, Any]] = {}
+    categories: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        arms = {judge: beside_reference(run, judge) for judge in judges}
+        scores[run.name] = {judge: compared(**sides) for judge, sides in arms.items()}
+        if CATEGORY in run.rows.column_names:
+            of_prompts = run.rows[CATEGORY].to_pylist()[:: run.metrics["images_per_prompt"]]
+            categories[run.name] = by_category(arms, of_prompts, num_resamples=num_resamples, seed=seed)
     win_rates: dict[str, list[list[Any]]] = {}
     for judge in judges:
-        arms = [*(run.scores("tuned", judge) for run in runs), runs[0].scores("base", judge)]
+        every = [*(run.scores("tuned", judge) for run in runs), runs[0].scores("base", judge)]
         win_rates[judge] = [
             [
                 None
                 if row == column
-                else compared(arms[column], arms[row], is_paired=paired[row] and paired[column])["win_rate"]
-                for column in range(len(arms))
+                else compared(*matched(every[column], every[row], is_paired=paired[row] and paired[column]))["win_rate"]
+                for column in range(len(every))
             ]
-            for row in range(len(arms))
+            for row in range(len(every))
         ]
-        for run, tuned in zip(runs, arms, strict=False):
-            is_paired = run.is_paired and reference_is_paired
-            scores[run.name][judge] = compared(run.scores("base", judge), tuned, is_paired=is_paired)
     looks = {
         run.name: {name: run.metrics[name] for name in (DIVERSITY,) if name in run.metrics}
         | run.metrics.get("appearance", {})
@@ -441,6 +455,7 @@ def measure_runs(
         "num_left_out": 0,
         "images_per_prompt": runs[0].metrics["images_per_prompt"],
         "scores": scores,
+        "categories": categories,
         "win_rates": win_rates,
         "appearance": looks,
         "signs_of_reward_hacking": {
@@ -491,6 +506,7 @@ def page_values(found: Mapping[str, Any]) -> dict[str, Any]:
     names, measures = [run["name"] for run in found["runs"]], [DIVERSITY, *APPEARANCE]
     return dict(found) | {
         "score_rows": [[cell(found["scores"][name][judge]) for judge in found["judges"]] for name in names],
+        "category_rows": _category_rows(found, names),
         "measures": measures,
         "appearance_rows": [[cell(found["appearance"][name].get(measure)) for measure in measures] for name in names],
         "accuracy_rows": [
@@ -504,6 +520,20 @@ def page_values(found: Mapping[str, Any]) -> dict[str, Any]:
         "no_interval": reasons_without_interval(
             [found[part] for part in ("scores", "win_rates", "appearance", "preference_accuracy")]
         ),
+    }
+
+
+def _category_rows(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """By judge, rows of a table with one cell per run; only categories that all runs have."""
+    tables = {name: category_rows(found["categories"].get(name, []), found["judges"]) for name in names}
+    rows = [{row["category"]: row for row in table} for table in tables.values()]
+    common = [category for category in rows[0] if all(category in each for each in rows)]
+    return {
+        judge: [
+            rows[0][category] | {"cells": [each[category]["cells"][place] for each in rows]} for category in common
+        ]
+        for place, judge in enumerate(found["judges"])
+        if common
     }
 
 

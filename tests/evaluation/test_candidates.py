@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,12 @@ def tried(folder: Path, name: str, *, seed: int, gain: float = 0.0, without: int
     return Tried(name, run, **facts)
 
 
-def compare(folder: Path, *candidates: Tried, reference: str = "base") -> dict[str, Any]:
-    return compare_candidates(candidates, reference, folder, judges=JUDGES, num_resamples=200, seed=0)
+def compare(
+    folder: Path, *candidates: Tried, reference: str = "base", categories: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    return compare_candidates(
+        candidates, reference, folder, judges=JUDGES, categories=categories or {}, num_resamples=200, seed=0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +147,18 @@ def test_without_a_common_prompt_or_a_finite_score_there_is_no_comparison(tmp_pa
     candidates = [tried(tmp_path, "base", seed=1), tried(tmp_path, "nothing", seed=1, gain=float("nan"))]
     with pytest.raises(EvaluationError, match=r"^judge: no image has a finite score of both models"):
         compare(tmp_path, *candidates)
+
+
+def test_differences_are_broken_down_by_category(tmp_path: Path) -> None:
+    candidates = [tried(tmp_path, "base", seed=1), tried(tmp_path, "other", seed=2)]
+    candidates.append(tried(tmp_path, "theirs", seed=3, is_paired=False))
+    prompts = [f"<b>prompt {index}</b>" for index in range(NUM_PROMPTS)]
+    categories = {prompt: "<i>even</i>" if index % 2 == 0 else "odd" for index, prompt in enumerate(prompts[:-1])}
+    found = compare(tmp_path, *candidates, categories=categories)
+    for name, seed in (("other", 2), ("theirs", 3)):
+        even, odd = found["categories"][name]
+        assert (even["category"], even["num_prompts"], odd["num_prompts"]) == ("<i>even</i>", 6, 5)
+        expected = (scores_of(seed) - scores_of(1))[:-1][1::2].mean()
+        assert odd["judges"]["oracle"]["difference"]["mean"] == pytest.approx(expected)
+    page = (tmp_path / "judge.html").read_text()
+    assert page.count("<td dir=\"auto\">&lt;i&gt;even&lt;/i&gt;</td><td>6</td>") == len(JUDGES) and "<i>even" not in page
