@@ -309,7 +309,7 @@ def test_rate_prints_the_address_and_at_ctrl_c_the_result(run: Path, tmp_path: P
         assert (process.wait(60), process.stderr.read()) == (0, "")
     assert printed.startswith(f"{NUM_PAIRS} of {NUM_PAIRS} pairs rated: {tmp_path / HELDOUT / 'ana.jsonl'}\n")
     assert f"people: {NUM_PAIRS} votes (0 ties) on {NUM_PROMPTS} prompts by ana: win rate of the fine-tuned" in printed
-    assert re.search(r"agreement with people, chance is 50 %: clip \d+ % \[.*\], oracle \d+ % \[", printed)
+    assert re.search(r"agreement with people, chance is 50 %: clip \d+ % \[.*\] %, oracle \d+ % \[", printed)
     assert "left image preferred: 100 % [100, 100] %; far from 50 %" in printed
 
 
