@@ -115,10 +115,12 @@ def _tried(candidate: Candidate) -> Any:
 
     section, run = candidate.section, candidate.own_run
     facts: dict[str, Any] = {}
-    if run:
+    if section is None:
+        facts = {"rewards": {"names": (), "rank_by": COMBINATIONS[0]}}  # none: it has no signs of reward hacking
+    elif run:
         config = read_config(run)
         facts = {"trained_on": trained_on(config), "rewards": config["rewards"]}
-    elif section and section.trained_on:
+    elif section.trained_on:
         names = section.trained_on
         rank_by = COMBINATIONS[0] if len(names) > 1 else None
         facts = {"trained_on": ", ".join(names), "rewards": {"names": names, "rank_by": rank_by}}

@@ -55,7 +55,7 @@ def refuse_problems(config: Config, prompts: PromptSplit, steps: Iterable[Step])
 
 
 def raise_all(problems: Sequence[CdpoError]) -> None:
-    """Raise a problem as it is, and several as one `ConfigError`."""
+    """Raise a single problem unchanged, and several as one `ConfigError`."""
     if len(problems) == 1:
         raise problems[0]
     if problems:

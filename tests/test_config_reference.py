@@ -18,6 +18,9 @@ from cdpo_ray.errors import ConfigError
 ROOT = Path(__file__).parents[1]
 
 
+MAPPINGS = ("search.space", "judge.candidates")
+
+
 def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """Sections that a field's type has anywhere."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -34,7 +37,7 @@ def declared(section: type[BaseModel], parent: str = "") -> Iterator[tuple[str, 
     for name, field in section.model_fields.items():
         inner = list(sections_in(field.annotation))
         yield f"{parent}{name}", field, inner
-        inside = f"{parent}{name}." + ("<key>." if f"{parent}{name}" == "search.space" else "")
+        inside = f"{parent}{name}." + ("<key>." if f"{parent}{name}" in MAPPINGS else "")
         yield from {key: (key, *rest) for each in inner for key, *rest in declared(each, inside)}.values()
 
 
@@ -143,7 +146,7 @@ def test_keys_of_a_repeated_section_are_described_once_per_page() -> None:
         ("training.bta", r"^unknown key `training\.bta`; did you mean `training\.beta`\?$"),
         ("beta", r"^unknown key `beta`; did you mean `training\.beta`\?$"),
         ("trainin", r"^unknown key `trainin`; did you mean `training`\?$"),
-        ("zzz", r"^unknown key `zzz`; the sections are run, rounds, prompts, .*, search$"),
+        ("zzz", r"^unknown key `zzz`; the sections are run, rounds, prompts, .*, search, judge$"),
         ("", r"^unknown key ``; the sections are run, "),
         ("\x1b[31m", r"^unknown key `\\x1b\[31m`; the sections are "),
         ("x" * 5000, r"^unknown key `x{200}\.\.\. \(5,000 characters\)`; the sections are "),

@@ -59,7 +59,7 @@ def check_start(path: str, family: str, model: Mapping[str, Any], lora: LoraSect
         read_start(path, kind.pipeline_class, kind.denoiser_name, denoiser_class, values, lora)
 
 
-def convert_lora(path: str, family: str, model: str, revision: str | None, folder: Path, *, key: str) -> None:
+def convert_lora(path: str, family: str, model: str, revision: str | None, folder: Path, *, key: str) -> int:
     """Write the LoRA of a file as `save_lora` does, so that `TextToImageModel.load_tuned` loads it.
 
     Layers of a lower rank than others are padded with zeros, which change nothing.
@@ -69,6 +69,9 @@ def convert_lora(path: str, family: str, model: str, revision: str | None, folde
         model, revision: ``embedded``, a folder, or a hub id, which holds the denoiser's configuration.
         folder: folder to write to.
         key: config key of ``path``, for errors.
+
+    Returns:
+        Number of layers.
 
     Raises:
         ModelError: the file cannot be read, or does not belong to the model.
@@ -88,6 +91,7 @@ def convert_lora(path: str, family: str, model: str, revision: str | None, folde
         factors[f"{name}.{SECOND}"] = torch.cat([second, padding], dim=1)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[*given])
     write_lora(kind.pipeline_class, kind.denoiser_name, factors, config, folder)
+    return len(given)
 
 
 def read_start(

@@ -200,7 +200,7 @@ def convert_adapter(context: Context, output_dir: Path, output: StepOutput, *, c
     from cdpo_ray.models.lora_start import convert_lora
 
     model = context.config.model
-    convert_lora(
+    output.counts["layers"] = convert_lora(
         candidate.adapter or "",
         model.family,
         model.layout.path,
