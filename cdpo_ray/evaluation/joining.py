@@ -43,7 +43,7 @@ def join_comparison(
 
 
 def with_categories(rows: pa.Table, categories: Mapping[str, str]) -> pa.Table:
-    """Rows of prompts with a column of their categories, null for a prompt that has none; unchanged if no prompt has one.
+    """Rows of prompts with a column of their categories, null where there is none; unchanged if no prompt has one.
 
     Args:
         categories: by prompt.

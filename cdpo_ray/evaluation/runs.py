@@ -415,7 +415,8 @@ def measure_runs(
 
     def beside_reference(run: EvaluatedRun, judge: str) -> dict[str, Scores]:
         is_paired = run.is_paired and reference_is_paired
-        return dict(zip(ARMS, matched(run.scores("base", judge), run.scores("tuned", judge), is_paired=is_paired)))
+        base, tuned = matched(run.scores("base", judge), run.scores("tuned", judge), is_paired=is_paired)
+        return {"base": base, "tuned": tuned}
 
     paired = [*(run.is_paired for run in runs), reference_is_paired]
 
@@ -529,9 +530,7 @@ def _category_rows(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
     rows = [{row["category"]: row for row in table} for table in tables.values()]
     common = [category for category in rows[0] if all(category in each for each in rows)]
     return {
-        judge: [
-            rows[0][category] | {"cells": [each[category]["cells"][place] for each in rows]} for category in common
-        ]
+        judge: [rows[0][category] | {"cells": [each[category]["cells"][place] for each in rows]} for category in common]
         for place, judge in enumerate(found["judges"])
         if common
     }

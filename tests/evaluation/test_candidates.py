@@ -161,4 +161,4 @@ def test_differences_are_broken_down_by_category(tmp_path: Path) -> None:
         expected = (scores_of(seed) - scores_of(1))[:-1][1::2].mean()
         assert odd["judges"]["oracle"]["difference"]["mean"] == pytest.approx(expected)
     page = (tmp_path / "judge.html").read_text()
-    assert page.count("<td dir=\"auto\">&lt;i&gt;even&lt;/i&gt;</td><td>6</td>") == len(JUDGES) and "<i>even" not in page
+    assert page.count('<td dir="auto">&lt;i&gt;even&lt;/i&gt;</td><td>6</td>') == len(JUDGES) and "<i>even" not in page

@@ -83,7 +83,7 @@ def test_images_with_an_invalid_answer_or_without_questions_have_no_score_and_ar
     with CaptionServer(lambda payload: saying(reply[text_of(payload).split(" Answer")[0]])) as server:
         found = scorer(path, endpoint=endpoint(server))(IMAGES, ["a cat", "a dog", "a bird"])["vqa"]
     np.testing.assert_array_equal(found, [np.nan, 0, np.nan])
-    invalid, without = caplog.messages
+    invalid, without = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert invalid.startswith(
         "reward `vqa`: 1 of 3 answers are missing or invalid; such images have no score; the first"
     )
