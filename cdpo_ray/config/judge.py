@@ -47,7 +47,7 @@ class CandidateSection(Section):
 
     adapter: LocalPath | None = None
     """LoRA of the base model: a `.safetensors` file, or a folder with one, in the format of diffusers, kohya or peft.
-    Of any rank and layers of the denoiser; not a DoRA."""
+    Of one rank, on any layers of the denoiser; not a DoRA."""
 
     model: CandidateModel | None = None
 

@@ -62,10 +62,8 @@ def check_start(path: str, family: str, model: Mapping[str, Any], lora: LoraSect
 def convert_lora(path: str, family: str, model: str, revision: str | None, folder: Path, *, key: str) -> int:
     """Write the LoRA of a file as `save_lora` does, so that `TextToImageModel.load_tuned` loads it.
 
-    Layers of a lower rank than others are padded with zeros, which change nothing.
-
     Args:
-        path: as in `read_start`; of any rank and layers.
+        path: as in `read_start`; of one rank, and any layers.
         model, revision: ``embedded``, a folder, or a hub id, which holds the denoiser's configuration.
         folder: folder to write to.
         key: config key of ``path``, for errors.
@@ -82,13 +80,12 @@ def convert_lora(path: str, family: str, model: str, revision: str | None, folde
     values = json.loads((model_dir / kind.denoiser_name / "config.json").read_text())
     denoiser_class = getattr(diffusers, values["_class_name"])
     given = read_start(path, kind.pipeline_class, kind.denoiser_name, denoiser_class, values, None, key=key)
-    rank = max(len(first) for first, _ in given.values())
-    factors = {}
-    for name, (first, second) in given.items():
-        missing = rank - len(first)
-        factors[f"{name}.{FIRST}"] = torch.cat([first, first.new_zeros(missing, *first.shape[1:])])
-        padding = second.new_zeros(len(second), missing, *second.shape[2:])
-        factors[f"{name}.{SECOND}"] = torch.cat([second, padding], dim=1)
+    rank = len(next(iter(given.values()))[0])
+    factors = {
+        f"{name}.{end}": factor
+        for name, pair in given.items()
+        for end, factor in zip((FIRST, SECOND), pair, strict=True)
+    }
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[*given])
     write_lora(kind.pipeline_class, kind.denoiser_name, factors, config, folder)
     return len(given)
@@ -109,7 +106,7 @@ def read_start(
     Args:
         path: file, or folder with one LoRA; untrusted, safetensors only. Of a folder of peft, the scale is read too.
         denoiser_name: ``unet`` or ``transformer``.
-        lora: LoRA to train, which must have the same rank and layers; `None`: any.
+        lora: LoRA to train, which must have the same rank and layers; `None`: one rank, any layers.
         key: config key of ``path``, for errors.
 
     Raises:
@@ -167,6 +164,8 @@ def _read(
         raise _refused(file, f"{num_given} layers, of which {len(factors)} are the {denoiser_name}'s", "use another")
     if lora:
         _refuse_other_layers(file, factors, skeleton, lora)
+    elif len(ranks := {len(first) for first, _ in factors.values()}) > 1:
+        raise _refused(file, f"has layers of several ranks, {sorted(ranks)}", "merge it into the base model")
     return {
         name: (first.float(), second.float() * (scale(len(first)) if scale else found[name].scaling[ADAPTER]))
         for name, (first, second) in factors.items()
