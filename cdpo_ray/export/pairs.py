@@ -35,6 +35,7 @@ SCHEMA = pair_schema(
     {
         "caption": "string",
         "label_0": "float64",
+        "label_1": "float64",
         "rank_gap": "int64",
         "score_gap": "float64",
         "stage": "int64",
@@ -62,7 +63,8 @@ class DrawnPairs:
 def write_pairs(drawn: DrawnPairs, output_dir: Path) -> None:
     """Write ``stage-<k>.parquet`` for each stage, one row per distinct pair; one shard of images is held in memory.
 
-    ``label_0`` is 1 where ``jpg_0`` is the chosen image, else 0; both are about equally frequent.
+    ``label_0`` is 1 where ``jpg_0`` is the chosen image, else 0; both are about equally frequent. ``label_1`` is the
+    opposite.
 
     Raises:
         ExportError: the run did not keep its images.
@@ -109,6 +111,7 @@ def _row(pair: dict[str, Any], captions: dict[int, str], pngs: dict[int, list[by
         "caption": captions[prompt],
         **dict(zip(IMAGE_SIDES, images, strict=True)),
         "label_0": 0.0 if is_swapped else 1.0,
+        "label_1": 1.0 if is_swapped else 0.0,
         "rank_gap": pair["rank_gap"],
         "score_gap": pair["score_gap"],
         "stage": pair["stage"],

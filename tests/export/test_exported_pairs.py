@@ -16,6 +16,8 @@ from cdpo_ray.errors import ExportError, StoreError
 from cdpo_ray.export.card import pairs_card
 from cdpo_ray.export.folder import write_export
 from cdpo_ray.export.pairs import DrawnPairs
+from cdpo_ray.preferences.files import read_rows, scan
+from cdpo_ray.preferences.rows import PreferenceSource, Row
 
 PROMPTS = {0: "a red circle", 1: "a blue | square", 7: "a green cross"}
 DRAWN = {
@@ -80,6 +82,18 @@ def test_datasets_opens_the_folder_and_every_row_is_a_drawn_pair_with_its_images
         assert seen == Counter(rows)
     labels = [row["label_0"] for split in found.values() for row in split.select_columns(["label_0"])]
     assert {*labels} == {0.0, 1.0}
+
+
+def test_the_pairs_are_preferences_that_a_run_can_import(drawn: DrawnPairs, tmp_path: Path) -> None:
+    write_export("pairs", drawn, "", tmp_path / "out")
+    source = PreferenceSource(str(tmp_path / "out"), "pickapic")
+    rows = [row for chunk in scan(source).chunks for row in read_rows(chunk, source)]
+    assert all(isinstance(row, Row) for row in rows)
+    assert Counter((row.prompt, tuple(sorted(row.labels))) for row in rows if isinstance(row, Row)) == {
+        ("a red circle", (0.0, 1.0)): 3,
+        ("a blue | square", (0.0, 1.0)): 1,
+        ("a green cross", (0.0, 1.0)): 2,
+    }
 
 
 def test_images_that_were_not_kept_or_are_no_png_are_refused(drawn: DrawnPairs, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_samples_of_training_prompts_become_preferences_on_training_prompts(run:
 
 def test_a_configuration_that_trains_on_votes_alone_is_valid_and_finds_them(run: Path, tmp_path: Path) -> None:
     exported(run, {"ana": ["tuned"] * 10 + ["tie"] * 2}, tmp_path)
-    values = yaml.safe_load(Path("configs/smoke.yaml").read_text())
+    values = yaml.safe_load((Path(__file__).parents[2] / "configs" / "smoke.yaml").read_text())
     del values["prompts"]["train"], values["generation"]["images_per_prompt"]
     values["preferences"] = {"path": str(tmp_path / "made" / "votes.parquet"), "format": "pickapic"}
     values["rewards"] = {"names": ["preference"]}
