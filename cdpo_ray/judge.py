@@ -116,7 +116,7 @@ def _tried(candidate: Candidate) -> Any:
     section, run = candidate.section, candidate.own_run
     facts: dict[str, Any] = {}
     if section is None:
-        facts = {"rewards": {"names": (), "rank_by": COMBINATIONS[0]}}  # none: it has no signs of reward hacking
+        facts = {"rewards": {"names": (), "rank_by": COMBINATIONS[0]}}  # so that nothing that rose is suspected
     elif run:
         config = read_config(run)
         facts = {"trained_on": trained_on(config), "rewards": config["rewards"]}

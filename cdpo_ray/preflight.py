@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from cdpo_ray.config import HUB_ID, Config
+from cdpo_ray.config import HUB_ID, Config, missing_packages
 from cdpo_ray.errors import (
     CdpoError,
     ConfigError,
@@ -203,11 +203,9 @@ def _judged(name: str, config: Config, prompts: PromptSplit, folders: set[str]) 
 
 
 def _problems_of_ocr(config: Config, prompts: PromptSplit, folders: set[str]) -> Iterator[CdpoError]:
-    from cdpo_ray.rewards.ocr import missing_packages
-
     judged = _judged("ocr", config, prompts, folders)
     key = "rewards.names" if "ocr" in config.rewards.names else "evaluation.judges"
-    if judged and (missing := missing_packages()):
+    if judged and (missing := missing_packages("ocr")):
         yield ConfigError(f"`{key}`: `ocr` {missing}")
     for side, asked in judged.items():
         without = [prompt for prompt in asked if not quoted_texts(prompt)]

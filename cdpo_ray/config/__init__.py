@@ -11,6 +11,7 @@ from cdpo_ray.config.rewards import (
     VlmAlignmentOptions,
     VlmJudgeOptions,
     VqaOptions,
+    missing_packages,
     options_without_choices,
     ranking_weights,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "VlmJudgeOptions",
     "VqaOptions",
     "load_config",
+    "missing_packages",
     "nearest",
     "options_without_choices",
     "parse_yaml",

@@ -1,5 +1,6 @@
 """Rewards: judges that score training images, their options, and how their scores rank images."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping
@@ -30,11 +31,20 @@ REWARDS = {
 """Built-in reward -> its class, imported on first use; its options, if any, are the field of that name in
 `RewardsSection`, and the keyword arguments of the class."""
 
+PACKAGES = {"ocr": ("rapidocr", "onnxruntime")}
+"""Reward -> packages of the extra of that name."""
+
 JUDGE_NO_IMAGE = (PERTURBATION, PREFERENCE)
 """Scores that need no image: by how it was made, or by human labels."""
 
 COMBINATIONS = ("weighted_sum", "mean_rank", "pareto")
 """Rules to rank by several rewards; `cdpo_ray.curriculum.combination` maps each to its function."""
+
+
+def missing_packages(reward: str) -> str:
+    """What a reward needs that is not installed, and how to install it; empty: nothing."""
+    missing = [name for name in PACKAGES.get(reward, ()) if importlib.util.find_spec(name) is None]
+    return f'needs {" and ".join(missing)}: pip install "cdpo_ray[{reward}]"' if missing else ""
 
 
 def _known_reward(name: str, *others: str) -> str:

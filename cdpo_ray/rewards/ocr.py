@@ -1,7 +1,6 @@
 """Images -> how well the text that a prompt asks for in quotes is rendered, by text recognition."""
 
 import hashlib
-import importlib.util
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cdpo_ray.config import missing_packages
 from cdpo_ray.errors import RewardError
 from cdpo_ray.prompts.syntax import quoted_texts
 
@@ -39,7 +39,7 @@ class OcrReward:
     """
 
     def __init__(self) -> None:
-        if missing := missing_packages():
+        if missing := missing_packages("ocr"):
             raise RewardError(f"reward `ocr` {missing}")
         import cv2
         import rapidocr
@@ -73,12 +73,6 @@ class OcrReward:
         if found.boxes is None or found.txts is None:
             return []
         return words_of(" ".join(found.txts[number] for number in reading_order(found.boxes)))
-
-
-def missing_packages() -> str:
-    """What the reward needs that is not installed, and how to install it; empty: nothing."""
-    missing = [name for name in ("rapidocr", "onnxruntime") if importlib.util.find_spec(name) is None]
-    return f'needs {" and ".join(missing)}: pip install "cdpo_ray[ocr]"' if missing else ""
 
 
 def words_of(text: str) -> list[str]:

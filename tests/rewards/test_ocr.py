@@ -157,7 +157,7 @@ def test_other_weights_in_the_package_are_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         RewardError, match=r'^reward `ocr` needs rapidocr and onnxruntime: pip install "cdpo_ray\[ocr\]"$'
     ):
