@@ -333,7 +333,7 @@ def perform_step(
                 f" the same command again, or delete {output_dir} to restart the step"
             )
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in output.counts.items() if count)
-    log.info("%s: %s in %.1f s", step.verb, counts, time.monotonic() - started)
+    log.info("%s: %s in %.1f s", step.verb, counts or "done", time.monotonic() - started)
     for warning in output.warnings:
         log.warning("%s: %s", step.verb, warning)
 
