@@ -37,6 +37,9 @@ PACKAGES = {"ocr": ("rapidocr", "onnxruntime")}
 JUDGE_NO_IMAGE = (PERTURBATION, PREFERENCE)
 """Scores that need no image: by how it was made, or by human labels."""
 
+PAIRWISE = "pairwise"
+"""`mode` of a judge whose scores compare the images of one prompt with each other, so that it does not evaluate."""
+
 COMBINATIONS = ("weighted_sum", "mean_rank", "pareto")
 """Rules to rank by several rewards; `cdpo_ray.curriculum.combination` maps each to its function."""
 
@@ -423,7 +426,7 @@ class VlmJudgeOptions(VisionLanguageOptions):
 
     @property
     def whole_prompts(self) -> bool:
-        return self.mode == "pairwise"
+        return self.mode == PAIRWISE
 
     @model_validator(mode="after")
     def _options_fit_the_mode(self) -> "VlmJudgeOptions":

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from cdpo_ray.config.rewards import JUDGE_NO_IMAGE, REWARDS
+from cdpo_ray.config.rewards import JUDGE_NO_IMAGE, PAIRWISE, REWARDS
 from cdpo_ray.errors import printable
 from cdpo_ray.records import PERTURBATION
 from cdpo_ray.store.paths import MANIFEST
@@ -151,7 +151,9 @@ def contradictions(config: Mapping[str, Any], settings: Mapping[str, Any]) -> st
     stated["rewards.rank_by"] = rewards["rank_by"] or rewards["names"][0]
     judges = [*dict.fromkeys([*rewards["names"], *config.get("evaluation", {}).get("judges", [])])]
     if "evaluation.judges" in stated:
-        stated["evaluation.judges"] = [name for name in judges if name not in JUDGE_NO_IMAGE]
+        stated["evaluation.judges"] = [
+            name for name in judges if name not in JUDGE_NO_IMAGE and stated.get(f"rewards.{name}.mode") != PAIRWISE
+        ]
     # Settings of rewards that this config does not use may come from an earlier one.
     rewards_unused = [name for name in (*REWARDS, PERTURBATION) if name not in judges]
     unused = tuple(f"rewards.{name}." for name in rewards_unused)

@@ -21,6 +21,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "generation": {"images_per_prompt": 6},
     },
     "perturbed prompts": {"rewards": {"names": ["perturbation"]}},
+    "a pairwise judge": {
+        "rewards": {
+            "names": ["vlm_judge", "clip"],
+            "rank_by": "vlm_judge",
+            "vlm_judge": {"mode": "pairwise", "endpoint": {"url": "http://127.0.0.1:8000/v1", "model": "judge"}},
+        },
+    },
     "full": {"training": {"method": "full", "seed": 3}},
     "two rounds": {"rounds": 2},
 }
