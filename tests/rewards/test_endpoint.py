@@ -39,10 +39,8 @@ def about_each(images: Tensor, text: str = "What is it?") -> list[Question]:
 
 
 @pytest.fixture(autouse=True)
-def no_long_waits_and_no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_long_waits(local_answers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoints, "MAX_WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(kept_answers, "KEPT_DIR", tmp_path / "answers")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("TOKEN_OF_A_TEST", f" {TOKEN}\n")
 
 

@@ -17,7 +17,6 @@ from transformers import BertModel
 
 from cdpo_ray.config import VlmAlignmentOptions
 from cdpo_ray.errors import RewardError
-from cdpo_ray.rewards import kept_answers
 from cdpo_ray.rewards.answers import Question
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.rewards.vision_language import VisionLanguageModel
@@ -36,10 +35,7 @@ def blip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_blip(tmp_path_factory.mktemp("models") / "blip")
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_answers, "KEPT_DIR", tmp_path / "answers")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+pytestmark = pytest.mark.usefixtures("local_answers")
 
 
 @torch.no_grad()

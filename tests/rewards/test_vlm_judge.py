@@ -13,7 +13,7 @@ import pytest
 import torch
 from caption_server import Answer as Reply
 from caption_server import CaptionServer, choosing, failing, saying
-from tiny_captioners import CHOICES, WORDS, build_llava, first_token_softmax, smooth_images, token_of
+from tiny_captioners import CHOICES, WORDS, first_token_softmax, smooth_images, token_of
 from torch import Tensor
 
 from cdpo_ray.config import VlmJudgeOptions
@@ -21,20 +21,11 @@ from cdpo_ray.curriculum.noise import score_noise
 from cdpo_ray.dataflow.columns import tensor_column
 from cdpo_ray.dataflow.images import decode_png
 from cdpo_ray.errors import RewardError
-from cdpo_ray.rewards import kept_answers, vlm_judge
+from cdpo_ray.rewards import vlm_judge
 from cdpo_ray.rewards.bradley_terry import bradley_terry
 from cdpo_ray.rewards.scorer import PixelScorer, Scorer
 
-
-@pytest.fixture(scope="module")
-def chat_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_llava(tmp_path_factory.mktemp("models") / "llava", CHOICES)
-
-
-@pytest.fixture(autouse=True)
-def no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_answers, "KEPT_DIR", tmp_path / "answers")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+pytestmark = pytest.mark.usefixtures("local_answers")
 
 
 def judge(**options: Any) -> dict[str, dict[str, Any]]:

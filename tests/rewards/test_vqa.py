@@ -8,28 +8,18 @@ import numpy as np
 import pytest
 import torch
 from caption_server import CaptionServer, choosing, failing, saying
-from tiny_captioners import CHOICES, build_llava, first_token_softmax, smooth_images, token_of
+from tiny_captioners import build_llava, first_token_softmax, smooth_images, token_of
 from transformers import LlavaForConditionalGeneration
 
 from cdpo_ray.config import VqaOptions
 from cdpo_ray.errors import RewardError
 from cdpo_ray.prompts.questions import VqaQuestion, read_questions
-from cdpo_ray.rewards import kept_answers
 from cdpo_ray.rewards.answers import Question
 from cdpo_ray.rewards.question_writer import write_questions
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.rewards.vision_language import VisionLanguageModel
 
-
-@pytest.fixture(scope="module")
-def chat_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_llava(tmp_path_factory.mktemp("models") / "llava", CHOICES)
-
-
-@pytest.fixture(autouse=True)
-def no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_answers, "KEPT_DIR", tmp_path / "answers")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+pytestmark = pytest.mark.usefixtures("local_answers")
 
 
 def written(path: Path, **questions: list[tuple[str, str]]) -> Path:
