@@ -197,6 +197,16 @@ def generate(check: Check) -> None:
     generate_one(check, SD, 16, channels_last=True, needs_seconds=30)
 
 
+def profiles(check: Check) -> None:
+    """Kernels and host operations of training, with few and with many pairs, and of generation."""
+    dtype = check.models.usual_dtype
+    for family, pairs in ((SD, 16), (SD, 4), (LCM, 4)):
+        work = functools.partial(measurements.profile_training, check.models, family, check.few(pairs), dtype=dtype)
+        check.measure(f"profile, train, {family}, {pairs} pairs", work, needs_seconds=20)
+    work = functools.partial(measurements.profile_generation, check.models, SD, check.few(16), dtype=dtype)
+    check.measure(f"profile, generate, {SD}, 16 images", work, needs_seconds=20)
+
+
 def sdxl(check: Check) -> None:
     """SDXL: training with gradient checkpointing, and images against the stock pipeline."""
     count(check, SDXL, "pair")
@@ -247,7 +257,8 @@ def run(check: Check) -> None:
 
 
 PARTS = {
-    part.__name__: part for part in (limits, engine, train, generate, sdxl, lcm, judges, host, toggle, compiled, run)
+    part.__name__: part
+    for part in (limits, engine, train, generate, profiles, sdxl, lcm, judges, host, toggle, compiled, run)
 }
 """In order of importance, which is the order of measurement."""
 

@@ -122,8 +122,13 @@ def train(
     compiled: bool = False,
     channels_last: bool = False,
     checkpointing: bool = False,
+    on_update: Callable[[], None] = lambda: None,
 ) -> Found:
-    """Updates of the package's training loop, as in a worker, including the drawing of batches."""
+    """Updates of the package's training loop, as in a worker, including the drawing of batches.
+
+    Args:
+        on_update: called after each update.
+    """
     counters.clear()
     model = models.load(family, dtype=dtype, compiled=compiled, channels_last=channels_last, training=True)
     feed = feed_of(model, pairs)
@@ -139,6 +144,7 @@ def train(
 
     def note(state: TrainingState) -> None:
         ends.append(time.perf_counter())  # the loop has waited for the update's backward here
+        on_update()
         if len(ends) == num_warm + 1:
             reset_peak(models)
 
@@ -292,6 +298,60 @@ def flops_of_image(models: Models, family: str, *, dtype: str) -> Found:
     first, second = flops
     whole = first + (usual.num_denoising_steps - 1) * (second - first) + counter.get_total_flops()
     return {"teraflops": whole / TERA}
+
+
+# Profiles
+
+NUM_NAMES = 12
+
+
+def profile_training(models: Models, family: str, pairs: int, *, dtype: str) -> Found:
+    """Kernels and host operations of two updates."""
+    wait, active = (0, 1) if models.tiny else (3, 2)
+    from_fourth = torch.profiler.schedule(wait=wait, warmup=1, active=active, repeat=1)
+    with torch.profiler.profile(activities=ACTIVITIES, schedule=from_fourth, acc_events=True) as profiler:
+        train(models, family, pairs, dtype=dtype, on_update=profiler.step)
+    return summary_of(profiler)
+
+
+def profile_generation(models: Models, family: str, images: int, *, dtype: str) -> Found:
+    """Kernels and host operations of one call of the generator, with fewer denoising steps than a run has."""
+    usual = models.family(family)
+    sampling = Sampling(0, images, min(4, usual.num_denoising_steps), usual.guidance_scale, None, None, images)
+    generator = Generator(family, models.arguments(family, dtype=dtype), sampling)
+    rows = pa.table({"prompt": ["a red circle"]})
+    generator(rows)
+    with torch.profiler.profile(activities=ACTIVITIES) as profiler:
+        generator(rows)
+    return summary_of(profiler)
+
+
+ACTIVITIES = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+
+
+def summary_of(profiler: torch.profiler.profile) -> Found:
+    """Share of the time during which the GPU executed a kernel, the longest kernels, and the longest host operations.
+
+    Profiling slows the host down, so the share is a lower bound.
+    """
+    events = profiler.events()
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    averages = profiler.key_averages()
+    found: Found = {"num_kernels": len(kernels)}
+    if kernels:
+        busy, end = 0.0, kernels[0][0]
+        for start, stop in kernels:
+            busy, end = busy + max(0.0, stop - max(start, end)), max(end, stop)
+        span = end - kernels[0][0]
+        found |= {"gpu_busy": busy / span, "milliseconds": span / 1000}
+    for name, key in (("kernels_ms", "self_device_time_total"), ("host_ms", "self_cpu_time_total")):
+        longest = sorted(averages, key=lambda each, key=key: -getattr(each, key))[:NUM_NAMES]
+        found[name] = {each.key[:90]: [getattr(each, key) / 1000, each.count] for each in longest}
+    return found
 
 
 # Judges and the host
