@@ -183,7 +183,7 @@ def train(check: Check) -> None:
     """Stable Diffusion 1.5 at four batch sizes against the stock loop, and compiled."""
     count(check, SD, "pair")
     for pairs in (16,) if check.models.tiny else (16, 8, 4, 32):
-        train_one(check, SD, pairs)
+        train_one(check, SD, pairs, profiled=pairs in (4, 16))
         work = functools.partial(
             measurements.train_stock, check.models, check.few(pairs), dtype=check.models.usual_dtype
         )
@@ -195,14 +195,7 @@ def generate(check: Check) -> None:
     """Stable Diffusion 1.5 against the stock pipeline, and in the memory format of compiled networks."""
     generate_both(check, SD, 16, needs_seconds=30)
     generate_one(check, SD, 16, channels_last=True, needs_seconds=30)
-
-
-def profiles(check: Check) -> None:
-    """Kernels and host operations of training, with few and with many pairs, and of generation."""
     dtype = check.models.usual_dtype
-    for family, pairs in ((SD, 16), (SD, 4), (LCM, 4)):
-        work = functools.partial(measurements.profile_training, check.models, family, check.few(pairs), dtype=dtype)
-        check.measure(f"profile, train, {family}, {pairs} pairs", work, needs_seconds=20)
     work = functools.partial(measurements.profile_generation, check.models, SD, check.few(16), dtype=dtype)
     check.measure(f"profile, generate, {SD}, 16 images", work, needs_seconds=20)
 
@@ -226,6 +219,12 @@ def judges(check: Check) -> None:
     check.measure("judges", functools.partial(measurements.judges, check.models), needs_seconds=20)
 
 
+def attention(check: Check) -> None:
+    """The largest attentions of Stable Diffusion 1.5, by implementation."""
+    work = functools.partial(measurements.attention, check.models, check.few(32))
+    check.measure("attention", work, needs_seconds=10)
+
+
 def host(check: Check) -> None:
     """Host time per batch and per image."""
     check.measure("host, noise", functools.partial(measurements.host_noise, check.models), needs_seconds=10)
@@ -240,8 +239,13 @@ def toggle(check: Check) -> None:
 
 def compiled(check: Check) -> None:
     """Compiled training and generation: last, because they take minutes."""
-    train_one(check, SD, 16, compiled=True, needs_seconds=200)
+    for item in ("image", "pair"):
+        count(check, SD, item)
     generate_one(check, SD, 16, compiled=True, needs_seconds=75)
+    train_one(check, SD, 16, compiled_blocks=True, profiled=True, needs_seconds=90)
+    train_one(check, SD, 16, compiled=True, profiled=True, needs_seconds=200)
+    train_one(check, SDXL, 8, checkpointing=True, profiled=True, needs_seconds=45)
+    train_one(check, SDXL, 8, checkpointing=True, compiled_blocks=True, needs_seconds=100)
 
 
 def run(check: Check) -> None:
@@ -258,22 +262,25 @@ def run(check: Check) -> None:
 
 PARTS = {
     part.__name__: part
-    for part in (limits, engine, train, generate, profiles, sdxl, lcm, judges, host, toggle, compiled, run)
+    for part in (limits, engine, train, generate, sdxl, lcm, judges, attention, host, toggle, compiled, run)
 }
 """In order of importance, which is the order of measurement."""
 
 
 def count(check: Check, family: str, item: str) -> None:
     function = {"pair": measurements.flops_of_pair, "image": measurements.flops_of_image}[item]
-    work = functools.partial(function, check.models, family, dtype=check.models.usual_dtype)
-    check.measure(f"flops, {family}, one {item}", work, needs_seconds=15)
+    name = f"flops, {family}, one {item}"
+    if name not in check.found:
+        work = functools.partial(function, check.models, family, dtype=check.models.usual_dtype)
+        check.measure(name, work, needs_seconds=15)
 
 
 def train_one(check: Check, family: str, pairs: int, *, needs_seconds: float = 25, **how: bool) -> None:
     work = functools.partial(
         measurements.train, check.models, family, check.few(pairs), dtype=check.models.usual_dtype, **how
     )
-    name = ", ".join(("train", family, f"{pairs} pairs", *(how or ("eager",))))
+    variant = [key for key in how if key != "profiled"]
+    name = ", ".join(("train", family, f"{pairs} pairs", *(variant or ("eager",))))
     check.speed(name, work, family=family, item="pair", needs_seconds=needs_seconds)
 
 

@@ -20,6 +20,7 @@ from gpu_models import Models
 from PIL import Image
 from rates import seconds_of
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from training_step import LORA_RANK, TARGETS, ImagePairs, Stock
 
@@ -120,14 +121,16 @@ def train(
     *,
     dtype: str,
     compiled: bool = False,
+    compiled_blocks: bool = False,
     channels_last: bool = False,
     checkpointing: bool = False,
-    on_update: Callable[[], None] = lambda: None,
+    profiled: bool = False,
 ) -> Found:
     """Updates of the package's training loop, as in a worker, including the drawing of batches.
 
     Args:
-        on_update: called after each update.
+        compiled_blocks: compile each kind of transformer block once, instead of the whole network.
+        profiled: add `summary_of` a profile of two more updates.
     """
     counters.clear()
     model = models.load(family, dtype=dtype, compiled=compiled, channels_last=channels_last, training=True)
@@ -135,33 +138,42 @@ def train(
     policy = lora_policy(model, TARGETS[:1] if models.tiny else TARGETS)  # fewer layers to trace
     if checkpointing:
         model.denoiser.enable_gradient_checkpointing()
+    if compiled_blocks:
+        model.denoiser.compile_repeated_blocks(**({"backend": "eager"} if models.tiny else {}))
     model.denoiser.train()
     if not torch.distributed.is_initialized():
         form_group_alone(models.device)
     engine = start_engine(model.denoiser, policy.trainable, feed.training, num_workers=1)
     num_updates, num_warm = (2, 1) if models.tiny else (8, 3)
-    ends = [time.perf_counter()]
+    profiler = torch.profiler.profile(activities=ACTIVITIES)
+    ends, found = [time.perf_counter()], Found()
 
     def note(state: TrainingState) -> None:
         ends.append(time.perf_counter())  # the loop has waited for the update's backward here
-        on_update()
         if len(ends) == num_warm + 1:
             reset_peak(models)
+        if profiled and len(ends) == num_updates + 1:
+            found["peak_gib"] = peak_gib(models)
+            profiler.start()
 
-    stage = some_pairs(num_updates * pairs)
+    stage = some_pairs((num_updates + 2 * profiled) * pairs)
     callbacks = Callbacks(lambda state: stage, on_update=note)
     state = train_stages(engine, policy, feed, TrainingState(), callbacks, num_stages=1, preference_loss=LOSS)
-    seconds = np.diff(ends)
-    found = {
+    seconds = np.diff(ends)[:num_updates]
+    found |= {
         "seconds": float(np.median(seconds[num_warm:])),
         "first_seconds": float(seconds[0]),
-        "peak_gib": peak_gib(models),
         "pairs_per_second": pairs / float(np.median(seconds[num_warm:])),
         "skipped_updates": len(state.skipped),
         "losses": [record["loss"] for record in state.records],
     }
+    if profiled:
+        profiler.stop()
+        found["profile"] = summary_of(profiler)
+    else:
+        found["peak_gib"] = peak_gib(models)
     engine.destroy()
-    return found | (graphs() if compiled else {})
+    return found | (graphs() if compiled or compiled_blocks else {})
 
 
 def first_updates(models: Models, family: str, *, dtype: str) -> Found:
@@ -302,16 +314,7 @@ def flops_of_image(models: Models, family: str, *, dtype: str) -> Found:
 
 # Profiles
 
-NUM_NAMES = 12
-
-
-def profile_training(models: Models, family: str, pairs: int, *, dtype: str) -> Found:
-    """Kernels and host operations of two updates."""
-    wait, active = (0, 1) if models.tiny else (3, 2)
-    from_fourth = torch.profiler.schedule(wait=wait, warmup=1, active=active, repeat=1)
-    with torch.profiler.profile(activities=ACTIVITIES, schedule=from_fourth, acc_events=True) as profiler:
-        train(models, family, pairs, dtype=dtype, on_update=profiler.step)
-    return summary_of(profiler)
+NUM_NAMES = 20
 
 
 def profile_generation(models: Models, family: str, images: int, *, dtype: str) -> Found:
@@ -338,10 +341,10 @@ def summary_of(profiler: torch.profiler.profile) -> Found:
     kernels = sorted(
         (event.time_range.start, event.time_range.end)
         for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     )
     averages = profiler.key_averages()
-    found: Found = {"num_kernels": len(kernels)}
+    found: Found = {"num_kernels": len(kernels), "kernels_ms_total": sum(end - start for start, end in kernels) / 1000}
     if kernels:
         busy, end = 0.0, kernels[0][0]
         for start, stop in kernels:
@@ -375,6 +378,37 @@ def judges(models: Models) -> Found:
         return found | {"images_per_second": len(pixels) / found["seconds"]}
 
     return {"fp32": rate("highest"), "tf32": rate("high"), "bf16": rate("highest", torch.bfloat16)}
+
+
+ATTENTION = {
+    "self, 4096 tokens": (8, 4096, 4096, 40),
+    "self, 1024 tokens": (8, 1024, 1024, 80),
+    "text, 4096 tokens": (8, 4096, 77, 40),
+}
+"""Heads, queries, keys and channels per head of Stable Diffusion 1.5 at 512 px."""
+
+
+def attention(models: Models, images: int) -> Found:
+    """Milliseconds of forward and backward of the largest attentions, by PyTorch's implementation."""
+    found: Found = {}
+    for name, (heads, queries, keys, channels) in ATTENTION.items():
+        inputs = [
+            torch.randn(images, heads, tokens, channels, device=models.device, dtype=getattr(torch, models.usual_dtype))
+            for tokens in (queries, keys, keys)
+        ]
+        for tensor in inputs:
+            tensor.requires_grad_()
+        for backend in (SDPBackend.MATH,) if models.tiny else FUSED:
+
+            def work(inputs: list[torch.Tensor] = inputs, backend: SDPBackend = backend) -> None:
+                with sdpa_kernel(backend):
+                    torch.nn.functional.scaled_dot_product_attention(*inputs).sum().backward()
+
+            found[f"{name}, {backend.name}"] = 1e3 * timed(work, models, repeats=5)["seconds"]
+    return found
+
+
+FUSED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
 def host_noise(models: Models) -> Found:
