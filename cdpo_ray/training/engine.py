@@ -60,12 +60,13 @@ def start_engine(
         "gradient_accumulation_steps": training.global_batch_size // (training.pairs_per_launch * num_workers),
         "zero_optimization": {"stage": training.zero_stage},
         "zero_allow_untested_optimizer": True,  # any class other than AdamW itself
-        "gradient_clipping": training.max_grad_norm,
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it synchronises with the device twice per update
     }
     if masters := MASTERS.get(trainable[0].dtype):
         config[masters] = {"enabled": True}
+    # Without masters and ZeRO, `step_and_measure` clips, with the norm that it has already. DeepSpeed's default is 1.
+    config["gradient_clipping"] = training.max_grad_norm if masters or training.zero_stage else 0.0
     # Compared by strides, because a 1x1 kernel is contiguous in both memory formats.
     frozen = [(parameter, parameter.stride()) for parameter in denoiser.parameters() if not parameter.requires_grad]
     denoiser.to(memory_format=torch.contiguous_format)  # DeepSpeed broadcasts each parameter as a flat array of bytes

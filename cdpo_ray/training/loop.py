@@ -8,7 +8,7 @@ from typing import Any, Self
 import deepspeed
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm, parameters_to_vector
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_vector
 
 from cdpo_ray.config.training import HealthSection, TrainingSection
 from cdpo_ray.errors import TrainingError
@@ -250,7 +250,7 @@ def train_stages(
                 group["lr"] = learning_rate(state.num_updates + 1)
             metrics = torch.stack(launches).mean(dim=0)
             launches.clear()
-            unread.append(torch.cat([metrics, step_and_measure(engine, guard, measured)]))
+            unread.append(torch.cat([metrics, step_and_measure(engine, guard, measured, section.max_grad_norm)]))
             if section.adaptive_beta and not skips:
                 margin = mean_over_workers(metrics[METRICS.index("margin")])
                 mean_margin.lerp_(margin, 1 - MEAN_MARGIN_MOMENTUM)
@@ -300,12 +300,19 @@ def _learning_rate(section: TrainingSection, num_updates: int) -> Callable[[int]
     )
 
 
-def step_and_measure(engine: deepspeed.DeepSpeedEngine, guard: Guard, measured: Sequence[nn.Parameter]) -> Tensor:
+def step_and_measure(
+    engine: deepspeed.DeepSpeedEngine, guard: Guard, measured: Sequence[nn.Parameter], max_grad_norm: float
+) -> Tensor:
     """Let the engine update the weights; returns `NORMS` on the device, the second only if there are parameters.
+
+    fp32 gradients without ZeRO are clipped here, because DeepSpeed would compute their norm again, with several kernels
+    per parameter, and wait for the device twice.
 
     Args:
         measured: parameters whose change is measured; they are copied for that.
     """
+    if not engine.gradient_clipping():
+        clip_grads_with_norm_(guard.whole, max_grad_norm, guard.norm)
     with torch.no_grad():
         before = parameters_to_vector(measured) if measured else None  # one copy, not one per parameter
     engine.step()

@@ -107,7 +107,7 @@ class Training:
         self.engine.backward(loss)
         self.engine.basic_optimizer.skips, _ = self.guard.verdict(stops=False)
         sharded = self.engine.zero_optimization_partition_weights()
-        norms = step_and_measure(self.engine, self.guard, [] if sharded else self.policy.trainable)
+        norms = step_and_measure(self.engine, self.guard, [] if sharded else self.policy.trainable, 1.0)
         assert norms.shape == (1 if sharded else 2,)
         return metrics
 

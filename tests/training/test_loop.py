@@ -25,7 +25,7 @@ from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.noise import generator_at
 from cdpo_ray.training.batches import SampleBank, StagePairs
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
-from cdpo_ray.training.loop import Callbacks, Feed, Guard, TrainingState, summarize, train_stages
+from cdpo_ray.training.loop import Callbacks, Feed, Guard, TrainingState, step_and_measure, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import METRICS, PreferenceLoss
 
@@ -207,6 +207,30 @@ def test_every_update_records_its_learning_rate_and_the_norms_of_gradient_and_ch
     ]
     assert [record["learning_rate"] for record in state.records] == pytest.approx(rates)
     assert training.engine.basic_optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1])
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0], ids=["above the bound", "below it"])
+def test_the_optimizer_gets_gradients_scaled_down_to_the_bound_of_their_norm(tiny_sd15: Path, share: float) -> None:
+    training = Training(tiny_sd15)
+    guard = Guard(training.policy.trainable, training.engine.device, sharded=False)
+    numbers = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(value.shape, generator=numbers) for value in training.policy.trainable]
+    for parameter, gradient in zip(training.policy.trainable, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+    given: list[Tensor] = []
+    step = training.engine.basic_optimizer.step
+
+    def step_and_note() -> None:
+        given.extend(value.grad.clone() for value in training.policy.trainable if value.grad is not None)
+        step()
+
+    training.engine.basic_optimizer.step = step_and_note
+    guard.verdict(stops=False)
+    training.engine.set_gradient_accumulation_boundary(True)
+    step_and_measure(training.engine, guard, [], share * norm)
+    for gradient, clipped in zip(gradients, given, strict=True):
+        torch.testing.assert_close(clipped, gradient * min(1.0, share))
 
 
 def test_an_alarm_warns_at_every_comparison_above_the_bound_and_changes_no_weights(tiny_sd15: Path) -> None:
