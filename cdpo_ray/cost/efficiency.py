@@ -22,8 +22,8 @@ EFFICIENCY: dict[Work, Efficiency] = {
     # (flux-faster's page). A smaller GPU is likely to be faster than estimated.
     "generate": Efficiency(0.27, 0.37),
     # Measured: SD1.5, LoRA, 16 pairs at 512 px in bf16 on an H200, 227 TFLOP/s eager, 258 and 273 compiled; with 4
-    # pairs 102; SDXL with checkpointing, eager, 4 pairs 119, 8 pairs 212. The released trainers' 0.06 to 0.08 (Diffusion-DPO's
-    # README on A100s) includes their VAE, data loading and communication.
+    # pairs 102; SDXL with checkpointing, eager, 4 pairs 119, 8 pairs 212. The released trainers' 0.06 to 0.08
+    # (Diffusion-DPO's README on A100s) includes their VAE, data loading and communication.
     "train": Efficiency(0.23, 0.27),
     # Measured: 16 images of 512 px on an H200, 0.211 s eager, 0.101 s compiled.
     "decode": Efficiency(0.19, 0.40),
