@@ -32,12 +32,11 @@ def write_parts(folder: Path, num_prompts: int, images_per_prompt: int, image_by
         write_part(pa.table(rows), parts_dir=folder / PARTS)
 
 
-def peak_of_joining(folder: Path) -> int:
+def peak_of_joining(folder: Path, images_per_prompt: int) -> int:
     """Increase of the peak resident memory by joining, in bytes."""
     before = peak_resident_bytes()
-    join_comparison(
-        find_parts(folder, "comparison")[0], folder / "comparison.parquet", {}, row_group_bytes=ROW_GROUP_BYTES
-    )
+    parts, _ = find_parts(folder, "comparison", images_per_prompt)
+    join_comparison(parts, folder / "comparison.parquet", {}, images_per_prompt, row_group_bytes=ROW_GROUP_BYTES)
     return peak_resident_bytes() - before
 
 
@@ -60,7 +59,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             write_parts(Path(scratch), num_prompts, options.images, options.image_bytes)
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                peak = process.submit(peak_of_joining, Path(scratch)).result()
+                peak = process.submit(peak_of_joining, Path(scratch), options.images).result()
         images = 2 * num_prompts * options.images * options.image_bytes
         print(f"{num_prompts:8} {images / 1e6:10.0f} {peak / 1e6:8.0f}", flush=True)
 

@@ -73,7 +73,7 @@ class Pool(Section):
     """Actors of one role, and what each of them needs."""
 
     num_actors: Annotated[int, Field(ge=1)] = 1
-    """Maximum number of actors; as many start as the nodes have room for."""
+    """Maximum number of actors; as many start as the nodes have room for, and as there are calls."""
 
     cpus_per_actor: Annotated[float, Field(gt=0)] = 1
     """Number of CPUs per actor. Leave at least one CPU of the cluster free: Ray Data reads and writes rows in tasks of

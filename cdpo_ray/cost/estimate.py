@@ -332,9 +332,11 @@ def _search_gpu_seconds(load: Workload, *, checkpointing: bool) -> float:
 
 
 def _num_actors(load: Workload, verb: Verb) -> int:
-    """Number of generators with work, as calls consist of whole prompts."""
+    """Number of generators with work: a call makes some prompts, or at most a batch of one prompt's images."""
     num_prompts = load.prompts.heldout if verb == "evaluate" else load.prompts.train
-    calls = math.ceil(num_prompts / _call_of(load, verb)[0])
+    prompts_per_call, images_per_prompt = _call_of(load, verb)
+    pieces = math.ceil(images_per_prompt / load.config.generation.images_per_batch)
+    calls = pieces * math.ceil(num_prompts / prompts_per_call)
     return max(1, min(load.config.resources.generators.num_actors, calls))
 
 

@@ -1,20 +1,25 @@
 """Part files, written as rows are made and joined into shards, from which an interrupted step resumes."""
 
-# A part has its SHA-256 in its name. A shard has a fixed name, and its SHA-256 in a file of the folder of parts, which
-# is kept until the step is finished. Files that do not match their SHA-256 are not used.
+# A part holds what one call made: some prompts, or a piece of one prompt, a range of its images. It has its SHA-256 in
+# its name. A shard holds whole prompts, has a fixed name, and its SHA-256 in a file of the folder of parts, which is
+# kept until the step is finished. Files that do not match their SHA-256 are not used.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cdpo_ray.dataflow.columns import tensor_column
 from cdpo_ray.dataflow.images import encode_pixels
 from cdpo_ray.errors import StoreError
 from cdpo_ray.store import (
@@ -39,24 +44,32 @@ QUARANTINE = "set_aside"
 """Folder of the quarantine files of an unfinished step, and stem of the file that they are joined into."""
 IMAGES_PER_BATCH = "images_per_batch"
 """Column with the number of images per forward pass, which is not written to the part."""
+IMAGE_START, IMAGE_STOP = "image_start", "image_stop"
+"""Columns with the range of images that a piece of a prompt holds; rows of whole prompts have none."""
+PER_IMAGE = ("latents", "latents_std")
+"""Tensor columns whose first dimension counts the images of a prompt, as the lists of the list columns do."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, kw_only=True)
 class Part:
-    """File of rows that one call made, or an existing shard; sorted by prompt.
+    """File of rows that one call made, or an existing shard; sorted by prompt and image.
 
     Attributes:
         first: prompt index of the first row.
+        image_start: index of the first image.
+        num_images: number of images of a piece of a prompt; `None`: the rows are of whole prompts.
         is_shard: whether it is a finished shard, which is not joined again.
         images_per_batch: number of images per forward pass, if known.
     """
 
     first: int
+    image_start: int = 0
     num_rows: int
     num_bytes: int
     path: Path = field(compare=False)
-    is_shard: bool = False
-    images_per_batch: int | None = None
+    num_images: int | None = field(default=None, compare=False)
+    is_shard: bool = field(default=False, compare=False)
+    images_per_batch: int | None = field(default=None, compare=False)
 
 
 def write_part(rows: pa.Table, *, parts_dir: Path) -> pa.Table:
@@ -67,24 +80,45 @@ def write_part(rows: pa.Table, *, parts_dir: Path) -> pa.Table:
     Returns:
         One row that describes the file, see `_PART_SCHEMA`.
     """
-    first, images_per_batch = rows["prompt_index"][0], None
+    first, image_start = address_of(rows)
+    row = {"first": first, "image_start": image_start, "num_rows": rows.num_rows}
     if IMAGES_PER_BATCH in rows.column_names:
-        images_per_batch = min(rows[IMAGES_PER_BATCH].to_pylist())
+        row["images_per_batch"] = min(rows[IMAGES_PER_BATCH].to_pylist())
         rows = rows.drop_columns(IMAGES_PER_BATCH)
+    name = f"{first:012d}"
+    if images := images_of(rows):
+        row["num_images"] = len(images)
+        name += f"-{image_start:06d}"
     content = table_bytes(encode_pixels(rows))
-    name = f"{first.as_py():012d}-{hashlib.sha256(content).hexdigest()}.parquet"
+    name += f"-{hashlib.sha256(content).hexdigest()}.parquet"
     write_bytes(parts_dir / name, content)
-    row = {"name": name, "first": first, "num_rows": rows.num_rows, "num_bytes": len(content)}
-    return pa.Table.from_pylist([row | {"images_per_batch": images_per_batch}], _PART_SCHEMA)
+    return pa.Table.from_pylist([row | {"name": name, "num_bytes": len(content)}], _PART_SCHEMA)
 
 
 _PART_SCHEMA = pa.schema(
-    [("name", pa.string())] + [(name, pa.int64()) for name in ("first", "num_rows", "num_bytes", "images_per_batch")]
+    [("name", pa.string())]
+    + [
+        (name, pa.int64())
+        for name in ("first", "image_start", "num_rows", "num_bytes", "num_images", "images_per_batch")
+    ]
 )
 
 
-def find_parts(output_dir: Path, stem: str) -> tuple[list[Part], set[int]]:
-    """Parts and shards of an interrupted attempt, in order, and the prompt indices that they hold.
+def images_of(rows: pa.Table) -> range | None:
+    """Range of images that a piece of a prompt holds; `None`: the rows are of whole prompts."""
+    if IMAGE_START not in rows.column_names:
+        return None
+    return range(rows[IMAGE_START][0].as_py(), rows[IMAGE_STOP][0].as_py())
+
+
+def address_of(rows: pa.Table) -> tuple[int, int]:
+    """`Part.first` and `Part.image_start` of a call's rows."""
+    images = images_of(rows)
+    return rows["prompt_index"][0].as_py(), images.start if images else 0
+
+
+def find_parts(output_dir: Path, stem: str, images_per_prompt: int) -> tuple[list[Part], dict[int, set[int]]]:
+    """Parts and shards of an interrupted attempt, in order, and the images that they hold, by prompt index.
 
     Every file is verified. A file whose SHA-256 differs is deleted with a warning, so that its rows are regenerated; a
     part that a shard already contains is deleted too.
@@ -102,45 +136,133 @@ def find_parts(output_dir: Path, stem: str) -> tuple[list[Part], set[int]]:
             "%s: %d of %d files of the interrupted attempt are damaged, the first %s; their rows are regenerated",
             output_dir, len(damaged), len(expected), next(iter(damaged)).name,
         )  # fmt: skip
-    found, held = [], set[int]()
+    found: list[Part] = []
+    held: dict[int, set[int]] = {}
     for path in expected:
-        indices = [] if path in damaged else read_table(path, ["prompt_index"])["prompt_index"].to_pylist()
-        if not indices or not held.isdisjoint(indices):
+        is_shard, is_piece = path.parent == output_dir, path.parent != output_dir and _is_piece(path)
+        columns = ["prompt_index", *([IMAGE_START, IMAGE_STOP] if is_piece else [])]
+        rows = read_table(path, columns) if path not in damaged else None
+        indices = rows["prompt_index"].to_pylist() if rows else []
+        piece = images_of(rows) if rows and indices else None
+        images = {*(piece or range(images_per_prompt))}
+        if not indices or any(not held.get(index, set()).isdisjoint(images) for index in indices):
             delete(path)
             continue
-        held |= set(indices)
-        is_shard = path.parent == output_dir
-        found.append(Part(indices[0], len(indices), path.stat().st_size, path, is_shard))
+        for index in indices:
+            held.setdefault(index, set()).update(images)
+        found.append(
+            Part(
+                first=indices[0],
+                image_start=piece.start if piece else 0,
+                num_rows=len(indices),
+                num_bytes=path.stat().st_size,
+                path=path,
+                num_images=len(piece) if piece else None,
+                is_shard=is_shard,
+            )
+        )
     return sorted(found), held
 
 
 def shards_of(parts: Iterable[Part], min_bytes: int) -> Iterator[list[Part]]:
-    """Group consecutive parts to at least ``min_bytes`` (the last may be smaller); an existing shard ends a group."""
+    """Group consecutive parts to at least ``min_bytes`` (the last may be smaller); an existing shard ends a group.
+
+    The pieces of a prompt are in one group.
+    """
     group: list[Part] = []
     for part in parts:
-        if not part.is_shard:
-            group.append(part)
-        if group and (part.is_shard or sum(part.num_bytes for part in group) >= min_bytes):
+        is_full = sum(part.num_bytes for part in group) >= min_bytes
+        if group and (part.is_shard or (is_full and part.first != group[-1].first)):
             yield group
             group = []
+        if not part.is_shard:
+            group.append(part)
     if group:
         yield group
 
 
-def join_parts(parts: list[Path], shard: Path) -> None:
+def in_order(parts: Iterable[Part], expected: Iterable[tuple[int, int]]) -> Iterator[Part]:
+    """Parts, which are finished in any order, in order: each as soon as all before it are finished.
+
+    A part that is never finished, because its prompts are quarantined, holds back all after it until the end: they are
+    on disk, and are only joined later.
+
+    Args:
+        expected: `Part.first` and `Part.image_start` of all parts, in order.
+    """
+    finished: dict[tuple[int, int], Part] = {}
+    waiting = iter(expected)
+    following = next(waiting, None)
+    for part in parts:
+        finished[part.first, part.image_start] = part
+        while following in finished:
+            yield finished.pop(following)
+            following = next(waiting, None)
+    yield from sorted(finished.values())
+
+
+def whole_prompts(
+    tables: Iterable[pa.Table], images_per_prompt: int, complete: Callable[[pa.Table], pa.Table] | None = None
+) -> pa.Table | None:
+    """Join tables in order, with one row per prompt: its pieces are joined, a prompt with missing pieces is left out.
+
+    Args:
+        complete: computes columns that need all images of a prompt, for rows that were pieces.
+
+    Returns:
+        `None`: there is no whole prompt.
+    """
+    whole: list[pa.Table] = []
+    by_prompt = itertools.groupby(tables, lambda rows: (rows["prompt_index"][0].as_py(), images_of(rows) is not None))
+    for (_, are_pieces), group in by_prompt:
+        pieces = list(group)
+        if not are_pieces:
+            whole += pieces
+        elif sum(len(images_of(piece) or ()) for piece in pieces) == images_per_prompt:
+            row = _joined(pieces)
+            whole.append(complete(row) if complete else row)
+    return pa.concat_tables(whole) if whole else None
+
+
+def _joined(pieces: list[pa.Table]) -> pa.Table:
+    """Row of the prompt whose pieces these are."""
+    row = pieces[0].drop_columns([IMAGE_START, IMAGE_STOP])
+    for index, column in enumerate(row.schema):
+        if pa.types.is_list(column.type):
+            values = [chunk for piece in pieces for chunk in pc.list_flatten(piece[column.name]).chunks]
+            items = pa.concat_arrays(values)
+            whole = pa.ListArray.from_arrays(pa.array([0, len(items)], pa.int32()), items, type=column.type)
+        elif column.name in PER_IMAGE:
+            arrays = [piece[column.name].combine_chunks().to_numpy_ndarray() for piece in pieces]
+            whole = tensor_column(np.concatenate(arrays, axis=1))
+        else:
+            continue
+        row = row.set_column(index, pa.field(column.name, whole.type, metadata=column.metadata), whole)
+    return row
+
+
+def join_parts(
+    parts: list[Path],
+    shard: Path,
+    images_per_prompt: int,
+    complete: Callable[[pa.Table], pa.Table] | None = None,
+) -> None:
     """Join parts, in order, into one shard; idempotent, and safe to repeat after an interruption at any point.
+
+    Args:
+        complete: see `whole_prompts`.
 
     Raises:
         StoreError: a part was altered after it was written.
     """
     sha256_path = _sha256_path(parts[0].parent, shard)
     if not (exists(shard) and exists(sha256_path)):
-        if len(parts) == 1:
+        if len(parts) == 1 and not _is_piece(parts[0]):
             read_part(parts[0])
             write_text(sha256_path, _part_sha256(parts[0]))  # written first: a shard without it is not used
             move(parts[0], shard)
-        else:
-            write_table(pa.concat_tables(map(read_part, parts)), shard)
+        elif rows := whole_prompts(map(read_part, parts), images_per_prompt, complete):
+            write_table(rows, shard)
             write_text(sha256_path, describe(shard)["sha256"])
     for part in parts:
         delete(part)
@@ -160,7 +282,12 @@ def read_part(part: Path) -> pa.Table:
 
 def _part_sha256(part: Path) -> str:
     """SHA-256 in the name of a part; empty if there is none."""
-    return part.stem.partition("-")[2]
+    return part.stem.rpartition("-")[2] if "-" in part.stem else ""
+
+
+def _is_piece(part: Path) -> bool:
+    """Whether a part holds a piece of a prompt, by its name."""
+    return part.stem.count("-") == 2
 
 
 def _sha256_path(parts_dir: Path, shard: Path) -> Path:
@@ -173,10 +300,13 @@ def _shard_sha256(parts_dir: Path, shard: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if exists(path) else ""
 
 
-def write_quarantined(output_dir: Path, prompt_index: int, entry: Mapping[str, Any]) -> None:
-    """Write the quarantine file of one prompt; its name holds the SHA-256."""
+def write_quarantined(
+    output_dir: Path, prompt_index: int, entry: Mapping[str, Any], images: range | None = None
+) -> None:
+    """Write the quarantine file of one prompt, or of a range of its images; its name holds the SHA-256."""
     line = f"{json.dumps(entry)}\n"
-    path = output_dir / QUARANTINE / f"{prompt_index:012d}-{hashlib.sha256(line.encode()).hexdigest()}.jsonl"
+    what = f"{prompt_index:012d}" + (f"-{images.start:06d}" if images else "")
+    path = output_dir / QUARANTINE / f"{what}-{hashlib.sha256(line.encode()).hexdigest()}.jsonl"
     make_folder(path.parent)
     write_text(path, line)
 
@@ -191,7 +321,7 @@ def read_quarantined(output_dir: Path) -> list[dict[str, Any]]:
         log.warning("%s: was altered (its SHA-256 differs); its prompt is retried", path)
         delete(path)
         paths.remove(path)
-    last = {path.stem.partition("-")[0]: path for path in paths}  # a prompt that was retried has several
+    last = {path.stem.rpartition("-")[0]: path for path in paths}  # a prompt that was retried has several
     joined = output_dir / f"{QUARANTINE}.jsonl"
     entries: dict[str, Any] = {}
     for path in [joined, *last.values()] if exists(joined) else last.values():

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from cdpo_ray.dataflow.memory import is_out_of_memory
-from cdpo_ray.dataflow.parts import read_quarantined, write_quarantined
+from cdpo_ray.dataflow.parts import images_of, read_quarantined, write_quarantined
 from cdpo_ray.errors import CdpoError, GenerationError, ModelError
 
 IMAGES = "images"
@@ -68,27 +68,30 @@ class Quarantine:
             GenerationError: too many prompts, or all, are quarantined, counting images without a score.
         """
         found = sorted(read_quarantined(self.output_dir), key=lambda entry: entry["prompt_index"])
-        failed = [entry for entry in found if IMAGES not in entry]
+        failed = {entry["prompt_index"] for entry in found if IMAGES not in entry}
         num_bad = len(failed) + sum(len(entry[IMAGES]) / entry["num_images"] for entry in found if IMAGES in entry)
         if num_bad > self.max_bad_fraction * self.num_prompts or num_bad >= self.num_prompts > 0:
             first = found[0]
             what = [f"{len(failed)} of {self.num_prompts} prompts cannot be made into images"] * bool(failed)
-            what += [f"{num_images_without_score(found)} images have no score"] * (len(failed) < len(found))
+            what += [f"{num_images_without_score(found)} images have no score"] * any(
+                IMAGES in entry for entry in found
+            )
             raise GenerationError(
                 f"{' and '.join(what)};"
                 f" `generation.max_bad_fraction` = {self.max_bad_fraction} allows fewer; the first,"
                 f" {first['prompt'][:80]!r}: {first['reason']}; raise `generation.max_bad_fraction`, or fix the cause"
                 f" and delete {self.output_dir}"
             )
-        return {entry["prompt_index"] for entry in failed}
+        return failed
 
-    def add_images(self, rows: pa.Table, black: NDArray[np.bool_], names: Sequence[Any]) -> None:
+    def add_images(self, rows: pa.Table, black: NDArray[np.bool_], names: Sequence[Any], num_images: int) -> None:
         """Quarantine the images that have no score.
 
         Args:
-            rows: rows of the prompts.
+            rows: rows of the prompts, or a piece of one.
             black: ``[row, ...]`` with one value per image, see `is_black`.
             names: names of the images of a row.
+            num_images: number of images of a whole prompt.
 
         Raises:
             GenerationError: too many prompts and images are quarantined.
@@ -97,14 +100,14 @@ class Quarantine:
             if mask.any():
                 bad = [name for name, is_bad in zip(names, mask, strict=True) if is_bad]
                 reason = (
-                    f"images {', '.join(map(str, bad))} of {len(names)} are black: the model or its VAE returned"
+                    f"images {', '.join(map(str, bad))} of {num_images} are black: the model or its VAE returned"
                     " non-finite values (try another `model.dtype`), or a safety checker blacked them out"
                 )
-                self._add(rows.slice(row, 1), reason, **{IMAGES: bad}, num_images=len(names))
+                self._add(rows.slice(row, 1), reason, **{IMAGES: bad}, num_images=num_images)
 
     def _add(self, row: pa.Table, reason: str, **more: Any) -> None:
         (entry,) = row.select(["prompt_index", "prompt"]).to_pylist()
-        write_quarantined(self.output_dir, entry["prompt_index"], {**entry, **more, "reason": reason})
+        write_quarantined(self.output_dir, entry["prompt_index"], {**entry, **more, "reason": reason}, images_of(row))
         self.refuse_too_many()
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cdpo_ray.dataflow.columns import list_column, tensor_column
 from cdpo_ray.dataflow.memory import BatchSize
-from cdpo_ray.dataflow.parts import IMAGES_PER_BATCH
+from cdpo_ray.dataflow.parts import IMAGES_PER_BATCH, images_of
 from cdpo_ray.dataflow.quarantine import Quarantine
-from cdpo_ray.generation.generator import MakeScores, Sampling, sample_batches
+from cdpo_ray.generation.generator import Encoded, MakeScores, Sampling, sample_batches
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import Conditioning
 from cdpo_ray.policy.implicit_rewards import implicit_values
@@ -20,7 +20,7 @@ from cdpo_ray.records import ARMS, IMPLICIT_VALUE, score_column
 
 
 class Comparer:
-    """Rows of prompts -> rows of `5-evaluation` (`records`), one list of images per model; independent of Ray.
+    """Rows of prompts, or of pieces -> rows of `5-evaluation` (`records`), one list of images per model; without Ray.
 
     Images are returned as pixels: later tasks, which need no model, measure their appearance and encode them as PNG.
 
@@ -49,19 +49,22 @@ class Comparer:
         self.scores = make_scores()
         self.quarantine = quarantine
         self.batch_size = BatchSize(sampling.images_per_batch)
+        self.encoded = Encoded(self.model)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return self.quarantine.apply(self.compared, rows)
 
     def compared(self, rows: pa.Table) -> pa.Table:
         prompts = rows["prompt"].to_pylist()
-        conditioning, _ = self.model.encode_prompts(prompts)
-        num_images = self.sampling.images_per_prompt
-        are_black = []
+        conditioning, _ = self.encoded(prompts)
+        indices = images_of(rows) or range(self.sampling.images_per_prompt)
+        num_images, are_black = len(indices), []
         for arm in ARMS:
             self.model.use_tuned(arm == "tuned")
             pixels, latents, scores = [], [], []
-            for batch in sample_batches(self.model, prompts, conditioning, self.sampling, self.scores, self.batch_size):
+            for batch in sample_batches(
+                self.model, prompts, conditioning, self.sampling, self.scores, self.batch_size, images=indices
+            ):
                 scores.append(batch.scores)
                 are_black.append(batch.is_black)
                 latents.append(batch.latents)
@@ -74,11 +77,12 @@ class Comparer:
                 values = self._implicit_values(prompts, conditioning, torch.cat(latents))
                 rows = rows.append_column(IMPLICIT_VALUE, list_column(values, num_images, pa.float32()))
         black = np.concatenate(are_black).reshape(len(ARMS), rows.num_rows, num_images).swapaxes(0, 1)
-        self.quarantine.add_images(rows, black, [f"{arm} {image}" for arm in ARMS for image in range(num_images)])
+        names = [f"{arm} {image}" for arm in ARMS for image in indices]
+        self.quarantine.add_images(rows, black, names, len(ARMS) * self.sampling.images_per_prompt)
         return rows.append_column(IMAGES_PER_BATCH, pa.array([self.batch_size.num_images] * len(prompts), pa.int64()))
 
     def _implicit_values(self, prompts: list[str], conditioning: Conditioning, latents: Tensor) -> Any:
-        num_images = self.sampling.images_per_prompt
+        num_images = len(latents) // len(prompts)
         return implicit_values(
             self.model,
             latents,

@@ -7,22 +7,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cdpo_ray.dataflow.parts import Part, read_part, shards_of
+from cdpo_ray.dataflow.parts import Part, read_part, shards_of, whole_prompts
+from cdpo_ray.evaluation.appearance_columns import add_diversity
 from cdpo_ray.records import CATEGORY, PIXEL_COLUMNS
-from cdpo_ray.store import read_table, table_schema, write_tables
+from cdpo_ray.store import write_tables
 
 ROW_GROUP_BYTES = 64 * 2**20
 
 
 def join_comparison(
-    parts: Sequence[Part], path: Path, categories: Mapping[str, str], *, row_group_bytes: int = ROW_GROUP_BYTES
+    parts: Sequence[Part],
+    path: Path,
+    categories: Mapping[str, str],
+    images_per_prompt: int,
+    *,
+    row_group_bytes: int = ROW_GROUP_BYTES,
 ) -> pa.Table:
-    """Write parts with one row per prompt atomically as one file with one row per image, in the order of the parts.
+    """Write parts atomically as one file with one row per image, in the order of the parts.
 
     Memory holds one row group, not the images of all parts.
 
     Args:
-        parts: at least one, in prompt order; not deleted.
+        parts: at least one with a whole prompt, in prompt order; not deleted.
         categories: by prompt; empty: no prompt has one, and there is no column of categories.
         row_group_bytes: a row group ends with the part that makes it reach this size.
 
@@ -33,13 +39,18 @@ def join_comparison(
         StoreError: a part was altered since it was written.
     """
 
+    kept: list[pa.Table] = []
+
     def row_groups() -> Iterator[pa.Table]:
         for group in shards_of(parts, row_group_bytes):
-            yield row_per_image(with_categories(pa.concat_tables(read_part(part.path) for part in group), categories))
+            pieces = (read_part(part.path) for part in group)
+            if rows := whole_prompts(pieces, images_per_prompt, add_diversity):
+                rows = with_categories(rows, categories)
+                kept.append(rows.drop_columns([name for name in PIXEL_COLUMNS.values() if name in rows.column_names]))
+                yield row_per_image(rows)
 
     write_tables(row_groups(), path)
-    names = [name for name in table_schema(parts[0].path).names if name not in PIXEL_COLUMNS.values()]
-    return with_categories(pa.concat_tables(read_table(part.path, names) for part in parts), categories)
+    return pa.concat_tables(kept)
 
 
 def with_categories(rows: pa.Table, categories: Mapping[str, str]) -> pa.Table:

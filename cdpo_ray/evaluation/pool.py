@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+import ray.data
 from ray.data import Dataset
 
 from cdpo_ray.config import Pool
@@ -18,7 +19,7 @@ from cdpo_ray.evaluation.joining import join_comparison
 from cdpo_ray.evaluation.labelled import ImplicitValueModel, LabelledSamples, label_accuracy, only_held_out
 from cdpo_ray.evaluation.metrics import measure
 from cdpo_ray.generation.generator import MakeScores, Sampling
-from cdpo_ray.generation.pool import prompt_rows
+from cdpo_ray.generation.pool import calls_of
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import ARMS, CONDITIONING, IMPLICIT_VALUE, LABEL, score_column
 from cdpo_ray.store import shard_schema, write_json
@@ -61,16 +62,19 @@ def evaluate_adapter(
     """
     output_dir = output_dir.resolve()  # actors on other nodes have another working directory
     quarantine = Quarantine(output_dir, len(prompts), max_bad_fraction)
-    parts, held = find_parts(output_dir, "comparison")
-    done = held | quarantine.refuse_too_many()
-    makes = (len(ARMS) * sampling.images_per_prompt, "images")
+    num_images = sampling.images_per_prompt
+    parts, held = find_parts(output_dir, "comparison", num_images)
+    done = quarantine.refuse_too_many() | {row for row, images in held.items() if len(images) == num_images}
+    makes = (len(ARMS) * num_images, "images")
     progress.begin("evaluate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
-    rows = prompt_rows(prompts, sampling.rows_per_call, done)
+    calls = calls_of(prompts, sampling, held, done)
+    rows = ray.data.from_arrow(calls) if calls else None
     compared = rows and in_pool(
         rows,
         Comparer,
         generators,
         rows_per_call=None,
+        num_calls=len(calls),
         family=family,
         model=dict(model),
         sampling=sampling,
@@ -80,8 +84,17 @@ def evaluate_adapter(
         quarantine=quarantine,
     )
     compared = compared and _mapped(compared, add_appearance)
-    parts = sorted([*parts, *write_parts(compared, output_dir, "evaluate", progress)])
-    table = join_comparison(parts, output_dir / "comparison.parquet", categories)
+    made = write_parts(
+        compared,
+        output_dir,
+        "evaluate",
+        progress,
+        images_per_prompt=num_images,
+        images_held=sum(len(images) for row, images in held.items() if row not in done),
+    )
+    # The driver reads no images: a task joins them.
+    join = ray.remote(num_cpus=1, max_retries=3)(join_comparison)
+    table = ray.get(join.remote(sorted([*parts, *made]), output_dir / "comparison.parquet", categories, num_images))
     metrics = measure(table, judges, num_resamples=num_resamples, seed=seed)
     metrics |= {"num_prompts": table.num_rows, "images_per_prompt": sampling.images_per_prompt}
     if labelled and num_margin_draws:

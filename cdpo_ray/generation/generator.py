@@ -14,7 +14,7 @@ from torch import Tensor
 from cdpo_ray.dataflow.columns import list_column, storable, tensor_column
 from cdpo_ray.dataflow.images import is_black
 from cdpo_ray.dataflow.memory import BatchSize, is_out_of_memory
-from cdpo_ray.dataflow.parts import IMAGES_PER_BATCH
+from cdpo_ray.dataflow.parts import IMAGES_PER_BATCH, images_of
 from cdpo_ray.dataflow.quarantine import Quarantine
 from cdpo_ray.generation.perturbation import masked_positions, masked_shares, perturbed
 from cdpo_ray.models import load_model
@@ -67,9 +67,16 @@ class Sampling:
         """Number of prompts per call of an actor."""
         return max(1, self.images_per_batch // self.images_per_prompt)
 
+    @property
+    def pieces(self) -> list[range]:
+        """Ranges of a prompt's images that separate calls make: at most a batch each, as even as possible."""
+        size = math.ceil(self.images_per_prompt / math.ceil(self.images_per_prompt / self.images_per_batch))
+        starts = range(0, self.images_per_prompt, size)
+        return [range(start, min(start + size, self.images_per_prompt)) for start in starts]
+
     def images_per_launch(self, limit: int) -> int:
         """Number of images per forward pass, at most ``limit``, if a call is split evenly."""
-        num_images = self.rows_per_call * self.images_per_prompt
+        num_images = self.rows_per_call * len(self.pieces[0])
         return math.ceil(num_images / math.ceil(num_images / limit))
 
 
@@ -99,6 +106,7 @@ def sample_batches(
     sampling: Sampling,
     scores: ScoreImages | None = None,
     batch_size: BatchSize | None = None,
+    images: Sequence[int] | None = None,
 ) -> Iterator[SampleBatch]:
     """Yield all images of each prompt, prompt by prompt, in batches; out of memory, batches get smaller.
 
@@ -109,13 +117,15 @@ def sample_batches(
         conditioning: one row per prompt.
         scores: judges of each batch; `None`: images are not scored.
         batch_size: number of images per batch, halved out of memory; `None`: starts at ``sampling.images_per_batch``.
+        images: indices of the images to make of each prompt; `None`: all.
 
     Raises:
         ModelError: if memory does not suffice for one image.
     """
     shape = model.latent_shape(sampling.height, sampling.width)
     batch_size = batch_size or BatchSize(sampling.images_per_batch)
-    addresses = [(row, index) for row in range(len(prompts)) for index in range(sampling.images_per_prompt)]
+    indices = range(sampling.images_per_prompt) if images is None else images
+    addresses = [(row, index) for row in range(len(prompts)) for index in indices]
 
     def size() -> int:
         return sampling.images_per_launch(batch_size.num_images) if model.compiled else batch_size.num_images
@@ -136,9 +146,9 @@ def sample_batches(
             num_denoising_steps=sampling.num_denoising_steps,
             guidance_scale=sampling.guidance_scale,
         )
-        images, batch_prompts = model.decode(latents)[:num_images], [prompts[row] for row in rows[:num_images]]
-        found = scores(images, batch_prompts) if scores else {}
-        return SampleBatch(batch_prompts, latents[:num_images], images, found, is_black(images))
+        decoded, batch_prompts = model.decode(latents)[:num_images], [prompts[row] for row in rows[:num_images]]
+        found = scores(decoded, batch_prompts) if scores else {}
+        return SampleBatch(batch_prompts, latents[:num_images], decoded, found, is_black(decoded))
 
     start = 0
     while start < len(addresses):
@@ -185,34 +195,39 @@ class Generator:
         self.keep_pixels = keep_pixels
         self.quarantine = quarantine
         self.batch_size = BatchSize(sampling.images_per_batch)
+        self.encoded = Encoded(self.model)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         return self.quarantine.apply(self.generate, rows) if self.quarantine else self.generate(rows)
 
     def generate(self, rows: pa.Table) -> pa.Table:
-        """Samples of some prompts, one row per prompt."""
-        prompts = rows["prompt"].to_pylist()
-        conditioning, num_tokens_cut = self.model.encode_prompts(prompts)
+        """Samples of some prompts, one row per prompt, or a piece of one prompt."""
+        prompts, sampling = rows["prompt"].to_pylist(), self.sampling
+        conditioning, num_tokens_cut = self.encoded(prompts)
+        indices = images_of(rows) or range(sampling.images_per_prompt)
         latents, pixels, scores, are_black = [], [], [], []
-        for batch in sample_batches(self.model, prompts, conditioning, self.sampling, self.scores, self.batch_size):
+        for batch in sample_batches(
+            self.model, prompts, conditioning, sampling, self.scores, self.batch_size, images=indices
+        ):
             scores.append(batch.scores)
             are_black.append(batch.is_black)
             latents.append(batch.latents.cpu())
             if self.keep_pixels:
                 pixels.append(batch.images.cpu().numpy())
-        num_samples = self.sampling.images_per_prompt
+        num_samples = len(indices)
         black = np.concatenate(are_black)
         if self.quarantine:
-            self.quarantine.add_images(rows, black, range(num_samples))
+            self.quarantine.add_images(rows, black, indices, sampling.images_per_prompt)
         rows = rows.append_column("latents", tensor_column(storable(torch.cat(latents)), num_samples))
         for name, value in conditioning.items():
             rows = rows.append_column(name, tensor_column(storable(value.cpu())))
         rows = rows.append_column("num_tokens_cut", pa.array(num_tokens_cut, pa.int64()))
         if pixels:
             rows = rows.append_column("pixels", tensor_column(np.concatenate(pixels), num_samples))
-        if self.sampling.max_masked_fraction is not None:
+        if sampling.max_masked_fraction is not None:
             num_tokens = conditioning["prompt_embedding"].shape[1]
-            perturbation_scores = np.negative(masked_shares(num_samples, self.sampling.max_masked_fraction, num_tokens))
+            shares = masked_shares(sampling.images_per_prompt, sampling.max_masked_fraction, num_tokens)
+            perturbation_scores = np.negative([shares[index] for index in indices])
             values = np.where(black, np.nan, np.tile(perturbation_scores, len(prompts)))
             column = list_column(values, num_samples, pa.float64())
             rows = rows.append_column(score_column(PERTURBATION), column)
@@ -220,6 +235,20 @@ class Generator:
             values = np.concatenate([batch[name] for batch in scores])
             rows = rows.append_column(score_column(name), list_column(values, num_samples, pa.float64()))
         return rows.append_column(IMAGES_PER_BATCH, pa.array([self.batch_size.num_images] * len(prompts), pa.int64()))
+
+
+class Encoded:
+    """Conditioning of the prompts of a call; kept for the next call, which often is of the same prompt."""
+
+    def __init__(self, model: "TextToImageModel") -> None:
+        self.model = model
+        self.prompts: list[str] = []
+        self.found: Any = None
+
+    def __call__(self, prompts: list[str]) -> "tuple[Conditioning, list[int]]":
+        if prompts != self.prompts:
+            self.found, self.prompts = self.model.encode_prompts(prompts), prompts
+        return self.found
 
 
 def _perturbed(

@@ -1,7 +1,8 @@
 """Ray Data: prompts stream through a pool of generators, and a pool of judges, into shards."""
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import ray.data
 from ray.data import Dataset
 
 from cdpo_ray.config import Pool
-from cdpo_ray.dataflow.parts import find_parts, join_quarantined
+from cdpo_ray.dataflow.parts import IMAGE_START, IMAGE_STOP, address_of, find_parts, join_quarantined
 from cdpo_ray.dataflow.quarantine import Quarantine
 from cdpo_ray.dataflow.streams import in_pool, write_shards
 from cdpo_ray.generation.generator import Generator, MakeScores, Sampling
@@ -18,26 +19,44 @@ from cdpo_ray.progress import Progress
 from cdpo_ray.records import prompt_id
 
 
-def prompt_rows(prompts: Sequence[str], rows_per_call: int, done: Set[int] = frozenset()) -> Dataset | None:
-    """One row per prompt, in blocks of one actor call each; `None`: all prompts are done.
+def calls_of(
+    prompts: Sequence[str], sampling: Sampling, held: Mapping[int, Set[int]], done: Set[int]
+) -> list[pa.Table]:
+    """One table per actor call: some whole prompts, or a piece of one prompt that exceeds a batch.
 
-    Blocks depend neither on the number of actors nor, except that done rows are left out, on earlier attempts.
+    Calls depend neither on the number of actors nor, except that finished ones are left out, on earlier attempts. So
+    one prompt keeps many actors busy, and an image is the same however many there are.
 
     Args:
-        rows_per_call: number of prompts per call.
-        done: indices of prompts that need no row.
+        held: images that exist already, by prompt index.
+        done: indices of prompts that need no call.
     """
-    table = pa.table(
-        {
-            "prompt_index": pa.array(range(len(prompts)), pa.int64()),
-            "prompt_id": [prompt_id(prompt) for prompt in prompts],
-            "prompt": list(prompts),
-        }
-    )
-    calls = [range(start, start + rows_per_call) for start in range(0, len(prompts), rows_per_call)]
-    missing = [[row for row in call if row < len(prompts) and row not in done] for call in calls]
-    blocks = [table.take(rows) for rows in missing if rows]
-    return ray.data.from_arrow(blocks) if blocks else None
+    columns = {
+        "prompt_index": pa.array(range(len(prompts)), pa.int64()),
+        "prompt_id": [prompt_id(prompt) for prompt in prompts],
+        "prompt": list(prompts),
+    }
+    table, size = pa.table(columns), sampling.rows_per_call
+    if len(sampling.pieces) == 1:
+        calls = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
+        missing = [[row for row in call if row not in done and row not in held] for call in calls]
+        return [table.take(rows) for rows in missing if rows]
+    return [
+        table.slice(row, 1)
+        .append_column(IMAGE_START, pa.array([piece[0]], pa.int64()))
+        .append_column(IMAGE_STOP, pa.array([piece[-1] + 1], pa.int64()))
+        for row in range(len(prompts))
+        if row not in done
+        for piece in _missing(sampling.pieces, held.get(row, frozenset()))
+    ]
+
+
+def _missing(pieces: Sequence[range], held: Set[int]) -> Iterator[list[int]]:
+    """Runs of neighbouring images of each piece that are not held; part of a piece only if the batch size changed."""
+    for piece in pieces:
+        numbered = enumerate(image for image in piece if image not in held)
+        for _, run in itertools.groupby(numbered, lambda pair: pair[1] - pair[0]):
+            yield [image for _, image in run]
 
 
 def generate_samples(
@@ -52,6 +71,8 @@ def generate_samples(
     generators: Pool,
     make_scores: MakeScores | None,
     then: Callable[[Dataset], Dataset] | None,
+    then_in: Pool | None = None,
+    complete: Callable[[pa.Table], pa.Table] | None = None,
     max_bad_fraction: float,
     progress: Progress,
 ) -> Counter[int]:
@@ -68,6 +89,8 @@ def generate_samples(
         make_scores: builds the judges inside each generator (fused).
         then: adds stages after the generators, such as a separate pool of judges; drops the pixels unless
             ``keep_images``.
+        then_in: pool of those stages, if they have one.
+        complete: computes columns that need all images of a prompt, for prompts that several calls made.
         max_bad_fraction: maximum share of quarantined prompts.
 
     Returns:
@@ -78,16 +101,19 @@ def generate_samples(
     """
     output_dir = output_dir.resolve()  # actors on other nodes have another working directory
     quarantine = Quarantine(output_dir, len(prompts), max_bad_fraction)
-    parts, finished = find_parts(output_dir, "samples")
-    done = finished | quarantine.refuse_too_many()
-    makes = (sampling.images_per_prompt, "images")
-    progress.begin("generate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
-    rows = prompt_rows(prompts, sampling.rows_per_call, done)
+    num_images = sampling.images_per_prompt
+    parts, held = find_parts(output_dir, "samples", num_images)
+    done = quarantine.refuse_too_many() | {row for row, images in held.items() if len(images) == num_images}
+    progress.begin("generate", total=len(prompts), unit="prompt", done=len(done), makes=(num_images, "images"))
+    calls = calls_of(prompts, sampling, held, done)
+    rows = ray.data.from_arrow(calls) if calls else None
     rows = rows and in_pool(
         rows,
         Generator,
         generators,
         rows_per_call=None,
+        num_calls=len(calls),
+        beside=then_in,
         family=family,
         model=dict(model),
         sampling=sampling,
@@ -98,6 +124,16 @@ def generate_samples(
     )
     if rows and then is not None:
         rows = then(rows)
-    made_with = write_shards(rows, output_dir, "samples", progress, parts)
+    made_with = write_shards(
+        rows,
+        output_dir,
+        "samples",
+        progress,
+        parts,
+        expected=list(map(address_of, calls)),
+        images_per_prompt=num_images,
+        images_held=sum(len(images) for row, images in held.items() if row not in done),
+        complete=complete,
+    )
     join_quarantined(output_dir)
     return made_with

@@ -87,7 +87,7 @@ def import_samples(
         quarantine_dir=quarantine_dir,
         row_at=functools.partial(row_at, chunks),
     )
-    write_shards(rows, output_dir, "samples", progress)
+    write_shards(rows, output_dir, "samples", progress, images_per_prompt=num_samples)
     return join_quarantined(output_dir)
 
 

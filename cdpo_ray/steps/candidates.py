@@ -232,6 +232,7 @@ def import_images(context: Context, output_dir: Path, output: StepOutput, *, can
 
 
 def generate_images(context: Context, output_dir: Path, output: StepOutput) -> None:
+    from cdpo_ray.evaluation.appearance_columns import add_diversity
     from cdpo_ray.evaluation.pool import with_appearance
     from cdpo_ray.generation.pool import generate_samples
 
@@ -248,6 +249,7 @@ def generate_images(context: Context, output_dir: Path, output: StepOutput) -> N
         generators=config.resources.generators,
         make_scores=None,
         then=with_appearance,
+        complete=add_diversity,
         max_bad_fraction=config.generation.max_bad_fraction,
         progress=context.progress,
     )

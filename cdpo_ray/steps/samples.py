@@ -82,6 +82,7 @@ def generate(context: Context, output_dir: Path, output: StepOutput) -> None:
             rows_per_call=1,
             keep_pixels=config.generation.keep_images,
         ),
+        then_in=None if fused else config.resources.scorers,
         max_bad_fraction=config.generation.max_bad_fraction,
         progress=context.progress,
     )

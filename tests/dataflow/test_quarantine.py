@@ -12,7 +12,8 @@ import pytest
 import torch
 from tiny_models import poisoned
 
-from cdpo_ray.dataflow.quarantine import Quarantine
+from cdpo_ray.dataflow.parts import read_quarantined
+from cdpo_ray.dataflow.quarantine import Quarantine, num_images_without_score
 from cdpo_ray.errors import GenerationError, ModelError, RewardError
 from cdpo_ray.generation.generator import Generator, Sampling
 from cdpo_ray.records import prompt_id
@@ -149,7 +150,27 @@ def test_fault_36_prompts_that_raise_and_images_that_are_black_are_counted_toget
 
     quarantine = Quarantine(tmp_path, 4, 0.6)
     quarantine.apply(raises, table(["a zebra"]))
-    quarantine.add_images(table(["a cat", "a dog"]), np.array([[True, False], [False, True]]), range(2))
+    quarantine.add_images(table(["a cat", "a dog"]), np.array([[True, False], [False, True]]), range(2), 2)
     assert quarantine.refuse_too_many() == {1}
     with pytest.raises(GenerationError, match="1 of 4 prompts cannot be made into images and 3 images have no score;"):
-        quarantine.add_images(table(["a lizard"]), np.array([[[True], [False]]]), ["base 0", "tuned 0"])
+        quarantine.add_images(table(["a lizard"]), np.array([[[True], [False]]]), ["base 0", "tuned 0"], 2)
+
+
+def test_black_images_of_two_pieces_of_a_prompt_are_all_counted_and_a_failed_prompt_once(tmp_path: Path) -> None:
+    quarantine, names = Quarantine(tmp_path, 2, 0.75), {0: [True, False], 2: [False, True]}
+    for start, black in names.items():
+        rows = table(["a cat"]).append_column("image_start", pa.array([start]))
+        rows = rows.append_column("image_stop", pa.array([start + 2]))
+        quarantine.add_images(rows, np.array(black), range(start, start + 2), 4)
+    entries = read_quarantined(tmp_path)
+    assert [(entry["images"], entry["num_images"]) for entry in entries] == [([0], 4), ([3], 4)]
+    assert entries[1]["reason"].startswith("images 3 of 4 are black")
+    assert num_images_without_score(entries) == 2
+
+    def raises(rows: pa.Table) -> pa.Table:
+        raise IndexError(f"image {rows['image_start'][0]}")
+
+    for start in (0, 2):
+        rows = table(["a dog"]).append_column("image_start", pa.array([start]))
+        quarantine.apply(raises, rows.append_column("image_stop", pa.array([start + 2])))
+    assert quarantine.refuse_too_many() == {2}, "0.5 prompts by their images and 1 whole prompt, of 2"

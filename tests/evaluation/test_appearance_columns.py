@@ -5,11 +5,13 @@ import pyarrow as pa
 import pytest
 
 from cdpo_ray.dataflow.columns import tensor_column
-from cdpo_ray.dataflow.images import pairwise_rms_distance
+from cdpo_ray.dataflow.images import encode_pixels, pairwise_rms_distance
+from cdpo_ray.dataflow.parts import whole_prompts
 from cdpo_ray.evaluation.appearance import APPEARANCE
-from cdpo_ray.evaluation.appearance_columns import add_appearance
+from cdpo_ray.evaluation.appearance_columns import add_appearance, add_diversity
 
 NUM_PROMPTS = 3
+PIECES = ((0, 1), (1, 3))
 MEASURED = [*APPEARANCE, "diversity"]
 
 
@@ -48,3 +50,25 @@ def test_columns_follow_those_of_their_model_and_values_belong_to_their_image(nu
                 assert found[f"{arm}_{name}"][prompt].as_py() == pytest.approx(list(measure(images)), rel=1e-6)
             diversity = pairwise_rms_distance(images) if num_images > 1 else None
             assert found[f"{arm}_diversity"][prompt].as_py() == diversity
+
+
+def test_the_joined_pieces_of_a_prompt_have_the_columns_of_the_whole_prompt() -> None:
+    whole = compared(3).slice(0, 1)
+    pieces = []
+    for start, stop in PIECES:
+        columns = {"prompt_index": [0], "image_start": [start], "image_stop": [stop]}
+        for name in whole.column_names[1:]:
+            values = whole[name].combine_chunks()
+            is_pixels = name.endswith("pixels")
+            columns[name] = (
+                tensor_column(values.to_numpy_ndarray()[:, start:stop])
+                if is_pixels
+                else [values[0].as_py()[start:stop]]
+            )
+        piece = encode_pixels(add_appearance(pa.table(columns)))
+        assert piece["base_diversity"].null_count == 1, "of a piece there is none"
+        pieces.append(piece)
+    expected = encode_pixels(add_appearance(whole))
+    found = whole_prompts(pieces, 3, add_diversity)
+    assert found is not None
+    assert found.select(expected.column_names).to_pydict() == expected.to_pydict()

@@ -34,13 +34,13 @@ def write(folder: Path, num_parts: int, num_bytes: int) -> list[Part]:
             rows[f"{name}_score_clip"] = [[prompt + one / 10 + arm / 100 for one in samples] for prompt in prompts]
             rows[f"{name}_diversity"] = [0.5 + arm] * len(prompts)
         write_part(pa.table(rows), parts_dir=folder / PARTS)
-    return find_parts(folder, "comparison")[0]
+    return find_parts(folder, "comparison", NUM_IMAGES)[0]
 
 
 @pytest.mark.parametrize("row_group_bytes", [1, 200, 10**9])
 def test_the_file_has_every_image_in_order_for_any_row_group_size(row_group_bytes: int, tmp_path: Path) -> None:
     parts = write(tmp_path, 4, 50)
-    kept = join_comparison(parts, tmp_path / "comparison.parquet", {}, row_group_bytes=row_group_bytes)
+    kept = join_comparison(parts, tmp_path / "comparison.parquet", {}, NUM_IMAGES, row_group_bytes=row_group_bytes)
     expected = [
         {
             "prompt_index": prompt,
@@ -67,17 +67,17 @@ def test_the_file_has_every_image_in_order_for_any_row_group_size(row_group_byte
 
 def test_an_unreadable_part_leaves_the_existing_file_unchanged(tmp_path: Path) -> None:
     parts, path = write(tmp_path, 2, 50), tmp_path / "comparison.parquet"
-    join_comparison(parts, path, {})
+    join_comparison(parts, path, {}, NUM_IMAGES)
     before = path.read_bytes()
     parts[1].path.write_bytes(b"cut off")
     with pytest.raises(StoreError, match=rf"{parts[1].path.name}: was altered"):
-        join_comparison(parts, path, {}, row_group_bytes=1)
+        join_comparison(parts, path, {}, NUM_IMAGES, row_group_bytes=1)
     assert path.read_bytes() == before
 
 
 def peak_of_joining(parts: list[Part], path: Path) -> int:
     """Peak of Arrow's memory in this process, in bytes."""
-    join_comparison(parts, path, {}, row_group_bytes=2 * parts[0].num_bytes)
+    join_comparison(parts, path, {}, NUM_IMAGES, row_group_bytes=2 * parts[0].num_bytes)
     peak: int = pa.default_memory_pool().max_memory()
     return peak
 
@@ -94,9 +94,9 @@ def test_memory_does_not_grow_with_the_number_of_parts(tmp_path: Path) -> None:
 
 def test_categories_are_added_to_the_rows_of_prompts_and_of_images(tmp_path: Path) -> None:
     parts, path = write(tmp_path, 2, 50), tmp_path / "comparison.parquet"
-    rows = join_comparison(parts, path, {"prompt 0": "one", "prompt 3": "two", "other": "three"})
+    rows = join_comparison(parts, path, {"prompt 0": "one", "prompt 3": "two", "other": "three"}, NUM_IMAGES)
     assert rows["category"].to_pylist() == ["one", None, None, "two"]
     categories = pq.read_table(path, columns=["category"])["category"].to_pylist()
     assert categories == [each for each in ("one", None, None, "two") for _ in range(NUM_IMAGES)]
-    assert "category" not in join_comparison(parts, path, {}).column_names
+    assert "category" not in join_comparison(parts, path, {}, NUM_IMAGES).column_names
     assert "category" not in pq.read_schema(path).names

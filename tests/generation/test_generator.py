@@ -15,7 +15,9 @@ from torch import Tensor
 
 from cdpo_ray.dataflow.columns import list_column, tensor_column
 from cdpo_ray.dataflow.images import decode_png, encode_pixels
+from cdpo_ray.dataflow.parts import IMAGES_PER_BATCH, images_of, whole_prompts
 from cdpo_ray.generation.generator import Generator, Sampling, sample_batches
+from cdpo_ray.generation.pool import calls_of
 from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.records import prompt_id
 from cdpo_ray.rewards.scorer import SampleScorer, Scorer
@@ -241,3 +243,16 @@ def test_a_tensor_column_groups_the_samples_of_a_row_in_order() -> None:
 
 def test_a_list_column_groups_the_samples_of_a_row_in_order() -> None:
     assert list_column([b"a", b"b", b"c", b"d"], 2, pa.binary()).to_pylist() == [[b"a", b"b"], [b"c", b"d"]]
+
+
+def test_pieces_of_prompts_hold_the_images_of_whole_prompts_byte_by_byte(tiny_sd15: Path) -> None:
+    sampling = replace(SAMPLING, images_per_prompt=4, max_masked_fraction=0.5)
+    generate = Generator("stable_diffusion", {"path": str(tiny_sd15), "device": "cpu"}, sampling)
+    prompts = table(PROMPTS).slice(1)
+    whole = encode_pixels(generate(prompts)).drop_columns(IMAGES_PER_BATCH)
+    calls = calls_of(PROMPTS, sampling, {}, {0})
+    assert [(call["prompt_index"][0].as_py(), images_of(call)) for call in calls] == [
+        (prompt, piece) for prompt in (1, 2) for piece in (range(2), range(2, 4))
+    ]
+    pieces = [encode_pixels(generate(call)).drop_columns(IMAGES_PER_BATCH) for call in calls]
+    assert whole_prompts(pieces, 4) == whole
