@@ -73,9 +73,8 @@ class Quarantine:
         if num_bad > self.max_bad_fraction * self.num_prompts or num_bad >= self.num_prompts > 0:
             first = found[0]
             what = [f"{len(failed)} of {self.num_prompts} prompts cannot be made into images"] * bool(failed)
-            what += [f"{num_images_without_score(found)} images have no score"] * any(
-                IMAGES in entry for entry in found
-            )
+            num_black = num_images_without_score(found)
+            what += [f"{num_black} images have no score"] * bool(num_black)
             raise GenerationError(
                 f"{' and '.join(what)};"
                 f" `generation.max_bad_fraction` = {self.max_bad_fraction} allows fewer; the first,"

@@ -175,9 +175,9 @@ def _fitting(pool: Pool, beside: Pool | None) -> int:
 
     More would take the CPUs that the others need to start.
     """
-    there = ray.cluster_resources()
-    cpus = there.get("CPU", 0.0) - 1 - (beside.cpus_per_actor if beside else 0)
-    gpus = there.get("GPU", 0.0) - (beside.gpus_per_actor if beside else 0)
+    free = ray.available_resources()
+    cpus = free.get("CPU", 0.0) - 1 - (beside.cpus_per_actor if beside else 0)
+    gpus = free.get("GPU", 0.0) - (beside.gpus_per_actor if beside else 0)
     fitting = [pool.num_actors]
     fitting += [int(cpus / pool.cpus_per_actor)] if pool.cpus_per_actor else []
     fitting += [int(gpus / pool.gpus_per_actor)] if pool.gpus_per_actor else []
