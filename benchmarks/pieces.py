@@ -23,7 +23,6 @@ from rates import machine
 
 from cdpo_ray.config import Pool
 from cdpo_ray.generation.generator import Sampling
-from cdpo_ray.generation.pool import generate_samples
 from cdpo_ray.progress import Progress
 from cdpo_ray.session import ray_session
 from cdpo_ray.testbed.scenes import scene_prompts
@@ -43,6 +42,8 @@ class TimeLog:
 
 def run(prompts: list[str], images_per_prompt: int, num_actors: int, options: argparse.Namespace) -> tuple[float, Any]:
     """Images per second after the first call, and the shards."""
+    from cdpo_ray.generation.pool import generate_samples  # imports Ray, which `ray_session` must prepare
+
     with tempfile.TemporaryDirectory() as scratch:
         times, output_dir = Path(scratch) / "times", Path(scratch) / "samples"
         output_dir.mkdir()
