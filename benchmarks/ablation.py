@@ -51,7 +51,8 @@ from cdpo_ray.randomness.numbers import seed_of
 from cdpo_ray.records import score_column
 from cdpo_ray.rewards.scorer import Scorer, load_reward
 from cdpo_ray.testbed.scenes import scene_prompts
-from cdpo_ray.training.batches import SampleBank, StagePairs
+from cdpo_ray.training.bank import SampleBank
+from cdpo_ray.training.batches import StagePairs
 from cdpo_ray.training.engine import start_engine
 from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, UpdateRecord, train_stages
 from cdpo_ray.training.losses import preference_loss
@@ -244,7 +245,7 @@ def train(
     if not torch.distributed.is_initialized():
         form_group_alone("cpu")
     section = TrainingSection(global_batch_size=PAIRS_PER_UPDATE, **{**world.training, **arm.training})
-    bank = SampleBank.read(pool_dir)
+    bank = SampleBank.open(pool_dir)
     policy = make_policy(model, section.lora, seed=seed_of(seed, "lora"))
     engine = start_engine(model.denoiser.train(), policy.trainable, section, num_workers=1)
     feed = Feed(bank, model.draw_times, model.empty_conditioning, section, seed)

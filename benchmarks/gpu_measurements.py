@@ -33,7 +33,8 @@ from cdpo_ray.policy.errors import sample_errors
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.randomness.noise import generator_at
 from cdpo_ray.testbed.scenes import scene_prompts
-from cdpo_ray.training.batches import SampleBank, StagePairs, make_batch
+from cdpo_ray.training.bank import SampleBank
+from cdpo_ray.training.batches import StagePairs, make_batch
 from cdpo_ray.training.engine import start_engine
 from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages
 from cdpo_ray.training.losses import preference_loss

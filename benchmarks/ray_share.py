@@ -129,7 +129,8 @@ class Bare:
 
         from cdpo_ray.models import load_model
         from cdpo_ray.policy.policy import make_policy
-        from cdpo_ray.training.batches import SampleBank, StagePairs
+        from cdpo_ray.training.bank import SampleBank
+        from cdpo_ray.training.batches import StagePairs
         from cdpo_ray.training.commits import Commits
         from cdpo_ray.training.engine import save_trained, start_engine, training_tensors
         from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages
@@ -140,7 +141,7 @@ class Bare:
         seed = seed_of(job.seed, "lora")
         policy = make_policy(model, job.lora, seed=seed)
         engine = start_engine(model.denoiser.train(), policy.trainable, job.training, num_workers=1)
-        bank = SampleBank.read(Path(job.samples_dir))
+        bank = SampleBank.open(Path(job.samples_dir))
         feed = Feed(bank, model.draw_times, model.empty_conditioning, job.training, job.seed)
         commits = Commits(output_dir / "commits", keep_last=job.training.keep_last, device=engine.device)
 

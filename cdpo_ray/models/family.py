@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -62,7 +62,16 @@ class DenoisingTask:
     target: Tensor
 
 
-def rows_of(values: Mapping[str, Tensor], rows: Any) -> dict[str, Tensor]:
+class Rows(Protocol):
+    """A tensor, or what is indexed like one, but read when it is asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: Any, /) -> Tensor: ...
+
+
+def rows_of(values: Mapping[str, Rows], rows: Any) -> dict[str, Tensor]:
     """Selected rows of each tensor.
 
     Args:

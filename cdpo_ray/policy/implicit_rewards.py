@@ -1,13 +1,13 @@
 """Policy -> implicit reward of each sample, up to a constant per prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cdpo_ray.models.family import Conditioning, TextToImageModel, Times, rows_of
+from cdpo_ray.models.family import Conditioning, Rows, TextToImageModel, Times, rows_of
 from cdpo_ray.policy.errors import error_changes
 from cdpo_ray.policy.policy import Policy
 from cdpo_ray.randomness.noise import generator_at
@@ -16,9 +16,10 @@ from cdpo_ray.randomness.noise import generator_at
 @torch.no_grad()
 def sample_values(
     policy: Policy,
-    latents: Tensor,
-    conditioning: Conditioning,
+    latents: Rows,
+    conditioning: Mapping[str, Rows],
     *,
+    num_prompts: int,
     kappa: float,
     num_draws: int,
     samples_per_launch: int,
@@ -34,8 +35,9 @@ def sample_values(
     so every worker returns all of them.
 
     Args:
-        latents: ``[prompt, sample, channel, height, width]``.
-        conditioning: one row per prompt.
+        latents: ``[prompt, sample, channel, height, width]``; indexed by one prompt at a time.
+        conditioning: one row per prompt; indexed likewise.
+        num_prompts: number of prompts to measure, from the first.
         num_draws: number of (times, noise) draws per prompt; the mean over more draws has less noise.
         samples_per_launch: number of samples per forward pass.
 
@@ -43,7 +45,7 @@ def sample_values(
         ``[draw, prompt, sample]``.
     """
     model = policy.model
-    num_prompts, num_samples = latents.shape[:2]
+    num_samples = latents.shape[1]
     values = torch.zeros(num_draws, num_prompts, num_samples, device=model.device)
     for first in range(0, num_prompts, num_workers):
         # Past the last prompt a worker measures that one again and drops it: ZeRO 3 needs the same launches everywhere.

@@ -2,6 +2,7 @@
 
 from cdpo_ray.store.contents import files_sha256
 from cdpo_ray.store.copies import (
+    ANOTHER_TMPDIR,
     copy,
     copy_tree,
     delete,
@@ -10,12 +11,14 @@ from cdpo_ray.store.copies import (
     link,
     local_copy,
     move,
+    private_folder,
     refuse_full_disk,
 )
-from cdpo_ray.store.failures import storage_errors_within
+from cdpo_ray.store.failures import storage_errors, storage_errors_within
 from cdpo_ray.store.folder import PARTS, SETTINGS_REMEDY, RunFolder, StepOutput, differences
 from cdpo_ray.store.lock import is_alive
 from cdpo_ray.store.manifests import CONFIG, FILES_MANIFEST, fingerprint_of, flat
+from cdpo_ray.store.node_folder import NodeFolder
 from cdpo_ray.store.paths import (
     MANIFEST,
     exists,
@@ -35,10 +38,12 @@ from cdpo_ray.store.paths import (
 from cdpo_ray.store.tables import (
     arrow_path,
     count_rows,
+    read_row_group,
     read_shards,
     read_table,
     shard_schema,
     table_bytes,
+    table_metadata,
     table_schema,
     with_tensors,
     write_table,
@@ -47,11 +52,13 @@ from cdpo_ray.store.tables import (
 from cdpo_ray.store.untrusted import path_within, read_untrusted, validate_untrusted
 
 __all__ = [
+    "ANOTHER_TMPDIR",
     "CONFIG",
     "FILES_MANIFEST",
     "MANIFEST",
     "PARTS",
     "SETTINGS_REMEDY",
+    "NodeFolder",
     "RunFolder",
     "StepOutput",
     "arrow_path",
@@ -76,17 +83,21 @@ __all__ = [
     "new_file",
     "output_path",
     "path_within",
+    "private_folder",
     "read_bytes",
     "read_json",
+    "read_row_group",
     "read_shards",
     "read_table",
     "read_untrusted",
     "refuse_full_disk",
     "refuse_special_file",
     "shard_schema",
+    "storage_errors",
     "storage_errors_within",
     "storage_path",
     "table_bytes",
+    "table_metadata",
     "table_schema",
     "validate_untrusted",
     "with_tensors",

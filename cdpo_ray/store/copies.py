@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 MODE = 0o644  # safetensors writes 0600, which other users of a shared disk cannot read
 FILES_AT_ONCE = 4  # hashing threads: a core hashes 1 GB/s, less than a disk reads
 LINE_SECONDS = 60.0
+ANOTHER_TMPDIR = "set TMPDIR to a folder on a larger disk"
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -169,16 +170,13 @@ def local_copy(folder: Path) -> Path:
     if is_local(folder):
         return folder
     manifest = read_untrusted(folder / MANIFEST, FILES_MANIFEST, remedy=f"delete {folder} to regenerate it")
-    copies = Path(tempfile.gettempdir()) / f"cdpo_ray-{os.getuid()}"
+    copies = private_folder()
     with storage_errors(copies):
-        copies.mkdir(mode=0o700, exist_ok=True)
-        status = copies.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            raise StoreError(f"{copies}: belongs to another user or is a link; set TMPDIR to a folder of your own")
         done = copies / manifest["fingerprint"]
         if done.is_dir():
             return done
-        refuse_full_disk(copies, sum(file["bytes"] for file in manifest["files"].values()))
+        needed_bytes = sum(file["bytes"] for file in manifest["files"].values())
+        refuse_full_disk(copies, needed_bytes, remedy=ANOTHER_TMPDIR)
         with tempfile.TemporaryDirectory(dir=copies, ignore_cleanup_errors=True) as parent:
             temporary = Path(parent) / "whole"
             for name, expected in manifest["files"].items():
@@ -195,8 +193,30 @@ def local_copy(folder: Path) -> Path:
     return done
 
 
-def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
-    """Raise StoreError if a local disk has less free space than needed; object stores are not checked."""
+def private_folder() -> Path:
+    """Folder of this user on the node's disk, below the folder for temporary files, which no one else can open.
+
+    Raises:
+        StoreError: it cannot be created, or others can write to what has its name.
+    """
+    folder = Path(tempfile.gettempdir()) / f"cdpo_ray-{os.getuid()}"
+    with storage_errors(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise StoreError(
+                f"{folder}: belongs to another user, is a link, or can be written by others; set TMPDIR to a folder of"
+                " your own"
+            )
+    return folder
+
+
+def refuse_full_disk(folder: Path, needed_bytes: int, *, remedy: str = "choose another `run.dir`") -> None:
+    """Raise StoreError if a local disk has less free space than needed; object stores are not checked.
+
+    Args:
+        remedy: what else to do than to free disk space, for the message.
+    """
     if not is_local(folder):
         return
     with storage_errors(folder, "read"):
@@ -205,5 +225,5 @@ def refuse_full_disk(folder: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise StoreError(
             f"{folder}: needs {needed_bytes / 2**20:,.1f} MiB, but {free / 2**20:,.1f} MiB are free on its disk;"
-            " free disk space, or choose another `run.dir`"
+            f" free disk space, or {remedy}"
         )

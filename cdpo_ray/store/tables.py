@@ -23,6 +23,11 @@ EXTENSION = b"ARROW:extension:name"
 SHAPE = b"shape"
 """Metadata key of a stored tensor's field: the shape of a row, as JSON."""
 
+GROUP_BYTES = 4 * 2**20
+"""Size of the tensors of a row group, which holds one row at least: whoever needs a few rows reads little more."""
+TENSOR_OPTIONS = {"use_dictionary": False, "compression": "zstd"}
+"""Options of a file with tensors: dictionaries of their values save nothing, and take most of the time."""
+
 
 def arrow_path(path: Path) -> dict[str, Any]:
     """Path as pyarrow and Ray Data accept it: `{"path": text, "filesystem": ...}`."""
@@ -39,7 +44,7 @@ def write_table(table: pa.Table, path: Path) -> None:
 def write_tables(tables: Iterable[pa.Table], path: Path) -> None:
     """Write at least one table of one schema to a Parquet file, atomically.
 
-    One table is held in memory at a time; each starts a row group.
+    One table is held in memory at a time; each starts a row group, and tensors several of `GROUP_BYTES`.
 
     Raises:
         StoreError: the storage fails.
@@ -51,11 +56,14 @@ def write_tables(tables: Iterable[pa.Table], path: Path) -> None:
 def _write_tables(tables: Iterable[pa.Table], handle: BinaryIO) -> None:
     tables = map(_with_lists, tables)
     first = next(tables)
-    with pq.ParquetWriter(handle, first.schema) as writer:
-        writer.write_table(first)
+    tensors = [field.type for field in first.schema if SHAPE in (field.metadata or {})]
+    row_bytes = sum(kind.list_size * kind.value_type.byte_width for kind in tensors)
+    num_rows = max(1, GROUP_BYTES // row_bytes) if row_bytes else None
+    with pq.ParquetWriter(handle, first.schema, **(TENSOR_OPTIONS if tensors else {})) as writer:
+        writer.write_table(first, num_rows)
         del first
         for table in tables:
-            writer.write_table(table)
+            writer.write_table(table, num_rows)
             del table  # freed before the next is made
 
 
@@ -160,6 +168,31 @@ def num_rows_of(path: Path) -> int:
     """Number of rows of a Parquet file; reads only its metadata."""
     with path.open("rb") as handle:
         return int(pq.read_metadata(handle).num_rows)
+
+
+def table_metadata(path: Path) -> tuple[pq.FileMetaData, pa.Schema]:
+    """Metadata of a Parquet file, with its row groups, and its schema; raises as `table_schema`."""
+    with storage_errors(path, "read"), _open_ranges(path) as handle:
+        file = pq.ParquetFile(handle)
+        metadata, schema = file.metadata, file.schema_arrow
+    _refuse_objects(schema, path)
+    return metadata, schema_with_tensors(schema)
+
+
+def read_row_group(path: Path, group: int, columns: Sequence[str], metadata: pq.FileMetaData) -> pa.Table:
+    """Read columns of one row group, and no other bytes of the file; raises as `read_table`.
+
+    Args:
+        metadata: see `table_metadata`.
+    """
+    with storage_errors(path, "read"), _open_ranges(path) as handle:
+        file = pq.ParquetFile(handle, metadata=metadata, pre_buffer=not is_local(path))
+        return with_tensors(file.read_row_group(group, columns=list(columns), use_threads=False))
+
+
+def _open_ranges(path: Path) -> Any:
+    """Open a file of which ranges are read; clients of object stores would read megabytes ahead."""
+    return path.open("rb") if is_local(path) else path.fs.open(path.path, "rb", cache_type="none")  # type: ignore[attr-defined]
 
 
 def table_schema(path: Path) -> pa.Schema:

@@ -1,21 +1,21 @@
 """Drawn pairs and samples -> batches; a batch is a function of its position alone."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cdpo_ray.models.family import Conditioning, Times, rows_of
 from cdpo_ray.randomness.noise import generator_at
-from cdpo_ray.records import CONDITIONING
-from cdpo_ray.store import read_shards, shard_schema
+from cdpo_ray.store import read_shards
+from cdpo_ray.training.bank import SampleBank
 
 T = TypeVar("T")
 
@@ -50,54 +50,6 @@ class PairBatch:
             {name: moved(value) for name, value in self.times.items()},
             moved(self.noise),
         )
-
-
-@dataclass(frozen=True)
-class SampleBank:
-    """Latents and conditioning of all samples, in memory.
-
-    Attributes:
-        latents: ``[prompt, sample, channel, height, width]``; of encoded images, the posterior's mean.
-        conditioning: one row per prompt.
-        row_of_prompt: ``[largest prompt index + 1]``, row of each prompt index; -1: no such prompt.
-        latents_std: shape of ``latents``; standard deviation of the posterior that each draw samples; ``None``: the
-            images were generated.
-    """
-
-    latents: Tensor
-    conditioning: Conditioning
-    row_of_prompt: NDArray[np.int64]
-    latents_std: Tensor | None = None
-
-    @classmethod
-    def read(cls, samples_dir: Path) -> Self:
-        """Read `1-samples`, without the images."""
-        there = shard_schema(samples_dir).names
-        conditioning, spread = ([name for name in names if name in there] for names in (CONDITIONING, ["latents_std"]))
-        table = read_shards(samples_dir, ["prompt_index", "latents", *spread, *conditioning])
-        indices = table["prompt_index"].to_numpy()
-        row_of_prompt = np.full(indices.max() + 1, -1)
-        row_of_prompt[indices] = np.arange(len(indices))
-        return cls(
-            _tensor(table["latents"]),
-            {name: _tensor(table[name]) for name in conditioning},
-            row_of_prompt,
-            _tensor(table["latents_std"]) if spread else None,
-        )
-
-    def latents_at(
-        self, rows: NDArray[np.int64], samples: NDArray[np.int64], draws: Sequence[torch.Generator]
-    ) -> Tensor:
-        """Latents ``[sample, channel, height, width]``; of encoded images, drawn from the posterior.
-
-        Args:
-            draws: one generator per sample.
-        """
-        latents = self.latents[rows, samples]
-        if self.latents_std is None:
-            return latents
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in draws])
-        return (latents + self.latents_std[rows, samples] * noise).to(latents.dtype)
 
 
 @dataclass(frozen=True)
@@ -159,6 +111,17 @@ def make_batch(
     )
 
 
+def announced(items: Iterable[T], announce: Callable[[T], Any], *, ahead: int) -> Iterator[T]:
+    """The same items; ``announce`` is called with each, ``ahead`` items before it is yielded."""
+    waiting = deque[T]()
+    for item in items:
+        announce(item)
+        waiting.append(item)
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
 def prefetched(items: Iterable[T]) -> Iterator[T]:
     """The same items, each computed on a background thread while the previous one is used."""
     source = iter(items)
@@ -168,7 +131,3 @@ def prefetched(items: Iterable[T]) -> Iterator[T]:
         while (item := following.result()) is not end:
             following = executor.submit(next, source, end)
             yield item  # type: ignore[misc]
-
-
-def _tensor(column: pa.ChunkedArray) -> Tensor:
-    return torch.cat([torch.from_numpy(chunk.to_numpy_ndarray().copy()) for chunk in column.chunks])

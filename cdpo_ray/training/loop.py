@@ -14,7 +14,8 @@ from cdpo_ray.config.training import HealthSection, TrainingSection
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models.family import Conditioning, Times
 from cdpo_ray.policy.policy import Policy
-from cdpo_ray.training.batches import PairBatch, SampleBank, StagePairs, make_batch, prefetched
+from cdpo_ray.training.bank import SampleBank
+from cdpo_ray.training.batches import PairBatch, StagePairs, announced, make_batch, prefetched
 from cdpo_ray.training.health import Alarm, alarm_sentence, error_rise
 from cdpo_ray.training.learning_rate import learning_rate_at
 from cdpo_ray.training.update import METRICS, PreferenceLoss, loss_of_pairs
@@ -22,6 +23,7 @@ from cdpo_ray.training.update import METRICS, PreferenceLoss, loss_of_pairs
 UpdateRecord = dict[str, float]
 NORMS = ("grad_norm", "update_norm")
 """Norm of an update's gradient before clipping, and of the change of the LoRA (not under ZeRO 3)."""
+PAIRS_AHEAD = 128  # whose samples are fetched before their batches are made
 MEAN_MARGIN_MOMENTUM = 0.9  # published: arXiv:2407.08639
 
 
@@ -118,19 +120,27 @@ class Feed:
     def launches(self, pairs: StagePairs, *, after: int = 0) -> Iterator[PairBatch]:
         """Batches of ``pairs_per_launch`` pairs in training order, without those of the first ``after`` updates."""
         size, per_update = self.training.pairs_per_launch, self.training.global_batch_size
-        share = per_update // self.num_workers
-        for start in range(after * per_update, len(pairs.chosen), per_update):
-            first = start + self.worker_rank * share
-            for draw in range(first, first + share, size):
-                yield make_batch(
-                    self.bank,
-                    pairs,
-                    range(draw, draw + size),
-                    seed=self.seed,
-                    draw_times=self.draw_times,
-                    empty_prompt_fraction=self.training.empty_prompt_fraction,
-                    empty_conditioning=self.empty_conditioning,
-                )
+        share, own = per_update // self.num_workers, self.worker_rank * (per_update // self.num_workers)
+        self.bank.expect(pairs.prompt_row[after * per_update :])
+        launches = (
+            range(draw, draw + size)
+            for start in range(after * per_update, len(pairs.chosen), per_update)
+            for draw in range(start + own, start + own + share, size)
+        )
+
+        def prefetch(draws: range) -> None:
+            self.bank.prefetch(pairs.prompt_row[draws])
+
+        for draws in announced(launches, prefetch, ahead=max(1, PAIRS_AHEAD // size)):
+            yield make_batch(
+                self.bank,
+                pairs,
+                draws,
+                seed=self.seed,
+                draw_times=self.draw_times,
+                empty_prompt_fraction=self.training.empty_prompt_fraction,
+                empty_conditioning=self.empty_conditioning,
+            )
 
 
 class Guard:

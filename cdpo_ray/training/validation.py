@@ -14,7 +14,7 @@ from cdpo_ray.policy.implicit_rewards import sample_values
 from cdpo_ray.policy.policy import Policy
 from cdpo_ray.rewards.scorer import Scorer
 from cdpo_ray.store import read_shards, storage_path
-from cdpo_ray.training.batches import SampleBank
+from cdpo_ray.training.bank import SampleBank
 from cdpo_ray.training.job import ValidationJob
 
 
@@ -26,7 +26,7 @@ class Validator:
         self.job = job
         self.sampling = Sampling(**job.sampling)
         self.prompts: list[str] = read_shards(samples_dir, ["prompt"])["prompt"].to_pylist()
-        self.bank = SampleBank.read(samples_dir)
+        self.bank = SampleBank.open(samples_dir)
         self.scorer = Scorer(job.judges)
 
     def measure(self, policy: Policy, *, is_last: bool, worker_rank: int, num_workers: int) -> dict[str, Any]:
@@ -53,8 +53,9 @@ class Validator:
         if self.job.num_margin_draws:
             values = sample_values(
                 policy,
-                self.bank.latents[:num_prompts],
-                rows_of(self.bank.conditioning, slice(num_prompts)),
+                self.bank.latents,
+                self.bank.conditioning,
+                num_prompts=num_prompts,
                 kappa=0.5,  # any positive value gives the same order
                 num_draws=self.job.num_margin_draws,
                 samples_per_launch=self.sampling.images_per_batch,

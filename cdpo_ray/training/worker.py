@@ -30,7 +30,8 @@ from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.numbers import seed_of
 from cdpo_ray.records import COMMITS_DIR, preview_file
 from cdpo_ray.store import copy_tree, exists, is_local, storage_errors_within, storage_path, write_json
-from cdpo_ray.training.batches import SampleBank, StagePairs
+from cdpo_ray.training.bank import SampleBank
+from cdpo_ray.training.batches import StagePairs
 from cdpo_ray.training.commits import Commits, state_of, tensors_of
 from cdpo_ray.training.engine import limit_waiting, restore_training, save_trained, start_engine, training_tensors
 from cdpo_ray.training.health import alarm_sentence
@@ -104,7 +105,7 @@ class Worker:
         self.engine = start_engine(model.denoiser, policy.trainable, training, num_workers=self.num_workers)
         limit_waiting(self.engine, training.collective_timeout_seconds)
         self.policy = replace(policy, net=self.engine)
-        self.bank = SampleBank.read(storage_path(job.samples_dir))
+        self.bank = SampleBank.open(storage_path(job.samples_dir))
         self.feed = Feed(self.bank, model.draw_times, empty, training, job.seed, self.rank, self.num_workers)
         self.commits = Commits(self.output_dir / COMMITS_DIR, keep_last=training.keep_last, device=self.engine.device)
         named = {name: value for name, value in self.engine.module.named_parameters() if value.requires_grad}
@@ -145,6 +146,8 @@ class Worker:
             raise TrainingError(f"{error}; last good checkpoint: {last or 'none'}") from None
         if self._is_done(state):
             self._write_trained(state, self.output_dir)
+            if not self.validator:  # else a trial of a search, and the next one trains on the same samples
+                self.bank.delete_cache()
 
     def _start_previews(self, model: TextToImageModel) -> Previewer | None:
         """Encode the preview prompts and sample the base model, which ``model`` is until the policy is made of it."""
@@ -196,6 +199,7 @@ class Worker:
                 self.policy,
                 self.bank.latents,
                 self.bank.conditioning,
+                num_prompts=self.bank.latents.shape[0],
                 kappa=kappa(self.training.beta),
                 num_draws=online.num_draws,
                 samples_per_launch=2 * self.training.pairs_per_launch,

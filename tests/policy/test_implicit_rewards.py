@@ -12,7 +12,8 @@ from cdpo_ray.models.stable_diffusion import StableDiffusion
 from cdpo_ray.policy.implicit_rewards import sample_values
 from cdpo_ray.policy.policy import Policy, make_policy
 from cdpo_ray.randomness.noise import generator_at
-from cdpo_ray.training.batches import PairBatch, SampleBank
+from cdpo_ray.training.bank import SampleBank
+from cdpo_ray.training.batches import PairBatch
 from cdpo_ray.training.losses import kappa, preference_loss
 from cdpo_ray.training.update import METRICS, loss_of_pairs
 
@@ -45,6 +46,7 @@ def values(policy: Policy, bank: SampleBank, *, at_once: int = 4, worker_rank: i
         policy,
         bank.latents,
         bank.conditioning,
+        num_prompts=bank.latents.shape[0],
         kappa=kappa(BETA),
         num_draws=NUM_DRAWS,
         samples_per_launch=at_once,

@@ -21,7 +21,8 @@ from cdpo_ray.config.training import LoraSection, TrainingSection
 from cdpo_ray.errors import TrainingError
 from cdpo_ray.models import load_model
 from cdpo_ray.policy.policy import make_policy
-from cdpo_ray.training.batches import SampleBank, StagePairs
+from cdpo_ray.training.bank import SampleBank
+from cdpo_ray.training.batches import StagePairs
 from cdpo_ray.training.commits import Commits, fault_of, names_of, newest_of, state_of, tensors_of
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
 from cdpo_ray.training.loop import Callbacks, Feed, TrainingState, train_stages

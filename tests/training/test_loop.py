@@ -23,7 +23,8 @@ from cdpo_ray.errors import TrainingError
 from cdpo_ray.models import load_model
 from cdpo_ray.policy.policy import make_policy
 from cdpo_ray.randomness.noise import generator_at
-from cdpo_ray.training.batches import SampleBank, StagePairs
+from cdpo_ray.training.bank import SampleBank
+from cdpo_ray.training.batches import StagePairs
 from cdpo_ray.training.engine import restore_training, start_engine, training_tensors
 from cdpo_ray.training.loop import Callbacks, Feed, Guard, TrainingState, step_and_measure, summarize, train_stages
 from cdpo_ray.training.losses import preference_loss
