@@ -24,6 +24,7 @@ from cdpo_ray.store import (
     exists,
     find_damage,
     make_folder,
+    map_files,
     move,
     read_bytes,
     read_table,
@@ -103,8 +104,8 @@ def find_parts(output_dir: Path, stem: str) -> tuple[list[Part], set[int]]:
             output_dir, len(damaged), len(expected), next(iter(damaged)).name,
         )  # fmt: skip
     found, held = [], set[int]()
-    for path in expected:
-        indices = [] if path in damaged else read_table(path, ["prompt_index"])["prompt_index"].to_pylist()
+    rows = map_files(lambda path: [] if path in damaged else _prompt_indices(path), expected)
+    for path, indices in zip(expected, rows, strict=True):
         if not indices or not held.isdisjoint(indices):
             delete(path)
             continue
@@ -112,6 +113,11 @@ def find_parts(output_dir: Path, stem: str) -> tuple[list[Part], set[int]]:
         is_shard = path.parent == output_dir
         found.append(Part(indices[0], len(indices), path.stat().st_size, path, is_shard))
     return sorted(found), held
+
+
+def _prompt_indices(path: Path) -> list[int]:
+    indices: list[int] = read_table(path, ["prompt_index"])["prompt_index"].to_pylist()
+    return indices
 
 
 def shards_of(parts: Iterable[Part], min_bytes: int) -> Iterator[list[Part]]:

@@ -9,7 +9,9 @@ from cdpo_ray.store.copies import (
     find_damage,
     link,
     local_copy,
+    map_files,
     move,
+    objects_read_by,
     refuse_full_disk,
 )
 from cdpo_ray.store.failures import storage_errors_within
@@ -72,8 +74,10 @@ __all__ = [
     "link",
     "local_copy",
     "make_folder",
+    "map_files",
     "move",
     "new_file",
+    "objects_read_by",
     "output_path",
     "path_within",
     "read_bytes",
