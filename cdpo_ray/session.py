@@ -18,7 +18,7 @@ import time
 import urllib.request
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +309,9 @@ def cluster_nodes() -> tuple[list[Node], bool]:
     from ray.autoscaler.v2.sdk import get_cluster_status
     from ray.experimental.internal_kv import _internal_kv_get
 
-    nodes = [_node(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    nodes = [
+        _node(node["NodeManagerAddress"], node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]
+    ]
     v1 = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report") or {}
     v2 = get_cluster_status(ray.get_runtime_context().gcs_address)
     types = {*(v1.get("active_nodes") or ()), *(node.ray_node_type_name for node in v2.active_nodes + v2.idle_nodes)}
@@ -398,9 +400,9 @@ def _speaks_grpc(host: str, port: int) -> bool:
     return False
 
 
-def _node(name: str, resources: Any) -> Node:
+def _node(name: str, resources: Any, labels: Mapping[str, str]) -> Node:
     kind = next((key.removeprefix(GPU_KIND) for key in resources if key.startswith(GPU_KIND)), None)
-    return Node(name, resources.get("CPU", 0), (1.0,) * int(resources.get("GPU", 0)), kind)
+    return Node(name, resources.get("CPU", 0), (1.0,) * int(resources.get("GPU", 0)), kind, labels)
 
 
 def _for_people(error: BaseException) -> BaseException:

@@ -35,6 +35,7 @@ def train_adapter(
     num_updates: int,
     cpus_per_worker: float,
     gpus_per_worker: float,
+    node_labels: Mapping[str, str],
     progress: Progress,
     on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None,
 ) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def train_adapter(
 
     Args:
         num_updates: number of updates of all stages.
+        node_labels: labels of the nodes that may run workers.
         on_stage: called with the summary of each stage that has ended, once its checkpoint is written; on resume, also
             with those of earlier stages.
 
@@ -67,7 +69,10 @@ def train_adapter(
             train_loop_config={"job": job, "board": board, "fit": secrets.token_hex(8)},
             torch_config=TorchConfig(timeout_s=training.collective_timeout_seconds),
             scaling_config=ScalingConfig(
-                num_workers=training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
+                num_workers=training.num_workers,
+                use_gpu=gpus_per_worker > 0,
+                resources_per_worker=resources,
+                label_selector=dict(node_labels),
             ),
             run_config=RunConfig(
                 name="fit",
