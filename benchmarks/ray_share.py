@@ -89,7 +89,7 @@ class ThroughRay:
     def train(self, job: TrainingJob, output_dir: Path) -> None:
         from cdpo_ray.training.trainer import train_adapter
 
-        train_adapter(job, num_updates=1, cpus_per_worker=1, gpus_per_worker=0, progress=Progress())
+        train_adapter(job, num_updates=1, cpus_per_worker=1, gpus_per_worker=0, node_labels={}, progress=Progress())
 
     def evaluate(self, prompts: list[str], training_dir: Path, output_dir: Path) -> None:
         from cdpo_ray.config import Pool

@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from cdpo_ray.errors import ResourceError
@@ -18,12 +18,14 @@ class Node:
         cpus: number of free CPUs.
         gpus: free fraction of each GPU, 0 to 1.
         gpu_name: Ray's name of the GPU model, such as ``H100``; ``None``: unknown.
+        labels: Ray's labels of the node.
     """
 
     name: str
     cpus: float
     gpus: tuple[float, ...] = ()
     gpu_name: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Demand:
         num_needed: minimum number of actors; with fewer, the step cannot run.
         cpus: CPUs per actor.
         gpus: GPUs per actor: a fraction below 1, or a whole number.
+        node_labels: labels that a node must have.
     """
 
     key: str
@@ -45,6 +48,7 @@ class Demand:
     num_needed: int
     cpus: float
     gpus: float
+    node_labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_resources(step: str, demands: Sequence[Demand], nodes: Sequence[Node]) -> list[str]:
@@ -144,7 +148,7 @@ def _place(demand: Demand, count: int, left: list[Node]) -> int:
 
 def _with(demand: Demand, node: Node) -> Node | None:
     """Free resources of a node after placing one more actor; ``None``: it does not fit."""
-    if demand.cpus > node.cpus:
+    if demand.cpus > node.cpus or not demand.node_labels.items() <= node.labels.items():
         return None
     if demand.gpus >= 1:
         taken = [index for index, free in enumerate(node.gpus) if free == 1][: round(demand.gpus)]
@@ -161,7 +165,9 @@ def _with(demand: Demand, node: Node) -> Node | None:
 
 def _of(demand: Demand, count: int) -> str:
     gpus = f" and {demand.gpus:g} GPUs" if demand.gpus else ""
-    return f"{count} {demand.actor}{'s' * (count > 1)} of {demand.cpus:g} CPUs{gpus} each"
+    labels = ", ".join(f"{key}={value}" for key, value in demand.node_labels.items())
+    where = f" on nodes with the label {labels}" if labels else ""
+    return f"{count} {demand.actor}{'s' * (count > 1)} of {demand.cpus:g} CPUs{gpus} each{where}"
 
 
 def _node_text(node: Node) -> str:

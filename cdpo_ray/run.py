@@ -23,7 +23,7 @@ from cdpo_ray.progress.trackers import TrackedRun
 from cdpo_ray.prompts.sources import PromptSplit, split_prompts
 from cdpo_ray.records import EVALUATION, HELDOUT, PREDICTED, REPORT, SAMPLES, SCORES, STEP_FOLDERS, TRAINING, VOTES
 from cdpo_ray.resources import Node, check_resources
-from cdpo_ray.session import cluster_address, cluster_nodes, ray_session
+from cdpo_ray.session import cluster_address, cluster_nodes, map_on_nodes, ray_session
 from cdpo_ray.steps import (
     Context,
     Step,
@@ -39,6 +39,7 @@ from cdpo_ray.store import (
     exists,
     flat,
     make_folder,
+    objects_read_by,
     output_path,
     path_within,
     storage_errors_within,
@@ -153,6 +154,12 @@ def run_steps(
                 log.warning(line)
             return cluster_gpu(cluster_nodes()[0])
 
+        def on_nodes(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+            start_ray()
+            return map_on_nodes(function, items)
+
+        if cluster_address(address) is not None:
+            stack.enter_context(objects_read_by(on_nodes))
         for number, run in enumerate(folders, start=1):
             previous = folders[number - 2] if number > 1 else None
             if previous and not previous.has(TRAINING):

@@ -17,7 +17,8 @@ import threading
 import time
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -308,12 +309,31 @@ def cluster_nodes() -> tuple[list[Node], bool]:
     from ray.autoscaler.v2.sdk import get_cluster_status
     from ray.experimental.internal_kv import _internal_kv_get
 
-    nodes = [_node(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    nodes = [
+        _node(node["NodeManagerAddress"], node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]
+    ]
     v1 = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report") or {}
     v2 = get_cluster_status(ray.get_runtime_context().gcs_address)
     types = {*(v1.get("active_nodes") or ()), *(node.ray_node_type_name for node in v2.active_nodes + v2.idle_nodes)}
     # An autoscaler reports the node types of its config; without one, each node is its own type, named by its id.
     return nodes, any(not name.startswith("node_") for name in types)
+
+
+def map_on_nodes(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Apply a function to items in Ray tasks, one at a time for each node of the cluster; yields the results in order.
+
+    The tasks request no CPU: they neither wait for actors that hold all CPUs, nor for nodes from an autoscaler.
+    """
+    import ray
+
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    task = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy="SPREAD")(function)
+    running = deque[Any]()
+    for item in items:
+        if len(running) >= num_nodes:
+            yield ray.get(running.popleft())
+        running.append(task.remote(item))
+    yield from map(ray.get, running)
 
 
 def is_exposed(dashboard: str | None) -> bool:
@@ -380,9 +400,9 @@ def _speaks_grpc(host: str, port: int) -> bool:
     return False
 
 
-def _node(name: str, resources: Any) -> Node:
+def _node(name: str, resources: Any, labels: Mapping[str, str]) -> Node:
     kind = next((key.removeprefix(GPU_KIND) for key in resources if key.startswith(GPU_KIND)), None)
-    return Node(name, resources.get("CPU", 0), (1.0,) * int(resources.get("GPU", 0)), kind)
+    return Node(name, resources.get("CPU", 0), (1.0,) * int(resources.get("GPU", 0)), kind, labels)
 
 
 def _for_people(error: BaseException) -> BaseException:

@@ -124,10 +124,16 @@ CHANGES: dict[str, tuple[list[str], set[str]]] = {
     **{
         f"resources.{key}": ([f"resources.{key}={value}"], NOTHING)
         for role in ("generators", "scorers")
-        for key, value in ((f"{role}.num_actors", 1), (f"{role}.cpus_per_actor", 2), (f"{role}.gpus_per_actor", 1))
+        for key, value in (
+            (f"{role}.num_actors", 1),
+            (f"{role}.cpus_per_actor", 2),
+            (f"{role}.gpus_per_actor", 1),
+            (f"{role}.node_labels", "{market: spot}"),
+        )
     },
     "resources.trainers.cpus_per_worker": (["resources.trainers.cpus_per_worker=2"], NOTHING),
     "resources.trainers.gpus_per_worker": (["resources.trainers.gpus_per_worker=1"], NOTHING),
+    "resources.trainers.node_labels": (["resources.trainers.node_labels={market: on-demand}"], NOTHING),
 }
 NOT_OF_THIS_RUN = {
     **dict.fromkeys(

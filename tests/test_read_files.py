@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from cdpo_ray.errors import PromptError, StoreError
 from cdpo_ray.records import EVALUATION, LABEL, SAMPLES, SCORES, STAGES, STEP_FOLDERS, TRAINING, score_file
 from cdpo_ray.run import perform_step, read_prompts, round_folders, run_steps, warn_of_edited_config
 from cdpo_ray.steps import STEPS, Context, Step, steps_of
-from cdpo_ray.store import RunFolder
+from cdpo_ray.store import RunFolder, describe
 
 ADAPTER = "lora/pytorch_lora_weights.safetensors"
 
@@ -128,6 +129,28 @@ def test_fault_43_a_later_step_alone_refuses_inputs_that_were_altered(
     alter(run.path / name)
     with pytest.raises(StoreError, match=rf"{message}.*; delete .*{name.partition('/')[0]} to regenerate it"):
         run_steps(config, [step_of(later)])
+
+
+def test_fault_43_each_file_of_a_run_is_read_once_per_attempt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = made_config()
+    run = finish(config, *STEP_FOLDERS[:-1])
+    files = {run.path / step / name for step in STEP_FOLDERS[:-1] for name in run.manifest(step)["files"]}
+    read = Counter[Path]()
+
+    def counted(path: Path, *arguments: Any) -> dict[str, Any]:
+        read[path] += 1
+        return describe(path, *arguments)
+
+    def start_ray() -> Any:
+        raise RuntimeError("Ray starts here")
+
+    monkeypatch.setattr("cdpo_ray.store.copies.describe", counted)
+    context = Context(config, read_prompts(config), round_folders(config)[0])
+    for step in STEPS[:-1]:
+        perform_step(step, context, start_ray=start_ray)
+    with pytest.raises(RuntimeError, match="Ray starts here"):
+        perform_step(STEPS[-1], context, start_ray=start_ray)
+    assert read == Counter(files)
 
 
 def test_fault_43_scores_that_do_not_rank_are_not_read(folder: Path) -> None:

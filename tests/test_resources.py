@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from finished_runs import config_of
 
-from cdpo_ray.errors import ResourceError
+from cdpo_ray.errors import ConfigError, ResourceError
 from cdpo_ray.resources import Demand, Node, check_resources, count_fitting, usable_cpus
 from cdpo_ray.steps import STEPS, demands_of
 
@@ -168,3 +168,18 @@ def test_fault_41_usable_cpus_are_limited_by_affinity_and_by_cgroups_of_both_ver
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert usable_cpus(tmp_path) == cpus
+
+
+def test_workers_are_placed_on_nodes_with_their_labels_only() -> None:
+    spot, on_demand = ({"market": kind, "ray.io/node-group": "a"} for kind in ("spot", "on-demand"))
+    workers = Demand("training.num_workers", "worker", 2, 2, 1, 1, {"market": "on-demand"})
+    assert not check_resources("train", [workers], [Node("a", 8, (1.0, 1.0), labels=on_demand)])
+    with pytest.raises(ResourceError, match=r"2 workers of 1 CPUs and 1 GPUs each on nodes with the label"
+                       r" market=on-demand, but the cluster has room for 1 of them"):  # fmt: skip
+        check_resources("train", [workers], [Node("a", 8, (1.0,), labels=on_demand), Node("b", 8, (1.0,), labels=spot)])
+
+
+@pytest.mark.parametrize("labels", [{"market": "spot!"}, {"": "spot"}, {"market type": "spot"}, {"a/b/c": "spot"}])
+def test_a_label_that_no_node_can_have_is_refused(labels: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"resources\.trainers\.node_labels"):
+        config_of(tmp_path, "embedded", resources={"trainers": {"node_labels": labels}})

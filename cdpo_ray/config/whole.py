@@ -69,6 +69,13 @@ class EvaluationSection(Section):
     writes the report again."""
 
 
+LABEL_PATTERN = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+NodeLabels = dict[
+    Annotated[str, Field(pattern=rf"^([a-z0-9][-a-z0-9.]*/)?{LABEL_PATTERN}$")],
+    Annotated[str, Field(pattern=rf"^{LABEL_PATTERN}$")],
+]
+
+
 class Pool(Section):
     """Actors of one role, and what each of them needs."""
 
@@ -81,6 +88,10 @@ class Pool(Section):
 
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
     """Number of GPUs per actor: 0 (runs on the CPU), a fraction to share a GPU, 1, or a larger whole number."""
+
+    node_labels: NodeLabels = Field(default_factory=dict)
+    """Labels that a node must have to run these actors, such as `{market: spot}`. Nodes get them from
+    `ray start --labels` or from the file of the cluster."""
 
     @model_validator(mode="after")
     def _gpus_are_a_fraction_or_whole(self) -> "Pool":
@@ -98,6 +109,10 @@ class TrainerResources(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     """GPU of a worker: 0 (trains on the CPU) or 1. A fraction lets the trials of a search share a GPU, and needs
     `training.num_workers: 1`."""
+
+    node_labels: NodeLabels = Field(default_factory=dict)
+    """Labels that a node must have to run workers, such as `{market: on-demand}`: one lost node
+    restarts all workers from the last checkpoint."""
 
 
 class ResourcesSection(Section):

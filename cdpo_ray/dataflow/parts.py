@@ -29,6 +29,7 @@ from cdpo_ray.store import (
     exists,
     find_damage,
     make_folder,
+    map_files,
     move,
     read_bytes,
     read_table,
@@ -138,12 +139,10 @@ def find_parts(output_dir: Path, stem: str, images_per_prompt: int) -> tuple[lis
         )  # fmt: skip
     found: list[Part] = []
     held: dict[int, set[int]] = {}
-    for path in expected:
-        is_shard, is_piece = path.parent == output_dir, path.parent != output_dir and _is_piece(path)
-        columns = ["prompt_index", *([IMAGE_START, IMAGE_STOP] if is_piece else [])]
-        rows = read_table(path, columns) if path not in damaged else None
-        indices = rows["prompt_index"].to_pylist() if rows else []
-        piece = images_of(rows) if rows and indices else None
+    contents = map_files(
+        lambda path: ([], None) if path in damaged else _contents(path, is_shard=path in shards), expected
+    )
+    for path, (indices, piece) in zip(expected, contents, strict=True):
         images = {*(piece or range(images_per_prompt))}
         if not indices or any(not held.get(index, set()).isdisjoint(images) for index in indices):
             delete(path)
@@ -158,10 +157,17 @@ def find_parts(output_dir: Path, stem: str, images_per_prompt: int) -> tuple[lis
                 num_bytes=path.stat().st_size,
                 path=path,
                 num_images=len(piece) if piece else None,
-                is_shard=is_shard,
+                is_shard=path.parent == output_dir,
             )
         )
     return sorted(found), held
+
+
+def _contents(path: Path, *, is_shard: bool) -> tuple[list[int], range | None]:
+    """Prompt indices of a file, and the images that it holds if it is a piece of a prompt."""
+    is_piece = not is_shard and _is_piece(path)
+    rows = read_table(path, ["prompt_index", *([IMAGE_START, IMAGE_STOP] if is_piece else [])])
+    return rows["prompt_index"].to_pylist(), images_of(rows) if rows.num_rows else None
 
 
 def shards_of(parts: Iterable[Part], min_bytes: int) -> Iterator[list[Part]]:

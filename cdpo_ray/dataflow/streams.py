@@ -51,6 +51,7 @@ def in_pool(
         ),
         num_cpus=pool.cpus_per_actor,
         num_gpus=pool.gpus_per_actor,
+        label_selector=dict(pool.node_labels),
         # Spot machines are preempted many times a night, but an actor that always crashes must not restart forever.
         max_restarts=30,
         max_task_retries=-1,  # bounded by restarts: a small number is used up before Ray declares a lost node dead

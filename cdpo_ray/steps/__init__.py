@@ -166,7 +166,8 @@ def demands_of(step: Step, config: Config) -> list[Demand]:
     pools: list[Demand] = []
     if step.folder == TRAINING:
         num = config.training.num_workers
-        return [Demand("training.num_workers", "worker", num, num, trainers.cpus_per_worker, trainers.gpus_per_worker)]
+        needs = num, num, trainers.cpus_per_worker, trainers.gpus_per_worker, trainers.node_labels
+        return [Demand("training.num_workers", "worker", *needs)]
     if step.folder in (SAMPLES, EVALUATION, VALIDATION, HELDOUT):
         both = step.folder == SAMPLES and config.rewards.placement == "pool" and config.rewards.judges_of_one_image
         pools = [generators, scorers] if both else [generators]
@@ -178,5 +179,5 @@ def demands_of(step: Step, config: Config) -> list[Demand]:
     return [*pools, *(Demand(f"{pool.key}.cpus_per_actor", "task of Ray Data", 1, 1, 1, 0) for pool in pools[:1])]
 
 
-def _actors(pool: Pool) -> tuple[int, int, float, float]:
-    return pool.num_actors, 1, pool.cpus_per_actor, pool.gpus_per_actor
+def _actors(pool: Pool) -> tuple[int, int, float, float, dict[str, str]]:
+    return pool.num_actors, 1, pool.cpus_per_actor, pool.gpus_per_actor, pool.node_labels

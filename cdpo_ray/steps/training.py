@@ -92,6 +92,7 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
         num_updates=num_updates,
         cpus_per_worker=trainers.cpus_per_worker,
         gpus_per_worker=trainers.gpus_per_worker,
+        node_labels=trainers.node_labels,
         progress=context.progress,
         on_stage=on_stage,
     )

@@ -2,21 +2,19 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 
 from cdpo_ray.errors import StoreError
-from cdpo_ray.store.copies import FILES_AT_ONCE, describe
+from cdpo_ray.store.copies import describe, map_files
 from cdpo_ray.store.paths import read_json
 
 log = logging.getLogger(__name__)
@@ -26,7 +24,6 @@ _known_here: dict[str, str] = {}
 """The same cache within this process, in case the home folder is not writable."""
 KNOWN_BYTES = 2**26  # smaller sets are read every time
 MAX_KNOWN = 1000
-FILES_PER_BATCH = 64  # Ctrl-C waits for one batch; a set may hold a million images
 SETTLED_SECONDS = 2.0
 """A file that changed more recently may change again within one tick of its file system's clock."""
 
@@ -51,12 +48,9 @@ def files_sha256(files: Mapping[str, Path], *, where: str) -> str:
         return known
     if num_bytes >= 2**30:
         log.info("%s: computing the SHA-256 of %.1f GiB; cached until a file changes", where, num_bytes / 2**30)
-    started, digest, entries = time.time(), hashlib.sha256(), iter(files.items())
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        while batch := list(itertools.islice(entries, FILES_PER_BATCH)):
-            described = pool.map(_described, [path for _, path in batch])
-            for (name, _), found in zip(batch, described, strict=True):
-                digest.update(json.dumps([name, found]).encode())
+    started, digest = time.time(), hashlib.sha256()
+    for (name, _), found in zip(files.items(), map_files(_described, files.values()), strict=True):
+        digest.update(json.dumps([name, found]).encode())
     if _stamp(files)[0] != stamp:
         raise StoreError(f"{where}: changed while it was being read; run the same command again")
     if is_large and newest < started - SETTLED_SECONDS:

@@ -34,7 +34,14 @@ from cdpo_ray.store.manifests import (
     upgraded,
 )
 from cdpo_ray.store.paths import MANIFEST, exists, files_within, is_local, make_folder, write_json
-from cdpo_ray.store.untrusted import damage_message, path_within, read_untrusted, read_untrusted_bytes, refuse_links_out
+from cdpo_ray.store.untrusted import (
+    damage_message,
+    path_within,
+    paths_within,
+    read_untrusted,
+    read_untrusted_bytes,
+    refuse_links_out,
+)
 from cdpo_ray.version import __version__
 
 log = logging.getLogger(__name__)
@@ -203,21 +210,17 @@ class RunFolder:
         if once and self._verified.get(folder) == manifest["fingerprint"]:
             return
         expected = manifest["files"]
-        named = {path_within(path, name): expected[name] for name in files or expected}
-        read = {file: entry["sha256"] for file, entry in named.items() if entry["bytes"] <= read_up_to}
-        faults = find_damage(read, folder=path)
-        faults |= {
-            file: fault
-            for file, entry in named.items()
-            if file not in read and (fault := _size_fault(file, entry["bytes"]))
-        }
+        named = {file: expected[name] for name, file in paths_within(path, files or expected).items()}
+        num_bytes = {file: entry["bytes"] for file, entry in named.items()}
+        sha256 = {file: entry["sha256"] for file, entry in named.items()}
+        faults = find_damage(sha256, folder=path, num_bytes=num_bytes, read_up_to=read_up_to)
         if files is None:
             faults |= dict.fromkeys(self._added_tables(folder, expected), "is not in the manifest")
         if faults:
             shown = [f"{file}: {fault}" for file, fault in faults.items()]
             more = f"; and {len(shown) - FAULTS_SHOWN} more" if len(shown) > FAULTS_SHOWN else ""
             raise StoreError(f"{'; '.join(shown[:FAULTS_SHOWN])}{more}; delete {path} to regenerate it")
-        if files is None and len(read) == len(named):
+        if files is None and max(num_bytes.values(), default=0) <= read_up_to:
             self._verified[folder] = manifest["fingerprint"]
 
     def config(self) -> dict[str, Any]:
@@ -317,7 +320,7 @@ class RunFolder:
             started = time.monotonic()
             output = StepOutput(parts=[name for name in settings if not finished or name not in finished["settings"]])
             yield partial.absolute(), output  # workers have other working folders
-            files = {name: flush_and_describe(path) for name, path in _products(partial, scratch).items()}
+            files = flush_and_describe(_products(partial, scratch), folder=partial)
             manifest = {
                 "step": folder,
                 **made_from,
@@ -387,12 +390,6 @@ class RunFolder:
         write_json(self.path / folder / MANIFEST, whole)
         self._verified.pop(folder, None)
         delete(partial)
-
-
-def _size_fault(file: Path, num_bytes: int) -> str | None:
-    if not exists(file):
-        return "is missing"
-    return None if file.stat().st_size == num_bytes else "was altered (its size differs)"
 
 
 def _products(partial: Path, scratch: Sequence[str]) -> dict[str, Path]:

@@ -121,12 +121,18 @@ def files_within(folder: Path) -> dict[str, Path]:
     """
     with storage_errors(folder, "read"):
         if is_local(folder):
-            found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+            found = {name: folder / name for name in _names_within(str(folder)) if os.path.isfile(folder / name)}
         else:
             paths = folder.fs.find(folder.path)  # type: ignore[attr-defined]
             names = [path.removeprefix(f"{folder.path}/") for path in paths]  # type: ignore[attr-defined]
             found = {name: folder / name for name in names if name and not name.endswith("/")}  # pyarrow marks folders
     return dict(sorted(found.items()))
+
+
+def _names_within(folder: str) -> Iterator[str]:
+    for parent, _, names in os.walk(folder):
+        inner = parent.removeprefix(folder).lstrip("/")
+        yield from (os.path.join(inner, name) for name in names)
 
 
 @contextlib.contextmanager

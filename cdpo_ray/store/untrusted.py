@@ -3,6 +3,7 @@
 import os
 import reprlib
 import stat
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,21 +49,41 @@ def path_within(folder: Path, name: str) -> Path:
         StoreError: the name is absolute, leads out of the folder, or holds control characters or backslashes; or a
             symbolic link within the path leads out of the folder.
     """
-    parts = name.split("/")
-    if len(name) > MAX_NAME_CHARS or not name.isprintable() or "\\" in name or not {"", ".", ".."}.isdisjoint(parts):
-        raise StoreError(
-            f"{folder}: the file name {printable(repr(name))} leads out of the folder, or is not a relative path;"
-            " the folder was altered, do not use it"
-        )
-    path = folder / name
-    if is_local(folder):
-        inside = Path(os.path.realpath(folder))
-        if not Path(os.path.realpath(path)).is_relative_to(inside):
+    return paths_within(folder, [name])[name]
+
+
+def paths_within(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """`path_within` by name; links of folders are resolved once, which takes most of the time."""
+    found, checked = dict[str, Path](), set[str]()
+    inside = os.path.realpath(folder) if is_local(folder) else ""
+    for name in names:
+        parts = name.split("/")
+        if (
+            len(name) > MAX_NAME_CHARS
+            or not name.isprintable()
+            or "\\" in name
+            or not {"", ".", ".."}.isdisjoint(parts)
+        ):
+            raise StoreError(
+                f"{folder}: the file name {printable(repr(name))} leads out of the folder, or is not a relative path;"
+                " the folder was altered, do not use it"
+            )
+        found[name] = path = folder / name
+        if not inside:
+            continue
+        parent = os.path.join(inside, *parts[:-1])
+        leads_out = parent not in checked and not _is_within(parent, inside)
+        checked.add(parent)
+        if leads_out or (os.path.islink(file := os.path.join(parent, parts[-1])) and not _is_within(file, inside)):
             raise StoreError(
                 f"{path}: is a symbolic link that leads out of {folder}; replace the link with the file or folder"
                 " itself, if you trust it"
             )
-    return path
+    return found
+
+
+def _is_within(path: str, inside: str) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(inside)
 
 
 def refuse_links_out(folder: Path, within: Path) -> None:

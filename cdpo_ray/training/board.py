@@ -1,9 +1,17 @@
 """Progress, heartbeats and errors of training workers, and the stop flag; an actor that the driver creates."""
 
+import contextlib
+import os
+import platform
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+FRESH_SECONDS = 3.0  # age of a heartbeat from which it is not posted, and the next worker of the node posts
+SILENT_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,15 @@ class Board:
         self.fault: tuple[str, str] | None = None
         self.stopping = False
 
-    def heartbeat(self, worker_rank: int, where: str) -> bool:
-        """Record a worker's heartbeat; return the stop flag."""
-        self.heartbeats[worker_rank] = (where, time.monotonic())
+    def heartbeats_of(self, ages: Mapping[int, tuple[str, float]]) -> bool:
+        """Record the heartbeats of a node's workers; return the stop flag.
+
+        Args:
+            ages: location and seconds since the last heartbeat, by rank.
+        """
+        now = time.monotonic()
+        for rank, (where, age) in ages.items():
+            self.heartbeats[rank] = (where, now - age)
         return self.stopping
 
     def leave(self, worker_rank: int) -> None:
@@ -70,19 +84,28 @@ class Board:
         records: Sequence[dict[str, float]],
         summaries: Sequence[dict[str, Any]],
         lines: Sequence[str] = (),
-    ) -> None:
+        *,
+        first: tuple[int, int] = (0, 0),
+    ) -> bool:
         """A checkpoint is written; records posted again after a restart replace the earlier ones.
 
         Args:
             num_updates: number of updates in the checkpoint.
-            records: records of all its updates.
-            summaries: summaries of all stages that have ended.
+            records: records of its updates.
+            summaries: summaries of stages that have ended.
             lines: new log lines.
+            first: number of earlier records and of earlier summaries, which were posted before.
+
+        Returns:
+            ``False``: this board lacks earlier ones, because Ray has restarted it, and takes nothing; post all of them.
         """
+        if len(self.records) < first[0] or len(self.summaries) < first[1]:
+            return False
         self.num_updates = self.num_kept = num_updates
         self.records |= {int(record["update"]): record for record in records}
-        self.summaries = summaries
+        self.summaries = [*self.summaries[: first[1]], *summaries]
         self.lines += lines
+        return True
 
     def post_line(self, line: str) -> None:
         self.lines.append(line)
@@ -121,6 +144,61 @@ class Board:
                 cursor.num_stages + len(summaries),
             ),
         )
+
+
+class NodeHeartbeats:
+    """Heartbeats of the workers of one node, posted in one call by the first of them that is alive.
+
+    Each worker touches an empty file of its own. Its modification time is `time.monotonic`, which all processes of a
+    machine share. A worker that stops is not posted any more, and ages on the board; if it was the first, the next one
+    posts.
+
+    Args:
+        folder: folder of one fit on one node; created, and deleted by the last worker that leaves.
+        post: calls `Board.heartbeats_of`.
+    """
+
+    def __init__(self, folder: Path, worker_rank: int, post: Callable[[Mapping[int, tuple[str, float]]], bool]) -> None:
+        self.folder, self.post = folder, post
+        self.file = folder / f"{worker_rank}-{os.getpid()}"
+
+    def beat(self) -> bool:
+        """Record a heartbeat, and post those of the node if this is its first worker; returns the stop flag."""
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        now, stop = time.monotonic(), self.folder / "stop"
+        self.file.touch(mode=0o600)
+        os.utime(self.file, (now, now))
+        ages = {}
+        for file in self.folder.glob("*-*"):
+            with contextlib.suppress(FileNotFoundError):
+                age = now - file.stat().st_mtime
+                rank, _, pid = file.name.partition("-")
+                if age < FRESH_SECONDS:
+                    ages[int(rank)] = (f"pid {pid} on {platform.node()}", max(age, 0.0))
+        if self.file.name.startswith(f"{min(ages)}-") and self.post(ages):
+            stop.touch(mode=0o600)
+        return stop.exists()
+
+    def leave(self) -> None:
+        self.file.unlink(missing_ok=True)
+        if not any(self.folder.glob("*-*")):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def silence_of(silent: Mapping[int, tuple[str, float]]) -> list[str]:
+    """Lines about workers without heartbeat, see `News.silent`: one each, or one about all of them if they are many."""
+    if len(silent) <= SILENT_SHOWN:
+        return [f"worker {rank} ({where}): no heartbeat for {age:.0f} s" for rank, (where, age) in silent.items()]
+    hosts = [*dict.fromkeys(where.rpartition(" on ")[2] for where, _ in silent.values())]
+    workers = [f"worker {rank} ({where})" for rank, (where, _) in silent.items()]
+    return [
+        f"{len(silent)} workers on {len(hosts)} nodes ({_first(hosts)}): no heartbeat for"
+        f" {max(age for _, age in silent.values()):.0f} s; {_first(workers)}"
+    ]
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:SILENT_SHOWN]) + ", ..." * (len(names) > SILENT_SHOWN)
 
 
 def error_of(posted: tuple[str, str]) -> Any:

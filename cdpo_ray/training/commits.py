@@ -21,8 +21,8 @@ from cdpo_ray.store import (
     copy,
     delete,
     describe,
-    exists,
     files_within,
+    find_damage,
     fingerprint_of,
     is_local,
     local_copy,
@@ -181,18 +181,15 @@ def newest_of(folder: Path) -> tuple[Path | None, list[str]]:
 def fault_of(checkpoint: Path) -> str | None:
     """Damage of a checkpoint; ``None``: every file in its manifest exists, unaltered."""
     try:
-        files = _manifest_of(checkpoint)["files"]
-        paths = {name: path_within(checkpoint, name) for name in files}
+        files = {path_within(checkpoint, name): entry for name, entry in _manifest_of(checkpoint)["files"].items()}
     except FileNotFoundError:
         return f"{checkpoint}: has no {MANIFEST}"
     except StoreError as error:
         return str(error)
-    for name, expected in files.items():
-        if not exists(paths[name]):
-            return f"{checkpoint / name}: is missing"
-        if describe(checkpoint / name) != expected:
-            return f"{checkpoint / name}: was altered or cut short (its SHA-256 differs)"
-    return None
+    sha256 = {path: entry["sha256"] for path, entry in files.items()}
+    num_bytes = {path: entry["bytes"] for path, entry in files.items()}
+    faults = find_damage(sha256, folder=checkpoint, num_bytes=num_bytes)
+    return next((f"{path}: {fault}" for path, fault in faults.items()), None)
 
 
 def _manifest_of(checkpoint: Path) -> Any:

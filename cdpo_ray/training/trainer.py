@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import secrets
 import signal
 import tempfile
 import threading
@@ -19,7 +20,7 @@ from cdpo_ray.errors import TrainingError
 from cdpo_ray.progress import Progress
 from cdpo_ray.records import COMMITS_DIR
 from cdpo_ray.store import storage_path, write_json, write_text
-from cdpo_ray.training.board import Board, Cursor, News, error_of
+from cdpo_ray.training.board import Board, Cursor, News, error_of, silence_of
 from cdpo_ray.training.commits import names_of, newest_of, state_of
 from cdpo_ray.training.job import TrainingJob
 
@@ -34,6 +35,7 @@ def train_adapter(
     num_updates: int,
     cpus_per_worker: float,
     gpus_per_worker: float,
+    node_labels: Mapping[str, str],
     progress: Progress,
     on_stage: Callable[[dict[str, Any]], Any] = lambda summary: None,
 ) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def train_adapter(
 
     Args:
         num_updates: number of updates of all stages.
+        node_labels: labels of the nodes that may run workers.
         on_stage: called with the summary of each stage that has ended, once its checkpoint is written; on resume, also
             with those of earlier stages.
 
@@ -63,10 +66,13 @@ def train_adapter(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as ray_dir:
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"job": job, "board": board},
+            train_loop_config={"job": job, "board": board, "fit": secrets.token_hex(8)},
             torch_config=TorchConfig(timeout_s=training.collective_timeout_seconds),
             scaling_config=ScalingConfig(
-                num_workers=training.num_workers, use_gpu=gpus_per_worker > 0, resources_per_worker=resources
+                num_workers=training.num_workers,
+                use_gpu=gpus_per_worker > 0,
+                resources_per_worker=resources,
+                label_selector=dict(node_labels),
             ),
             run_config=RunConfig(
                 name="fit",
@@ -123,7 +129,7 @@ def _work(config: Mapping[str, Any]) -> None:
     """Entry point of each worker; imports DeepSpeed and diffusers there alone, because that takes seconds."""
     from cdpo_ray.training.worker import work
 
-    work(config["job"], config["board"])
+    work(config["job"], config["board"], config["fit"])
 
 
 def _fit(trainer: TorchTrainer, failures: list[Exception]) -> None:
@@ -143,7 +149,7 @@ def _follow(
     silent_seconds: float,
     on_stage: Callable[[dict[str, Any]], Any],
 ) -> News:
-    """Poll the board and report its news until the fit ends; log a warning for each worker without heartbeat.
+    """Poll the board and report its news until the fit ends; log warnings about workers without heartbeat.
 
     Args:
         num_done: number of updates done before this fit.
@@ -172,10 +178,10 @@ def _follow(
             progress.log_line(line)
         for summary in news.summaries:
             on_stage(summary)
-        for rank, (where, seconds) in news.silent.items():
-            if where not in warned:
-                log.warning("training: worker %d (%s): no heartbeat for %.0f s", rank, where, seconds)
-                warned.add(where)
+        silent = {rank: found for rank, found in news.silent.items() if found[0] not in warned}
+        for line in silence_of(silent):
+            log.warning("training: %s", line)
+        warned |= {where for where, _ in silent.values()}
         if news.num_updates:  # 0: no update yet
             progress.advance(news.num_updates - num_done)
             num_done = news.num_updates

@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import os
-import platform
 import tempfile
 import threading
 import time
@@ -32,6 +30,7 @@ from cdpo_ray.records import COMMITS_DIR, preview_file
 from cdpo_ray.store import copy_tree, exists, is_local, storage_errors_within, storage_path, write_json
 from cdpo_ray.training.bank import SampleBank
 from cdpo_ray.training.batches import StagePairs
+from cdpo_ray.training.board import NodeHeartbeats
 from cdpo_ray.training.commits import Commits, state_of, tensors_of
 from cdpo_ray.training.engine import limit_waiting, restore_training, save_trained, start_engine, training_tensors
 from cdpo_ray.training.health import alarm_sentence
@@ -47,14 +46,15 @@ BEST = "best"
 PAIR_COLUMNS = ("prompt_row", "chosen", "rejected")
 
 
-def work(job: TrainingJob, board: Any) -> None:
+def work(job: TrainingJob, board: Any, fit: str) -> None:
     """Train all stages, resuming from the newest checkpoint; post errors that a restart cannot fix to the board.
 
     Args:
         board: actor handle of the driver's `Board`.
+        fit: random name of the fit.
     """
     rank = ray.train.get_context().get_world_rank()
-    with _heartbeat(board, rank) as stops:
+    with _heartbeat(board, fit, rank) as stops:
         if ray.get(board.has_fault.remote()):  # restarted by Ray after that fault
             return
         try:
@@ -112,6 +112,7 @@ class Worker:
         self.average = WeightCopy("average", named) if training.ema_decay else None
         self.healthy = WeightCopy("healthy", named) if training.health.stops else None
         self.summaries: list[dict[str, Any]] = []
+        self.posted = (0, 0)  # numbers of records and of summaries
         self.best: dict[str, Any] | None = None
         self.drawn: StagePairs | None = None
         self.description: Any = None
@@ -296,8 +297,14 @@ class Worker:
         self._post_checkpoint(state, lines)
 
     def _post_checkpoint(self, state: TrainingState, lines: list[str]) -> None:
-        if self.rank == 0:
-            self.board.post_checkpoint.remote(state.num_updates, state.records, self.summaries, lines)
+        """Post what is new since the last checkpoint; everything to a board that Ray has restarted."""
+        if self.rank > 0:
+            return
+        for first in (self.posted, (0, 0)):
+            records, summaries = state.records[first[0] :], self.summaries[first[1] :]
+            if ray.get(self.board.post_checkpoint.remote(state.num_updates, records, summaries, lines, first=first)):
+                break
+        self.posted = len(state.records), len(self.summaries)
 
     def _keep_best(self, state: TrainingState) -> None:
         """Write the trained weights to `best` if their loss is the lowest of the stage; a later stage always wins."""
@@ -330,18 +337,19 @@ class Worker:
 
 
 @contextlib.contextmanager
-def _heartbeat(board: Any, worker_rank: int) -> Iterator[Callable[[], bool]]:
-    """Send a heartbeat to the board every second while the block runs.
+def _heartbeat(board: Any, fit: str, worker_rank: int) -> Iterator[Callable[[], bool]]:
+    """Give a heartbeat every second while the block runs; one worker of each node sends them to the board.
 
     Yields:
         Function that returns the stop flag.
     """
-    where = f"pid {os.getpid()} on {platform.node()}"
+    folder = Path(tempfile.gettempdir()) / f"cdpo_ray-{fit}-{ray.get_runtime_context().get_node_id()}"
+    node = NodeHeartbeats(folder, worker_rank, lambda ages: ray.get(board.heartbeats_of.remote(ages)))
     done, stopping = threading.Event(), threading.Event()
 
     def beat() -> None:
         while not done.is_set():
-            if ray.get(board.heartbeat.remote(worker_rank, where)):
+            if node.beat():
                 stopping.set()
             done.wait(HEARTBEAT_SECONDS)
 
@@ -352,6 +360,7 @@ def _heartbeat(board: Any, worker_rank: int) -> Iterator[Callable[[], bool]]:
     finally:
         done.set()
         thread.join()
+        node.leave()
         ray.get(board.leave.remote(worker_rank))
 
 

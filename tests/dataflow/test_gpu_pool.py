@@ -11,10 +11,10 @@ from cdpo_ray.session import _ENVIRONMENT
 os.environ |= _ENVIRONMENT | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 import pyarrow as pa, ray, ray.data
 ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-         resources={"accelerator_type:L4": 1})
+         resources={"accelerator_type:L4": 1}, labels={"market": "spot"})
 from cdpo_ray.config import Pool
 from cdpo_ray.run import cluster_gpu
-from cdpo_ray.session import cluster_nodes
+from cdpo_ray.session import cluster_nodes, map_on_nodes
 from cdpo_ray.dataflow.streams import in_pool
 
 class Sizes:
@@ -26,7 +26,14 @@ class Sizes:
 ray.data.DataContext.get_current().enable_progress_bars = False
 ray.data.DataContext.get_current().execution_options.preserve_order = True
 blocks = [pa.table({"row": [0, 1, 2]}), pa.table({"row": [3]}), pa.table({"row": [4, 5, 6]})]
-found = in_pool(ray.data.from_arrow(blocks), Sizes, Pool(gpus_per_actor=1), rows_per_call=None).take_all()
+found = in_pool(ray.data.from_arrow(blocks), Sizes, Pool(gpus_per_actor=1, node_labels={"market": "spot"}),
+                rows_per_call=None).take_all()
+nodes, _ = cluster_nodes()
+assert nodes[0].labels["market"] == "spot"
+elsewhere = ray.remote(num_cpus=0, label_selector={"market": "on-demand"})(len).remote("ab")
+assert not ray.wait([elsewhere], timeout=2)[0], "labels are enforced"
+pids = [*map_on_nodes(lambda item: (item, os.getpid()), range(5))]  # one after another on one node, in order
+assert [item for item, _ in pids] == [*range(5)] and os.getpid() not in dict(pids).values()
 print([(one["row"], one["size"], one["gpus"]) for one in found], cluster_gpu(cluster_nodes()[0]).name)
 """
 

@@ -1,9 +1,12 @@
 """Object stores that answer with errors or support less than AWS: nothing is lost."""
 
+import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -14,14 +17,18 @@ from werkzeug.wrappers import Response
 from cdpo_ray.errors import StoreError
 from cdpo_ray.store import (
     RunFolder,
+    copies,
     copy,
     delete,
+    describe,
     exists,
     files_within,
+    find_damage,
     move,
     read_json,
     read_shards,
     read_table,
+    write_bytes,
     write_json,
     write_table,
 )
@@ -166,6 +173,46 @@ def test_fault_35_transient_errors_are_retried_a_bounded_number_of_times(
     with pytest.raises(StoreError, match="cannot be read"):
         read_json(bucket / "file.json")
     assert 2 <= len(server.requests) <= 4
+
+
+def test_a_step_is_verified_with_one_listing_and_one_request_per_object(server: S3Server, bucket: Path) -> None:
+    run = RunFolder(bucket / "run")
+    write_step(run)
+    server.requests.clear()
+    run.refuse_damage(STEP, ["stages.json", "inner/a.parquet"])
+    assert Counter(operation for operation, _ in server.requests if operation != "head") == {"get": 3, "list": 1}
+    named = Counter(key for operation, key in server.requests if operation == "head")
+    assert not {key for key in named if not key.endswith("manifest.json")}
+    server.requests.clear()
+    run.refuse_damage(STEP, read_up_to=0)
+    assert not [key for operation, key in server.requests if operation == "get" and not key.endswith("manifest.json")]
+
+
+@pytest.mark.parametrize("size", [0, 5, copies.BLOCK_BYTES, copies.BLOCK_BYTES + 5])
+def test_an_object_of_any_size_is_described_as_the_same_file_on_disk(bucket: Path, tmp_path: Path, size: int) -> None:
+    content = bytes(size)
+    write_bytes(bucket / "a", content)
+    expected = {"bytes": size, "sha256": hashlib.sha256(content).hexdigest()}
+    assert describe(bucket / "a", size) == describe(bucket / "a") == expected
+
+
+def test_nodes_verify_objects_but_no_local_files(bucket: Path, tmp_path: Path) -> None:
+    sizes = []
+
+    def on_nodes(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+        sizes.extend(map(len, items))
+        return map(function, deepcopy(items))  # a node gets copies
+
+    for place in (tmp_path, bucket):
+        for name in "abc":
+            write_bytes(place / name, name.encode())
+    sha256 = hashlib.sha256(b"a").hexdigest()
+    with copies.objects_read_by(on_nodes):
+        for place in (tmp_path, bucket):
+            faults = find_damage(dict.fromkeys((place / "a", place / "b", place / "missing"), sha256), folder=place)
+            assert faults == {place / "b": "was altered (its SHA-256 differs)", place / "missing": "is missing"}
+    assert sizes == [2]
+    assert find_damage({bucket / "b": sha256}, folder=bucket) and sizes == [2]
 
 
 def test_fault_35_a_failing_store_is_not_mistaken_for_one_without_checkpoints(server: S3Server, bucket: Path) -> None:
