@@ -89,7 +89,7 @@ class Pool(Section):
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
     """Number of GPUs per actor: 0 (runs on the CPU), a fraction to share a GPU, 1, or a larger whole number."""
 
-    node_labels: Annotated[NodeLabels, Field(default_factory=dict)]
+    node_labels: NodeLabels = Field(default_factory=dict)
     """Labels that a node must have to run these actors, such as `{market: spot}`. Nodes get them from
     `ray start --labels` or from the file of the cluster."""
 
@@ -110,7 +110,7 @@ class TrainerResources(Section):
     """GPU of a worker: 0 (trains on the CPU) or 1. A fraction lets the trials of a search share a GPU, and needs
     `training.num_workers: 1`."""
 
-    node_labels: Annotated[NodeLabels, Field(default_factory=dict)]
+    node_labels: NodeLabels = Field(default_factory=dict)
     """Labels that a node must have to run workers, such as `{market: on-demand}`: one lost node
     restarts all workers from the last checkpoint."""
 
