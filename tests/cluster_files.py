@@ -50,6 +50,10 @@ def check_gcp_node(value: Any, keys: dict[str, Any] = GCP_KEYS) -> None:
                 assert key != "sourceImage" or "/family/" not in inside, "a family is another image tomorrow"
 
 
+MARKETS = {"trainer": {"market": "on-demand"}, "generator": {"market": "spot"}}
+"""Labels that `resources.<role>.node_labels` names, so that Ray places each role on its nodes only."""
+
+
 def check_ray_up(config: dict[str, Any]) -> None:
     from ray.autoscaler._private.util import validate_config
 
@@ -65,6 +69,7 @@ def check_ray_up(config: dict[str, Any]) -> None:
     assert types["head"]["resources"] == {"CPU": 0}
     spot = {name for name, node_type in types.items() if "spot" in str(node_type["node_config"]).lower()}
     assert spot == {"generator"}, f"{spot} may be taken away"
+    assert {name: types[name].get("labels") for name in MARKETS} == MARKETS
     assert IMAGE.fullmatch(config["docker"]["image"]), config["docker"]["image"]
     assert "install -m 600 /tmp/cdpo/auth_token ~/.cdpo_token" in config["setup_commands"][0]
     started = [command for command in start if "ray start" in command]
@@ -79,11 +84,36 @@ def check_ray_up(config: dict[str, Any]) -> None:
 
 def check_rayjob(job: dict[str, Any]) -> None:
     spec = job["spec"]
-    cluster = spec["rayClusterSpec"]
     known = {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "rayClusterSpec"}
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob") and set(spec) == known
     assert spec["entrypoint"].startswith("cdpo run configs/") and spec["shutdownAfterJobFinishes"]
     assert (ROOT / spec["entrypoint"].split()[2]).is_file()
+    check_kuberay(spec["rayClusterSpec"], num_gpus="1")
+
+
+def check_raycluster(cluster: dict[str, Any]) -> None:
+    """The autoscaler's own reading of the file has the labels; spot nodes need their toleration."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    spec = cluster["spec"]
+    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    known = {"rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions"}
+    assert set(spec) == known | {"headGroupSpec", "workerGroupSpecs"}
+    assert spec["enableInTreeAutoscaling"] and spec["autoscalerOptions"]["version"] == "v2", "version 1 ignores labels"
+    check_kuberay(spec, num_gpus="8")
+    whole = {**cluster, "metadata": {**cluster["metadata"], "namespace": "default"}}
+    types = _derive_autoscaling_config_from_ray_cr(whole)["available_node_types"]
+    assert types["headgroup"]["resources"]["CPU"] == 0
+    assert {name: types[name]["labels"] for name in MARKETS} == MARKETS
+    for group in spec["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        assert pod["nodeSelector"] == {"cdpo/pool": group["groupName"]} and pod["restartPolicy"] == "Never"
+        assert any(each["key"] == "cdpo/spot" for each in pod["tolerations"]) == (group["groupName"] == "generator")
+        (container,) = pod["containers"]
+        assert {each["name"] for each in pod["volumes"]} == {each["name"] for each in container["volumeMounts"]}
+
+
+def check_kuberay(cluster: dict[str, Any], *, num_gpus: str) -> None:
     assert cluster["rayVersion"] == RAY
     assert cluster["authOptions"] == {"mode": "token"}
     head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
@@ -101,7 +131,7 @@ def check_rayjob(job: dict[str, Any]) -> None:
     for group in workers:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         (container,) = group["template"]["spec"]["containers"]
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == num_gpus
         assert group["template"]["spec"]["automountServiceAccountToken"] is False
 
 

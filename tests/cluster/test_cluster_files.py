@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_files import ROOT, check_dockerfile, check_ray_up, check_rayjob, ray_up
+from cluster_files import ROOT, check_dockerfile, check_ray_up, check_raycluster, check_rayjob, ray_up
 from jsonschema import ValidationError
 
-RAY_UP = ("gpu.yaml", "gpu-gcp.yaml")
+RAY_UP = ("gpu.yaml", "gpu-8x.yaml", "gpu-gcp.yaml")
 DOCKERFILE = (ROOT / "cluster" / "Dockerfile").read_text()
 
 
-def rayjob() -> dict[str, Any]:
-    job: dict[str, Any] = yaml.safe_load((ROOT / "cluster" / "rayjob.yaml").read_text())
-    return job
+def kuberay(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / "cluster" / name).read_text())
+    return found
 
 
 @pytest.mark.parametrize("name", RAY_UP)
@@ -23,7 +23,11 @@ def test_a_ray_up_file_is_valid_for_ray_and_its_cloud(name: str) -> None:
 
 
 def test_the_rayjob_requires_a_token_and_no_privileges() -> None:
-    check_rayjob(rayjob())
+    check_rayjob(kuberay("rayjob.yaml"))
+
+
+def test_the_raycluster_requires_a_token_and_separates_trainers_from_spot_nodes() -> None:
+    check_raycluster(kuberay("raycluster.yaml"))
 
 
 def test_the_image_is_pinned_hashed_and_not_root() -> None:
@@ -52,6 +56,7 @@ RAY_UP_MISTAKES: dict[str, Callable[[dict[str, Any]], object]] = {
         1, "pip install -r requirements.lock"
     ),
     "spot trainers": lambda config: config["available_node_types"]["trainer"].update(node_config=node(config)),
+    "trainers without label": lambda config: config["available_node_types"]["trainer"].pop("labels"),
     "more nodes than allowed": lambda config: config.update(max_workers=3),
     "actors on the head": lambda config: config["available_node_types"]["head"].update(resources={"CPU": 8}),
 }
@@ -79,6 +84,18 @@ RAYJOB_MISTAKES: dict[str, Callable[[dict[str, Any]], object]] = {
     ),
     "no config": lambda spec: spec.update(entrypoint="cdpo run configs/none.yaml"),
     "unknown key": lambda spec: spec.update(shutDownAfterJobFinishes=True),
+}
+RAYCLUSTER_MISTAKES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no token": lambda spec: spec.pop("authOptions"),
+    "autoscaler without labels": lambda spec: spec["autoscalerOptions"].pop("version"),
+    "misspelt labels": lambda spec: spec["workerGroupSpecs"][0].update(labels=None),
+    "trainers tolerate spot nodes": lambda spec: spec["workerGroupSpecs"][0]["template"]["spec"].update(
+        tolerations=spec["workerGroupSpecs"][1]["template"]["spec"]["tolerations"]
+    ),
+    "shared memory not mounted": lambda spec: spec["workerGroupSpecs"][0]["template"]["spec"]["containers"][0].update(
+        volumeMounts=[]
+    ),
+    "unknown key": lambda spec: spec.update(enableAutoscaling=True),
 }
 DOCKER_MISTAKES = {
     "floating base": ("2.60.0-py311-gpu", "latest"),
@@ -109,10 +126,18 @@ def test_a_mistake_inside_a_node_config_is_detected(name: str, mistake: str) -> 
 
 @pytest.mark.parametrize("mistake", RAYJOB_MISTAKES)
 def test_a_mistake_in_the_rayjob_is_detected(mistake: str) -> None:
-    job = rayjob()
+    job = kuberay("rayjob.yaml")
     RAYJOB_MISTAKES[mistake](job["spec"])
     with pytest.raises((AssertionError, KeyError)):
         check_rayjob(job)
+
+
+@pytest.mark.parametrize("mistake", RAYCLUSTER_MISTAKES)
+def test_a_mistake_in_the_raycluster_is_detected(mistake: str) -> None:
+    cluster = kuberay("raycluster.yaml")
+    RAYCLUSTER_MISTAKES[mistake](cluster["spec"])
+    with pytest.raises((AssertionError, KeyError)):
+        check_raycluster(cluster)
 
 
 @pytest.mark.parametrize("mistake", DOCKER_MISTAKES)
