@@ -2,7 +2,7 @@
 
 A tensor is stored as a list of its values, in row-major order, with its shape in the metadata of the field (`shape`).
 
-`1-samples/samples-*.parquet`, one row per prompt, in prompt order:
+`1-samples/samples-*.parquet`, one row per prompt, in prompt order; a row group has 4 MiB of tensors, one row at least:
 
 - `prompt_index` int64: position of the prompt in the training set
 - `prompt_id` string: 16 hex digits of the prompt's BLAKE2b; safe as a name

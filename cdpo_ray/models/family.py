@@ -63,7 +63,7 @@ class DenoisingTask:
 
 
 class Rows(Protocol):
-    """A tensor, or what is indexed like one, but read when it is asked for."""
+    """A tensor, or a column that is indexed like one and read from disk."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

@@ -69,7 +69,7 @@ class SampleBank:
 
     @classmethod
     def open(cls, samples_dir: Path) -> Self:
-        """Bank of a finished `1-samples`; reads the prompt indices, and the rest when it is asked for.
+        """Bank of a finished `1-samples`; reads the prompt indices, and samples when they are indexed.
 
         Raises:
             StoreError: the storage or the node's disk fails, the files differ in shape, or the folder for temporary
@@ -113,7 +113,7 @@ class SampleBank:
 
 
 class StoredRows:
-    """A column of a cache, indexed like a tensor; what is asked for is read into new tensors.
+    """A column of a cache, indexed like a tensor; the selected rows are read into a new one.
 
     Attributes:
         shape: ``[prompt, ...]``.

@@ -1,6 +1,7 @@
 """Tensor columns in Parquet files, read back here and by programs that lack Arrow's tensor type."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cdpo_ray.dataflow.columns import tensor_column
-from cdpo_ray.store import read_table, table_schema, write_table, write_tables
+from cdpo_ray.store import read_table, table_bytes, table_schema, write_table, write_tables
 from cdpo_ray.store.tables import SHAPE
 
 VALUES = np.arange(5 * 3 * 2 * 4, dtype=np.float16).reshape(5, 3, 2, 4)
@@ -26,6 +27,25 @@ def test_tensors_come_back_with_their_shape_and_dtype_even_from_several_row_grou
     read = read_table(path)
     assert read.schema == table_schema(path) == rows().schema
     assert np.array_equal(read["latents"].combine_chunks().to_numpy_ndarray(), VALUES)
+
+
+def test_row_groups_hold_as_many_tensors_as_fit_and_at_least_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row_bytes, path = VALUES[0].nbytes, tmp_path / "samples.parquet"
+    for limit, expected in [(1, [1] * 5), (2 * row_bytes, [2, 2, 1]), (3 * row_bytes - 1, [2, 2, 1]), (10**6, [5])]:
+        monkeypatch.setattr("cdpo_ray.store.tables.GROUP_BYTES", limit)
+        write_table(rows(), path)
+        metadata = pq.read_metadata(path)
+        assert [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)] == expected
+        assert read_table(path).equals(rows())
+
+
+def test_equal_rows_give_equal_bytes_however_they_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdpo_ray.store.tables.GROUP_BYTES", 2 * VALUES[0].nbytes)
+    for cuts in ([1], [3], [1, 2, 4]):
+        chunks = pa.concat_tables([rows().slice(first, end - first) for first, end in pairwise([0, *cuts, 5])])
+        assert table_bytes(chunks) == table_bytes(rows())
 
 
 def test_a_file_holds_plain_lists_which_pandas_reads(tmp_path: Path) -> None:

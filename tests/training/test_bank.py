@@ -1,6 +1,7 @@
-"""A bank on disk gives what the Parquet files hold, and reads no more of them than it is asked for."""
+"""A bank on disk gives what the Parquet files hold, and reads only the row groups that it needs."""
 
 import errno
+import multiprocessing
 import os
 from collections import namedtuple
 from pathlib import Path
@@ -12,7 +13,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from object_store import serve
-from worker_processes import run_workers
 
 from cdpo_ray.dataflow.columns import tensor_column
 from cdpo_ray.errors import StoreError
@@ -117,7 +117,7 @@ def test_a_batch_is_byte_for_byte_that_of_a_bank_in_memory(samples_dir: Path) ->
     assert torch.equal(ours.noise, theirs.noise) and torch.equal(ours.times["timestep"], theirs.times["timestep"])
 
 
-def test_only_row_groups_that_are_asked_for_are_read(samples_dir: Path) -> None:
+def test_only_row_groups_that_are_needed_are_read(samples_dir: Path) -> None:
     bank = SampleBank.open(samples_dir)
     assert flags(bank) == []
     _ = bank.conditioning["prompt_embedding"][[4]]
@@ -135,12 +135,13 @@ def test_what_was_written_before_a_kill_is_not_used_without_its_flag(samples_dir
     assert_equal(bank, as_stored(samples_dir))
 
 
-def read_at_once(rank: int, samples_dir: Path) -> None:
-    assert_equal(SampleBank.open(samples_dir), as_stored(samples_dir), seed=rank)
+def read_at_once(worker_rank: int, samples_dir: Path) -> None:
+    assert_equal(SampleBank.open(samples_dir), as_stored(samples_dir), seed=worker_rank)
 
 
 def test_workers_that_read_at_once_read_the_same(samples_dir: Path) -> None:
-    run_workers(read_at_once, samples_dir, num_workers=2)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.starmap(read_at_once, [(0, samples_dir), (1, samples_dir)], chunksize=1)
     assert flags(SampleBank.open(samples_dir)) == [1] * 6
 
 

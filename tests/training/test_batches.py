@@ -14,7 +14,7 @@ import torch
 
 from cdpo_ray.dataflow.columns import tensor_column
 from cdpo_ray.training.bank import SampleBank
-from cdpo_ray.training.batches import PairBatch, StagePairs, make_batch, prefetched
+from cdpo_ray.training.batches import PairBatch, StagePairs, announced, make_batch, prefetched
 
 SHAPE = (2, 3, 4)
 EMPTY = torch.full((5, 6), -1.0)
@@ -179,6 +179,14 @@ def test_samples_and_pairs_are_read_by_prompt_index_whatever_the_order_of_the_sh
     )
     batch = batch_of(bank, pairs, range(1, 2))
     assert np.array_equal(batch.latents_w[0].numpy(), latents[indices.index(4)][3])
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 20])
+def test_items_are_announced_in_order_as_many_ahead_as_asked_for(ahead: int) -> None:
+    seen: list[int] = []
+    for item in announced(range(10), seen.append, ahead=ahead):
+        assert seen == [*range(min(item + ahead + 1, 10))]
+    assert item == 9
 
 
 def test_prefetching_yields_the_same_items() -> None:
