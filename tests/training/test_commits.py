@@ -192,10 +192,10 @@ def flip_one_bit(path: Path) -> None:
 
 SHARE = "share-0-of-1.safetensors"
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "cut short": (SHARE, cut_short, "share-0-of-1.safetensors: was altered \\(its size differs\\)"),
-    "a bit flipped": (SHARE, flip_one_bit, "share-0-of-1.safetensors: was altered \\(its SHA-256 differs\\)"),
+    "cut short": (SHARE, cut_short, "share-0-of-1.safetensors: was altered (its size differs)"),
+    "a bit flipped": (SHARE, flip_one_bit, "share-0-of-1.safetensors: was altered (its SHA-256 differs)"),
     "a share missing": (SHARE, Path.unlink, "share-0-of-1.safetensors: is missing"),
-    "the state altered": ("state.json", flip_one_bit, "state.json: was altered \\(its SHA-256 differs\\)"),
+    "the state altered": ("state.json", flip_one_bit, "state.json: was altered (its SHA-256 differs)"),
     "no manifest": ("manifest.json", Path.unlink, "has no manifest.json"),
     "manifest cut short": ("manifest.json", cut_short, "manifest.json: is damaged"),
 }

@@ -20,6 +20,7 @@ from cdpo_ray.randomness.noise import noise_at
 from cdpo_ray.testbed.scenes import scene_prompts
 from cdpo_ray.training.batches import PairBatch
 from cdpo_ray.training.engine import save_trained, start_engine
+from cdpo_ray.training.loop import Guard, step_and_measure
 from cdpo_ray.training.losses import preference_loss
 from cdpo_ray.training.update import loss_of_pairs
 
@@ -67,6 +68,7 @@ def updated(folder: Path, spread: tuple[str, int, int, int], rank: int) -> None:
     conditioning, _ = model.encode_prompts(scene_prompts("train", NUM_PAIRS, 0))
     engine = start_engine(model.denoiser, policy.trainable, section, num_workers=num_workers)
     policy = replace(policy, net=engine)
+    guard = Guard(policy.trainable, engine.device, sharded=engine.zero_optimization())
     share = NUM_PAIRS // num_workers
     for start in range(rank * share, (rank + 1) * share, pairs_per_launch):
         cut = slice(start, start + pairs_per_launch)
@@ -85,7 +87,10 @@ def updated(folder: Path, spread: tuple[str, int, int, int], rank: int) -> None:
             names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
             gradients = {names[id(parameter)]: parameter.grad.contiguous() for parameter in policy.trainable}
             save_file(gradients, folder / f"{method}.gradients")
-        engine.step()
+        if not engine.is_gradient_accumulation_boundary():
+            engine.step()
+    guard.verdict(stops=False)
+    step_and_measure(engine, guard, [], section.max_grad_norm)
     save_trained(engine, model, folder / name_of(spread), lora=lora is not None)
 
 
