@@ -19,7 +19,6 @@ import math
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -485,9 +484,7 @@ def _train(folder: Path, num_workers: int) -> tuple[float, float]:
     entry = trainer._work
     trainer._work = functools.partial(_work_and_wait, str(log))  # pickled by value: this file is the main module
     try:
-        trainer.train_adapter(
-            job, num_updates=NUM_UPDATES, cpus_per_worker=0.1, gpus_per_worker=0, progress=Progress()
-        )
+        trainer.train_adapter(job, num_updates=NUM_UPDATES, cpus_per_worker=0.1, gpus_per_worker=0, progress=Progress())
     finally:
         trainer._work = entry
     times = list(map(float, log.read_text().split()))

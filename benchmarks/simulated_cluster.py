@@ -1,11 +1,12 @@
-"""Generation on many simulated nodes of one machine, with and without losses of nodes; actors wait instead of computing.
+"""Generation on many simulated nodes of one machine, with and without losses of nodes; actors wait instead of working.
 
     python benchmarks/simulated_cluster.py --nodes 64                 # is every actor busy, and is memory constant?
     python benchmarks/simulated_cluster.py --nodes 4 --losses 5       # is every image there once, and what is redone?
 
-A node is a real Ray node (raylet, agents, object store, workers) with one logical GPU, in `ray.cluster_utils.Cluster`. The
-stream is the package's: calls, pool, parts and shards. Only the generator is replaced, by `Sleeper`. The exit code is 1 if
-an image is missing or exists twice, or if one of the claims of `claims` does not hold.
+A node is a real Ray node (raylet, agents, object store, workers) with one logical GPU, in `ray.cluster_utils.Cluster`.
+The stream is the package's: calls, pool, parts and shards. Only the generator is replaced, by `Sleeper`. The exit code
+is 1 if an image is missing or exists twice, if the driver's memory grows by `MAX_GROWTH`, or if an actor is busy less
+than `MIN_BUSY` of the time (with losses: if more than `MAX_REDONE` of the calls are started again).
 """
 
 import argparse
@@ -63,7 +64,9 @@ class Sleeper:
         time.sleep(self.seconds)
         images = np.arange(first, end)
         latents = (prompt * 1000 + images).astype(np.float32).reshape(1, -1, 1)
-        pixels = np.broadcast_to(images.astype(np.uint8)[None, :, None, None, None], (1, len(images), 3, PIXELS, PIXELS))
+        pixels = np.broadcast_to(
+            images.astype(np.uint8)[None, :, None, None, None], (1, len(images), 3, PIXELS, PIXELS)
+        )
         for name, values in (("latents", latents), ("pixels", pixels)):
             column = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
             rows = rows.append_column(name, column)
@@ -342,7 +345,7 @@ def main() -> None:
     if not found:
         sys.exit("the run failed, see above")
     outcome: Outcome = found[0]
-    busy = sorted(outcome.busy())
+    busy, memory = sorted(outcome.busy()), outcome.rss_mib
     result = {
         "nodes": options.nodes,
         "calls": outcome.num_calls,
@@ -352,7 +355,7 @@ def main() -> None:
         "faults": outcome.faults,
         "busy_lowest_median_highest": [round(busy[0], 4), round(statistics.median(busy), 4), round(busy[-1], 4)],
         "driver_cpu_ms_per_call": round(1000 * outcome.driver_cpu_seconds / outcome.num_calls, 2),
-        "driver_mib_first_highest_last": [round(each, 1) for each in (outcome.rss_mib[0], max(outcome.rss_mib), outcome.rss_mib[-1])],
+        "driver_mib_first_highest_last": [round(each, 1) for each in (memory[0], max(memory), memory[-1])],
         "driver_memory_growth": round(growth(outcome.rss_mib), 4),
         "mib_per_node": round(1024 * (sizes[-1] - sizes[0]) / max(options.nodes - 1, 1)),
         "gib_at_end": round(at_end, 2),
