@@ -10,14 +10,12 @@ than `MIN_BUSY` of the time (with losses: if more than `MAX_REDONE` of the calls
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
 import resource
 import secrets
 import shutil
-import socket
 import statistics
 import sys
 import tempfile
@@ -39,6 +37,7 @@ import pyarrow.parquet as pq
 
 MIN_BUSY, MAX_REDONE, MAX_GROWTH = 0.90, 0.05, 0.10
 START_SECONDS = 600.0
+ATTEMPTS = 5
 PIXELS = 8
 
 
@@ -123,12 +122,20 @@ class Outcome:
 
 
 def generate(
-    num_prompts: int, images_per_prompt: int, images_per_batch: int, *, num_actors: int, seconds: float, **pool: float
+    num_prompts: int,
+    images_per_prompt: int,
+    images_per_batch: int,
+    *,
+    num_actors: int,
+    seconds: float,
+    log_dir: Path | None = None,
+    **pool: float,
 ) -> Outcome:
     """Run a stream of calls through the package's pool and into shards, and check every image of the shards.
 
     Args:
         seconds: duration of a call.
+        log_dir: empty folder for the actors' logs, which the caller may watch; `None`: a temporary one.
         pool: CPUs and GPUs per actor.
     """
     import ray.cloudpickle
@@ -143,8 +150,8 @@ def generate(
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[Sleeper.__module__])  # workers have no path to this folder
     with tempfile.TemporaryDirectory() as scratch:
-        log_dir, output_dir = Path(scratch) / "log", Path(scratch) / "samples"
-        log_dir.mkdir()
+        log_dir, output_dir = log_dir or Path(scratch) / "log", Path(scratch) / "samples"
+        log_dir.mkdir(exist_ok=True)
         output_dir.mkdir()
         prompts = [f"prompt {number}" for number in range(num_prompts)]
         calls = calls_of(prompts, Sampling(0, images_per_prompt, 1, 1.0, None, None, images_per_batch), {}, set())
@@ -241,7 +248,7 @@ def simulated_cluster(num_nodes: int, add: Callable[[Any], Any]) -> Iterator[Any
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 2**29}
-    cluster = Cluster(initialize_head=True, head_node_args=head | agent_ports())
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(num_nodes):
             add(cluster)
@@ -255,21 +262,15 @@ def simulated_cluster(num_nodes: int, add: Callable[[Any], Any]) -> Iterator[Any
 
 
 def add_node(cluster: Any) -> Any:
-    """Start a node as soon as the machine is not overloaded."""
-    while os.getloadavg()[0] > 30:
-        time.sleep(2)
-    return cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 * 2**20, **agent_ports())
-
-
-def agent_ports() -> dict[str, int]:
-    """Free ports for a node's agents: a node that selects them itself fails if its agents take 15 s to start."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(4)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        ports = [each.getsockname()[1] for each in sockets]
-    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-    return dict(zip(names, ports, strict=True))
+    """Start a node, again if its agents took more than the 15 s that Ray allows, as on a busy machine."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 * 2**20)
+        except Exception:
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(10)
+    return None
 
 
 def memory_of_children() -> float:
@@ -283,8 +284,12 @@ def memory_of_children() -> float:
     return total / 2**30
 
 
-def lose_nodes(cluster: Any, count: int, every_seconds: float, generator: random.Random, done: threading.Event) -> None:
-    """Kill a random node without warning, and start a new one, ``count`` times."""
+def lose_nodes(
+    cluster: Any, count: int, every_seconds: float, generator: random.Random, done: threading.Event, log_dir: Path
+) -> None:
+    """Kill a random node without warning, and start a new one, ``count`` times, from the first call on."""
+    while count and not calls_in(log_dir) and not done.wait(1.0):
+        pass
     for _ in range(count):
         if done.wait(every_seconds):
             return
@@ -311,7 +316,7 @@ def main() -> None:
         sizes.append(memory_of_children())
         print(f"node {len(sizes)}: {sizes[-1]:.2f} GiB in all", flush=True)
 
-    with simulated_cluster(options.nodes, add) as cluster:
+    with tempfile.TemporaryDirectory() as logs, simulated_cluster(options.nodes, add) as cluster:
         import ray
 
         from cdpo_ray.session import ray_session
@@ -330,6 +335,7 @@ def main() -> None:
                             options.batch,
                             num_actors=options.nodes,
                             seconds=options.seconds,
+                            log_dir=Path(logs),
                             cpus_per_actor=1,
                             gpus_per_actor=1,
                         )
@@ -339,7 +345,7 @@ def main() -> None:
 
         thread = threading.Thread(target=work)
         thread.start()  # nodes are added from the main thread
-        lose_nodes(cluster, options.losses, options.every, random.Random(options.seed), done)
+        lose_nodes(cluster, options.losses, options.every, random.Random(options.seed), done, Path(logs))
         thread.join(5 if done.is_set() else None)
         at_end = memory_of_children()
     if not found:
