@@ -415,7 +415,7 @@ def check_training(counts: tuple[int, ...]) -> list[dict[str, float]]:
 
     rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as scratch, ray_session():
-        _write_inputs(Path(scratch))
+        _write_samples(Path(scratch))
         for count in counts:
             seconds, checkpoint = _train(Path(scratch), count)
             overhead = rows[0]["measured"] - SLEEP_SECONDS if rows else seconds - SLEEP_SECONDS
@@ -431,8 +431,8 @@ def check_training(counts: tuple[int, ...]) -> list[dict[str, float]]:
     return rows
 
 
-def _write_inputs(folder: Path) -> None:
-    """Samples of two prompts, and one stage of pairs."""
+def _write_samples(folder: Path) -> None:
+    """Samples of two prompts."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -442,11 +442,18 @@ def _write_inputs(folder: Path) -> None:
     generator = Generator("stable_diffusion", {"path": "embedded"}, sampling, keep_pixels=False)
     prompts = pa.table({"prompt_index": [0, 1], "prompt_id": ["a", "b"], "prompt": ["a red circle", "a blue square"]})
     (folder / "samples").mkdir()
-    (folder / "stages" / "stage-1").mkdir(parents=True)
     pq.write_table(generator(prompts), folder / "samples" / "samples.parquet")
-    draws = np.arange(NUM_UPDATES * 8)
+
+
+def _write_pairs(folder: Path, num_pairs: int) -> None:
+    """One stage of pairs."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (folder / "stage-1").mkdir(parents=True)
+    draws = np.arange(num_pairs)
     columns = {"prompt_index": draws % 2, "chosen": draws % 4, "rejected": (draws + 1) % 4, "draw": draws}
-    pq.write_table(pa.table(columns), folder / "stages" / "stage-1" / "pairs.parquet")
+    pq.write_table(pa.table(columns), folder / "stage-1" / "pairs.parquet")
 
 
 NUM_UPDATES, UPDATES_PER_CHECKPOINT = 16, 4
@@ -470,10 +477,11 @@ def _train(folder: Path, num_workers: int) -> tuple[float, float]:
     )
     output_dir = folder / f"training-{num_workers}"
     output_dir.mkdir()
+    _write_pairs(output_dir / "stages", NUM_UPDATES * num_workers)
     job = TrainingJob(
         training,
         samples_dir=str(folder / "samples"),
-        stages_dir=str(folder / "stages"),
+        stages_dir=str(output_dir / "stages"),
         output_dir=str(output_dir),
         num_stages=1,
         family="stable_diffusion",
