@@ -168,8 +168,8 @@ class GenerationSection(Section):
 
     images_per_batch: Annotated[int, Field(ge=1)] = 8
     """Maximum number of images per forward pass of denoiser, VAE and judges. Raise it on a large GPU; when memory does
-    not suffice it is halved, with a warning. A call of an actor makes at most so many, so the images of one prompt are
-    split over the actors, as evenly as possible."""
+    not suffice it is halved, with a warning. It is also the maximum number of images per call of an actor, so the
+    images of one prompt are split over the actors, as evenly as possible."""
 
     keep_images: bool = True
     """Keep a PNG of each training image. `false` saves disk space, and rewards that are added later decode the latents

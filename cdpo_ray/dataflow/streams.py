@@ -34,7 +34,7 @@ def in_pool(
     Args:
         plain_class: callable class.
         rows_per_call: number of rows per call; ``None``: one block.
-        num_calls: number of calls, if known: so many actors start at once. Ray adds others as it sees fit.
+        num_calls: number of calls, if known: at most this number of actors starts at once. Ray adds others when needed.
         beside: another pool that runs at the same time.
         arguments: arguments of the class's constructor.
     """

@@ -69,7 +69,7 @@ class Sampling:
 
     @property
     def pieces(self) -> list[range]:
-        """Ranges of a prompt's images that separate calls make: at most a batch each, as even as possible."""
+        """Ranges of a prompt's images that separate calls make: at most one batch per call, as even as possible."""
         size = math.ceil(self.images_per_prompt / math.ceil(self.images_per_prompt / self.images_per_batch))
         starts = range(0, self.images_per_prompt, size)
         return [range(start, min(start + size, self.images_per_prompt)) for start in starts]
