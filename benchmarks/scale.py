@@ -175,7 +175,7 @@ def generation_start_seconds(cluster: Cluster) -> float:
 def generation(cluster: Cluster, gpus: float) -> Rate:
     """Images per second after the start.
 
-    A lost node repeats, on each of its GPUs, the call in progress and the one whose images is perhaps not written yet, and
+    A lost node repeats, on each of its GPUs, the call in progress and the one with unwritten images, and
     waits for its replacement and start; other nodes continue.
     """
     limits = generation_limits(cluster, gpus)
