@@ -28,7 +28,7 @@ Read = Callable[[NDArray[np.int64], NDArray[np.int64]], object]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=3072)
+    parser.add_argument("--prompts", type=int, default=2048)
     parser.add_argument("--images", type=int, default=16, help="number of samples per prompt")
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)

@@ -7,7 +7,6 @@ that a million pairs need neither 249 GB nor their time to be written; what is d
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -132,18 +131,18 @@ def work(options: argparse.Namespace) -> None:
     for _ in range(3):
         trainer.update(warm)
     of_model = memory()["RssAnon"]
-    found: dict[tuple[int, str], list[dict[str, float]]] = {}
+    if rank == 0:
+        print(f"worker without data: {of_model / MB:.0f} MB")
+        print(f"{'pairs':>8} {'records':>8} {'updates/s':>10} {'CPU s/update':>13} {'private MB':>11} {'file MB':>8}")
     for repeat in range(options.repeats):
         for size in options.pairs:
-            for state, figures in measure(options, trainer, size, repeat).items():
-                found.setdefault((size, state), []).append(figures)
-    if rank == 0:
-        print(f"worker without data: {of_model / MB:.0f} MB; {options.repeats} repetitions, medians; memory: largest")
-        print(f"{'pairs':>8} {'records':>8} {'updates/s':>10} {'CPU s/update':>13} {'private MB':>11} {'file MB':>8}")
-        for (size, state), figures in sorted(found.items(), key=lambda item: (item[0][1] != "present", item[0][0])):
-            rate, cpu = (statistics.median(each[name] for each in figures) for name in ("rate", "cpu"))
-            private, mapped = (max(each[name] for each in figures) for name in ("RssAnon", "RssFile"))
-            print(f"{size:8} {state:>8} {rate:10.2f} {cpu:13.3f} {(private - of_model) / MB:11.0f} {mapped / MB:8.0f}")
+            for state, found in measure(options, trainer, size, repeat).items():
+                if rank == 0:
+                    private, mapped = (found["RssAnon"] - of_model) / MB, found["RssFile"] / MB
+                    print(
+                        f"{size:8} {state:>8} {found['rate']:10.2f} {found['cpu']:13.3f} {private:11.0f} {mapped:8.0f}",
+                        flush=True,
+                    )
 
 
 def measure(options: argparse.Namespace, trainer: Trainer, size: int, repeat: int) -> dict[str, dict[str, float]]:
