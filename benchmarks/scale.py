@@ -70,8 +70,6 @@ class Cluster:
     """GPU-hours: 419 unexpected interruptions of 16,384 GPUs in 54 days, arXiv:2407.21783, section 3.3.4."""
     write_requests_per_second: float = 3_500
     """PUT, COPY, POST and DELETE per second and prefix: the performance guidelines of Amazon S3."""
-    read_requests_per_second: float = 5_500
-    """GET and HEAD, the same source."""
     request_seconds: float = 0.2
     """Latency of a small request; the same source names 100 to 200 ms."""
     reduce_latency_seconds: float = 60e-6
@@ -90,7 +88,6 @@ class Cluster:
     preemptions_per_node_hour: float = 0
     adapter_bytes: float = 4 * 1_594_368
     """Gradients of a LoRA of rank 8 on the attention layers, fp32."""
-    latents_bytes: float = 2 * 4 * 64 * 64
     pairs_per_update: int = 2_048
     updates_per_checkpoint: int = 50
     max_pairs_per_launch: int = 16
@@ -156,13 +153,12 @@ def generation_limits(cluster: Cluster, gpus: float) -> dict[str, float]:
     bytes_per_call = cluster.images_per_call * cluster.png_bytes
     core_seconds = cluster.images_per_call * cluster.png_core_seconds + cluster.write_core_seconds
     core_seconds += 2 * bytes_per_call / cluster.hash_bytes_per_second  # to read a part, and to describe the shard
-    requests = math.inf if cluster.write_requests_per_second == 0 else 2  # a part is written and deleted
     nodes = max(gpus / cluster.gpus_per_node, 1 / cluster.gpus_per_node)
     return {
         "GPUs": gpus / (cluster.call_seconds + cluster.gap_seconds),
         "PNG encoding": gpus * cluster.cores_per_gpu / core_seconds if core_seconds else math.inf,
         "driver": 1 / cluster.driver_seconds if cluster.driver_seconds else math.inf,
-        "storage requests": cluster.write_requests_per_second / requests,
+        "storage requests": cluster.write_requests_per_second / 2,  # a part is written and deleted
         # The part, its way to the task that joins it, and the shard.
         "network": nodes * cluster.node_bytes_per_second / (3 * bytes_per_call) if bytes_per_call else math.inf,
     }
@@ -276,7 +272,8 @@ def sentences(cluster: Cluster) -> list[str]:
         f"Generation scales ({SCALES:.0%}) to {made:,} GPUs; images/s that each resource allows at 1,024: {others}.",
         f"Training scales to {fixed:,} GPUs with {cluster.pairs_per_update:,} pairs per update, and to {grown:,} with"
         f" {cluster.max_pairs_per_launch} per GPU.",
-        f"The board answers {cluster.board_calls_per_second:,.0f} heartbeats per second; 1,024 workers send 1,024.",
+        f"The board answers {cluster.board_calls_per_second:,.0f} heartbeats per second; 1,024 GPUs send"
+        f" {1024 // cluster.gpus_per_node}, one per node.",
     ]
 
 
@@ -345,9 +342,10 @@ def measure() -> dict[str, float]:
         found["gap_seconds"] = statistics.median(b[0] - (a[1] or 0) for a, b in itertools.pairwise(calls))
         found["actor_start_seconds"] = paced.ready_seconds
         board = ray.remote(Board).options(num_cpus=0).remote()
-        ray.get(board.heartbeat.remote(0, ""))
+        ray.get(board.heartbeats_of.remote({}))
+        of_node = [{8 * node + rank: ("pid 1 on node", 0.0) for rank in range(8)} for node in range(2000)]
         started = time.perf_counter()
-        ray.get([board.heartbeat.remote(rank, "pid 1 on node") for rank in range(2000)])
+        ray.get(list(map(board.heartbeats_of.remote, of_node)))
         found["board_calls_per_second"] = 2000 / (time.perf_counter() - started)
     return found
 
@@ -492,7 +490,14 @@ def _train(folder: Path, num_workers: int) -> tuple[float, float]:
     entry = trainer._work
     trainer._work = functools.partial(_work_and_wait, str(log))  # pickled by value: this file is the main module
     try:
-        trainer.train_adapter(job, num_updates=NUM_UPDATES, cpus_per_worker=0.1, gpus_per_worker=0, progress=Progress())
+        trainer.train_adapter(
+            job,
+            num_updates=NUM_UPDATES,
+            cpus_per_worker=0.1,
+            gpus_per_worker=0,
+            node_labels={},
+            progress=Progress(),
+        )
     finally:
         trainer._work = entry
     times = list(map(float, log.read_text().split()))
@@ -528,7 +533,7 @@ def _work_and_wait(log: str, config: Mapping[str, Any]) -> None:
 
     worker.load_model = load_slow
     worker.Worker._on_update = log_update
-    worker.work(config["job"], config["board"])
+    worker.work(config["job"], config["board"], config["fit"])
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def write_sets(folder: Path, sizes: list[int]) -> None:
 
 
 def manifest(size: int) -> str:
-    """A manifest of no files, which only tells the sets apart: hashing 2,000 links would take minutes."""
+    """A manifest without files, whose fingerprint names the cache of this set: hashing its links would take minutes."""
     import json
 
     from cdpo_ray.store import fingerprint_of

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import deepspeed
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parameters_to_vector
@@ -120,13 +121,11 @@ class Feed:
     def launches(self, pairs: StagePairs, *, after: int = 0) -> Iterator[PairBatch]:
         """Batches of ``pairs_per_launch`` pairs in training order, without those of the first ``after`` updates."""
         size, per_update = self.training.pairs_per_launch, self.training.global_batch_size
-        share, own = per_update // self.num_workers, self.worker_rank * (per_update // self.num_workers)
-        self.bank.expect(pairs.prompt_row[after * per_update :])
-        launches = (
-            range(draw, draw + size)
-            for start in range(after * per_update, len(pairs.chosen), per_update)
-            for draw in range(start + own, start + own + share, size)
-        )
+        share = per_update // self.num_workers
+        first = self.worker_rank * share
+        own = np.arange(after * per_update, len(pairs.chosen)).reshape(-1, per_update)[:, first : first + share]
+        self.bank.expect(pairs.prompt_row[own.ravel()])
+        launches = (range(draw, draw + size) for draw in own[:, ::size].ravel().tolist())
 
         def prefetch(draws: range) -> None:
             self.bank.prefetch(pairs.prompt_row[draws])

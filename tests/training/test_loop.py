@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_policies import training_section
@@ -367,3 +368,30 @@ def test_with_two_workers_and_prefetching_each_is_served_its_draws_of_the_same_s
             torch.randint(1000, (), generator=generator)  # the timestep
             torch.rand((), generator=generator)  # whether the prompt is emptied
             assert torch.equal(used[str(update)], torch.randn(4, 8, 8, generator=generator)), (rank, update)
+
+
+class Recorder(SampleBank):
+    """Records the prompts whose samples must fit on the disk, and those that are fetched."""
+
+    def expect(self, rows: NDArray[np.int64]) -> None:
+        expected.extend(rows.tolist())
+
+    def prefetch(self, rows: NDArray[np.int64]) -> None:
+        fetched.extend(rows.tolist())
+
+
+expected: list[int] = []
+fetched: list[int] = []
+
+
+@pytest.mark.parametrize(("rank", "own"), [(0, [8, 9, 10, 11, 16, 17, 18, 19]), (1, [12, 13, 14, 15, 20, 21, 22, 23])])
+def test_a_worker_needs_and_fetches_the_samples_of_its_own_draws_alone(rank: int, own: list[int]) -> None:
+    expected.clear()
+    fetched.clear()
+    section = training_section(global_batch_size=8, batch_size_per_worker=2, num_workers=2)
+    bank = Recorder(torch.zeros(24, 2, 1, 1, 1), {"prompt_embedding": torch.zeros(24, 1, 1)}, np.arange(24))
+    empty = {"prompt_embedding": torch.zeros(1, 1, 1)}
+    feed = Feed(bank, lambda generator: {"timestep": torch.tensor(0)}, empty, section, 0, rank, 2)
+    pairs = StagePairs(1, np.arange(24), np.zeros(24, int), np.ones(24, int))
+    assert len([*feed.launches(pairs, after=1)]) == 4
+    assert expected == fetched == own
