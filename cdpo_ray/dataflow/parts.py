@@ -139,9 +139,7 @@ def find_parts(output_dir: Path, stem: str, images_per_prompt: int) -> tuple[lis
         )  # fmt: skip
     found: list[Part] = []
     held: dict[int, set[int]] = {}
-    contents = map_files(
-        lambda path: ([], None) if path in damaged else _contents(path, is_shard=path in shards), expected
-    )
+    contents = map_files(lambda path: ([], None) if path in damaged else _contents(path), expected)
     for path, (indices, piece) in zip(expected, contents, strict=True):
         images = {*(piece or range(images_per_prompt))}
         if not indices or any(not held.get(index, set()).isdisjoint(images) for index in indices):
@@ -163,10 +161,9 @@ def find_parts(output_dir: Path, stem: str, images_per_prompt: int) -> tuple[lis
     return sorted(found), held
 
 
-def _contents(path: Path, *, is_shard: bool) -> tuple[list[int], range | None]:
+def _contents(path: Path) -> tuple[list[int], range | None]:
     """Prompt indices of a file, and the images that it holds if it is a piece of a prompt."""
-    is_piece = not is_shard and _is_piece(path)
-    rows = read_table(path, ["prompt_index", *([IMAGE_START, IMAGE_STOP] if is_piece else [])])
+    rows = read_table(path, ["prompt_index", *([IMAGE_START, IMAGE_STOP] if _is_piece(path) else [])])
     return rows["prompt_index"].to_pylist(), images_of(rows) if rows.num_rows else None
 
 
@@ -176,13 +173,14 @@ def shards_of(parts: Iterable[Part], min_bytes: int) -> Iterator[list[Part]]:
     The pieces of a prompt are in one group.
     """
     group: list[Part] = []
+    num_bytes = 0
     for part in parts:
-        is_full = sum(part.num_bytes for part in group) >= min_bytes
-        if group and (part.is_shard or (is_full and part.first != group[-1].first)):
+        if group and (part.is_shard or (num_bytes >= min_bytes and part.first != group[-1].first)):
             yield group
-            group = []
+            group, num_bytes = [], 0
         if not part.is_shard:
             group.append(part)
+            num_bytes += part.num_bytes
     if group:
         yield group
 
@@ -292,7 +290,7 @@ def _part_sha256(part: Path) -> str:
 
 
 def _is_piece(part: Path) -> bool:
-    """Whether a part holds a piece of a prompt, by its name."""
+    """Whether a file holds a piece of a prompt, by its name: other parts and shards have one hyphen."""
     return part.stem.count("-") == 2
 
 
