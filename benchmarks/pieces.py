@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch", type=int, default=4, help="images per call")
     parser.add_argument("--actors", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=60, help="denoising steps")
+    parser.add_argument("--steps", type=int, default=40, help="denoising steps")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     prompts = scene_prompts("train", options.images, seed=0)
@@ -84,6 +84,7 @@ def main() -> None:
             rates["one prompt"].append(rate)
             are_equal &= shards == of_one_actor
             rates["one image per prompt"].append(run(prompts, 1, options.actors, options)[0])
+            print({name: round(found[-1], 2) for name, found in rates.items()}, flush=True)
     print(f"{options.images} images on {options.actors} actors, images/s ({machine('cpu')})")
     for name, found in rates.items():
         print(f"{name:22} {statistics.median(found):6.2f} ({min(found):.2f} to {max(found):.2f})")

@@ -407,8 +407,10 @@ def check_training(counts: tuple[int, ...]) -> list[dict[str, float]]:
     """Seconds per update of the real training on this machine, whose denoiser waits, and the model's prediction.
 
     Real are Ray Train, the loop, DeepSpeed, gloo's all-reduces, heartbeats and checkpoints, with the embedded model and
-    one pair per launch. The prediction for several workers is the time of one, with the waits of their launches.
+    one pair per launch. The prediction for several workers is the wait, and what one worker needs beside it, for which
+    they share the cores of this machine.
     """
+    from cdpo_ray.resources import usable_cpus
     from cdpo_ray.session import ray_session
 
     rows: list[dict[str, float]] = []
@@ -416,11 +418,11 @@ def check_training(counts: tuple[int, ...]) -> list[dict[str, float]]:
         _write_samples(Path(scratch))
         for count in counts:
             seconds, checkpoint = _train(Path(scratch), count)
-            overhead = rows[0]["measured"] - SLEEP_SECONDS if rows else seconds - SLEEP_SECONDS
+            beside = (rows[0]["measured"] if rows else seconds) - SLEEP_SECONDS
             rows.append(
                 {
                     "workers": count,
-                    "predicted": SLEEP_SECONDS + overhead,
+                    "predicted": SLEEP_SECONDS + beside * max(1.0, count / usable_cpus()),
                     "measured": seconds,
                     "checkpoint_seconds": checkpoint,
                 }

@@ -322,6 +322,8 @@ def main() -> None:
         from cdpo_ray.session import ray_session
 
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        while ray.available_resources().get("GPU", 0) < options.nodes:  # the driver's view is seconds old
+            time.sleep(1)
         found: list[Any] = []
         done = threading.Event()
 
