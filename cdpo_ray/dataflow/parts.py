@@ -325,7 +325,7 @@ def read_quarantined(output_dir: Path) -> list[dict[str, Any]]:
         log.warning("%s: was altered (its SHA-256 differs); its prompt is retried", path)
         delete(path)
         paths.remove(path)
-    last = {path.stem.rpartition("-")[0]: path for path in paths}  # a prompt that was retried has several
+    last = {path.stem.removesuffix(f"-{_part_sha256(path)}"): path for path in paths}  # a retried prompt has several
     joined = output_dir / f"{QUARANTINE}.jsonl"
     entries: dict[str, Any] = {}
     for path in [joined, *last.values()] if exists(joined) else last.values():

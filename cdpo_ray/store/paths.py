@@ -130,9 +130,20 @@ def files_within(folder: Path) -> dict[str, Path]:
 
 
 def _names_within(folder: str) -> Iterator[str]:
-    for parent, _, names in os.walk(folder):
+    if not os.path.isdir(folder):
+        return
+    for parent, _, names in walk(folder):
         inner = parent.removeprefix(folder).lstrip("/")
         yield from (os.path.join(inner, name) for name in names)
+
+
+def walk(folder: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` that raises OSError for a folder that cannot be listed, which `os.walk` leaves out."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    return os.walk(folder, onerror=fail)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from typing_extensions import TypedDict
 
 from cdpo_ray.errors import StoreError, printable
-from cdpo_ray.store.paths import is_local, read_bytes
+from cdpo_ray.store.failures import storage_errors
+from cdpo_ray.store.paths import is_local, read_bytes, walk
 
 MAX_TEXT_BYTES = 2**28
 MAX_NAME_CHARS = 1024
@@ -90,15 +91,16 @@ def refuse_links_out(folder: Path, within: Path) -> None:
     """Refuse a local folder that contains, at any depth, a symbolic link out of the folder ``within``.
 
     Raises:
-        StoreError: there is such a link.
+        StoreError: there is such a link, or the storage fails.
     """
     if not is_local(folder):
         return
-    for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = Path(parent) / name
-            if path.is_symlink():
-                path_within(within, str(path.relative_to(within)))
+    with storage_errors(folder, "read"):
+        for parent, folders, files in walk(folder):
+            for name in (*folders, *files):
+                path = Path(parent) / name
+                if path.is_symlink():
+                    path_within(within, str(path.relative_to(within)))
 
 
 def read_untrusted(path: Path, kind: TypeAdapter[Any], *, remedy: str) -> Any:
