@@ -158,7 +158,7 @@ def generate(
         began, before = time.time(), resource.getrusage(resource.RUSAGE_SELF)
         with memory_of_this_process() as rss_mib:
             rows = in_pool(
-                ray.data.from_arrow(calls),
+                ray.data.from_blocks(calls),
                 Sleeper,
                 Pool(num_actors=num_actors, **pool),  # type: ignore[arg-type]
                 rows_per_call=None,
@@ -243,6 +243,7 @@ def simulated_cluster(num_nodes: int, add: Callable[[Any], Any]) -> Iterator[Any
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_gcs_server_port_wait_time_s": "120",
         "RAY_agent_register_timeout_ms": "300000",
+        "RAY_worker_register_timeout_seconds": "600",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
     from ray.cluster_utils import Cluster

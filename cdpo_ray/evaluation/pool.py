@@ -68,7 +68,7 @@ def evaluate_adapter(
     makes = (len(ARMS) * num_images, "images")
     progress.begin("evaluate", total=len(prompts), unit="prompt", done=len(done), makes=makes)
     calls = calls_of(prompts, sampling, held, done)
-    rows = ray.data.from_arrow(calls) if calls else None
+    rows = ray.data.from_blocks(calls) if calls else None
     compared = rows and in_pool(
         rows,
         Comparer,

@@ -106,7 +106,7 @@ def generate_samples(
     done = quarantine.refuse_too_many() | {row for row, images in held.items() if len(images) == num_images}
     progress.begin("generate", total=len(prompts), unit="prompt", done=len(done), makes=(num_images, "images"))
     calls = calls_of(prompts, sampling, held, done)
-    rows = ray.data.from_arrow(calls) if calls else None
+    rows = ray.data.from_blocks(calls) if calls else None
     rows = rows and in_pool(
         rows,
         Generator,

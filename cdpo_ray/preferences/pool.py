@@ -102,4 +102,4 @@ def find_faults(chunks: Sequence[Chunk], *, source: PreferenceSource, frame: Fra
 
 
 def _chunk_rows(chunks: Sequence[Chunk]) -> Dataset:
-    return ray.data.from_arrow([pa.Table.from_pylist(list(map(asdict, block))) for block in blocks_of(chunks)])
+    return ray.data.from_blocks([pa.Table.from_pylist(list(map(asdict, block))) for block in blocks_of(chunks)])
