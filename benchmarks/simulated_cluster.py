@@ -1,9 +1,10 @@
 """Generation on many simulated nodes of one machine, with and without losses of nodes; actors wait instead of working.
 
-    python benchmarks/simulated_cluster.py --nodes 64                 # is every actor busy, and is memory constant?
-    python benchmarks/simulated_cluster.py --nodes 4 --losses 5       # is every image there once, and what is redone?
+    python benchmarks/simulated_cluster.py --nodes 16                       # is every actor busy, and memory constant?
+    python benchmarks/simulated_cluster.py --nodes 8 --gpus 8 --seconds 20  # 64 actors
+    python benchmarks/simulated_cluster.py --nodes 4 --losses 5             # is every image there once; what is redone?
 
-A node is a real Ray node (raylet, agents, object store, workers) with one logical GPU, in `ray.cluster_utils.Cluster`.
+A node is a real Ray node (raylet, agents, object store, workers) with logical GPUs, in `ray.cluster_utils.Cluster`.
 The stream is the package's: calls, pool, parts and shards. Only the generator is replaced, by `Sleeper`. The exit code
 is 1 if an image is missing or exists twice, if the driver's memory grows by `MAX_GROWTH`, or if an actor is busy less
 than `MIN_BUSY` of the time (with losses: if more than `MAX_REDONE` of the calls are started again).
@@ -232,7 +233,7 @@ def growth(rss_mib: list[float]) -> float:
 
 @contextmanager
 def simulated_cluster(num_nodes: int, add: Callable[[Any], Any]) -> Iterator[Any]:
-    """Context manager around a head with two CPUs and ``num_nodes`` nodes with one CPU and one logical GPU each.
+    """Context manager around a head with two CPUs and ``num_nodes`` other nodes, see `add_node`.
 
     Nodes are started one after the other, and slowly, because each start takes seconds of the machine's CPU.
     """
@@ -245,6 +246,12 @@ def simulated_cluster(num_nodes: int, add: Callable[[Any], Any]) -> Iterator[Any
         "RAY_agent_register_timeout_ms": "300000",
         "RAY_worker_register_timeout_seconds": "600",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        # Agents of all nodes run on the one machine: at their default intervals they alone keep two cores busy, and
+        # workers, whose priority is lower by default, do not start in time.
+        "RAY_enable_metrics_collection": "0",
+        "REPORTER_UPDATE_INTERVAL_MS": "120000",
+        "DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S": "60",
+        "RAY_worker_niceness": "0",
     }
     from ray.cluster_utils import Cluster
 
@@ -262,11 +269,14 @@ def simulated_cluster(num_nodes: int, add: Callable[[Any], Any]) -> Iterator[Any
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def add_node(cluster: Any) -> Any:
-    """Start a node, again if its agents took more than the 15 s that Ray allows, as on a busy machine."""
+def add_node(cluster: Any, num_gpus: int) -> Any:
+    """Start a node with one CPU per logical GPU.
+
+    It is started again if its agents took more than the 15 s that Ray allows, as on a busy machine.
+    """
     for attempt in range(ATTEMPTS):
         try:
-            return cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 * 2**20)
+            return cluster.add_node(num_cpus=num_gpus, num_gpus=num_gpus, object_store_memory=80 * 2**20)
         except Exception:
             if attempt == ATTEMPTS - 1:
                 raise
@@ -286,7 +296,13 @@ def memory_of_children() -> float:
 
 
 def lose_nodes(
-    cluster: Any, count: int, every_seconds: float, generator: random.Random, done: threading.Event, log_dir: Path
+    cluster: Any,
+    count: int,
+    every_seconds: float,
+    generator: random.Random,
+    done: threading.Event,
+    log_dir: Path,
+    add: Callable[[Any], Any],
 ) -> None:
     """Kill a random node without warning, and start a new one, ``count`` times, from the first call on."""
     while count and not calls_in(log_dir) and not done.wait(1.0):
@@ -296,12 +312,13 @@ def lose_nodes(
             return
         node = generator.choice(sorted(cluster.worker_nodes, key=lambda node: node.unique_id))
         cluster.remove_node(node, allow_graceful=False)
-        add_node(cluster)
+        add(cluster)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=64)
+    parser.add_argument("--nodes", type=int, default=16)
+    parser.add_argument("--gpus", type=int, default=1, help="logical GPUs per node, each with one actor")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--images", type=int, default=256, help="images per prompt")
     parser.add_argument("--batch", type=int, default=4, help="images per call")
@@ -311,9 +328,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     sizes: list[float] = []
+    num_actors = options.nodes * options.gpus
 
     def add(cluster: Any) -> None:
-        add_node(cluster)
+        add_node(cluster, options.gpus)
         sizes.append(memory_of_children())
         print(f"node {len(sizes)}: {sizes[-1]:.2f} GiB in all", flush=True)
 
@@ -323,7 +341,7 @@ def main() -> None:
         from cdpo_ray.session import ray_session
 
         ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-        while ray.available_resources().get("GPU", 0) < options.nodes:  # the driver's view is seconds old
+        while ray.available_resources().get("GPU", 0) < num_actors:  # the driver's view is seconds old
             time.sleep(1)
         found: list[Any] = []
         done = threading.Event()
@@ -336,7 +354,7 @@ def main() -> None:
                             options.prompts,
                             options.images,
                             options.batch,
-                            num_actors=options.nodes,
+                            num_actors=num_actors,
                             seconds=options.seconds,
                             log_dir=Path(logs),
                             cpus_per_actor=1,
@@ -348,7 +366,7 @@ def main() -> None:
 
         thread = threading.Thread(target=work)
         thread.start()  # nodes are added from the main thread
-        lose_nodes(cluster, options.losses, options.every, random.Random(options.seed), done, Path(logs))
+        lose_nodes(cluster, options.losses, options.every, random.Random(options.seed), done, Path(logs), add)
         thread.join(5 if done.is_set() else None)
         at_end = memory_of_children()
     if not found:
@@ -357,6 +375,7 @@ def main() -> None:
     busy, memory = sorted(outcome.busy()), outcome.rss_mib
     result = {
         "nodes": options.nodes,
+        "actors": num_actors,
         "calls": outcome.num_calls,
         "calls_started": outcome.num_started,
         "seconds": round(outcome.seconds, 1),
