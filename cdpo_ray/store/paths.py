@@ -121,7 +121,7 @@ def files_within(folder: Path) -> dict[str, Path]:
     """
     with storage_errors(folder, "read"):
         if is_local(folder):
-            found = {name: folder / name for name in _names_within(str(folder)) if os.path.isfile(folder / name)}
+            found = {name: path for name in _names_within(str(folder)) if (path := folder / name).is_file()}
         else:
             paths = folder.fs.find(folder.path)  # type: ignore[attr-defined]
             names = [path.removeprefix(f"{folder.path}/") for path in paths]  # type: ignore[attr-defined]
@@ -130,7 +130,7 @@ def files_within(folder: Path) -> dict[str, Path]:
 
 
 def _names_within(folder: str) -> Iterator[str]:
-    if not os.path.isdir(folder):
+    if not Path(folder).is_dir():  # raises, unlike `os.path.isdir`, if the disk fails
         return
     for parent, _, names in walk(folder):
         inner = parent.removeprefix(folder).lstrip("/")

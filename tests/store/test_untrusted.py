@@ -1,5 +1,6 @@
 """A run's folder may be somebody else's: its names, contents and links are checked."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from cdpo_ray.store import (
     MANIFEST,
     RunFolder,
     copy,
+    files_within,
     fingerprint_of,
     local_copy,
     path_within,
@@ -22,6 +24,7 @@ from cdpo_ray.store import (
     write_text,
 )
 from cdpo_ray.store.lock import LOCK
+from cdpo_ray.store.untrusted import refuse_links_out
 
 STEP = "1-samples"
 
@@ -214,3 +217,20 @@ def test_external_text_is_shortened_and_put_on_one_line() -> None:
     assert printable("a\x1b[31m\nb\u202e") == r"a\x1b[31m\nb\u202e"
     assert printable("a" * 1000, 5) == "aaaaa... (1,000 characters)"
     assert printable("grün 日本 🙂") == "grün 日本 🙂"
+
+
+@pytest.mark.parametrize("read", [files_within, lambda folder: refuse_links_out(folder, folder)])
+def test_a_folder_that_cannot_be_listed_is_neither_empty_nor_free_of_links(
+    read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inner").mkdir()
+    scandir = os.scandir
+
+    def fail(path: Any) -> Any:
+        if Path(path).name == "inner":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(StoreError, match="cannot be read: Input/output error"):
+        read(tmp_path)
