@@ -302,7 +302,7 @@ def lose_nodes(
     generator: random.Random,
     done: threading.Event,
     log_dir: Path,
-    add: Callable[[Any], Any],
+    num_gpus: int,
 ) -> None:
     """Kill a random node without warning, and start a new one, ``count`` times, from the first call on."""
     while count and not calls_in(log_dir) and not done.wait(1.0):
@@ -312,7 +312,7 @@ def lose_nodes(
             return
         node = generator.choice(sorted(cluster.worker_nodes, key=lambda node: node.unique_id))
         cluster.remove_node(node, allow_graceful=False)
-        add(cluster)
+        add_node(cluster, num_gpus)
 
 
 def main() -> None:
@@ -366,7 +366,7 @@ def main() -> None:
 
         thread = threading.Thread(target=work)
         thread.start()  # nodes are added from the main thread
-        lose_nodes(cluster, options.losses, options.every, random.Random(options.seed), done, Path(logs), add)
+        lose_nodes(cluster, options.losses, options.every, random.Random(options.seed), done, Path(logs), options.gpus)
         thread.join(5 if done.is_set() else None)
         at_end = memory_of_children()
     if not found:

@@ -26,7 +26,7 @@ class Sizes:
 ray.data.DataContext.get_current().enable_progress_bars = False
 ray.data.DataContext.get_current().execution_options.preserve_order = True
 blocks = [pa.table({"row": [0, 1, 2]}), pa.table({"row": [3]}), pa.table({"row": [4, 5, 6]})]
-found = in_pool(ray.data.from_arrow(blocks), Sizes, Pool(gpus_per_actor=1, node_labels={"market": "spot"}),
+found = in_pool(ray.data.from_blocks(blocks), Sizes, Pool(gpus_per_actor=1, node_labels={"market": "spot"}),
                 rows_per_call=None).take_all()
 nodes, _ = cluster_nodes()
 assert nodes[0].labels["market"] == "spot"
