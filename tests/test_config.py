@@ -1337,6 +1337,11 @@ def test_validation_prompts_have_one_source_and_leave_something_to_train_on(
             " train a LoRA",
         ),
         (
+            {"model.dtype": "float16", "training.method": "full"},
+            "`model.dtype` 'float16' must not be given with `training.method` 'full', whose gradients it cannot hold;"
+            " use 'bfloat16' or 'float32', or train a LoRA, which is always float32",
+        ),
+        (
             {"model.quantization": "int8", "training.zero_stage": 3},
             "`training.zero_stage` 3 shards the base model, which quantised weights do not support; use 0 to 2 with"
             " `model.quantization`",

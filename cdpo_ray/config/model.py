@@ -97,7 +97,7 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the frozen weights and of activations; a LoRA is always float32. float32 suits CPUs and the
     embedded model; all configurations of published models use bfloat16, which halves memory. float16 overflows more
-    easily."""
+    easily, and is only for a LoRA."""
 
     compile: bool | Literal["auto"] = False
     """Compile the denoiser and the VAE's decoder with `torch.compile`. `auto`: in the steps in which it is estimated to

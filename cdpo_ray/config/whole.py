@@ -330,6 +330,11 @@ class Config(Section):
                 f"`model.quantization` {self.model.quantization!r} freezes the weights, which `training.method` 'full'"
                 " trains; leave it out, or train a LoRA"
             )
+        if self.model.dtype == "float16" and self.training.method == "full":
+            raise ValueError(
+                "`model.dtype` 'float16' must not be given with `training.method` 'full', whose gradients it cannot"
+                " hold; use 'bfloat16' or 'float32', or train a LoRA, which is always float32"
+            )
         if self.model.quantization and self.training.zero_stage == 3:
             raise ValueError(
                 "`training.zero_stage` 3 shards the base model, which quantised weights do not support; use 0 to 2"

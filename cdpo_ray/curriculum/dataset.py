@@ -11,7 +11,7 @@ import pyarrow as pa
 from cdpo_ray.curriculum.combination import RankingRule
 from cdpo_ray.curriculum.drawing import sort_by_difficulty
 from cdpo_ray.curriculum.explanation import describe_stage
-from cdpo_ray.curriculum.labels import where_labels_agree
+from cdpo_ray.curriculum.labels import num_disagreements, where_labels_agree
 from cdpo_ray.curriculum.noise import gap_noise
 from cdpo_ray.curriculum.pairs import AdmittedPairs, PairArrays, PairSet
 from cdpo_ray.curriculum.ranking import rank_samples
@@ -33,7 +33,7 @@ class ScoreTable:
         scores: ``[prompt, sample]``; NaN: not ranked.
         gap_noise: noise of the score gaps; `None`: not known.
         num_excused: number of NaNs not caused by a reward: no image, or label and score disagree.
-        num_disagreeing: number of prompts whose scores disagree with their labels.
+        num_disagreeing: number of pairs whose scores disagree with their labels.
     """
 
     prompt_index: np.ndarray
@@ -71,22 +71,20 @@ def _with_noise(table: ScoreTable, scores_dir: Path, rule: RankingRule) -> Score
 
 
 def _where_labelled(table: ScoreTable, labelled: np.ndarray, labels: np.ndarray) -> ScoreTable:
-    """Keep the labelled training prompts; scores of pairs that disagree with the label become NaN.
+    """Keep the labelled training prompts; scores that disagree with the labels become NaN, see `where_labels_agree`.
 
     Args:
         labelled: ``[prompt]`` indices of labelled training prompts.
         labels: ``[prompt, sample]``, higher is preferred; NaN: no image.
     """
     scores = table.scores[np.searchsorted(table.prompt_index, labelled)]
-    scores = np.where(np.isfinite(labels), scores, np.nan)
-    agreeing = where_labels_agree(scores, labels) if scores.shape[1] == 2 else scores
-    disagrees = np.isfinite(scores).all(axis=1) & ~np.isfinite(agreeing).all(axis=1)
+    agreeing = where_labels_agree(scores, labels)
     return replace(
         table,
         prompt_index=labelled,
         scores=agreeing,
         num_excused=int((~np.isfinite(agreeing) & (np.isfinite(scores) | ~np.isfinite(labels))).sum()),
-        num_disagreeing=int((disagrees & np.isfinite(labels).all(axis=1)).sum()),
+        num_disagreeing=int(num_disagreements(scores, labels).sum()) // 2,
     )
 
 

@@ -13,6 +13,9 @@ from cdpo_ray.errors import GenerationError
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAX_ROW_VALUES = 2**31
+"""A row of a tensor column must hold fewer values: Arrow counts them with 31 bits."""
+
 
 def tensor_column(values: NDArray[Any], num_samples: int | None = None) -> pa.Array:
     """Fixed-shape tensor column of an array.
@@ -22,12 +25,12 @@ def tensor_column(values: NDArray[Any], num_samples: int | None = None) -> pa.Ar
         num_samples: number of samples per row.
 
     Raises:
-        GenerationError: a row holds 2**31 values or more.
+        GenerationError: a row holds `MAX_ROW_VALUES` or more.
     """
     if num_samples is not None:
         values = values.reshape(-1, num_samples, *values.shape[1:])
     num_values = math.prod(values.shape[1:])
-    if num_values >= 2**31:  # pyarrow's error does not name the cause and would quarantine every prompt
+    if num_values >= MAX_ROW_VALUES:  # pyarrow's error does not name the cause and would quarantine every prompt
         raise GenerationError(
             f"a row of a table must hold fewer than 2**31 values, got shape {list(values.shape[1:])}; lower"
             " `generation.images_per_prompt`, or the size of the images"

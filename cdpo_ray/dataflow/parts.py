@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from cdpo_ray.dataflow.columns import tensor_column
 from cdpo_ray.dataflow.images import encode_pixels
-from cdpo_ray.errors import StoreError
+from cdpo_ray.errors import GenerationError, StoreError
 from cdpo_ray.store import (
     PARTS,
     delete,
@@ -47,6 +47,8 @@ IMAGES_PER_BATCH = "images_per_batch"
 """Column with the number of images per forward pass, which is not written to the part."""
 IMAGE_START, IMAGE_STOP = "image_start", "image_stop"
 """Columns with the range of images that a piece of a prompt holds; rows of whole prompts have none."""
+MAX_ROW_BYTES = 2**31 - 2**20
+"""Maximum size of a list of PNGs: Arrow counts their bytes with 31 bits."""
 PER_IMAGE = ("latents", "latents_std")
 """Tensor columns whose first dimension counts the images of a prompt, as the lists of the list columns do."""
 
@@ -103,6 +105,23 @@ _PART_SCHEMA = pa.schema(
         for name in ("first", "image_start", "num_rows", "num_bytes", "num_images", "images_per_batch")
     ]
 )
+
+
+def refuse_large_rows(part: Part, images_per_prompt: int) -> None:
+    """Raise if all images of a prompt will be too large for one row, by the size of the part, a piece of the prompt.
+
+    Raises:
+        GenerationError: they are too large.
+    """
+    if part.num_images and (num_bytes := part.num_bytes * images_per_prompt // part.num_images) > MAX_ROW_BYTES:
+        raise too_many_bytes(num_bytes)
+
+
+def too_many_bytes(num_bytes: int) -> GenerationError:
+    return GenerationError(
+        f"the images of a prompt take {num_bytes / 2**30:.1f} GiB, and a row of a table must hold less than 2 GiB;"
+        " lower the number or the size of the images per prompt; with `generation.keep_images: false`, none are stored"
+    )
 
 
 def images_of(rows: pa.Table) -> range | None:
@@ -234,6 +253,8 @@ def _joined(pieces: list[pa.Table]) -> pa.Table:
     for index, column in enumerate(row.schema):
         if pa.types.is_list(column.type):
             values = [chunk for piece in pieces for chunk in pc.list_flatten(piece[column.name]).chunks]
+            if (num_bytes := sum(chunk.nbytes for chunk in values)) > MAX_ROW_BYTES:
+                raise too_many_bytes(num_bytes)
             items = pa.concat_arrays(values)
             whole = pa.ListArray.from_arrays(pa.array([0, len(items)], pa.int32()), items, type=column.type)
         elif column.name in PER_IMAGE:

@@ -12,7 +12,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, Dataset
 
 from cdpo_ray.config import Pool
-from cdpo_ray.dataflow.parts import Part, in_order, join_parts, shards_of, write_part
+from cdpo_ray.dataflow.parts import Part, in_order, join_parts, refuse_large_rows, shards_of, write_part
 from cdpo_ray.progress import Progress
 from cdpo_ray.store import PARTS, arrow_path, make_folder, with_tensors
 
@@ -105,7 +105,9 @@ def write_parts(
     for row in written.iter_rows():
         before, num_images = num_images, num_images + (row["num_images"] or row["num_rows"] * images_per_prompt)
         progress.advance(num_images // images_per_prompt - before // images_per_prompt)
-        yield Part(path=parts_dir / row.pop("name"), **row)
+        part = Part(path=parts_dir / row.pop("name"), **row)
+        refuse_large_rows(part, images_per_prompt)
+        yield part
 
 
 def write_shards(

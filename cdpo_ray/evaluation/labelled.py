@@ -79,10 +79,10 @@ class ImplicitValueModel:
 def label_accuracy(
     rows: pa.Table, rewards: tuple[str, ...], *, num_resamples: int, seed: int
 ) -> Mapping[str, dict[str, Any] | None]:
-    """How often the fine-tuned model, and each reward, orders two images as people did.
+    """How often the fine-tuned model, and each reward, orders two images as people did; each prompt counts once.
 
     Args:
-        rows: output of `ImplicitValueModel`.
+        rows: output of `ImplicitValueModel`; a prompt may have several rows.
         num_resamples, seed: number of draws and seed of the bootstrap over prompts.
 
     Returns:
@@ -95,7 +95,8 @@ def label_accuracy(
     labels = column(score_column(LABEL))
     values = {"policy": column(IMPLICIT_VALUE)}
     values |= {name: column(score_column(name)) for name in rewards if score_column(name) in rows.column_names}
+    prompt_numbers = rows["prompt"].combine_chunks().dictionary_encode().indices.to_numpy()
     return {
-        name: preference_accuracy(value, labels, num_resamples=num_resamples, seed=seed)
+        name: preference_accuracy(value, labels, prompt_numbers=prompt_numbers, num_resamples=num_resamples, seed=seed)
         for name, value in values.items()
     }

@@ -89,18 +89,26 @@ def by_category(
     ]
 
 
-def preference_accuracy(values: Scores, scores: Scores, *, num_resamples: int, seed: int) -> dict[str, Any] | None:
+def preference_accuracy(
+    values: Scores, scores: Scores, *, prompt_numbers: np.ndarray | None = None, num_resamples: int, seed: int
+) -> dict[str, Any] | None:
     """Mean of `pair_agreement` over prompts with its interval; `None` if no prompt has a pair with unequal scores.
 
     Args:
-        values: ``[prompt, image]`` implicit values.
-        scores: ``[prompt, image]`` scores of a judge.
+        values: ``[row, image]`` implicit values.
+        scores: ``[row, image]`` scores of a judge.
+        prompt_numbers: ``[row]`` integers, equal for rows of the same prompt, which are averaged first; ``None``: each
+            row is another prompt.
         num_resamples, seed: number of draws and seed of the bootstrap over prompts.
     """
     agreement = pair_agreement(values, scores)
-    kept = agreement[np.isfinite(agreement)]
+    finite = np.isfinite(agreement)
+    kept = agreement[finite]
     if not len(kept):
         return None
+    if prompt_numbers is not None:
+        _, prompt = np.unique(prompt_numbers[finite], return_inverse=True)
+        kept = np.bincount(prompt, weights=kept) / np.bincount(prompt)
     return asdict(bootstrap_mean(kept, num_resamples=num_resamples, seed=seed)) | {"num_prompts": len(kept)}
 
 

@@ -145,4 +145,4 @@ def _valued(labelled: LabelledSamples, generators: Pool, **arguments: Any) -> pa
         **arguments,
     )
     valued.set_name("evaluate labels")
-    return pa.concat_tables(ray.get(valued.select_columns([*kept, IMPLICIT_VALUE]).to_arrow_refs()))
+    return pa.concat_tables(ray.get(valued.select_columns(["prompt", *kept, IMPLICIT_VALUE]).to_arrow_refs()))

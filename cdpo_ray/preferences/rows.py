@@ -207,6 +207,8 @@ def _per_image(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any
 def grouped(rows: Iterable[Numbered], source: PreferenceSource, *, in_any_order: bool) -> Iterator[Numbered]:
     """Join rows of one image each into rows with lists, numbered as the first row of each.
 
+    A row that cannot be read stays alone, so that each counts as one.
+
     Args:
         in_any_order: hold all rows to join those that are apart; otherwise a group that appears again is unreadable.
     """
@@ -214,8 +216,8 @@ def grouped(rows: Iterable[Numbered], source: PreferenceSource, *, in_any_order:
     assert column is not None, "called for a format with groups only"
 
     def key(row: Numbered) -> Any:
-        values = row[1]
-        return values if isinstance(values, ValueError) else values.get(source.spelled(column, values))
+        number, values = row
+        return number if isinstance(values, ValueError) else (values.get(source.spelled(column, values)),)
 
     if in_any_order:
         held: dict[str, list[Numbered]] = {}
@@ -227,9 +229,7 @@ def grouped(rows: Iterable[Numbered], source: PreferenceSource, *, in_any_order:
     for value, group in groupby(rows, key):
         name, members = repr(value), list(group)
         if name in seen:
-            reason = (
-                f"`{column}` {shown(value)} has other rows before; sort the file by it, or split it into smaller files"
-            )
+            reason = f"`{column}` {shown(value[0])} has other rows before; sort the file by it, or split it"
             yield members[0][0], ValueError(reason)
         else:
             seen.add(name)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cdpo_ray.config import REWARDS
-from cdpo_ray.dataflow.columns import list_column, tensor_column
+from cdpo_ray.dataflow.columns import list_column
 from cdpo_ray.dataflow.images import decode_pngs, is_black
 from cdpo_ray.dataflow.memory import is_out_of_memory, needed_and_free
 from cdpo_ray.errors import RewardError, printable
@@ -113,14 +113,14 @@ def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
             found = getattr(importlib.import_module(module_name), attribute)(**options)
         else:
             found = load_function("reward", name, RewardError)
-            if isinstance(found, type):
+            if isinstance(found, type) and any("__call__" in vars(each) for each in found.__mro__):
                 found = found(**options)
             elif options and callable(found):
                 found = functools.partial(found, **options)
-    if not callable(found):
+    if not callable(found) or isinstance(found, type):
         raise RewardError(
             f"reward `{name}`: must be a function of images and prompts, or a class of such callables, got"
-            f" {type(found).__name__}"
+            f" {(found if isinstance(found, type) else type(found)).__name__}"
         )
     return found
 
@@ -206,6 +206,15 @@ class PixelScorer:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         pixels = rows["pixels"].combine_chunks().to_numpy_ndarray()
+        return self.add_scores(rows if self.keep_pixels else rows.drop_columns("pixels"), pixels)
+
+    def add_scores(self, rows: pa.Table, pixels: NDArray[np.uint8]) -> pa.Table:
+        """Append score columns.
+
+        Args:
+            pixels: ``[row, sample, 3, height, width]``; not a column, because a row of one holds fewer than 2**31
+                values.
+        """
         num_samples = pixels.shape[1]
         images = torch.from_numpy(pixels.reshape(-1, *pixels.shape[2:]))
         prompts = [prompt for prompt in rows["prompt"].to_pylist() for _ in range(num_samples)]
@@ -217,8 +226,6 @@ class PixelScorer:
                 found = self.scores(images[batch], [prompts[image] for image in batch], names)
                 for name, values in found.items():
                     scores[name][batch] = values
-        if not self.keep_pixels:
-            rows = rows.drop_columns("pixels")
         for name, values in scores.items():
             rows = rows.append_column(score_column(name), list_column(values, num_samples, pa.float64()))
         return rows
@@ -246,18 +253,17 @@ def batches_of(num_images: int, images_per_batch: int, *, mixed: bool, together:
 
 
 class PixelReader:
-    """Rows of 1-samples -> the same rows with `pixels`, from the PNGs if present, else from the latents."""
+    """Rows of 1-samples -> pixels, from the PNGs if present, else from the latents."""
 
     def __init__(self, family: str, model: dict[str, Any], images_per_batch: int) -> None:
         self.family, self.model_arguments = family, model
         self.model: Any = None
         self.images_per_batch = images_per_batch
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
+    def __call__(self, rows: pa.Table) -> NDArray[np.uint8]:
+        """``[row, sample, 3, height, width]``."""
         read = self._from_pngs if "images" in rows.column_names else self._from_latents
-        pixels = np.stack([read(rows, row) for row in range(rows.num_rows)])
-        kept = rows.select([name for name in rows.column_names if name not in ("images", "latents")])
-        return kept.append_column("pixels", tensor_column(pixels))
+        return np.stack([read(rows, row) for row in range(rows.num_rows)])
 
     def _from_pngs(self, rows: pa.Table, row: int) -> NDArray[np.uint8]:
         pngs, where = rows["images"][row].as_py(), f"1-samples: prompt {rows['prompt_index'][row]}"
@@ -272,7 +278,7 @@ class PixelReader:
 
 
 class SampleScorer:
-    """Rows of 1-samples -> the same rows with score columns; reads and scores in one actor."""
+    """Rows of 1-samples -> the same rows with score columns, without images; reads and scores in one actor."""
 
     def __init__(
         self,
@@ -287,4 +293,5 @@ class SampleScorer:
         self.score = PixelScorer(rewards, images_per_batch, mixed=mixed)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        return self.score(self.read(rows))
+        kept = rows.select([name for name in rows.column_names if name not in ("images", "latents")])
+        return self.score.add_scores(kept, self.read(rows))

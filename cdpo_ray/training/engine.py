@@ -28,9 +28,6 @@ from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_DIR, save_lora
 from cdpo_ray.training.adamw import MOMENTS, STEP, make_optimizer
 
-MASTERS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""Dtype of trainable parameters -> section of DeepSpeed's configuration that keeps fp32 masters of them."""
-
 
 def start_engine(
     denoiser: nn.Module, trainable: Sequence[nn.Parameter], training: TrainingSection, *, num_workers: int
@@ -63,8 +60,8 @@ def start_engine(
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it synchronises with the device twice per update
     }
-    if masters := MASTERS.get(trainable[0].dtype):
-        config[masters] = {"enabled": True}
+    if masters := trainable[0].dtype == torch.bfloat16:  # the configuration refuses to train float16 weights
+        config["bf16"] = {"enabled": True}
     # Without masters and ZeRO, `step_and_measure` clips, with the norm that it has already. DeepSpeed's default is 1.
     config["gradient_clipping"] = training.max_grad_norm if masters or training.zero_stage else 0.0
     # Compared by strides, because a 1x1 kernel is contiguous in both memory formats.

@@ -81,6 +81,8 @@ class TrainingState:
         rise = error_rise(self.records, last=self.num_updates, window=health.window)
         if rise is None or health.max_error_rise is None or rise <= health.max_error_rise:
             return self
+        if self.records[-1]["stage"] < self.stage:  # the stage has no record yet, so it cannot end
+            return self
         state = replace(self, alarms=(*self.alarms, Alarm(self.num_updates, rise)), is_stopped=health.stops)
         if health.stops and not health.check_before(self.num_updates):
             raise TrainingError(
@@ -147,7 +149,7 @@ class Guard:
 
     Args:
         trainable: parameters whose gradients are checked: by their norm, once per update. Under ZeRO, which takes
-            gradients away as soon as they are computed, and in fp16, whose norm overflows, hooks sum them in fp32.
+            gradients away as soon as they are computed, hooks sum them in fp32.
         sharded: whether ZeRO is on.
     """
 
@@ -156,7 +158,7 @@ class Guard:
         self.norm = torch.zeros((), device=device)
         self.whole = []
         for parameter in trainable:
-            if sharded or parameter.dtype == torch.float16:
+            if sharded:
                 parameter.register_hook(self.see)
             else:
                 self.whole.append(parameter)

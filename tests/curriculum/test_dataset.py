@@ -93,6 +93,16 @@ def test_labelled_pairs_are_ranked_only_if_they_agree_and_are_not_held_out(tmp_p
     assert int(rank_samples(read.scores).num_unranked.sum()) - read.num_excused == 1  # the missing score
 
 
+def test_a_row_of_three_images_does_not_exempt_rows_of_two_from_agreeing(tmp_path: Path) -> None:
+    nan = np.nan
+    write_table(tmp_path, "clip", np.array([[0.1, 0.9, nan], [0.9, 0.1, nan], [0.9, 0.1, 0.5]]))
+    write_labels(tmp_path, {0: [1, 0, nan], 1: [1, 0, nan], 2: [2, 1, 0]})  # padded to the most images
+    read = read_ranking_scores(tmp_path, LABELLED)
+    np.testing.assert_array_equal(read.scores, [[nan, nan, nan], [0.9, 0.1, nan], [0.9, nan, 0.5]])
+    assert read.num_disagreeing == 2
+    assert int(rank_samples(read.scores).num_unranked.sum()) - read.num_excused == 0
+
+
 def test_missing_images_of_a_ranked_folder_are_not_ranked_and_no_reward_is_blamed(tmp_path: Path) -> None:
     nan = np.nan
     write_table(tmp_path, "clip", np.array([[0.0, -1.0, -2.0], [0.0, -1.0, 7.0]]))

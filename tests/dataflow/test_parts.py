@@ -17,11 +17,13 @@ from cdpo_ray.dataflow.parts import (
     join_parts,
     join_quarantined,
     read_quarantined,
+    refuse_large_rows,
     shards_of,
+    whole_prompts,
     write_part,
     write_quarantined,
 )
-from cdpo_ray.errors import StoreError
+from cdpo_ray.errors import GenerationError, StoreError
 from cdpo_ray.store import PARTS, write_table
 
 
@@ -275,6 +277,18 @@ def test_a_prompt_with_a_missing_piece_is_left_out_of_its_shard(parts_dir: Path)
     assert held[1] == {0, 1, 4}
     join_parts([part.path for part in found], shard := parts_dir.parent / "samples-0.parquet", NUM_IMAGES)
     assert indices(shard) == [0, 2]
+
+
+def test_a_prompt_whose_images_exceed_a_row_is_refused_at_its_first_piece_and_when_joined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    large = Part(first=0, num_rows=1, num_bytes=20 * 2**20, num_images=4, path=Path())
+    refuse_large_rows(large, 400)
+    with pytest.raises(GenerationError, match=r"the images of a prompt take 2\.4 GiB, .* lower the number or the size"):
+        refuse_large_rows(large, 500)
+    monkeypatch.setattr("cdpo_ray.dataflow.parts.MAX_ROW_BYTES", 10)
+    with pytest.raises(GenerationError, match=r"must hold less than 2 GiB"):
+        whole_prompts([piece(0, 0, 2), piece(0, 2, 4), piece(0, 4, 5)], NUM_IMAGES)
 
 
 def test_a_piece_that_overlaps_another_is_deleted(parts_dir: Path) -> None:

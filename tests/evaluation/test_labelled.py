@@ -27,6 +27,7 @@ def test_accuracy_is_the_share_of_pairs_in_the_order_of_the_labels_without_missi
     nan = np.nan
     rows = pa.table(
         {
+            "prompt": PROMPTS[:4],
             "score_label": [[1.0, 0.0, nan], [0.0, 1.0, nan], [1.0, 0.0, nan], [0.0, -1.0, -2.0]],
             "implicit_value": [[0.5, 0.1, 9.0], [0.5, 0.1, -9.0], [2.0, 1.0, 0.0], [3.0, 2.0, 2.5]],
             "score_clip": [[0.2, 0.2, nan], [0.1, 0.3, nan], [nan, 0.1, nan], [0.1, 0.2, 0.3]],
@@ -36,6 +37,17 @@ def test_accuracy_is_the_share_of_pairs_in_the_order_of_the_labels_without_missi
     assert list(found) == ["policy", "clip"]
     assert found["policy"]["mean"] == np.mean([1, 0, 1, 2 / 3])
     assert (found["clip"]["mean"], found["clip"]["num_prompts"]) == (np.mean([0.5, 1, 0]), 3)
+
+
+def test_rows_of_one_prompt_count_as_one() -> None:
+    agreeing = {PROMPTS[0]: [1, 1, 0, 1], PROMPTS[1]: [0], PROMPTS[2]: [1, 0]}
+    rows = [(prompt, [float(agrees), 0.5]) for prompt, each in agreeing.items() for agrees in each]
+    shuffled = [rows[index] for index in (3, 6, 0, 4, 2, 5, 1)]
+    columns = {"prompt": [prompt for prompt, _ in shuffled], "implicit_value": [value for _, value in shuffled]}
+    table = pa.table({**columns, "score_label": [[1.0, 0.0]] * len(rows)})
+    found = label_accuracy(pa.concat_tables([table[:3], table[3:]]), (), num_resamples=100, seed=0)["policy"]
+    assert found is not None
+    assert (found["mean"], found["num_prompts"]) == (np.mean([0.75, 0, 0.5]), 3)
 
 
 def test_values_equal_those_of_each_prompt_alone(tiny_sd15: Path, tmp_path: Path) -> None:

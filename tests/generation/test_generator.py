@@ -201,6 +201,15 @@ def test_rescoring_pngs_or_latents_gives_the_fused_scores(
         np.testing.assert_allclose(found, fused, rtol=0, atol=0.02 if (kept, images_per_batch) == ("latents", 1) else 0)
 
 
+def test_images_whose_pixels_exceed_a_row_of_a_table_are_scored_from_their_pngs(
+    rows: pa.Table, tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdpo_ray.dataflow.columns.MAX_ROW_VALUES", 2 * 3 * 64 * 64)  # as 500 images of 1328 px would
+    plain = rows.select(["prompt_index", "prompt", "images"])
+    scored = SampleScorer("stable_diffusion", {"path": str(tiny_sd15)}, REWARDS, 100)(plain)
+    assert all(scored[f"score_{name}"].equals(rows[f"score_{name}"]) for name in REWARDS)
+
+
 def test_columns_match_the_schema_and_parquet_keeps_their_shape(rows: pa.Table, tmp_path: Path) -> None:
     kept = rows.drop_columns(["images_per_batch"])
     write_table(kept, tmp_path / "samples.parquet")

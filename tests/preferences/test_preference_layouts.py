@@ -145,8 +145,20 @@ def test_a_large_file_must_have_the_rows_of_a_prompt_together(tmp_path: Path, mo
     apart = read(jsonl(tmp_path / "b.jsonl", group_rows([0, 1, 3, 4, 2])), "imagerewarddb")
     assert [row.prompt for row in apart if isinstance(row, Row)] == ["prompt p", "prompt q"]
     assert [(row.number, row.reason) for row in apart if isinstance(row, Fault)] == [
-        (5, "`prompt_id` 'p' has other rows before; sort the file by it, or split it into smaller files")
+        (5, "`prompt_id` 'p' has other rows before; sort the file by it, or split it")
     ]
+
+
+@pytest.mark.parametrize("max_held_bytes", [2**20, 10])
+def test_each_row_that_cannot_be_read_is_one_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_held_bytes: int
+) -> None:
+    monkeypatch.setattr("cdpo_ray.preferences.files.MAX_HELD_BYTES", max_held_bytes)
+    path = jsonl(tmp_path / "a.jsonl", group_rows([0, 1, 2]))
+    with path.open("a") as lines:
+        lines.write("{\n" * 3)
+    found = scan(PreferenceSource(str(path), "imagerewarddb"))
+    assert ([fault.number for fault in found.faults], found.num_rows) == ([4, 5, 6], 4)
 
 
 def test_rankings_with_bad_rows_are_faults_and_the_others_are_read(tmp_path: Path) -> None:

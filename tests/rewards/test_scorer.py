@@ -151,7 +151,8 @@ class WithArguments(Mean):
 
 
 class NotCalled:
-    pass
+    def __init__(self):
+        raise AssertionError("a class of instances that cannot be called is not instantiated")
 
 
 def modifies_its_inputs(images, prompts):
