@@ -2,7 +2,7 @@
 
 A tensor is stored as a list of its values, in row-major order, with its shape in the metadata of the field (`shape`).
 
-`1-samples/samples-*.parquet`, one row per prompt, in prompt order; a row group has 4 MiB of tensors, and at least one row:
+`1-samples/samples-*.parquet`, one row per prompt, in prompt order; a row group has 4 MiB of tensors, at least one row:
 
 - `prompt_index` int64: position of the prompt in the training set
 - `prompt_id` string: 16 hex digits of the prompt's BLAKE2b; safe as a name
@@ -17,7 +17,7 @@ A tensor is stored as a list of its values, in row-major order, with its shape i
 - `images` list of binary: PNG per sample; only if `generation.keep_images`
 - `score_<reward>` list of float64 per sample: only rewards that were computed during generation
 
-`1-samples/set_aside.jsonl`, `5-evaluation/set_aside.jsonl`: the quarantine, which lists prompts that failed inside the model, if any:
+`1-samples/set_aside.jsonl`, `5-evaluation/set_aside.jsonl`, the quarantine: prompts that failed in the model, if any:
 
 - `prompt_index`, `prompt`, `reason` (imported images: unusable rows, by file and row)
 - `images`, `num_images`: of a prompt that has a row; indices of the images without a score (black), number of images
