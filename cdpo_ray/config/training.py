@@ -188,8 +188,8 @@ class TrainingSection(Section):
     embedded world (`docs/log.md`), 0.5 cut the rise to a quarter, and 0.9 also lost the gain. `null`: off."""
 
     reference: Literal["base", "start", "last_round"] = "base"
-    """Frozen reference. `base`: the base model. `start`: the LoRA of `start_from`, in every round. `last_round`: the
-    model that the round started from (needs `rounds` > 1)."""
+    """Frozen reference that the policy is compared with. `base`: the base model. `start`: the LoRA of `start_from`, in
+    every round. `last_round`: the model that the round started from (needs `rounds` > 1)."""
 
     start_from: LocalPath | None = None
     """LoRA to start training from: a safetensors file in the format of diffusers or kohya (sd-scripts), or a folder
@@ -255,9 +255,9 @@ class TrainingSection(Section):
     code uses 0.25 for Stable Diffusion. 0 suits models that are sampled without guidance, such as LCM and FLUX."""
 
     gradient_checkpointing: bool | Literal["auto"] = False
-    """Recompute activations in the backward pass. This takes much less memory (SD 1.5: 0.14 instead of 0.97 GiB per
-    sample), but training is an estimated quarter slower. `auto`: enabled if the estimated peak memory without it
-    exceeds the GPU's memory, or is unknown."""
+    """Recompute activations in the backward pass to save memory (SD 1.5: 0.14 instead of 0.97 GiB per sample). Training
+    is then an estimated quarter slower. `auto`: enabled if the estimated peak memory without it exceeds the GPU's
+    memory, or is unknown."""
 
     lora: LoraSection = LoraSection()
 
