@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     whole = argparse.ArgumentParser(
         prog="cdpo",
-        description="Align a text-to-image model by Curriculum DPO:\n"
+        description="Align a text-to-image model with Curriculum DPO:\n"
         "prompts -> samples -> scores -> stages -> adapter -> metrics -> report",
         epilog=_overview(),
         formatter_class=argparse.RawDescriptionHelpFormatter,

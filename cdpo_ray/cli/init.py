@@ -41,12 +41,15 @@ SETS = (*BUILT_IN, *BENCHMARKS)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help=f"config to write (default: {DEFAULT_FILE})")
     parser.add_argument(
-        "--like", metavar="NAME", help=f"config to start from, see `cdpo configs` (default: {DEFAULT_LIKE})"
+        "--like",
+        metavar="NAME",
+        help="config to start from, see `cdpo configs` (default: one of the family of --model, pickapic for --preferences,"
+        f" else {DEFAULT_LIKE})",
     )
     parser.add_argument("--model", metavar="PATH|ID@COMMIT", help="model folder, single file, or hub id")
     parser.add_argument("--prompts", metavar="FILE|SET", help=f"file of prompts, or one of the sets {', '.join(SETS)}")
     parser.add_argument(
-        "--heldout", metavar="FILE|SET", help="held-out prompts, in the same form (default: a fifth of --prompts)"
+        "--heldout", metavar="FILE|SET", help="held-out prompts, given like --prompts (default: a fifth of --prompts)"
     )
     parser.add_argument("--reward", metavar="NAME[,NAME]", help="built-in rewards, or your own as module:function")
     parser.add_argument("--preferences", metavar="PATH", help="preference pairs to train on, instead of prompts")
