@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--like",
         metavar="NAME",
-        help="config to start from, see `cdpo configs` (default: one of the family of --model, pickapic for --preferences,"
+        help="config to start from, see `cdpo configs` (default: by the family of --model; pickapic for --preferences;"
         f" else {DEFAULT_LIKE})",
     )
     parser.add_argument("--model", metavar="PATH|ID@COMMIT", help="model folder, single file, or hub id")
