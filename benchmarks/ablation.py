@@ -128,7 +128,7 @@ ARMS: dict[str, Arm] = {
     BASE: Arm("base model, not trained", None),
     PLAIN: Arm("plain DPO", ALL_PAIRS),
     PAPER: Arm("paper: easy to hard, cumulative", CUMULATIVE),
-    "shuffled": Arm("the paper's draws in no order", replace(CUMULATIVE, order="shuffled")),
+    "shuffled": Arm("the paper's draws, shuffled", replace(CUMULATIVE, order="shuffled")),
     "reversed-stages": Arm("the paper's draws, last stage first", CUMULATIVE, reversed=True),
     "hard-to-easy": Arm("hard to easy, cumulative", replace(CUMULATIVE, order="hard_to_easy")),
     "one-stage": Arm("easy to hard, one level at a time", replace(CUMULATIVE, pacing="one_stage")),

@@ -2,14 +2,14 @@
 
 A tensor is stored as a list of its values, in row-major order, with its shape in the metadata of the field (`shape`).
 
-`1-samples/samples-*.parquet`, one row per prompt, in prompt order; a row group has 4 MiB of tensors, one row at least:
+`1-samples/samples-*.parquet`, one row per prompt, in prompt order; a row group has 4 MiB of tensors, at least one row:
 
 - `prompt_index` int64: position of the prompt in the training set
 - `prompt_id` string: 16 hex digits of the prompt's BLAKE2b; safe as a name
 - `prompt` string
 - `latents` tensor [sample, channel, height, width]: final latents of the sampler
 - `prompt_embedding` tensor [token, channel]: conditioning of the denoiser
-- `pooled_embedding` tensor [channel]: only families that have one
+- `pooled_embedding` tensor [channel]: only for families that have one
 - `num_tokens_cut` int64: number of tokens of the prompt beyond the text encoder's maximum
 - `latents_std`, as `latents`: imported images only; the posterior's standard deviation (`latents` is its mean)
 - `score_label` list of float64 per sample: higher is preferred; imported images only; NaN: no label
@@ -17,7 +17,7 @@ A tensor is stored as a list of its values, in row-major order, with its shape i
 - `images` list of binary: PNG per sample; only if `generation.keep_images`
 - `score_<reward>` list of float64 per sample: only rewards that were computed during generation
 
-`1-samples/set_aside.jsonl`, `5-evaluation/set_aside.jsonl`, quarantine: prompts that failed inside the model, if any:
+`1-samples/set_aside.jsonl`, `5-evaluation/set_aside.jsonl`, the quarantine: prompts that failed in the model, if any:
 
 - `prompt_index`, `prompt`, `reason` (imported images: unusable rows, by file and row)
 - `images`, `num_images`: of a prompt that has a row; indices of the images without a score (black), number of images
@@ -28,7 +28,7 @@ A tensor is stored as a list of its values, in row-major order, with its shape i
 - `score_<reward>` float64: higher is better
 
 `2-scores/label.parquet` is the same for the labels of imported images, without held-out prompts;
-`2-scores/second/<reward>.parquet` for the first `rewards.noise_prompts` prompts, scored in other batches.
+`2-scores/second/<reward>.parquet` is the same for the first `rewards.noise_prompts` prompts, scored in other batches.
 
 `3-stages/stage-<k>/*.parquet`, one row per drawn pair, easy to hard; training reads them in the order of `draw`:
 
@@ -44,7 +44,7 @@ A tensor is stored as a list of its values, in row-major order, with its shape i
 `3-stages/prompts-<k>.parquet` those of each prompt.
 
 `4-training/previews/prompts.json` has the held-out prompts that are sampled at the end of each stage, if any;
-`4-training/previews/stage-<k>/<prompt_id>.png` an image of each, from the same noise at every stage; stage 0 is the
+`4-training/previews/stage-<k>/<prompt_id>.png` is an image of each, from the same noise at every stage; stage 0 is the
 base model.
 
 `5-evaluation/comparison.parquet`, one row per (held-out prompt, image):
@@ -71,7 +71,7 @@ base model.
 `votes/heldout/<voter>.jsonl`, `votes/samples/<voter>.jsonl`, one line per vote of a person (`cdpo rate`), beside the
 steps: see `evaluation/votes.py: Vote`.
 
-A search (`cdpo tune`) has more:
+A search (`cdpo tune`) adds:
 
 - `validation/`, `heldout/`: images of the base model for these prompts, as `1-samples`
 - `trials/<number>/trial.json`, `confirmation/<number>-seed-<seed>/trial.json`: see `search/trials.py`; each folder is a
@@ -85,7 +85,7 @@ A search (`cdpo tune`) has more:
   `edge_density` and `jpeg_kilobytes` per image; `diversity`; `num_tokens_cut`
 - `2-scores/<judge>.parquet`
 
-and `judge.json`: results, as `compare.json` of `cdpo compare`
+and `judge.json`: results, in the layout of `compare.json` of `cdpo compare`
 """
 
 import hashlib

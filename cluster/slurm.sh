@@ -1,6 +1,7 @@
 #!/bin/bash
 # Slurm: one Ray cluster per job, one Ray node per machine; the head is on the first machine, and the run in this script.
-#   sbatch cluster/slurm.sh configs/sd15.yaml run.dir=/shared/runs training.num_workers=16 resources.generators.num_actors=16
+#   sbatch cluster/slurm.sh configs/sd15.yaml run.dir=/shared/runs training.num_workers=16 \
+#     training.batch_size_per_worker=2 resources.generators.num_actors=16
 # The same command resumes the run after a time limit or a lost machine. See README.md.
 #SBATCH --job-name=cdpo
 #SBATCH --nodes=2

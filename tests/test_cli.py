@@ -336,5 +336,5 @@ def test_questions_are_written_once_for_each_prompt(
         assert main(command) == 0 and len(read_questions(path)) == 22
         assert len(server.requests) == 22, "the answer was kept"
     printed = capsys.readouterr().out.split("\n")
-    assert printed[0].startswith(f"{path}: questions of 22 prompts written, 0 prompts had some; 22 requests with")
-    assert printed[1].startswith(f"{path}: questions of 1 prompts written, 21 prompts had some; 0 requests with")
+    assert printed[0].startswith(f"{path}: wrote the questions of 22 prompts, 0 prompts already had some; 22 req")
+    assert printed[1].startswith(f"{path}: wrote the questions of 1 prompts, 21 prompts already had some; 0 req")

@@ -575,7 +575,7 @@ def test_a_hub_id_needs_a_full_commit(revision: str | None) -> None:
         "model: `path` 'someone/some-model' is not a local folder, so it is read as a hub id, which needs `revision`"
         f" (a full commit of 40 hex digits), got {revision!r}; the history of the hub page's `Files and versions` lists"
         " the commits; as a folder it would be"
-        f" {Path.cwd()}/someone/some-model (relative paths start at the working folder)"
+        f" {Path.cwd()}/someone/some-model (relative paths start at the working directory)"
     )
 
 
@@ -589,7 +589,7 @@ def test_a_hub_id_with_a_full_commit_is_accepted() -> None:
 def test_a_model_folder_that_is_missing_is_named(path: str) -> None:
     assert refused(f"model.path={path}") == [
         f"model: `path` must be 'embedded', an existing folder or a hub id, got {path!r}: no folder"
-        f" {os.path.abspath(path)}{'' if path.startswith('/') else ' (relative paths start at the working folder)'}"
+        f" {os.path.abspath(path)}{'' if path.startswith('/') else ' (relative paths start at the working directory)'}"
     ]
 
 

@@ -127,13 +127,15 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     whole = argparse.ArgumentParser(
         prog="cdpo",
-        description="Align a text-to-image model by Curriculum DPO:\n"
+        description="Align a text-to-image model with Curriculum DPO:\n"
         "prompts -> samples -> scores -> stages -> adapter -> metrics -> report",
         epilog=_overview(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     whole.add_argument("--version", action="version", version=f"cdpo_ray {__version__}")
-    whole.add_argument("-v", "--verbose", action="store_true", help="print the output of Ray and its workers")
+    whole.add_argument(
+        "-v", "--verbose", action="store_true", help="print the output of Ray and its workers, and tracebacks"
+    )
     verbs = whole.add_subparsers(dest="verb", required=True, metavar="VERB", help="see below")
     for name in VERBS:
         verb = _module(name)

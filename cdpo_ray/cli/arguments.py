@@ -21,12 +21,17 @@ def add_config(parser: argparse.ArgumentParser, *, optional: bool = False) -> No
     config: Any = parser.add_argument(
         "config",
         metavar="CONFIG",
-        help="path of a YAML file, name of a config of the package (`cdpo configs`), or folder of a finished run",
+        help="path of a YAML file, name of a config that comes with the package (see `cdpo configs`), or folder of a"
+        " finished run",
         nargs="?" if optional else None,
     )
     config.complete = shtab.FILE
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", default=[], help="config values, such as training.beta=100"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        default=[],
+        help="config values to override, such as training.beta=100",
     )
 
 
@@ -76,7 +81,7 @@ def run_dir_given(text: str) -> Path:
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add ``run``, see `run_dir_given`."""
     run: Any = parser.add_argument(
-        "run", metavar="RUN", help="folder of a run, as runs/<name>, its URI in an object store, or its config"
+        "run", metavar="RUN", help="folder of a run, such as runs/<name>; its URI in an object store; or its config"
     )
     run.complete = shtab.FILE
 
@@ -94,7 +99,7 @@ def add_allow_config_change(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-config-change",
         action="store_true",
-        help="resume a training that was started with other settings; its manifest records the change",
+        help="resume a training that was started with different settings; its manifest records the change",
     )
 
 

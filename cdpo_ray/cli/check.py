@@ -1,4 +1,4 @@
-"""`cdpo check`: what a run will make and cost, and the errors in its config."""
+"""`cdpo check`: what a run will compute and cost, and the errors in its config."""
 
 import argparse
 
@@ -25,7 +25,7 @@ from cdpo_ray.steps import steps_of
 from cdpo_ray.steps.cost import workload_of
 from cdpo_ray.store import is_local
 
-HELP = "print what a run will make and cost, or the errors in its config; needs no GPU and no Ray"
+HELP = "print what a run will compute and cost, or the errors in its config; needs no GPU and no Ray"
 EXAMPLE = "cdpo check sd15 --gpu l4"
 
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu",
         choices=GPUS,
-        help=f"GPU to estimate hours and memory for (default: this machine's, if listed, else {DEFAULT_GPU.name})",
+        help=f"GPU for the estimates of hours and memory (default: this machine's, if listed, else {DEFAULT_GPU.name})",
     )
 
 

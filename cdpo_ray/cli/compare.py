@@ -8,17 +8,17 @@ from cdpo_ray.cli.terminal import print_lines
 from cdpo_ray.config import Config, load_config
 from cdpo_ray.store import output_path
 
-HELP = "metrics of several runs -> compare.html: compare their models under all their judges"
+HELP = "metrics of several runs -> compare.html: compare their models by all their judges"
 EXAMPLE = "cdpo compare runs/quickstart runs/second"
 DESCRIPTION = """\
 Compare the models that several runs trained, on the held-out images that their
-evaluations kept. Nothing is generated.
+evaluations stored. Nothing is generated.
 
-The runs must share model, seed, sampling, held-out prompts and images per prompt. If
-only some of them were scored by a judge, it scores the images of the others now. Runs
-may come from other people: nothing in their folders can choose an address, environment
-variable, file, model or code. A judge that needs one is taken from `--judges`, or left
-out.
+The runs must have the same base model, seed, sampling settings, held-out prompts and
+number of images per prompt. A judge that scored only some of the runs now scores the
+images of the others. Runs may come from other people: nothing in their folders can
+choose an address, environment variable, file, model or code. A judge that needs one of
+these is taken from `--judges`, or left out.
 
 compare.html shows
   - one row per run (the reward that ranked its pairs), one column per judge: mean score,
@@ -27,19 +27,22 @@ compare.html shows
   - how the appearance of the images changed: diversity, saturation, edges, compressed size
   - how often each run's implicit reward agrees with each judge on held-out images
   - the first images of all runs side by side
-and compare.json has the numbers. Intervals are at 95 %, over prompts."""
+compare.json has the numbers. Intervals are at 95 %, over prompts."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folders of two or more evaluated runs, as runs/<name>, or their configs"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folders of two or more evaluated runs, such as runs/<name>, or their configs",
     )
     parser.add_argument("--out", metavar="DIR", help="output folder (default: the parent folder of the first run)")
     parser.add_argument(
         "--judges",
         metavar="CONFIG",
-        help="your own config; its judges, with its options, score the images of runs that lack their scores, and"
-        " custom rewards are imported from the working folder",
+        help="your own config, whose judges and their options are used to score images that lack these scores; custom"
+        " rewards are imported from the working directory",
     )
     parser.set_defaults(usage_error=parser.error)
 

@@ -11,7 +11,7 @@ EXAMPLE = 'eval "$(cdpo completion bash)"'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"), help="the shell")
+    parser.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"), help="name of the shell")
 
 
 def run(arguments: argparse.Namespace) -> int:

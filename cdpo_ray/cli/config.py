@@ -4,13 +4,16 @@ import argparse
 
 from cdpo_ray.cli.terminal import print_lines
 
-HELP = "print the description of every config key, or of one section or key"
+HELP = "print the descriptions of all config keys, or of one section or key"
 EXAMPLE = "cdpo config training.lora"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "name", metavar="SECTION|KEY", nargs="?", help="such as training, or training.beta (default: every key)"
+        "name",
+        metavar="SECTION|KEY",
+        nargs="?",
+        help="section or key, such as training or training.beta (default: all keys)",
     )
 
 

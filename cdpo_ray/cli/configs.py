@@ -7,12 +7,12 @@ from cdpo_ray.cli.arguments import new_config
 from cdpo_ray.cli.terminal import print_lines
 from cdpo_ray.config import purpose_of, shipped_config, shipped_configs
 
-HELP = "list the configs that come with the package, or copy some to the working folder"
+HELP = "list the configs that come with the package, or copy some to the working directory"
 EXAMPLE = "cdpo configs quickstart"
 DESCRIPTION = """\
-Without names, list the configs that come with the package. With names, copy these to
-the working folder, to be edited. Wherever CONFIG is expected, a name can be given
-directly: cdpo run quickstart"""
+Without names, list the configs that come with the package. With names, copy these
+configs to the working directory, where you can edit them. Wherever a command expects
+CONFIG, a name works directly: cdpo run quickstart"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

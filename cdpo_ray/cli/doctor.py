@@ -9,11 +9,11 @@ HELP = "find problems of this machine, a Ray cluster and the storage, with a fix
 EXAMPLE = "cdpo doctor quickstart.yaml"
 DESCRIPTION = """\
 Find problems of this machine, a Ray cluster and the storage, with a fix for each. If
-CONFIG is given, `run.dir`, GPU memory and `resources` are checked too.
+CONFIG is given, also check `run.dir`, GPU memory and `resources`.
 
 exit code:
-  0  no problem would stop a run
-  1  one would"""
+  0  no problem that would stop a run
+  1  a problem that would stop a run"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from cdpo_ray.steps import Context, export, steps_of
 from cdpo_ray.store import is_local, output_path, path_within
 
 log = logging.getLogger(__name__)
-HELP = "run -> files that other tools load: export the trained weights or the pairs, with a card"
+HELP = "run -> files that other tools load: export the trained weights or the pairs, with a model card"
 EXAMPLE = "cdpo export runs/quickstart --format kohya"
 
 
@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--push",
         metavar="ORG/NAME",
-        help="also upload the folder to this repository of the Hugging Face hub, which is created private if it does"
-        " not exist; the token is that of HF_TOKEN or `hf auth login`",
+        help="also upload the folder to this repository of the Hugging Face hub; a new repository is private; the token"
+        " is that of HF_TOKEN or `hf auth login`",
     )
 
 

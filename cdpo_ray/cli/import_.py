@@ -11,13 +11,13 @@ from cdpo_ray.run import check_model_of
 from cdpo_ray.session import ray_session
 from cdpo_ray.steps import preference_frame, preference_source
 
-HELP = "preferences -> samples: import images with human preferences in place of generating them"
+HELP = "preferences -> samples: import images with human preferences instead of generating images"
 EXAMPLE = "cdpo import pickapic --check"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps.add_arguments(parser)
-    parser.add_argument("--check", action="store_true", help="print the unusable rows and images; write nothing")
+    parser.add_argument("--check", action="store_true", help="print the unusable rows and images, and write nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -24,10 +24,10 @@ from cdpo_ray.steps.cost import workload_of
 HELP = "write a commented config for your model, prompts, and reward or preferences"
 EXAMPLE = "cdpo init cats.yaml --like sd15 --prompts cats.txt --reward my_rewards:redness"
 DESCRIPTION = """\
-Write a config that starts from one of the package, with a comment above each key.
-Values without an option are those of the config of the package; without any option, a
-terminal is prompted for them. The config is validated before it is written, and an
-existing file is not overwritten."""
+Write a new config, based on one that comes with the package, with a comment above each
+key. Options replace its values; without any option, you are prompted for them if you
+are at a terminal. The config is validated before it is written, and an existing file is
+not overwritten."""
 
 DEFAULT_FILE, DEFAULT_LIKE = "my_run.yaml", "quickstart"
 LOW_MEMORY = "_24gb"
@@ -40,16 +40,23 @@ SETS = (*BUILT_IN, *BENCHMARKS)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help=f"config to write (default: {DEFAULT_FILE})")
-    parser.add_argument("--like", metavar="NAME", help=f"config of the package to start from (default: {DEFAULT_LIKE})")
-    parser.add_argument("--model", metavar="PATH|ID@COMMIT", help="model folder, single file, or hub id")
-    parser.add_argument("--prompts", metavar="FILE|SET", help=f"file of prompts, or one of {', '.join(SETS)}")
     parser.add_argument(
-        "--heldout", metavar="FILE|SET", help="held-out prompts, as --prompts (default: a fifth of --prompts)"
+        "--like",
+        metavar="NAME",
+        help="config to start from, see `cdpo configs` (default: by the family of --model; pickapic for --preferences;"
+        f" else {DEFAULT_LIKE})",
     )
-    parser.add_argument("--reward", metavar="NAME[,NAME]", help="built-in rewards, or module:function of your own")
-    parser.add_argument("--preferences", metavar="PATH", help="preference pairs to train on, in place of prompts")
+    parser.add_argument("--model", metavar="PATH|ID@COMMIT", help="model folder, single file, or hub id")
+    parser.add_argument("--prompts", metavar="FILE|SET", help=f"file of prompts, or one of the sets {', '.join(SETS)}")
+    parser.add_argument(
+        "--heldout", metavar="FILE|SET", help="held-out prompts, given like --prompts (default: a fifth of --prompts)"
+    )
+    parser.add_argument("--reward", metavar="NAME[,NAME]", help="built-in rewards, or your own as module:function")
+    parser.add_argument("--preferences", metavar="PATH", help="preference pairs to train on, instead of prompts")
     parser.add_argument("--format", choices=get_args(PreferenceFormat), help="format of --preferences (default: pairs)")
-    parser.add_argument("--gpu", choices=GPUS, help=f"GPU; selects the {LOW_MEMORY} variant if the config needs it")
+    parser.add_argument(
+        "--gpu", choices=GPUS, help=f"GPU to run on; selects the {LOW_MEMORY} variant if the config needs it"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

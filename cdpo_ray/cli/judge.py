@@ -1,4 +1,4 @@
-"""`cdpo judge`: candidates on trial."""
+"""`cdpo judge`: comparison of candidate models."""
 
 import argparse
 
@@ -6,12 +6,12 @@ from cdpo_ray.cli.arguments import add_address, add_config, config_of, resume_co
 from cdpo_ray.cli.terminal import print_lines
 from cdpo_ray.judge import judge_candidates
 
-HELP = "try any models on the held-out prompts: runs, adapters, checkpoints, folders of images"
+HELP = "compare any models on the held-out prompts: runs, adapters, checkpoints, folders of images"
 EXAMPLE = 'cdpo judge judge "judge.candidates.mine={adapter: my_lora.safetensors}"'
 DESCRIPTION = """\
 Compare candidates with the base model on the held-out prompts, from the same noise, by
 all judges of the evaluation. The config's `judge.candidates` names them:
-  - run: a trained run of this program
+  - run: a trained run of cdpo
   - adapter: a LoRA of the base model in the format of diffusers, kohya or peft
   - model: a folder in diffusers layout, a hub id, or a single-file checkpoint of the
     same family
@@ -24,10 +24,10 @@ judge.html in the run's folder shows
   - for each judge, how often one candidate's image is better than another's
   - how the appearance of the images differs
   - the first images of all candidates side by side
-and judge.json has the numbers. Intervals are at 95 %, over prompts.
+judge.json has the numbers. Intervals are at 95 %, over prompts.
 
-The same command resumes. A candidate or a judge that is added later computes only what
-is missing: candidates/<name>/ holds the images and scores of each."""
+The same command resumes. If you add a candidate or a judge later, only what is missing
+is computed: candidates/<name>/ stores the images and scores of each candidate."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,13 +9,13 @@ from cdpo_ray.records import STAGES
 from cdpo_ray.run import round_folders
 from cdpo_ray.store import read_untrusted
 
-HELP = "scores -> stages: rank images, build pairs by difficulty, draw what each stage trains on"
+HELP = "scores -> stages: rank images, sort pairs by difficulty, draw the pairs of each stage"
 EXAMPLE = "cdpo pairs quickstart --explain"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps.add_arguments(parser)
-    parser.add_argument("--explain", action="store_true", help="print a table of the stages and draw it to stages.png")
+    parser.add_argument("--explain", action="store_true", help="print a table of the stages, and draw it in stages.png")
 
 
 def run(arguments: argparse.Namespace) -> int:

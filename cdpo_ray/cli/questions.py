@@ -9,12 +9,16 @@ from cdpo_ray.errors import ConfigError
 from cdpo_ray.prompts.questions import read_questions
 from cdpo_ray.run import read_prompts, scan_preferences
 
-HELP = "write the questions of the reward vqa by a language model; prompts that have some are left out"
+HELP = "let a language model write the questions of the reward vqa; prompts that have some are skipped"
 EXAMPLE = "cdpo questions my.yaml rewards.vqa.questions=questions.jsonl"
 DESCRIPTION = """\
 Ask the model behind rewards.vqa.endpoint to write questions about the images of each
 prompt, with their right answers, and append them to rewards.vqa.questions. Read the
-file before you use it: a run does not check its questions."""
+file before you use it: a run does not check its questions.
+
+exit code:
+  0  all prompts have questions
+  1  the model wrote no valid questions for some prompts"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     num_written, cost, faults = write_questions(prompts, path, config.rewards.options("vqa")["endpoint"])
     print_lines(
-        f"{path}: questions of {num_written:,} prompts written, {len(known):,} prompts had some; {cost}",
+        f"{path}: wrote the questions of {num_written:,} prompts, {len(known):,} prompts already had some; {cost}",
         *faults,
     )
     return 1 if faults else 0

@@ -12,15 +12,15 @@ from cdpo_ray.errors import ConfigError, printable
 from cdpo_ray.records import HELDOUT, VOTES
 from cdpo_ray.store import RunFolder, output_path, path_within
 
-HELP = "serve a page on which people judge a run's images blind: votes, win rate, preferences to train on"
+HELP = "serve a page for blind votes on a run's images: win rate, and preferences to train on"
 EXAMPLE = "cdpo rate runs/quickstart --voter ana"
 DESCRIPTION = """\
-Serve a page on this machine only, and print its address, which holds a secret. The page
-shows two images of one held-out prompt, by the base model and by the fine-tuned one from
-the same noise, on the left or on the right at random, and does not say which is which.
-Keys: 1 left, 2 right, 3 tie, u undo.
+Serve a page on this machine only, and print its address, which contains a secret. The
+page shows two images of one held-out prompt from the same noise, one by the base model
+and one by the fine-tuned model, in random order, and does not show which is which. Keys:
+1 left, 2 right, 3 tie, u undo.
 
-Each vote is saved before the next pair is shown, to votes/ in the run's folder. Ctrl-C
+Each vote is saved to votes/ in the run's folder before the next pair is shown. Ctrl-C
 ends the session and prints the result; the same command continues it. `cdpo report RUN`
 adds the votes of all voters to the report, as the judge `people`.
 
@@ -33,10 +33,10 @@ On a remote machine, forward the port: ssh -L 8000:localhost:8000 HOST cdpo rate
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument(
-        "--voter", metavar="NAME", help="name of the voter, whose votes are one file (default: your login name)"
+        "--voter", metavar="NAME", help="name of the voter, who has a file of votes (default: your login name)"
     )
     parser.add_argument("--samples", action="store_true", help="rate training samples instead of held-out images")
-    parser.add_argument("--out", metavar="DIR", help="folder of the votes (default: votes in the run's folder)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the votes (default: votes/ in the run's folder)")
     parser.add_argument(
         "--export",
         metavar="FILE",

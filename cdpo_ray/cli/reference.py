@@ -16,9 +16,10 @@ PAGE_HEAD = """\
 
 <!-- Written by `python -m cdpo_ray.cli.reference > docs/reference/cli.md`; edit the help texts in `cdpo_ray/cli/`. -->
 
-The output of `cdpo --help` and of each `cdpo VERB --help`. `CONFIG` is the path of a YAML file, the name of a config of
-the package, or the folder of a finished run; `key=value` overrides any of its [keys](../config.md). Exit codes, unless
-a verb lists its own: 0 on success, 2 on an error, 130 after Ctrl-C, 143 after SIGTERM.
+This page shows the output of `cdpo --help` and of each `cdpo VERB --help`. `CONFIG` is the path of a YAML file, the
+name of a config that comes with the package, or the folder of a finished run; `key=value` overrides any of its
+[keys](../config.md). Exit codes, unless a verb lists its own: 0 on success, 2 on an error, 130 after Ctrl-C, 143 after
+SIGTERM.
 """
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def add_port(parser: argparse.ArgumentParser) -> None:
     """Add ``port``."""
-    parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1 (default: a free one)")
+    parser.add_argument("--port", type=int, default=0, help="port on 127.0.0.1 (default: a free port)")
 
 
 def serve(answer: "Callable[[str], Answer | None]", port: int, **options: Any) -> None:

@@ -14,15 +14,15 @@ from cdpo_ray.store import exists
 HELP = "print the state of a run: finished steps, progress, time left, errors"
 EXAMPLE = "cdpo status runs/quickstart"
 DESCRIPTION = """\
-Print the state of a run: finished steps, progress and time left of the current one,
-errors, and the command that resumes it. Reads the run's folder alone, so it works on
-any machine that sees the folder, while the run is alive or not. On a terminal it is a
-table with progress bars, otherwise plain text.
+Print the state of a run: finished steps, progress and time left of the current step,
+errors, and the command that resumes the run. It reads only the run's folder, so it
+works on any machine that can read the folder, during the run and afterwards. On a
+terminal the output is a table with progress bars, otherwise plain text.
 
 exit code:
-  0  finished, or a process works on it
-  1  unfinished, and no process works on it
-  2  no run in this folder"""
+  0  the run is finished, or a process is working on it
+  1  the run is unfinished, and no process is working on it
+  2  there is no run in this folder"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ import argparse
 from cdpo_ray.cli import steps
 from cdpo_ray.cli.arguments import add_allow_config_change
 
-HELP = "stages -> adapter: train a LoRA, or all weights, by DPO, stage after stage"
+HELP = "stages -> adapter: train a LoRA, or all weights, by DPO, stage by stage"
 EXAMPLE = "cdpo train quickstart"
 
 

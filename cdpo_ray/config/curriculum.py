@@ -31,23 +31,24 @@ MeasureName = Annotated[str, AfterValidator(_known_measure), Field(json_schema_e
 
 
 class CurriculumSection(Section):
-    """Which pairs are trained on, and in which order; the defaults are the paper's (arXiv:2405.13637)."""
+    """Which pairs are used in training, and in which order. The defaults are the paper's (arXiv:2405.13637)."""
 
     preset: Literal["paper", "released-code", "plain-dpo"] = "paper"
-    """Defaults of the other keys; a key that is given wins. `paper`: as listed here. `released-code`: the authors' code
-    (`measure: score_gap`, a `min_score_gap` by reward). `plain-dpo`: no curriculum (`order: none`)."""
+    """Defaults of the other keys; a key that is given overrides them. `paper`: as listed here. `released-code`: the
+    authors' code (`measure: score_gap`, and a `min_score_gap` that depends on the reward). `plain-dpo`: no curriculum
+    (`order: none`)."""
 
     measure: MeasureName = "rank_gap"
     """Difficulty of a pair; a large value is easy. `rank_gap`: difference of the two ranks within the prompt.
     `score_gap`: difference of the scores. `score_gap_quantile`: its quantile among all pairs. `margin`: DPO margin
     under the current policy, measured at the start of each stage. `module:function`: your own function, which takes
-    pairs (`cdpo_ray.curriculum.pairs.PairArrays`) and returns one number per pair. Imported pairs have one rank gap
-    only, so they need another measure."""
+    pairs (`cdpo_ray.curriculum.pairs.PairArrays`) and returns one number per pair. Imported pairs all have the same
+    rank gap, so they need another measure."""
 
     boundaries: Literal["linear", "equal_count"] = "linear"
     """How the measure is cut into levels. `linear`: equal widths (the paper); for score gaps, between the smallest and
-    the largest that form a pair (the authors' code). `equal_count`: as many pairs in each level; use it when linear
-    levels are nearly empty, and with `measure: margin`."""
+    the largest that form a pair (the authors' code). `equal_count`: equal numbers of pairs; use it when linear levels
+    are nearly empty. `measure: margin` requires it."""
 
     pacing: Literal["cumulative", "one_stage", "sliding_window"] = "cumulative"
     """Levels that a stage draws from. `cumulative`: levels 1 to k in stage k (the paper). `one_stage`: level k alone.
@@ -57,46 +58,49 @@ class CurriculumSection(Section):
     """Number of levels per stage with `pacing: sliding_window`, where it defaults to 2; not allowed otherwise."""
 
     order: Literal["easy_to_hard", "hard_to_easy", "random", "shuffled", "none", "best_against_worst"] = "easy_to_hard"
-    """Order of the levels. `easy_to_hard`: the paper. All others are controls: `random`: levels of the same sizes,
-    filled without regard to difficulty; `shuffled`: the draws of `easy_to_hard` in random order; `none`: every stage
-    draws from all pairs; `best_against_worst`: every stage draws from one pair per prompt, first rank against last."""
+    """Order of the levels. `easy_to_hard`: as in the paper. All others are controls. `hard_to_easy`: the reverse.
+    `random`: levels of the same sizes, filled without regard to difficulty. `shuffled`: the draws of `easy_to_hard` in
+    random order. `none`: every stage draws from all pairs. `best_against_worst`: every stage draws from one pair per
+    prompt, first rank against last."""
 
     draws: Literal["uniform", "by_measure"] = "uniform"
-    """Probability of a pair within a stage: `uniform` (the paper), or proportional to its measure (`by_measure`, easy
-    pairs more often). Draws are with replacement."""
+    """Probability of a pair within a stage. `uniform`: the same for all pairs (the paper). `by_measure`: proportional
+    to the measure, so that easy pairs are drawn more often. Draws are with replacement."""
 
     num_margin_draws: Annotated[int, Field(ge=1)] | None = None
     """Number of (timestep, noise) draws that a margin is averaged over with `measure: margin`, where it defaults to 16;
-    not allowed otherwise. More draws cost time but order pairs more reliably, and average out the rounding of a 16-bit
-    model. Each stage reports the reliability of its order: the rank correlation to expect between two measurements.
-    Below 0.8 there is a warning with the number of draws that would be enough."""
+    not allowed otherwise. More draws take time, but order pairs more reliably and average out the rounding of a 16-bit
+    model. Each stage reports the reliability of its order, the expected rank correlation between two measurements. If
+    it is below 0.8, a warning states the number of draws that would be enough."""
 
     num_stages: Annotated[int, Field(ge=1)] = 5
-    """Number of stages and of levels. 5 was the paper's best of 3, 5 and 7. With `measure: rank_gap` at most
-    `generation.images_per_prompt` - 1."""
+    """Number of stages and of levels. In the paper, 5 was the best of 3, 5 and 7. At most
+    `generation.images_per_prompt` - 1 with `measure: rank_gap`."""
 
     updates_per_stage: Annotated[int, Field(ge=1)]
-    """Number of optimizer updates per stage, each of `training.global_batch_size` pairs. The configurations of
-    published models use 400."""
+    """Number of optimizer updates per stage, each of `training.global_batch_size` pairs. Configurations of published
+    models use 400."""
 
     min_rank_gap: Annotated[int, Field(ge=1)] = 1
-    """Pairs form only from this rank gap on, and the levels divide the gaps from it. Raise it to leave out close pairs,
-    whose preference is unreliable. 1, as in the paper."""
+    """Smallest rank gap of a pair; the levels divide the gaps from here on. Raise it to leave out close pairs, whose
+    preference is unreliable. The paper's value is 1."""
 
     min_score_gap: Annotated[float, Field(ge=0)] = 0.0
-    """Pairs form only above this score gap, in the unit of the ranking reward. 0: only equal scores form no pair. Raise
-    it to drop near ties; `preset: released-code` sets 0.02 (hpsv2, vlm_alignment), 0.2 (aesthetic) or 0.1 (others)."""
+    """Pairs must have a score gap above this value, in the unit of the ranking reward. With 0, only equal scores form
+    no pair. Raise it to drop near ties; `preset: released-code` sets 0.02 (hpsv2, vlm_alignment), 0.2 (aesthetic) or
+    0.1 (others)."""
 
     min_gap_in_noise: Annotated[float, Field(gt=0)] | None = None
-    """Pairs form only above this multiple of the measured noise of score gaps, for example 2; needs
+    """Pairs must have a score gap above this multiple of the measured noise of score gaps, for example 2; needs
     `rewards.noise_prompts`. `null`: noise is ignored."""
 
     max_pairs_per_prompt: Annotated[int, Field(ge=1)] | None = None
-    """Maximum number of candidate pairs per prompt in a stage, chosen at random; `null`: all. Set it if a few prompts
-    have most of the pairs."""
+    """Maximum number of candidate pairs per prompt in a stage, chosen at random; `null`: no limit. Set it if a few
+    prompts have most of the pairs."""
 
     label_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Probability of swapping chosen and rejected of a drawn pair. For control experiments; 0.5 makes labels random."""
+    """Probability that chosen and rejected of a drawn pair are swapped, for control experiments; 0.5 makes labels
+    random."""
 
     @model_validator(mode="before")
     @classmethod

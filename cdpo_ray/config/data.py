@@ -25,28 +25,28 @@ class PromptSource(Section):
     line), `.csv`, `.tsv`, `.json`, `.jsonl`, `.parquet`."""
 
     path: LocalPath | None = None
-    """Local copy of a benchmark's file, in place of the hub's; for `hpdv2` the folder that holds its four files."""
+    """Local copy of a benchmark's file, used instead of the hub; for `hpdv2`, the folder that holds its four files."""
 
     file: str | None = None
     """Path of the file within the hub data set."""
 
     revision: str | None = None
-    """Full commit (40 hex digits) of the hub data set, so that its prompts cannot change. A benchmark has a default, if
-    its commit is known."""
+    """Full commit (40 hex digits) of the hub data set, so that its prompts cannot change. Benchmarks have a default if
+    their commit is known."""
 
     column: str = "prompt"
-    """Column of a table that holds the prompts; a benchmark has a default of its own."""
+    """Column of a table that holds the prompts; benchmarks have their own defaults."""
 
     category_column: str | None = None
     """Column of a table that holds the prompts' categories, by which the report breaks down the results; `null`: the
-    benchmark's, or `category`, if the file has it."""
+    benchmark's column, or `category` if the file has it."""
 
     count: Annotated[int, Field(ge=1)] | None = None
-    """Number of prompts, taken from the start; `null`: all, or 128 of `scenes`."""
+    """Number of prompts, taken from the start; `null`: all prompts, or 128 for `scenes`."""
 
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the training source, in place of `source`; for `heldout` and `validation`. A hash of the prompt's words
-    decides, so a prompt stays on its side when the file grows."""
+    """Share of the training source to use, instead of `source`; only for `heldout` and `validation`. A hash of the
+    prompt's words decides, so a prompt stays in its set when the file grows."""
 
     @model_validator(mode="before")
     @classmethod
@@ -90,17 +90,18 @@ class PromptSource(Section):
 
 
 class PromptsSection(Section):
-    """Prompts for training, evaluation and search. No prompt may be in two of them."""
+    """Prompts for training, evaluation and search. No prompt may be in more than one of these sets."""
 
     train: PromptSource | None = None
-    """Prompts whose generated images are trained on. Required unless `preferences` is given, which replaces it."""
+    """Prompts whose generated images are used in training. Required unless `preferences` is given, which replaces
+    it."""
 
     heldout: PromptSource
     """Prompts for the final comparison of base and fine-tuned model; never trained on."""
 
     validation: PromptSource | None = None
-    """Prompts that a search judges its trials by; required with `search`. Separate from `heldout`, because a schedule
-    chosen by prompts cannot be judged by the same prompts."""
+    """Prompts on which a search judges its trials; required with `search`. Separate from `heldout`, because a schedule
+    cannot be judged on the prompts that were used to choose it."""
 
     @model_validator(mode="after")
     def _sources_are_given(self) -> "PromptsSection":
@@ -123,26 +124,26 @@ class PromptsSection(Section):
 
 
 class PreferencesSection(Section):
-    """A preference data set to train on, in place of generated images; see `docs/guides/preferences.md`."""
+    """A preference data set to train on, instead of generated images; see `docs/guides/preferences.md`."""
 
     path: LocalPath
-    """A file, a folder with all its files, or a pattern such as `data/**/train-*.parquet`; for `ranked_folders` the
-    parent folder. Files: Parquet, Arrow (folders that `save_to_disk` of `datasets` wrote), `.jsonl`, `.json`, `.csv`,
-    `.tsv`, each text also as `.gz`, and webdataset `.tar`."""
+    """A file, a folder with all its files, or a pattern such as `data/**/train-*.parquet`; for `ranked_folders`, the
+    parent folder. Files: Parquet, Arrow (folders written by `save_to_disk` of `datasets`), `.jsonl`, `.json`, `.csv`,
+    `.tsv` (text files also as `.gz`), and WebDataset `.tar`."""
 
     format: PreferenceFormat
     """Columns of the files. `pickapic`: `caption`, `jpg_0`, `jpg_1`, `label_0`, `label_1`. `pairs`: `prompt`, `chosen`,
     `rejected`. `winner`: `prompt`, `image_a`, `image_b`, `winner`. `hpdv2`: lists `image_path` and `human_preference`.
     `hpdv3`: `path1` (preferred), `path2`. `image_list`: lists `images` and `ratings` or `ranks`. `imagerewarddb`: one
-    image per row, with `prompt_id`, `rank`. `ranked_folders`: a folder per prompt, with `prompt.txt` and images whose
-    names start with their rank, 0 the best. Higher labels and ratings, and lower ranks, are better."""
+    image per row, with `prompt_id`, `rank`. `ranked_folders`: one folder per prompt, with `prompt.txt` and images whose
+    names start with their rank; 0 is best. Higher labels and ratings, and lower ranks, are better."""
 
     columns: Annotated[dict[str, str], Field(default_factory=dict)]
-    """Mapping from column names of the format to the names in the files, where they differ."""
+    """Mapping from the format's column names to those in the files, where they differ."""
 
     difficulty: Literal["label", "score", "rank"] = "label"
-    """What orders pairs from easy to hard. `label`: the score gap of the ranking reward; pairs whose label it
-    contradicts are left out. `score`, `rank`: the files' own columns, with `rewards.names: [preference]`."""
+    """What orders pairs from easy to hard. `label`: the score gap of the ranking reward; pairs whose label contradicts
+    the reward are left out. `score`, `rank`: the files' own columns, with `rewards.names: [preference]`."""
 
     max_image_bytes: Annotated[int, Field(ge=1)] = 50_000_000
     """Maximum file size of an image in bytes, checked before decoding; larger images are quarantined."""
@@ -152,7 +153,7 @@ class PreferencesSection(Section):
     quarantined."""
 
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Maximum share of rows that cannot be used; above it the import fails. Ties and unlabelled rows do not count."""
+    """Maximum share of rows that cannot be used; above it, the import fails. Ties and unlabelled rows do not count."""
 
     @model_validator(mode="after")
     def _columns_are_known(self) -> "PreferencesSection":

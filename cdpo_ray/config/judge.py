@@ -27,7 +27,7 @@ CandidateName = Annotated[str, AfterValidator(_checked_name)]
 
 
 class CandidateModel(Section):
-    """A model of the family `model.family`, which is sampled as the base model is."""
+    """Another model of the family `model.family`, which is sampled in the same way as the base model."""
 
     path: LocalPath
     """A folder in diffusers layout, a hub id, or, for `stable_diffusion` and `stable_diffusion_xl`, a single
@@ -43,22 +43,24 @@ class CandidateSection(Section):
     """A candidate: exactly one of `run`, `adapter`, `model` and `images`."""
 
     run: Place | None = None
-    """Folder of a run whose training is finished, or of one of its rounds, with the base model `model`."""
+    """Folder of a run with finished training, or of one of its rounds. Its base model must be that of `model`."""
 
     adapter: LocalPath | None = None
     """LoRA of the base model: a `.safetensors` file, or a folder with one, in the format of diffusers, kohya or peft.
-    Of one rank, on any layers of the denoiser; not a DoRA."""
+    It must have one rank; it may be on any layers of the denoiser. A DoRA is refused."""
 
     model: CandidateModel | None = None
 
     images: LocalPath | None = None
-    """Folder of images that were made elsewhere, of the size of the others, with `metadata.jsonl`, `metadata.csv` or
-    `metadata.parquet` in it: one row per image, with the columns `file_name` and `prompt`. Each held-out prompt must
-    have `evaluation.images_per_prompt` images; other prompts are ignored. Their noise is another."""
+    """Folder of images that were made elsewhere, of the same size as the others. It contains `metadata.jsonl`,
+    `metadata.csv` or `metadata.parquet`, with one row per image and the columns `file_name` and `prompt`. Each held-out
+    prompt must have `evaluation.images_per_prompt` images; other prompts are ignored. The images come from different
+    noise."""
 
     trained_on: tuple[RewardName, ...] = ()
-    """Rewards that the candidate was trained on, if known; those of a `run` are read from its folder. A sign of reward
-    hacking is a worse score or another appearance while one of these rose; if none is given, while any judge rose."""
+    """Rewards that the candidate was trained on, if known; those of a `run` are read from its folder. It is a sign of
+    reward hacking if a score fell or the appearance changed while one of these rewards rose; if none is given, while
+    any judge rose."""
 
     @model_validator(mode="after")
     def _is_one_thing(self) -> "CandidateSection":
@@ -80,8 +82,8 @@ class CandidateSection(Section):
 
 
 class JudgeSection(Section):
-    """Candidates that `cdpo judge` tries on the held-out prompts, by the judges of the evaluation. The base model is
-    always one: `base`."""
+    """Candidates that `cdpo judge` compares on the held-out prompts, by the judges of the evaluation. The base model is
+    always a candidate, named `base`."""
 
     candidates: Annotated[dict[CandidateName, CandidateSection], Field(min_length=1)]
     """Candidates besides the base model, by name."""

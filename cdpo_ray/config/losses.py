@@ -50,8 +50,8 @@ class _Loss(Section):
 
 class _MarginLoss(_Loss):
     sft_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Adds this multiple of the chosen image's denoising error, times beta/2. Raise it if the chosen image's error
-    rises during training. 0: the plain loss."""
+    """Adds this multiple of the chosen image's denoising error, times beta/2, to the loss. Raise it if the error on
+    chosen images rises during training. 0: the plain loss."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class RobustLoss(_MarginLoss):
     name: Literal["robust"] = "robust"
 
     label_smoothing: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
-    """Share of labels assumed to be wrong; only of `robust`. The default assumes one label in ten; set it to the share
+    """Share of labels assumed to be wrong; only for `robust`. The default assumes one in ten; set it to the share
     measured on your labels."""
 
     @property
@@ -119,7 +119,7 @@ class UserLoss(_MarginLoss):
     as keyword arguments, and returns losses `[pair]`."""
 
     options: Annotated[dict[str, Any], Field(default_factory=dict), AfterValidator(_plain_options)]
-    """Keyword arguments of your own function; only of `module:function`."""
+    """Keyword arguments of your own function; only for `module:function`."""
 
     @property
     def options_of_function(self) -> dict[str, Any]:

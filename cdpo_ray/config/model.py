@@ -70,9 +70,9 @@ class TeacherSection(ModelSource):
 
 
 class ConfigSource(ModelSource):
-    """The model in diffusers layout whose configurations and tokenizers complete a single file, which has none. Its
-    weights are neither read nor downloaded. Default: Stable Diffusion 1.5 or SDXL, as published; a Stable Diffusion 2
-    file has no default."""
+    """A model in diffusers layout that provides the configurations and tokenizers for a single file, which has none.
+    Its weights are neither read nor downloaded. Default: Stable Diffusion 1.5 or SDXL, as published; there is no
+    default for a Stable Diffusion 2 file."""
 
 
 class ModelSection(Section):
@@ -88,7 +88,7 @@ class ModelSection(Section):
     and `stable_diffusion_xl`, a single `.safetensors` file with the original names of the weights."""
 
     revision: str | None = None
-    """Full commit (40 hex digits) of a hub id, so that the weights cannot change; required for one."""
+    """Full commit (40 hex digits), so that the weights cannot change; required if `path` is a hub id."""
 
     config: ConfigSource | None = None
 
@@ -100,12 +100,12 @@ class ModelSection(Section):
     easily, and is only for a LoRA."""
 
     compile: bool | Literal["auto"] = False
-    """Compile the denoiser and the VAE's decoder with `torch.compile`. `auto`: in the steps in which it is estimated to
-    save more time than it takes. Off by default, because it pays only in long runs on a GPU."""
+    """Compile the denoiser and the VAE's decoder with `torch.compile`. `auto`: in those steps where this is estimated
+    to save more time than it takes. Off by default, because it saves time only in long runs on a GPU."""
 
     quantization: Literal["int8", "nf4"] | None = None
     """Storage format of the frozen denoiser's linear layers under a LoRA, for GPUs of 24 GB and less. `int8`: 8 bits;
-    `nf4`: 4 bits, less accurate, needs bitsandbytes. `null`: stored as `dtype`."""
+    `nf4`: 4 bits, less accurate, needs bitsandbytes. `null`: the format of `dtype`."""
 
     offload: bool = False
     """Keep text encoders and VAE in host memory while they are not in use, for small GPUs."""
@@ -145,36 +145,36 @@ class GenerationSection(Section):
     HOW_NOT_WHAT: ClassVar[frozenset[str]] = frozenset({"max_bad_fraction"})
 
     images_per_prompt: Annotated[int, Field(ge=2)] = 2
-    """Number of images per training prompt, M; must be given unless `preferences` is. They form up to M (M - 1) / 2
-    pairs with M - 1 rank gaps. Time and disk space are proportional to it. The paper uses 500, the configurations of
-    published models 50."""
+    """Number of images per training prompt, M; required unless `preferences` is given. The images form up to M (M - 1)
+    / 2 pairs with M - 1 rank gaps. Time and disk space are proportional to it. The paper uses 500; most configurations
+    of published models use 50."""
 
     num_denoising_steps: Annotated[int, Field(ge=1, le=1000)]
-    """Number of denoising steps per image; time is proportional to it. 30 in the configurations of SD, SDXL and most
-    flow-matching models, 20 in that of SANA; 1 to 8 are usual for `latent_consistency`, which allows at most 50."""
+    """Number of denoising steps per image; time is proportional to it. The configurations use 30 for SD, SDXL and most
+    flow-matching models, and 20 for SANA. Usual values for `latent_consistency` are 1 to 8; it allows at most 50."""
 
     guidance_scale: Annotated[float, Field(ge=1)]
-    """Guidance scale of the sampler; 1: none. Above 1 a denoising step takes two forward passes, except in
-    guidance-conditioned families, where it is an input of the model (`flux`: as given, `latent_consistency`: minus 1).
-    Distilled FLUX.2 klein models have none. diffusers' Z-Image pipeline and its model card count from 0: their 4 is 5
-    here."""
+    """Guidance scale of the sampler; 1 means no guidance. Above 1, a denoising step takes two forward passes, except in
+    guidance-conditioned families, where it is an input of the model (`flux`: as given; `latent_consistency`: minus 1).
+    Distilled FLUX.2 klein models have no guidance. diffusers' Z-Image pipeline and its model card count from 0, so
+    their 4 is 5 here."""
 
     height: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
     """Height of images in pixels; a multiple of 16 for flow-matching families, of 32 for `sana`. `null`: the model's
-    own. Imported images are scaled and cropped to it, so with `preferences` and a hub id it must be given."""
+    own height. Imported images are scaled and cropped to it, so it is required with `preferences` and a hub id."""
 
     width: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
-    """Width of images in pixels, as `height`."""
+    """Width of images in pixels; same rules as for `height`."""
 
     images_per_batch: Annotated[int, Field(ge=1)] = 8
-    """Maximum number of images per forward pass of denoiser, VAE and judges. Raise it on a large GPU; when memory does
-    not suffice it is halved, with a warning. It is also the maximum number of images per call of an actor, so the
-    images of one prompt are split over the actors, as evenly as possible."""
+    """Maximum number of images per forward pass of denoiser, VAE and judges. Raise it on a large GPU; if memory does
+    not suffice, it is halved with a warning. It is also the maximum number of images of one prompt per call of an
+    actor, so that several actors can share the images of one prompt, as evenly as possible."""
 
     keep_images: bool = True
-    """Keep a PNG of each training image. `false` saves disk space, and rewards that are added later decode the latents
-    again."""
+    """Keep a PNG of each training image. `false` saves disk space, but rewards that are added later must decode the
+    latents again."""
 
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Maximum share of prompts that may fail in the model (an image without a score counts as its share of its prompt);
-    above it the step fails. It does not change what is generated."""
+    above it, the step fails. It does not affect what is generated."""

@@ -37,8 +37,9 @@ PAGE_HEAD = """\
 
 <!-- Written by `python -m cdpo_ray.config.reference > docs/config.md`; edit the docstrings in `cdpo_ray/config/`. -->
 
-Every key of a configuration file. `section.key=value` on the command line overrides a key; `cdpo check CONFIG` reports
-all mistakes of a configuration at once. Relative paths start at the working folder, and `~` is the home folder.
+This page describes every key of a configuration file. `section.key=value` on the command line overrides a key;
+`cdpo check CONFIG` reports all errors of a configuration at once. Relative paths start at the working directory, and
+`~` is the home directory.
 """
 
 

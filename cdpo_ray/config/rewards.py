@@ -204,7 +204,7 @@ class UnifiedRewardOptions(RewardOptions):
     """Full commit (40 hex digits) of a hub id."""
 
     axis: Literal["mean", "alignment", "coherence", "style"] = "mean"
-    """Rating that is the score: one of three, or their mean."""
+    """Rating that is used as the score: one of three, or their mean."""
 
     @model_validator(mode="after")
     def _is_pinned(self) -> "UnifiedRewardOptions":
@@ -218,8 +218,8 @@ class AestheticOptions(RewardOptions):
     NEEDS: ClassVar[str] = "`rewards.aesthetic.head`"
 
     head: LocalPath | None = None
-    """Path of the released file sac+logos+ava1-l14-linearMSE.pth; required where the reward is used. Its authors
-    publish it on no hub."""
+    """Path of the released file sac+logos+ava1-l14-linearMSE.pth; required if the reward is used. Its authors do not
+    publish it on the hub."""
 
     head_sha256: Sha256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
     """SHA-256 of the head's file, verified before it is read; the default is the released file's."""
@@ -259,8 +259,8 @@ class ImageRewardOptions(RewardOptions):
     """Full commit (40 hex digits) of a hub id."""
 
     sha256: Sha256 | None = None
-    """SHA-256 of ImageReward.pt; required where the reward is used. It has no default because no public source states
-    it; the hub shows it on the file's page."""
+    """SHA-256 of ImageReward.pt; required if the reward is used. It has no default, because we found no source for it;
+    the hub shows it on the file's page."""
 
     vocabulary: LocalPath = "google-bert/bert-base-uncased"
     """BERT's uncased vocab.txt, or a hub id that has it."""
@@ -306,14 +306,14 @@ class EndpointSection(Section):
     """Name of the model on the server."""
 
     token_variable: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
-    """Environment variable that holds the server's token, so that no configuration or run folder does; `null`: no
-    token."""
+    """Environment variable that holds the server's token, so that no configuration or run folder contains it; `null`:
+    no token."""
 
     timeout_seconds: Annotated[float, Field(gt=0)] = 60
     """Maximum duration of one attempt, from the request to the end of the answer."""
 
     max_retries: Annotated[int, Field(ge=0, le=20)] = 4
-    """Maximum number of retries per question, with exponential backoff, after a timeout or a passing error (429, 500,
+    """Maximum number of retries per question, with exponential backoff, after a timeout or a transient error (429, 500,
     502, 503, 504). An image without an answer has no score."""
 
     num_concurrent_requests: Annotated[int, Field(ge=1, le=64)] = 4
@@ -327,8 +327,8 @@ class VlmAlignmentOptions(RewardOptions):
     NEEDS: ClassVar[str] = "`rewards.vlm_alignment.captioner` or `rewards.vlm_alignment.endpoint`"
 
     captioner: LocalPath | None = None
-    """Folder or hub id of a vision-language model that runs in the scorer. No default, because the version that the
-    paper used is not known."""
+    """Folder or hub id of a vision-language model that runs in the scorer. It has no default, because the version used
+    in the paper is not known."""
 
     captioner_revision: str | None = None
     """Full commit (40 hex digits) of the captioner's hub id."""
@@ -342,7 +342,7 @@ class VlmAlignmentOptions(RewardOptions):
     """Maximum length of a caption in tokens; longer ones are cut."""
 
     sentence_encoder: LocalPath = "sentence-transformers/all-MiniLM-L6-v2"
-    """Folder or hub id of the model that embeds prompt and caption; it must pool by the mean over tokens."""
+    """Folder or hub id of the model that embeds prompt and caption; it must use mean pooling over tokens."""
 
     sentence_encoder_revision: str | None = "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
     """Full commit (40 hex digits) of the sentence encoder's hub id."""
@@ -411,18 +411,20 @@ class VlmJudgeOptions(VisionLanguageOptions):
 
     read: Literal["probabilities", "json"] = "probabilities"
     """How an answer is read. `probabilities`: from the probabilities of its first token, as the expected rating or the
-    probability of a choice. `json`: from the text of a JSON object, for servers that give no `logprobs`; scores have
-    few values then, and equal scores form no pairs."""
+    probability of a choice. `json`: from the text of a JSON object, for servers without `logprobs`; scores then take
+    few values, and equal scores form no pairs."""
 
     question: Annotated[str, Field(min_length=1)] | None = None
-    """Question, in which `{prompt}` stands for the prompt. `null`: the question of the mode, see the guide."""
+    """Question to the model, in which `{prompt}` stands for the prompt. `null`: the mode's question; see
+    `docs/guides/rewards.md`."""
 
     scale: tuple[Annotated[int, Field(ge=0, le=9)], Annotated[int, Field(ge=0, le=9)]] = (1, 5)
-    """Lowest and highest rating of `mode: rating`. One digit, because a number of two digits may be two tokens."""
+    """Lowest and highest rating for `mode: rating`. Each must be one digit, because a number with two digits may be two
+    tokens."""
 
     opponents: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
-    """Number of other images of the prompt that `mode: pairwise` compares each image with. `null`: all, which takes
-    N (N - 1) questions for N images; a number k takes N k."""
+    """Number of other images of the prompt that `mode: pairwise` compares each image with. `null`: all, which takes N
+    (N - 1) questions for N images; a number k takes N k questions."""
 
     @property
     def whole_prompts(self) -> bool:
@@ -441,20 +443,20 @@ class VlmJudgeOptions(VisionLanguageOptions):
 
 
 class VqaOptions(VisionLanguageOptions):
-    """Reward `vqa`: share of questions about an image that a vision-language model answers right. It needs `questions`,
-    and `checkpoint` or `endpoint`."""
+    """Reward `vqa`: share of questions about an image that a vision-language model answers correctly. It needs
+    `questions`, and `checkpoint` or `endpoint`."""
 
     NAME: ClassVar[str] = "vqa"
     NEEDS: ClassVar[str] = "`rewards.vqa.questions`"
 
     questions: LocalPath | None = None
-    """JSONL file of each prompt's questions with their right answers, also in the layout of GenEval2. `cdpo questions`
-    lets the endpoint's model write it."""
+    """JSONL file with each prompt's questions and their correct answers; GenEval2's layout is supported too. `cdpo
+    questions` lets the endpoint's model write the file."""
 
     read: Literal["json", "probabilities"] = "json"
-    """How an answer is read. `json`: as text, and compared with the right one. `probabilities`: the probability that it
-    begins with the right one, so that the score is the expected share (Soft-TIFA, arXiv:2512.16853). Right answers must
-    then be yes, no, a number from 0 to 9, or a word that is one token."""
+    """How an answer is read. `json`: as text, which is compared with the correct answer. `probabilities`: as the
+    probability that it begins with the correct answer, so that the score is the expected share (Soft-TIFA,
+    arXiv:2512.16853). Correct answers must then be yes, no, a number from 0 to 9, or a word that is one token."""
 
     @property
     def fault(self) -> str:
@@ -471,12 +473,12 @@ class JpegSizeOptions(RewardOptions):
 
 
 class PerturbationOptions(Section):
-    """Score `perturbation`: images are generated from increasingly masked prompts, and less masked is better. It ranks
-    without a judge (arXiv:2602.13055)."""
+    """Reward `perturbation`: images are generated from increasingly masked prompts, and less masking is better. It
+    ranks without a judge (arXiv:2602.13055)."""
 
     max_masked_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of prompt tokens that are masked for the last image of a prompt; the first image is unmasked, the others
-    are evenly spaced between."""
+    """Share of prompt tokens that are masked for the last image of a prompt. The prompt of the first image is unmasked;
+    the shares of the others are evenly spaced in between."""
 
 
 def options_without_choices(name: str, recorded: Any) -> dict[str, Any]:
@@ -515,31 +517,33 @@ class RewardsSection(Section):
 
     names: Annotated[tuple[ScoreName, ...], Field(min_length=1)]
     """Rewards to compute: built-in (`clip`, `hpsv2`, `hpsv3`, `imagereward`, `pickscore`, `unifiedreward`, `aesthetic`,
-    `ocr`, `vlm_alignment`, `vlm_judge`, `vqa`, `jpeg_size`, `oracle`, `oracle_strict`), `module:function` of your own,
-    `perturbation`, or `preference` (labels of imported data). Others can be added to a finished run."""
+    `ocr`, `vlm_alignment`, `vlm_judge`, `vqa`, `jpeg_size`, `oracle`, `oracle_strict`), your own `module:function`,
+    `perturbation`, or `preference` (labels of imported data). More can be added to a finished run."""
 
     rank_by: RankingName | None = None
-    """What ranks images: one of `names`, or a combination. `weighted_sum`: of scores standardised within the prompt;
-    `mean_rank`: mean of the ranks; `pareto`: non-dominated fronts. `null`: the first of `names`."""
+    """How images are ranked: by one of `names`, or by a combination. `weighted_sum`: weighted sum of scores that are
+    standardised within the prompt. `mean_rank`: mean of the ranks. `pareto`: non-dominated fronts. `null`: the first of
+    `names`."""
 
     weights: Annotated[dict[str, float], Field(default_factory=dict)]
-    """Weight of each reward in `rank_by: weighted_sum`; 1 where none is given. 0 excludes a reward, a negative weight
-    prefers low scores."""
+    """Weight of each reward for `rank_by: weighted_sum`; 1 if not given. 0 excludes a reward; a negative weight prefers
+    low scores."""
 
     arguments: Annotated[dict[str, dict[str, Any]], Field(default_factory=dict)]
     """Keyword arguments of your own rewards, by `module:function`. A class is instantiated with them; a function gets
-    them in each call. A file that they name is not part of what is compared when a run continues."""
+    them in each call. Files that they name are not compared when a run is resumed."""
 
     noise_prompts: Annotated[int, Field(ge=0)] = 0
-    """Number of prompts whose images are scored twice, the second time in other batches, to measure the rewards' own
-    noise; for example 32. Required for `curriculum.min_gap_in_noise`."""
+    """Number of prompts whose images are scored twice, the second time in different batches, to measure the noise of
+    the rewards; for example 32. Required for `curriculum.min_gap_in_noise`."""
 
     placement: Literal["fused", "pool"] = "fused"
-    """Where new images are scored. `fused`: in the generating actors, so that images are not moved. `pool`: in actors
-    of their own (`resources.scorers`), for judges that do not fit beside the model."""
+    """Where new images are scored. `fused`: in the generating actors, so that images are not moved. `pool`: in separate
+    actors (`resources.scorers`), for judges that do not fit into GPU memory beside the model."""
 
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Maximum share of scores that are not finite; above it the step `pairs` fails. Such scores form no pairs."""
+    """Maximum share of scores that are not finite; above it, the step `pairs` fails. Images with such scores form no
+    pairs."""
 
     clip: ClipOptions = ClipOptions()
     hpsv2: HpsV2Options = HpsV2Options()

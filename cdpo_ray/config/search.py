@@ -51,11 +51,11 @@ class KnobSection(Section):
     """Upper end of the range, inclusive."""
 
     log: bool = False
-    """Draw uniformly in the logarithm; for keys whose useful values span orders of magnitude, such as
+    """Draw uniformly on a logarithmic scale, for keys whose useful values span orders of magnitude, such as
     `training.beta`."""
 
     when: Annotated[dict[str, Any], Field(default_factory=dict)]
-    """Condition: another key of the space, mapped to the value or values for which this one is varied. Empty: always
+    """Condition: another key of the space, mapped to the value or values for which this key is varied. Empty: always
     varied."""
 
     @model_validator(mode="before")
@@ -156,16 +156,16 @@ SearchedKey = Annotated[str, AfterValidator(_may_be_searched)]
 
 
 class StopEarly(Section):
-    """Early stopping by asynchronous successive halving (ASHA, arXiv:1810.05934) at stage ends. `null`: every trial
-    runs to its end."""
+    """Early stopping by asynchronous successive halving (ASHA, arXiv:1810.05934) at the ends of stages. `null`: every
+    trial runs to its end."""
 
     reduction_factor: Annotated[float, Field(gt=1)] = 2
-    """At each rung, one in this many trials continues; rungs are `grace_stages` x `reduction_factor`^n stages. Raise it
-    to stop more trials."""
+    """At each rung, one in this many trials continues; the rungs are after `grace_stages` x `reduction_factor`^n
+    stages. Raise it to stop more trials."""
 
     grace_stages: Annotated[int, Field(ge=1)] = 1
-    """Number of stages before a trial can be stopped. Raise it if `curriculum.num_stages` is varied: trials are
-    compared at the same stage, where those with few stages have done more of their updates."""
+    """Number of stages before a trial can be stopped. Raise it if `curriculum.num_stages` is varied, because trials are
+    compared at the same stage, where those with few stages have completed more of their updates."""
 
     def stages(self, num_stages: int) -> list[int]:
         """Stages after which a trial may be stopped.
@@ -189,23 +189,23 @@ class SearchSection(Section):
     point; the space must have choices only."""
 
     num_trials: Annotated[int, Field(ge=1)] | None = None
-    """Number of trials, the paper's included; required for `tpe` and `random`, not allowed for `grid`. A finished
-    search continues when it is raised."""
+    """Number of trials, including the one with the paper's schedule; required for `tpe` and `random`, not allowed for
+    `grid`. Raise it to continue a finished search."""
 
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("reward",)
-    """Quantities to maximise on the validation prompts: `reward`, `win_rate` and `implicit_accuracy` by `judge`, and
-    `diversity` of a prompt's images. The first chooses the best trial and stops trials early; several give a Pareto
-    front."""
+    """Quantities to maximise on the validation prompts: `reward`, `win_rate` and `implicit_accuracy` according to
+    `judge`, and `diversity` of a prompt's images. The first one chooses the best trial and stops trials early; several
+    give a Pareto front."""
 
     judge: str | None = None
-    """Judge of the objectives, one of those of the evaluation. `null`: the first ranking reward that looks at
+    """Judge of the objectives, one of the evaluation's judges. `null`: the first ranking reward that looks at
     images."""
 
     stop_early: StopEarly | None = StopEarly()
 
     max_concurrent_trials: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of trials that run at the same time; `null`: as many as the nodes have room for.
-    `resources.trainers` decides how many share a GPU."""
+    `resources.trainers` determines how many share a GPU."""
 
     updates_per_trial: Annotated[int, Field(ge=1)] | None = None
     """Number of updates of each trial, divided among its stages, so that all trials cost the same. `null`:
@@ -219,12 +219,13 @@ class SearchSection(Section):
     cheaper and noisier."""
 
     confirm_seeds: Annotated[int, Field(ge=0)] = 3
-    """Number of fresh seeds with which the best schedule and the paper's are trained again and measured on the held-out
+    """Number of new seeds with which the best schedule and the paper's are trained again and measured on the held-out
     prompts, because the best of many trials looks better than it is. One half of these prompts chooses the schedule to
-    keep, and the other half judges. 1 or 2: the means only, without intervals and verdict. 0: no confirmation."""
+    keep, and the other half judges it. With 1 or 2, there are only means, without intervals or a verdict. 0: no
+    confirmation."""
 
     space: Annotated[dict[SearchedKey, KnobSection], Field(min_length=1), AfterValidator(_checked_space)]
-    """Keys to vary, each a key of `curriculum` or `training` such as `training.beta`, mapped to its values."""
+    """Keys to vary, each a key of `curriculum` or `training`, such as `training.beta`, mapped to its values."""
 
     @model_validator(mode="after")
     def _trials_are_counted(self) -> "SearchSection":

@@ -95,7 +95,7 @@ def without_credentials(text: str) -> str:
 def looked_for(path: str) -> str:
     """The absolute form of a missing path, for a message."""
     absolute = os.path.abspath(path)
-    return absolute if path == absolute else f"{absolute} (relative paths start at the working folder)"
+    return absolute if path == absolute else f"{absolute} (relative paths start at the working directory)"
 
 
 Place = Annotated[str, Field(min_length=1), AfterValidator(check_place)]

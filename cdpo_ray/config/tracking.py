@@ -18,8 +18,8 @@ class WandbOptions(Section):
     """W&B user or team that owns the project; `null`: the account's default."""
 
     mode: Literal["online", "offline"] = "online"
-    """Where values go. `online`: to the server during the run; `offline`: only to `<run>/wandb`, for machines without
-    internet access."""
+    """Where values are written. `online`: to the server, during the run. `offline`: only to `<run>/wandb`, for machines
+    without internet access."""
 
 
 class MlflowOptions(Section):
@@ -30,7 +30,7 @@ class MlflowOptions(Section):
     MLFLOW_ALLOW_FILE_STORE=true."""
 
     experiment: Annotated[str, Field(min_length=1)]
-    """MLflow experiment of the run; created if it does not exist."""
+    """MLflow experiment of the run; it is created if it does not exist."""
 
     @model_validator(mode="after")
     def _has_no_secret(self) -> "MlflowOptions":
@@ -43,7 +43,7 @@ class MlflowOptions(Section):
 
 
 class TrackingSection(Section):
-    """Experiment trackers; TensorBoard files and Ray's metrics are always written. Trackers do not change results."""
+    """Experiment trackers. TensorBoard files and Ray's metrics are always written. Trackers do not affect results."""
 
     wandb: WandbOptions | None = None
 

@@ -10,31 +10,31 @@ from cdpo_ray.config.section import LocalPath, Section, looked_for
 
 
 class LoraSection(Section):
-    """The LoRA of `method: lora`. Its rank and its layers can grow from stage to stage (arXiv:2602.13055); they do so
-    in the first round only, and later rounds start from the full LoRA."""
+    """The LoRA of `method: lora`. Its rank and its layers can grow from stage to stage (arXiv:2602.13055), but only in
+    the first round; later rounds start from the full LoRA."""
 
     rank: Annotated[int, Field(ge=1)] = 8
-    """Inner dimension; the published value for Stable Diffusion. LCM is published with 64."""
+    """Rank of the LoRA. The default is the published value for Stable Diffusion; LCM is published with 64."""
 
     initial_rank: Annotated[int, Field(ge=1)] | None = None
     """Rank in the first stage; it grows linearly to `rank` in the last. Published for Stable Diffusion: 6 to 16.
-    `null`: constant `rank`, as in the original paper. In the embedded world growing gained nothing."""
+    `null`: constant `rank`, as in the original paper. In the embedded world, growing the rank gained nothing."""
 
     unfreeze: Literal["at_once", "from_input", "from_output"] = "at_once"
-    """Blocks whose LoRA learns. `at_once`: all, in every stage. `from_input`, `from_output`: an equal share more per
-    stage, starting at that end of the denoiser."""
+    """Blocks whose LoRA is trained. `at_once`: all blocks, in every stage. `from_input`, `from_output`: an equal share
+    of further blocks in each stage, starting at that end of the denoiser."""
 
     alpha: Annotated[float, Field(gt=0)] | None = None
     """The LoRA's output is scaled by `alpha / rank`. `null`: `rank`, so that the scale is 1, as published."""
 
     use_rslora: bool = False
     """Scale the LoRA's output by `alpha / sqrt(rank)` (rsLoRA, arXiv:2312.03732), which keeps the size of updates when
-    the rank changes; for large ranks. Needs `alpha`."""
+    the rank changes. Suited to large ranks. Needs `alpha`."""
 
     use_dora: bool = False
     """Also learn the norm of each row of the adapted weights (DoRA, arXiv:2402.09353), which takes more time and memory
-    per update. `weight_decay` shrinks these norms, too. Neither with `model.quantization` nor with `zero_stage: 3`;
-    `cdpo export --format kohya` refuses it."""
+    per update. `weight_decay` also shrinks these norms. Not supported with `model.quantization`, `zero_stage: 3` and
+    `cdpo export --format kohya`."""
 
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names, or ends of names, of the linear and convolution layers that get a LoRA. The default is all attention
@@ -92,28 +92,28 @@ TimestepList = Annotated[tuple[Annotated[int, Field(ge=0, le=999)], ...], Field(
 
 
 class ScheduleSection(Section):
-    """Learning rate over the updates of a run, or of each round."""
+    """Schedule of the learning rate over the updates of a run, or of each round."""
 
     warmup_updates: Annotated[int, Field(ge=0)] = 10
-    """Number of updates over which the learning rate rises linearly to `learning_rate`. Without a warm-up AdamW's first
-    updates have full size, whatever the gradient; the default is the number of gradients that its first moment
-    averages over. Published for Stable Diffusion: 500, for SDXL: 200, of a few thousand. 0: none, as in the released
-    code."""
+    """Number of updates over which the learning rate rises linearly to `learning_rate`. Without a warm-up, AdamW's
+    first updates have full size, whatever the gradient. The default is the number of gradients that its first moment
+    averages over. Published: 500 for Stable Diffusion and 200 for SDXL, of a few thousand updates. 0: no warm-up, as in
+    the released code."""
 
     decay: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up. `constant`: the published choice. `cosine`: falls to 0 at the end of the run.
-    Try it if the last updates undo gains; a longer run is then not the continuation of a shorter one."""
+    Try it if the last updates undo gains. A longer run is then not a continuation of a shorter one."""
 
 
 class HealthSection(Section):
-    """Alarm when the policy predicts the chosen images much worse than the reference does. Images break after that,
-    while the margin still grows, because the rejected images' error rises even more."""
+    """Alarm when the policy predicts the chosen images much worse than the reference does. After that, images degrade
+    while the margin still grows, because the error on rejected images rises even more."""
 
     max_error_rise: Annotated[float, Field(gt=0)] | None = 0.5
-    """Alarm when the policy's error on chosen images exceeds the reference's by more than this share. In the
-    embedded world (`docs/log.md`) a run with the paper's curriculum raises it by 0.2, and the schedule that lost all
-    gain by 0.65. The report shows the highest rise of a run: lower the bound if images degrade without an alarm.
-    `null`: no alarm."""
+    """Alarm when the policy's error on chosen images exceeds the reference's by more than this share. In the embedded
+    world (`docs/log.md`), a run with the paper's curriculum raises it by 0.2, and the schedule that lost all gain by
+    0.65. The report shows the highest rise of a run. Lower the bound if images degrade without an alarm. `null`: no
+    alarm."""
 
     window: Annotated[int, Field(ge=1)] = 50
     """Number of updates whose mean is compared with the bound, once every `window` updates and at the end. Errors of
@@ -121,7 +121,7 @@ class HealthSection(Section):
 
     on_alarm: Literal["warn", "stop"] = "warn"
     """`warn`: a warning in the log, in `cdpo status` and in the report. `stop`: training also ends, and its result is
-    the LoRA of the last comparison without alarm (needs `method: lora` and `zero_stage` 0 to 2)."""
+    the LoRA of the last comparison without an alarm. Needs `method: lora` and `zero_stage` 0 to 2."""
 
     @model_validator(mode="after")
     def _an_alarm_has_a_bound(self) -> "HealthSection":
@@ -160,66 +160,66 @@ class TrainingSection(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Seed of drawn pairs, of the LoRA's initial values, and of training noise; `null`: `run.seed`. Another seed
-    repeats training on the same images."""
+    repeats the training on the same images."""
 
     method: Literal["lora", "full"] = "lora"
     """Weights to train. `lora`: a LoRA; the reference is the same model with the LoRA off. `full`: all weights of the
     denoiser, with a frozen copy as reference, which needs far more memory (see `zero_stage`)."""
 
     loss: Loss = DpoLoss()
-    """Loss of a pair's margin m: a name, or a mapping of `name` and the loss's options, such as `{name: robust,
-    label_smoothing: 0.2}`."""
+    """Loss as a function of a pair's margin m: a name, or a mapping with `name` and the loss's options, such as `{name:
+    robust, label_smoothing: 0.2}`."""
 
     beta: Annotated[float, Field(gt=0)]
     """Strength of the KL penalty towards the reference: large values keep the model close to it. The margin is -beta/2
-    times a difference of errors averaged over latent values, so a value does not carry over to another latent size.
-    Published: 2000 to 5000 for Stable Diffusion, 100 to 2000 for flow matching, 400 for LCM; the embedded world needs
-    200. `cdpo check` prints it in other conventions."""
+    times a difference of errors that are averaged over latent values, so a value does not carry over to another latent
+    size. Published values: 2000 to 5000 for Stable Diffusion, 100 to 2000 for flow matching, 400 for LCM; the embedded
+    world needs 200. `cdpo check` prints it in other conventions."""
 
     adaptive_beta: Annotated[float, Field(gt=0)] | None = None
-    """Strength a of the adaptation of `beta` to each pair (arXiv:2407.08639; published: 0.6): it is multiplied by 1 +
-    a (m - m0), at least 0, with the pair's margin m and the running mean m0 of margins. Pairs that the policy orders
-    against the label count less. Try it with noisy labels. `null`: constant `beta`."""
+    """Strength a of the adaptation of `beta` to each pair (arXiv:2407.08639; published: 0.6). `beta` is multiplied by 1
+    + a (m - m0), at least 0, where m is the pair's margin and m0 the running mean of margins. Pairs that the policy
+    orders against their label get less weight. Try it with noisy labels. `null`: constant `beta`."""
 
     safeguard: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Scales down the gradient of a rejected image so that, to first order and seen from the model's output, this share
-    of the descent of its chosen image's error remains (arXiv:2511.03317; published: 0.6 to 0.9). Try 0.5 if the
-    chosen's error rises; values near 0 rarely have an effect, and values near 1 train on the chosen images alone. In
-    the embedded world (`docs/log.md`) 0.5 cut the rise to a quarter, and 0.9 lost the gain with it. `null`: off."""
+    """Scales down the gradient of a rejected image so that, to first order in the model's output, this share of the
+    descent of the error on its chosen image remains (arXiv:2511.03317; published: 0.6 to 0.9). Try 0.5 if the error on
+    chosen images rises. Values near 0 rarely have an effect; values near 1 train on the chosen images alone. In the
+    embedded world (`docs/log.md`), 0.5 cut the rise to a quarter, and 0.9 also lost the gain. `null`: off."""
 
     reference: Literal["base", "start", "last_round"] = "base"
-    """Frozen reference: the base model; `start`: the LoRA of `start_from`, in every round; `last_round`: the model that
-    the round started from (needs `rounds` > 1)."""
+    """Frozen reference that the policy is compared with. `base`: the base model. `start`: the LoRA of `start_from`, in
+    every round. `last_round`: the model that the round started from (needs `rounds` > 1)."""
 
     start_from: LocalPath | None = None
-    """LoRA to start training from: a safetensors file in the format of diffusers or of kohya (sd-scripts), or a folder
-    with one. `lora` must have its rank and layers; its scale may differ. All nodes must see it. The images of the first
-    round are still those of the base model. `null`: start from the base model."""
+    """LoRA to start training from: a safetensors file in the format of diffusers or kohya (sd-scripts), or a folder
+    with one. `training.lora` must have the same rank and layers; the scale may differ. All nodes must be able to read
+    it. The images of the first round are still those of the base model. `null`: start from the base model."""
 
     guidance_range: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
-    """Bounds [low, high] of the guidance that a guidance-conditioned family (`latent_consistency`, `flux`) is trained
-    with; drawn uniformly per pair. For LCM it is w, `guidance_scale` - 1. `null`: the guidance of
-    `generation.guidance_scale`, with which the images are sampled. LCM is published with [5, 15]."""
+    """Bounds [low, high] of the guidance for training a guidance-conditioned family (`latent_consistency`, `flux`);
+    drawn uniformly per pair. For LCM, this is w = `guidance_scale` - 1. `null`: `generation.guidance_scale`, with which
+    the images are sampled. LCM is published with [5, 15]."""
 
     timesteps: Literal["all", "sampler"] | TimestepRange | TimestepList | None = None
     """Timesteps that training draws. `all`: the distribution that the model was trained with. `sampler`: those of the
-    sampler with `generation.num_denoising_steps`, for models of few steps; not for flow matching. `{low: 500, high:
-    999}`: the part of `all` in this range. A list, such as [249, 499, 749, 999] for Turbo models: these, uniformly.
+    sampler with `generation.num_denoising_steps`, for few-step models; not for flow matching. `{low: 500, high: 999}`:
+    the part of `all` in this range. A list, such as [249, 499, 749, 999] for Turbo models: these timesteps, uniformly.
     `null`: `sampler` for a consistency model with `consistency_target: image`, else `all`."""
 
     consistency_target: Literal["image", "teacher"] = "image"
-    """Target of a consistency model's output, only for `latent_consistency`. `image`: the image itself. `teacher`: as
-    published, the reference's output one teacher step later, which needs `model.teacher`, takes twice the forward
-    passes, and gained nothing in the embedded world."""
+    """Target of a consistency model's output; only for `latent_consistency`. `image`: the image itself. `teacher`: the
+    published target, which is the reference's output one teacher step later. It needs `model.teacher`, takes twice the
+    number of forward passes, and gained nothing in the embedded world."""
 
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """Storage of AdamW's moments. `adamw_8bit`: 8 bits per value with a scale per block, a quarter of the memory; needs
-    bitsandbytes and `zero_stage: 0`. A LoRA gains little from it, `method: full` much."""
+    """Storage of AdamW's moments. `adamw_8bit`: 8 bits per value with one scale per block, which takes a quarter of the
+    memory; needs bitsandbytes and `zero_stage: 0`. It saves little for a LoRA, and much for `method: full`."""
 
     learning_rate: Annotated[float, Field(gt=0)]
-    """AdamW's learning rate, after the warm-up of `schedule`. The configurations of published models use 1e-4, as the
-    released code; the embedded world 5e-4. Lower it if updates are skipped because they are not finite, or if `health`
-    warns."""
+    """AdamW's learning rate after the warm-up of `schedule`. The configurations of published models use 1e-4, like the
+    released code; the embedded world uses 5e-4. Lower it if updates are skipped because they are not finite, or if
+    `health` warns."""
 
     schedule: ScheduleSection = ScheduleSection()
 
@@ -236,9 +236,9 @@ class TrainingSection(Section):
     """Gradients are clipped to this global norm; the published value."""
 
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an exponential moving average of the LoRA, which is then the result of training. The first
-    1 / (1 - decay) updates are averaged equally. Try 0.95 to 0.99 if results vary from checkpoint to checkpoint (needs
-    `method: lora` and `zero_stage` 0 to 2). `null`: the last LoRA is the result."""
+    """Decay of an exponential moving average of the LoRA, which is then the result of training. The first 1 / (1 -
+    decay) updates are averaged equally. Try 0.95 to 0.99 if results vary from checkpoint to checkpoint. Needs `method:
+    lora` and `zero_stage` 0 to 2. `null`: the last LoRA is the result."""
 
     health: HealthSection = HealthSection()
 
@@ -247,54 +247,55 @@ class TrainingSection(Section):
     configurations of published models use 32."""
 
     batch_size_per_worker: Annotated[int, Field(ge=1)] | None = None
-    """Number of pairs per forward pass of a worker; gradients are accumulated over several. `null`: a worker's whole
-    share of an update. Lower it when memory does not suffice."""
+    """Number of pairs per forward pass of a worker; gradients are accumulated over several passes. `null`: a worker's
+    whole share of an update. Lower it if memory does not suffice."""
 
     empty_prompt_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of pairs that are trained with an empty prompt, which keeps classifier-free guidance working. The released
     code uses 0.25 for Stable Diffusion. 0 suits models that are sampled without guidance, such as LCM and FLUX."""
 
     gradient_checkpointing: bool | Literal["auto"] = False
-    """Recompute activations in the backward pass: much less memory (SD 1.5: 0.14 in place of 0.97 GiB per sample), but
-    an estimated quarter slower. `auto`: on if the estimated peak memory without it exceeds the GPU's memory, or is
-    unknown."""
+    """Recompute activations in the backward pass to save memory (SD 1.5: 0.14 instead of 0.97 GiB per sample). Training
+    is then an estimated quarter slower. `auto`: enabled if the estimated peak memory without it exceeds the GPU's
+    memory, or is unknown."""
 
     lora: LoraSection = LoraSection()
 
     num_workers: Annotated[int, Field(ge=1)] = 1
-    """Number of training workers, each with its own GPU. May change when training resumes."""
+    """Number of training workers, each with its own GPU. It may change when training resumes."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """DeepSpeed ZeRO stage: shard nothing (0), optimizer state (1), gradients too (2), weights too (3). A LoRA's state
-    is so small that it needs none; use 1 to 3 for `method: full` on several workers. May change when training
-    resumes."""
+    """DeepSpeed ZeRO stage: shard nothing (0), the optimizer state (1), also gradients (2), or also weights (3). A
+    LoRA's state is so small that it needs no sharding; use 1 to 3 for `method: full` on several workers. It may change
+    when training resumes."""
 
     updates_per_commit: Annotated[int, Field(ge=1)] = 50
     """Number of updates between checkpoints; one is also written at the end of each stage. At most this many updates
     are lost when a process is killed. Lower it if updates are slow or machines are often preempted."""
 
     keep_last: Annotated[int, Field(ge=1)] = 2
-    """Number of checkpoints to keep. 2, so that training can resume from the previous one if the last is damaged."""
+    """Number of checkpoints to keep. With 2, training can resume from the previous checkpoint if the last one is
+    damaged."""
 
     keep_best: bool = False
     """Also keep the adapter of the checkpoint with the lowest mean loss in the last stage, in `4-training/best`."""
 
     preview_prompts: Annotated[int, Field(ge=0, le=100)] = 4
-    """Number of held-out prompts whose image is sampled by the base model and at the end of each stage, always from the
-    same noise: `4-training/previews`, the report, `cdpo watch` and the trackers show them. The trained weights are
-    the same without them. 0: none; trials of a search sample none."""
+    """Number of held-out prompts for which one image is sampled by the base model and at the end of each stage, always
+    from the same noise. The images are in `4-training/previews`, the report, `cdpo watch` and the trackers. They do not
+    affect the trained weights. 0: none. Trials of a search sample none."""
 
     max_skipped_updates: Annotated[int, Field(ge=1)] = 20
-    """Training fails when this many consecutive updates, or all of a stage, are skipped because loss or gradient is not
-    finite."""
+    """Training fails if this many consecutive updates, or all updates of a stage, are skipped because the loss or the
+    gradient is not finite."""
 
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Maximum number of times that training restarts from the last checkpoint after a failure; in a search, of each
-    trial. Raise it on preemptible machines."""
+    """Maximum number of times that training restarts from the last checkpoint after a failure; in a search, the limit
+    applies to each trial. Raise it on preemptible machines."""
 
     collective_timeout_seconds: Annotated[int, Field(ge=1)] = 600
-    """Time after which a worker that does not respond is replaced, while the others wait for it; a warning names it
-    after half of this time. Raise it if slow machines time out."""
+    """Time after which a worker that does not respond is replaced; until then, the others wait for it. A warning names
+    the worker after half of this time. Raise it if slow machines time out."""
 
     @model_validator(mode="after")
     def _batch_is_divisible(self) -> "TrainingSection":

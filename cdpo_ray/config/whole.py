@@ -31,16 +31,17 @@ class RunSection(Section):
     """Name of the run: its folder within `dir`, and its name in trackers and in the model card."""
 
     dir: Place = "runs"
-    """Folder of all runs: a local path (relative to the working folder), `s3://...` or `gs://...`. On a cluster all
-    nodes must see it; in a Ray job it must not be relative, because Ray deletes the job's working folder."""
+    """Folder of all runs: a local path (relative to the working directory), `s3://...` or `gs://...`. On a cluster, all
+    nodes must be able to access it. In a Ray job it must not be relative, because Ray deletes the job's working
+    directory."""
 
     samples_from: Place | None = None
-    """Folder of a finished run whose images, and scores where they agree, are used in place of generating them. Refused
-    unless this run would generate the same images. `null`: generate."""
+    """Folder of a finished run whose images are reused instead of generating them, and whose scores are reused where
+    the settings agree. Refused unless this run would generate the same images. `null`: generate images."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of generated images, of the prompts of `scenes`, of evaluation, and of training unless `training.seed` is
-    given."""
+    """Seed of generated images, of the prompts of `scenes`, of the evaluation, and, unless `training.seed` is given, of
+    training."""
 
 
 class EvaluationSection(Section):
@@ -49,24 +50,24 @@ class EvaluationSection(Section):
     HOW_NOT_WHAT: ClassVar[frozenset[str]] = frozenset({"grid_prompts"})
 
     images_per_prompt: Annotated[int, Field(ge=1)] = 4
-    """Number of images per held-out prompt and model. The configurations of published models use 8."""
+    """Number of images per held-out prompt and model. Most configurations of published models use 8."""
 
     judges: Annotated[tuple[RewardName, ...], Field(min_length=1)]
     """Judges of the images, in addition to the run's own rewards that look at images. Name at least one that is not
-    trained on: it shows whether the model improved, or only learned its reward."""
+    used in training: it shows whether the model improved, or only learned its reward."""
 
     num_margin_draws: Annotated[int, Field(ge=0)] = 4
-    """Number of (timestep, noise) draws that the implicit reward of an image is averaged over, to see how often it
-    orders images as a judge does. 0 leaves this out; with 4 draws it took 43 % of the processor time of
-    the quickstart's evaluation."""
+    """Number of (timestep, noise) draws that the implicit reward of an image is averaged over, to measure how often it
+    orders images in the same way as a judge. 0 disables this; with 4 draws, it took 43 % of the CPU time of the
+    quickstart's evaluation."""
 
     num_bootstrap_resamples: Annotated[int, Field(ge=100)] = 10_000
-    """Number of bootstrap resamples of prompts for the 95 % confidence intervals. Fewer than 10 prompts have no
-    interval."""
+    """Number of bootstrap resamples of prompts for the 95 % confidence intervals. With fewer than 10 prompts, there is
+    no interval."""
 
     grid_prompts: Annotated[int, Field(ge=0)] = 12
-    """Number of held-out prompts whose images the report shows. `cdpo run` with another value only
-    writes the report again."""
+    """Number of held-out prompts whose images the report shows. After a change, `cdpo run` only writes the report
+    again."""
 
 
 LABEL_PATTERN = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
@@ -80,18 +81,18 @@ class Pool(Section):
     """Actors of one role, and what each of them needs."""
 
     num_actors: Annotated[int, Field(ge=1)] = 1
-    """Maximum number of actors; as many start as the nodes have room for, and as there are calls."""
+    """Maximum number of actors. Fewer start if the nodes have no room for more, or if there are fewer calls."""
 
     cpus_per_actor: Annotated[float, Field(gt=0)] = 1
     """Number of CPUs per actor. Leave at least one CPU of the cluster free: Ray Data reads and writes rows in tasks of
     one CPU."""
 
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0
-    """Number of GPUs per actor: 0 (runs on the CPU), a fraction to share a GPU, 1, or a larger whole number."""
+    """Number of GPUs per actor: 0 (to run on the CPU), a fraction (to share a GPU), 1, or a larger whole number."""
 
     node_labels: NodeLabels = Field(default_factory=dict)
-    """Labels that a node must have to run these actors, such as `{market: spot}`. Nodes get them from
-    `ray start --labels` or from the file of the cluster."""
+    """Labels that a node must have to run these actors, such as `{market: spot}`. Nodes get labels from `ray start
+    --labels` or from the cluster file."""
 
     @model_validator(mode="after")
     def _gpus_are_a_fraction_or_whole(self) -> "Pool":
@@ -101,25 +102,25 @@ class Pool(Section):
 
 
 class TrainerResources(Section):
-    """What each training worker needs; their number is `training.num_workers`."""
+    """Resources of each training worker. The number of workers is `training.num_workers`."""
 
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """Number of CPUs per worker."""
 
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    """GPU of a worker: 0 (trains on the CPU) or 1. A fraction lets the trials of a search share a GPU, and needs
-    `training.num_workers: 1`."""
+    """Number of GPUs per worker: 0 (to train on the CPU) or 1. A fraction lets the trials of a search share a GPU, and
+    needs `training.num_workers: 1`."""
 
     node_labels: NodeLabels = Field(default_factory=dict)
-    """Labels that a node must have to run workers, such as `{market: on-demand}`: one lost node
-    restarts all workers from the last checkpoint."""
+    """Labels that a node must have to run workers, such as `{market: on-demand}`. On-demand nodes are preferable,
+    because the loss of one node restarts all workers from the last checkpoint."""
 
 
 class ResourcesSection(Section):
     """CPUs and GPUs of each role. The defaults run on a machine without a GPU."""
 
     generators: Pool = Pool()
-    """Actors that sample images, for training and evaluation, or encode imported ones."""
+    """Actors that generate images, for training and evaluation, or encode imported images."""
 
     scorers: Pool = Pool()
     """Actors of `rewards.placement: pool`, and of rewards that are added to a finished run."""
@@ -133,7 +134,8 @@ class Config(Section):
     run: RunSection
 
     rounds: Annotated[int, Field(ge=1)] = 1
-    """Number of rounds; from the second on, the model of the round before generates the images. 1, as in the paper."""
+    """Number of rounds. From the second round on, the model of the previous round generates the images. The paper uses
+    1."""
 
     prompts: PromptsSection
 

@@ -80,7 +80,7 @@ def output_path(text: str | Path, key: str) -> Path:
     path = storage_path(text)
     if is_local(path) and JOB_COPIES in str(path.resolve()):
         raise StoreError(
-            f"`{key}` {text}: is {path.resolve()}, in this Ray job's copy of the working folder, which Ray deletes;"
+            f"`{key}` {text}: is {path.resolve()}, in this Ray job's copy of the working directory, which Ray deletes;"
             f" give an absolute path on storage that all nodes see, as `{key}` /shared/runs, or s3://bucket/runs"
         )
     return path

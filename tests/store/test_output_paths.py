@@ -41,7 +41,7 @@ def test_fault_46_tune_and_other_outputs_refuse_it_too(copy: Path, capsys: pytes
         ["export", "config.yaml", "--out", "exported", "run.dir=/nowhere"],
     ):
         assert main(arguments) == 2
-        assert "in this Ray job's copy of the working folder" in capsys.readouterr().err
+        assert "in this Ray job's copy of the working directory" in capsys.readouterr().err
 
 
 def test_fault_46_only_a_path_within_the_copy_is_refused(copy: Path, tmp_path: Path) -> None:
