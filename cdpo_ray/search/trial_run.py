@@ -111,7 +111,7 @@ def stage_report(
     num_prompts = len(found["diversity"])
     tuned = {name: np.array(values, dtype=float) for name, values in found["scores"].items()}
     base = {name: base[name][:num_prompts] for name in tuned}
-    bootstrap = {"num_resamples": num_resamples, "seed": seed}
+    bootstrap: dict[str, Any] = {"num_resamples": num_resamples, "seed": seed}
     compared = {name: compare_scores(base[name], tuned[name], **bootstrap) for name in tuned}
     accuracy = None
     if "implicit_values" in found:
