@@ -104,7 +104,7 @@ def local_ray(until_the_last_test: contextlib.ExitStack) -> None:
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():  # the session imports it
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-            patch.setenv("RAY_metrics_report_interval_ms", "1000")  # a test waits for them
+            patch.setenv("RAY_metrics_report_interval_ms", "5000")  # a test waits for them
             until_the_last_test.enter_context(ray_session())
 
 

@@ -28,7 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def explain_stages(config: Config) -> list[str]:
     """Draw `stages.png` of each round that has stages; returns a table of them and the path, for each."""
-    from cdpo_ray.curriculum.explanation import DESCRIBED_STAGES, draw_stages, stages_table
+    from cdpo_ray.curriculum.explanation import DESCRIBED_STAGES, stages_table
+    from cdpo_ray.curriculum.figures import draw_stages
 
     lines = []
     for run in round_folders(config):

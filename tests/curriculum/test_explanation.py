@@ -10,7 +10,8 @@ import pytest
 from brute_force import formed_pairs, rows
 from PIL import Image
 
-from cdpo_ray.curriculum.explanation import describe_stage, draw_stages, stages_table
+from cdpo_ray.curriculum.explanation import describe_stage, stages_table
+from cdpo_ray.curriculum.figures import draw_stages
 from cdpo_ray.curriculum.ranking import rank_samples
 from cdpo_ray.curriculum.schedule import Curriculum, Schedule
 from cdpo_ray.errors import StoreError

@@ -79,6 +79,7 @@ def test_binned_errors_of_all_timesteps_converge_to_the_same_weight() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)  # starts four processes, each of which loads torch and diffusers
 def test_the_training_writes_loadable_weights_and_their_card(tmp_path: Path) -> None:
     few = ["--autoencoder-updates=2", "--dual-encoder-updates=2", "--denoiser-updates=2", "--consistency-updates=2"]
