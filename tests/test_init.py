@@ -75,6 +75,18 @@ def test_preferences_replace_prompts_and_generated_images(folder: Path, capsys: 
     assert config.curriculum.measure == "score_gap_quantile"
 
 
+def test_held_out_prompts_replace_those_of_the_config_also_without_training_prompts(folder: Path) -> None:
+    assert main(["init", "mine.yaml", "--heldout", "animals.txt"]) == 0
+    config, like = load_config("mine.yaml"), load_config("quickstart")
+    assert (config.prompts.train, config.prompts.heldout.source) == (like.prompts.train, "animals.txt")
+    assert config.evaluation.judges == ("clip",), "the oracle does not understand these prompts"
+    write_parquet(pickapic_rows(12), folder / "pairs.parquet")
+    given = ["--preferences", "pairs.parquet", "--format", "pickapic", "--heldout", "animals.txt"]
+    assert main(["init", "labelled.yaml", *given]) == 0
+    heldout = load_config("labelled.yaml").prompts.heldout
+    assert (heldout.source, heldout.fraction) == ("animals.txt", None)
+
+
 def test_a_model_folder_selects_the_config_of_its_family(folder: Path, tiny_lcm: Path) -> None:
     assert main(["init", "mine.yaml", "--model", str(tiny_lcm)]) == 0
     config = load_config("mine.yaml")
@@ -103,6 +115,10 @@ def test_a_gpu_selects_the_variant_that_fits_it(folder: Path, capsys: pytest.Cap
             ["mine.yaml", "--model", "org/name"],
             "ConfigError: --model org/name: is neither a folder nor a file; for a",
         ),
+        (
+            ["mine.yaml", "--format", "pickapic"],
+            "ConfigError: --format pickapic: is the format of --preferences, which is missing; give both\n",
+        ),
         (["mine.yaml", "--reward", "clipp"], "ConfigError: mine.yaml: 1 fault\n  `rewards.names.0` must be one of"),
         (["no/such/mine.yaml"], "ConfigError: no/such/mine.yaml: cannot be written: No such file or directory; "),
     ],
@@ -116,16 +132,38 @@ def test_wrong_arguments_are_reported_and_write_nothing(
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.parametrize("given", [["init"], ["-v", "init"]])
 def test_questions_are_asked_in_a_terminal_and_an_empty_answer_is_the_default(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]
 ) -> None:
     answers = iter(["", "smoke", "", "animals.txt", ""])
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: next(answers))
-    assert main(["init"]) == 0
+    assert main(given) == 0
     assert next(answers, None) is None
     config = load_config("my_run.yaml")
     assert (config.prompts.train.source, config.curriculum) == ("animals.txt", load_config("smoke").curriculum)
+
+
+def test_the_end_of_input_at_a_question_is_an_error_in_one_line_and_writes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = iter(["mine.yaml"])
+    before = sorted(folder.iterdir())
+
+    def answer(question: str) -> str:
+        try:
+            return next(answers)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", answer)
+    assert main(["init"]) == 2
+    assert re.fullmatch(
+        r"ConfigError: standard input: ended before .* nothing was written; .*\n", capsys.readouterr().err
+    )
+    assert sorted(folder.iterdir()) == before
 
 
 def test_values_that_yaml_could_misread_are_quoted() -> None:

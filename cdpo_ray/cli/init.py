@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH|ID@COMMIT", help="model folder, single file, or hub id")
     parser.add_argument("--prompts", metavar="FILE|SET", help=f"file of prompts, or one of the sets {', '.join(SETS)}")
     parser.add_argument(
-        "--heldout", metavar="FILE|SET", help="held-out prompts, given like --prompts (default: a fifth of --prompts)"
+        "--heldout",
+        metavar="FILE|SET",
+        help="held-out prompts, given like --prompts (default: a fifth of --prompts or --preferences)",
     )
     parser.add_argument("--reward", metavar="NAME[,NAME]", help="built-in rewards, or your own as module:function")
     parser.add_argument("--preferences", metavar="PATH", help="preference pairs to train on, instead of prompts")
@@ -60,8 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if sys.stdin.isatty() and not any(value for name, value in vars(arguments).items() if name not in ("verb", "file")):
+    others = ("verb", "verbose", "file")
+    if sys.stdin.isatty() and not any(value for name, value in vars(arguments).items() if name not in others):
         _ask(arguments)
+    if arguments.format and not arguments.preferences:
+        raise ConfigError(f"--format {arguments.format}: is the format of --preferences, which is missing; give both")
     path = Path(arguments.file or DEFAULT_FILE)
     if path.suffix not in YAML_SUFFIXES:
         raise ConfigError(f"{path}: must end in {' or '.join(YAML_SUFFIXES)}")
@@ -106,14 +111,15 @@ def adapted(like: str, path: Path, arguments: argparse.Namespace) -> tuple[dict[
         for key in ("images_per_prompt", "keep_images"):
             values["generation"].pop(key, None)
     if arguments.prompts:
-        held_out = {"source": arguments.heldout} if arguments.heldout else {"fraction": OWN_FRACTION}
-        values["prompts"] = {"train": {"source": arguments.prompts}, "heldout": held_out}
+        values["prompts"] = {"train": {"source": arguments.prompts}, "heldout": {"fraction": OWN_FRACTION}}
+    if arguments.heldout:
+        values["prompts"]["heldout"] = {"source": arguments.heldout}
     if arguments.reward:
         names = arguments.reward.split(",")
         rewards = {key: value for key, value in values["rewards"].items() if key in names}
         combined = {"rank_by": "weighted_sum"} if len(names) > 1 else {}
         values["rewards"] = {"names": names, **combined, **rewards}
-    if arguments.preferences or arguments.prompts not in (None, "scenes"):
+    if arguments.preferences or {arguments.prompts, arguments.heldout} - {None, "scenes"}:
         judges = values["evaluation"].get("judges", [])
         values["evaluation"]["judges"] = [judge for judge in judges if judge not in EMBEDDED_WORLD_JUDGES]
     return values, load_config(parse_yaml(commented_yaml(values, ""), where=str(path)), where=str(path))
@@ -134,7 +140,14 @@ def _ask(arguments: argparse.Namespace) -> None:
 
 
 def _answer(question: str, default: str) -> str:
-    return input(f"{question} [{default}]: ").strip() or default
+    try:
+        return input(f"{question} [{default}]: ").strip() or default
+    except EOFError:  # Ctrl-D
+        print_lines("")  # ends the line of the question
+        raise ConfigError(
+            "standard input: ended before the last answer, so nothing was written; answer all questions, or give the"
+            " values as options, see `cdpo init --help`"
+        ) from None
 
 
 def _like_of(arguments: argparse.Namespace) -> str:

@@ -53,7 +53,7 @@ class BatchSize:
             ModelError: a single image does not fit in memory.
         """
         if num_tried == 1:
-            height, width = (side * model.pipeline.vae_scale_factor for side in latent_shape[-2:])
+            height, width = (side * model.pixels_per_latent for side in latent_shape[-2:])
             raise ModelError(
                 f"`model.path` {model.pipeline.name_or_path}: out of memory with one image of {height}x{width} pixels:"
                 f" {needed_and_free(error, model.device)}; choose a smaller image or `model.dtype`, or give the"

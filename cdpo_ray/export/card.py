@@ -16,6 +16,7 @@ from cdpo_ray.config.model import GUIDANCE_FROM_ZERO
 from cdpo_ray.evaluation.report import measure_results, signs_of_reward_hacking
 from cdpo_ray.export import readers_of
 from cdpo_ray.export.pairs import stage_file
+from cdpo_ray.export.trained import is_path, without_paths
 from cdpo_ray.models import model_class
 from cdpo_ray.models.single_file import stated_by
 from cdpo_ray.pages.page import reasons_without_interval
@@ -30,6 +31,10 @@ GUIDANCE_CALLS = {
     "sana": "guidance_scale={}, use_resolution_binning=False",
 }
 """Family -> arguments of its pipeline for guidance, and for the exact image size."""
+
+PLACEHOLDER = "path/to"
+"""Folder of a local model in the code of a card."""
+REPLACE = f"# Replace {PLACEHOLDER} by the folder on your machine that holds the model.\n"
 
 
 @dataclass(frozen=True)
@@ -73,29 +78,31 @@ def picture_file(number: int, arm: str) -> str:
 def model_card(facts: RunFacts, format_name: str, denoiser_name: str) -> str:
     """The card in Markdown, with the front matter that the hub reads; the user adds the licence.
 
-    Untrusted text (names, paths) is escaped, so that it cannot become markup.
+    Untrusted text (names, paths) is escaped, so that it cannot become markup. Of paths of this machine there are only
+    the names.
 
     Args:
         facts: content of the card.
         format_name: key of `cdpo_ray.export.FORMATS`.
         denoiser_name: `unet` or `transformer`.
     """
-    settings, is_lora = facts.settings, facts.settings["training"]["method"] == "lora"
+    settings, is_lora = without_paths(facts.settings), facts.settings["training"]["method"] == "lora"
+    model = facts.settings["model"]
     results = measure_results(facts.metrics, settings["rewards"]) if facts.metrics else []
     return _template("card.md.jinja").render(
-        front_matter=Markup(front_matter(settings["model"], format_name, is_lora=is_lora, examples=facts.examples)),
+        front_matter=Markup(front_matter(model, format_name, is_lora=is_lora, examples=facts.examples)),
         pictures=[
             (prompt, *(Markup(f"![{arm}]({picture_file(number, arm)})") for arm in ARMS))
             for number, prompt in enumerate(facts.examples)
         ],
         facts=facts,
+        settings=settings,
         format=format_name,
         is_lora=is_lora,
         denoiser_name=denoiser_name,
         model=settings["model"],
         base_name=_base_name(settings["model"]),
-        start_name=_start_name(settings["training"]),
-        base=Markup(_loading_base(settings["model"])),
+        base=Markup(_loading_base(model)),
         call=Markup(_call(settings["model"]["family"], settings["generation"])),
         kohya_file=Markup(f"{facts.name}.safetensors"),
         readers=Markup(readers_of(format_name, settings["model"]["family"])),
@@ -120,6 +127,7 @@ def pairs_card(name: str, settings: Mapping[str, Any], num_stages: int, ranking:
         ranking: description of how the rewards rank images.
         curriculum: description of the curriculum.
     """
+    settings = without_paths(settings)
     splits = [{"split": f"stage_{stage}", "path": stage_file(stage)} for stage in range(1, num_stages + 1)]
     front = {
         "tags": ["text-to-image", "preferences", "dpo", "curriculum-dpo", "cdpo_ray"],
@@ -189,14 +197,7 @@ def _training_settings(training: Mapping[str, Any]) -> dict[str, Any]:
     """All settings, with the LoRA's alpha resolved; without `lora` for full fine-tuning."""
     lora = training["lora"]
     resolved = {"lora": lora | {"alpha": lora["alpha"] or lora["rank"]}} if training["method"] == "lora" else {}
-    named = {"start_from": _start_name(training)}
-    return {key: value for key, value in training.items() if key != "lora"} | named | resolved
-
-
-def _start_name(training: Mapping[str, Any]) -> str | None:
-    """Name of the file that training started from: an export holds no path of this machine."""
-    start = training.get("start_from")
-    return Path(start).name if start else None
+    return {key: value for key, value in training.items() if key != "lora"} | resolved
 
 
 def _base_name(model: Mapping[str, Any]) -> str:
@@ -204,6 +205,7 @@ def _base_name(model: Mapping[str, Any]) -> str:
 
 
 def _loading_base(model: Mapping[str, Any]) -> str:
+    """Code that loads the base model; a comment says to replace `PLACEHOLDER`, if it is in the code."""
     if model["path"] == "embedded":
         return (
             "from cdpo_ray.models import load_model\n\n"
@@ -214,15 +216,20 @@ def _loading_base(model: Mapping[str, Any]) -> str:
         values = "".join(f", {key}={value!r}" for key, value in stated.items())
         scheduler = f"\npipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{values})" if stated else ""
         return (
-            f"import torch\nfrom diffusers import {'DDIMScheduler, ' if stated else ''}{name}\n\n"
-            f"pipe = {name}.from_single_file({model['path']!r}, config={config['path']!r},"
+            f"import torch\nfrom diffusers import {'DDIMScheduler, ' if stated else ''}{name}\n\n{REPLACE}"
+            f"pipe = {name}.from_single_file({_in_code(model['path'])}, config={_in_code(config['path'])},"
             f" dtype=torch.{model['dtype']}){scheduler}"
         )
     revision = f", revision={model['revision']!r}" if model["revision"] else ""
     return (
-        "import torch\nfrom diffusers import DiffusionPipeline\n\n"
-        f"pipe = DiffusionPipeline.from_pretrained({model['path']!r}{revision}, dtype=torch.{model['dtype']})"
+        f"import torch\nfrom diffusers import DiffusionPipeline\n\n{REPLACE if is_path(model['path']) else ''}"
+        f"pipe = DiffusionPipeline.from_pretrained({_in_code(model['path'])}{revision}, dtype=torch.{model['dtype']})"
     )
+
+
+def _in_code(place: str) -> str:
+    """A hub id, or the name of a local model in the folder `PLACEHOLDER`, as a literal of Python."""
+    return repr(f"{PLACEHOLDER}/{without_paths(place)}" if is_path(place) else place)
 
 
 def _call(family: str, generation: Mapping[str, Any]) -> str:

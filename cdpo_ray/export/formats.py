@@ -1,7 +1,9 @@
 """Trained adapter or model -> files of each format; `kohya` has a module of its own."""
 
 from pathlib import Path
+from typing import Any
 
+from diffusers import ConfigMixin
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -69,4 +71,12 @@ def write_merged(trained: Trained, output_dir: Path) -> None:
     else:
         model.load_tuned(trained.training_dir)
         model.use_tuned(True)
+    _name_base(model.pipeline, trained.base_name)
     model.pipeline.save_pretrained(output_dir, safe_serialization=True)
+
+
+def _name_base(pipeline: Any, base_name: str) -> None:
+    """Put the base model's name where the pipeline and its parts hold the paths that they were loaded from."""
+    for part in (pipeline, *pipeline.components.values()):
+        if isinstance(part, ConfigMixin) and "_name_or_path" in part.config:  # transformers saves no path
+            part.register_to_config(_name_or_path=base_name)

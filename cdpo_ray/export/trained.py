@@ -1,6 +1,7 @@
-"""What is exported."""
+"""What is exported, and its settings without paths of this machine."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ class Trained:
     @property
     def base_name(self) -> str:
         """Hub id of the base model, or the name of its folder or file: an export holds no path of this machine."""
-        path: str = self.model["path"]
-        return Path(path).name if Path(path).exists() else path
+        name: str = without_paths(self.model["path"])
+        return name
 
     @property
     def denoiser_name(self) -> str:
@@ -56,3 +57,17 @@ class Trained:
                 " LoRA; use `--format merged`"
             )
         return self.training_dir / LORA_DIR
+
+
+def is_path(place: str) -> bool:
+    """Whether a setting is a path of this machine, and not a hub id, a built-in name or another text."""
+    return os.path.isabs(place) or os.path.exists(place)
+
+
+def without_paths(value: Any) -> Any:
+    """Settings in which each path of this machine is replaced by the name of its file or folder."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(each) for key, each in value.items()}
+    if isinstance(value, str):
+        return os.path.basename(os.path.abspath(value)) if is_path(value) else value
+    return [without_paths(each) for each in value] if isinstance(value, Sequence) else value

@@ -104,7 +104,7 @@ def questions_line(prompt: str, questions: Sequence[VqaQuestion]) -> str:
 
 
 def _row(line: str) -> tuple[str, tuple[VqaQuestion, ...]]:
-    found = _json(line)
+    found = _json(line, "; delete a line that was cut off: `cdpo questions` writes it again")
     if isinstance(found, dict) and "questions" not in found and isinstance(found.get("vqa_list"), list):
         pairs = [pair if isinstance(pair, list) else [pair] for pair in found["vqa_list"]]
         rows = [dict(zip(("question", "answer"), pair, strict=False)) for pair in pairs]
@@ -115,11 +115,11 @@ def _row(line: str) -> tuple[str, tuple[VqaQuestion, ...]]:
     return _validated(_Row, found)
 
 
-def _json(text: str) -> Any:
+def _json(text: str, hint: str = "") -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"is not JSON: {printable(error)}; a line must be like {EXAMPLE}") from None
+        raise PromptError(f"is not JSON: {printable(error)}; a line must be like {EXAMPLE}{hint}") from None
 
 
 def _validated(kind: type[_Questions], found: Any) -> tuple[str, tuple[VqaQuestion, ...]]:

@@ -1,5 +1,6 @@
 """Prompts -> questions about their images, written by a language model."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ PROMPTS_AT_ONCE = 64
 
 
 def write_questions(prompts: Sequence[str], path: Path, endpoint: Mapping[str, Any]) -> tuple[int, str, list[str]]:
-    """Append the questions of prompts to a file.
+    """Append the questions of prompts to a file, which is opened before the first request.
 
     Args:
         endpoint: keyword arguments of `Endpoint`.
@@ -41,6 +42,7 @@ def write_questions(prompts: Sequence[str], path: Path, endpoint: Mapping[str, A
     num_written, faults = 0, []
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
         few = prompts[start : start + PROMPTS_AT_ONCE]
+        _end_last_line(path)  # before the requests: answers that cannot be written would be paid for
         answers = ask(torch.empty(0), [Question(INSTRUCTION + prompt, ()) for prompt in few])
         refuse_faults("vqa", answers)
         lines = []
@@ -55,3 +57,15 @@ def write_questions(prompts: Sequence[str], path: Path, endpoint: Mapping[str, A
             file.writelines(lines)
         num_written += len(lines)
     return num_written, ask.cost, faults
+
+
+def _end_last_line(path: Path) -> None:
+    """Add the newline that the file's last line may lack; a missing file is created.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    with storage_errors(path), path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\n" * (file.read(1) != b"\n"))

@@ -1,6 +1,7 @@
 """If memory runs out, batches get smaller; the images stay the same."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from cdpo_ray.dataflow.memory import is_out_of_memory
+from cdpo_ray.dataflow.memory import BatchSize, is_out_of_memory
 from cdpo_ray.errors import ModelError
 from cdpo_ray.generation.generator import Generator, Sampling
+from cdpo_ray.models import load_model
 from cdpo_ray.records import prompt_id
 
 SAMPLING = Sampling(
@@ -79,6 +81,15 @@ def test_fault_08_an_image_that_does_not_fit_names_model_size_needed_and_free_me
         r" \d+ bytes free on cpu; choose a smaller image",
     ):
         generator(table())
+
+
+def test_fault_08_the_size_of_an_image_that_does_not_fit_is_in_pixels_for_every_size_of_latents(
+    tiny_models: Callable[[str], Path],
+) -> None:
+    for family in ("stable_diffusion", "flux2", "sana"):
+        model = load_model(family, path=str(tiny_models(family)), device="cpu")
+        with pytest.raises(ModelError, match="one image of 128x64 pixels: more memory needed"):
+            BatchSize(1).halve(MemoryError(), 1, model, model.latent_shape(128, 64))
 
 
 def test_only_a_failed_allocation_is_out_of_memory() -> None:

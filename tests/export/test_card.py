@@ -199,6 +199,17 @@ def test_code_of_a_card_is_python_and_pins_the_revision() -> None:
         assert (f"from_pretrained({HUB['path']!r}, revision={HUB['revision']!r}" in code) == (format_name != "merged")
 
 
+def test_code_of_a_card_has_a_placeholder_for_the_folder_of_a_local_base(tmp_path: Path) -> None:
+    (tmp_path / "sd15").mkdir()
+    card = card_of(model={"path": str(tmp_path / "sd15")})
+    assert (
+        "\n# Replace path/to by the folder on your machine that holds the model.\n"
+        "pipe = DiffusionPipeline.from_pretrained('path/to/sd15', dtype=torch.float32)\n"
+    ) in card
+    assert "\nA LoRA for sd15, a text-to-image model," in card
+    assert str(tmp_path) not in card and "path/to" not in card_of()
+
+
 @pytest.mark.parametrize(("family", "is_read"), [("flux", True), ("z_image", True), ("stable_diffusion_3", False)])
 def test_a_card_of_a_kohya_file_names_its_readers(family: str, is_read: bool) -> None:
     card = card_of("kohya", denoiser_name="transformer", model={"family": family})
@@ -239,6 +250,30 @@ def test_a_card_of_imported_preferences_names_their_source() -> None:
     )
     source = "Labelled images of 6 prompts (data/judged.parquet, pickapic), none generated for training"
     assert f"{source}; 4 prompts were held out." in card
+
+
+def test_a_card_has_the_names_of_local_files_without_their_folders(tmp_path: Path) -> None:
+    for name in ("judged.parquet", "teacher", "clip"):
+        (tmp_path / name).mkdir()
+    card = card_of(
+        prompts={"train": None, "heldout": {"source": str(tmp_path / "held out.txt")}},
+        preferences={"path": str(tmp_path / "judged.parquet"), "format": "pairs"},
+        curriculum={"measure": "score_gap_quantile"},
+        model={"family": "latent_consistency", "path": "embedded", "teacher": {"path": str(tmp_path / "teacher")}},
+        training={"consistency_target": "teacher"},
+        rewards={
+            "names": ["clip", "judges:own"],
+            "rank_by": "clip",
+            "clip": {"architecture": "ViT-B-32", "checkpoint": str(tmp_path / "clip")},
+            "arguments": {"judges:own": {"files": [str(tmp_path / "head.pt")], "scale": 2}},
+        },
+    )
+    assert "(judged.parquet, pairs), none generated for training; 4 prompts of held out.txt were held out." in card
+    assert "Teacher model in training: teacher." in card
+    rows = rows_of(card)
+    assert rows["rewards.clip.checkpoint"] == ["clip"]
+    assert rows["rewards.arguments.judges:own.files"] == ["head.pt"]
+    assert str(tmp_path) not in card
 
 
 def test_the_lora_that_training_started_from_is_named_without_its_folder(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 
 from cdpo_ray.cli import main
 from cdpo_ray.config import Config
+from cdpo_ray.export import FORMATS
 from cdpo_ray.models import load_model
 from cdpo_ray.models.family import TextToImageModel
 from cdpo_ray.models.lora import LORA_WEIGHTS
@@ -59,7 +61,15 @@ def finished(
 
 
 def write_comparison(step: str, folder: Path) -> None:
-    """Images of two held-out prompts, in one color each."""
+    """Images of two held-out prompts, in one color each; and a pair of each stage with its images."""
+    if step == "1-samples":
+        table = {"prompt_index": [0], "prompt": ["a fox"], "images": [[png("base", 0), png("tuned", 0)]]}
+        pq.write_table(pa.table(table), folder / "samples.parquet")
+    if step == "3-stages":
+        for stage in (1, 2, 3):
+            (folder / f"stage-{stage}").mkdir()
+            pair = {"prompt_index": [0], "chosen": [1], "rejected": [0], "rank_gap": [1], "score_gap": [0.5]}
+            pq.write_table(pa.table(pair), folder / f"stage-{stage}" / "pairs.parquet")
     if step != "5-evaluation":
         return
     rows = {"prompt_index": [0, 0, 1], "sample_index": [0, 1, 0], "prompt": ["a fox", "a fox", "a hen"]}
@@ -102,10 +112,7 @@ def test_export_prints_its_folder_and_the_cards_code_generates_the_policys_image
 
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "| a hen | ![base](images/1-base.png) | ![tuned](images/1-tuned.png) |" in card
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    found: dict[str, Any] = {}
-    with contextlib.chdir(folder):
-        exec(code, found)
+    found = executed(card, folder, tiny_sd15)
     assert found["image"].size == (64, 64)
     pipeline = found["pipe"]
     pipeline.scheduler = policy.pipeline.scheduler
@@ -117,19 +124,54 @@ def test_export_prints_its_folder_and_the_cards_code_generates_the_policys_image
     assert (sampled(policy, noise) - made).abs().max() > 0.02, "training must have changed the model"
 
 
+def executed(card: str, folder: Path, *local: Path) -> dict[str, Any]:
+    """Names that the card's code defines in the folder of the export, with the paths of local models put in."""
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    for path in local:
+        code = code.replace(f"path/to/{path.name}", str(path))
+    found: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        exec(code, found)
+    return found
+
+
+def files_with(path: Path, folder: Path) -> list[str]:
+    """Names of the files in a folder that hold a path of this machine."""
+    return [found.name for found in folder.rglob("*") if found.is_file() and str(path).encode() in found.read_bytes()]
+
+
 def sampled(policy: TextToImageModel, noise: torch.Tensor) -> torch.Tensor:
     conditioning, _ = policy.encode_prompts(["a cat"])
     return policy.sample(conditioning, noise, num_denoising_steps=3, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_an_export_holds_no_path_of_this_machine(tiny_sd15: Path, tmp_path: Path, format_name: str) -> None:
+    (tmp_path / "own prompts.txt").write_text("".join(f"{number} foxes\n" for number in range(20)))
+    (tmp_path / "clip").mkdir()
+    source = {"source": str(tmp_path / "own prompts.txt"), "count": None}
+    clip = {"architecture": "ViT-B-32", "checkpoint": str(tmp_path / "clip")}
+    config, _ = finished(
+        tmp_path, tiny_sd15, prompts={"train": source, "heldout": {"fraction": 0.5}},
+        rewards={"names": ["clip"], "clip": clip}, evaluation={"judges": ["clip"]},
+    )  # fmt: skip
+    assert main(["export", config, "--format", format_name]) == 0
+    folder = tmp_path / "runs" / "tuned" / "export" / format_name
+    assert not files_with(tiny_sd15.parent, folder)
+    card = (folder / "README.md").read_text()
+    base = tiny_sd15.name.replace("_", "\\_")
+    assert f" {base}" in card and "prompts of own prompts.txt" in card
+    assert "| rewards.clip.checkpoint | clip |" in card
+    if format_name == "merged":
+        for config in ("model_index.json", "unet/config.json", "vae/config.json"):
+            assert json.loads((folder / config).read_text())["_name_or_path"] == tiny_sd15.name
 
 
 def test_the_cards_code_loads_the_embedded_model(tmp_path: Path, embedded: Path) -> None:
     config, _ = finished(tmp_path, "embedded", evaluated=False)
     assert main(["export", config]) == 0
     folder = tmp_path / "runs" / "tuned" / "export" / "diffusers"
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    found: dict[str, Any] = {}
-    with contextlib.chdir(folder):
-        exec(code, found)
+    found = executed((folder / "README.md").read_text(), folder)
     assert found["image"].size == (32, 32)
     assert found["pipe"].get_list_adapters() == {"unet": ["default_0"]}
 
@@ -144,10 +186,8 @@ def test_the_cards_code_of_a_run_on_a_single_file_samples_as_the_file_states(
     assert main(["export", config, "--format", format_name]) == 0
     folder = tmp_path / "runs" / "tuned" / "export" / format_name
     card = (folder / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    found: dict[str, Any] = {}
-    with contextlib.chdir(folder):
-        exec(code, found)
+    found = executed(card, folder, path, tiny_sd15)
+    assert not files_with(tiny_sd15.parent, folder)
     noise = noise_at((1, 4, 8, 8), 0, "noise")
     sampler = {"num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "latent"}
     made = found["pipe"]("a cat", latents=noise, **sampler).images
@@ -193,7 +233,9 @@ def test_a_fully_fine_tuned_model_is_exported_merged_and_otherwise_refused(
     assert "ExportError: `--format` kohya: " in capsys.readouterr().err
     assert not list((tmp_path / "runs" / "tuned" / "export").iterdir()), "nothing is left of the attempt"
     assert main(["export", path, "--format", "merged"]) == 0
-    assert "its denoiser fully fine-tuned" in (tmp_path / "runs/tuned/export/merged/README.md").read_text()
+    folder = tmp_path / "runs" / "tuned" / "export" / "merged"
+    assert "its denoiser fully fine-tuned" in (folder / "README.md").read_text()
+    assert not files_with(tiny_sd15.parent, folder)
 
 
 def test_overrides_after_an_option_apply_and_values_that_differ_from_the_runs_are_refused(

@@ -61,6 +61,13 @@ def test_all_faults_are_reported_at_once_with_their_lines(tmp_path: Path) -> Non
     assert EXAMPLE in faults[0]
 
 
+def test_a_line_that_was_cut_off_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path, line = tmp_path / "q.jsonl", questions_line("a cat", [VqaQuestion("Cats?", "1")])
+    path.write_text(EXAMPLE + "\n" + line[: len(line) // 2])
+    with pytest.raises(PromptError, match=r":2: is not JSON: .*; delete a line that was cut off: `cdpo questions`"):
+        read_questions(path)
+
+
 def test_a_missing_file_a_folder_and_a_pipe_are_refused_with_what_to_give(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path / "none.jsonl", tmp_path, tmp_path / "pipe"):

@@ -12,7 +12,7 @@ from tiny_captioners import build_llava, first_token_softmax, smooth_images, tok
 from transformers import LlavaForConditionalGeneration
 
 from cdpo_ray.config import VqaOptions
-from cdpo_ray.errors import RewardError
+from cdpo_ray.errors import RewardError, StoreError
 from cdpo_ray.prompts.questions import VqaQuestion, read_questions
 from cdpo_ray.rewards.answers import Question
 from cdpo_ray.rewards.question_writer import write_questions
@@ -142,3 +142,28 @@ def test_a_model_writes_the_questions_of_a_prompt_and_invalid_ones_are_reported(
     assert [fault.split(":")[0] for fault in faults] == ["  a dog", "  a bird"]
     with CaptionServer(lambda _: failing(401)) as server, pytest.raises(RewardError, match="none of 1 questions was"):
         write_questions(["a cat"], path, endpoint(server) | options)
+
+
+def test_questions_are_appended_on_a_line_of_their_own_to_a_file_without_a_final_newline(tmp_path: Path) -> None:
+    options = dict.fromkeys(("token_variable",)) | {"timeout_seconds": 5}
+    reply = '{"questions": [{"question": "Cats?", "answer": "1"}]}'
+    path = written(tmp_path / "q.jsonl", a_dog=[("Dogs?", "1")])
+    path.write_text(path.read_text().rstrip("\n"))
+    with CaptionServer(lambda _: saying(reply)) as server:
+        write_questions(["a cat"], path, endpoint(server) | options)
+        write_questions(["a cow"], path, endpoint(server) | options)
+    assert [*read_questions(path)] == ["a dog", "a cat", "a cow"]
+    assert "\n\n" not in path.read_text()
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_first_request(tmp_path: Path) -> None:
+    options = dict.fromkeys(("token_variable",)) | {"timeout_seconds": 5}
+    (tmp_path / "file").touch()
+    for path, reason in (
+        (tmp_path / "none" / "q.jsonl", "No such file or directory"),
+        (tmp_path / "file" / "q.jsonl", "Not a directory"),
+    ):
+        with CaptionServer(lambda _: saying("never asked")) as server:
+            with pytest.raises(StoreError, match=rf"q\.jsonl: cannot be written: {reason}; "):
+                write_questions(["a cat"], path, endpoint(server) | options)
+            assert not server.requests
