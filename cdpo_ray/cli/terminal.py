@@ -69,6 +69,7 @@ def exit_code(run: Callable[[], int], *, verb: str, verbose: bool) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("cdpo_ray").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it asks for a package that speeds up CPUs only
     try:
         return run()
     except CdpoError as error:
