@@ -184,12 +184,15 @@ def problems_of(config: Config, prompts: PromptSplit, folders: set[str]) -> Iter
             _refuse_no_questions(config, prompts, folders)
         except (ConfigError, PromptError) as error:
             yield error
-    for name in EMBEDDED_WORLD_JUDGES:
+    tiny_clip = "clip" in judges and judges["clip"]["architecture"] == "embedded" and config.model.path != "embedded"
+    for name in (*EMBEDDED_WORLD_JUDGES, *(["clip"] if tiny_clip else [])):
         judged = [prompt for asked in _judged(name, config, prompts, folders).values() for prompt in asked]
         if other := next((prompt for prompt in judged if not _is_caption(prompt)), None):
+            remedy = "give `rewards.clip` an `architecture` and a `checkpoint`, or remove `clip`"
             yield ConfigError(
                 f"`{'rewards.names' if name in config.rewards.names else 'evaluation.judges'}`: `{name}` judges only"
-                f" prompts of the embedded world (`source: scenes`), got {printable(other)!r}; remove `{name}`"
+                f" prompts of the embedded world (`source: scenes`), got {printable(other)!r};"
+                f" {remedy if name == 'clip' else f'remove `{name}`'}"
             )
     yield from _problems_of_ocr(config, prompts, folders)
 

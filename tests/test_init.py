@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,32 @@ def test_a_config_for_own_prompts_and_reward_passes_check_without_an_edit(
     assert config.evaluation.judges == ("clip",), "the oracle does not understand these prompts"
     assert config.training == load_config("quickstart").training
     assert main(["check", "mine.yaml"]) == 0
+
+
+@pytest.mark.parametrize("reward", ["judges_of_init:redness", "pickscore", "hpsv2"])
+@pytest.mark.parametrize("like", ["sd15", "sdxl", "flux"])
+def test_the_judges_of_the_config_keep_their_models_when_the_reward_changes(
+    like: str, reward: str, folder: Path
+) -> None:
+    assert main(["init", "mine.yaml", "--like", like, "--prompts", "animals.txt", "--reward", reward]) == 0
+    judges, expected = load_config("mine.yaml").evaluation_judges, load_config(like).evaluation_judges
+    assert judges["clip"] == expected["clip"] and judges["clip"]["architecture"] != "embedded"
+
+
+@pytest.mark.parametrize("name", ["paper_d1", "paper_d2", "paper_d3"])
+def test_the_overrides_for_the_papers_other_rewards_leave_the_judges_models_as_they_are(
+    name: str, folder: Path
+) -> None:
+    (folder / "sac+logos+ava1-l14-linearMSE.pth").touch()
+    commands = [line for line in shipped_configs()[name].read_text().split("\n") if "rewards.names=[" in line]
+    assert len(commands) == 2
+    expected = load_config(name).evaluation_judges["clip"]
+    for command in commands:
+        command = command.replace("URL", "http://localhost:8000/v1")
+        given = [word for word in shlex.split(command.removeprefix("#")) if word.startswith("rewards.")]
+        judges = load_config(name, given).evaluation_judges
+        assert judges["clip"] == expected and expected["architecture"] != "embedded"
+        assert {"vlm_alignment", "aesthetic"} & {*judges}
 
 
 def test_every_key_has_a_comment_with_its_description(folder: Path) -> None:

@@ -98,6 +98,14 @@ def test_fault_65_a_judge_of_the_embedded_world_is_refused_for_other_prompts(
         problems_of(config)
 
 
+def test_fault_65_the_tiny_clip_is_refused_for_the_images_of_another_model(tmp_path: Path, tiny_sd15: Path) -> None:
+    animals: dict[str, object] = {"train": {"source": "animals", "count": 4}, "heldout": {"fraction": 0.2}}
+    sections = {"rewards": {"names": ["jpeg_size"]}, "prompts": animals, "evaluation": {"judges": ["clip"]}}
+    problems_of(config_of(tmp_path / "runs", "embedded", **sections))
+    with pytest.raises(ConfigError, match=r"`clip` judges only .* give `rewards.clip` an `architecture` and a"):
+        problems_of(config_of(tmp_path / "runs", tiny_sd15, **sections))
+
+
 def test_the_oracle_is_no_problem_for_prompts_of_its_world(tmp_path: Path) -> None:
     problems_of(config_with(tmp_path, rewards=["oracle"], evaluation={"judges": ["oracle_strict"]}))
 

@@ -116,7 +116,8 @@ def adapted(like: str, path: Path, arguments: argparse.Namespace) -> tuple[dict[
         values["prompts"]["heldout"] = {"source": arguments.heldout}
     if arguments.reward:
         names = arguments.reward.split(",")
-        rewards = {key: value for key, value in values["rewards"].items() if key in names}
+        kept = {*names, *values["evaluation"].get("judges", [])}
+        rewards = {key: value for key, value in values["rewards"].items() if key in kept}
         combined = {"rank_by": "weighted_sum"} if len(names) > 1 else {}
         values["rewards"] = {"names": names, **combined, **rewards}
     if arguments.preferences or {arguments.prompts, arguments.heldout} - {None, "scenes"}:

@@ -37,6 +37,7 @@ from cdpo_ray.search.trials import (
     Point,
     Trial,
     Trials,
+    confirming_trials,
 )
 from cdpo_ray.session import cluster_nodes, ray_session
 from cdpo_ray.steps import SIDES_COMPARED, STEPS, demands_of, sampling_to_compare
@@ -186,11 +187,9 @@ class _Search:
         if leader.number == PAPER:
             return
         paper = next(trial for trial in self.trials.values() if trial.number == PAPER)
-        wanted = [
-            Trial(trial.number, trial.point, seed=self.config.run.seed + 1 + index)
-            for index in range(self.search.confirm_seeds)
-            for trial in (paper, leader)
-        ]
+        given = self.config.training.seed
+        searched_with = self.config.run.seed if given is None else given
+        wanted = confirming_trials([paper, leader], self.search.confirm_seeds, searched_with=searched_with)
         known = [self.confirmation.get(trial.name, trial) for trial in wanted]
         to_train = (trial for trial in known if trial.state != DONE)
         self._train("confirm", self.confirmation, to_train, HELDOUT, total=len(wanted))

@@ -1,6 +1,6 @@
 """Stored trials, one file per trial: its point, state and reports."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -58,6 +58,16 @@ class Trial:
     def last_stage(self) -> int:
         """Stage of its last report; 0 without reports."""
         return int(self.reports[-1]["stage"]) if self.reports else 0
+
+
+def confirming_trials(trials: Sequence[Trial], count: int, *, searched_with: int) -> list[Trial]:
+    """The same schedules with ``count`` new seeds, which no trial of the search was trained with.
+
+    Args:
+        searched_with: seed of the trainings of the search.
+    """
+    seeds = range(searched_with + 1, searched_with + 1 + count)
+    return [Trial(trial.number, trial.point, seed=seed) for seed in seeds for trial in trials]
 
 
 @dataclass(frozen=True)

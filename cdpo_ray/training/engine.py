@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -68,7 +69,9 @@ def start_engine(
     frozen = [(parameter, parameter.stride()) for parameter in denoiser.parameters() if not parameter.requires_grad]
     denoiser.to(memory_format=torch.contiguous_format)  # DeepSpeed broadcasts each parameter as a flat array of bytes
     optimizer.skips = not training.zero_stage  # with 16-bit parameters DeepSpeed steps once to create the state
-    engine, *_ = deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config)
+    # DeepSpeed would take the device numbered LOCAL_RANK, which on nodes of more than 10 GPUs is not always Ray's.
+    device = SimpleNamespace(device_rank=torch.cuda.current_device()) if torch.cuda.is_available() else None
+    engine, *_ = deepspeed.initialize(args=device, model=denoiser, optimizer=optimizer, config=config)
     optimizer.skips = False
     if not engine.zero_optimization_partition_weights():  # ZeRO 3 gathers weights from flat shards
         for parameter, stride in frozen:

@@ -59,11 +59,9 @@ def work(job: TrainingJob, board: Any, fit: str) -> None:
             return
         try:
             Worker(job, board).train(stops)
-        except TrainingError as error:  # raised by all workers together, so none waits for another
-            ray.get(board.post_fault.remote(type(error).__name__, str(error)))
         except CdpoError as error:
             ray.get(board.post_fault.remote(type(error).__name__, str(error)))
-            raise
+            raise  # a worker that returned would leave the others waiting for it
         except Exception as error:
             if is_out_of_memory(error):
                 device = "cuda" if torch.cuda.is_available() else "cpu"

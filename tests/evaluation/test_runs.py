@@ -53,7 +53,11 @@ def evaluated(
     judges += list(settings.get("more_judges", {}))
     made = {
         "run.seed": settings.get("run_seed", 3),
-        "model": {"path": "embedded", "compile": settings.get("compile", False)},
+        "model": {
+            "path": "embedded",
+            "compile": settings.get("compile", False),
+            "quantization": settings.get("quantization"),
+        },
         "generation": {"guidance_scale": settings.get("guidance_scale", 1.0), "images_per_batch": 4},
         "evaluation": {"judges": judges, "images_per_prompt": NUM_IMAGES, "num_bootstrap_resamples": 100},
         "rewards.oracle": {},
@@ -177,6 +181,7 @@ def test_a_run_may_have_the_name_of_a_key(tmp_path: Path) -> None:
         ({"run_seed": 4}, "`run.seed` is 3 and 4"),
         ({"guidance_scale": 7.5}, r"`generation.guidance_scale` is 1.0 and 7.5"),
         ({"quality": 50}, "`rewards.jpeg_size.quality` is 90 and 50"),
+        ({"quantization": "int8"}, "`model.quantization` is None and int8"),
         (
             {"prompts": ["other"] * 6},
             "`prompts.heldout` gives different prompts: number 1 is 'a red circle' and 'other'",

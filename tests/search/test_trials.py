@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cdpo_ray.errors import StoreError
-from cdpo_ray.search.trials import DONE, RUNNING, Trial, Trials, read_trial
+from cdpo_ray.search.trials import DONE, RUNNING, Trial, Trials, confirming_trials, read_trial
 
 
 def stage_report(stage: int, *, is_last: bool = False) -> dict[str, Any]:
@@ -49,6 +49,14 @@ def test_the_report_of_the_last_stage_makes_a_trial_done(tmp_path: Path) -> None
     assert trials.add_report("001", stage_report(1)).state == RUNNING
     assert trials.add_report("001", stage_report(2, is_last=True)).state == DONE
     assert Trials(tmp_path)["001"].state == DONE
+
+
+def test_no_confirming_trial_has_the_seed_of_the_search() -> None:
+    paper, leader = Trial(1, {"training.beta": 500.0}), Trial(7, {"training.beta": 900.0})
+    found = confirming_trials([paper, leader], 2, searched_with=5)
+    assert [(trial.number, trial.seed, trial.point["training.beta"]) for trial in found] == [
+        (1, 6, 500.0), (7, 6, 900.0), (1, 7, 500.0), (7, 7, 900.0)
+    ]  # fmt: skip
 
 
 def test_a_damaged_file_is_named_with_what_to_do(tmp_path: Path) -> None:
