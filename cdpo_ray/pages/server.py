@@ -1,6 +1,8 @@
 """Pages served to a browser on the same machine."""
 
 import hmac
+import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -8,6 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+from cdpo_ray.errors import printable
+
+log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 OWN_NAMES = (LOOPBACK, "localhost")
 """Host names of requests that are answered: another one is a web site that resolves its name to this machine."""
@@ -60,6 +65,12 @@ class PageServer(ThreadingHTTPServer):
         self.answer = answer
         self.accept = accept
         self.token = token
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore a browser that closed its connection, as by a reload; a bug of an answer is one line."""
+        error = sys.exception()
+        if not isinstance(error, ConnectionError):
+            log.warning("a request failed: %s: %s", type(error).__name__, printable(str(error)))
 
     @property
     def url(self) -> str:

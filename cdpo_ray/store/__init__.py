@@ -9,7 +9,6 @@ from cdpo_ray.store.copies import (
     describe,
     find_damage,
     link,
-    local_copy,
     map_files,
     move,
     objects_read_by,
@@ -20,7 +19,7 @@ from cdpo_ray.store.failures import storage_errors, storage_errors_within
 from cdpo_ray.store.folder import PARTS, SETTINGS_REMEDY, RunFolder, StepOutput, differences
 from cdpo_ray.store.lock import is_alive
 from cdpo_ray.store.manifests import CONFIG, FILES_MANIFEST, fingerprint_of, flat
-from cdpo_ray.store.node_folder import NodeFolder
+from cdpo_ray.store.node_folder import NodeFolder, local_copy
 from cdpo_ray.store.paths import (
     MANIFEST,
     exists,

@@ -21,9 +21,7 @@ from tqdm import tqdm
 from cdpo_ray.errors import StoreError
 from cdpo_ray.resources import usable_cpus
 from cdpo_ray.store.failures import storage_errors
-from cdpo_ray.store.manifests import FILES_MANIFEST
-from cdpo_ray.store.paths import MANIFEST, files_within, is_local, make_folder, new_file
-from cdpo_ray.store.untrusted import path_within, read_untrusted
+from cdpo_ray.store.paths import files_within, is_local, make_folder, new_file
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -258,40 +256,6 @@ def delete(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def local_copy(folder: Path) -> Path:
-    """Path of a finished folder on local disk, for libraries that read local files only.
-
-    A folder in an object store is downloaded by its manifest, once per node and again when it has changed.
-
-    Raises:
-        StoreError: a downloaded file does not match the manifest, or the local disk is full or belongs to others.
-    """
-    if is_local(folder):
-        return folder
-    manifest = read_untrusted(folder / MANIFEST, FILES_MANIFEST, remedy=f"delete {folder} to regenerate it")
-    copies = private_folder()
-    with storage_errors(copies):
-        done = copies / manifest["fingerprint"]
-        if done.is_dir():
-            return done
-        needed_bytes = sum(file["bytes"] for file in manifest["files"].values())
-        refuse_full_disk(copies, needed_bytes, remedy=ANOTHER_TMPDIR)
-        with tempfile.TemporaryDirectory(dir=copies, ignore_cleanup_errors=True) as parent:
-            temporary = Path(parent) / "whole"
-            for name, expected in manifest["files"].items():
-                copy(path_within(folder, name), temporary / name)
-                if describe(temporary / name) != expected:
-                    raise StoreError(
-                        f"{folder / name}: was altered (its SHA-256 differs); delete {folder} to regenerate it"
-                    )
-            try:
-                temporary.rename(done)
-            except OSError:  # another process of this node was faster
-                if not done.is_dir():
-                    raise
-    return done
 
 
 def private_folder() -> Path:

@@ -1,18 +1,26 @@
-"""Folders on a node's disk that processes of one user share, and that the last of them deletes."""
+"""Folders on a node's disk that processes of one user share: working files, and copies of an object store's folders."""
 
 import contextlib
 import fcntl
 import os
 import platform
 import shutil
+import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from cdpo_ray.store.copies import private_folder
+from cdpo_ray.errors import StoreError
+from cdpo_ray.store.copies import ANOTHER_TMPDIR, copy, describe, private_folder, refuse_full_disk
 from cdpo_ray.store.failures import storage_errors
 from cdpo_ray.store.lock import NO_LOCKS
+from cdpo_ray.store.manifests import FILES_MANIFEST
+from cdpo_ray.store.paths import MANIFEST, is_local
+from cdpo_ray.store.untrusted import path_within, read_untrusted
 
+COPY = "copy-"
+"""Beginning of the names of copies."""
 LOCK = "lock"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 STALE_SECONDS = 3 * 86400.0
@@ -50,7 +58,7 @@ class NodeFolder:
         while True:
             self.path.mkdir(mode=0o700, exist_ok=True)
             try:
-                handle = (self.path / LOCK).open("ab", buffering=0)
+                handle = _open_lock(self.path / LOCK)
             except FileNotFoundError:  # deleted since the line above
                 continue
             _flock(handle, fcntl.LOCK_SH)
@@ -72,7 +80,7 @@ class NodeFolder:
 
 
 def _delete_unused(folder: Path) -> None:
-    with (folder / LOCK).open("ab", buffering=0) as handle:
+    with _open_lock(folder / LOCK) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:  # in use, or a disk without locks
@@ -80,6 +88,60 @@ def _delete_unused(folder: Path) -> None:
         doomed = folder.with_name(f"{folder.name}.{os.getpid()}")  # nobody opens it any more
         folder.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def local_copy(folder: Path) -> Path:
+    """Path of a finished folder on local disk, for libraries that read local files only.
+
+    A folder in an object store is downloaded by its manifest, once per node and again when it has changed: the other
+    processes of the node wait for the first. Copies that were unused for `STALE_SECONDS` are deleted.
+
+    Raises:
+        StoreError: a downloaded file does not match the manifest, or the local disk is full or belongs to others.
+    """
+    if is_local(folder):
+        return folder
+    manifest = read_untrusted(folder / MANIFEST, FILES_MANIFEST, remedy=f"delete {folder} to regenerate it")
+    copies = private_folder()
+    done = copies / f"{COPY}{manifest['fingerprint']}"
+    with storage_errors(copies), _open_lock(done.with_suffix(".lock")) as handle:
+        _flock(handle, fcntl.LOCK_EX)
+        if not done.is_dir():
+            _delete_unused_copies(copies)
+            _download(folder, manifest["files"], done)
+        os.utime(done)
+    return done
+
+
+def _download(folder: Path, files: Mapping[str, Mapping[str, Any]], done: Path) -> None:
+    refuse_full_disk(done.parent, sum(file["bytes"] for file in files.values()), remedy=ANOTHER_TMPDIR)
+    with tempfile.TemporaryDirectory(dir=done.parent, ignore_cleanup_errors=True) as parent:
+        temporary = Path(parent) / "whole"
+        for name, expected in files.items():
+            copy(path_within(folder, name), temporary / name)
+            if describe(temporary / name) != expected:
+                raise StoreError(
+                    f"{folder / name}: was altered (its SHA-256 differs); delete {folder} to regenerate it"
+                )
+        try:
+            temporary.rename(done)
+        except OSError:  # on a disk without locks, another process of this node was faster
+            if not done.is_dir():
+                raise
+
+
+def _delete_unused_copies(copies: Path) -> None:
+    for lock in copies.glob(f"{COPY}*.lock"):
+        other = lock.with_suffix("")
+        with contextlib.suppress(OSError), _open_lock(lock) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it is being looked up
+            if time.time() - other.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(other)
+
+
+def _open_lock(path: Path) -> BinaryIO:
+    """Open a lock file, also for reading: NFS refuses a shared lock of a file that is only written."""
+    return path.open("a+b", buffering=0)
 
 
 def _flock(handle: BinaryIO, operation: int) -> None:

@@ -7,12 +7,13 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lock_holders import holder
 
 from cdpo_ray.errors import StoreError
-from cdpo_ray.store import RunFolder, lock
+from cdpo_ray.store import NodeFolder, RunFolder, lock
 
 NO_LOCKS = ("ENOSYS", "ENOLCK", "EOPNOTSUPP")
 WITHOUT = """
@@ -47,6 +48,24 @@ def test_fault_40_a_disk_without_locks_is_reported_and_locked_by_a_temporary_fil
             assert json.loads((tmp_path / ".lock.held").read_bytes())["pid"] == os.getpid()
     assert sorted(os.listdir(tmp_path)) == [".lock"]
     assert f"{tmp_path}: its disk has no file locks" in caplog.text and caplog.text.count("no file locks") == 2
+
+
+def test_fault_40_a_folder_of_a_node_may_be_on_nfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock = fcntl.flock
+
+    def as_on_nfs(file: Any, operation: int) -> None:
+        """A shared lock needs a file that can be read, an exclusive one a file that can be written."""
+        access = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        if access not in (os.O_RDWR, os.O_RDONLY if operation & fcntl.LOCK_SH else os.O_WRONLY):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = NodeFolder("samples", "name")
+    assert folder.path.is_dir()
+    folder.delete()
+    assert not folder.path.exists()
 
 
 @pytest.mark.parametrize("name", NO_LOCKS[:1])

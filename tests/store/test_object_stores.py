@@ -1,8 +1,11 @@
 """Runs in an object store: a real S3 server on loopback."""
 
+import os
 import pickle
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -145,7 +148,46 @@ def test_a_local_copy_is_downloaded_once_and_again_after_a_change(
     (s3 / "run" / STEP / "inner" / "shard.bin").write_bytes(b"flip")
     with pytest.raises(StoreError, match=r"inner/shard\.bin: was altered"):
         local_copy(s3 / "run" / STEP)
-    assert len(list(here.parent.iterdir())) == 2
+    assert len([path for path in here.parent.iterdir() if path.is_dir()]) == 2
+
+
+def test_processes_of_a_node_that_need_the_same_copy_download_it_once(
+    s3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    write_step(RunFolder(s3 / "run"))
+    copied: list[Path] = []
+
+    def slow_copy(source: Path, target: Path) -> None:
+        copied.append(source)
+        time.sleep(0.2)
+        copy(source, target)
+
+    monkeypatch.setattr("cdpo_ray.store.node_folder.copy", slow_copy)
+    with ThreadPoolExecutor(4) as threads:  # a lock belongs to a file that was opened, not to a process
+        copies = {*threads.map(local_copy, [s3 / "run" / STEP] * 4)}
+    assert len(copies) == 1 and len(copied) == len({*copied}) > 0
+
+
+def test_a_copy_is_deleted_by_the_next_download_once_it_was_unused_for_days(
+    s3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run, made = RunFolder(s3 / "run"), []
+    for content in (b"old", b"used", b"new"):
+        delete(s3 / "run")
+        write_step(run, content)
+        made.append(local_copy(s3 / "run" / STEP))
+    old, used, _ = made
+    for path in (old, used):
+        os.utime(path, (0, 0))
+    delete(s3 / "run")
+    write_step(run, b"used")
+    assert local_copy(s3 / "run" / STEP) == used and old.exists(), "nothing is downloaded"
+    delete(s3 / "run")
+    write_step(run, b"another")
+    local_copy(s3 / "run" / STEP)
+    assert [path.exists() for path in made] == [False, True, True]
 
 
 def test_a_missing_extra_is_named() -> None:
