@@ -65,6 +65,10 @@ class StoreError(CdpoError):
     """A run folder is missing, damaged, locked, or was made with another configuration."""
 
 
+class LockHeldError(StoreError):
+    """Another process holds the lock of a run folder."""
+
+
 class ClusterError(CdpoError):
     """Ray cannot be reached, refuses our token, or is open to everyone."""
 

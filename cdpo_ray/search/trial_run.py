@@ -1,5 +1,7 @@
 """One trial in its own process: training, and a report of each stage."""
 
+import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cdpo_ray.config import Config
+from cdpo_ray.errors import LockHeldError
 from cdpo_ray.evaluation.metrics import preference_accuracy
 from cdpo_ray.evaluation.report import TRAINED_STAGES, read_record
 from cdpo_ray.evaluation.statistics import Scores, compare_scores
@@ -16,10 +19,34 @@ from cdpo_ray.search.space import config_of
 from cdpo_ray.search.trials import Report, read_trial
 from cdpo_ray.steps import STEPS
 from cdpo_ray.store import RunFolder, read_shards, storage_path
+from cdpo_ray.store.lock import RENEW_SECONDS, STALE_SECONDS
 from cdpo_ray.training.job import ValidationJob
 
+log = logging.getLogger(__name__)
 TRIAL_STEPS = STEPS[:4]
 """Steps up to training; the first two link the output of the search's run."""
+
+
+def once_unlocked(run: Callable[[], Any]) -> None:
+    """Run the steps of a trial, as soon as the lock of its dead predecessor has expired.
+
+    Tune starts a trial again only after its process has ended, perhaps on a node that is gone, so the lock in an object
+    store belongs to nobody.
+
+    Raises:
+        LockHeldError: another process keeps renewing the lock.
+    """
+    deadline = time.monotonic() + STALE_SECONDS + RENEW_SECONDS
+    while True:
+        try:
+            run()
+        except LockHeldError as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("waiting for the lock of the process that this one replaces: %s", error)
+            time.sleep(RENEW_SECONDS / 3)
+        else:
+            return
 
 
 def train_trial(
@@ -67,7 +94,7 @@ def train_trial(
         if summary["stage"] < own.curriculum.num_stages and "is_stopped" not in summary:
             report_new(summary, is_last=False)
 
-    run_steps(own, TRIAL_STEPS, validation=validation, on_stage=on_stage)
+    once_unlocked(lambda: run_steps(own, TRIAL_STEPS, validation=validation, on_stage=on_stage))
     path = RunFolder(storage_path(trials_dir) / name).step(TRAINING) / "stages.json"
     summaries = read_record(path, TRAINED_STAGES)
     for summary in summaries:

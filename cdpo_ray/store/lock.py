@@ -21,7 +21,7 @@ import fsspec.asyn
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from cdpo_ray.errors import StoreError, printable
+from cdpo_ray.errors import LockHeldError, StoreError, printable
 from cdpo_ray.store.copies import delete
 from cdpo_ray.store.failures import one_line, storage_errors
 from cdpo_ray.store.paths import is_local, make_folder, new_file, read_bytes
@@ -239,5 +239,5 @@ def _holder(pid: int, host: str) -> str:
     return f"pid {pid} on {printable(host)}"
 
 
-def _held(folder: Path, holder: str) -> StoreError:
-    return StoreError(f"{folder}: another run is writing here ({holder}); wait for it, or choose another `run.name`")
+def _held(folder: Path, holder: str) -> LockHeldError:
+    return LockHeldError(f"{folder}: another run is writing here ({holder}); wait for it, or choose another `run.name`")

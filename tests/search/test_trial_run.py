@@ -1,9 +1,15 @@
 """Reports of a stage, against values computed by hand."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from cdpo_ray.search.trial_run import stage_report
+from cdpo_ray.errors import LockHeldError
+from cdpo_ray.search.trial_run import once_unlocked, stage_report
+from cdpo_ray.store import RunFolder, write_bytes
+from cdpo_ray.store.lock import LOCK
 
 BASE = {
     "clip": np.array([[0.1, 0.2], [0.5, 0.3], [0.4, 0.4]]),
@@ -22,6 +28,47 @@ SUMMARY = {
 
 def report_of(judge: str = "clip") -> dict:
     return stage_report(SUMMARY, BASE, judge, is_last=False, num_resamples=200, seed=0)
+
+
+@pytest.fixture
+def lock_of_another_node(s3: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lock file of a process that cannot be seen from here; it expires after a second."""
+    for module in ("cdpo_ray.store.lock", "cdpo_ray.search.trial_run"):
+        monkeypatch.setattr(f"{module}.STALE_SECONDS", 1.0)
+        monkeypatch.setattr(f"{module}.RENEW_SECONDS", 0.5)
+    monkeypatch.setattr("cdpo_ray.store.lock.SETTLE_SECONDS", 0.0)
+    lock = s3 / "run" / LOCK
+    write_bytes(lock, json.dumps({"pid": 7, "host": "a node that is gone", "id": "x"}).encode())
+    return lock
+
+
+def test_fault_28_a_trial_that_is_restarted_on_another_node_waits_for_the_lock_of_its_dead_process(
+    lock_of_another_node: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, ran = RunFolder(lock_of_another_node.parent), []
+
+    def steps() -> None:
+        with run.locked():
+            ran.append(True)
+
+    with pytest.raises(LockHeldError, match=r"another run is writing here \(pid 7 on a node that is gone, "):
+        steps()
+    once_unlocked(steps)
+    assert ran == [True] and "waiting for the lock of the process that this one replaces" in caplog.text
+
+
+def test_fault_28_a_trial_whose_lock_is_renewed_is_refused_in_the_end(lock_of_another_node: Path) -> None:
+    calls = []
+
+    def steps() -> None:
+        write_bytes(lock_of_another_node, lock_of_another_node.read_bytes())  # as its holder does
+        calls.append(True)
+        with RunFolder(lock_of_another_node.parent).locked():
+            raise AssertionError("the lock was taken from a living process")
+
+    with pytest.raises(LockHeldError, match=r"another run is writing here"):
+        once_unlocked(steps)
+    assert len(calls) > 1
 
 
 def test_a_policy_is_compared_with_the_base_on_the_measured_prompts() -> None:
