@@ -39,6 +39,11 @@ def node(config: dict[str, Any], name: str = "generator") -> dict[str, Any]:
     return found
 
 
+def without_credentials(node_config: dict[str, Any]) -> None:
+    for key in {"IamInstanceProfile", "serviceAccounts"} & node_config.keys():
+        del node_config[key]
+
+
 RAY_UP_MISTAKES: dict[str, Callable[[dict[str, Any]], object]] = {
     "unknown section": lambda config: config.update(head_nodes={}),
     "image of another Ray": lambda config: config["docker"].update(image="rayproject/ray:2.59.0-py311-gpu"),
@@ -58,6 +63,8 @@ RAY_UP_MISTAKES: dict[str, Callable[[dict[str, Any]], object]] = {
     "spot trainers": lambda config: config["available_node_types"]["trainer"].update(node_config=node(config)),
     "trainers without label": lambda config: config["available_node_types"]["trainer"].pop("labels"),
     "more nodes than allowed": lambda config: config.update(max_workers=3),
+    "trainers without credentials": lambda config: without_credentials(node(config, "trainer")),
+    "generators without credentials": lambda config: without_credentials(node(config)),
     "actors on the head": lambda config: config["available_node_types"]["head"].update(resources={"CPU": 8}),
 }
 NODE_MISTAKES: dict[tuple[str, str], Callable[[dict[str, Any]], object]] = {
@@ -67,6 +74,9 @@ NODE_MISTAKES: dict[tuple[str, str], Callable[[dict[str, Any]], object]] = {
     ("gpu.yaml", "open metadata"): lambda node: node["MetadataOptions"].update(HttpTokens="optional"),
     ("gpu-gcp.yaml", "misspelt key"): lambda node: node.update(machinetype="n2-standard-8"),
     ("gpu-gcp.yaml", "misspelt inner key"): lambda node: node["scheduling"].update(preemptable=True),
+    ("gpu-gcp.yaml", "credentials that cannot write"): lambda node: node["serviceAccounts"][0].update(
+        scopes=["https://www.googleapis.com/auth/devstorage.read_only"]
+    ),
     ("gpu-gcp.yaml", "image family"): lambda node: node["disks"][0]["initializeParams"].update(
         sourceImage="projects/deeplearning-platform-release/global/images/family/common-cu128"
     ),
