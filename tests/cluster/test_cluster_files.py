@@ -26,6 +26,12 @@ def test_the_rayjob_requires_a_token_and_no_privileges() -> None:
     check_rayjob(kuberay("rayjob.yaml"))
 
 
+def test_the_readme_resumes_the_rayjob_by_its_name_because_a_finished_job_never_starts_again() -> None:
+    name = kuberay("rayjob.yaml")["metadata"]["name"]
+    readme = (ROOT / "cluster" / "README.md").read_text()
+    assert f"kubectl delete rayjob/{name} && kubectl apply -f cluster/rayjob.yaml" in readme
+
+
 def test_the_raycluster_requires_a_token_and_separates_trainers_from_spot_nodes() -> None:
     check_raycluster(kuberay("raycluster.yaml"))
 
