@@ -19,7 +19,6 @@ from cdpo_ray.cost.footprint import Footprint
 from cdpo_ray.cost.gpus import GIB, Gpu
 from cdpo_ray.cost.judges import judges_cost
 from cdpo_ray.cost.memory import (
-    JUDGE_BYTES,
     DenoiserStorage,
     Peak,
     generator_peak,
@@ -191,8 +190,7 @@ def estimate(load: Workload) -> Estimate:
         notes.append(f"{load.gpu.name} does not support bfloat16; use `model.dtype: float16`")
     if config.model.quantization:
         notes.append(f"hours do not include dequantization of the {config.model.quantization} weights")
-    _, unknown = judges_cost(config.evaluation_judges)
-    if unknown:
+    if unknown := judges_cost(config.evaluation_judges).unknown:
         notes.append(f"hours and memory do not include judges of unknown cost: {', '.join(unknown)}")
     if config.rewards.placement == "pool" and config.resources.scorers.gpus_per_actor:
         notes.append("hours do not include the GPUs of `resources.scorers`")
@@ -289,11 +287,10 @@ def _gpu_seconds(load: Workload, verb: Verb, *, compiled: bool, checkpointing: b
 def _image_seconds(load: Workload, judges: dict[str, dict[str, Any]], *, compiled: bool) -> float:
     """Time to sample, decode and judge one image."""
     footprint, steps = load.footprint, load.config.generation.num_denoising_steps
-    cost, _ = judges_cost(judges)
     return (
         load.seconds("generate", steps * load.passes * footprint.forward_flops(load.positions), compiled=compiled)
         + load.seconds("decode", footprint.decode_flops(load.positions))
-        + load.seconds("judge", cost.flops)
+        + load.seconds("judge", judges_cost(judges).flops)
     )
 
 
@@ -369,9 +366,9 @@ def _memory(load: Workload) -> Iterator[RoleMemory]:
     )
     yield _role(load, "evaluator", generators, lambda each: _sampling_peak(each, "evaluate", config.evaluation_judges))
     if resources.scorers.gpus_per_actor and config.rewards.placement == "pool":
-        cost, _ = judges_cost(config.rewards.judges)
+        weights_bytes = judges_cost(config.rewards.judges).weights_bytes
         share = min(1.0, resources.scorers.gpus_per_actor)
-        yield RoleMemory("scorer", Peak(cost.parameters * JUDGE_BYTES, 0.0), share, load.gpu)
+        yield RoleMemory("scorer", Peak(weights_bytes, 0.0), share, load.gpu)
 
 
 def _sampling_peak(load: Workload, verb: Verb, judges: dict[str, dict[str, Any]]) -> Peak:
@@ -387,7 +384,7 @@ def _sampling_peak(load: Workload, verb: Verb, judges: dict[str, dict[str, Any]]
         positions=load.positions,
         images=min(generation.images_per_batch, num_prompts * per_prompt),
         passes=load.passes,
-        judge_parameters=judges_cost(judges)[0].parameters,
+        judges_bytes=judges_cost(judges).weights_bytes,
         extra_parameters=extra,
     )
 

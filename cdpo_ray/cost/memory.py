@@ -18,8 +18,6 @@ DORA_ACTIVATIONS = 1.17
 """Activations of a DoRA relative to a LoRA's, counted for attention layers of SD 1.5; 1.07 with checkpointing."""
 REDUCE_BUCKET_VALUES = 5e8
 """Number of values in DeepSpeed's default buffer for gathering gradients in ZeRO 1 to 3."""
-JUDGE_BYTES = 4
-"""Bytes per parameter; judges are loaded in fp32."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ def generator_peak(
     positions: int,
     images: int,
     passes: int,
-    judge_parameters: int = 0,
+    judges_bytes: int = 0,
     extra_parameters: int = 0,
 ) -> Peak:
     """Peak memory of a process that samples and decodes images.
@@ -151,17 +149,16 @@ def generator_peak(
         positions: number of latent positions of a sample.
         images: number of images per batch.
         passes: number of forward passes per denoising step: 2 with classifier-free guidance, else 1.
-        judge_parameters: number of parameters of the judges in the same process.
+        judges_bytes: bytes of the weights of the judges in the same process.
         extra_parameters: number of parameters of other resident models: a fully fine-tuned denoiser, a teacher.
     """
-    judges = judge_parameters * JUDGE_BYTES
     denoiser = storage.denoiser_bytes(footprint) + extra_parameters * storage.value_bytes
     text, vae = (number * storage.value_bytes for number in (footprint.text_parameters, footprint.vae_parameters))
     denoising = storage.scaled(images * passes * footprint.inference_bytes(positions))
     decoding = storage.scaled(images * footprint.decode_bytes(positions))
     if not storage.offload:
-        return Peak(denoiser + text + vae + judges, max(denoising, decoding))
-    return Peak(denoiser + judges, max(text, denoising, vae + decoding))
+        return Peak(denoiser + text + vae + judges_bytes, max(denoising, decoding))
+    return Peak(denoiser + judges_bytes, max(text, denoising, vae + decoding))
 
 
 def use_checkpointing(setting: bool | str, peak_without: float | None, gpu_bytes: float | None) -> bool:

@@ -214,6 +214,21 @@ def test_rounds_multiply_the_hours_but_not_the_memory() -> None:
     assert any(line.startswith("    all") and line.endswith(" in 3 rounds") for line in cost_lines(thrice, "sd15"))
 
 
+def resident(load: Workload, role: str) -> float:
+    (found,) = (each for each in estimate(load).memory if each.role == role)
+    return found.peak.weights
+
+
+@pytest.mark.parametrize(("judge", "num_bytes"), [("hpsv2", 4 * 986_109_441), ("hpsv3", 2 * 7_748_610_610)])
+@pytest.mark.parametrize(("placement", "role"), [("fused", "generator"), ("pool", "scorer")])
+def test_judges_take_4_bytes_per_parameter_and_hpsv3_the_2_of_its_stored_weights(
+    placement: str, role: str, judge: str, num_bytes: int
+) -> None:
+    given = (f"rewards.placement={placement}", "resources.scorers.gpus_per_actor=1", "rewards.rank_by=null")
+    without, with_judge = (resident(workload(*given, f"rewards=[{name}]"), role) for name in ("jpeg_size", judge))
+    assert with_judge - without == num_bytes
+
+
 def test_samples_of_another_run_cost_nothing() -> None:
     found = estimate(workload("run.samples_from=runs/other"))
     assert found.step("generate") is None
