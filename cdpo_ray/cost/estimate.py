@@ -234,9 +234,13 @@ def pays_to_compile(load: Workload, verb: Verb) -> bool:
     return step_cost(replace(load, config=auto), verb, checkpointing=_checkpointing(load)).compiled
 
 
-def training_peak(load: Workload, *, checkpointing: bool) -> Peak:
-    """Peak memory of a training worker."""
-    training = load.config.training
+def training_peak(load: Workload, *, checkpointing: bool, validates: bool) -> Peak:
+    """Peak memory of a training worker.
+
+    Args:
+        validates: whether it samples and judges images after each stage, as the trials of a search do.
+    """
+    config, training = load.config, load.config.training
     return trainer_peak(
         load.footprint,
         load.storage,
@@ -248,8 +252,11 @@ def training_peak(load: Workload, *, checkpointing: bool) -> Peak:
         zero_stage=training.zero_stage,
         num_workers=training.num_workers,
         teacher=load.teacher,
-        with_vae=load.config.search is not None or training.preview_prompts > 0,
+        with_vae=validates or training.preview_prompts > 0,
         use_dora=training.lora.use_dora,
+        validated_images=config.generation.images_per_batch if validates else 0,
+        passes=load.passes,
+        judges_bytes=judges_cost(config.evaluation_judges).weights_bytes if validates else 0,
     )
 
 
@@ -257,7 +264,7 @@ def _checkpointing(load: Workload) -> bool:
     share = min(1.0, load.config.resources.trainers.gpus_per_worker or 1)
     return use_checkpointing(
         load.config.training.gradient_checkpointing,
-        training_peak(load, checkpointing=False).total,
+        training_peak(load, checkpointing=False, validates=load.config.search is not None).total,
         share * load.gpu.memory_bytes,
     )
 
@@ -362,7 +369,7 @@ def _memory(load: Workload) -> Iterator[RoleMemory]:
         load,
         "trainer",
         min(1.0, resources.trainers.gpus_per_worker or 1),
-        lambda each: training_peak(each, checkpointing=_checkpointing(each)),
+        lambda each: training_peak(each, checkpointing=_checkpointing(each), validates=config.search is not None),
     )
     yield _role(load, "evaluator", generators, lambda each: _sampling_peak(each, "evaluate", config.evaluation_judges))
     if resources.scorers.gpus_per_actor and config.rewards.placement == "pool":
@@ -432,6 +439,8 @@ def _training_changes(load: Workload) -> tuple[list[Change], list[Change]]:
         for size in range(training.pairs_per_launch - 1, 0, -1)
         if training.global_batch_size % (training.num_workers * size) == 0
     ]
+    if load.config.search:
+        sizes += _smaller_sampling_batches(load)
     lean = {} if training.gradient_checkpointing else {"gradient_checkpointing": True}
     kinds = [UNCHANGED]
     if lean:
@@ -448,14 +457,18 @@ def _training_changes(load: Workload) -> tuple[list[Change], list[Change]]:
 
 def _sampling_changes(load: Workload) -> tuple[list[Change], list[Change]]:
     """As `_training_changes`."""
-    model, images = load.config.model, load.config.generation.images_per_batch
+    model = load.config.model
     kinds = [UNCHANGED]
     if not model.offload:
         kinds.append(_change(model={"offload": True}))
     if load.can_be_quantized:
         kinds += [_quantized(kind, {}) for kind in ("int8", "nf4")]
-    sizes = [_change(generation={"images_per_batch": size}) for size in range(images - 1, 0, -1)]
-    return kinds, [UNCHANGED, *sizes]
+    return kinds, [UNCHANGED, *_smaller_sampling_batches(load)]
+
+
+def _smaller_sampling_batches(load: Workload) -> list[Change]:
+    images = load.config.generation.images_per_batch
+    return [_change(generation={"images_per_batch": size}) for size in range(images - 1, 0, -1)]
 
 
 def _quantized(kind: str, training: dict[str, Any]) -> Change:

@@ -182,7 +182,7 @@ def test_the_advised_batch_is_the_largest_that_fits() -> None:
 def _trainer_fits(size: int) -> bool:
     given = ("training.gradient_checkpointing=true", f"training.batch_size_per_worker={size}")
     load = workload(*given, gpu="t4", config="sdxl")
-    return training_peak(load, checkpointing=True).fits(load.gpu.memory_bytes)
+    return training_peak(load, checkpointing=True, validates=False).fits(load.gpu.memory_bytes)
 
 
 def test_a_gpu_without_bfloat16_is_noted() -> None:
@@ -259,6 +259,32 @@ def test_a_search_trains_every_point_of_a_grid_the_papers_schedule_and_two_confi
         per_image /= 2 * 20 * 8
         seconds = num_trainings * busy(load, "train") + 4 * images[name] * per_image
         assert estimate(load).search_gpu_hours == pytest.approx(seconds / 3600), name
+
+
+SEARCH = "search={num_trials: 8, space: {training.beta: [2500, 5000]}}"
+VALIDATION = "prompts.validation={fraction: 0.1}"
+
+
+def test_a_trainer_of_a_search_holds_the_judges_and_decodes_a_batch_of_images() -> None:
+    given = ("evaluation.judges=[hpsv2,pickscore]", "generation.images_per_batch=128", VALIDATION)
+    load = workload(*given, SEARCH)
+    plain, found = (training_peak(load, checkpointing=False, validates=validates) for validates in (False, True))
+    assert found.weights - plain.weights == 2 * 4 * 986_109_441
+    assert found.work == 128 * SD15.decode_bytes(4096) > plain.work
+    assert estimate(load).memory[1].peak == found
+    assert estimate(workload(*given)).memory[1].peak == plain
+
+
+def test_a_smaller_batch_of_images_is_advised_to_a_trainer_of_a_search() -> None:
+    given = ("training.gradient_checkpointing=true", "generation.images_per_batch=256", VALIDATION, SEARCH)
+    load = workload(*given, gpu="4090")
+    decoding = SD15.decode_bytes(4096)
+    trainer = estimate(load).memory[1]
+    assert not trainer.fits
+    (advised,) = (each for each in trainer.advice if each.startswith("`generation.images_per_batch"))
+    rest = trainer.peak.total - trainer.peak.work
+    largest = int((0.95 * GPUS["4090"].memory_bytes - rest) / decoding)
+    assert advised == f"`generation.images_per_batch: {largest}`"
 
 
 def test_large_hours_have_thousands_separators() -> None:
