@@ -281,10 +281,8 @@ def _gpu_seconds(load: Workload, verb: Verb, *, compiled: bool, checkpointing: b
         curriculum = config.curriculum
         num_pairs = curriculum.num_stages * curriculum.updates_per_stage * config.training.global_batch_size
         seconds = num_pairs * _pair_seconds(load, compiled=compiled, checkpointing=checkpointing)
-        if curriculum.num_margin_draws:
-            num_samples = load.prompts.train * config.generation.images_per_prompt * curriculum.num_margin_draws
-            seconds += curriculum.num_stages * num_samples * _value_seconds(load, compiled=compiled)
-        return seconds
+        num_draws = curriculum.num_margin_draws or 0
+        return seconds + _margin_seconds(load, curriculum.num_stages, num_draws, compiled=compiled)
     num_images = load.prompts.heldout * evaluation.images_per_prompt
     seconds = load.seconds("generate", load.prompts.heldout * load.footprint.text_flops)
     seconds += 2 * num_images * _image_seconds(load, config.evaluation_judges, compiled=compiled)
@@ -309,6 +307,12 @@ def _pair_seconds(load: Workload, *, compiled: bool, checkpointing: bool) -> flo
     return load.seconds("train", 2 * (policy + _reference_flops(load)), compiled=compiled)
 
 
+def _margin_seconds(load: Workload, num_stages: int, num_draws: int, *, compiled: bool) -> float:
+    """Time to measure the margins of all samples before each stage."""
+    num_samples = load.prompts.train * load.config.generation.images_per_prompt
+    return num_stages * num_samples * num_draws * _value_seconds(load, compiled=compiled)
+
+
 def _value_seconds(load: Workload, *, compiled: bool) -> float:
     """Time of one sample in policy and reference, without gradient."""
     forward = load.footprint.forward_flops(load.positions)
@@ -322,17 +326,30 @@ def _reference_flops(load: Workload) -> float:
 
 
 def _search_gpu_seconds(load: Workload, *, checkpointing: bool) -> float:
-    """Time of all trials of a search and of its confirmation, if no trial is stopped early."""
+    """Time of all trials of a search, of its confirmation, and of the base model's images that they are compared with.
+
+    It assumes that no trial is stopped early and that each takes the largest values of the space. Other keys of the
+    space that change the cost, such as `training.method`, have the config's values.
+    """
     config, search = load.config, load.config.search
     assert search is not None, "the config must have a search"
+    curriculum, evaluation, prompts = config.curriculum, config.evaluation, load.prompts
     num_trials, num_confirmations = search.max_trials(config.plain()), 2 * search.confirm_seeds
-    compiled = step_cost(load, "train", checkpointing=checkpointing).compiled
-    pairs = search.max_updates(config.curriculum) * config.training.global_batch_size
-    training = pairs * _pair_seconds(load, compiled=compiled, checkpointing=checkpointing)
-    num_stages = search.largest("curriculum.num_stages", config.curriculum.num_stages)
-    prompts = num_trials * num_stages * load.prompts.validation + num_confirmations * load.prompts.heldout
-    image = _image_seconds(load, config.evaluation_judges, compiled=compiled)
-    return (num_trials + num_confirmations) * training + prompts * search.images_per_prompt * image
+    num_stages = search.largest("curriculum.num_stages", curriculum.num_stages)
+    num_draws = search.largest("curriculum.num_margin_draws", curriculum.num_margin_draws or 0)
+    batch = search.largest("training.global_batch_size", config.training.global_batch_size)
+    step = step_cost(load, "train", checkpointing=checkpointing)
+    training = 3600 * step.gpu_hours - step.gpu_seconds  # start-up, because a worker has one GPU at most
+    pair = _pair_seconds(load, compiled=step.compiled, checkpointing=checkpointing)
+    training += search.max_updates(curriculum) * batch * pair
+    training += _margin_seconds(load, num_stages, num_draws, compiled=step.compiled)
+    num_measured = sum(search.validated_prompts(num_stages, prompts.validation))
+    in_trials = num_trials * num_measured * search.images_per_prompt
+    in_trials += num_confirmations * prompts.heldout * evaluation.images_per_prompt
+    of_base = prompts.validation * search.images_per_prompt + prompts.heldout * evaluation.images_per_prompt
+    image = _image_seconds(load, config.evaluation_judges, compiled=step.compiled)
+    values = in_trials * evaluation.num_margin_draws * _value_seconds(load, compiled=step.compiled)
+    return (num_trials + num_confirmations) * training + (in_trials + of_base) * image + values
 
 
 def _num_actors(load: Workload, verb: Verb) -> int:

@@ -252,13 +252,39 @@ def test_a_search_trains_every_point_of_a_grid_the_papers_schedule_and_two_confi
         replace(workload(*common, f"search={{{how}, {space}}}"), prompts=NumPrompts(100, 20, 10))
         for how in ("algorithm: grid, confirm_seeds: 2", "num_trials: 8, confirm_seeds: 0")
     )
-    images = {"grid": 5 * 5 * 10 + 4 * 20, "sampled": 8 * 5 * 10}
-    for name, load, num_trainings in (("grid", grid, 5 + 4), ("sampled", sampled, 8)):
+    values = 4 * 2 * SD15.forward_flops(4096) / (989e12 * EFFICIENCY["generate"].eager)
+    of_base = 4 * 10 + 8 * 20
+    for name, load, num_trainings, in_trials in (
+        ("grid", grid, 5 + 4, 5 * 5 * 10 * 4 + 4 * 20 * 8),
+        ("sampled", sampled, 8, 8 * 5 * 10 * 4),
+    ):
         per_image = busy(load, "evaluate") - load.seconds("generate", 20 * SD15.text_flops)
-        per_image -= load.seconds("generate", 20 * 8 * 4 * 2 * SD15.forward_flops(4096))
-        per_image /= 2 * 20 * 8
-        seconds = num_trainings * busy(load, "train") + 4 * images[name] * per_image
+        per_image = (per_image - 20 * 8 * values) / (2 * 20 * 8)
+        seconds = num_trainings * step_cost(load, "train").wall_seconds
+        seconds += (in_trials + of_base) * per_image + in_trials * values
         assert estimate(load).search_gpu_hours == pytest.approx(seconds / 3600), name
+
+
+def test_a_search_costs_what_its_largest_batch_its_margins_and_its_early_prompts_take() -> None:
+    def hours(more: str = "", *given: str, space: str = "training.beta: [2500, 5000]") -> float:
+        search = f"search={{num_trials: 8, confirm_seeds: 1, space: {{{space}}}{more}}}"
+        load = workload("prompts.validation={fraction: 0.1}", "model.compile=false", search, *given)
+        found = estimate(replace(load, prompts=NumPrompts(100, 20, 10))).search_gpu_hours
+        assert found is not None
+        return found
+
+    plain = workload("model.compile=false")
+    of_training = 10 * (busy(plain, "train")) / 3600
+    larger = hours(space="training.global_batch_size: [16, 32, 96]")
+    assert larger - hours() == pytest.approx(2 * of_training), "three times the pairs of the config's 32"
+    margin = ("curriculum.measure=margin", "curriculum.boundaries=equal_count")
+    measuring = 10 * (busy(workload("model.compile=false", *margin), "train") - busy(plain, "train")) / 3600
+    assert hours("", *margin) - hours() == pytest.approx(measuring) and measuring > 0
+    values = 4 * 2 * SD15.forward_flops(4096) / (989e12 * EFFICIENCY["generate"].eager)
+    judged = ("model.compile=false", "evaluation.num_margin_draws=0")
+    per_image = (busy(workload(*judged), "evaluate") - plain.seconds("generate", 20 * SD15.text_flops)) / (2 * 20 * 8)
+    saved = 8 * 4 * (10 - 3) * 4 * (per_image + values) / 3600  # 8 trials, 4 stages before the last, 4 images
+    assert hours() - hours(", early_prompts: 3") == pytest.approx(saved)
 
 
 SEARCH = "search={num_trials: 8, space: {training.beta: [2500, 5000]}}"
