@@ -194,11 +194,37 @@ def _model_questions(config: Config, prompts: PromptSplit) -> list[str]:
             where = (
                 f" to {endpoint['url']}, except for answers that are known" if endpoint else ", answered in the scorer"
             )
-            parts = ", ".join(f"{count:,} for {what}" for what, count in counts.items() if count)
-            lines.append(f"  questions    {name}: {total:,} ({parts}){where}")
+            lines.append(f"  questions    {name}: {total:,} ({_parts(counts)}){where}")
+        if config.search and name in config.evaluation_judges:
+            lines += _search_questions(config, config.search, name, prompts)
         if name == "vqa":
-            lines += _without_questions(options, [*prompts.train, *prompts.heldout])
+            validated = prompts.validation if config.search else []
+            lines += _without_questions(options, [*prompts.train, *prompts.heldout, *validated])
     return lines
+
+
+def _search_questions(config: Config, search: SearchSection, name: str, prompts: PromptSplit) -> list[str]:
+    """Questions of `cdpo tune` to a judge, if no trial is stopped early."""
+    num_stages = search.largest("curriculum.num_stages", config.curriculum.num_stages)
+    per_stage = search.validated_prompts(num_stages, len(prompts.validation))
+    in_trial = [prompt for num_prompts in per_stage for prompt in prompts.validation[:num_prompts]]
+
+    def asked(about: Sequence[str], images_per_prompt: int) -> int:
+        return num_model_questions(name, config.evaluation_judges[name], about, images_per_prompt)
+
+    of_heldout = asked(prompts.heldout, config.evaluation.images_per_prompt)
+    counts = {
+        "the base model": asked(prompts.validation, search.images_per_prompt) + of_heldout,
+        "the trials": search.max_trials(config.plain()) * asked(in_trial, search.images_per_prompt),
+        "the confirmation": 2 * search.confirm_seeds * of_heldout,
+    }
+    if not (total := sum(counts.values())):
+        return []
+    return [f"               {name}: at most {total:,} by `cdpo tune`, in place of the evaluation's ({_parts(counts)})"]
+
+
+def _parts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} for {what}" for what, count in counts.items() if count)
 
 
 def _without_questions(options: Mapping[str, Any], prompts: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ GCP_KEYS = {
     "scheduling": {
         "provisioningModel": {}, "instanceTerminationAction": {}, "onHostMaintenance": {}, "automaticRestart": {},
     },
+    "serviceAccounts": {"email": {}, "scopes": {}},
 }  # fmt: skip
 
 
@@ -50,6 +51,15 @@ def check_gcp_node(value: Any, keys: dict[str, Any] = GCP_KEYS) -> None:
                 assert key != "sourceImage" or "/family/" not in inside, "a family is another image tomorrow"
 
 
+def check_credentials(provider: str, node_config: dict[str, Any]) -> None:
+    """Workers write to the bucket of `run.dir`; the role that Ray creates is the head's only."""
+    if provider == "aws":
+        assert node_config.get("IamInstanceProfile", {}).get("Arn", "").startswith("arn:aws:iam::")
+    else:
+        (account,) = node_config.get("serviceAccounts", [{}])
+        assert account.get("email") and account["scopes"] == ["https://www.googleapis.com/auth/cloud-platform"]
+
+
 MARKETS = {"trainer": {"market": "on-demand"}, "generator": {"market": "spot"}}
 """Labels that `resources.<role>.node_labels` names, so that Ray places each role on its nodes only."""
 
@@ -70,6 +80,8 @@ def check_ray_up(config: dict[str, Any]) -> None:
     spot = {name for name, node_type in types.items() if "spot" in str(node_type["node_config"]).lower()}
     assert spot == {"generator"}, f"{spot} may be taken away"
     assert {name: types[name].get("labels") for name in MARKETS} == MARKETS
+    for name in MARKETS:
+        check_credentials(config["provider"]["type"], types[name]["node_config"])
     assert IMAGE.fullmatch(config["docker"]["image"]), config["docker"]["image"]
     assert "install -m 600 /tmp/cdpo/auth_token ~/.cdpo_token" in config["setup_commands"][0]
     started = [command for command in start if "ray start" in command]

@@ -360,6 +360,20 @@ def test_the_questions_of_a_vision_language_judge_are_counted(options: str, per_
     assert "questions" not in str(make_plan(config(), PROMPTS))
 
 
+def test_the_questions_of_a_search_are_those_of_its_base_images_trials_and_confirmation() -> None:
+    """10 trials of up to 6 stages: 3 prompts x 2 images after the last one, 2 prompts before it."""
+    search = (
+        "search={num_trials: 10, images_per_prompt: 2, early_prompts: 2, confirm_seeds: 3,"
+        " space: {curriculum.num_stages: [4, 6]}}"
+    )
+    judged = ["rewards=[vlm_judge]", f"rewards.vlm_judge={{mode: rating, {ENDPOINT}}}"]
+    prompts = replace(PROMPTS, validation=["v0", "v1", "v2"])
+    plan = str(make_plan(config(*judged, "prompts.validation={source: scenes}", search), prompts))
+    counts = [4 * 4 + 3 * 2, 10 * (5 * 2 + 3) * 2, 2 * 3 * 4 * 4]
+    assert numbers(line_of(plan, "vlm_judge: at most")) == [sum(counts), *counts]
+    assert "by `cdpo tune`" not in str(make_plan(config(*judged), prompts))
+
+
 def test_questions_of_a_file_are_counted_and_prompts_without_any_are_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     asked = [{"question": "Cats?", "answer": "yes"}]
@@ -370,3 +384,17 @@ def test_questions_of_a_file_are_counted_and_prompts_without_any_are_a_warning(t
     assert line_of(plan, "warning: 8 of 10 prompts") == (
         f"               warning: 8 of 10 prompts have no questions in {path}; their images have no score"
     )
+
+
+def test_validation_prompts_of_a_search_without_questions_are_a_warning_too(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"prompt": "v0", "questions": [{"question": "Cats?", "answer": "yes"}]}))
+    given = (
+        "rewards=[vqa]",
+        f"rewards.vqa={{questions: {path}, checkpoint: .}}",
+        "prompts.validation={source: scenes}",
+    )
+    search = "search={num_trials: 2, confirm_seeds: 0, space: {training.beta: [100, 200]}}"
+    prompts = replace(PROMPTS, validation=["v0", "v1"])
+    assert "warning: 11 of 12 prompts have no questions" in str(make_plan(config(*given, search), prompts))
+    assert "warning: 10 of 10 prompts have no questions" in str(make_plan(config(*given), prompts))

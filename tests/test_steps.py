@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 
 from cdpo_ray.config import Config, load_config
-from cdpo_ray.cost.estimate import VERBS
+from cdpo_ray.cost.estimate import VERBS, training_peak
 from cdpo_ray.cost.gpus import DEFAULT_GPU, GPUS
 from cdpo_ray.prompts.sources import PromptSplit
 from cdpo_ray.resources import Node
 from cdpo_ray.run import cluster_gpu
 from cdpo_ray.steps import STEPS, Context
 from cdpo_ray.steps.arguments import model_arguments
+from cdpo_ray.steps.training import train
 from cdpo_ray.store import RunFolder, differences
 from cdpo_ray.store.folder import flat
+from cdpo_ray.training.job import TrainingJob, ValidationJob
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 NEW = ("training.seed", "prompts.validation.fraction")
@@ -90,6 +92,29 @@ def test_a_step_on_gpus_is_predicted_and_one_on_cpus_is_not() -> None:
     assert context.predicted("pairs") is None
     assert context_of("run.samples_from=runs/other").predicted("generate") is None
     assert all(context_of(path=QUICKSTART).predicted(verb) is None for verb in VERBS)
+
+
+def test_a_worker_that_validates_is_known_to_need_more_memory_when_checkpointing_is_decided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A trial's own configuration has no `search`."""
+    jobs: list[TrainingJob] = []
+
+    def stop(job: TrainingJob, **_: Any) -> None:
+        jobs.append(job)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cdpo_ray.training.trainer.train_adapter", stop)
+    monkeypatch.setattr(RunFolder, "step", lambda run, folder: run.path / folder)
+    validation = ValidationJob("samples", {}, {}, None, False, 0)
+    for context in (context_of(), context_of(validation=validation)):
+        with pytest.raises(KeyboardInterrupt):
+            train(context, Path("out"), None)  # type: ignore[arg-type]
+    workload = context_of().workload
+    assert workload is not None
+    peaks = [training_peak(workload, checkpointing=False, validates=validates).total for validates in (False, True)]
+    assert [job.plain_peak_bytes for job in jobs] == peaks
+    assert peaks[1] > peaks[0]
 
 
 def test_estimates_use_the_clusters_gpu_if_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

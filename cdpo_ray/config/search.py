@@ -267,6 +267,10 @@ class SearchSection(Section):
         num_stages = self.largest("curriculum.num_stages", curriculum.num_stages)
         return num_stages * self.largest("curriculum.updates_per_stage", curriculum.updates_per_stage)
 
+    def validated_prompts(self, num_stages: int, num_prompts: int) -> list[int]:
+        """Number of prompts that a trial is measured on after each stage, of all validation prompts."""
+        return [min(self.early_prompts or num_prompts, num_prompts)] * (num_stages - 1) + [num_prompts]
+
     def max_trials(self, plain: Mapping[str, Any]) -> int:
         """Number of trials; for a grid every point, plus the paper's schedule if it is not one of them.
 

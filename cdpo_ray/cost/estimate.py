@@ -19,7 +19,6 @@ from cdpo_ray.cost.footprint import Footprint
 from cdpo_ray.cost.gpus import GIB, Gpu
 from cdpo_ray.cost.judges import judges_cost
 from cdpo_ray.cost.memory import (
-    JUDGE_BYTES,
     DenoiserStorage,
     Peak,
     generator_peak,
@@ -191,8 +190,7 @@ def estimate(load: Workload) -> Estimate:
         notes.append(f"{load.gpu.name} does not support bfloat16; use `model.dtype: float16`")
     if config.model.quantization:
         notes.append(f"hours do not include dequantization of the {config.model.quantization} weights")
-    _, unknown = judges_cost(config.evaluation_judges)
-    if unknown:
+    if unknown := judges_cost(config.evaluation_judges).unknown:
         notes.append(f"hours and memory do not include judges of unknown cost: {', '.join(unknown)}")
     if config.rewards.placement == "pool" and config.resources.scorers.gpus_per_actor:
         notes.append("hours do not include the GPUs of `resources.scorers`")
@@ -236,9 +234,13 @@ def pays_to_compile(load: Workload, verb: Verb) -> bool:
     return step_cost(replace(load, config=auto), verb, checkpointing=_checkpointing(load)).compiled
 
 
-def training_peak(load: Workload, *, checkpointing: bool) -> Peak:
-    """Peak memory of a training worker."""
-    training = load.config.training
+def training_peak(load: Workload, *, checkpointing: bool, validates: bool) -> Peak:
+    """Peak memory of a training worker.
+
+    Args:
+        validates: whether it samples and judges images after each stage, as the trials of a search do.
+    """
+    config, training = load.config, load.config.training
     return trainer_peak(
         load.footprint,
         load.storage,
@@ -250,8 +252,11 @@ def training_peak(load: Workload, *, checkpointing: bool) -> Peak:
         zero_stage=training.zero_stage,
         num_workers=training.num_workers,
         teacher=load.teacher,
-        with_vae=load.config.search is not None or training.preview_prompts > 0,
+        with_vae=validates or training.preview_prompts > 0,
         use_dora=training.lora.use_dora,
+        validated_images=config.generation.images_per_batch if validates else 0,
+        passes=load.passes,
+        judges_bytes=judges_cost(config.evaluation_judges).weights_bytes if validates else 0,
     )
 
 
@@ -259,7 +264,7 @@ def _checkpointing(load: Workload) -> bool:
     share = min(1.0, load.config.resources.trainers.gpus_per_worker or 1)
     return use_checkpointing(
         load.config.training.gradient_checkpointing,
-        training_peak(load, checkpointing=False).total,
+        training_peak(load, checkpointing=False, validates=load.config.search is not None).total,
         share * load.gpu.memory_bytes,
     )
 
@@ -276,10 +281,8 @@ def _gpu_seconds(load: Workload, verb: Verb, *, compiled: bool, checkpointing: b
         curriculum = config.curriculum
         num_pairs = curriculum.num_stages * curriculum.updates_per_stage * config.training.global_batch_size
         seconds = num_pairs * _pair_seconds(load, compiled=compiled, checkpointing=checkpointing)
-        if curriculum.num_margin_draws:
-            num_samples = load.prompts.train * config.generation.images_per_prompt * curriculum.num_margin_draws
-            seconds += curriculum.num_stages * num_samples * _value_seconds(load, compiled=compiled)
-        return seconds
+        num_draws = curriculum.num_margin_draws or 0
+        return seconds + _margin_seconds(load, curriculum.num_stages, num_draws, compiled=compiled)
     num_images = load.prompts.heldout * evaluation.images_per_prompt
     seconds = load.seconds("generate", load.prompts.heldout * load.footprint.text_flops)
     seconds += 2 * num_images * _image_seconds(load, config.evaluation_judges, compiled=compiled)
@@ -289,11 +292,10 @@ def _gpu_seconds(load: Workload, verb: Verb, *, compiled: bool, checkpointing: b
 def _image_seconds(load: Workload, judges: dict[str, dict[str, Any]], *, compiled: bool) -> float:
     """Time to sample, decode and judge one image."""
     footprint, steps = load.footprint, load.config.generation.num_denoising_steps
-    cost, _ = judges_cost(judges)
     return (
         load.seconds("generate", steps * load.passes * footprint.forward_flops(load.positions), compiled=compiled)
         + load.seconds("decode", footprint.decode_flops(load.positions))
-        + load.seconds("judge", cost.flops)
+        + load.seconds("judge", judges_cost(judges).flops)
     )
 
 
@@ -303,6 +305,12 @@ def _pair_seconds(load: Workload, *, compiled: bool, checkpointing: bool) -> flo
     forward = load.footprint.forward_flops(load.positions)
     policy = forward * (2 if checkpointing else 1) + load.footprint.backward_flops[method](load.positions)
     return load.seconds("train", 2 * (policy + _reference_flops(load)), compiled=compiled)
+
+
+def _margin_seconds(load: Workload, num_stages: int, num_draws: int, *, compiled: bool) -> float:
+    """Time to measure the margins of all samples before each stage."""
+    num_samples = load.prompts.train * load.config.generation.images_per_prompt
+    return num_stages * num_samples * num_draws * _value_seconds(load, compiled=compiled)
 
 
 def _value_seconds(load: Workload, *, compiled: bool) -> float:
@@ -318,17 +326,30 @@ def _reference_flops(load: Workload) -> float:
 
 
 def _search_gpu_seconds(load: Workload, *, checkpointing: bool) -> float:
-    """Time of all trials of a search and of its confirmation, if no trial is stopped early."""
+    """Time of all trials of a search, of its confirmation, and of the base model's images that they are compared with.
+
+    It assumes that no trial is stopped early and that each takes the largest values of the space. Other keys of the
+    space that change the cost, such as `training.method`, have the config's values.
+    """
     config, search = load.config, load.config.search
     assert search is not None, "the config must have a search"
+    curriculum, evaluation, prompts = config.curriculum, config.evaluation, load.prompts
     num_trials, num_confirmations = search.max_trials(config.plain()), 2 * search.confirm_seeds
-    compiled = step_cost(load, "train", checkpointing=checkpointing).compiled
-    pairs = search.max_updates(config.curriculum) * config.training.global_batch_size
-    training = pairs * _pair_seconds(load, compiled=compiled, checkpointing=checkpointing)
-    num_stages = search.largest("curriculum.num_stages", config.curriculum.num_stages)
-    prompts = num_trials * num_stages * load.prompts.validation + num_confirmations * load.prompts.heldout
-    image = _image_seconds(load, config.evaluation_judges, compiled=compiled)
-    return (num_trials + num_confirmations) * training + prompts * search.images_per_prompt * image
+    num_stages = search.largest("curriculum.num_stages", curriculum.num_stages)
+    num_draws = search.largest("curriculum.num_margin_draws", curriculum.num_margin_draws or 0)
+    batch = search.largest("training.global_batch_size", config.training.global_batch_size)
+    step = step_cost(load, "train", checkpointing=checkpointing)
+    training = 3600 * step.gpu_hours - step.gpu_seconds  # start-up, because a worker has one GPU at most
+    pair = _pair_seconds(load, compiled=step.compiled, checkpointing=checkpointing)
+    training += search.max_updates(curriculum) * batch * pair
+    training += _margin_seconds(load, num_stages, num_draws, compiled=step.compiled)
+    num_measured = sum(search.validated_prompts(num_stages, prompts.validation))
+    in_trials = num_trials * num_measured * search.images_per_prompt
+    in_trials += num_confirmations * prompts.heldout * evaluation.images_per_prompt
+    of_base = prompts.validation * search.images_per_prompt + prompts.heldout * evaluation.images_per_prompt
+    image = _image_seconds(load, config.evaluation_judges, compiled=step.compiled)
+    values = in_trials * evaluation.num_margin_draws * _value_seconds(load, compiled=step.compiled)
+    return (num_trials + num_confirmations) * training + (in_trials + of_base) * image + values
 
 
 def _num_actors(load: Workload, verb: Verb) -> int:
@@ -365,13 +386,13 @@ def _memory(load: Workload) -> Iterator[RoleMemory]:
         load,
         "trainer",
         min(1.0, resources.trainers.gpus_per_worker or 1),
-        lambda each: training_peak(each, checkpointing=_checkpointing(each)),
+        lambda each: training_peak(each, checkpointing=_checkpointing(each), validates=config.search is not None),
     )
     yield _role(load, "evaluator", generators, lambda each: _sampling_peak(each, "evaluate", config.evaluation_judges))
     if resources.scorers.gpus_per_actor and config.rewards.placement == "pool":
-        cost, _ = judges_cost(config.rewards.judges)
+        weights_bytes = judges_cost(config.rewards.judges).weights_bytes
         share = min(1.0, resources.scorers.gpus_per_actor)
-        yield RoleMemory("scorer", Peak(cost.parameters * JUDGE_BYTES, 0.0), share, load.gpu)
+        yield RoleMemory("scorer", Peak(weights_bytes, 0.0), share, load.gpu)
 
 
 def _sampling_peak(load: Workload, verb: Verb, judges: dict[str, dict[str, Any]]) -> Peak:
@@ -387,7 +408,7 @@ def _sampling_peak(load: Workload, verb: Verb, judges: dict[str, dict[str, Any]]
         positions=load.positions,
         images=min(generation.images_per_batch, num_prompts * per_prompt),
         passes=load.passes,
-        judge_parameters=judges_cost(judges)[0].parameters,
+        judges_bytes=judges_cost(judges).weights_bytes,
         extra_parameters=extra,
     )
 
@@ -435,6 +456,8 @@ def _training_changes(load: Workload) -> tuple[list[Change], list[Change]]:
         for size in range(training.pairs_per_launch - 1, 0, -1)
         if training.global_batch_size % (training.num_workers * size) == 0
     ]
+    if load.config.search:
+        sizes += _smaller_sampling_batches(load)
     lean = {} if training.gradient_checkpointing else {"gradient_checkpointing": True}
     kinds = [UNCHANGED]
     if lean:
@@ -451,14 +474,18 @@ def _training_changes(load: Workload) -> tuple[list[Change], list[Change]]:
 
 def _sampling_changes(load: Workload) -> tuple[list[Change], list[Change]]:
     """As `_training_changes`."""
-    model, images = load.config.model, load.config.generation.images_per_batch
+    model = load.config.model
     kinds = [UNCHANGED]
     if not model.offload:
         kinds.append(_change(model={"offload": True}))
     if load.can_be_quantized:
         kinds += [_quantized(kind, {}) for kind in ("int8", "nf4")]
-    sizes = [_change(generation={"images_per_batch": size}) for size in range(images - 1, 0, -1)]
-    return kinds, [UNCHANGED, *sizes]
+    return kinds, [UNCHANGED, *_smaller_sampling_batches(load)]
+
+
+def _smaller_sampling_batches(load: Workload) -> list[Change]:
+    images = load.config.generation.images_per_batch
+    return [_change(generation={"images_per_batch": size}) for size in range(images - 1, 0, -1)]
 
 
 def _quantized(kind: str, training: dict[str, Any]) -> Change:

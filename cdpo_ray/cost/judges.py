@@ -8,10 +8,31 @@ from cdpo_ray.prompts.questions import read_questions
 
 
 class JudgeCost(NamedTuple):
-    """FLOPs per image (2 per multiply-add), without the prompt, which is encoded once; and number of parameters."""
+    """Cost of one judge.
+
+    Attributes:
+        flops: per image (2 per multiply-add), without the prompt, which is encoded once.
+        parameters: number of parameters.
+        parameter_bytes: bytes of each; judges are loaded in fp32, a vision-language model as its weights are stored.
+    """
 
     flops: float
     parameters: int
+    parameter_bytes: int = 4
+
+
+class JudgesCost(NamedTuple):
+    """Total cost of several judges.
+
+    Attributes:
+        flops: per image, see `JudgeCost`.
+        weights_bytes: bytes of all weights.
+        unknown: names of judges of unknown cost, which are not included.
+    """
+
+    flops: float
+    weights_bytes: int
+    unknown: list[str]
 
 
 CLIP_MODELS = {
@@ -28,14 +49,14 @@ REWARD_COSTS = {
     "pickscore": CLIP_MODELS["ViT-H-14"],
     "aesthetic": CLIP_MODELS["ViT-L-14"],
     # Qwen2-VL-7B without its output layer: 1024 patches; 840 tokens, of which 256 are the image's, 20 the prompt's
-    "hpsv3": JudgeCost(12.7e12, 7_748_610_610),
+    "hpsv3": JudgeCost(12.7e12, 7_748_610_610, parameter_bytes=2),
     "imagereward": JudgeCost(135e9, 478_000_000),  # BLIP: ViT-L/16 at 224 pixels, and BERT with cross-attention to it
 }
 ON_CPU = ("jpeg_size", "ocr", "oracle", "oracle_strict")
 
 
-def judges_cost(judges: Mapping[str, Mapping[str, Any]]) -> tuple[JudgeCost, list[str]]:
-    """Total cost of the judges, and the names of judges of unknown cost.
+def judges_cost(judges: Mapping[str, Mapping[str, Any]]) -> JudgesCost:
+    """Total cost of the judges.
 
     Args:
         judges: name -> options, as in `RewardsSection.judges`.
@@ -48,7 +69,8 @@ def judges_cost(judges: Mapping[str, Mapping[str, Any]]) -> tuple[JudgeCost, lis
             known.append(cost)
         elif name not in ON_CPU and not options.get("endpoint"):
             unknown.append(name)
-    return JudgeCost(sum(cost.flops for cost in known), sum(cost.parameters for cost in known)), unknown
+    weights_bytes = sum(cost.parameters * cost.parameter_bytes for cost in known)
+    return JudgesCost(sum(cost.flops for cost in known), weights_bytes, unknown)
 
 
 def num_model_questions(name: str, options: Mapping[str, Any], prompts: Sequence[str], images_per_prompt: int) -> int:

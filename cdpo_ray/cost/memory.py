@@ -18,8 +18,6 @@ DORA_ACTIVATIONS = 1.17
 """Activations of a DoRA relative to a LoRA's, counted for attention layers of SD 1.5; 1.07 with checkpointing."""
 REDUCE_BUCKET_VALUES = 5e8
 """Number of values in DeepSpeed's default buffer for gathering gradients in ZeRO 1 to 3."""
-JUDGE_BYTES = 4
-"""Bytes per parameter; judges are loaded in fp32."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,9 @@ def trainer_peak(
     teacher: Footprint | None = None,
     with_vae: bool = False,
     use_dora: bool = False,
+    validated_images: int = 0,
+    passes: int = 1,
+    judges_bytes: int = 0,
 ) -> Peak:
     """Peak memory of a training worker.
 
@@ -101,6 +102,9 @@ def trainer_peak(
         teacher: footprint of a consistency model's teacher.
         with_vae: whether the worker decodes images: previews, or the validation of a search.
         use_dora: whether the LoRA is a DoRA.
+        validated_images: number of images per batch that the worker samples and judges between stages; 0: none.
+        passes: number of forward passes per denoising step of these images, as in `generator_peak`.
+        judges_bytes: bytes of the weights of the judges in the same process.
     """
     share = 1 / num_workers
     trainable = footprint.lora_parameters(*lora) if lora else footprint.parameters
@@ -130,7 +134,9 @@ def trainer_peak(
     weights += vae_at_rest
     # text encoders are freed before training; with offload, before the denoiser is moved to the GPU
     loading = text + vae_at_rest + (0 if storage.offload else denoiser) - weights
-    return Peak(weights, max(storage.scaled(activations), stepping, loading))
+    sampling = _sampling_work(footprint, storage, positions=positions, images=validated_images, passes=passes)
+    # judges are on the GPU while the model is loaded, too
+    return Peak(weights + judges_bytes, max(storage.scaled(activations), stepping, loading, sampling))
 
 
 def generator_peak(
@@ -140,7 +146,7 @@ def generator_peak(
     positions: int,
     images: int,
     passes: int,
-    judge_parameters: int = 0,
+    judges_bytes: int = 0,
     extra_parameters: int = 0,
 ) -> Peak:
     """Peak memory of a process that samples and decodes images.
@@ -151,17 +157,26 @@ def generator_peak(
         positions: number of latent positions of a sample.
         images: number of images per batch.
         passes: number of forward passes per denoising step: 2 with classifier-free guidance, else 1.
-        judge_parameters: number of parameters of the judges in the same process.
+        judges_bytes: bytes of the weights of the judges in the same process.
         extra_parameters: number of parameters of other resident models: a fully fine-tuned denoiser, a teacher.
     """
-    judges = judge_parameters * JUDGE_BYTES
     denoiser = storage.denoiser_bytes(footprint) + extra_parameters * storage.value_bytes
     text, vae = (number * storage.value_bytes for number in (footprint.text_parameters, footprint.vae_parameters))
-    denoising = storage.scaled(images * passes * footprint.inference_bytes(positions))
-    decoding = storage.scaled(images * footprint.decode_bytes(positions))
+    work = _sampling_work(footprint, storage, positions=positions, images=images, passes=passes)
     if not storage.offload:
-        return Peak(denoiser + text + vae + judges, max(denoising, decoding))
-    return Peak(denoiser + judges, max(text, denoising, vae + decoding))
+        return Peak(denoiser + text + vae + judges_bytes, work)
+    return Peak(denoiser + judges_bytes, max(text, work))
+
+
+def _sampling_work(
+    footprint: Footprint, storage: DenoiserStorage, *, positions: int, images: int, passes: int
+) -> float:
+    """Temporary bytes of sampling and decoding a batch of images; with offload, the VAE is on the GPU to decode."""
+    if not images:
+        return 0.0
+    vae = footprint.vae_parameters * storage.value_bytes if storage.offload else 0
+    denoising = storage.scaled(images * passes * footprint.inference_bytes(positions))
+    return max(denoising, vae + storage.scaled(images * footprint.decode_bytes(positions)))
 
 
 def use_checkpointing(setting: bool | str, peak_without: float | None, gpu_bytes: float | None) -> bool:

@@ -19,7 +19,7 @@ def cost_lines(estimate: Estimate, source: str) -> list[str]:
     rounds = f" in {estimate.rounds} rounds" if estimate.rounds > 1 else ""
     lines.append(f"    {'all':<11}{_hours(estimate.gpu_hours)}{rounds}")
     if estimate.search_gpu_hours is not None:
-        lines.append(f"    {'search':<11}at most {_hours(estimate.search_gpu_hours)}, trials and confirmation")
+        lines.append(f"    {'search':<11}about {_hours(estimate.search_gpu_hours)} if no trial stops early")
     for role in estimate.memory:
         lines += _role(role, estimate)
     lines += [f"    note       {note}" for note in estimate.notes]

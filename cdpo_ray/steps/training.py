@@ -42,7 +42,8 @@ def train(context: Context, output_dir: Path, output: StepOutput) -> None:
     config, training, trainers = context.config, context.config.training, context.config.resources.trainers
     peak = None
     if training.gradient_checkpointing == "auto" and trainers.gpus_per_worker and context.workload:
-        peak = training_peak(context.workload, checkpointing=False).total
+        validates = context.validation is not None
+        peak = training_peak(context.workload, checkpointing=False, validates=validates).total
     online = None
     if num_draws := config.curriculum.num_margin_draws:
         scores_dir = str(context.run.step(SCORES).resolve())

@@ -26,6 +26,12 @@ def test_the_rayjob_requires_a_token_and_no_privileges() -> None:
     check_rayjob(kuberay("rayjob.yaml"))
 
 
+def test_the_readme_resumes_the_rayjob_by_its_name_because_a_finished_job_never_starts_again() -> None:
+    name = kuberay("rayjob.yaml")["metadata"]["name"]
+    readme = (ROOT / "cluster" / "README.md").read_text()
+    assert f"kubectl delete rayjob/{name} && kubectl apply -f cluster/rayjob.yaml" in readme
+
+
 def test_the_raycluster_requires_a_token_and_separates_trainers_from_spot_nodes() -> None:
     check_raycluster(kuberay("raycluster.yaml"))
 
@@ -37,6 +43,11 @@ def test_the_image_is_pinned_hashed_and_not_root() -> None:
 def node(config: dict[str, Any], name: str = "generator") -> dict[str, Any]:
     found: dict[str, Any] = config["available_node_types"][name]["node_config"]
     return found
+
+
+def without_credentials(node_config: dict[str, Any]) -> None:
+    for key in {"IamInstanceProfile", "serviceAccounts"} & node_config.keys():
+        del node_config[key]
 
 
 RAY_UP_MISTAKES: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -58,6 +69,8 @@ RAY_UP_MISTAKES: dict[str, Callable[[dict[str, Any]], object]] = {
     "spot trainers": lambda config: config["available_node_types"]["trainer"].update(node_config=node(config)),
     "trainers without label": lambda config: config["available_node_types"]["trainer"].pop("labels"),
     "more nodes than allowed": lambda config: config.update(max_workers=3),
+    "trainers without credentials": lambda config: without_credentials(node(config, "trainer")),
+    "generators without credentials": lambda config: without_credentials(node(config)),
     "actors on the head": lambda config: config["available_node_types"]["head"].update(resources={"CPU": 8}),
 }
 NODE_MISTAKES: dict[tuple[str, str], Callable[[dict[str, Any]], object]] = {
@@ -67,6 +80,9 @@ NODE_MISTAKES: dict[tuple[str, str], Callable[[dict[str, Any]], object]] = {
     ("gpu.yaml", "open metadata"): lambda node: node["MetadataOptions"].update(HttpTokens="optional"),
     ("gpu-gcp.yaml", "misspelt key"): lambda node: node.update(machinetype="n2-standard-8"),
     ("gpu-gcp.yaml", "misspelt inner key"): lambda node: node["scheduling"].update(preemptable=True),
+    ("gpu-gcp.yaml", "credentials that cannot write"): lambda node: node["serviceAccounts"][0].update(
+        scopes=["https://www.googleapis.com/auth/devstorage.read_only"]
+    ),
     ("gpu-gcp.yaml", "image family"): lambda node: node["disks"][0]["initializeParams"].update(
         sourceImage="projects/deeplearning-platform-release/global/images/family/common-cu128"
     ),

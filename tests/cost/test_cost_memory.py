@@ -72,6 +72,18 @@ def test_text_encoders_are_on_the_gpu_only_while_a_worker_loads() -> None:
     assert offloaded.work == 2 * flux.activation_bytes(64, lora=LORA, checkpointing=True)
 
 
+def test_a_worker_that_validates_keeps_the_judges_and_works_as_a_generator_or_as_a_trainer() -> None:
+    common = {"validated_images": 64, "passes": 2, "judges_bytes": 3_000, "with_vae": True}
+    decoding = 64 * SD15.decode_bytes(4096)
+    assert decoding > trainer().work
+    resident, offloaded = (
+        trainer(storage=DenoiserStorage("bfloat16", offload=offload), **common) for offload in (False, True)
+    )
+    assert resident.weights == trainer(with_vae=True).weights + 3_000
+    assert (resident.work, offloaded.work) == (decoding, decoding + 2 * SD15.vae_parameters)
+    assert trainer(**common | {"validated_images": 1}).work == trainer().work, "the larger of both, not their sum"
+
+
 def test_offload_removes_text_encoders_and_vae_from_the_gpu_while_not_in_use() -> None:
     given = {"positions": 4096, "images": 4, "passes": 2}
     resident = generator_peak(SD15, BF16, **given)  # type: ignore[arg-type]

@@ -182,7 +182,7 @@ def test_the_advised_batch_is_the_largest_that_fits() -> None:
 def _trainer_fits(size: int) -> bool:
     given = ("training.gradient_checkpointing=true", f"training.batch_size_per_worker={size}")
     load = workload(*given, gpu="t4", config="sdxl")
-    return training_peak(load, checkpointing=True).fits(load.gpu.memory_bytes)
+    return training_peak(load, checkpointing=True, validates=False).fits(load.gpu.memory_bytes)
 
 
 def test_a_gpu_without_bfloat16_is_noted() -> None:
@@ -214,6 +214,21 @@ def test_rounds_multiply_the_hours_but_not_the_memory() -> None:
     assert any(line.startswith("    all") and line.endswith(" in 3 rounds") for line in cost_lines(thrice, "sd15"))
 
 
+def resident(load: Workload, role: str) -> float:
+    (found,) = (each for each in estimate(load).memory if each.role == role)
+    return found.peak.weights
+
+
+@pytest.mark.parametrize(("judge", "num_bytes"), [("hpsv2", 4 * 986_109_441), ("hpsv3", 2 * 7_748_610_610)])
+@pytest.mark.parametrize(("placement", "role"), [("fused", "generator"), ("pool", "scorer")])
+def test_judges_take_4_bytes_per_parameter_and_hpsv3_the_2_of_its_stored_weights(
+    placement: str, role: str, judge: str, num_bytes: int
+) -> None:
+    given = (f"rewards.placement={placement}", "resources.scorers.gpus_per_actor=1", "rewards.rank_by=null")
+    without, with_judge = (resident(workload(*given, f"rewards=[{name}]"), role) for name in ("jpeg_size", judge))
+    assert with_judge - without == num_bytes
+
+
 def test_samples_of_another_run_cost_nothing() -> None:
     found = estimate(workload("run.samples_from=runs/other"))
     assert found.step("generate") is None
@@ -237,13 +252,65 @@ def test_a_search_trains_every_point_of_a_grid_the_papers_schedule_and_two_confi
         replace(workload(*common, f"search={{{how}, {space}}}"), prompts=NumPrompts(100, 20, 10))
         for how in ("algorithm: grid, confirm_seeds: 2", "num_trials: 8, confirm_seeds: 0")
     )
-    images = {"grid": 5 * 5 * 10 + 4 * 20, "sampled": 8 * 5 * 10}
-    for name, load, num_trainings in (("grid", grid, 5 + 4), ("sampled", sampled, 8)):
+    values = 4 * 2 * SD15.forward_flops(4096) / (989e12 * EFFICIENCY["generate"].eager)
+    of_base = 4 * 10 + 8 * 20
+    for name, load, num_trainings, in_trials in (
+        ("grid", grid, 5 + 4, 5 * 5 * 10 * 4 + 4 * 20 * 8),
+        ("sampled", sampled, 8, 8 * 5 * 10 * 4),
+    ):
         per_image = busy(load, "evaluate") - load.seconds("generate", 20 * SD15.text_flops)
-        per_image -= load.seconds("generate", 20 * 8 * 4 * 2 * SD15.forward_flops(4096))
-        per_image /= 2 * 20 * 8
-        seconds = num_trainings * busy(load, "train") + 4 * images[name] * per_image
+        per_image = (per_image - 20 * 8 * values) / (2 * 20 * 8)
+        seconds = num_trainings * step_cost(load, "train").wall_seconds
+        seconds += (in_trials + of_base) * per_image + in_trials * values
         assert estimate(load).search_gpu_hours == pytest.approx(seconds / 3600), name
+
+
+def test_a_search_costs_what_its_largest_batch_its_margins_and_its_early_prompts_take() -> None:
+    def hours(more: str = "", *given: str, space: str = "training.beta: [2500, 5000]") -> float:
+        search = f"search={{num_trials: 8, confirm_seeds: 1, space: {{{space}}}{more}}}"
+        load = workload("prompts.validation={fraction: 0.1}", "model.compile=false", search, *given)
+        found = estimate(replace(load, prompts=NumPrompts(100, 20, 10))).search_gpu_hours
+        assert found is not None
+        return found
+
+    plain = workload("model.compile=false")
+    of_training = 10 * (busy(plain, "train")) / 3600
+    larger = hours(space="training.global_batch_size: [16, 32, 96]")
+    assert larger - hours() == pytest.approx(2 * of_training), "three times the pairs of the config's 32"
+    margin = ("curriculum.measure=margin", "curriculum.boundaries=equal_count")
+    measuring = 10 * (busy(workload("model.compile=false", *margin), "train") - busy(plain, "train")) / 3600
+    assert hours("", *margin) - hours() == pytest.approx(measuring) and measuring > 0
+    values = 4 * 2 * SD15.forward_flops(4096) / (989e12 * EFFICIENCY["generate"].eager)
+    judged = ("model.compile=false", "evaluation.num_margin_draws=0")
+    per_image = (busy(workload(*judged), "evaluate") - plain.seconds("generate", 20 * SD15.text_flops)) / (2 * 20 * 8)
+    saved = 8 * 4 * (10 - 3) * 4 * (per_image + values) / 3600  # 8 trials, 4 stages before the last, 4 images
+    assert hours() - hours(", early_prompts: 3") == pytest.approx(saved)
+
+
+SEARCH = "search={num_trials: 8, space: {training.beta: [2500, 5000]}}"
+VALIDATION = "prompts.validation={fraction: 0.1}"
+
+
+def test_a_trainer_of_a_search_holds_the_judges_and_decodes_a_batch_of_images() -> None:
+    given = ("evaluation.judges=[hpsv2,pickscore]", "generation.images_per_batch=128", VALIDATION)
+    load = workload(*given, SEARCH)
+    plain, found = (training_peak(load, checkpointing=False, validates=validates) for validates in (False, True))
+    assert found.weights - plain.weights == 2 * 4 * 986_109_441
+    assert found.work == 128 * SD15.decode_bytes(4096) > plain.work
+    assert estimate(load).memory[1].peak == found
+    assert estimate(workload(*given)).memory[1].peak == plain
+
+
+def test_a_smaller_batch_of_images_is_advised_to_a_trainer_of_a_search() -> None:
+    given = ("training.gradient_checkpointing=true", "generation.images_per_batch=256", VALIDATION, SEARCH)
+    load = workload(*given, gpu="4090")
+    decoding = SD15.decode_bytes(4096)
+    trainer = estimate(load).memory[1]
+    assert not trainer.fits
+    (advised,) = (each for each in trainer.advice if each.startswith("`generation.images_per_batch"))
+    rest = trainer.peak.total - trainer.peak.work
+    largest = int((0.95 * GPUS["4090"].memory_bytes - rest) / decoding)
+    assert advised == f"`generation.images_per_batch: {largest}`"
 
 
 def test_large_hours_have_thousands_separators() -> None:
