@@ -21,6 +21,8 @@ from cdpo_ray.store.untrusted import path_within, read_untrusted
 
 COPY = "copy-"
 """Beginning of the names of copies."""
+PARTIAL = "partial-"
+"""Beginning of the names of folders that are not whole: they are being downloaded or deleted, or were until a kill."""
 LOCK = "lock"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 STALE_SECONDS = 3 * 86400.0
@@ -50,7 +52,7 @@ class NodeFolder:
         with storage_errors(self.path):
             for other in parent.glob(f"{prefix}-*"):
                 with contextlib.suppress(FileNotFoundError):
-                    if other != self.path and time.time() - other.stat().st_mtime > STALE_SECONDS:
+                    if other != self.path and _is_unused(other):
                         _delete_unused(other)
             self._lock = self._locked()
 
@@ -79,6 +81,10 @@ class NodeFolder:
             _delete_unused(self.path)
 
 
+def _is_unused(folder: Path) -> bool:
+    return time.time() - folder.stat().st_mtime > STALE_SECONDS
+
+
 def _delete_unused(folder: Path) -> None:
     with _open_lock(folder / LOCK) as handle:
         try:
@@ -94,7 +100,8 @@ def local_copy(folder: Path) -> Path:
     """Path of a finished folder on local disk, for libraries that read local files only.
 
     A folder in an object store is downloaded by its manifest, once per node and again when it has changed: the other
-    processes of the node wait for the first. Copies that were unused for `STALE_SECONDS` are deleted.
+    processes of the node wait for the first, and the next one downloads if it is killed. Each download deletes copies
+    that were unused for `STALE_SECONDS`.
 
     Raises:
         StoreError: a downloaded file does not match the manifest, or the local disk is full or belongs to others.
@@ -115,7 +122,7 @@ def local_copy(folder: Path) -> Path:
 
 def _download(folder: Path, files: Mapping[str, Mapping[str, Any]], done: Path) -> None:
     refuse_full_disk(done.parent, sum(file["bytes"] for file in files.values()), remedy=ANOTHER_TMPDIR)
-    with tempfile.TemporaryDirectory(dir=done.parent, ignore_cleanup_errors=True) as parent:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=done.parent, ignore_cleanup_errors=True) as parent:
         temporary = Path(parent) / "whole"
         for name, expected in files.items():
             copy(path_within(folder, name), temporary / name)
@@ -135,8 +142,12 @@ def _delete_unused_copies(copies: Path) -> None:
         other = lock.with_suffix("")
         with contextlib.suppress(OSError), _open_lock(lock) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else it is being looked up
-            if time.time() - other.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(other)
+            if _is_unused(other):
+                other.rename(copies / f"{PARTIAL}{other.name}")  # a kill during the deletion leaves no part as a copy
+    for partial in copies.glob(f"{PARTIAL}*"):
+        with contextlib.suppress(OSError):  # another process deletes it
+            if _is_unused(partial):
+                shutil.rmtree(partial)
 
 
 def _open_lock(path: Path) -> BinaryIO:

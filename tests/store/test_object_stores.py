@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from finished_runs import config_of
+from lock_holders import holder
 
 from cdpo_ray.errors import ConfigError, StoreError
 from cdpo_ray.store import (
@@ -30,6 +31,21 @@ from cdpo_ray.store import (
 )
 
 STEP = "1-samples"
+HALF_A_DOWNLOAD = """
+import sys
+from cdpo_ray.store import local_copy, node_folder, storage_path
+
+copied, copy = [], node_folder.copy
+
+def copy_one(source, target):
+    if copied:
+        print("here", flush=True); sys.stdin.read()
+    copied.append(source)
+    copy(source, target)
+
+node_folder.copy = copy_one
+local_copy(storage_path(sys.argv[1]))
+"""
 
 
 def write_step(run: RunFolder, content: bytes = b"0123456789", *, resumable: bool = False) -> None:
@@ -167,6 +183,44 @@ def test_processes_of_a_node_that_need_the_same_copy_download_it_once(
     with ThreadPoolExecutor(4) as threads:  # a lock belongs to a file that was opened, not to a process
         copies = {*threads.map(local_copy, [s3 / "run" / STEP] * 4)}
     assert len(copies) == 1 and len(copied) == len({*copied}) > 0
+
+
+def test_fault_02_a_process_that_is_killed_during_a_download_leaves_its_lock_and_no_copy(
+    s3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    write_step(RunFolder(s3 / "run"))
+    with holder(HALF_A_DOWNLOAD, s3 / "run" / STEP) as process, ThreadPoolExecutor(1) as thread:
+        found = thread.submit(local_copy, s3 / "run" / STEP)
+        time.sleep(0.5)
+        assert not found.done(), "it waits for the process that downloads"
+        process.kill()
+        assert {"inner", "table.txt"} <= {*os.listdir(found.result())}
+    (left,) = found.result().parent.glob("partial-*")
+    os.utime(left, (0, 0))
+    write_step(RunFolder(s3 / "other"), b"other")
+    local_copy(s3 / "other" / STEP)
+    assert not left.exists()
+
+
+def test_fault_02_a_kill_during_the_deletion_of_a_copy_leaves_no_part_of_it_as_the_copy(
+    s3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("old", "new"):
+        write_step(RunFolder(s3 / name), name.encode())
+    os.utime(local_copy(s3 / "old" / STEP), (0, 0))
+
+    def killed(folder: Path) -> None:
+        (folder / "table.txt").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            local_copy(s3 / "new" / STEP)
+    assert (local_copy(s3 / "old" / STEP) / "table.txt").read_text() == "table"
 
 
 def test_a_copy_is_deleted_by_the_next_download_once_it_was_unused_for_days(
