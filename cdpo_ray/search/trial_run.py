@@ -36,14 +36,16 @@ def once_unlocked(run: Callable[[], Any]) -> None:
     Raises:
         LockHeldError: another process keeps renewing the lock.
     """
-    deadline = time.monotonic() + STALE_SECONDS + RENEW_SECONDS
+    deadline, is_waiting = time.monotonic() + STALE_SECONDS + RENEW_SECONDS, False
     while True:
         try:
             run()
         except LockHeldError as error:
             if time.monotonic() > deadline:
                 raise
-            log.warning("waiting for the lock of the process that this one replaces: %s", error)
+            if not is_waiting:
+                log.warning("waiting for the lock of the process that this one replaces: %s", error)
+            is_waiting = True
             time.sleep(RENEW_SECONDS / 3)
         else:
             return

@@ -1,14 +1,19 @@
 """Reports of a stage, against values computed by hand."""
 
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cdpo_ray.errors import LockHeldError
-from cdpo_ray.search.trial_run import once_unlocked, stage_report
-from cdpo_ray.store import RunFolder, write_bytes
+from cdpo_ray.search import trial_run
+from cdpo_ray.search.trial_run import stage_report
+from cdpo_ray.store import RunFolder
 from cdpo_ray.store.lock import LOCK
 
 BASE = {
@@ -31,14 +36,22 @@ def report_of(judge: str = "clip") -> dict:
 
 
 @pytest.fixture
-def lock_of_another_node(s3: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Lock file of a process that cannot be seen from here; it expires after a second."""
-    for module in ("cdpo_ray.store.lock", "cdpo_ray.search.trial_run"):
-        monkeypatch.setattr(f"{module}.STALE_SECONDS", 1.0)
-        monkeypatch.setattr(f"{module}.RENEW_SECONDS", 0.5)
+def lock_of_another_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lock file of a process that cannot be seen from here, renewed now; waiting ages it, and takes no time."""
+    lock, waited = tmp_path / f"{LOCK}.held", [0.0]
+
+    def flock(descriptor: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    def sleep(seconds: float) -> None:
+        waited[0] += seconds
+        renewed = lock.stat().st_mtime - seconds
+        os.utime(lock, (renewed, renewed))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
     monkeypatch.setattr("cdpo_ray.store.lock.SETTLE_SECONDS", 0.0)
-    lock = s3 / "run" / LOCK
-    write_bytes(lock, json.dumps({"pid": 7, "host": "a node that is gone", "id": "x"}).encode())
+    monkeypatch.setattr(trial_run, "time", SimpleNamespace(monotonic=lambda: waited[0], sleep=sleep))
+    lock.write_text(json.dumps({"pid": 7, "host": "a node that is gone", "id": "x"}))
     return lock
 
 
@@ -53,21 +66,21 @@ def test_fault_28_a_trial_that_is_restarted_on_another_node_waits_for_the_lock_o
 
     with pytest.raises(LockHeldError, match=r"another run is writing here \(pid 7 on a node that is gone, "):
         steps()
-    once_unlocked(steps)
-    assert ran == [True] and "waiting for the lock of the process that this one replaces" in caplog.text
+    trial_run.once_unlocked(steps)
+    assert ran == [True] and caplog.text.count("waiting for the lock of the process that this one replaces") == 1
 
 
 def test_fault_28_a_trial_whose_lock_is_renewed_is_refused_in_the_end(lock_of_another_node: Path) -> None:
     calls = []
 
     def steps() -> None:
-        write_bytes(lock_of_another_node, lock_of_another_node.read_bytes())  # as its holder does
+        os.utime(lock_of_another_node)  # as its holder does
         calls.append(True)
         with RunFolder(lock_of_another_node.parent).locked():
-            raise AssertionError("the lock was taken from a living process")
+            pytest.fail("the lock was taken from a living process")
 
     with pytest.raises(LockHeldError, match=r"another run is writing here"):
-        once_unlocked(steps)
+        trial_run.once_unlocked(steps)
     assert len(calls) > 1
 
 
