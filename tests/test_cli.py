@@ -291,7 +291,7 @@ def test_check_prints_no_estimate_for_a_model_folder_that_cannot_be_counted(
 ) -> None:
     folder = build_hollow(tmp_path / "model", "stable_diffusion")
     change(folder, "unet", down_block_types=["NoSuchBlock2D"])
-    assert main(["check", str(QUICKSTART), f"model.path={folder}"]) == 0
+    assert main(["check", str(QUICKSTART), f"model.path={folder}", f"run.dir={tmp_path}"]) == 0
     assert f"  cost         not estimated: `model.path` {folder}: its cost cannot be counted" in (
         capsys.readouterr().out
     )

@@ -81,7 +81,7 @@ class TrainingState:
         rise = error_rise(self.records, last=self.num_updates, window=health.window)
         if rise is None or health.max_error_rise is None or rise <= health.max_error_rise:
             return self
-        if self.records[-1]["stage"] < self.stage:  # the stage has no record yet, so it cannot end
+        if health.stops and self.records[-1]["stage"] < self.stage:  # a stage without a record cannot end
             return self
         state = replace(self, alarms=(*self.alarms, Alarm(self.num_updates, rise)), is_stopped=health.stops)
         if health.stops and not health.check_before(self.num_updates):

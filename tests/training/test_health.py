@@ -9,7 +9,7 @@ from cdpo_ray.training.loop import TrainingState
 
 
 def record(update: int, policy_error: float, reference_error: float = 0.5) -> dict[str, float]:
-    return {"update": update, "policy_error_w": policy_error, "reference_error_w": reference_error}
+    return {"update": update, "stage": 1, "policy_error_w": policy_error, "reference_error_w": reference_error}
 
 
 RECORDS = (record(1, 0.5), record(2, 0.7), record(3, 0.2, 0.1), record(5, 0.6))

@@ -271,6 +271,7 @@ def test_an_alarm_does_not_stop_a_stage_whose_updates_were_all_skipped() -> None
     records = tuple({**record, "update": update, "stage": 1} for update in (5, 6))
     state = TrainingState(stage=2, cursor=2, records=records, skipped=(7, 8), num_updates=8)
     assert state.after_check(health) == state
+    assert len(state.after_check(health.model_copy(update={"on_alarm": "warn"})).alarms) == 1
     later = dataclasses.replace(state, records=(*records, {**record, "update": 8, "stage": 2}), skipped=(7,))
     assert later.after_check(health).is_stopped
 
