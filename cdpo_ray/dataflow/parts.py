@@ -110,6 +110,8 @@ _PART_SCHEMA = pa.schema(
 def refuse_large_rows(part: Part, images_per_prompt: int) -> None:
     """Raise if all images of a prompt will be too large for one row, by the size of the part, a piece of the prompt.
 
+    The part of an evaluation holds the images of both models, so its limit is about 1 GiB for each.
+
     Raises:
         GenerationError: they are too large.
     """
